@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: MIT */
+/* All memory of the library comes from here, so that tests can count it and make it fail. */
+#ifndef TQ_BASE_ALLOC_H
+#define TQ_BASE_ALLOC_H
+
+#include <stddef.h>
+
+/* NULL on failure or if bytes is 0. Aligned to 64 bytes. */
+void *tq_alloc(size_t bytes);
+void *tq_alloc_zero(size_t bytes);
+/* NULL is fine. */
+void tq_free(void *p);
+
+/*
+ * Tests only: the next n_ok allocations succeed, then every one fails, until it is called with -1 (the default: none fails).
+ * Not thread-safe.
+ */
+void tq_alloc_fail_after(long n_ok);
+
+#endif

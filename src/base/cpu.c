@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: MIT */
+/* Detection of instruction sets, and the cap by TQ_CPU. */
+#include "base/cpu.h"
+
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+static const tq_cpu_level levels[] = {
+    {"scalar", 0},
+#if defined(__x86_64__)
+    {"avx2", TQ_CPU_AVX2},
+    {"avx512", TQ_CPU_AVX2 | TQ_CPU_AVX512},
+#elif defined(__aarch64__)
+    {"neon", TQ_CPU_NEON},
+#endif
+};
+enum { N_LEVELS = sizeof(levels) / sizeof(levels[0]) };
+
+const tq_cpu_level *tq_cpu_levels(int *n_out)
+{
+    *n_out = N_LEVELS;
+    return levels;
+}
+
+#if defined(__x86_64__)
+/* The register states that the operating system saves. A CPU may have an instruction set that its system does not save. */
+static uint64_t saved_states(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+static bool has_all(uint64_t value, uint64_t bits)
+{
+    return (value & bits) == bits;
+}
+
+uint32_t tq_cpu_detect(void)
+{
+    enum { AVX_STATES = 0x6, AVX512_STATES = 0xe6 };
+    const uint32_t leaf1_ecx = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;     /* FMA, OSXSAVE, AVX, F16C */
+    const uint32_t leaf7_ebx = 1u << 3 | 1u << 5 | 1u << 8;                   /* BMI1, AVX2, BMI2 */
+    const uint32_t leaf7_ebx_512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL */
+    const uint32_t leaf7_ecx_512 = 1u << 1 | 1u << 11;                        /* VBMI, VNNI */
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has_all(ecx, leaf1_ecx)) return 0;
+    if (!has_all(saved_states(), AVX_STATES)) return 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !has_all(ebx, leaf7_ebx)) return 0;
+    if (!has_all(ebx, leaf7_ebx_512) || !has_all(ecx, leaf7_ecx_512)) return TQ_CPU_AVX2;
+    return has_all(saved_states(), AVX512_STATES) ? TQ_CPU_AVX2 | TQ_CPU_AVX512 : TQ_CPU_AVX2;
+}
+#elif defined(__aarch64__)
+uint32_t tq_cpu_detect(void)
+{
+    return TQ_CPU_NEON; /* part of every AArch64 application processor */
+}
+#else
+uint32_t tq_cpu_detect(void)
+{
+    return 0;
+}
+#endif
+
+int tq_cpu_flags(uint32_t *out)
+{
+    uint32_t machine = tq_cpu_detect();
+    const char *cap = getenv("TQ_CPU");
+    if (cap == NULL || cap[0] == '\0') {
+        *out = machine;
+        return 0;
+    }
+    for (int i = 0; i < N_LEVELS; i++) {
+        if (strcmp(cap, levels[i].name) != 0) continue;
+        if ((levels[i].flags & ~machine) != 0) return -1;
+        *out = levels[i].flags;
+        return 0;
+    }
+    return -1;
+}
+
+const char *tq_cpu_flags_name(uint32_t flags)
+{
+    const char *name = levels[0].name;
+    for (int i = 0; i < N_LEVELS; i++) {
+        if ((levels[i].flags & ~flags) == 0) name = levels[i].name;
+    }
+    return name;
+}

@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: MIT */
+/* FP16 and BF16 bit patterns to and from float, round to nearest even. Plain C: the specification; kernels have faster ones. */
+#ifndef TQ_BASE_HALF_H
+#define TQ_BASE_HALF_H
+
+#include <stdint.h>
+
+uint16_t tq_half_from_float(float x);
+float tq_half_to_float(uint16_t h);
+uint16_t tq_bfloat_from_float(float x);
+float tq_bfloat_to_float(uint16_t h);
+
+#endif

@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: MIT */
+/* Messages go to the callback of tq_log_set; there is no other output. */
+#ifndef TQ_BASE_LOG_H
+#define TQ_BASE_LOG_H
+
+#include "turboquant.h"
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+void tq_log(tq_log_level level, const char *format, ...);
+
+/* Return a failing status of `expr` to the caller. */
+#define TQ_TRY(expr)                       \
+    do {                                   \
+        tq_status status_ = (expr);        \
+        if (status_ != TQ_OK) return status_; \
+    } while (0)
+
+#endif
