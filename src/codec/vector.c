@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: MIT */
+/* Encoding and decoding of one vector: the arithmetic that all families share, and the way to the family's own. */
+#include "codec/codec.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "base/half.h"
+#include "codec/family.h"
+
+static const tq_family_ops *const family_ops[] = {
+    [TQ_FAMILY_EXACT] = &tq_exact_ops,
+    [TQ_FAMILY_UNIFORM] = &tq_uniform_ops,
+    [TQ_FAMILY_LLOYD] = &tq_lloyd_ops,
+    [TQ_FAMILY_PROD] = &tq_prod_ops,
+};
+
+void tq_vector_encode(const tq_codec *codec, const float *x, uint8_t *codes, uint16_t *scales)
+{
+    family_ops[codec->traits->family]->encode(codec, x, codes, scales);
+}
+
+void tq_vector_expand(const tq_codec *codec, const uint8_t *codes, const uint16_t *scales, float *y)
+{
+    family_ops[codec->traits->family]->expand(codec, codes, scales, y);
+}
+
+void tq_vector_prepare(const tq_codec *codec, const float *q, float *y)
+{
+    family_ops[codec->traits->family]->prepare(codec, q, y);
+}
+
+void tq_vector_finish(const tq_codec *codec, const float *acc, float *x)
+{
+    family_ops[codec->traits->family]->finish(codec, acc, x);
+}
+
+void tq_rotated_prepare(const tq_codec *codec, const float *q, float *y)
+{
+    tq_rotation_forward(&codec->rotation, q, y);
+}
+
+void tq_rotated_finish(const tq_codec *codec, const float *acc, float *x)
+{
+    tq_rotation_inverse(&codec->rotation, acc, x);
+}
+
+float tq_sum_squares(const float *x, int32_t n)
+{
+    float sum[16] = {0};
+    for (int32_t i = 0; i < n; i++) sum[i % 16] += x[i] * x[i];
+    for (int32_t width = 8; width > 0; width /= 2) {
+        for (int32_t i = 0; i < width; i++) sum[i] += sum[i + width];
+    }
+    return sum[0];
+}
+
+float tq_unit_factor(float ss, int32_t head_dim)
+{
+    return ss < 0x1p-126f ? 0.0f : sqrtf((float)head_dim) / sqrtf(ss);
+}
+
+uint16_t tq_scale_from_float(float scale)
+{
+    uint32_t bits;
+    memcpy(&bits, &scale, sizeof(bits));
+    bits += 0x1fffu + (bits >> 14 & 1u); /* 10 of float's 24 significant bits stay */
+    bits &= ~(uint32_t)0x3fffu;
+    memcpy(&scale, &bits, sizeof(bits));
+    return tq_half_from_float(fminf(scale, 65472.0f));
+}
