@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: MIT */
+/* Template: encoding, bit-exact with tq_vector_encode. What is done once a vector and not once a value is the codec's own code.
+ */
+#include "kernels/simd/ops.h"
+
+enum { VECS16 = 16 / VEC_LANES };
+
+/* The 16 running sums of tq_sum_squares. Not fused. */
+TQ_INLINE void add_squares(vec *sum, const vec *x)
+{
+    TQ_UNROLL
+    for (int k = 0; k < VECS16; k++) sum[k] = vec_add(sum[k], vec_mul(x[k], x[k]));
+}
+
+TQ_INLINE void load16(vec *out, const float *x)
+{
+    TQ_UNROLL
+    for (int k = 0; k < VECS16; k++) out[k] = vec_load(x + k * VEC_LANES);
+}
+
+TQ_INLINE void zero16(vec *out)
+{
+    TQ_UNROLL
+    for (int k = 0; k < VECS16; k++) out[k] = vec_set1(0.0f);
+}
+
+TQ_INLINE void scale16(vec *x, vec factor)
+{
+    TQ_UNROLL
+    for (int k = 0; k < VECS16; k++) x[k] = vec_mul(x[k], factor);
+}
+
+TQ_INLINE void expand16(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
+{
+    TQ_UNROLL
+    for (int g = 0; g < 16 / GROUP; g++) expand_group(source, t, codes, d + g * GROUP, out + g * GROUP_VECS);
+}
+
+TQ_INLINE float sum_squares(const float *y, int32_t n)
+{
+    vec sum[VECS16], v[VECS16];
+    zero16(sum);
+    for (int32_t d = 0; d < n; d += 16) {
+        load16(v, y + d);
+        add_squares(sum, v);
+    }
+    return vec_fold16(sum);
+}
+
+TQ_INLINE float largest_magnitude(const float *y, int32_t n)
+{
+    vec largest = vec_set1(0.0f);
+    for (int32_t d = 0; d < n; d += VEC_LANES) largest = vec_max(largest, vec_abs(vec_load(y + d)));
+    return vec_max_lane(largest);
+}
+
+/* The sum of squares of the centroids that the codes stand for. */
+TQ_INLINE float sum_squares_of_codes(int source, const tables *t, const uint8_t *codes, int32_t n)
+{
+    vec sum[VECS16], v[VECS16];
+    zero16(sum);
+    for (int32_t d = 0; d < n; d += 16) {
+        expand16(source, t, codes, d, v);
+        add_squares(sum, v);
+    }
+    return vec_fold16(sum);
+}
+
+/* As the specification's settle (codec/lloyd.c): codes that are what encoding the decoded vector would give. Returns the
+ * energy. */
+TQ_INLINE float settle(int source, const tq_codec *codec, const boundaries *b, const tables *t, uint8_t *codes, float energy)
+{
+    enum { ROUNDS_MAX = 8 };
+    for (int32_t round = 0; round < ROUNDS_MAX; round++) {
+        if (energy >= codec->settled_min && energy <= codec->settled_max) break;
+        vec factor = vec_set1(tq_unit_factor(energy, codec->head_dim)), z[VECS16];
+        for (int32_t d = 0; d < codec->head_dim; d += 16) {
+            expand16(source, t, codes, d, z);
+            scale16(z, factor);
+            quantize16(source, b, z, codes, codec->head_dim, d);
+        }
+        float next = sum_squares_of_codes(source, t, codes, codec->head_dim);
+        if (next == energy) break;
+        energy = next;
+    }
+    return energy;
+}
+
+TQ_INLINE void encode_lloyd(int source, const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+{
+    const boundaries b = boundaries_init(source, codec);
+    const tables t = tables_init(source, codec);
+    int32_t head_dim = codec->head_dim;
+    float y[TQ_HEAD_DIM_MAX];
+    for (int64_t i = 0; i < n; i++) {
+        uint8_t *codes = out.codes + (size_t)i * codec->code_bytes;
+        TQ_ISA(rotation_forward)(&codec->rotation, x + i * x_stride, y);
+        float ss = sum_squares(y, head_dim);
+        vec factor = vec_set1(tq_unit_factor(ss, head_dim)), z[VECS16];
+        for (int32_t d = 0; d < head_dim; d += 16) {
+            load16(z, y + d);
+            scale16(z, factor);
+            quantize16(source, &b, z, codes, head_dim, d);
+        }
+        float energy = settle(source, codec, &b, &t, codes, sum_squares_of_codes(source, &t, codes, head_dim));
+        out.scales[i] = tq_scale_from_float(sqrtf(ss) / sqrtf(energy));
+    }
+}
+
+void TQ_ISA(encode_tq8)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+{
+    int32_t head_dim = codec->head_dim;
+    float y[TQ_HEAD_DIM_MAX];
+    for (int64_t i = 0; i < n; i++) {
+        uint8_t *codes = out.codes + (size_t)i * codec->code_bytes;
+        TQ_ISA(rotation_forward)(&codec->rotation, x + i * x_stride, y);
+        float ss = sum_squares(y, head_dim);
+        bool is_zero = tq_unit_factor(ss, head_dim) == 0.0f;
+        vec factor = vec_set1(is_zero ? 0.0f : 127.0f / largest_magnitude(y, head_dim));
+        vec z[VECS16], sum[VECS16];
+        zero16(sum);
+        for (int32_t d = 0; d < head_dim; d += 16) {
+            load16(z, y + d);
+            scale16(z, factor);
+            round16(z, codes + d);
+            add_squares(sum, z);
+        }
+        out.scales[i] = is_zero ? 0 : tq_scale_from_float(sqrtf(ss) / sqrtf(vec_fold16(sum)));
+    }
+}
+
+void TQ_ISA(encode_tq4)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+{
+    encode_lloyd(TQ_FORMAT_TQ4, codec, x, x_stride, n, out);
+}
+
+void TQ_ISA(encode_tq3)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+{
+    encode_lloyd(TQ_FORMAT_TQ3, codec, x, x_stride, n, out);
+}
+
+void TQ_ISA(encode_tq2)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+{
+    encode_lloyd(TQ_FORMAT_TQ2, codec, x, x_stride, n, out);
+}
+
+void TQ_ISA(encode_f16)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+{
+    uint16_t *h = (uint16_t *)(void *)out.codes;
+    for (int64_t i = 0; i < n; i++, h += codec->head_dim) {
+        for (int32_t d = 0; d < codec->head_dim; d += VEC_LANES) vec_store_half(h + d, vec_load(x + i * x_stride + d));
+    }
+}
+
+void TQ_ISA(encode_bf16)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+{
+    uint16_t *h = (uint16_t *)(void *)out.codes;
+    for (int64_t i = 0; i < n; i++, h += codec->head_dim) {
+        for (int32_t d = 0; d < codec->head_dim; d += VEC_LANES) vec_store_bfloat(h + d, vec_load(x + i * x_stride + d));
+    }
+}

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: MIT */
+/* What every vector header and kernel template needs: forced inlining, full unrolling, and the names of what is read. */
+#ifndef TQ_KERNELS_SIMD_INLINE_H
+#define TQ_KERNELS_SIMD_INLINE_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+#define TQ_INLINE static inline __attribute__((always_inline))
+
+/* Loops over registers must vanish, or the register array becomes memory; gcc -O2 does not do it by itself. */
+#if defined(__clang__)
+#define TQ_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define TQ_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+/* Templates take the format as a constant, `source`; this one stands for vectors that are expanded already. */
+enum { SOURCE_F32 = TQ_FORMAT_COUNT };
+
+TQ_INLINE int source_has_scale(int source)
+{
+    return source >= TQ_FORMAT_TQ8 && source <= TQ_FORMAT_TQ2;
+}
+
+/* Rows of the next tile, at most tile_rows: of equal size as far as may be, for a tile of few rows does little per load. */
+TQ_INLINE int next_rows(int64_t n_row, int tile_rows)
+{
+    int64_t n_tiles = (n_row + tile_rows - 1) / tile_rows;
+    return (int)((n_row + n_tiles - 1) / n_tiles);
+}
+
+/* Floats of the buffer on the stack that codes are expanded into where registers do not do: within L1. */
+enum { EXPAND_BUFFER = 8192 };
+
+/* The vectors from i on. For formats of at most one scale. */
+TQ_INLINE tq_block tq_block_at(const tq_codec *codec, tq_block block, int64_t i)
+{
+    return (tq_block){block.codes + (size_t)i * codec->code_bytes, block.scales ? block.scales + i : NULL};
+}
+
+#endif
