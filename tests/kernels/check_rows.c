@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: MIT */
+/* Operations on rows of logits, and conversions on the way into a cache. */
+#include <math.h>
+#include <string.h>
+
+#include "checkkern.h"
+
+static const float *row(const env *e)
+{
+    return (const float *)(const void *)e->in[0].data;
+}
+
+/* Logits in in[0]; some -inf as a mask leaves them. */
+static void setup_logits(env *e, float spread)
+{
+    int64_t n = e->shape.n;
+    float *s = input_floats(e, 0, n);
+    for (int64_t i = 0; i < n; i++) {
+        s[i] = random_normal(e) * spread;
+        if (e->shape.generator == GEN_ZERO || (e->shape.generator == GEN_OUTLIER && random_bits(e) % 4 == 0)) s[i] = -INFINITY;
+    }
+}
+
+/* Operations in place: out[which][0] starts as a copy of in[0]. */
+void reset_row(env *e, int which)
+{
+    memcpy(e->out[which][0].data, e->in[0].data, e->in[0].bytes);
+}
+
+void setup_row_max(env *e)
+{
+    setup_logits(e, 10.0f);
+    take_output(e, 0, sizeof(float), sizeof(float));
+}
+
+void run_row_max(env *e, const tq_kernels *kernels, int which)
+{
+    *output_floats(e, which, 0) = kernels->row_max(row(e), e->shape.n);
+}
+
+void setup_row_exp(env *e)
+{
+    setup_logits(e, e->shape.generator == GEN_HUGE ? 50.0f : 4.0f);
+    e->argument = 0.0f; /* the maximum, never -inf: attention skips a row without columns */
+    for (int64_t i = 0; i < e->shape.n; i++) e->argument = fmaxf(e->argument, row(e)[i]);
+    take_output(e, 0, e->in[0].bytes, sizeof(float));
+    take_output(e, 1, sizeof(float), sizeof(float));
+}
+
+void run_row_exp(env *e, const tq_kernels *kernels, int which)
+{
+    *output_floats(e, which, 1) = kernels->row_exp(output_floats(e, which, 0), e->shape.n, e->argument);
+}
+
+void setup_row_softcap(env *e)
+{
+    e->argument = e->shape.generator == GEN_HUGE ? 50.0f : 30.0f;
+    setup_logits(e, e->shape.generator == GEN_TINY ? 1e-3f : 40.0f);
+    take_output(e, 0, e->in[0].bytes, sizeof(float));
+    for (int64_t i = 0; i < e->shape.n; i++) e->norm[i] = (double)e->argument;
+    e->has_norms = true;
+}
+
+void run_row_softcap(env *e, const tq_kernels *kernels, int which)
+{
+    kernels->row_softcap(output_floats(e, which, 0), e->shape.n, e->argument);
+}
+
+enum { MASK_MINUS_INFINITY = 0xfc00 };
+static const float mask_scale = 0.125f, mask_slope = 0.7f;
+
+/* The mask in in[1]. Hidden columns may hold anything: with GEN_HUGE, infinities and NaN. */
+void setup_row_mask(env *e)
+{
+    setup_logits(e, 10.0f);
+    int64_t n = e->shape.n;
+    float *s = (float *)(void *)e->in[0].data;
+    uint16_t *mask = take_input(e, 1, (size_t)n * sizeof(uint16_t), sizeof(uint16_t));
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t r = random_bits(e);
+        bool hidden = e->shape.generator != GEN_NORMAL && r % 3 == 0;
+        mask[i] = hidden ? MASK_MINUS_INFINITY : r % 2 ? 0 : (uint16_t)(0xc000 + (r >> 8) % 0x1000); /* 0, or -2 .. -32 */
+        if (hidden && e->shape.generator == GEN_HUGE) s[i] = (r >> 32) % 2 ? NAN : INFINITY;
+        e->norm[i] = isfinite(s[i]) ? fabs((double)s[i]) + 32.0 : 0.0;
+    }
+    take_output(e, 0, e->in[0].bytes, sizeof(float));
+    e->has_norms = true;
+}
+
+void run_row_mask(env *e, const tq_kernels *kernels, int which)
+{
+    const uint16_t *mask = (const uint16_t *)(const void *)e->in[1].data;
+    kernels->row_mask_f16(output_floats(e, which, 0), e->shape.n, mask_scale, mask, mask_slope);
+}
+
+/* Values of all magnitudes, halfway cases, and what is no number. */
+void setup_half(env *e)
+{
+    int64_t n = e->shape.n;
+    float *x = input_floats(e, 0, n);
+    generate(e, x, 1, n, 0);
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t r = random_bits(e);
+        uint32_t bits = (uint32_t)(r >> 32);
+        if (r % 4 == 0) bits = (bits & 0xffffe000u) | 0x1000u; /* halfway between two halves of normal size */
+        if (r % 4 <= 1) memcpy(&x[i], &bits, sizeof(bits));
+    }
+    take_output(e, 0, (size_t)n * sizeof(uint16_t), sizeof(uint16_t));
+}
+
+void run_half(env *e, const tq_kernels *kernels, int which)
+{
+    kernels->half_from_float(row(e), e->shape.n, (uint16_t *)(void *)e->out[which][0].data);
+}
+
+/* One bad value in most cases, anywhere in the row. */
+void setup_all_finite(env *e)
+{
+    static const float bad[] = {NAN, INFINITY, -INFINITY, 65505.0f, -65536.0f};
+    int64_t n = e->shape.n;
+    float *x = input_floats(e, 0, n);
+    generate(e, x, 1, n, 0);
+    uint64_t r = random_bits(e);
+    if (n > 0 && r % 4 != 0) x[(int64_t)(r >> 33) % n] = bad[(r >> 8) % 5];
+    take_output(e, 0, 1, 1);
+}
+
+void run_all_finite(env *e, const tq_kernels *kernels, int which)
+{
+    e->out[which][0].data[0] = kernels->all_finite(row(e), e->shape.n);
+}
