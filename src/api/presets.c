@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: MIT */
+/* Named choices of formats, and what they cost in all. */
+#include "base/log.h"
+#include "turboquant.h"
+
+// clang-format off
+static const tq_preset presets[] = {
+    {"TQ8", "keys tq8, values tq8; first 4 and last 64 tokens exact", TQ_FORMAT_TQ8, TQ_FORMAT_TQ8, 4, 64},
+    {"TQ4", "keys tq4, values tq4; first 4 and last 64 tokens exact", TQ_FORMAT_TQ4, TQ_FORMAT_TQ4, 4, 64},
+    {"TQ3", "keys tq3, values tq3; first 4 and last 64 tokens exact", TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 4, 64},
+    {"TQ2", "keys tq2, values tq2; first 4 and last 64 tokens exact", TQ_FORMAT_TQ2, TQ_FORMAT_TQ2, 4, 64},
+};
+// clang-format on
+enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
+
+int32_t tq_preset_count(void)
+{
+    return N_PRESETS;
+}
+
+const tq_preset *tq_preset_get(int32_t i)
+{
+    return i >= 0 && i < N_PRESETS ? &presets[i] : NULL;
+}
+
+tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t head_dim, int32_t n_head_kv, int64_t n_slots)
+{
+    if (out == NULL || preset == NULL || n_head_kv < 1 || n_slots < 1) return TQ_ERR_ARGUMENT;
+    tq_store_params params;
+    tq_store_params_default(&params);
+    params.head_dim = head_dim;
+    params.n_head_kv = n_head_kv;
+    params.n_slots = n_slots;
+    params.n_sink = preset->n_sink;
+    params.n_recent = preset->n_recent;
+    size_t k_bytes, v_bytes;
+    params.format = preset->k_format;
+    TQ_TRY(tq_store_bytes(&k_bytes, &params));
+    params.format = preset->v_format;
+    TQ_TRY(tq_store_bytes(&v_bytes, &params));
+    double n_values = 2.0 * (double)n_slots * n_head_kv * head_dim;
+    *out = 8.0 * ((double)k_bytes + (double)v_bytes) / n_values;
+    return TQ_OK;
+}
