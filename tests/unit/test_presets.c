@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: MIT */
+/* Presets: names, and a cost that counts everything and tends to the formats' own bits as the context grows. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "turboquant.h"
+
+static const tq_preset *find(const char *name)
+{
+    for (int32_t i = 0; i < tq_preset_count(); i++) {
+        if (strcmp(tq_preset_get(i)->name, name) == 0) return tq_preset_get(i);
+    }
+    fail_msg("no preset %s", name);
+    return NULL;
+}
+
+static void test_list(void **state)
+{
+    (void)state;
+    assert_null(tq_preset_get(-1));
+    assert_null(tq_preset_get(tq_preset_count()));
+    assert_int_equal(find("TQ8")->k_format, TQ_FORMAT_TQ8);
+    assert_int_equal(find("TQ4")->v_format, TQ_FORMAT_TQ4);
+    assert_int_equal(find("TQ3")->k_format, TQ_FORMAT_TQ3);
+    assert_int_equal(find("TQ2")->v_format, TQ_FORMAT_TQ2);
+    for (int32_t i = 0; i < tq_preset_count(); i++) {
+        assert_int_equal(tq_preset_get(i)->n_sink, 4);
+        assert_int_equal(tq_preset_get(i)->n_recent, 64);
+        assert_non_null(strstr(tq_preset_get(i)->description, "exact"));
+    }
+}
+
+static void test_bits_per_value(void **state)
+{
+    (void)state;
+    for (int32_t i = 0; i < tq_preset_count(); i++) {
+        const tq_preset *preset = tq_preset_get(i);
+        tq_format_info k, v;
+        assert_int_equal(tq_format_describe(&k, preset->k_format, 128), TQ_OK);
+        assert_int_equal(tq_format_describe(&v, preset->v_format, 128), TQ_OK);
+        double formats = (k.bits_per_value + v.bits_per_value) / 2;
+        double previous = INFINITY;
+        for (int64_t n_slots = 256; n_slots <= 1 << 20; n_slots *= 4) {
+            double bits = 0.0;
+            assert_int_equal(tq_preset_bits_per_value(&bits, preset, 128, 8, n_slots), TQ_OK);
+            assert_true(bits > formats && bits < previous);
+            /* the exact slots' FP16 and their bookkeeping */
+            assert_true(bits < formats + 16.0 * 80 / (double)n_slots + 1.0);
+            previous = bits;
+        }
+        assert_true(previous < formats + 0.1);
+    }
+}
+
+/* A preset with different formats counts both. */
+static void test_mean_of_keys_and_values(void **state)
+{
+    (void)state;
+    tq_preset mixed = *find("TQ8");
+    mixed.v_format = TQ_FORMAT_TQ2;
+    double eight = 0.0, two = 0.0, both = 0.0;
+    assert_int_equal(tq_preset_bits_per_value(&eight, find("TQ8"), 64, 3, 4096), TQ_OK);
+    assert_int_equal(tq_preset_bits_per_value(&two, find("TQ2"), 64, 3, 4096), TQ_OK);
+    assert_int_equal(tq_preset_bits_per_value(&both, &mixed, 64, 3, 4096), TQ_OK);
+    assert_true(fabs(both - (eight + two) / 2) < 1e-9);
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    double bits = -1.0;
+    const tq_preset *preset = find("TQ4");
+    assert_int_equal(tq_preset_bits_per_value(&bits, preset, 72, 8, 4096), TQ_ERR_HEAD_DIM);
+    assert_int_equal(tq_preset_bits_per_value(&bits, preset, 128, 0, 4096), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_preset_bits_per_value(&bits, preset, 128, 8, 0), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_preset_bits_per_value(&bits, NULL, 128, 8, 4096), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_preset_bits_per_value(NULL, preset, 128, 8, 4096), TQ_ERR_ARGUMENT);
+    assert_true(bits == -1.0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_list),
+        cmocka_unit_test(test_bits_per_value),
+        cmocka_unit_test(test_mean_of_keys_and_values),
+        cmocka_unit_test(test_refusals),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
