@@ -12,6 +12,14 @@ void *tq_alloc_zero(size_t bytes);
 void tq_free(void *p);
 
 /*
+ * Memory for the length of one call. Large blocks come from the system and go back to it: a heap that is asked for them between
+ * a host's own allocations keeps a dozen copies resident.
+ */
+void *tq_scratch_alloc(size_t bytes);
+/* With the size that was asked for. NULL is fine. */
+void tq_scratch_free(void *p, size_t bytes);
+
+/*
  * Tests only: the next n_ok allocations succeed, then every one fails, until it is called with -1 (the default: none fails).
  * Not thread-safe.
  */

@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: MIT */
+/* The thread pool behind tq_pool_create, and the way the rest of the library runs work on a tq_executor. */
+#ifndef TQ_BASE_THREADS_H
+#define TQ_BASE_THREADS_H
+
+#include <stdint.h>
+
+#include "turboquant.h"
+
+/* Behind tq_pool_create, tq_pool_free and tq_pool_executor. n_threads >= 1. Errors: MEMORY, THREAD. */
+tq_status tq_pool_start(tq_pool **out, int32_t n_threads);
+void tq_pool_stop(tq_pool *pool);
+tq_executor tq_pool_as_executor(tq_pool *pool);
+
+/* Run body on the executor's threads; executor NULL, or max_threads 1: on the caller's alone. */
+void tq_run(const tq_executor *executor, int32_t max_threads, tq_body_fn body, void *arg);
+
+/* The threads that tq_run may use at most: 1 without an executor. */
+int32_t tq_executor_threads(const tq_executor *executor);
+
+#endif
