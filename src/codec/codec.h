@@ -19,6 +19,16 @@
 
 #include "turboquant.h"
 
+/*
+ * Encoding is bit-exact everywhere, so no compiler may fuse a multiplication with an addition on its own account. The build
+ * passes -ffp-contract=off; this is for whoever compiles the files with default flags.
+ */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #define TQ_HEAD_DIM_MAX 576
 #define TQ_WIDTH_MAX (2 * TQ_HEAD_DIM_MAX)
 #define TQ_ROUNDS_MAX 2
