@@ -1,0 +1,113 @@
+/* SPDX-License-Identifier: MIT */
+/* See kv_rows.h. Vectors go through small buffers on the stack, so that nothing here can fail. */
+#include "cache/kv_rows.h"
+
+#include <string.h>
+
+#include "base/threads.h"
+
+/* Vectors handled at a time. */
+#define GROUP_MAX 4
+/* Vectors that are worth waking one more thread, some 20 us of one core. */
+#define VECTORS_PER_THREAD 64
+
+typedef struct encode_task {
+    const tq_rows_in *in;
+    const tq_encode_job *jobs;
+    int32_t n_jobs;
+} encode_task;
+
+/* Jobs from i on, at most GROUP_MAX, whose columns follow each other within a page: their blocks are contiguous. */
+static int32_t group_length(const tq_encode_job *jobs, int32_t n_jobs, int64_t page_size)
+{
+    int32_t n = 1;
+    while (n < n_jobs && n < GROUP_MAX && jobs[n].column == jobs[0].column + n && jobs[n].column % page_size != 0) n++;
+    return n;
+}
+
+static void encode_group(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n, int32_t head)
+{
+    size_t head_dim = (size_t)in->codec->head_dim;
+    _Alignas(64) uint16_t half[GROUP_MAX * TQ_HEAD_DIM_MAX];
+    _Alignas(64) float x[GROUP_MAX * TQ_HEAD_DIM_MAX];
+    for (int32_t i = 0; i < n; i++) {
+        uint16_t *to = half + (size_t)i * head_dim;
+        if (jobs[i].row >= 0) {
+            const float *from = in->rows + jobs[i].row * in->row_stride + (size_t)head * head_dim;
+            in->kernels->half_from_float(from, (int64_t)head_dim, to);
+        } else {
+            const uint8_t *from = in->exact_data + (size_t)head * in->exact_head_stride_bytes;
+            memcpy(to, from + (size_t)jobs[i].exact_index * head_dim * sizeof *to, head_dim * sizeof *to);
+        }
+    }
+    in->kernels->format[TQ_FORMAT_F16].expand(in->exact_codec, (tq_block){(uint8_t *)half, NULL}, n, x);
+    tq_block block = tq_page_view_block(&in->pages, in->codec, head, jobs[0].column);
+    in->kernels->format[in->codec->traits->format].encode(in->codec, x, (int64_t)head_dim, n, block);
+}
+
+static void encode_body(void *arg, int32_t i_thread, int32_t n_threads)
+{
+    const encode_task *task = arg;
+    int32_t begin = (int32_t)((int64_t)task->n_jobs * i_thread / n_threads);
+    int32_t end = (int32_t)((int64_t)task->n_jobs * (i_thread + 1) / n_threads);
+    for (int32_t i = begin, n; i < end; i += n) {
+        n = group_length(task->jobs + i, end - i, task->in->pages.page_size);
+        for (int32_t head = 0; head < task->in->n_head_kv; head++) encode_group(task->in, task->jobs + i, n, head);
+    }
+}
+
+void tq_rows_encode(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n_jobs, const tq_executor *executor)
+{
+    int64_t max_threads = (int64_t)n_jobs * in->n_head_kv / VECTORS_PER_THREAD + 1;
+    if (max_threads > n_jobs) max_threads = n_jobs;
+    encode_task task = {in, jobs, n_jobs};
+    tq_run(executor, (int32_t)max_threads, encode_body, &task);
+}
+
+void tq_rows_keep_exact(const tq_rows_in *in, int64_t row, int32_t index)
+{
+    size_t head_dim = (size_t)in->codec->head_dim;
+    for (int32_t head = 0; head < in->n_head_kv; head++) {
+        uint8_t *data = in->exact_data + (size_t)head * in->exact_head_stride_bytes;
+        uint16_t *to = (uint16_t *)(void *)data + (size_t)index * head_dim;
+        in->kernels->half_from_float(in->rows + row * in->row_stride + (size_t)head * head_dim, (int64_t)head_dim, to);
+    }
+}
+
+static void read_encoded(const tq_kernels *kernels, const tq_kv_view *view, int32_t head, int64_t column, int64_t n, float *x)
+{
+    _Alignas(64) float working[GROUP_MAX * TQ_WIDTH_MAX];
+    const tq_format_kernels *format = &kernels->format[view->codec->traits->format];
+    format->expand(view->codec, tq_page_view_block(&view->pages, view->codec, head, column), n, working);
+    format->finish(view->codec, working, n, x);
+}
+
+void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_head_kv, int64_t first, int64_t n, float *rows,
+                  int64_t row_stride)
+{
+    size_t head_dim = (size_t)view->codec->head_dim;
+    _Alignas(64) float x[GROUP_MAX * TQ_HEAD_DIM_MAX];
+    for (int64_t c = first, group; c < first + n; c += group) {
+        group = view->pages.page_size - c % view->pages.page_size;
+        if (group > first + n - c) group = first + n - c;
+        if (group > GROUP_MAX) group = GROUP_MAX;
+        for (int32_t head = 0; head < n_head_kv; head++) {
+            read_encoded(kernels, view, head, c, group, x);
+            for (int64_t i = 0; i < group; i++) {
+                float *to = rows + (c - first + i) * row_stride + (size_t)head * head_dim;
+                memcpy(to, x + (size_t)i * head_dim, head_dim * sizeof *to);
+            }
+        }
+    }
+    for (int32_t i = 0; i < view->n_exact; i++) {
+        int64_t row = view->exact[i].column - first;
+        if (row < 0 || row >= n) continue;
+        for (int32_t head = 0; head < n_head_kv; head++) {
+            const uint8_t *data = view->exact_data + (size_t)head * view->exact_head_stride_bytes +
+                                  (size_t)view->exact[i].index * head_dim * sizeof(uint16_t);
+            tq_block block = {(uint8_t *)(uintptr_t)data, NULL};
+            kernels->format[TQ_FORMAT_F16].expand(view->exact_codec, block, 1,
+                                                  rows + row * row_stride + (size_t)head * head_dim);
+        }
+    }
+}

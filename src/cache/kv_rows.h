@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Moving rows (one token, all KV heads) into and out of pages and exact data. Shared by the store and the cache, which differ
+ * only in who decides which column is exact.
+ */
+#ifndef TQ_CACHE_KV_ROWS_H
+#define TQ_CACHE_KV_ROWS_H
+
+#include "attention/attention.h"
+
+/* The most sinks and recent tokens together that a store or sequence may have: their lists live on the stack. */
+#define TQ_EXACT_MAX 1024
+/* Columns encoded in one go: their list lives on the stack, too. */
+#define TQ_ENCODE_BATCH 512
+
+/* Where one column's vectors come from when they are encoded. */
+typedef struct tq_encode_job {
+    int64_t column;
+    int32_t row;         /* of the caller's rows; negative: take the exact data */
+    int32_t exact_index; /* vector number in the exact data, if row is negative */
+} tq_encode_job;
+
+typedef struct tq_rows_in {
+    const tq_kernels *kernels;
+    const tq_codec *codec, *exact_codec;
+    tq_page_view pages;
+    uint8_t *exact_data; /* head h's vectors at exact_data + h * exact_head_stride_bytes */
+    size_t exact_head_stride_bytes;
+    int32_t n_head_kv;
+    const float *rows; /* [n, n_head_kv, head_dim] */
+    int64_t row_stride;
+} tq_rows_in;
+
+/* Encode jobs with pairwise different columns. Values are rounded to FP16 first. */
+void tq_rows_encode(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n_jobs, const tq_executor *executor);
+/* Round one row to vector `index` of the exact data. */
+void tq_rows_keep_exact(const tq_rows_in *in, int64_t row, int32_t index);
+
+/* Decode columns [first, first + n) of a view to rows [n, n_head_kv, head_dim]. */
+void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_head_kv, int64_t first, int64_t n, float *rows,
+                  int64_t row_stride);
+
+#endif

@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: MIT */
+/* A store's memory layout, its handle, and its view for attention. What a write does is in store_write.c. */
+#include "cache/store.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "base/alloc.h"
+#include "base/log.h"
+
+#define SECTION_ALIGN 64
+
+/* a * b, or ARGUMENT if that is more than half of the address space: then sums of a few cannot overflow. */
+static tq_status multiply(size_t a, size_t b, size_t *out)
+{
+    if (b != 0 && a > SIZE_MAX / 16 / b) return TQ_ERR_ARGUMENT;
+    *out = a * b;
+    return TQ_OK;
+}
+
+static size_t align_section(size_t bytes)
+{
+    return (bytes + SECTION_ALIGN - 1) / SECTION_ALIGN * SECTION_ALIGN;
+}
+
+tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_store_params *params, size_t vector_bytes)
+{
+    tq_store_layout layout = {0};
+    if (family != TQ_FAMILY_EXACT) {
+        layout.n_sink = params->n_sink;
+        layout.n_recent = params->n_recent;
+    }
+    size_t n_exact = (size_t)layout.n_sink + (size_t)layout.n_recent, exact_bytes, encoded_bytes;
+    TQ_TRY(multiply((size_t)params->n_slots, vector_bytes, &layout.encoded_head_stride_bytes));
+    layout.encoded_head_stride_bytes = align_section(layout.encoded_head_stride_bytes);
+    TQ_TRY(multiply(n_exact, sizeof(uint16_t) * (size_t)params->head_dim, &layout.exact_head_stride_bytes));
+    TQ_TRY(multiply(layout.exact_head_stride_bytes, (size_t)params->n_head_kv, &exact_bytes));
+    TQ_TRY(multiply(layout.encoded_head_stride_bytes, (size_t)params->n_head_kv, &encoded_bytes));
+    layout.exact_ids_offset = sizeof(tq_store_header);
+    layout.exact_data_offset = layout.exact_ids_offset + align_section(n_exact * sizeof(int32_t));
+    layout.encoded_offset = layout.exact_data_offset + align_section(exact_bytes);
+    layout.bytes = layout.encoded_offset + encoded_bytes;
+    *out = layout;
+    return TQ_OK;
+}
+
+tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const tq_kernels *kernels, void *memory)
+{
+    tq_store *store = tq_alloc_zero(sizeof *store);
+    if (!store) return TQ_ERR_MEMORY;
+    tq_status status = tq_codec_init(&store->codec, params->format, params->head_dim, params->seed);
+    if (status != TQ_OK) {
+        tq_free(store);
+        return status;
+    }
+    status = tq_codec_init(&store->exact_codec, TQ_FORMAT_F16, params->head_dim, params->seed);
+    if (status == TQ_OK) {
+        status =
+            tq_store_layout_init(&store->layout, store->codec.traits->family, params, tq_codec_vector_bytes(&store->codec));
+    }
+    if (status != TQ_OK) {
+        tq_store_detach(store);
+        return status;
+    }
+    store->kernels = store->codec.kernels = store->exact_codec.kernels = kernels;
+    store->n_head_kv = params->n_head_kv;
+    store->n_slots = params->n_slots;
+    store->memory = memory;
+    store->encoded = store->memory + store->layout.encoded_offset;
+    snprintf(store->label, sizeof store->label, "%s", params->label ? params->label : "store");
+    *out = store;
+    return TQ_OK;
+}
+
+void tq_store_detach(tq_store *store)
+{
+    tq_codec_deinit(&store->exact_codec);
+    tq_codec_deinit(&store->codec);
+    tq_free(store);
+}
+
+/* Insert where the order by column wants it; write order is nearly that order, so the common case is an append. */
+static int32_t insert_exact(tq_exact_entry *list, int32_t n, tq_exact_entry entry)
+{
+    int32_t at = n;
+    if (n > 0 && list[n - 1].column >= entry.column) {
+        int32_t low = 0;
+        while (low < at) {
+            int32_t middle = low + (at - low) / 2;
+            if (list[middle].column < entry.column)
+                low = middle + 1;
+            else
+                at = middle;
+        }
+        /* Only memory that somebody else wrote holds a slot twice. */
+        if (list[at].column == entry.column) return n;
+        memmove(list + at + 1, list + at, (size_t)(n - at) * sizeof *list);
+    }
+    list[at] = entry;
+    return n + 1;
+}
+
+int32_t tq_store_list_exact(const tq_store *store, int64_t n_col, tq_exact_entry *out)
+{
+    int32_t n = 0, n_sink = store->layout.n_sink, n_recent = store->layout.n_recent;
+    for (int32_t i = 0; i < n_sink; i++) {
+        int64_t slot = tq_store_exact_slot(store, i);
+        if (slot >= 0 && slot < n_col) out[n++] = (tq_exact_entry){slot, i};
+    }
+    int32_t next = n_recent > 0 ? tq_store_ring_next(store) : 0;
+    for (int32_t i = 0; i < n_recent; i++) {
+        int32_t entry = n_sink + (i < n_recent - next ? next + i : next + i - n_recent);
+        int64_t slot = tq_store_exact_slot(store, entry);
+        if (slot >= 0 && slot < n_col) n = insert_exact(out, n, (tq_exact_entry){slot, entry});
+    }
+    return n;
+}
+
+tq_kv_view tq_store_view(const tq_store *store, const tq_exact_entry *exact, int32_t n_exact)
+{
+    const tq_store_layout *layout = &store->layout;
+    return (tq_kv_view){
+        .codec = &store->codec,
+        .pages = {.page_data = &store->encoded,
+                  .page_size = store->n_slots,
+                  .head_stride_bytes = layout->encoded_head_stride_bytes},
+        .exact_codec = &store->exact_codec,
+        .exact_data = store->memory + layout->exact_data_offset,
+        .exact_head_stride_bytes = layout->exact_head_stride_bytes,
+        .exact = exact,
+        .n_exact = n_exact,
+    };
+}

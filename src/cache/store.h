@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The store behind tq_store_*: slots in memory that the caller owns. Arguments were checked by src/api.
+ *
+ * The memory, each part aligned to 64 bytes:
+ *   header      tq_store_header
+ *   exact ids   int32 [n_sink + n_recent]: slot + 1 of each exact entry, 0 for none; entry s < n_sink is slot s
+ *   exact data  FP16 [n_head_kv, n_sink + n_recent, head_dim]
+ *   encoded     [n_head_kv] head pages of n_slots
+ * All zeros is an empty store. Sinks and ring do not exist (count 0) for the formats that are exact anyway.
+ */
+#ifndef TQ_CACHE_STORE_H
+#define TQ_CACHE_STORE_H
+
+#include "attention/attention.h"
+#include "cache/kv_rows.h"
+
+typedef struct tq_store_header {
+    int32_t ring_next; /* ring entry that the next new slot takes */
+    int32_t reserved[15];
+} tq_store_header;
+_Static_assert(sizeof(tq_store_header) == 64, "the exact ids begin at the next 64-byte boundary");
+
+typedef struct tq_store_layout {
+    int32_t n_sink, n_recent; /* as the format needs them */
+    size_t exact_ids_offset, exact_data_offset, encoded_offset, bytes;
+    size_t exact_head_stride_bytes, encoded_head_stride_bytes;
+} tq_store_layout;
+
+struct tq_store {
+    const tq_kernels *kernels;
+    tq_codec codec, exact_codec;
+    tq_store_layout layout;
+    int32_t n_head_kv;
+    int64_t n_slots;
+    uint8_t *memory;
+    uint8_t *encoded; /* the one page of all slots: memory + layout.encoded_offset */
+    char label[64];
+};
+
+/* store.c */
+/* Errors: ARGUMENT if the size overflows. */
+tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_store_params *params, size_t vector_bytes);
+/* Errors: FORMAT, HEAD_DIM, MEMORY. */
+tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const tq_kernels *kernels, void *memory);
+void tq_store_detach(tq_store *store);
+/* Exact entries of columns below n_col in ascending order, at most TQ_EXACT_MAX; returns their number. */
+int32_t tq_store_list_exact(const tq_store *store, int64_t n_col, tq_exact_entry *out);
+tq_kv_view tq_store_view(const tq_store *store, const tq_exact_entry *exact, int32_t n_exact);
+
+/* store_write.c */
+void tq_store_put(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
+                  const tq_executor *executor);
+void tq_store_replace(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
+                      const tq_executor *executor);
+/* The ring entry that the next new slot takes. Never out of range, whatever the memory holds. */
+int32_t tq_store_ring_next(const tq_store *store);
+/* The slot of an exact entry, or -1 for none. Never out of range, whatever the memory holds. */
+int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
+
+#endif
