@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: MIT */
+/* See checks.h; and tq_attend_params_default, whose fields are checked here. */
+#include "api/checks.h"
+
+#include <math.h>
+
+#include "base/log.h"
+#include "cache/kv_rows.h"
+
+/* Positions and counts beyond this are mistakes, and keeping them out keeps sums of a few from overflowing. */
+#define COUNT_MAX (INT64_C(1) << 48)
+
+void tq_attend_params_default(tq_attend_params *params)
+{
+    if (params) *params = (tq_attend_params){.struct_size = sizeof *params, .softmax_scale = 1.0f};
+}
+
+static tq_status bad(const char *who, const char *what)
+{
+    tq_log(TQ_LOG_ERROR, "%s: %s", who, what);
+    return TQ_ERR_ARGUMENT;
+}
+
+static bool no_nan(const float *x, int32_t n)
+{
+    for (int32_t i = 0; i < n; i++) {
+        if (isnan(x[i])) return false;
+    }
+    return true;
+}
+
+static bool all_finite(const float *x, int32_t n)
+{
+    for (int32_t i = 0; i < n; i++) {
+        if (!isfinite(x[i])) return false;
+    }
+    return true;
+}
+
+tq_status tq_check_attend(const char *who, const tq_attend_params *params, int32_t n_head_kv, int32_t head_dim_v)
+{
+    if (!params) return bad(who, "attend: params is NULL");
+    if (params->struct_size != sizeof *params) {
+        return bad(who, "attend: unknown struct_size; fill params with tq_attend_params_default first");
+    }
+    if (params->n_query < 0 || params->n_query > COUNT_MAX) return bad(who, "attend: n_query is out of range");
+    if (params->n_head <= 0 || params->n_head % n_head_kv != 0) {
+        tq_log(TQ_LOG_ERROR, "%s: attend: n_head is %d, but must be a multiple of n_head_kv, %d", who, (int)params->n_head,
+               (int)n_head_kv);
+        return TQ_ERR_SHAPE;
+    }
+    if (params->out_dim < 0 || params->out_dim > head_dim_v) {
+        tq_log(TQ_LOG_ERROR, "%s: attend: out_dim is %d, but the values have head_dim %d", who, (int)params->out_dim,
+               (int)head_dim_v);
+        return TQ_ERR_SHAPE;
+    }
+    if (params->n_query > 0 && (!params->q || !params->out)) return bad(who, "attend: q or out is NULL");
+    if (!isfinite(params->softmax_scale)) return bad(who, "attend: softmax_scale is not finite");
+    if (!isfinite(params->softcap) || params->softcap < 0) {
+        return bad(who, "attend: softcap must be finite and positive, or 0 for none");
+    }
+    if (params->first_pos < 0 || params->first_pos > COUNT_MAX) return bad(who, "attend: first_pos is out of range");
+    if (params->window < 0) return bad(who, "attend: window must be positive, or 0 for none");
+    if (params->alibi_slopes && !all_finite(params->alibi_slopes, params->n_head)) {
+        return bad(who, "attend: an ALiBi slope is not finite");
+    }
+    if (params->sinks && !no_nan(params->sinks, params->n_head)) return bad(who, "attend: a learned sink is NaN");
+    return TQ_OK;
+}
+
+tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent)
+{
+    if (n_sink >= 0 && n_recent >= 0 && n_sink <= TQ_EXACT_MAX && n_recent <= TQ_EXACT_MAX - n_sink) return TQ_OK;
+    tq_log(TQ_LOG_ERROR,
+           "%s: n_sink %d and n_recent %d: give counts from 0 with a sum of at most %d; the F16 format keeps all exact", who,
+           (int)n_sink, (int)n_recent, TQ_EXACT_MAX);
+    return TQ_ERR_ARGUMENT;
+}
+
+int32_t tq_check_row(const tq_kernels *kernels, const float *row, int32_t n_head_kv, int32_t head_dim)
+{
+    if (kernels->all_finite(row, (int64_t)n_head_kv * head_dim)) return -1;
+    int32_t head = 0;
+    while (head < n_head_kv - 1 && kernels->all_finite(row + (int64_t)head * head_dim, head_dim)) head++;
+    return head;
+}

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: MIT */
+/* tq_store_*: argument checks in front of cache/store.c. */
+#include "api/checks.h"
+#include "base/log.h"
+#include "cache/store.h"
+
+#define MEMORY_ALIGN 64
+
+void tq_store_params_default(tq_store_params *params)
+{
+    if (!params) return;
+    *params =
+        (tq_store_params){.struct_size = sizeof *params, .format = TQ_FORMAT_TQ4, .n_head_kv = 1, .seed = TQ_SEED_DEFAULT};
+}
+
+static const char *label_of(const tq_store_params *params)
+{
+    return params->label ? params->label : "store";
+}
+
+static tq_status check_params(const tq_store_params *params)
+{
+    if (!params) return TQ_ERR_ARGUMENT;
+    if (params->struct_size != sizeof *params) {
+        tq_log(TQ_LOG_ERROR, "store: unknown struct_size; fill params with tq_store_params_default first");
+        return TQ_ERR_ARGUMENT;
+    }
+    const char *label = label_of(params);
+    if (!tq_format_traits_get(params->format)) {
+        tq_log(TQ_LOG_ERROR, "%s: there is no format %d", label, (int)params->format);
+        return TQ_ERR_FORMAT;
+    }
+    if (!tq_head_dim_supported(params->head_dim)) {
+        tq_log(TQ_LOG_ERROR, "%s: head_dim %d has no rotation; see tq_head_dim_list", label, (int)params->head_dim);
+        return TQ_ERR_HEAD_DIM;
+    }
+    if (params->n_head_kv < 1 || params->n_slots < 1 || params->n_slots >= INT32_MAX) {
+        tq_log(TQ_LOG_ERROR, "%s: n_head_kv %d and n_slots %lld: give at least 1 of each, and fewer than 2^31 - 1 slots", label,
+               (int)params->n_head_kv, (long long)params->n_slots);
+        return TQ_ERR_ARGUMENT;
+    }
+    return tq_check_exact(label, params->n_sink, params->n_recent);
+}
+
+/* The bytes of one vector without the cost of a codec's tables. */
+static tq_status layout_of(tq_store_layout *out, const tq_store_params *params)
+{
+    tq_format_info info;
+    TQ_TRY(tq_format_describe(&info, params->format, params->head_dim));
+    tq_status status = tq_store_layout_init(out, tq_format_traits_get(params->format)->family, params, info.bytes_per_vector);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: its bytes overflow; lower n_slots or n_head_kv", label_of(params));
+    return status;
+}
+
+tq_status tq_store_bytes(size_t *out, const tq_store_params *params)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    TQ_TRY(check_params(params));
+    tq_store_layout layout;
+    TQ_TRY(layout_of(&layout, params));
+    *out = layout.bytes;
+    return TQ_OK;
+}
+
+tq_status tq_store_open(tq_store **out, const tq_store_params *params, void *memory, size_t memory_bytes)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    TQ_TRY(check_params(params));
+    if (!memory || (uintptr_t)memory % MEMORY_ALIGN != 0) {
+        tq_log(TQ_LOG_ERROR, "%s: its memory must not be NULL and must be aligned to %d bytes", label_of(params), MEMORY_ALIGN);
+        return TQ_ERR_ARGUMENT;
+    }
+    tq_store_layout layout;
+    TQ_TRY(layout_of(&layout, params));
+    if (memory_bytes < layout.bytes) {
+        tq_log(TQ_LOG_ERROR, "%s: %zu bytes of memory, but %zu are needed; ask tq_store_bytes", label_of(params), memory_bytes,
+               layout.bytes);
+        return TQ_ERR_SHAPE;
+    }
+    const tq_kernels *kernels = tq_kernels_get();
+    if (!kernels) return TQ_ERR_CPU;
+    tq_status status = tq_store_attach(out, params, kernels, memory);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: %s", label_of(params), tq_status_string(status));
+    return status;
+}
+
+void tq_store_close(tq_store *store)
+{
+    if (store) tq_store_detach(store);
+}
+
+static tq_status check_write(const tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride)
+{
+    if (!store || n < 0) return TQ_ERR_ARGUMENT;
+    if (n > 0 && (!slots || !rows)) {
+        tq_log(TQ_LOG_ERROR, "%s: slots or rows is NULL", store->label);
+        return TQ_ERR_ARGUMENT;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        if (slots[i] < store->n_slots) continue;
+        tq_log(TQ_LOG_ERROR, "%s: slot %lld of row %lld is out of range; there are %lld slots", store->label,
+               (long long)slots[i], (long long)i, (long long)store->n_slots);
+        return TQ_ERR_RANGE;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        if (slots[i] < 0) continue;
+        int32_t head = tq_check_row(store->kernels, rows + i * row_stride, store->n_head_kv, store->codec.head_dim);
+        if (head < 0) continue;
+        tq_log(TQ_LOG_ERROR, "%s: head %d of slot %lld holds NaN, infinity, or a magnitude above 65504; nothing was written",
+               store->label, (int)head, (long long)slots[i]);
+        return TQ_ERR_NOT_FINITE;
+    }
+    return TQ_OK;
+}
+
+tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
+                         const tq_executor *executor)
+{
+    TQ_TRY(check_write(store, slots, n, rows, row_stride));
+    tq_store_put(store, slots, n, rows, row_stride, executor);
+    return TQ_OK;
+}
+
+tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
+                          const tq_executor *executor)
+{
+    TQ_TRY(check_write(store, slots, n, rows, row_stride));
+    tq_store_replace(store, slots, n, rows, row_stride, executor);
+    return TQ_OK;
+}
+
+tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, float *rows, int64_t row_stride)
+{
+    if (!store || first_slot < 0 || n < 0 || (n > 0 && !rows)) return TQ_ERR_ARGUMENT;
+    if (first_slot > store->n_slots || n > store->n_slots - first_slot) {
+        tq_log(TQ_LOG_ERROR, "%s: read: %lld slots from %lld on are out of range; there are %lld", store->label, (long long)n,
+               (long long)first_slot, (long long)store->n_slots);
+        return TQ_ERR_RANGE;
+    }
+    tq_exact_entry exact[TQ_EXACT_MAX];
+    tq_kv_view view = tq_store_view(store, exact, tq_store_list_exact(store, first_slot + n, exact));
+    tq_rows_read(store->kernels, &view, store->n_head_kv, first_slot, n, rows, row_stride);
+    return TQ_OK;
+}
+
+int32_t tq_store_n_exact(const tq_store *store)
+{
+    if (!store) return 0;
+    tq_exact_entry exact[TQ_EXACT_MAX];
+    return tq_store_list_exact(store, store->n_slots, exact);
+}
+
+tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t n_col, const tq_attend_params *params,
+                          const tq_executor *executor)
+{
+    if (!keys || !values) return TQ_ERR_ARGUMENT;
+    if (keys->n_head_kv != values->n_head_kv || keys->n_slots != values->n_slots) {
+        tq_log(TQ_LOG_ERROR, "%s and %s: attend: their n_head_kv or n_slots differ", keys->label, values->label);
+        return TQ_ERR_SHAPE;
+    }
+    if (n_col < 0 || n_col > keys->n_slots) {
+        tq_log(TQ_LOG_ERROR, "%s: attend: n_col is %lld, but there are %lld slots", keys->label, (long long)n_col,
+               (long long)keys->n_slots);
+        return TQ_ERR_RANGE;
+    }
+    TQ_TRY(tq_check_attend(keys->label, params, keys->n_head_kv, values->codec.head_dim));
+
+    tq_exact_entry exact_keys[TQ_EXACT_MAX], exact_values[TQ_EXACT_MAX];
+    tq_kv_view key_view = tq_store_view(keys, exact_keys, tq_store_list_exact(keys, n_col, exact_keys)), value_view;
+    if (values != keys) value_view = tq_store_view(values, exact_values, tq_store_list_exact(values, n_col, exact_values));
+    tq_status status =
+        tq_attend(keys->kernels, &key_view, values != keys ? &value_view : &key_view, keys->n_head_kv, n_col, params, executor);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: attend: %s", keys->label, tq_status_string(status));
+    return status;
+}
