@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+# A thin front of CMake; the kinds of build are in CMakePresets.json.
+JOBS ?= $(shell nproc)
+PREFIX ?= /usr/local
+# Where downloads and llama.cpp are kept; the scripts read it too.
+export TQ_DEPS_DIR := $(abspath $(or $(TQ_DEPS_DIR),build/deps))
+PYTHON := $(TQ_DEPS_DIR)/venv/bin/python
+
+.PHONY: all
+all:  ## the library, tq, and (when llama.cpp's sources are there) the plug-in, in build/release
+	@scripts/setup.sh --check build
+	@cmake --preset release --log-level=WARNING -DTQ_GGML_DIR=$(TQ_DEPS_DIR)/llama.cpp/ggml
+	cmake --build --preset release -j $(JOBS)
+
+.PHONY: check
+check: all  ## format, layers, symbols, units, kernels, fuzz corpora: under a minute, no model, no network
+	python3 tests/run_all.py --quick
+
+.PHONY: run
+run:  ## the answer of a real model with and without the plug-in, and a table of memory, speed and quality
+	$(MAKE) --no-print-directory deps
+	$(MAKE) --no-print-directory all
+	$(PYTHON) scripts/report.py
+
+.PHONY: test
+test:  ## everything, with sanitizers and stock llama.cpp; the first run builds llama.cpp
+	scripts/setup.sh test
+	$(MAKE) --no-print-directory deps
+	$(PYTHON) tests/run_all.py
+
+.PHONY: bench
+bench: all  ## speed of each kernel on each instruction set of this machine
+	build/release/tests/checkkern --bench
+
+.PHONY: format
+format:  ## clang-format of all C files
+	python3 scripts/check_style.py --fix
+
+.PHONY: install
+install: all  ## to PREFIX (/usr/local)
+	cmake --install build/release --prefix $(PREFIX)
+
+.PHONY: clean
+clean:  ## delete the builds, keep build/deps
+	rm -rf build/release build/asan build/tsan build/fuzz build/aarch64
+
+.PHONY: deps
+deps:  ## packages, an unpatched llama.cpp, the model and the texts, cached in build/deps
+	@scripts/setup.sh run
+	@scripts/get_llama.sh
+	@scripts/get_model.sh
+	@$(PYTHON) scripts/get_text.py
+
+.PHONY: help
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 10

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: MIT
+# Toolchain file: AArch64 programs that run here under qemu-aarch64. Static, so that qemu needs no folder of libraries.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
+set(CMAKE_EXE_LINKER_FLAGS_INIT -static)
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: MIT
+# What `make install` copies: one header, both libraries, package files, the plug-in and tq.
+include(CMakePackageConfigHelpers)
+
+install(FILES include/turboquant.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(TARGETS turboquant_static turboquant_shared EXPORT turboquantTargets
+        ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(EXPORT turboquantTargets NAMESPACE turboquant:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/turboquant)
+
+configure_package_config_file(cmake/turboquantConfig.cmake.in turboquantConfig.cmake
+                              INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/turboquant)
+# Before 1.0 a minor version may change the interface.
+write_basic_package_version_file(turboquantConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${PROJECT_BINARY_DIR}/turboquantConfig.cmake ${PROJECT_BINARY_DIR}/turboquantConfigVersion.cmake
+        DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/turboquant)
+
+configure_file(cmake/turboquant.pc.in turboquant.pc @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/turboquant.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+
+if(TARGET tq)
+    install(TARGETS tq RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+endif()
+if(TARGET ggml-turboquant)
+    install(TARGETS ggml-turboquant LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/turboquant)
+endif()
