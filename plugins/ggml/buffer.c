@@ -1,0 +1,341 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Buffers. ggml-alloc asks get_alloc_size of each tensor and then alloc_buffer for the sum, on one thread; so the last tensor
+ * asked about tells what the buffer is for. A KV buffer is returned by the host buffer type: ggml allows that.
+ */
+#define _GNU_SOURCE /* MAP_ANONYMOUS */
+
+#include "buffer.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "log.h"
+
+#define ALIGNMENT 64
+
+typedef struct kv_buffer {
+    tq_ggml_device *device;
+    void *reserved; /* addresses for tensors, without access */
+    size_t reserved_bytes;
+    tq_ggml_kv_tensor **tensors;
+    size_t n, capacity;
+} kv_buffer;
+
+static size_t pad(size_t bytes)
+{
+    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+/* ---- KV buffers ---- */
+
+static void kv_free(ggml_backend_buffer_t buffer)
+{
+    kv_buffer *kvs = buffer->context;
+    for (size_t i = 0; i < kvs->n; i++) {
+        tq_ggml_kv_release(kvs->tensors[i]);
+        free(kvs->tensors[i]);
+    }
+    free(kvs->tensors);
+    munmap(kvs->reserved, kvs->reserved_bytes);
+    free(kvs);
+}
+
+static void *kv_base(ggml_backend_buffer_t buffer)
+{
+    return ((kv_buffer *)buffer->context)->reserved;
+}
+
+/* Why a tensor can't be one of a KV cache of ours, or NULL. */
+static const char *find_fault(const tq_ggml_device *device, const struct ggml_tensor *t)
+{
+    if (t->type != GGML_TYPE_F16) return "the device has formats of its own: leave --cache-type-k and --cache-type-v at f16";
+    if (t->ne[3] != 1) return "its shape is not [n_embd, cells, streams]";
+    if (tq_ggml_kv_estimate(device, t) == 0) return "no supported head_dim divides its rows";
+    return NULL;
+}
+
+static bool add_tensor(kv_buffer *kvs, ggml_backend_buffer_t buffer, struct ggml_tensor *t)
+{
+    if (kvs->n == kvs->capacity) {
+        size_t capacity = kvs->capacity ? 2 * kvs->capacity : 64;
+        tq_ggml_kv_tensor **tensors = realloc(kvs->tensors, capacity * sizeof(*tensors));
+        if (!tensors) return false;
+        kvs->tensors = tensors;
+        kvs->capacity = capacity;
+    }
+    tq_ggml_kv_tensor *kv = calloc(1, sizeof *kv);
+    if (!kv) return false;
+    kv->device = kvs->device;
+    kv->buffer = buffer;
+    memcpy(kv->name, t->name, sizeof kv->name);
+    tq_ggml_kv_name(kv->name, &kv->layer, &kv->is_value);
+    tq_ggml_kv_note_layer(kv->layer);
+    kv->n_embd = t->ne[0];
+    kv->n_slots = t->ne[1];
+    kv->n_stream = t->ne[2];
+    kv->bytes = tq_ggml_kv_estimate(kvs->device, t);
+    kvs->tensors[kvs->n++] = kv;
+    t->extra = kv;
+    return true;
+}
+
+static _Thread_local size_t pending_kv_bytes; /* of the KV tensor asked about last, 0 if it was another */
+
+static enum ggml_status kv_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t)
+{
+    kv_buffer *kvs = buffer->context;
+    int32_t layer;
+    bool is_value;
+    pending_kv_bytes = 0;
+    if (t->view_src) return GGML_STATUS_SUCCESS;
+    if (!tq_ggml_kv_name(t->name, &layer, &is_value) || find_fault(kvs->device, t)) {
+        tq_ggml_log(TQ_LOG_ERROR, "%s can't hold the tensor '%s' in a KV cache", kvs->device->preset.name, t->name);
+        return GGML_STATUS_FAILED;
+    }
+    if (add_tensor(kvs, buffer, t)) return GGML_STATUS_SUCCESS;
+    tq_ggml_log(TQ_LOG_ERROR, "%s: out of memory", t->name);
+    return GGML_STATUS_ALLOC_FAILED;
+}
+
+static void kv_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, const void *data, size_t offset, size_t size)
+{
+    (void)buffer;
+    tq_ggml_kv_write(tq_ggml_root(t)->extra, tq_ggml_root_offset(t) + offset, size, data);
+}
+
+static void kv_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor *t, void *data, size_t offset, size_t size)
+{
+    (void)buffer;
+    /* What could not be read must not look like values: all bits set is NaN. */
+    if (!tq_ggml_kv_read(tq_ggml_root(t)->extra, tq_ggml_root_offset(t) + offset, size, data)) memset(data, 0xff, size);
+}
+
+static void kv_memset_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, uint8_t value, size_t offset, size_t size)
+{
+    void *data = malloc(size);
+    if (!data) {
+        tq_ggml_log(TQ_LOG_ERROR, "%s: out of memory; it can't be set", t->name);
+        ((tq_ggml_kv_tensor *)tq_ggml_root(t)->extra)->is_damaged = true;
+        return;
+    }
+    memset(data, value, size);
+    kv_set_tensor(buffer, t, data, offset, size);
+    free(data);
+}
+
+/* llama.cpp copies one stream's cache to another's: all of it, and so the stores as they are. */
+static bool kv_cpy_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor *src, struct ggml_tensor *dst)
+{
+    bool is_dummy;
+    const tq_ggml_device *device = ((kv_buffer *)buffer->context)->device;
+    const tq_ggml_kv_tensor *from = tq_ggml_kv_of(device, src, &is_dummy);
+    tq_ggml_kv_tensor *to = tq_ggml_kv_of(device, dst, &is_dummy);
+    if (!from || !to || !from->stores || !to->stores) return false;
+    size_t stream_bytes = (size_t)to->n_embd * sizeof(ggml_fp16_t) * (size_t)to->n_slots;
+    bool same_shape = from->n_embd == to->n_embd && from->n_slots == to->n_slots && from->head_dim == to->head_dim &&
+                      from->store_bytes == to->store_bytes;
+    size_t src_offset = tq_ggml_root_offset(src), dst_offset = tq_ggml_root_offset(dst);
+    if (!same_shape || from->layer != to->layer || from->is_value != to->is_value ||
+        tq_ggml_host.ggml_nbytes(src) != stream_bytes || src_offset % stream_bytes != 0 || dst_offset % stream_bytes != 0)
+        return false;
+    tq_ggml_kv_copy_stream(to, (int64_t)(dst_offset / stream_bytes), from, (int64_t)(src_offset / stream_bytes));
+    to->is_damaged |= from->is_damaged;
+    return true;
+}
+
+static void kv_clear(ggml_backend_buffer_t buffer, uint8_t value)
+{
+    kv_buffer *kvs = buffer->context;
+    for (size_t i = 0; i < kvs->n; i++) tq_ggml_kv_clear(kvs->tensors[i]);
+    if (value != 0) {
+        tq_ggml_log(TQ_LOG_ERROR, "%s: a KV cache can be cleared with zeros only; it now holds zeros",
+                    kvs->device->preset.name);
+    }
+}
+
+static const struct ggml_backend_buffer_i kv_interface = {
+    .free_buffer = kv_free,
+    .get_base = kv_base,
+    .init_tensor = kv_init_tensor,
+    .memset_tensor = kv_memset_tensor,
+    .set_tensor = kv_set_tensor,
+    .get_tensor = kv_get_tensor,
+    .cpy_tensor = kv_cpy_tensor,
+    .clear = kv_clear,
+};
+
+ggml_backend_buffer_t tq_ggml_kv_buffer_create(tq_ggml_device *device, size_t size)
+{
+    kv_buffer *kvs = calloc(1, sizeof *kvs);
+    if (!kvs) return NULL;
+    /* Nothing is read or written there; a stray access ends the process and does not corrupt a cache. */
+    void *reserved = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED) {
+        free(kvs);
+        return NULL;
+    }
+    *kvs = (kv_buffer){.device = device, .reserved = reserved, .reserved_bytes = size};
+    atomic_store(&device->has_kv_tensor, true);
+    return tq_ggml_host.ggml_backend_buffer_init(&device->kv_buft, kv_interface, kvs, size);
+}
+
+static void log_binding(const kv_buffer *kvs, size_t bytes)
+{
+    const tq_preset *preset = &kvs->device->preset;
+    tq_format_info k = {.name = "?"}, v = {.name = "?"};
+    const tq_ggml_kv_tensor *first = kvs->tensors[0];
+    double n_values = 0;
+    int n_exact = 0;
+    for (size_t i = 0; i < kvs->n; i++) {
+        const tq_ggml_kv_tensor *kv = kvs->tensors[i];
+        n_values += (double)kv->n_embd * (double)kv->n_slots * (double)kv->n_stream;
+        n_exact += !kv->is_value && tq_ggml_options_is_exact(kvs->device->options, kv->layer);
+    }
+    if (tq_format_describe(&k, preset->k_format, first->head_dim) != TQ_OK ||
+        tq_format_describe(&v, preset->v_format, first->head_dim) != TQ_OK)
+        return;
+    tq_ggml_log(
+        TQ_LOG_INFO,
+        "%s holds the KV cache: keys %s, values %s, first %d and last %d tokens exact, %d layers exact; head_dim %d, %lld "
+        "cells, %lld streams; %.2f MiB, %.3f bits per value with everything counted",
+        preset->name, k.name, v.name, (int)preset->n_sink, (int)preset->n_recent, n_exact, (int)first->head_dim,
+        (long long)first->n_slots, (long long)first->n_stream, (double)bytes / 1048576, 8 * (double)bytes / n_values);
+}
+
+void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv)
+{
+    kv_buffer *kvs = kv->buffer->context;
+    size_t bytes = 0, n_bound = 0;
+    for (size_t i = 0; i < kvs->n; i++) {
+        bytes += pad(kvs->tensors[i]->bytes);
+        n_bound += kvs->tensors[i]->stores != NULL;
+    }
+    kv->buffer->size = bytes;
+    if (n_bound == kvs->n) log_binding(kvs, bytes);
+}
+
+/* ---- host buffers ---- */
+
+static void host_free(ggml_backend_buffer_t buffer)
+{
+    free(buffer->context);
+}
+
+static void *host_base(ggml_backend_buffer_t buffer)
+{
+    return buffer->context;
+}
+
+static void host_memset_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, uint8_t value, size_t offset, size_t size)
+{
+    (void)buffer;
+    memset((char *)t->data + offset, value, size);
+}
+
+static void host_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, const void *data, size_t offset, size_t size)
+{
+    (void)buffer;
+    memcpy((char *)t->data + offset, data, size);
+}
+
+static void host_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor *t, void *data, size_t offset, size_t size)
+{
+    (void)buffer;
+    memcpy(data, (const char *)t->data + offset, size);
+}
+
+static bool host_cpy_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor *src, struct ggml_tensor *dst)
+{
+    (void)buffer;
+    if (!tq_ggml_host.ggml_backend_buft_is_host(tq_ggml_root(src)->buffer->buft)) return false;
+    memcpy(dst->data, src->data, tq_ggml_host.ggml_nbytes(src));
+    return true;
+}
+
+static void host_clear(ggml_backend_buffer_t buffer, uint8_t value)
+{
+    memset(buffer->context, value, buffer->size);
+}
+
+static const struct ggml_backend_buffer_i host_interface = {
+    .free_buffer = host_free,
+    .get_base = host_base,
+    .memset_tensor = host_memset_tensor,
+    .set_tensor = host_set_tensor,
+    .get_tensor = host_get_tensor,
+    .cpy_tensor = host_cpy_tensor,
+    .clear = host_clear,
+};
+
+/* ---- buffer types ---- */
+
+static _Thread_local char pending_fault[256]; /* why the KV tensor asked about can't be served; "" if it can */
+
+static const char *buft_name(ggml_backend_buffer_type_t buft)
+{
+    const tq_ggml_device *device = buft->context;
+    return buft == &device->kv_buft ? device->kv_buft_name : device->preset.name;
+}
+
+static size_t buft_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml_tensor *t)
+{
+    const tq_ggml_device *device = buft->context;
+    int32_t layer;
+    bool is_value;
+    pending_kv_bytes = 0;
+    if (t->view_src || !tq_ggml_kv_name(t->name, &layer, &is_value)) {
+        pending_fault[0] = '\0';
+        return tq_ggml_host.ggml_nbytes(t);
+    }
+    const char *fault = find_fault(device, t);
+    if (fault) {
+        snprintf(pending_fault, sizeof pending_fault, "%s (%s, rows of %lld): %s", t->name,
+                 tq_ggml_host.ggml_type_name(t->type), (long long)t->ne[0], fault);
+        return tq_ggml_host.ggml_nbytes(t);
+    }
+    pending_kv_bytes = tq_ggml_kv_estimate(device, t);
+    return pending_kv_bytes;
+}
+
+static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)
+{
+    tq_ggml_device *device = buft->context;
+    size_t kv_bytes = pending_kv_bytes;
+    pending_kv_bytes = 0;
+    if (pending_fault[0] != '\0') {
+        tq_ggml_log(TQ_LOG_ERROR, "%s refuses the KV cache: %s", device->preset.name, pending_fault);
+        pending_fault[0] = '\0';
+        return NULL;
+    }
+    if (kv_bytes != 0 && size >= kv_bytes) return tq_ggml_kv_buffer_create(device, size);
+    void *p = NULL;
+    /* ggml before 0.25 asks for buffers of 0 bytes, and wants a base that is not NULL from them. */
+    if (posix_memalign(&p, ALIGNMENT, size ? pad(size) : ALIGNMENT) != 0) return NULL;
+    return tq_ggml_host.ggml_backend_buffer_init(&device->host_buft, host_interface, p, size);
+}
+
+static size_t buft_alignment(ggml_backend_buffer_type_t buft)
+{
+    (void)buft;
+    return ALIGNMENT;
+}
+
+static bool buft_is_host(ggml_backend_buffer_type_t buft)
+{
+    return buft == &((const tq_ggml_device *)buft->context)->host_buft;
+}
+
+void tq_ggml_bufts_init(tq_ggml_device *device)
+{
+    device->host_buft = (struct ggml_backend_buffer_type){.iface = {.get_name = buft_name,
+                                                                    .alloc_buffer = buft_alloc_buffer,
+                                                                    .get_alignment = buft_alignment,
+                                                                    .get_alloc_size = buft_alloc_size,
+                                                                    .is_host = buft_is_host},
+                                                          .device = &device->device,
+                                                          .context = device};
+    device->kv_buft = device->host_buft;
+}

@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: MIT */
+/* Buffer types and buffers: plain host memory for compute, reserved addresses with stores behind them for the KV cache. */
+#ifndef TQ_GGML_BUFFER_H
+#define TQ_GGML_BUFFER_H
+
+#include "device.h"
+#include "kv_tensor.h"
+
+/* Fill the device's two buffer types. */
+void tq_ggml_bufts_init(tq_ggml_device *device);
+
+/* A KV buffer with room for size bytes of tensors, or NULL. */
+ggml_backend_buffer_t tq_ggml_kv_buffer_create(tq_ggml_device *device, size_t size);
+
+/* The size that ggml reports follows what is known of the tensors; when all are bound, one line of log tells the sums. */
+void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv);
+
+#endif

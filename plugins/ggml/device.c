@@ -1,0 +1,264 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The device and its backends, as ggml sees them.
+ *
+ * The device type is that of an integrated GPU. llama.cpp gives layers' caches to devices of a GPU type, and takes integrated
+ * ones on its own only if there is no discrete GPU. It then takes all of the registry entry that the first of them belongs to,
+ * and would spread the layers over our presets: hence an entry of its own for each device.
+ */
+#include "device.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "buffer.h"
+#include "log.h"
+#include "ops.h"
+
+/* ---- backend ---- */
+
+static const char *backend_name(ggml_backend_t backend)
+{
+    return ((const tq_ggml_worker *)backend->context)->device->preset.name;
+}
+
+static void backend_free(ggml_backend_t backend)
+{
+    tq_ggml_worker *worker = backend->context;
+    if (worker->cpu) tq_ggml_host.ggml_backend_free(worker->cpu);
+    tq_ggml_threads_free(&worker->threads);
+    free(worker->slots);
+    free(worker->alibi_slopes);
+    free(worker);
+    free(backend);
+}
+
+static enum ggml_status run_node(tq_ggml_worker *worker, const struct ggml_tensor *node)
+{
+    switch (node->op) {
+    case GGML_OP_NONE:
+    case GGML_OP_VIEW:
+    case GGML_OP_RESHAPE:
+    case GGML_OP_PERMUTE:
+    case GGML_OP_TRANSPOSE:
+        return GGML_STATUS_SUCCESS;
+    case GGML_OP_SET_ROWS:
+        return tq_ggml_set_rows(worker, node);
+    case GGML_OP_FLASH_ATTN_EXT:
+        return tq_ggml_flash_attn(worker, node);
+    case GGML_OP_ROPE:
+        return tq_ggml_rope(worker, node);
+    default:
+        tq_ggml_log(TQ_LOG_ERROR, "%s can't run %s (%s)", worker->device->preset.name, tq_ggml_host.ggml_op_name(node->op),
+                    node->name);
+        return GGML_STATUS_FAILED;
+    }
+}
+
+/* TQ_GGML may name a layer that the model does not have. All caches exist by the time of the first graph. */
+static bool check_exact_layers(tq_ggml_worker *worker)
+{
+    int32_t wanted = worker->device->options->max_exact_layer, last = tq_ggml_kv_last_layer();
+    worker->has_checked_layers = wanted <= last;
+    if (wanted > last) {
+        tq_ggml_log(TQ_LOG_ERROR, "TQ_GGML: exact=%d: the last layer with a KV cache on the device is %d", (int)wanted,
+                    (int)last);
+    }
+    return worker->has_checked_layers;
+}
+
+static enum ggml_status backend_graph_compute(ggml_backend_t backend, struct ggml_cgraph *graph)
+{
+    tq_ggml_worker *worker = backend->context;
+    if (!worker->has_checked_layers && !check_exact_layers(worker)) return GGML_STATUS_FAILED;
+    int n = tq_ggml_host.ggml_graph_n_nodes(graph);
+    for (int i = 0; i < n; i++) {
+        enum ggml_status status = run_node(worker, tq_ggml_host.ggml_graph_node(graph, i));
+        if (status != GGML_STATUS_SUCCESS) return status;
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+static ggml_guid backend_guid = {0x74, 0x75, 0x72, 0x62, 0x6f, 0x71, 0x75, 0x61,
+                                 0x6e, 0x74, 0x2e, 0x63, 0x00, 0x00, 0x00, 0x01};
+
+/* llama.cpp calls it before every graph. */
+static void backend_set_n_threads(ggml_backend_t backend, int n_threads)
+{
+    tq_ggml_worker *worker = backend->context;
+    tq_ggml_threads_set(&worker->threads, n_threads);
+    if (worker->has_checked_use) return;
+    worker->has_checked_use = true;
+    if (!atomic_load(&worker->device->has_kv_tensor)) {
+        tq_ggml_log(TQ_LOG_WARNING, "%s was chosen, but no KV cache was put on it: are -ngl 0 or --no-kv-offload given?",
+                    worker->device->preset.name);
+    }
+}
+
+static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *params)
+{
+    (void)params;
+    ggml_backend_t backend = calloc(1, sizeof *backend);
+    tq_ggml_worker *worker = calloc(1, sizeof *worker);
+    if (!backend || !worker) {
+        free(backend);
+        free(worker);
+        return NULL;
+    }
+    worker->device = dev->context;
+    backend->guid = &backend_guid;
+    backend->iface =
+        (struct ggml_backend_i){.get_name = backend_name, .free = backend_free, .graph_compute = backend_graph_compute};
+    backend->device = dev;
+    backend->context = worker;
+    return backend;
+}
+
+/* ---- device ---- */
+
+static const char *device_name(ggml_backend_dev_t dev)
+{
+    return ((const tq_ggml_device *)dev->context)->preset.name;
+}
+
+static const char *device_description(ggml_backend_dev_t dev)
+{
+    return ((const tq_ggml_device *)dev->context)->description;
+}
+
+/* The cache lies in the machine's memory. */
+static void device_memory(ggml_backend_dev_t dev, size_t *free_bytes, size_t *total_bytes)
+{
+    (void)dev;
+    ggml_backend_dev_t cpu = tq_ggml_host.ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    *free_bytes = *total_bytes = 0;
+    if (cpu) tq_ggml_host.ggml_backend_dev_memory(cpu, free_bytes, total_bytes);
+}
+
+static enum ggml_backend_dev_type device_type(ggml_backend_dev_t dev)
+{
+    (void)dev;
+    return GGML_BACKEND_DEVICE_TYPE_IGPU;
+}
+
+static void device_props(ggml_backend_dev_t dev, struct ggml_backend_dev_props *props)
+{
+    memset(props, 0, sizeof *props);
+    props->name = device_name(dev);
+    props->description = device_description(dev);
+    props->type = device_type(dev);
+    device_memory(dev, &props->memory_free, &props->memory_total);
+    props->caps.mmap_support = true; /* weights stay with the CPU, which reads them where the file is mapped */
+}
+
+static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t dev)
+{
+    return &((tq_ggml_device *)dev->context)->host_buft;
+}
+
+static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor *op)
+{
+    tq_ggml_device *device = dev->context;
+    switch (op->op) {
+    case GGML_OP_NONE:
+    case GGML_OP_VIEW:
+    case GGML_OP_RESHAPE:
+    case GGML_OP_PERMUTE:
+    case GGML_OP_TRANSPOSE:
+        return true; /* views of the cache are assigned to the device that holds it */
+    case GGML_OP_SET_ROWS:
+        return tq_ggml_set_rows_supported(device, op);
+    case GGML_OP_FLASH_ATTN_EXT:
+        return tq_ggml_flash_attn_supported(device, op);
+    case GGML_OP_ROPE:
+        return tq_ggml_rope_supported(device, op);
+    default:
+        return false;
+    }
+}
+
+static bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft)
+{
+    tq_ggml_device *device = dev->context;
+    return buft == &device->kv_buft || tq_ggml_host.ggml_backend_buft_is_host(buft);
+}
+
+/* ---- registry entry ---- */
+
+static const char *reg_name(ggml_backend_reg_t reg)
+{
+    (void)reg;
+    return "TurboQuant";
+}
+
+static size_t reg_device_count(ggml_backend_reg_t reg)
+{
+    (void)reg;
+    return tq_ggml_device_count();
+}
+
+static ggml_backend_dev_t reg_device(ggml_backend_reg_t reg, size_t i)
+{
+    (void)reg;
+    return &tq_ggml_device_get(i)->device;
+}
+
+static void *reg_proc_address(ggml_backend_reg_t reg, const char *name)
+{
+    (void)reg;
+    if (strcmp(name, "ggml_backend_set_n_threads") != 0) return NULL;
+    void (*function)(ggml_backend_t, int) = backend_set_n_threads;
+    void *address;
+    memcpy(&address, &function, sizeof address);
+    return address;
+}
+
+static tq_status describe(tq_ggml_device *device)
+{
+    /* A typical shape: bits per value hardly depend on it, and the device does not know its model yet. */
+    enum { HEAD_DIM = 128, N_HEAD_KV = 8, N_SLOTS = 8192 };
+    const tq_preset *preset = &device->preset;
+    tq_format_info k, v;
+    double bits;
+    tq_status status = tq_preset_bits_per_value(&bits, preset, HEAD_DIM, N_HEAD_KV, N_SLOTS);
+    if (status == TQ_OK) status = tq_format_describe(&k, preset->k_format, HEAD_DIM);
+    if (status == TQ_OK) status = tq_format_describe(&v, preset->v_format, HEAD_DIM);
+    if (status != TQ_OK) return status;
+    snprintf(device->description, sizeof device->description,
+             "KV cache with keys %s, values %s, first %d and last %d tokens exact: %.2f bits per value%s", k.name, v.name,
+             (int)preset->n_sink, (int)preset->n_recent, bits,
+             device->options->max_exact_layer >= 0 ? ", some layers exact" : "");
+    return TQ_OK;
+}
+
+tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options)
+{
+    out->preset = *preset;
+    out->options = options;
+    if (options->has_k_format) out->preset.k_format = options->k_format;
+    if (options->has_v_format) out->preset.v_format = options->v_format;
+    if (options->has_n_sink) out->preset.n_sink = options->n_sink;
+    if (options->has_n_recent) out->preset.n_recent = options->n_recent;
+    tq_status status = describe(out);
+    if (status != TQ_OK) return status;
+    snprintf(out->kv_buft_name, sizeof out->kv_buft_name, "%s_KV", preset->name);
+    out->reg = (struct ggml_backend_reg){.api_version = GGML_BACKEND_API_VERSION,
+                                         .iface = {.get_name = reg_name,
+                                                   .get_device_count = reg_device_count,
+                                                   .get_device = reg_device,
+                                                   .get_proc_address = reg_proc_address}};
+    out->device = (struct ggml_backend_device){.iface = {.get_name = device_name,
+                                                         .get_description = device_description,
+                                                         .get_memory = device_memory,
+                                                         .get_type = device_type,
+                                                         .get_props = device_props,
+                                                         .init_backend = device_init_backend,
+                                                         .get_buffer_type = device_buffer_type,
+                                                         .supports_op = device_supports_op,
+                                                         .supports_buft = device_supports_buft},
+                                               .reg = &out->reg,
+                                               .context = out};
+    tq_ggml_bufts_init(out);
+    return TQ_OK;
+}

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: MIT */
+/* One device per preset: its formats, its two buffer types, its ggml structs. */
+#ifndef TQ_GGML_DEVICE_H
+#define TQ_GGML_DEVICE_H
+
+#include <stdatomic.h>
+
+#include "host.h"
+#include "options.h"
+#include "turboquant.h"
+
+#define TQ_GGML_DEVICES_MAX 16
+
+typedef struct tq_ggml_device {
+    tq_preset preset; /* with what TQ_GGML overrides */
+    const tq_ggml_options *options;
+    char description[192];
+    char kv_buft_name[32];
+    struct ggml_backend_device device;
+    /* Each device has a registry entry of its own, see device.c. */
+    struct ggml_backend_reg reg;
+    /*
+     * Two buffer types. Compute buffers are plain host memory and say so, so that the CPU backend works in them without copies.
+     * The KV cache must not say so, or the CPU would run its operations on encoded bytes.
+     */
+    struct ggml_backend_buffer_type host_buft, kv_buft;
+    atomic_bool has_kv_tensor; /* a KV cache was placed here at least once */
+} tq_ggml_device;
+
+/* Fill *out for one preset. Errors: what tq_store_bytes says of the formats and counts. */
+tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options);
+
+/* The devices' registry is the one that lists all of them: entry.c. */
+size_t tq_ggml_device_count(void);
+tq_ggml_device *tq_ggml_device_get(size_t i);
+
+#endif

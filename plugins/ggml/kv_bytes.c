@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The nominal FP16 bytes of a KV tensor, read and written: llama.cpp saves and restores states through them. Encoding FP16
+ * values that came from decoding gives the bytes that they came from, so a restored state is not quantized a second time.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "kv_tensor.h"
+#include "log.h"
+
+#define CHUNK_ROWS_MAX 256
+#define CHUNK_VALUES 65536 /* of a chunk of more than one row */
+#define FP16_MAX 65504.0f
+
+/* A piece of a transfer: whole rows, or a part of one, of one stream. */
+typedef struct piece {
+    int64_t stream, first_slot, n_rows;
+    size_t first_byte; /* within the row; 0 for whole rows */
+    size_t bytes;
+} piece;
+
+static size_t row_bytes(const tq_ggml_kv_tensor *kv)
+{
+    return (size_t)kv->n_embd * sizeof(ggml_fp16_t);
+}
+
+static int64_t chunk_rows(const tq_ggml_kv_tensor *kv)
+{
+    int64_t n = CHUNK_VALUES / kv->n_embd;
+    return n < 1 ? 1 : n > CHUNK_ROWS_MAX ? CHUNK_ROWS_MAX : n;
+}
+
+static piece next_piece(const tq_ggml_kv_tensor *kv, size_t offset, size_t size)
+{
+    size_t row = offset / row_bytes(kv);
+    piece p = {.stream = (int64_t)row / kv->n_slots, .first_slot = (int64_t)row % kv->n_slots, .n_rows = 1};
+    p.first_byte = offset % row_bytes(kv);
+    if (p.first_byte != 0 || size < row_bytes(kv)) {
+        size_t rest = row_bytes(kv) - p.first_byte;
+        p.bytes = size < rest ? size : rest;
+        return p;
+    }
+    p.n_rows = (int64_t)(size / row_bytes(kv));
+    if (p.n_rows > chunk_rows(kv)) p.n_rows = chunk_rows(kv);
+    if (p.n_rows > kv->n_slots - p.first_slot) p.n_rows = kv->n_slots - p.first_slot;
+    p.bytes = (size_t)p.n_rows * row_bytes(kv);
+    return p;
+}
+
+static bool check_range(const tq_ggml_kv_tensor *kv, size_t offset, size_t size)
+{
+    size_t all = row_bytes(kv) * (size_t)kv->n_slots * (size_t)kv->n_stream;
+    const char *why = NULL;
+    if (!kv->stores)
+        why = "before any attention has read it, its head_dim is not known";
+    else if (offset > all || size > all - offset)
+        why = "the bytes are beyond its end";
+    else if (offset % sizeof(ggml_fp16_t) != 0 || size % sizeof(ggml_fp16_t) != 0)
+        why = "half a value can't be transferred";
+    if (why) tq_ggml_log(TQ_LOG_ERROR, "transfer of %zu bytes at %zu of %s: %s", size, offset, kv->name, why);
+    return !why;
+}
+
+static float *allocate_rows(const tq_ggml_kv_tensor *kv)
+{
+    float *rows = malloc((size_t)(chunk_rows(kv) * kv->n_embd) * sizeof *rows);
+    if (!rows) tq_ggml_log(TQ_LOG_ERROR, "transfer of %s: out of memory", kv->name);
+    return rows;
+}
+
+/* A decoded value may be a little larger than all that was encoded, and then too large for FP16. */
+static void clamp_to_fp16(float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] > FP16_MAX ? FP16_MAX : x[i] < -FP16_MAX ? -FP16_MAX : x[i];
+}
+
+bool tq_ggml_kv_read(const tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out)
+{
+    if (!check_range(kv, offset, size)) return false;
+    float *rows = allocate_rows(kv);
+    if (!rows) return false;
+    uint8_t *to = out;
+    bool ok = true;
+    while (ok && size > 0) {
+        piece p = next_piece(kv, offset, size);
+        ok = tq_store_read(kv->stores[p.stream], p.first_slot, p.n_rows, rows, kv->n_embd) == TQ_OK;
+        if (ok) {
+            clamp_to_fp16(rows, p.n_rows * kv->n_embd);
+            tq_ggml_host.ggml_fp32_to_fp16_row(rows + p.first_byte / sizeof(ggml_fp16_t), (ggml_fp16_t *)(void *)to,
+                                               (int64_t)(p.bytes / sizeof(ggml_fp16_t)));
+        }
+        to += p.bytes;
+        offset += p.bytes;
+        size -= p.bytes;
+    }
+    free(rows);
+    return ok;
+}
+
+/* A part of a row leaves the slot as it was, exact or encoded; a whole row is a new one. */
+static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows)
+{
+    tq_store *store = kv->stores[p->stream];
+    const ggml_fp16_t *halves = (const ggml_fp16_t *)(const void *)from;
+    int64_t slots[CHUNK_ROWS_MAX];
+    for (int64_t i = 0; i < p->n_rows; i++) slots[i] = p->first_slot + i;
+    if (p->bytes == (size_t)p->n_rows * row_bytes(kv)) {
+        tq_ggml_host.ggml_fp16_to_fp32_row(halves, rows, p->n_rows * kv->n_embd);
+        return tq_store_write(store, slots, p->n_rows, rows, kv->n_embd, NULL);
+    }
+    tq_status status = tq_store_read(store, p->first_slot, 1, rows, kv->n_embd);
+    if (status != TQ_OK) return status;
+    clamp_to_fp16(rows, kv->n_embd);
+    tq_ggml_host.ggml_fp16_to_fp32_row(halves, rows + p->first_byte / sizeof(ggml_fp16_t),
+                                       (int64_t)(p->bytes / sizeof(ggml_fp16_t)));
+    return tq_store_update(store, slots, 1, rows, kv->n_embd, NULL);
+}
+
+bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in)
+{
+    /* ggml's set_tensor can't fail, so a state that could not be taken shows at the next attention. */
+    bool ok = check_range(kv, offset, size);
+    float *rows = ok ? allocate_rows(kv) : NULL;
+    ok = rows != NULL;
+    const uint8_t *from = in;
+    while (ok && size > 0) {
+        piece p = next_piece(kv, offset, size);
+        ok = write_piece(kv, &p, from, rows) == TQ_OK;
+        from += p.bytes;
+        offset += p.bytes;
+        size -= p.bytes;
+    }
+    free(rows);
+    if (!ok) kv->is_damaged = true;
+    return ok;
+}
+
+void tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, const tq_ggml_kv_tensor *from, int64_t from_stream)
+{
+    /* Equal pieces stay untouched: pages that neither store has written take no memory. */
+    enum { PIECE = 4096 };
+    uint8_t *t = to->memory + (size_t)to_stream * to->store_bytes;
+    const uint8_t *f = from->memory + (size_t)from_stream * from->store_bytes;
+    for (size_t i = 0; i < to->store_bytes; i += PIECE) {
+        size_t n = to->store_bytes - i < PIECE ? to->store_bytes - i : PIECE;
+        if (memcmp(t + i, f + i, n) != 0) memcpy(t + i, f + i, n);
+    }
+}

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: MIT */
+/* SET_ROWS: new keys or values go into slots. The row number counts over all streams. */
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "log.h"
+#include "ops.h"
+
+int64_t *tq_ggml_worker_slots(tq_ggml_worker *worker, size_t n)
+{
+    if (n > worker->n_slots) {
+        int64_t *slots = realloc(worker->slots, n * sizeof *slots);
+        if (!slots) {
+            tq_ggml_log(TQ_LOG_ERROR, "%s: out of memory for %zu slot numbers", worker->device->preset.name, n);
+            return NULL;
+        }
+        worker->slots = slots;
+        worker->n_slots = n;
+    }
+    return worker->slots;
+}
+
+bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor *op)
+{
+    bool is_dummy;
+    tq_ggml_kv_tensor *kv = tq_ggml_kv_of(device, op, &is_dummy);
+    if (!kv) return is_dummy;
+    if (kv->is_refused) return false;
+    const struct ggml_tensor *rows = op->src[0], *index = op->src[1];
+    if (op->ne[0] == 1 && kv->n_embd > 1)
+        return tq_ggml_kv_refuse(kv, "flash attention is off, and then values are stored transposed; give -fa on or -fa auto");
+    if (op->ne[0] != kv->n_embd || op->nb[1] != (size_t)kv->n_embd * sizeof(ggml_fp16_t) || rows->type != GGML_TYPE_F32 ||
+        rows->nb[0] != sizeof(float) || rows->nb[1] % sizeof(float) != 0 || rows->ne[2] != 1 || rows->ne[3] != 1 ||
+        (index->type != GGML_TYPE_I64 && index->type != GGML_TYPE_I32))
+        return tq_ggml_kv_refuse(kv, "a graph writes to it in a shape that is not whole rows of floats");
+    return true;
+}
+
+/* The global row number of each new row, counted from the tensor's first row. */
+static const int64_t *row_numbers(tq_ggml_worker *worker, const struct ggml_tensor *op, int64_t first)
+{
+    const struct ggml_tensor *index = op->src[1];
+    int64_t n = op->src[0]->ne[1];
+    if (index->type == GGML_TYPE_I64 && index->nb[0] == sizeof(int64_t) && first == 0) return index->data;
+    int64_t *slots = tq_ggml_worker_slots(worker, 2 * (size_t)n);
+    for (int64_t i = 0; i < n && slots; i++) {
+        const void *p = (const char *)index->data + (size_t)i * index->nb[0];
+        slots[n + i] = first + (index->type == GGML_TYPE_I64 ? *(const int64_t *)p : *(const int32_t *)p);
+    }
+    return slots ? slots + n : NULL;
+}
+
+enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tensor *op)
+{
+    bool is_dummy;
+    tq_ggml_kv_tensor *kv = tq_ggml_kv_of(worker->device, op, &is_dummy);
+    if (!kv || !kv->stores) {
+        tq_ggml_log(TQ_LOG_ERROR, "%s: a graph writes to it, but none has flash attention over it: its head_dim is not known",
+                    kv ? kv->name : op->name);
+        return GGML_STATUS_FAILED;
+    }
+    const struct ggml_tensor *rows = op->src[0];
+    int64_t n = rows->ne[1], row_stride = (int64_t)(rows->nb[1] / sizeof(float));
+    int64_t first = (int64_t)(tq_ggml_root_offset(op) / ((size_t)kv->n_embd * sizeof(ggml_fp16_t)));
+    const int64_t *numbers = row_numbers(worker, op, first);
+    if (!numbers) return GGML_STATUS_ALLOC_FAILED;
+    for (int64_t i = 0; i < n; i++) {
+        if (numbers[i] >= 0 && numbers[i] < kv->n_slots * kv->n_stream) continue;
+        tq_ggml_log(TQ_LOG_ERROR, "%s: there is no row %" PRId64, kv->name, numbers[i]);
+        return GGML_STATUS_FAILED;
+    }
+    /* Runs of rows of one stream, as a batch of several sequences has them. */
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+        int64_t stream = numbers[begin] / kv->n_slots;
+        const int64_t *slots = numbers + begin;
+        for (end = begin + 1; end < n && numbers[end] / kv->n_slots == stream;) end++;
+        if (stream > 0) {
+            int64_t *own = numbers == worker->slots + n ? worker->slots : tq_ggml_worker_slots(worker, (size_t)n);
+            if (!own) return GGML_STATUS_ALLOC_FAILED;
+            for (int64_t i = begin; i < end; i++) own[i] = numbers[i] - stream * kv->n_slots;
+            slots = own + begin;
+        }
+        tq_status status =
+            tq_store_write(kv->stores[stream], slots, end - begin, (const float *)rows->data + begin * row_stride, row_stride,
+                           &worker->threads.executor);
+        /* The library has logged the layer, head and slot. */
+        if (status != TQ_OK) return status == TQ_ERR_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
+    }
+    return GGML_STATUS_SUCCESS;
+}

@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: MIT */
+/* Parsing TQ_GGML. Anything that is not understood is an error: an option without effect would be found out much too late. */
+#include "options.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define VALUE_MAX 256 /* of one key=value */
+
+typedef struct error_text {
+    char *text;
+    size_t bytes;
+} error_text;
+
+typedef struct option_key {
+    const char *name;
+    const char *value; /* what it may be, for messages */
+    bool (*parse)(tq_ggml_options *options, const char *value, error_text *error);
+} option_key;
+
+static bool fail(error_text *error, const char *key, const char *value, const char *expected)
+{
+    snprintf(error->text, error->bytes, "TQ_GGML: %s=%s: %s", key, value, expected);
+    return false;
+}
+
+static bool fail_format(error_text *error, const char *key, const char *value)
+{
+    char names[VALUE_MAX] = "give one of";
+    for (int i = 0; i < TQ_FORMAT_COUNT; i++) {
+        tq_format_info info;
+        if (tq_format_describe(&info, (tq_format)i, 128) != TQ_OK) continue;
+        size_t n = strlen(names);
+        snprintf(names + n, sizeof names - n, "%s %s", n > strlen("give one of") ? "," : "", info.name);
+    }
+    return fail(error, key, value, names);
+}
+
+/* Decimal digits only; the value is at most max. Returns the end of the digits, or NULL. */
+static const char *parse_number(int32_t *out, const char *text, int32_t max)
+{
+    int64_t number = 0;
+    const char *p = text;
+    for (; *p >= '0' && *p <= '9'; p++) {
+        number = 10 * number + (*p - '0');
+        if (number > max) return NULL;
+    }
+    if (p == text) return NULL;
+    *out = (int32_t)number;
+    return p;
+}
+
+static bool parse_whole_number(int32_t *out, const char *text, int32_t max)
+{
+    const char *end = parse_number(out, text, max);
+    return end && *end == '\0';
+}
+
+static bool parse_k(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->has_k_format = true;
+    return tq_format_from_name(&options->k_format, value) == TQ_OK || fail_format(error, "k", value);
+}
+
+static bool parse_v(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->has_v_format = true;
+    return tq_format_from_name(&options->v_format, value) == TQ_OK || fail_format(error, "v", value);
+}
+
+/* Would a store take these? The library knows its limit. */
+static bool exact_counts_fit(int32_t n_sink, int32_t n_recent)
+{
+    tq_store_params params;
+    tq_store_params_default(&params);
+    params.head_dim = 64;
+    params.n_slots = 1;
+    params.n_sink = n_sink;
+    params.n_recent = n_recent;
+    size_t bytes;
+    return tq_store_bytes(&bytes, &params) == TQ_OK;
+}
+
+/* The library's limit of sinks and recent tokens together, rounded down to a power of two. */
+static int32_t max_exact_count(void)
+{
+    int32_t n = 1;
+    while (n < INT32_MAX / 2 && exact_counts_fit(2 * n, 0)) n *= 2;
+    return n;
+}
+
+static bool parse_count(int32_t *out, const char *key, const char *value, error_text *error)
+{
+    int32_t max = max_exact_count();
+    if (parse_whole_number(out, value, max)) return true;
+    char expected[VALUE_MAX];
+    snprintf(expected, sizeof expected, "give a count of tokens from 0 to %d", (int)max);
+    return fail(error, key, value, expected);
+}
+
+static bool parse_sinks(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->has_n_sink = true;
+    return parse_count(&options->n_sink, "sinks", value, error);
+}
+
+static bool parse_recent(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->has_n_recent = true;
+    return parse_count(&options->n_recent, "recent", value, error);
+}
+
+/* LAYER[-LAYER], joined by +. */
+static bool parse_exact(tq_ggml_options *options, const char *value, error_text *error)
+{
+    const char *p = value;
+    for (;;) {
+        int32_t first, last;
+        p = parse_number(&first, p, TQ_GGML_LAYERS_MAX - 1);
+        if (!p) break;
+        last = first;
+        if (*p == '-') p = parse_number(&last, p + 1, TQ_GGML_LAYERS_MAX - 1);
+        if (!p || last < first) break;
+        for (int32_t i = first; i <= last; i++) options->exact_layers[i / 8] |= (uint8_t)(1u << (i % 8));
+        if (last > options->max_exact_layer) options->max_exact_layer = last;
+        if (*p == '\0') return true;
+        if (*p++ != '+') break;
+    }
+    return fail(error, "exact", value, "give layers counted from 0, as 0+1 or 0-3+31 (the last layers by their numbers)");
+}
+
+static bool parse_head_dim(tq_ggml_options *options, const char *value, error_text *error)
+{
+    int32_t n, number;
+    const int32_t *list = tq_head_dim_list(&n);
+    char expected[VALUE_MAX] = "give one of";
+    bool is_number = parse_whole_number(&number, value, INT32_MAX);
+    for (int32_t i = 0; i < n; i++) {
+        if (is_number && list[i] == number) {
+            options->head_dim = number;
+            return true;
+        }
+        size_t used = strlen(expected);
+        snprintf(expected + used, sizeof expected - used, "%s %d", i > 0 ? "," : "", (int)list[i]);
+    }
+    return fail(error, "head_dim", value, expected);
+}
+
+static bool parse_log(tq_ggml_options *options, const char *value, error_text *error)
+{
+    static const char *const names[] = {[TQ_LOG_ERROR] = "error", [TQ_LOG_WARNING] = "warning", [TQ_LOG_INFO] = "info"};
+    for (int i = 0; i <= TQ_LOG_INFO; i++) {
+        if (strcmp(value, names[i]) != 0) continue;
+        options->log_level = (tq_log_level)i;
+        return true;
+    }
+    return fail(error, "log", value, "give one of error, warning, info");
+}
+
+static const option_key keys[] = {
+    {"k", "FORMAT", parse_k},
+    {"v", "FORMAT", parse_v},
+    {"sinks", "N", parse_sinks},
+    {"recent", "N", parse_recent},
+    {"exact", "LAYER[-LAYER][+...]", parse_exact},
+    {"head_dim", "N", parse_head_dim},
+    {"log", "LEVEL", parse_log},
+};
+enum { N_KEYS = sizeof keys / sizeof keys[0] };
+
+static bool fail_key(error_text *error, const char *item)
+{
+    char list[VALUE_MAX] = "";
+    for (int i = 0; i < N_KEYS; i++) {
+        size_t n = strlen(list);
+        snprintf(list + n, sizeof list - n, "%s %s=%s", i > 0 ? "," : "", keys[i].name, keys[i].value);
+    }
+    snprintf(error->text, error->bytes, "TQ_GGML: '%s' is no option; the options are%s", item, list);
+    return false;
+}
+
+static bool parse_item(tq_ggml_options *options, const char *item, uint32_t *seen, error_text *error)
+{
+    const char *equals = strchr(item, '=');
+    for (int i = 0; i < N_KEYS && equals; i++) {
+        size_t n = strlen(keys[i].name);
+        if ((size_t)(equals - item) != n || strncmp(item, keys[i].name, n) != 0) continue;
+        if (*seen >> i & 1) return fail(error, keys[i].name, equals + 1, "the option is given twice");
+        *seen |= 1u << i;
+        return keys[i].parse(options, equals + 1, error);
+    }
+    return fail_key(error, item);
+}
+
+bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes)
+{
+    error_text to = {error, error_bytes};
+    tq_ggml_options options = {.log_level = TQ_LOG_INFO, .max_exact_layer = -1};
+    uint32_t seen = 0;
+    const char *p = text ? text : "";
+    while (*p) {
+        size_t n = strcspn(p, ",");
+        char item[VALUE_MAX];
+        /* A comma at the end announces another option, so it counts as an empty one. */
+        if (p[n] == ',' && p[n + 1] == '\0') return fail_key(&to, "");
+        snprintf(item, sizeof item, "%.*s", n < sizeof item ? (int)n : (int)sizeof item - 1, p);
+        if (n >= sizeof item) return fail_key(&to, item);
+        if (!parse_item(&options, item, &seen, &to)) return false;
+        p += n + (p[n] == ',');
+    }
+    if (!exact_counts_fit(options.n_sink, options.n_recent)) {
+        snprintf(error, error_bytes, "TQ_GGML: sinks=%d and recent=%d are too many; give up to %d together",
+                 (int)options.n_sink, (int)options.n_recent, (int)max_exact_count());
+        return false;
+    }
+    *out = options;
+    return true;
+}

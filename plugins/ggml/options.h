@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: MIT */
+/* The environment variable TQ_GGML: a comma-separated list of key=value. docs/llama-cpp.md explains it to users. */
+#ifndef TQ_GGML_OPTIONS_H
+#define TQ_GGML_OPTIONS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "turboquant.h"
+
+#define TQ_GGML_LAYERS_MAX 1024
+
+typedef struct tq_ggml_options {
+    bool has_k_format, has_v_format, has_n_sink, has_n_recent; /* else the preset's */
+    tq_format k_format, v_format;
+    int32_t n_sink, n_recent;
+    int32_t head_dim; /* 0: not given */
+    tq_log_level log_level;
+    uint8_t exact_layers[TQ_GGML_LAYERS_MAX / 8]; /* bit set: keys and values stay FP16 */
+    int32_t max_exact_layer;                      /* -1: none */
+} tq_ggml_options;
+
+/*
+ * Parse text; NULL and "" give the defaults. On failure returns false, *out is untouched and error gets one line that names the
+ * option and what it may be.
+ */
+bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes);
+
+static inline bool tq_ggml_options_is_exact(const tq_ggml_options *options, int32_t layer)
+{
+    return layer >= 0 && layer < TQ_GGML_LAYERS_MAX && (options->exact_layers[layer / 8] >> (layer % 8) & 1) != 0;
+}
+
+#endif
