@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: MIT */
+/* tq: picks the subcommand; holds what the subcommands share. */
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tq.h"
+
+// clang-format off
+static const struct {
+    const char *name, *summary;
+    int (*run)(int argc, char **argv);
+} commands[] = {
+    {"formats",    "list the formats and what they cost",                       cmd_formats},
+    {"distortion", "measure a format's error on random vectors",                cmd_distortion},
+    {"presets",    "list the presets, which choose formats for keys and values", cmd_presets},
+    {"run",        "run a stock llama.cpp tool with the compressed KV cache",   cmd_run},
+};
+// clang-format on
+enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
+
+int tool_error(int code, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fputs("tq: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    return code;
+}
+
+int tool_print_json(cJSON *json)
+{
+    char *text = json ? cJSON_Print(json) : NULL;
+    cJSON_Delete(json);
+    if (!text) return tool_error(1, "out of memory");
+    puts(text);
+    cJSON_free(text);
+    return 0;
+}
+
+bool tool_parse_int(int64_t *out, const char *option, const char *text, int64_t low, int64_t high)
+{
+    char *end;
+    errno = 0;
+    long long value = strtoll(text, &end, 10);
+    if (end == text || *end || errno || value < low || value > high) {
+        tool_error(EXIT_USAGE, "%s takes a whole number from %lld to %lld, not '%s'", option, (long long)low, (long long)high,
+                   text);
+        return false;
+    }
+    *out = value;
+    return true;
+}
+
+bool tool_parse_head_dim(int32_t *out, const char *text)
+{
+    int64_t value;
+    if (!tool_parse_int(&value, "--head-dim", text, 1, INT32_MAX)) return false;
+    int32_t n;
+    const int32_t *list = tq_head_dim_list(&n);
+    char known[256] = "";
+    for (int32_t i = 0; i < n; i++) {
+        if (list[i] == value) {
+            *out = list[i];
+            return true;
+        }
+        size_t used = strlen(known);
+        snprintf(known + used, sizeof known - used, "%s%d", i ? ", " : "", list[i]);
+    }
+    tool_error(1, "there is no rotation for head_dim %lld; there is one for %s", (long long)value, known);
+    return false;
+}
+
+static void print_help(FILE *file)
+{
+    fputs("usage: tq COMMAND [OPTIONS]\n\n"
+          "A language model's KV cache in 2 to 4 bits a value.\n\ncommands:\n",
+          file);
+    for (int i = 0; i < N_COMMANDS; i++) fprintf(file, "  %-12s%s\n", commands[i].name, commands[i].summary);
+    fputs("\n'tq COMMAND --help' explains a command; 'tq --version' prints the version.\n", file);
+}
+
+static void print_log(void *user, tq_log_level level, const char *message)
+{
+    (void)user;
+    (void)level;
+    fprintf(stderr, "tq: %s\n", message);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        print_help(stderr);
+        return EXIT_USAGE;
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        printf("tq %s\n", tq_version_string());
+        return 0;
+    }
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+        print_help(stdout);
+        return 0;
+    }
+    tq_log_set(print_log, NULL);
+    for (int i = 0; i < N_COMMANDS; i++) {
+        if (strcmp(argv[1], commands[i].name) != 0) continue;
+        int code = commands[i].run(argc - 1, argv + 1);
+        if (fflush(stdout) != 0 || ferror(stdout)) return tool_error(1, "cannot write to standard output");
+        return code;
+    }
+    return tool_error(EXIT_USAGE, "there is no command '%s'; see 'tq --help'", argv[1]);
+}

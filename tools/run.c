@@ -1,0 +1,196 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * tq run: the front of a stock llama.cpp tool. It finds the plug-in and the tool, adds the options that choose our device, and
+ * becomes the tool, so that signals, exit code and output are the tool's own.
+ */
+#include <getopt.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tq.h"
+
+static const char help[] =
+    "usage: tq run [--preset P] [--tool T] [--llama-bin DIR] [--dry-run] MODEL.gguf [OPTIONS OF THE TOOL...]\n\n"
+    "Run a stock llama.cpp tool on a model, with its KV cache in the plug-in. All after the model goes to the tool.\n\n"
+    "  --preset P       as 'tq presets' lists them (TQ4)\n"
+    "  --tool T         completion, server, bench or perplexity (completion)\n"
+    "  --llama-bin DIR  where llama.cpp's programs are\n"
+    "  --dry-run        print the command and stop\n\n"
+    "llama.cpp's programs are looked for in --llama-bin, $TQ_LLAMA_BIN, the folder that this project built them in, and\n"
+    "$PATH; the plug-in, libggml-turboquant.so, in $TQ_PLUGIN (a file), beside tq, and where it was installed with tq.\n"
+    "Finer control: the plug-in's environment variable TQ_GGML, see docs/llama-cpp.md.\n\n"
+    "    tq run --preset TQ3 model.gguf -c 32768 -p 'Once upon a time' -n 200\n";
+
+/* From tq's folder: the build's folder of dependencies, and the installed plug-in (set by the build). */
+#define BUILT_LLAMA_BIN "../deps/llama-bin"
+#ifndef TQ_PLUGIN_FROM_BIN
+#define TQ_PLUGIN_FROM_BIN "../lib/turboquant"
+#endif
+#define PLUGIN_NAME "libggml-turboquant.so"
+
+typedef struct request {
+    const char *preset, *tool, *llama_bin, *model;
+    bool dry_run;
+    char **options; /* of the tool, NULL at the end */
+    int n_options;
+} request;
+
+/* The folder of this executable, without a slash at its end. */
+static bool own_folder(char out[PATH_MAX])
+{
+    ssize_t n = readlink("/proc/self/exe", out, PATH_MAX - 1);
+    if (n <= 0) return false;
+    out[n] = '\0';
+    char *slash = strrchr(out, '/');
+    if (slash) *slash = '\0';
+    return slash != NULL;
+}
+
+static bool join(char out[PATH_MAX], const char *folder, const char *middle, const char *name)
+{
+    int n = snprintf(out, PATH_MAX, "%s/%s%s%s", folder, middle, *middle ? "/" : "", name);
+    return n > 0 && n < PATH_MAX;
+}
+
+static bool find_plugin(char out[PATH_MAX])
+{
+    char folder[PATH_MAX];
+    const char *given = getenv("TQ_PLUGIN");
+    if (given) {
+        /* The host may look from another folder. */
+        return realpath(given, out) != NULL && access(out, R_OK) == 0;
+    }
+    if (!own_folder(folder)) return false;
+    if (join(out, folder, "", PLUGIN_NAME) && access(out, R_OK) == 0) return true;
+    return join(out, folder, TQ_PLUGIN_FROM_BIN, PLUGIN_NAME) && access(out, R_OK) == 0;
+}
+
+static bool find_in_path(char out[PATH_MAX], const char *name)
+{
+    const char *path = getenv("PATH");
+    while (path && *path) {
+        int length = (int)strcspn(path, ":");
+        int n = snprintf(out, PATH_MAX, "%.*s/%s", length, path, name);
+        if (length > 0 && n < PATH_MAX && access(out, X_OK) == 0) return true;
+        path += length + (path[length] == ':');
+    }
+    return false;
+}
+
+static bool find_tool(char out[PATH_MAX], const request *r)
+{
+    char name[64], folder[PATH_MAX];
+    snprintf(name, sizeof name, "llama-%s", r->tool);
+    const char *given = r->llama_bin ? r->llama_bin : getenv("TQ_LLAMA_BIN");
+    if (given) return join(out, given, "", name) && access(out, X_OK) == 0;
+    if (own_folder(folder) && join(out, folder, BUILT_LLAMA_BIN, name) && access(out, X_OK) == 0) return true;
+    return find_in_path(out, name);
+}
+
+static bool has_option(const request *r, const char *a, const char *b, const char *c)
+{
+    for (int i = 0; i < r->n_options; i++) {
+        const char *option = r->options[i];
+        if (strcmp(option, a) == 0 || strcmp(option, b) == 0 || strcmp(option, c) == 0) return true;
+    }
+    return false;
+}
+
+static int execute(const request *r, char *plugin, char *tool)
+{
+    char **argv = calloc((size_t)r->n_options + 8, sizeof *argv);
+    if (!argv) return tool_error(1, "out of memory");
+    /* exec wants char *, and changes nothing. */
+    char model_option[] = "-m", device_option[] = "-dev", layers_option[] = "-ngl", all_layers[] = "999";
+    int n = 0;
+    argv[n++] = tool;
+    argv[n++] = model_option;
+    argv[n++] = (char *)r->model;
+    /* Without this a llama.cpp with backends linked in would not even load the plug-in. */
+    if (!has_option(r, "-dev", "--device", "")) {
+        argv[n++] = device_option;
+        argv[n++] = (char *)r->preset;
+    }
+    if (!has_option(r, "-ngl", "--gpu-layers", "--n-gpu-layers")) {
+        argv[n++] = layers_option;
+        argv[n++] = all_layers;
+    }
+    for (int i = 0; i < r->n_options; i++) argv[n++] = r->options[i];
+    if (r->dry_run) {
+        printf("GGML_BACKEND_PATH=%s", plugin);
+        for (int i = 0; i < n; i++) printf(" %s", argv[i]);
+        putchar('\n');
+        free(argv);
+        return 0;
+    }
+    if (setenv("GGML_BACKEND_PATH", plugin, 1) == 0) execv(tool, argv);
+    perror(tool);
+    free(argv);
+    return 1;
+}
+
+static int run(const request *r)
+{
+    static const char *const tools[] = {"completion", "server", "bench", "perplexity"};
+    bool known = false;
+    for (size_t i = 0; i < sizeof tools / sizeof tools[0]; i++) known |= strcmp(r->tool, tools[i]) == 0;
+    if (!known) return tool_error(EXIT_USAGE, "--tool is completion, server, bench or perplexity, not '%s'", r->tool);
+    known = false;
+    for (int32_t i = 0; i < tq_preset_count(); i++) known |= strcmp(r->preset, tq_preset_get(i)->name) == 0;
+    if (!known) return tool_error(EXIT_USAGE, "there is no preset '%s'; 'tq presets' lists them", r->preset);
+    if (access(r->model, R_OK) != 0) return tool_error(1, "cannot read the model '%s'", r->model);
+    char plugin[PATH_MAX], tool[PATH_MAX];
+    if (!find_plugin(plugin)) {
+        return tool_error(
+            1, "the plug-in " PLUGIN_NAME " was not found%s; build it with 'make run', or give its path in TQ_PLUGIN",
+            getenv("TQ_PLUGIN") ? " where TQ_PLUGIN says" : "");
+    }
+    if (!find_tool(tool, r)) {
+        return tool_error(
+            1, "llama-%s was not found%s; 'make run' builds it, or give llama.cpp's folder of programs by --llama-bin", r->tool,
+            r->llama_bin ? " in that folder" : "");
+    }
+    return execute(r, plugin, tool);
+}
+
+int cmd_run(int argc, char **argv)
+{
+    static const struct option options[] = {{"preset", required_argument, NULL, 'p'},
+                                            {"tool", required_argument, NULL, 't'},
+                                            {"llama-bin", required_argument, NULL, 'l'},
+                                            {"dry-run", no_argument, NULL, 'n'},
+                                            {"help", no_argument, NULL, 'h'},
+                                            {0}};
+    request r = {.preset = "TQ4", .tool = "completion"};
+    int option;
+    /* '+': stop at the model; what follows is the tool's. */
+    while ((option = getopt_long(argc, argv, "+h", options, NULL)) != -1) {
+        switch (option) {
+        case 'p':
+            r.preset = optarg;
+            break;
+        case 't':
+            r.tool = optarg;
+            break;
+        case 'l':
+            r.llama_bin = optarg;
+            break;
+        case 'n':
+            r.dry_run = true;
+            break;
+        case 'h':
+            fputs(help, stdout);
+            return 0;
+        default:
+            return EXIT_USAGE;
+        }
+    }
+    if (optind == argc) return tool_error(EXIT_USAGE, "which model? See 'tq run --help'");
+    r.model = argv[optind];
+    r.options = argv + optind + 1;
+    r.n_options = argc - optind - 1;
+    return run(&r);
+}

@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: MIT */
+/* The subcommands of tq. Each gets argv with its own name first and returns tq's exit code: 0, 1 (failed) or 2 (usage). */
+#ifndef TQ_TOOL_H
+#define TQ_TOOL_H
+
+#include <cjson/cJSON.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "turboquant.h"
+
+enum { EXIT_USAGE = 2 };
+
+int cmd_formats(int argc, char **argv);
+int cmd_distortion(int argc, char **argv);
+int cmd_presets(int argc, char **argv);
+int cmd_run(int argc, char **argv);
+
+/* One line on standard error after "tq: "; returns `code`. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+int tool_error(int code, const char *format, ...);
+/* Print and delete; a NULL (out of memory) is an error. Returns the exit code. */
+int tool_print_json(cJSON *json);
+/* A whole number within [low, high], or an error that names the option. */
+bool tool_parse_int(int64_t *out, const char *option, const char *text, int64_t low, int64_t high);
+/* As tool_parse_int, and a rotation must exist for it. */
+bool tool_parse_head_dim(int32_t *out, const char *text);
+
+#endif
