@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Make a small GGUF with random weights, to test shapes that the real test model does not have.
+
+Needs the packages gguf and numpy (scripts/setup.sh puts them into build/deps/venv). The same arguments give the same bytes.
+The vocabulary is one token per byte, so every text can be tokenized and the output layer is small.
+
+    make_tiny_gguf.py --arch qwen2 out.gguf
+    make_tiny_gguf.py --arch llama --head-dim 80 --n-head-kv 1 out.gguf
+"""
+import argparse
+import sys
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+
+# Logits of random weights are nearly equal, and then any attention gives the same mean of values. Queries and keys this much
+# larger make the softmax pick a few tokens, as a trained model's does.
+QK_GAIN = 1.5
+
+
+@dataclass
+class Shape:
+    """What the command line can change, with an architecture's default."""
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int = 512
+    n_ctx: int = 8192
+    window: int = 0
+
+
+ARCHS = {
+    "llama": Shape(3, 256, 4, 2, 64),
+    "qwen2": Shape(4, 256, 4, 2, 64),
+    "qwen3": Shape(3, 256, 4, 2, 128),
+    "gemma2": Shape(4, 256, 4, 2, 128, window=128),
+    "gemma3": Shape(6, 256, 2, 1, 256, window=128),
+    "phi3": Shape(3, 384, 4, 2, 96),
+    "gpt-oss": Shape(4, 256, 8, 2, 64, window=128),
+    "mpt": Shape(3, 256, 4, 4, 64),
+    "deepseek2": Shape(3, 256, 4, 1, 576),
+}
+N_EXPERT = 4
+MLA_LATENT, MLA_ROPE, MLA_NOPE, MLA_VALUE, MLA_Q_LORA = 512, 64, 128, 128, 128
+
+
+def byte_tokens():
+    """The printable stand-ins of the 256 bytes in GPT-2's byte-level vocabularies."""
+    printable = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b if b in printable else 256 + others.index(b)) for b in range(256)]
+
+
+def add_vocabulary(writer):
+    tokens = ["<unk>", "<s>", "</s>"] + byte_tokens() + ["th"]
+    types = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 257
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(["t h"])  # llama.cpp wants at least one
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    return len(tokens)
+
+
+class Weights:
+    """Random tensors under ggml's names. Shapes are given as [out, in]; ggml prints them reversed."""
+
+    def __init__(self, writer, seed):
+        self.writer = writer
+        self.rng = np.random.default_rng(seed)
+
+    def matrix(self, name, *shape, gain=1.0):
+        x = self.rng.standard_normal(shape, dtype=np.float32) * np.float32(gain / np.sqrt(shape[-1]))
+        self.writer.add_tensor(name + ".weight", x.astype(np.float16))
+
+    def norm(self, name, n, gain=1.0):
+        x = np.float32(gain) * (1 + 0.1 * self.rng.standard_normal(n, dtype=np.float32))
+        self.writer.add_tensor(name + ".weight", x.astype(np.float32))
+
+    def bias(self, name, *shape, std=0.1, suffix=".bias"):
+        x = np.float32(std) * self.rng.standard_normal(shape, dtype=np.float32)
+        self.writer.add_tensor(name + suffix, x)
+
+
+def add_attention(w, arch, s, i):
+    """Plain attention of layer i (all but deepseek2)."""
+    blk = f"blk.{i}."
+    n_q, n_kv = s.n_head * s.head_dim, s.n_head_kv * s.head_dim
+    if arch in ("phi3", "mpt"):
+        w.matrix(blk + "attn_qkv", n_q + 2 * n_kv, s.n_embd, gain=QK_GAIN)
+    else:
+        qk_normed = arch in ("qwen3", "gemma3")
+        w.matrix(blk + "attn_q", n_q, s.n_embd, gain=1.0 if qk_normed else QK_GAIN)
+        w.matrix(blk + "attn_k", n_kv, s.n_embd, gain=1.0 if qk_normed else QK_GAIN)
+        w.matrix(blk + "attn_v", n_kv, s.n_embd)
+        if qk_normed:
+            w.norm(blk + "attn_q_norm", s.head_dim, gain=QK_GAIN)
+            w.norm(blk + "attn_k_norm", s.head_dim, gain=QK_GAIN)
+    w.matrix(blk + "attn_output", s.n_embd, n_q)
+    if arch in ("qwen2", "gpt-oss"):
+        w.bias(blk + "attn_q", n_q)
+        # Qwen2's key biases reach magnitudes of 100 and more in its first and last layers.
+        w.bias(blk + "attn_k", n_kv, std=40.0 if arch == "qwen2" and i in (0, s.n_layer - 1) else 0.1)
+        w.bias(blk + "attn_v", n_kv)
+    if arch == "gpt-oss":
+        w.bias(blk + "attn_output", s.n_embd)
+        w.bias(blk + "attn_sinks", s.n_head, std=1.0, suffix=".weight")
+
+
+def add_latent_attention(w, s, i):
+    """deepseek2: keys are one latent of 512 and 64 rotary values, values are the latent."""
+    blk = f"blk.{i}."
+    w.matrix(blk + "attn_q_a", MLA_Q_LORA, s.n_embd)
+    w.norm(blk + "attn_q_a_norm", MLA_Q_LORA)
+    w.matrix(blk + "attn_q_b", s.n_head * (MLA_NOPE + MLA_ROPE), MLA_Q_LORA, gain=QK_GAIN)
+    w.matrix(blk + "attn_kv_a_mqa", MLA_LATENT + MLA_ROPE, s.n_embd)
+    w.norm(blk + "attn_kv_a_norm", MLA_LATENT)
+    w.matrix(blk + "attn_k_b", s.n_head, MLA_LATENT, MLA_NOPE, gain=QK_GAIN)
+    w.matrix(blk + "attn_v_b", s.n_head, MLA_VALUE, MLA_LATENT)
+    w.matrix(blk + "attn_output", s.n_embd, s.n_head * MLA_VALUE)
+
+
+def add_feed_forward(w, arch, s, i):
+    blk = f"blk.{i}."
+    if arch == "gpt-oss":
+        w.matrix(blk + "ffn_gate_inp", N_EXPERT, s.n_embd)
+        w.bias(blk + "ffn_gate_inp", N_EXPERT)
+        for name, n_out, n_in in (("gate", s.n_ff, s.n_embd), ("up", s.n_ff, s.n_embd), ("down", s.n_embd, s.n_ff)):
+            w.matrix(f"{blk}ffn_{name}_exps", N_EXPERT, n_out, n_in)
+            w.bias(f"{blk}ffn_{name}_exps", N_EXPERT, n_out)
+        return
+    if arch == "phi3":
+        w.matrix(blk + "ffn_up", 2 * s.n_ff, s.n_embd)
+    else:
+        w.matrix(blk + "ffn_up", s.n_ff, s.n_embd)
+        if arch != "mpt":
+            w.matrix(blk + "ffn_gate", s.n_ff, s.n_embd)
+    w.matrix(blk + "ffn_down", s.n_embd, s.n_ff)
+
+
+def add_tensors(w, arch, s, n_vocab):
+    w.matrix("token_embd", n_vocab, s.n_embd)
+    w.norm("output_norm", s.n_embd)
+    if arch != "gemma2":
+        w.matrix("output", n_vocab, s.n_embd, gain=2.0)
+    for i in range(s.n_layer):
+        blk = f"blk.{i}."
+        w.norm(blk + "attn_norm", s.n_embd)
+        if arch == "deepseek2":
+            add_latent_attention(w, s, i)
+        else:
+            add_attention(w, arch, s, i)
+        # gemma2 ties the output layer to the embedding; a small gain would leave it with the last token as the only answer.
+        post_gain = 4.0 if arch == "gemma2" else 1.0
+        if arch in ("gemma2", "gemma3", "gpt-oss"):
+            w.norm(blk + "post_attention_norm", s.n_embd, gain=post_gain)
+        if arch != "gpt-oss":
+            w.norm(blk + "ffn_norm", s.n_embd)
+        if arch in ("gemma2", "gemma3"):
+            w.norm(blk + "post_ffw_norm", s.n_embd, gain=post_gain)
+        add_feed_forward(w, arch, s, i)
+
+
+def add_hyperparameters(writer, arch, s, n_vocab):
+    writer.add_name("tiny random weights")  # a name with "phi3" in it would make llama.cpp want Phi-3's special tokens
+    writer.add_block_count(s.n_layer)
+    writer.add_context_length(s.n_ctx)
+    writer.add_embedding_length(s.n_embd)
+    writer.add_feed_forward_length(s.n_ff)
+    writer.add_head_count(s.n_head)
+    writer.add_head_count_kv(s.n_head_kv)
+    writer.add_vocab_size(n_vocab)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    if arch == "mpt":
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_max_alibi_bias(8.0)
+        return
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    if arch == "deepseek2":
+        writer.add_key_length(MLA_LATENT + MLA_ROPE)
+        writer.add_value_length(MLA_LATENT)
+        writer.add_key_length_mla(MLA_NOPE + MLA_ROPE)
+        writer.add_value_length_mla(MLA_VALUE)
+        writer.add_rope_dimension_count(MLA_ROPE)
+        writer.add_q_lora_rank(MLA_Q_LORA)
+        writer.add_kv_lora_rank(MLA_LATENT)
+        writer.add_leading_dense_block_count(s.n_layer)
+        writer.add_expert_feed_forward_length(s.n_ff)
+        writer.add_expert_shared_count(1)
+        return
+    writer.add_key_length(s.head_dim)
+    writer.add_value_length(s.head_dim)
+    writer.add_rope_dimension_count(s.head_dim)
+    if s.window:
+        writer.add_sliding_window(s.window)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(50.0)
+        writer.add_final_logit_softcapping(30.0)
+    if arch == "gpt-oss":
+        writer.add_expert_count(N_EXPERT)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(s.n_ff)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Make a small GGUF with random weights.")
+    parser.add_argument("--arch", required=True, choices=sorted(ARCHS))
+    parser.add_argument("--seed", type=int, default=1)
+    for name in ("n-layer", "n-embd", "n-head", "n-head-kv", "head-dim", "n-ff", "n-ctx", "window"):
+        parser.add_argument("--" + name, type=int, help="default: the architecture's")
+    parser.add_argument("out")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    shape = ARCHS[args.arch]
+    given = {name: getattr(args, name) for name in vars(shape) if getattr(args, name) is not None}
+    shape = Shape(**{**vars(shape), **given})
+    if args.arch == "deepseek2" and ("head_dim" in given or "n_head_kv" in given):
+        sys.exit("make_tiny_gguf.py: deepseek2 has one latent of fixed size; --head-dim and --n-head-kv do not apply")
+    if args.arch in ("qwen2", "phi3", "mpt") and shape.n_embd != shape.n_head * shape.head_dim:
+        sys.exit(f"make_tiny_gguf.py: {args.arch} needs --n-embd = --n-head * --head-dim")
+    writer = gguf.GGUFWriter(args.out, args.arch)
+    n_vocab = add_vocabulary(writer)
+    add_hyperparameters(writer, args.arch, shape, n_vocab)
+    add_tensors(Weights(writer, args.seed), args.arch, shape, n_vocab)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# Install what the build, `make run` or `make test` needs: Debian packages, and a Python environment in build/deps/venv.
+#
+#   scripts/setup.sh [--check] build|run|test
+#
+# Each level includes those before it. --check installs nothing and says what is missing. Running it again takes no time.
+set -eu
+cd "$(dirname "$0")/.."
+deps=${TQ_DEPS_DIR:-build/deps}
+install=yes
+if [ "${1:-}" = --check ]; then
+    install=no
+    shift
+fi
+level=${1:-build}
+
+packages="build-essential cmake ninja-build pkg-config libcjson-dev libcmocka-dev python3"
+case $level in
+build) ;;
+run) packages="$packages python3-venv" ;;
+test)
+    packages="$packages python3-venv qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross clang clang-format"
+    # Where the sanitizer and libFuzzer runtimes are a package of their own.
+    if apt-cache show libclang-rt-dev >/dev/null 2>&1; then packages="$packages libclang-rt-dev"; fi
+    ;;
+*)
+    echo "setup.sh: the level is build, run or test, not '$level'" >&2
+    exit 2
+    ;;
+esac
+
+as_root=
+if [ "$(id -u)" != 0 ]; then as_root=sudo; fi
+
+if command -v dpkg-query >/dev/null; then
+    missing=
+    for package in $packages; do
+        if ! dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed; then
+            missing="$missing $package"
+        fi
+    done
+    if [ -n "$missing" ] && [ $install = no ]; then
+        # Compilers and tools may have come from elsewhere; the build says what it cannot find.
+        echo "setup.sh: not installed as Debian packages:$missing. If the build fails: scripts/setup.sh $level" >&2
+    elif [ -n "$missing" ]; then
+        if [ -n "$as_root" ] && ! sudo -n true 2>/dev/null && [ ! -t 0 ]; then
+            echo "setup.sh: missing packages. As root: apt-get install$missing" >&2
+            exit 1
+        fi
+        echo "Installing:$missing"
+        # The first attempt fails where package lists were never fetched.
+        # shellcheck disable=SC2086
+        DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -q --no-install-recommends $missing >/dev/null 2>&1 || {
+            $as_root apt-get update -q
+            DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -q --no-install-recommends $missing
+        }
+    fi
+elif [ $install = yes ]; then
+    echo "setup.sh: not a Debian system; make sure to have these packages' programs:" >&2
+    echo "    $packages" >&2
+fi
+
+if [ $install = no ] || [ "$level" = build ]; then exit 0; fi
+
+# gguf and numpy only make the small test models.
+wanted="pip"
+if [ "$level" = test ]; then wanted="gguf==0.19.0 numpy==2.2.6"; fi
+stamp=$deps/venv/.installed
+if [ ! -x "$deps/venv/bin/pip" ]; then
+    mkdir -p "$deps"
+    python3 -m venv "$deps/venv"
+fi
+if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
+    if [ "$level" = test ]; then
+        echo "Installing into $deps/venv: $wanted"
+        # shellcheck disable=SC2086
+        "$deps/venv/bin/pip" install -q --disable-pip-version-check $wanted
+    fi
+    echo "$wanted" >>"$stamp"
+fi
