@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The command tq: its figures in JSON, its errors, and what `tq run` would execute."""
+import json
+import os
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness import BUILD, main  # noqa: E402
+
+TQ = BUILD / "tq"
+TOOLS = Path(__file__).resolve().parent / "consumer"  # has an executable llama-bench
+MODEL = __file__  # tq run only asks whether the model can be read
+THEORY = {"tq2": 0.1175, "tq3": 0.03454, "tq4": 0.009497}
+
+
+def tq(*arguments, **environment):
+    return subprocess.run([TQ, *arguments], capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def tq_json(*arguments):
+    done = tq(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+class Figures(unittest.TestCase):
+    def test_formats(self):
+        formats = tq_json("formats")
+        keys = {"name", "bits", "head_dim", "bytes_per_vector", "bits_per_value", "ratio_to_f16", "description"}
+        self.assertTrue(all(set(f) == keys for f in formats))
+        self.assertEqual({f["head_dim"] for f in formats}, {64, 80, 96, 112, 128, 192, 256, 576})
+        tq4 = next(f for f in formats if f["name"] == "tq4" and f["head_dim"] == 128)
+        self.assertEqual((tq4["bits"], tq4["bytes_per_vector"], tq4["bits_per_value"]), (4, 66, 4.125))
+        self.assertAlmostEqual(tq4["ratio_to_f16"], 16 / 4.125)
+
+    def test_formats_of_one_head_dim(self):
+        self.assertEqual({f["head_dim"] for f in tq_json("formats", "--head-dim", "80")}, {80})
+
+    def test_formats_table(self):
+        table = tq("formats").stdout
+        self.assertIn("tq4", table)
+        self.assertIn("4.125", table)
+
+    def test_distortion_within_one_percent_of_theory(self):
+        for name, theory in THEORY.items():
+            d = tq_json("distortion", "--format", name, "--head-dim", "128")
+            self.assertLess(abs(d["mse"] / theory - 1), 0.01, name)
+            self.assertLess(abs(d["lloyd_max"] / theory - 1), 0.01, name)
+            self.assertEqual(d["shannon"], 4.0 ** -int(name[2]))
+            self.assertLess(abs(d["mse_vector"] / theory - 1), 0.1, name)
+
+    def test_distortion_without_codebook(self):
+        d = tq_json("distortion", "--format", "tq8", "--head-dim", "64", "--n", "100", "--seed", "7")
+        self.assertEqual((d["lloyd_max"], d["n"], d["seed"]), (None, 100, 7))
+        self.assertEqual(d["mse"], d["mse_vector"])
+
+    def test_distortion_repeats(self):
+        arguments = ("distortion", "--format", "tq3", "--head-dim", "96", "--n", "50")
+        self.assertEqual(tq_json(*arguments), tq_json(*arguments))
+        self.assertNotEqual(tq_json(*arguments)["mse"], tq_json(*arguments, "--seed", "2")["mse"])
+
+    def test_presets(self):
+        presets = {p["name"]: p for p in tq_json("presets", "--head-dim", "64", "--n-head-kv", "3", "--context", "4096")}
+        self.assertLessEqual({"TQ8", "TQ4", "TQ3", "TQ2"}, set(presets))
+        # Exact tokens and bookkeeping cost something beyond the format's own bits, and not much.
+        self.assertTrue(4.25 < presets["TQ4"]["bits_per_value"] < 5)
+
+
+class Errors(unittest.TestCase):
+    def check(self, code, text, *arguments, **environment):
+        done = tq(*arguments, **environment)
+        self.assertEqual(done.returncode, code, done.stderr)
+        self.assertIn(text, done.stderr)
+        self.assertEqual(done.stdout, "")
+
+    def test_usage(self):
+        self.check(2, "usage: tq")
+        self.check(2, "no command 'x'", "x")
+        self.check(2, "unrecognized option", "formats", "--nope")
+        self.check(2, "unexpected argument 'x'", "formats", "x")
+        self.check(2, "--format and --head-dim are needed", "distortion")
+        self.check(2, "whole number", "distortion", "--format", "tq4", "--head-dim", "64", "--n", "0")
+
+    def test_unsupported(self):
+        self.check(1, "64, 80, 96", "formats", "--head-dim", "65")
+        self.check(1, "no format 'tq5'", "distortion", "--format", "tq5", "--head-dim", "64")
+        self.check(1, "tq4 at head_dim 64", "distortion", "--format", "tq4", "--head-dim", "64", TQ_CPU="none")
+
+    def test_run(self):
+        self.check(2, "which model", "run")
+        self.check(2, "no preset 'TQ9'", "run", "--preset", "TQ9", MODEL)
+        self.check(2, "--tool is", "run", "--tool", "x", MODEL)
+        self.check(1, "cannot read the model", "run", "no-such-model.gguf")
+        self.check(1, "TQ_PLUGIN", "run", MODEL, TQ_PLUGIN="no-such-plugin.so")
+        self.check(1, "llama-completion was not found in that folder", "run", "--llama-bin", str(TOOLS), MODEL, TQ_PLUGIN=MODEL)
+
+    def test_full_device(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([TQ, "formats", "--json"], stdout=full, stderr=subprocess.PIPE, text=True)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("cannot write", done.stderr)
+
+
+class Run(unittest.TestCase):
+    def shown(self, *arguments):
+        done = tq("run", "--dry-run", "--tool", "bench", "--llama-bin", str(TOOLS), *arguments, TQ_PLUGIN=MODEL)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout.split()
+
+    def test_adds_device_and_plugin(self):
+        shown = self.shown("--preset", "TQ2", MODEL, "-p", "512")
+        self.assertEqual(shown[0], "GGML_BACKEND_PATH=" + str(Path(MODEL).resolve()))
+        self.assertEqual(shown[1:], [str(TOOLS / "llama-bench"), "-m", MODEL, "-dev", "TQ2", "-ngl", "999", "-p", "512"])
+
+    def test_leaves_the_users_choice(self):
+        shown = self.shown(MODEL, "--device", "TQ3", "-ngl", "4")
+        self.assertEqual(shown[2:], ["-m", MODEL, "--device", "TQ3", "-ngl", "4"])
+
+    def test_becomes_the_tool(self):
+        self.assertEqual(tq("run", "--tool", "bench", "--llama-bin", str(TOOLS), MODEL, TQ_PLUGIN=MODEL).returncode, 0)
+
+
+class Help(unittest.TestCase):
+    def test_help_everywhere(self):
+        for command in ("formats", "distortion", "presets", "run"):
+            done = tq(command, "--help")
+            self.assertEqual(done.returncode, 0)
+            self.assertIn(f"usage: tq {command}", done.stdout)
+            self.assertIn(command, tq("--help").stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""What the tests of the plug-in share: where things are, running stock tools, building the C hosts, the last line.
+
+Environment (a missing one is an error): TQ_LLAMA_BIN, the folder of the stock llama-* programs (its libraries there or in
+../lib); TQ_LLAMA_SRC, the sources of the same llama.cpp, for headers; TQ_PLUGIN, libggml-turboquant.so; TQ_MODEL, a real model;
+TQ_TINY_DIR, a folder for small random models, which are made when missing (that needs the packages gguf and numpy).
+"""
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+THREADS = "2"
+
+
+def path_from_env(name):
+    value = os.environ.get(name)
+    if not value or not os.path.exists(value):
+        sys.exit(f"{name} must name an existing file or folder, not {value!r}\n0 passed, 1 failed")
+    return pathlib.Path(value).resolve()
+
+
+LLAMA_BIN = path_from_env("TQ_LLAMA_BIN")
+LLAMA_SRC = path_from_env("TQ_LLAMA_SRC")
+PLUGIN = path_from_env("TQ_PLUGIN")
+MODEL = path_from_env("TQ_MODEL")
+TINY_DIR = path_from_env("TQ_TINY_DIR")
+LLAMA_LIB = next((d for d in (LLAMA_BIN, LLAMA_BIN.parent / "lib") if (d / "libllama.so").exists()), LLAMA_BIN)
+
+
+def tiny_model(name, *arguments):
+    """A random model; `name` is its file's, and its architecture's unless arguments tell."""
+    path = TINY_DIR / f"{name}.gguf"
+    if not path.exists():
+        command = [sys.executable, ROOT / "scripts/make_tiny_gguf.py", *(arguments or ("--arch", name)), path.with_suffix(".new")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        path.with_suffix(".new").rename(path)
+    return path
+
+
+def environment(**variables):
+    """This process's environment with the plug-in in it and `variables` on top (None removes one)."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TQ_", "GGML_", "LLAMA_"))}
+    env["GGML_BACKEND_PATH"] = str(PLUGIN)
+    for key, value in variables.items():
+        env.pop(key, None)
+        if value is not None:
+            env[key] = str(value)
+    return env
+
+
+class Result:
+    """The end of a process: its status, and what it wrote (both streams in one)."""
+
+    def __init__(self, process):
+        self.status = process.returncode
+        self.text = process.stdout.decode(errors="replace")
+
+    def lines(self, *words):
+        """The lines that hold all of these."""
+        return [line for line in self.text.splitlines() if all(w in line for w in words)]
+
+
+def run(command, timeout=300, **variables):
+    process = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             stdin=subprocess.DEVNULL, timeout=timeout, env=environment(**variables))
+    return Result(process)
+
+
+def complete(model, *arguments, prompt="The capital of France is", n=8, device="TQ4", **variables):
+    """Stock llama-completion, greedy, with its full log."""
+    return run([LLAMA_BIN / "llama-completion", "-m", model, "-dev", device, "-ngl", "99", "-t", THREADS, "-p", prompt, "-n", n,
+                "--temp", "0", "-no-cnv", "-lv", "4", *arguments], **variables)
+
+
+def build_host(source, directory, *flags, libraries=("llama", "ggml", "ggml-base")):
+    """Compile a C host of this folder against the stock libraries."""
+    program = pathlib.Path(directory) / pathlib.Path(source).stem
+    command = ["cc", "-std=c11", "-O1", "-Wall", "-Wextra", *flags, "-isystem", LLAMA_SRC / "include", "-isystem",
+               LLAMA_SRC / "ggml/include", ROOT / "tests/plugin" / source, "-o", program, f"-L{LLAMA_LIB}",
+               *(f"-l{name}" for name in libraries), f"-Wl,-rpath,{LLAMA_LIB}", "-lm", "-ldl"]
+    subprocess.run([str(c) for c in command], check=True)
+    return program
+
+
+class TestCase(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.temporary.cleanup)
+        cls.directory = pathlib.Path(cls.temporary.name)
+
+    def assert_line(self, result, *words):
+        self.assertTrue(result.lines(*words), f"no line has {words}; status {result.status}:\n{result.text[-4000:]}")
+
+    def assert_ok(self, result):
+        self.assertEqual(result.status, 0, result.text[-4000:])
+
+
+def main():
+    """Run the calling script's tests; its last line is 'N passed, M failed'."""
+    result = unittest.main(exit=False, verbosity=2).result
+    # A subtest counts for its test; a class that could not be set up is a failure of its own.
+    failed = {getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors}
+    n_failed = len(failed)
+    sys.stderr.flush()
+    print(f"{max(result.testsRun - n_failed, 0)} passed, {n_failed} failed", flush=True)
+    sys.exit(n_failed != 0)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: MIT
+"""host_test.c on the real model with each device, and on random models of all shapes."""
+from common import MODEL, PLUGIN, THREADS, TestCase, build_host, main, run, tiny_model
+
+ARCHS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-oss", "mpt", "deepseek2"]
+PLAIN = "k=f16,v=f16"  # no quantization: what is left is the plumbing
+
+
+class Hosts(TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.host = build_host("host_test.c", cls.directory)
+
+    def check(self, model, *arguments, **variables):
+        result = run([self.host, PLUGIN, model, *arguments, "--threads", THREADS], timeout=600, **variables)
+        self.assert_ok(result)
+        self.assertRegex(result.text.splitlines()[-1], r"^[1-9]\d* passed, 0 failed$")
+
+    def test_real_model(self):
+        self.check(MODEL, "TQ8", "TQ4", "TQ3", "TQ2")
+
+    def test_every_shape_without_quantization(self):
+        for arch in ARCHS:
+            with self.subTest(arch):
+                self.check(tiny_model(arch), "TQ4", "--max-kl", "2e-5", TQ_GGML=PLAIN)
+
+    def test_every_shape_quantized(self):
+        # qwen2's keys have large biases, as the real one's: 4 bits are not enough for them.
+        for arch in ARCHS:
+            with self.subTest(arch):
+                self.check(tiny_model(arch), "TQ8", "TQ4", TQ_GGML="k=f16" if arch == "qwen2" else None)
+
+    def test_every_head_dim(self):
+        for head_dim in (64, 80, 96, 112, 128, 192, 256):
+            with self.subTest(head_dim):
+                model = tiny_model(f"llama_{head_dim}", "--arch", "llama", "--head-dim", str(head_dim))
+                self.check(model, "TQ8", "TQ4")
+
+    def test_no_exact_tokens_and_many(self):
+        for options in ("sinks=0,recent=0", "sinks=1,recent=1", "sinks=64,recent=960"):
+            with self.subTest(options):
+                self.check(tiny_model("llama"), "TQ4", TQ_GGML=options)
+
+    def test_the_divergence_is_measured(self):
+        # A bound that no 2-bit cache keeps: the host must be able to fail.
+        result = run([self.host, PLUGIN, tiny_model("llama"), "TQ2", "--max-kl", "1e-6"])
+        self.assertNotEqual(result.status, 0)
+        self.assertIn("FAILED: decode", result.text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""The devices as stock tools list them, and the environment variable TQ_GGML."""
+import re
+
+from common import LLAMA_BIN, PLUGIN, TestCase, complete, main, run, tiny_model
+
+NAMES = ["TQ8", "TQ4", "TQ3", "TQ2"]
+
+
+class Devices(TestCase):
+    def list_devices(self, **variables):
+        return run([LLAMA_BIN / "llama-completion", "--list-devices"], **variables)
+
+    def test_each_preset_is_a_device_with_its_bits_per_value(self):
+        result = self.list_devices()
+        bits = {}
+        for name in NAMES:
+            line = result.lines(f"{name}: KV cache")[0]
+            format_name = name.lower()
+            self.assertIn(f"keys {format_name}, values {format_name}", line)
+            bits[name] = float(re.search(r"([\d.]+) bits per value", line)[1])
+        for name, nominal in (("TQ8", 8), ("TQ4", 4), ("TQ3", 3), ("TQ2", 2)):
+            self.assertGreater(bits[name], nominal)
+            self.assertLess(bits[name], nominal + 0.5)
+
+    def test_options_show_in_the_description(self):
+        result = self.list_devices(TQ_GGML="k=tq8,sinks=7,recent=33")
+        for name in ("TQ4", "TQ2"):
+            self.assert_line(result, f"{name}: ", f"keys tq8, values {name.lower()}", "first 7 and last 33 tokens exact")
+
+    def test_without_a_choice_one_device_gets_all_layers(self):
+        # llama-bench loads plug-ins without being told a device.
+        result = run([LLAMA_BIN / "llama-bench", "-m", tiny_model("llama"), "-p", 8, "-n", 0, "-r", 1, "-t", 1, "-v"])
+        self.assert_ok(result)
+        self.assertEqual(len(result.lines("using device")), 1, result.lines("using device"))
+        self.assert_line(result, "using device TQ8")
+
+
+class Options(TestCase):
+    def assert_refused(self, text, *words):
+        result = complete(tiny_model("llama"), TQ_GGML=text)
+        self.assertNotEqual(result.status, 0, text)
+        self.assert_line(result, "turboquant: not loaded: TQ_GGML: ", *words)
+        self.assert_line(result, "invalid device: TQ4")
+
+    def test_unknown_options_are_refused_and_the_known_ones_named(self):
+        for text, shown in (("foo=1", "'foo=1'"), ("k", "'k'"), ("k=tq4,", "''"), (",", "''"), ("kk=tq4", "'kk=tq4'"),
+                            (" k=tq4", "' k=tq4'"), ("K=tq4", "'K=tq4'"), ("v=tq4;k=tq4", "v=tq4;k=tq4")):
+            with self.subTest(text):
+                words = ("sinks=N", "recent=N", "exact=LAYER", "head_dim=N", "log=LEVEL") if ";" not in text else ()
+                self.assert_refused(text, shown, *words)
+
+    def test_bad_values_are_refused_and_the_valid_ones_named(self):
+        for text, expected in (("k=tq5", "f16, bf16, tq8, tq4, tq3, tq2"), ("v=", "f16, bf16, tq8"), ("sinks=-1", "from 0 to"),
+                               ("sinks=4x", "from 0 to"), ("recent=99999999999999999999", "from 0 to"),
+                               ("sinks=1000,recent=1000", "together"), ("exact=-1", "layers counted from 0"),
+                               ("exact=3-1", "layers counted from 0"), ("exact=0+", "layers counted from 0"),
+                               ("exact=5000", "layers counted from 0"), ("head_dim=48", "64, 80, 96"),
+                               ("log=loud", "error, warning, info"), ("k=tq4,k=tq8", "given twice")):
+            with self.subTest(text):
+                self.assert_refused(text, expected)
+
+    def test_sinks_and_the_presets_own_ring_may_be_too_many(self):
+        result = complete(tiny_model("llama"), TQ_GGML="sinks=1024")
+        self.assertNotEqual(result.status, 0)
+        self.assert_line(result, "turboquant: not loaded: device TQ8")
+
+    def test_formats_and_exact_layers_are_used(self):
+        def bytes_of(**variables):
+            result = complete(tiny_model("llama"), "-c", "4096", **variables)
+            self.assert_ok(result)
+            line = result.lines("turboquant: TQ4 holds the KV cache")[0]
+            return float(re.search(r"([\d.]+) bits per value", line)[1]), line
+
+        plain, _ = bytes_of()
+        bits, line = bytes_of(TQ_GGML="exact=0-1+2")
+        self.assertIn("3 layers exact", line)
+        self.assertGreater(bits, 15.9)
+        self.assertLess(bits, 16.1)
+        bits, line = bytes_of(TQ_GGML="k=tq8,sinks=0,recent=0")
+        self.assertIn("keys tq8, values tq4, first 0 and last 0 tokens exact", line)
+        self.assertAlmostEqual(bits, (8.25 + 4.25) / 2, delta=0.02)
+        self.assertLess(plain, bits)
+
+    def test_a_layer_that_the_model_lacks_is_refused(self):
+        result = complete(tiny_model("llama"), TQ_GGML="exact=0+7")
+        self.assertNotEqual(result.status, 0)
+        self.assert_line(result, "TQ_GGML: exact=7: the last layer with a KV cache on the device is 2")
+
+    def test_head_dim_must_be_the_models(self):
+        result = complete(tiny_model("llama"), TQ_GGML="head_dim=128")
+        self.assertNotEqual(result.status, 0)
+        self.assert_line(result, "the model's head_dim is 64, but TQ_GGML says head_dim=128")
+        self.assert_ok(complete(tiny_model("llama"), TQ_GGML="head_dim=64"))
+
+    def test_log_level(self):
+        quiet = complete(tiny_model("llama"), TQ_GGML="log=warning")
+        self.assert_ok(quiet)
+        self.assertEqual(quiet.lines("turboquant:"), [])
+
+    def test_cpu_cap_with_an_unknown_name_is_refused(self):
+        result = complete(tiny_model("llama"), TQ_CPU="mmx")
+        self.assertNotEqual(result.status, 0)
+        self.assert_line(result, "turboquant: not loaded")
+        self.assert_ok(complete(tiny_model("llama"), TQ_CPU="scalar"))
+
+    def test_the_plug_in_exports_one_function_and_needs_no_ggml(self):
+        symbols = run(["nm", "-D", PLUGIN]).text.splitlines()
+        defined = [line.split()[-1] for line in symbols if " T " in line or " D " in line or " B " in line]
+        self.assertEqual(defined, ["ggml_backend_init"])
+        undefined = [line for line in symbols if " U " in line]
+        self.assertFalse([line for line in undefined if "ggml" in line or "omp" in line.lower()], undefined)
+
+
+if __name__ == "__main__":
+    main()

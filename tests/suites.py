@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""The list of test suites: what is built, and which commands each suite runs."""
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+DEPS = Path(os.environ.get("TQ_DEPS_DIR", BUILD / "deps"))
+JOBS = str(os.cpu_count() or 1)
+
+SANITIZERS = {
+    # abort: a report must also end a test that expects failures of its own. The leak checker needs ptrace, which qemu has not.
+    "ASAN_OPTIONS": "abort_on_error=1:allocator_may_return_null=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+FUZZ_SECONDS = 10
+FUZZ_RUNS = 2000  # of the stand-alone driver, which has no clock
+
+
+@dataclass
+class Suite:
+    name: str
+    commands: list  # of (command, environment)
+    missing: str = ""  # why it cannot run here
+    timeout: int = 900
+
+
+def needs(*programs):
+    absent = [program for program in programs if not shutil.which(program)]
+    return f"{' and '.join(absent)} not installed" if absent else ""
+
+
+def build_steps(quick):
+    """(name, why it cannot be built here, commands) of each kind of build."""
+    kinds = {"release": ""}
+    if not quick:
+        kinds |= {"asan": "", "tsan": "", "fuzz": needs("clang"), "aarch64": needs("aarch64-linux-gnu-gcc")}
+    # Only CI has one known compiler, whose warnings can be errors.
+    options = ["-DTQ_WERROR=ON"] if os.environ.get("CI") == "true" else []
+    for name, missing in kinds.items():
+        yield name, missing, [["cmake", "--preset", name, *options], ["cmake", "--build", "--preset", name, "-j", JOBS]]
+
+
+def programs(kind, folder, pattern="*"):
+    """Executables of one build."""
+    found = sorted((BUILD / kind / folder).glob(pattern))
+    return [path for path in found if path.is_file() and os.access(path, os.X_OK)]
+
+
+def units(kind, environment=None, emulator=()):
+    return [([*emulator, path], {**SANITIZERS, **(environment or {})}) for path in programs(kind, "tests/unit", "test_*")]
+
+
+def python(script, *arguments, **environment):
+    return [sys.executable, ROOT / script, *arguments], environment
+
+
+def static_suites():
+    yield Suite("style", [python("scripts/check_style.py")])
+    yield Suite("layers", [python("scripts/check_layers.py")])
+    yield Suite("tables", [python("scripts/gen_tables.py", "--check"), (["echo", "1 passed, 0 failed"], {})])
+
+
+def replay_suite(kind):
+    """Every fuzz target on its corpus, and on a few inputs of its own making."""
+    commands = []
+    for path in programs(kind, "tests/fuzz", "fuzz_*"):
+        corpus = sorted((ROOT / "fuzz" / "corpus" / path.name.removeprefix("fuzz_")).glob("*"))
+        commands.append(([path, "--runs", "100", *corpus], SANITIZERS))
+    return Suite(f"fuzz corpus/{kind}", counted(commands))
+
+
+def counted(commands):
+    """Commands without a count of their own: each is one test."""
+    return [(["sh", "-c", '"$@" && echo "1 passed, 0 failed"', "sh", *command], environment) for command, environment in commands]
+
+
+def quick_suites():
+    return [
+        *static_suites(),
+        Suite("units/release", units("release")),
+        Suite("checkkern/release", [([BUILD / "release/tests/checkkern"], {})]),
+        Suite("library", [python("tests/api/test_library.py", "Header", "Symbols")]),
+        Suite("tq", [python("tests/api/test_tq.py")]),
+        replay_suite("release"),
+    ]
+
+
+def cpu_levels():
+    """The levels below this machine's best that it has; the best runs anyway."""
+    with open("/proc/cpuinfo") as file:
+        flags = file.read()
+    return ["scalar", *(["avx2"] if " avx512_vnni" in flags else [])]
+
+
+def native_suites():
+    yield Suite("checkkern/release", [([BUILD / "release/tests/checkkern"], {})])
+    yield Suite("checkkern/asan", [([BUILD / "asan/tests/checkkern"], SANITIZERS)])
+    yield Suite("units/release", units("release"))
+    for level in cpu_levels():
+        yield Suite(f"units/TQ_CPU={level}", units("release", {"TQ_CPU": level}))
+    yield Suite("units/asan", units("asan"))
+    yield Suite("units/tsan", units("tsan"))
+    yield Suite("library", [python("tests/api/test_library.py")])
+    yield Suite("tq", [python("tests/api/test_tq.py")])
+    examples = programs("release", "examples", "example_*")
+    if examples:
+        yield Suite("examples", counted([([path], {}) for path in examples]))
+
+
+def emulated_suites():
+    """Other machines: AArch64, and an x86-64 without AVX-512, where an instruction too many is a crash."""
+    missing = needs("qemu-aarch64", "aarch64-linux-gnu-gcc")
+    yield Suite("checkkern/aarch64", [(["qemu-aarch64", BUILD / "aarch64/tests/checkkern"], {})], missing)
+    yield Suite("units/aarch64", units("aarch64", emulator=("qemu-aarch64",)), missing)
+    haswell = ["qemu-x86_64", "-cpu", "Haswell"]
+    yield Suite("checkkern/haswell", [([*haswell, BUILD / "release/tests/checkkern"], {})], needs("qemu-x86_64"))
+
+
+def fuzz_suites():
+    yield replay_suite("asan")
+    for path in programs("asan", "tests/fuzz", "fuzz_*"):
+        yield Suite(f"{path.name}/asan", counted([([path, "--runs", str(FUZZ_RUNS), "--seed", "1"], SANITIZERS)]))
+    for path in programs("fuzz", "tests/fuzz", "fuzz_*"):
+        found = BUILD / "fuzz-corpus" / path.name
+        found.mkdir(parents=True, exist_ok=True)
+        corpus = [folder for folder in [ROOT / "fuzz/corpus" / path.name.removeprefix("fuzz_")] if folder.is_dir()]
+        command = [path, f"-max_total_time={FUZZ_SECONDS}", "-seed=1", "-print_final_stats=1",
+                   f"-artifact_prefix={found}-", found, *corpus]
+        yield Suite(f"{path.name}/libFuzzer", counted([(command, SANITIZERS)]), needs("clang"))
+
+
+def plugin_suites():
+    missing = ""
+    for path, what in ((BUILD / "release/libggml-turboquant.so", "plug-in"), (DEPS / "llama-bin/llama-completion", "llama.cpp"),
+                       (DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf", "test model")):
+        if not path.exists():
+            missing = missing or f"no {what}: run `make deps` first"
+    own = programs("release", "tests/plugin", "test_*")
+    if own:
+        yield Suite("plugin units", [([path], {}) for path in own], missing)
+    for path in sorted((ROOT / "tests/plugin").glob("test_*.py")):
+        yield Suite(f"plugin/{path.stem.removeprefix('test_')}", [python(path.relative_to(ROOT))], missing)
+
+
+def full_suites():
+    # The longest first, so that none is left alone at the end.
+    return [*plugin_suites(), *emulated_suites(), *native_suites(), *fuzz_suites(), *static_suites()]
