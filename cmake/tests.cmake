@@ -46,8 +46,8 @@ foreach(source ${tq_fuzz_targets})
     get_filename_component(name ${source} NAME_WE)
     if(NOT name IN_LIST tq_plugin_fuzz_targets)
         tq_add_program(${name} DIR ${tq_test_dir}/fuzz SOURCES ${source} INCLUDES src tests tests/unit fuzz)
-    elseif(TARGET ggml-turboquant-objects)
-        tq_add_program(${name} DIR ${tq_test_dir}/fuzz SOURCES ${source} $<TARGET_OBJECTS:ggml-turboquant-objects>
+    elseif(TARGET ggml-turboquant)
+        tq_add_program(${name} DIR ${tq_test_dir}/fuzz SOURCES ${source} ${tq_plugin_sources}
                        LIBRARIES ${CMAKE_DL_LIBS} INCLUDES src fuzz plugins/ggml)
         target_include_directories(${name} SYSTEM PRIVATE ${TQ_GGML_DIR}/include ${TQ_GGML_DIR}/src)
     else()

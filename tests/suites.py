@@ -135,16 +135,22 @@ def fuzz_suites():
 
 
 def plugin_suites():
-    missing = ""
-    for path, what in ((BUILD / "release/libggml-turboquant.so", "plug-in"), (DEPS / "llama-bin/llama-completion", "llama.cpp"),
-                       (DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf", "test model")):
-        if not path.exists():
-            missing = missing or f"no {what}: run `make deps` first"
-    own = programs("release", "tests/plugin", "test_*")
-    if own:
-        yield Suite("plugin units", [([path], {}) for path in own], missing)
+    """The plug-in in stock llama.cpp. tests/plugin/common.py explains the environment."""
+    tiny = BUILD / "tiny"
+    tiny.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "TQ_LLAMA_BIN": DEPS / "llama-bin",
+        "TQ_LLAMA_SRC": DEPS / "llama.cpp",
+        "TQ_PLUGIN": BUILD / "release/libggml-turboquant.so",
+        "TQ_MODEL": DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "TQ_TEXT": DEPS / "text/austen.txt",
+        "TQ_TINY_DIR": tiny,
+    }
+    absent = [f"{name} ({path})" for name, path in environment.items() if not path.exists()]
+    missing = f"{', '.join(absent)} not there: run `make deps` first" if absent else ""
+    strings = {name: str(path) for name, path in environment.items()}
     for path in sorted((ROOT / "tests/plugin").glob("test_*.py")):
-        yield Suite(f"plugin/{path.stem.removeprefix('test_')}", [python(path.relative_to(ROOT))], missing)
+        yield Suite(f"plugin/{path.stem.removeprefix('test_')}", [python(path.relative_to(ROOT), **strings)], missing)
 
 
 def full_suites():

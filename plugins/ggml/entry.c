@@ -151,7 +151,7 @@ TQ_API ggml_backend_reg_t ggml_backend_init(void)
         tq_ggml_log(TQ_LOG_ERROR, "not loaded: %s", error);
         return NULL;
     }
-    tq_ggml_log_set_level(options.log_level);
+    tq_ggml_log_set_level((int)options.log_level);
     tq_log_set(tq_ggml_log_from_library, NULL);
     if (!tq_cpu_name()) {
         tq_ggml_log(TQ_LOG_ERROR, "not loaded: %s", tq_status_string(TQ_ERR_CPU));

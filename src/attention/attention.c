@@ -19,6 +19,7 @@
 #define SPLIT_COLS_MIN 256
 #define SPLITS_MAX 16
 #define TASKS_WANTED 64
+#define PARTIAL_FLOATS_MAX (512 * 1024) /* of all splits together: 2 MiB */
 /* Multiplications that are worth waking one more thread, some 20 us of one core. */
 #define WORK_PER_THREAD (INT64_C(1) << 19)
 /* Scratch parts are multiples of this many floats: 64 bytes. */
@@ -27,6 +28,11 @@
 static size_t align_floats(size_t n)
 {
     return (n + FLOATS_ALIGN - 1) / FLOATS_ALIGN * FLOATS_ALIGN;
+}
+
+static size_t larger_width(const tq_attend_plan *plan)
+{
+    return (size_t)(plan->width_k > plan->width_v ? plan->width_k : plan->width_v);
 }
 
 static int64_t min_i64(int64_t a, int64_t b)
@@ -43,6 +49,23 @@ static int64_t n_visible_columns(const tq_attend_plan *plan)
     return end > begin ? end - begin : 0;
 }
 
+/* Into how many parts the columns are cut, and what each thread and part needs. */
+static void plan_memory(tq_attend_plan *plan)
+{
+    size_t n = (size_t)plan->tile_rows, exact_dim = plan->values->n_exact > 0 ? (size_t)plan->head_dim_v : 0;
+    plan->partial_floats = 2 * align_floats(n) + align_floats(n * (size_t)plan->width_v) + align_floats(n * exact_dim);
+    int64_t n_tiles = plan->n_row_tiles * plan->n_head_kv;
+    int64_t splits = min_i64(n_visible_columns(plan) / SPLIT_COLS_MIN, TASKS_WANTED / n_tiles);
+    splits = min_i64(splits, PARTIAL_FLOATS_MAX / (n_tiles * (int64_t)plan->partial_floats));
+    splits = min_i64(splits, SPLITS_MAX);
+    plan->n_splits = splits > 1 ? (int32_t)splits : 1;
+
+    size_t expanded = plan->expand ? (size_t)plan->tile_cols * larger_width(plan) : 0;
+    plan->scratch_floats = align_floats(n * (size_t)plan->head_dim) + align_floats(n * (size_t)plan->width_k) +
+                           align_floats(n * (size_t)plan->tile_cols) + align_floats(expanded) +
+                           align_floats(n * (size_t)plan->head_dim_v) + (plan->n_splits == 1 ? plan->partial_floats : 0);
+}
+
 static void plan_init(tq_attend_plan *plan)
 {
     const tq_attend_params *params = plan->params;
@@ -55,7 +78,7 @@ static void plan_init(tq_attend_plan *plan)
     plan->n_row = params->n_query * plan->group;
     plan->window = params->window > 0 && params->window < params->first_pos + params->n_query ? params->window : 0;
 
-    int32_t width = plan->width_k > plan->width_v ? plan->width_k : plan->width_v;
+    int32_t width = (int32_t)larger_width(plan);
     int64_t rows = min_i64(TILE_ROWS_MAX, TILE_FLOATS_MAX / width);
     plan->tile_rows = (int32_t)min_i64(rows, plan->n_row);
     plan->n_row_tiles = (plan->n_row + plan->tile_rows - 1) / plan->tile_rows;
@@ -64,17 +87,7 @@ static void plan_init(tq_attend_plan *plan)
     if (plan->expand && width * TILE_COLS_MAX > EXPANDED_FLOATS_MAX) {
         plan->tile_cols = EXPANDED_FLOATS_MAX / width / TQ_TILE_STEP * TQ_TILE_STEP;
     }
-
-    int64_t splits = min_i64(n_visible_columns(plan) / SPLIT_COLS_MIN, TASKS_WANTED / (plan->n_row_tiles * plan->n_head_kv));
-    splits = min_i64(splits, SPLITS_MAX);
-    plan->n_splits = splits > 1 ? (int32_t)splits : 1;
-
-    size_t n = (size_t)plan->tile_rows, exact_dim = plan->values->n_exact > 0 ? (size_t)plan->head_dim_v : 0;
-    plan->partial_floats = 2 * align_floats(n) + align_floats(n * (size_t)plan->width_v) + align_floats(n * exact_dim);
-    plan->scratch_floats = align_floats(n * (size_t)plan->head_dim) + align_floats(n * (size_t)plan->width_k) +
-                           align_floats(n * (size_t)plan->tile_cols) +
-                           (plan->expand ? align_floats((size_t)plan->tile_cols * (size_t)width) : 0) +
-                           align_floats(n * (size_t)plan->head_dim_v) + (plan->n_splits == 1 ? plan->partial_floats : 0);
+    plan_memory(plan);
 }
 
 static float *take(float **from, size_t n)
@@ -98,12 +111,11 @@ static tq_partial partial_at(const tq_attend_plan *plan, float *memory)
 static tq_attend_scratch scratch_at(const tq_attend_plan *plan, float *memory)
 {
     size_t n = (size_t)plan->tile_rows;
-    int32_t width = plan->width_k > plan->width_v ? plan->width_k : plan->width_v;
     tq_attend_scratch scratch;
     scratch.q = take(&memory, n * (size_t)plan->head_dim);
     scratch.q_working = take(&memory, n * (size_t)plan->width_k);
     scratch.scores = take(&memory, n * (size_t)plan->tile_cols);
-    scratch.expanded = plan->expand ? take(&memory, (size_t)plan->tile_cols * (size_t)width) : NULL;
+    scratch.expanded = plan->expand ? take(&memory, (size_t)plan->tile_cols * larger_width(plan)) : NULL;
     scratch.finished = take(&memory, n * (size_t)plan->head_dim_v);
     if (plan->n_splits == 1) scratch.partial = partial_at(plan, memory);
     return scratch;

@@ -290,6 +290,10 @@ static void test_damaged_memory(void **state)
             uint64_t r = kv_next(&random);
             words[i] = run % 2 ? (int32_t)(r >> 32) : (int32_t)(r >> 32) % 70;
         }
+        /* Attention relies on an order without duplicates. */
+        tq_exact_entry exact[TQ_EXACT_MAX];
+        int32_t n_exact = tq_store_list_exact(store, 64, exact);
+        for (int32_t i = 1; i < n_exact; i++) assert_true(exact[i - 1].column < exact[i].column);
         for (int i = 0; i < 20; i++) {
             int64_t slot = kv_below(&random, 64);
             assert_int_equal(tq_store_write(store, &slot, 1, rows, 128, NULL), TQ_OK);
@@ -305,7 +309,6 @@ static void test_damaged_memory(void **state)
             assert_int_equal(tq_store_attend(store, store, 64, &a, NULL), TQ_OK);
         }
         assert_int_equal(tq_store_read(store, 0, 64, rows, 128), TQ_OK);
-        assert_true(tq_store_n_exact(store) <= 6);
         tq_store_close(store);
         free(memory);
     }
