@@ -35,9 +35,10 @@ def tiny_model(name, *arguments):
     """A random model; `name` is its file's, and its architecture's unless arguments tell."""
     path = TINY_DIR / f"{name}.gguf"
     if not path.exists():
-        command = [sys.executable, ROOT / "scripts/make_tiny_gguf.py", *(arguments or ("--arch", name)), path.with_suffix(".new")]
+        new = path.with_suffix(f".{os.getpid()}")  # another suite may be making it too
+        command = [sys.executable, ROOT / "scripts/make_tiny_gguf.py", *(arguments or ("--arch", name)), new]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        path.with_suffix(".new").rename(path)
+        new.rename(path)
     return path
 
 
@@ -45,6 +46,7 @@ def environment(**variables):
     """This process's environment with the plug-in in it and `variables` on top (None removes one)."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TQ_", "GGML_", "LLAMA_"))}
     env["GGML_BACKEND_PATH"] = str(PLUGIN)
+    env["OMP_WAIT_POLICY"] = "passive"  # suites run side by side: threads that spin would hold each other up
     for key, value in variables.items():
         env.pop(key, None)
         if value is not None:

@@ -28,8 +28,9 @@ class Server(TestCase):
         cls.port = free_port()
         cls.log = open(cls.directory / "log", "w+b")
         cls.addClassCleanup(cls.log.close)
-        command = [LLAMA_BIN / "llama-server", "-m", MODEL, "-dev", "TQ4", "-ngl", "99", "-t", THREADS, "-c", "4096", "-np", "3", "-lv",
-                   "4", "--host", "127.0.0.1", "--port", cls.port, "--slot-save-path", cls.directory, "--slots", *cls.arguments]
+        command = [LLAMA_BIN / "llama-server", "-m", MODEL, "-dev", "TQ4", "-ngl", "99", "-t", THREADS, "-c", "4096", "-np", "3"]
+        command += ["-lv", "4", "--host", "127.0.0.1", "--port", cls.port, "--slots", "--slot-save-path", cls.directory]
+        command += cls.arguments
         cls.server = subprocess.Popen([str(c) for c in command], stdout=cls.log, stderr=cls.log, stdin=subprocess.DEVNULL,
                                       env=environment())
         cls.addClassCleanup(cls.stop)

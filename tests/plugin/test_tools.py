@@ -38,8 +38,8 @@ class Tools(TestCase):
 
     def test_a_cache_that_is_not_written_takes_no_memory(self):
         def peak_mib(n_ctx):
-            command = [LLAMA_BIN / "llama-completion", "-m", MODEL, "-dev", "TQ8", "-t", "1", "-p", "hi", "-n", "2", "-no-cnv", "-fit",
-                       "off", "-ub", "32", "-c", str(n_ctx)]
+            command = [LLAMA_BIN / "llama-completion", "-m", MODEL, "-dev", "TQ8", "-t", "1", "-p", "hi", "-n", "2", "-no-cnv",
+                       "-fit", "off", "-ub", "32", "-c", str(n_ctx)]
             process = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL, env=environment())
             _, status, usage = os.wait4(process.pid, 0)
@@ -98,13 +98,13 @@ class Tools(TestCase):
         self.assertIn("loaded a session", texts[1])
 
     def test_bench_and_perplexity(self):
-        result = run([LLAMA_BIN / "llama-bench", "-m", tiny_model("llama"), "-dev", "TQ3", "-p", "64", "-n", "8", "-r", "1", "-t",
-                      THREADS, "-d", "0,256"])
+        result = run([LLAMA_BIN / "llama-bench", "-m", tiny_model("llama"), "-dev", "TQ3", "-p", "64", "-n", "8", "-r", "1",
+                      "-t", THREADS, "-d", "0,256"])
         self.assert_ok(result)
         text = self.directory / "text.txt"
         text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
-        result = run([LLAMA_BIN / "llama-perplexity", "-m", tiny_model("llama"), "-dev", "TQ4", "-ngl", "99", "-f", text, "-c", "512",
-                      "--chunks", "2", "-t", THREADS])
+        result = run([LLAMA_BIN / "llama-perplexity", "-m", tiny_model("llama"), "-dev", "TQ4", "-ngl", "99", "-f", text, "-c",
+                      "512", "--chunks", "2", "-t", THREADS])
         self.assert_ok(result)
         self.assert_line(result, "Final estimate: PPL")
 
