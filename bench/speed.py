@@ -3,8 +3,8 @@
 """End-to-end speed: stock llama-bench on a real model, our devices beside the f16, q8_0 and q4_0 caches.
 
 Configurations are interleaved round by round, so that a noisy machine hits all of them alike; the row gives the median over
-rounds, the spread (min, max), and the ratio of medians to f16. One CSV row per (configuration, test, depth), each with the command
-that made it, the commit and the machine.
+rounds, the spread (min, max), and the ratio of medians to f16. One CSV row per (configuration, test, depth), each with the
+command that made it, the commit and the machine.
 """
 import argparse
 import csv

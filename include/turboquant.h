@@ -108,10 +108,10 @@ TQ_API tq_executor tq_pool_executor(tq_pool *pool);
 
 /* How one head vector is stored; docs/formats.md gives the bytes. Values are pinned. */
 typedef enum tq_format {
-    TQ_FORMAT_F16 = 0,      /* reference, not rotated */
-    TQ_FORMAT_BF16 = 1,     /* reference, not rotated */
-    TQ_FORMAT_TQ8 = 2,      /* rotated, 8-bit uniform */
-    TQ_FORMAT_TQ4 = 3,      /* rotated, Lloyd-Max (TurboQuant, arXiv 2504.19874, Algorithm 1) */
+    TQ_FORMAT_F16 = 0,  /* reference, not rotated */
+    TQ_FORMAT_BF16 = 1, /* reference, not rotated */
+    TQ_FORMAT_TQ8 = 2,  /* rotated, 8-bit uniform */
+    TQ_FORMAT_TQ4 = 3,  /* rotated, Lloyd-Max (TurboQuant, arXiv 2504.19874, Algorithm 1) */
     TQ_FORMAT_TQ3 = 4,
     TQ_FORMAT_TQ2 = 5,
     TQ_FORMAT_TQ4_PROD = 6, /* Algorithm 2: one bit fewer for the codebook, and a QJL sign bit. For comparison only:   */
@@ -130,7 +130,7 @@ typedef struct tq_format_info {
     double ratio_to_f16;     /* 16 / bits_per_value */
     const float *codebook;   /* ascending centroids for N(0,1), or NULL where the format has none; static storage */
     int32_t n_codebook;
-    double lloyd_max;        /* distortion of that codebook on N(0,1) in theory, 0 where there is none */
+    double lloyd_max; /* distortion of that codebook on N(0,1) in theory, 0 where there is none */
 } tq_format_info;
 
 /* Fills *out. Errors: ARGUMENT, FORMAT, HEAD_DIM. Thread-safe. */
@@ -161,8 +161,8 @@ TQ_API TQ_NODISCARD tq_status tq_codec_decode(const tq_codec *codec, const void 
 
 /*
  * softmax(softmax_scale * q . K + bias) . V over columns. A column is a slot of a store or a position of a sequence. With
- * softcap c > 0 the logit becomes c * tanh(logit / c) before bias and mask. Query head h reads KV head h / (n_head / n_head_kv).
- * A query row that sees no column at all gives zeros (and lse = -inf, or the learned sink's logit).
+ * softcap c > 0 the logit becomes c * tanh(logit / c) before bias and mask. Query head h reads KV head h / (n_head /
+ * n_head_kv). A query row that sees no column at all gives zeros (and lse = -inf, or the learned sink's logit).
  */
 typedef struct tq_attend_params {
     size_t struct_size;
@@ -175,8 +175,8 @@ typedef struct tq_attend_params {
     int32_t out_dim; /* 0: the value head_dim. Smaller: the first out_dim values (MLA reads its values from the keys' latent) */
     float *lse;      /* optional [n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
     float softmax_scale;
-    float softcap; /* 0: none */
-    bool causal;   /* column <= first_pos + i_query */
+    float softcap;     /* 0: none */
+    bool causal;       /* column <= first_pos + i_query */
     int64_t first_pos; /* the position of query token 0 (causal, window, ALiBi) */
     int64_t window;    /* > 0: column > position - window */
     /* Optional additive mask [n_query, n_col], FP16 bits or FP32 by mask_is_f16; -inf hides a column. */
@@ -213,14 +213,14 @@ TQ_API void tq_store_params_default(tq_store_params *params);
 /* The bytes of memory that tq_store_open needs. Errors: ARGUMENT, FORMAT, HEAD_DIM. */
 TQ_API TQ_NODISCARD tq_status tq_store_bytes(size_t *out, const tq_store_params *params);
 /*
- * Open a store over `memory` (aligned to 64 bytes, not touched by opening or closing). Errors: ARGUMENT, SHAPE (memory_bytes too
- * small), FORMAT, HEAD_DIM, MEMORY, CPU.
+ * Open a store over `memory` (aligned to 64 bytes, not touched by opening or closing). Errors: ARGUMENT, SHAPE (memory_bytes
+ * too small), FORMAT, HEAD_DIM, MEMORY, CPU.
  */
 TQ_API TQ_NODISCARD tq_status tq_store_open(tq_store **out, const tq_store_params *params, void *memory, size_t memory_bytes);
 TQ_API void tq_store_close(tq_store *store);
 /*
- * Write rows [n, n_head_kv, head_dim] (row_stride elements apart) to slots[n]; as if one by one in order. A slot < 0 is skipped.
- * Errors: ARGUMENT, RANGE, NOT_FINITE (the log names head and slot); then nothing is written. executor may be NULL.
+ * Write rows [n, n_head_kv, head_dim] (row_stride elements apart) to slots[n]; as if one by one in order. A slot < 0 is
+ * skipped. Errors: ARGUMENT, RANGE, NOT_FINITE (the log names head and slot); then nothing is written. executor may be NULL.
  */
 TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                                              int64_t row_stride, const tq_executor *executor);
@@ -267,9 +267,9 @@ TQ_API TQ_NODISCARD tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)
 /* Errors: ARGUMENT, RANGE. Its pages go back to the pool. */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq);
 /*
- * Append n_tok tokens to one layer: k [n_tok, n_head_kv, head_dim], v [n_tok, n_head_kv, head_dim_v], contiguous. Layers advance
- * independently. Errors: ARGUMENT, RANGE, NOT_FINITE (the log names layer, head and position), FULL, MEMORY; then nothing was
- * appended. executor may be NULL.
+ * Append n_tok tokens to one layer: k [n_tok, n_head_kv, head_dim], v [n_tok, n_head_kv, head_dim_v], contiguous. Layers
+ * advance independently. Errors: ARGUMENT, RANGE, NOT_FINITE (the log names layer, head and position), FULL, MEMORY; then
+ * nothing was appended. executor may be NULL.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_append(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
                                               const float *v, const tq_executor *executor);
@@ -277,8 +277,8 @@ TQ_API TQ_NODISCARD tq_status tq_cache_append(tq_cache *cache, int32_t seq, int3
  * Attend over all tokens of one layer of a sequence; columns are positions. For causal prefill append first, then attend with
  * first_pos = length before the append. Errors: ARGUMENT, RANGE, SHAPE, MEMORY.
  */
-TQ_API TQ_NODISCARD tq_status tq_cache_attend(const tq_cache *cache, int32_t seq, int32_t layer,
-                                              const tq_attend_params *params, const tq_executor *executor);
+TQ_API TQ_NODISCARD tq_status tq_cache_attend(const tq_cache *cache, int32_t seq, int32_t layer, const tq_attend_params *params,
+                                              const tq_executor *executor);
 /* Keep the first n_tok tokens of every layer. What was encoded stays encoded. Errors: ARGUMENT, RANGE. */
 TQ_API TQ_NODISCARD tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok);
 /* Tokens in one layer of a sequence, or -1 if there is no such sequence or layer. */
@@ -307,8 +307,8 @@ TQ_API int32_t tq_preset_count(void);
 /* NULL if i is out of range. Static storage. */
 TQ_API const tq_preset *tq_preset_get(int32_t i);
 /*
- * Mean bits of a value, keys and values together, with everything counted (norms, sinks, ring and its bookkeeping) in a store of
- * n_slots tokens. Errors: ARGUMENT, HEAD_DIM.
+ * Mean bits of a value, keys and values together, with everything counted (norms, sinks, ring and its bookkeeping) in a store
+ * of n_slots tokens. Errors: ARGUMENT, HEAD_DIM.
  */
 TQ_API TQ_NODISCARD tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t head_dim,
                                                        int32_t n_head_kv, int64_t n_slots);

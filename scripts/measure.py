@@ -98,8 +98,8 @@ def write_base(setup, case, text, n_ctx, n_chunks, base):
 
 def measure_quality(setup, case, text, n_ctx, n_chunks, base):
     """
-    llama-perplexity's comparison of the next-token distributions with those in `base`, and the memory that it took: every cell of
-    the cache is filled, so that the peak counts all of it whether or not a cache touches cells before they are used.
+    llama-perplexity's comparison of the next-token distributions with those in `base`, and the memory that it took: every
+    cell of the cache is filled, so that the peak counts all of it whether or not a cache touches cells before they are used.
     """
     done = run_tool(setup, "perplexity", [*quality_options(setup, case, text, n_ctx, n_chunks), "--kl-divergence-base", base,
                                           "--kl-divergence"])

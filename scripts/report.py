@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""What `make run` shows: a real model answers a question about a long real text with an FP16 KV cache and with ours, then a table
-of memory, speed and quality for stock caches and our presets. All figures come from stock, unpatched llama.cpp tools.
+"""What `make run` shows: a real model answers a question about a long real text with an FP16 KV cache and with ours, then a
+table of memory, speed and quality for stock caches and our presets. All figures come from stock, unpatched llama.cpp tools.
 
     report.py [--cases F16,q8_0,q4_0,TQ8,TQ4,TQ3,TQ2] [--preset TQ4] [--json FILE] [--csv FILE]
 
@@ -66,7 +66,8 @@ def add_comparisons(rows):
 
 COLUMNS = [
     ("KV cache", "case", "{}"), ("KV MiB", "kv_mib", "{:.1f}"), ("bits/value", "bits_per_value", "{:.2f}"),
-    ("peak RSS MiB", "peak_rss_mib", "{:.1f}"), ("KV saved", "kv_saved_mib", "{:.1f}"), ("RSS saved", "rss_saved_mib", "{:.1f}"),
+    ("peak RSS MiB", "peak_rss_mib", "{:.1f}"), ("KV saved", "kv_saved_mib", "{:.1f}"),
+    ("RSS saved", "rss_saved_mib", "{:.1f}"),
     *((f"{kind} t/s @{depth}", f"{kind}_d{depth}", "{:.1f}") for depth in DEPTHS for kind in ("prefill", "decode")),
     ("mean KLD", "mean_kld", "{:.6f}"), ("99.9% KLD", "kld_99_9", "{:.4f}"), ("same top-1 %", "same_top_1", "{:.2f}"),
 ]
@@ -77,14 +78,15 @@ def print_table(rows):
     cells += [[form.format(row[key]) if key in row else "-" for _, key, form in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     for line in cells:
-        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))))
+        pairs = enumerate(zip(line, widths))
+        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in pairs))
 
 
 def print_notes(rows, args):
     print(f"""
-KV MiB and bits/value: the cache of {N_CTX} tokens as llama.cpp reports it, norms, sinks, ring and its bookkeeping included. Peak RSS:
-of the whole process that filled it; saved: against {rows[0]['case']}. t/s @N: tokens per second of llama-bench after N tokens. KLD and
-same top-1: of the next-token distribution against {rows[0]['case']}, by llama-perplexity, {args.chunks} x {N_CTX} tokens.
+KV MiB and bits/value: the cache of {N_CTX} tokens as llama.cpp reports it, norms, sinks, ring and its bookkeeping included.
+Peak RSS: of the whole process that filled it; saved: against {rows[0]['case']}. t/s @N: tokens per second of llama-bench after
+N tokens. KLD and same top-1: of the next-token distribution against {rows[0]['case']}, by llama-perplexity, {args.chunks} x {N_CTX} tokens.
 Commands:""")
     for name in ("command_speed", "command_quality"):
         print("  " + rows[-1][name])

@@ -50,10 +50,10 @@ def run_commands(name, commands, timeout):
             log.write(f"$ {shown}\n".encode())
             log.flush()
             try:
-                code = subprocess.run([str(part) for part in command], cwd=ROOT, env={**os.environ, **environment},
-                                      stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, timeout=timeout).returncode
-                if code:
-                    trouble = trouble or f"exit code {code}: {shown}"
+                done = subprocess.run([str(part) for part in command], cwd=ROOT, env={**os.environ, **environment},
+                                      stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, timeout=timeout)
+                if done.returncode:
+                    trouble = trouble or f"exit code {done.returncode}: {shown}"
             except (OSError, subprocess.TimeoutExpired) as error:
                 trouble = trouble or str(error)
     return path.read_text(errors="replace"), trouble

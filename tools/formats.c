@@ -28,7 +28,7 @@ static void add_format(cJSON *array, const tq_format_info *info)
 static int print_formats(const int32_t *head_dims, int32_t n_head_dims, bool json)
 {
     cJSON *array = json ? cJSON_CreateArray() : NULL;
-    if (!json) printf("%-10s %8s %10s %14s %14s  %s\n", "format", "head_dim", "bytes", "bits per value", "ratio to F16", "");
+    if (!json) printf("%-10s %8s %10s %14s %14s\n", "format", "head_dim", "bytes", "bits per value", "ratio to F16");
     for (int32_t i = 0; i < n_head_dims; i++) {
         for (int format = 0; format < TQ_FORMAT_COUNT; format++) {
             tq_format_info info;

@@ -22,8 +22,8 @@ const tq_cpu_level *tq_cpu_levels(int *n_out);
 /* Flags of this machine: CPUID and XGETBV, or the AArch64 baseline. No environment. */
 uint32_t tq_cpu_detect(void);
 /*
- * Flags after the cap by TQ_CPU ("scalar", "avx2", "avx512", "neon"; unset: no cap). Returns 0 and fills *out, or -1 if the name is
- * unknown or the machine lacks it.
+ * Flags after the cap by TQ_CPU ("scalar", "avx2", "avx512", "neon"; unset: no cap). Returns 0 and fills *out, or -1 if the
+ * name is unknown or the machine lacks it.
  */
 int tq_cpu_flags(uint32_t *out);
 /* The name of the highest level within flags. */

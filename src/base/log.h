@@ -11,9 +11,9 @@ __attribute__((format(printf, 2, 3)))
 void tq_log(tq_log_level level, const char *format, ...);
 
 /* Return a failing status of `expr` to the caller. */
-#define TQ_TRY(expr)                       \
-    do {                                   \
-        tq_status status_ = (expr);        \
+#define TQ_TRY(expr)                          \
+    do {                                      \
+        tq_status status_ = (expr);           \
         if (status_ != TQ_OK) return status_; \
     } while (0)
 

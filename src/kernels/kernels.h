@@ -43,8 +43,8 @@ typedef struct tq_kernels {
                            float *acc);
     /* The largest of s[n], -inf if n is 0. No NaN inside. */
     float (*row_max)(const float *s, int64_t n);
-    /* s[i] = exp(s[i] - max) for s[i] <= max, exactly 0 for -inf; returns the sum. Relative error at most 2e-6 for s - max >= -87,
-     * 0 below. */
+    /* s[i] = exp(s[i] - max) for s[i] <= max, exactly 0 for -inf; returns the sum. Relative error at most 2e-6 for s - max >=
+     * -87, 0 below. */
     float (*row_exp)(float *s, int64_t n, float max);
     /* s[i] = cap * tanh(s[i] / cap), absolute error at most 2e-6 * cap. */
     void (*row_softcap)(float *s, int64_t n, float cap);

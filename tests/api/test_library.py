@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""What a user of the library sees: header, exported symbols, package files, installation, and a build without a build system."""
+"""What a user of the library sees: header, symbols, package files, installation, and a build without a build system."""
 import re
 import subprocess
 import sys

@@ -28,9 +28,9 @@ class Server(TestCase):
         cls.port = free_port()
         cls.log = open(cls.directory / "log", "w+b")
         cls.addClassCleanup(cls.log.close)
-        command = [LLAMA_BIN / "llama-server", "-m", MODEL, "-dev", "TQ4", "-ngl", "99", "-t", THREADS, "-c", "4096", "-np", "3"]
-        command += ["-lv", "4", "--host", "127.0.0.1", "--port", cls.port, "--slots", "--slot-save-path", cls.directory]
-        command += cls.arguments
+        command = [LLAMA_BIN / "llama-server", "-m", MODEL, "-dev", "TQ4", "-ngl", "99", "-t", THREADS, "-c", "4096"]
+        command += ["-np", "3", "-lv", "4", "--host", "127.0.0.1", "--port", cls.port, "--slots"]
+        command += ["--slot-save-path", cls.directory, *cls.arguments]
         cls.server = subprocess.Popen([str(c) for c in command], stdout=cls.log, stderr=cls.log, stdin=subprocess.DEVNULL,
                                       env=environment())
         cls.addClassCleanup(cls.stop)
@@ -73,7 +73,7 @@ class Server(TestCase):
         self.assertIn("turboquant: TQ4 holds the KV cache", self.read_log())
 
     def test_parallel_requests(self):
-        questions = ["The capital of France is", "Two and two are", "The sun rises in the", "Water boils at a temperature of"] * 2
+        questions = ["The capital of France is", "Two and two are", "The sun rises in the", "Water boils at"] * 2
         with concurrent.futures.ThreadPoolExecutor(len(questions)) as pool:
             answers = list(pool.map(lambda q: self.complete(q)["content"], questions))
         self.assertIn("Paris", answers[0])
