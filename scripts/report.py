@@ -86,7 +86,8 @@ def print_notes(rows, args):
     print(f"""
 KV MiB and bits/value: the cache of {N_CTX} tokens as llama.cpp reports it, norms, sinks, ring and its bookkeeping included.
 Peak RSS: of the whole process that filled it; saved: against {rows[0]['case']}. t/s @N: tokens per second of llama-bench after
-N tokens. KLD and same top-1: of the next-token distribution against {rows[0]['case']}, by llama-perplexity, {args.chunks} x {N_CTX} tokens.
+N tokens. KLD and same top-1: of the next-token distribution against {rows[0]['case']}, by llama-perplexity, {args.chunks} x
+{N_CTX} tokens.
 Commands:""")
     for name in ("command_speed", "command_quality"):
         print("  " + rows[-1][name])
