@@ -115,8 +115,9 @@ def main():
     if args.list:
         print("\n".join(suite.name for suite in suites))
         return 0
+    results = [run_suite(suite) for suite in suites if suite.alone]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(run_suite, suites))
+        results += pool.map(run_suite, [suite for suite in suites if not suite.alone])
     n_passed = sum(passed for passed, _ in results)
     n_failed += sum(failed for _, failed in results)
     if not suites:

@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -72,16 +73,24 @@ def run(command, timeout=300, **variables):
     return Result(process)
 
 
+def run_to_the_end(command, last_words, **variables):
+    """
+    Run until the log has its last words. The stock tools write it from a thread of its own, and at their end drop what that
+    thread has not written yet: on a busy machine that is often the case.
+    """
+    for i in range(40):
+        result = run(command, **variables)
+        if result.status != 0 or last_words in result.text:
+            return result
+        time.sleep(0.05 * i)
+    raise RuntimeError(f"the log is cut off in every run:\n{result.text[-2000:]}")
+
+
 def complete(model, *arguments, prompt="The capital of France is", n=8, device="TQ4", whole_log=True, **variables):
     """Stock llama-completion, greedy."""
     command = [LLAMA_BIN / "llama-completion", "-m", model, "-dev", device, "-ngl", "99", "-t", THREADS, "-p", prompt, "-n", n,
                "--temp", "0", "-no-cnv", "-lv", "4", *arguments]
-    for _ in range(5):
-        result = run(command, **variables)
-        # It writes its log from a thread of its own, and at its end may drop what is not written yet.
-        if result.status != 0 or not whole_log or "graphs reused" in result.text:
-            return result
-    raise RuntimeError(f"the log is cut off in five runs:\n{result.text[-2000:]}")
+    return run_to_the_end(command, "graphs reused" if whole_log else "", **variables)
 
 
 def build_host(source, directory, *flags, libraries=("llama", "ggml", "ggml-base")):

@@ -38,7 +38,10 @@ def perplexity(*arguments, plugin=False):
 
 
 def measure(*arguments, plugin=False):
-    text, rss = perplexity("--kl-divergence", *arguments, plugin=plugin)
+    for _ in range(3):  # the tool may drop the end of its log
+        text, rss = perplexity("--kl-divergence", *arguments, plugin=plugin)
+        if "Same top p" in text:
+            break
     kld, error = re.search(r"Mean\s+KLD:\s+(\S+) ±\s+(\S+)", text).groups()
     cache = sum(float(mib) for mib in re.findall(r"KV buffer size =\s+([\d.]+) MiB", text)[-1:])
     return {"kld": float(kld), "error": float(error), "rss": rss, "cache": cache}

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 
-from common import LLAMA_BIN, MODEL, THREADS, TestCase, complete, environment, main, run, tiny_model
+from common import LLAMA_BIN, MODEL, THREADS, TestCase, complete, environment, main, run, run_to_the_end, tiny_model
 
 
 def kv_mib(result, buffer="TQ4_KV"):
@@ -103,8 +103,8 @@ class Tools(TestCase):
         self.assert_ok(result)
         text = self.directory / "text.txt"
         text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
-        result = run([LLAMA_BIN / "llama-perplexity", "-m", tiny_model("llama"), "-dev", "TQ4", "-ngl", "99", "-f", text, "-c",
-                      "512", "--chunks", "2", "-t", THREADS])
+        result = run_to_the_end([LLAMA_BIN / "llama-perplexity", "-m", tiny_model("llama"), "-dev", "TQ4", "-ngl", "99", "-f",
+                                 text, "-c", "512", "--chunks", "2", "-t", THREADS], "Final estimate: PPL")
         self.assert_ok(result)
         self.assert_line(result, "Final estimate: PPL")
 
