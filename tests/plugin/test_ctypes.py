@@ -20,11 +20,11 @@ class Ctypes(TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.library = build_host("local_host.c", cls.directory, "-shared", "-fPIC")
+        cls.host = build_host("local_host.c", cls.directory, "-shared", "-fPIC")
 
     def test_local_symbols(self):
         for device in ("TQ8", "TQ4"):
-            process = subprocess.run([sys.executable, "-c", SCRIPT, str(self.library), str(PLUGIN), str(MODEL), device],
+            process = subprocess.run([sys.executable, "-c", SCRIPT, str(self.host), str(PLUGIN), str(MODEL), device],
                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env=environment())
             text = process.stdout.decode(errors="replace")
             self.assertEqual(process.returncode, 0, text)
