@@ -17,8 +17,9 @@ SANITIZERS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1",
 }
-FUZZ_SECONDS = 10
-FUZZ_RUNS = 400  # of the stand-alone driver, which has no clock: some 10 s of the slowest target
+SLOW = {"TQ_TEST_SLOW": "1"}  # fewer random runs, where each takes ten times as long
+FUZZ_SECONDS = 5
+FUZZ_RUNS = 200  # of the stand-alone driver, which has no clock: some 7 s of the slowest target
 
 
 @dataclass
@@ -106,7 +107,7 @@ def native_suites():
     for level in cpu_levels():
         yield Suite(f"units/TQ_CPU={level}", units("release", {"TQ_CPU": level}))
     yield Suite("units/asan", units("asan"))
-    yield Suite("units/tsan", units("tsan"))
+    yield Suite("units/tsan", units("tsan", SLOW))
     yield Suite("library", [python("tests/api/test_library.py")])
     yield Suite("tq", [python("tests/api/test_tq.py")])
     examples = programs("release", "examples", "example_*")
@@ -117,10 +118,11 @@ def native_suites():
 def emulated_suites():
     """Other machines: AArch64, and an x86-64 without AVX-512, where an instruction too many is a crash."""
     missing = needs("qemu-aarch64", "aarch64-linux-gnu-gcc")
-    yield Suite("checkkern/aarch64", [(["qemu-aarch64", BUILD / "aarch64/tests/checkkern"], {})], missing)
-    yield Suite("units/aarch64", units("aarch64", emulator=("qemu-aarch64",)), missing)
+    yield Suite("checkkern/aarch64", [(["qemu-aarch64", BUILD / "aarch64/tests/checkkern", "--quick"], {})], missing)
+    yield Suite("units/aarch64", units("aarch64", SLOW, emulator=("qemu-aarch64",)), missing)
     haswell = ["qemu-x86_64", "-cpu", "Haswell"]
-    yield Suite("checkkern/haswell", [([*haswell, BUILD / "release/tests/checkkern"], {})], needs("qemu-x86_64"))
+    yield Suite("checkkern/haswell", [([*haswell, BUILD / "release/tests/checkkern", "--quick"], {})],
+                needs("qemu-x86_64"))
 
 
 def fuzz_suites():

@@ -25,6 +25,12 @@
         }                                                                                 \
     } while (0)
 
+/* How many random runs to make: under an emulator or the thread sanitizer (TQ_TEST_SLOW is set) a quarter of n. */
+static inline int kv_runs(int n)
+{
+    return getenv("TQ_TEST_SLOW") ? (n + 3) / 4 : n;
+}
+
 /* xorshift64*; the tests' own, so that a change of the library's generator changes no test. */
 typedef struct kv_random {
     uint64_t state;

@@ -47,7 +47,7 @@ static void run_models(const tq_executor *executor, uint64_t seed)
 {
     kv_random random = {.state = seed};
     uint8_t data[MODEL_BYTES];
-    for (int run = 0; run < N_MODEL_RUNS; run++) {
+    for (int run = 0, n_runs = kv_runs(N_MODEL_RUNS); run < n_runs; run++) {
         for (size_t i = 0; i < sizeof data; i++) data[i] = (uint8_t)kv_below(&random, 256);
         cache_model_run(data, sizeof data, executor);
     }

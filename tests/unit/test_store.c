@@ -51,7 +51,7 @@ static void run_models(const tq_executor *executor, uint64_t seed)
 {
     kv_random random = {.state = seed};
     uint8_t data[MODEL_BYTES];
-    for (int run = 0; run < N_MODEL_RUNS; run++) {
+    for (int run = 0, n_runs = kv_runs(N_MODEL_RUNS); run < n_runs; run++) {
         for (size_t i = 0; i < sizeof data; i++) data[i] = (uint8_t)kv_below(&random, 256);
         store_model_run(data, sizeof data, executor);
     }
@@ -281,7 +281,7 @@ static void test_damaged_memory(void **state)
     kv_random random = {.state = 77};
     float rows[128 * 64], out[128 * 2];
     kv_fill(&random, rows, 128 * 64);
-    for (int run = 0; run < 300; run++) {
+    for (int run = 0, n_runs = kv_runs(300); run < n_runs; run++) {
         void *memory;
         size_t bytes;
         tq_store *store = open_small(&memory, &bytes);
