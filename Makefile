@@ -20,7 +20,7 @@ check: all  ## format, layers, symbols, units, kernels, fuzz corpora: under a mi
 run:  ## the answer of a real model with and without the plug-in, and a table of memory, speed and quality
 	$(MAKE) --no-print-directory deps
 	$(MAKE) --no-print-directory all
-	$(PYTHON) scripts/report.py
+	$(PYTHON) scripts/report.py --csv build/report.csv
 
 .PHONY: test
 test:  ## everything, with sanitizers and stock llama.cpp; the first run builds llama.cpp
@@ -29,8 +29,10 @@ test:  ## everything, with sanitizers and stock llama.cpp; the first run builds 
 	$(PYTHON) tests/run_all.py
 
 .PHONY: bench
-bench: all  ## speed of each kernel on each instruction set of this machine
+bench: deps all  ## speed of each kernel on each instruction set, then of llama-bench with f16, TQ8, TQ4, TQ3 and TQ2
 	build/release/tests/checkkern --bench
+	$(PYTHON) bench/speed.py --llama-bin $(TQ_DEPS_DIR)/llama-bin --plugin build/release/libggml-turboquant.so \
+	  --model $(TQ_DEPS_DIR)/models/SmolLM2-135M-Instruct.Q4_1.gguf --configs f16,TQ8,TQ4,TQ3,TQ2 --csv build/bench.csv
 
 .PHONY: format
 format:  ## clang-format of all C files

@@ -14,6 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from measure import commit, machine  # noqa: E402
 
 FIELDS = ["config", "test", "depth", "tokens_per_s", "min", "max", "rounds", "ratio_vs_f16", "command", "commit", "machine"]
 
@@ -27,24 +31,6 @@ def configurations(names):
         else:
             out[name] = ["-dev", name, "-ngl", "99"]
     return out
-
-
-def machine():
-    model = "unknown CPU"
-    try:
-        with open("/proc/cpuinfo") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    model = line.split(":", 1)[1].strip()
-                    break
-    except OSError:
-        pass
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def commit():
-    r = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return r.stdout.strip() or "unknown"
 
 
 def run_once(bench, args, plugin):

@@ -45,6 +45,20 @@ class Finished:
     command: str
 
 
+def machine():
+    """The CPU's name and the number of cores, for tables."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores"
+
+
+def commit():
+    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
 def shown(command):
     """The command as one would type it in the root of the repository."""
     parts = [str(part).replace(str(ROOT) + "/", "") for part in command]

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, Case, Setup, measure_answer, measure_quality, measure_speed, write_base
+from measure import ROOT, Case, Setup, commit, machine, measure_answer, measure_quality, measure_speed, write_base
 
 DEPS = Path(os.environ.get("TQ_DEPS_DIR", ROOT / "build" / "deps"))
 N_CTX = 4096
@@ -62,6 +62,7 @@ def add_comparisons(rows):
         row["bits_per_value"] = 16 * row["kv_mib"] / reference["kv_mib"]
         row["kv_saved_mib"] = reference["kv_mib"] - row["kv_mib"]
         row["rss_saved_mib"] = reference["peak_rss_mib"] - row["peak_rss_mib"]
+        row["commit"], row["machine"] = commit(), machine()
 
 
 COLUMNS = [
