@@ -195,8 +195,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static tq_ggml_options options;
     uint32_t kind = take(&data, &size, 1);
     char error[256], text[64];
-    static const char *const formats[] = {"f16", "bf16", "tq8", "tq4", "tq3", "tq2", "tq4_prod", "tq2_prod"};
-    snprintf(text, sizeof text, "k=%s,sinks=%u,recent=%u", formats[kind % 8], (unsigned)(kind / 8 % 3),
+    static const char *const formats[] = {"f16", "bf16", "tq8", "tq4", "tq3", "tq2", "tq4_prod", "tq2_prod", "tt4", "tt2"};
+    snprintf(text, sizeof text, "k=%s,sinks=%u,recent=%u", formats[kind % 10], (unsigned)(kind / 10 % 3),
              (unsigned)(kind / 32 * 2));
     ENSURE(tq_ggml_options_parse(&options, text, error, sizeof error));
     tq_ggml_log_set_level(-1);

@@ -117,6 +117,9 @@ typedef enum tq_format {
     TQ_FORMAT_TQ4_PROD = 6, /* Algorithm 2: one bit fewer for the codebook, and a QJL sign bit. For comparison only:   */
     TQ_FORMAT_TQ3_PROD = 7, /* it is worse than Algorithm 1 after a softmax, and no preset uses it.                    */
     TQ_FORMAT_TQ2_PROD = 8,
+    TQ_FORMAT_TT4 = 9, /* rotated, trellis-coded: the bytes of the Lloyd-Max formats, less error, slower to encode */
+    TQ_FORMAT_TT3 = 10,
+    TQ_FORMAT_TT2 = 11,
     TQ_FORMAT_COUNT
 } tq_format;
 

@@ -9,6 +9,9 @@ static const tq_preset presets[] = {
     {"TQ4", "keys tq4, values tq4; first 4 and last 64 tokens exact", TQ_FORMAT_TQ4, TQ_FORMAT_TQ4, 4, 64},
     {"TQ3", "keys tq3, values tq3; first 4 and last 64 tokens exact", TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 4, 64},
     {"TQ2", "keys tq2, values tq2; first 4 and last 64 tokens exact", TQ_FORMAT_TQ2, TQ_FORMAT_TQ2, 4, 64},
+    {"TT4", "keys tt4, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TT4, TQ_FORMAT_TT4, 4, 64},
+    {"TT3", "keys tt3, values tt3; first 4 and last 64 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT3, 4, 64},
+    {"TT2", "keys tt2, values tt2; first 4 and last 64 tokens exact", TQ_FORMAT_TT2, TQ_FORMAT_TT2, 4, 64},
 };
 // clang-format on
 enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };

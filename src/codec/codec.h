@@ -48,7 +48,7 @@ typedef struct tq_rotation {
     float signs[TQ_ROUNDS_MAX][TQ_HEAD_DIM_MAX]; /* +1 or -1 */
 } tq_rotation;
 
-typedef enum tq_family { TQ_FAMILY_EXACT, TQ_FAMILY_UNIFORM, TQ_FAMILY_LLOYD, TQ_FAMILY_PROD } tq_family;
+typedef enum tq_family { TQ_FAMILY_EXACT, TQ_FAMILY_UNIFORM, TQ_FAMILY_LLOYD, TQ_FAMILY_PROD, TQ_FAMILY_TRELLIS } tq_family;
 
 /* The static part of a format: one row of the table in format.c. */
 typedef struct tq_format_traits {
@@ -60,6 +60,9 @@ typedef struct tq_format_traits {
     int32_t n_scales;                   /* FP16 scales a vector: 0, 1, or 2 for product formats (norm, residual norm) */
     const float *codebook, *boundaries; /* 2^code_bits centroids and 2^code_bits - 1 midpoints, ascending; NULL if none */
     double lloyd_max;
+    /* Trellis formats: the 256 windows' values as integers, and the same as floats. NULL for others. */
+    const int8_t *windows;
+    const float *window_values;
 } tq_format_traits;
 
 struct tq_codec {

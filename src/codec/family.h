@@ -14,7 +14,7 @@ typedef struct tq_family_ops {
     void (*finish)(const tq_codec *codec, const float *acc, float *x);
 } tq_family_ops;
 
-extern const tq_family_ops tq_exact_ops, tq_uniform_ops, tq_lloyd_ops, tq_prod_ops;
+extern const tq_family_ops tq_exact_ops, tq_uniform_ops, tq_lloyd_ops, tq_prod_ops, tq_trellis_ops;
 
 /* prepare and finish of a family whose working basis is the rotated one. */
 void tq_rotated_prepare(const tq_codec *codec, const float *q, float *y);

@@ -9,10 +9,8 @@
 #include "codec/family.h"
 
 static const tq_family_ops *const family_ops[] = {
-    [TQ_FAMILY_EXACT] = &tq_exact_ops,
-    [TQ_FAMILY_UNIFORM] = &tq_uniform_ops,
-    [TQ_FAMILY_LLOYD] = &tq_lloyd_ops,
-    [TQ_FAMILY_PROD] = &tq_prod_ops,
+    [TQ_FAMILY_EXACT] = &tq_exact_ops, [TQ_FAMILY_UNIFORM] = &tq_uniform_ops, [TQ_FAMILY_LLOYD] = &tq_lloyd_ops,
+    [TQ_FAMILY_PROD] = &tq_prod_ops,   [TQ_FAMILY_TRELLIS] = &tq_trellis_ops,
 };
 
 void tq_vector_encode(const tq_codec *codec, const float *x, uint8_t *codes, uint16_t *scales)

@@ -13,6 +13,7 @@
 #include "base/alloc.h"
 #include "base/half.h"
 #include "codec/codec.h"
+#include "codec/trellis.h"
 #include "vectors.h"
 
 enum { D = TQ_HEAD_DIM_MAX, BYTES_MAX = 2 * D + 4 };
@@ -63,7 +64,8 @@ static void test_sizes(void **state)
         {TQ_FORMAT_TQ8, "tq8", 66, 130},          {TQ_FORMAT_TQ4, "tq4", 34, 66},
         {TQ_FORMAT_TQ3, "tq3", 26, 50},           {TQ_FORMAT_TQ2, "tq2", 18, 34},
         {TQ_FORMAT_TQ4_PROD, "tq4_prod", 36, 68}, {TQ_FORMAT_TQ3_PROD, "tq3_prod", 28, 52},
-        {TQ_FORMAT_TQ2_PROD, "tq2_prod", 20, 36},
+        {TQ_FORMAT_TQ2_PROD, "tq2_prod", 20, 36}, {TQ_FORMAT_TT4, "tt4", 34, 66},
+        {TQ_FORMAT_TT3, "tt3", 26, 50},           {TQ_FORMAT_TT2, "tt2", 18, 34},
     };
     assert_int_equal(sizeof(expected) / sizeof(expected[0]), TQ_FORMAT_COUNT);
     for (int i = 0; i < TQ_FORMAT_COUNT; i++) {
@@ -166,6 +168,93 @@ static void test_gaussian_distortion(void **state)
     }
 }
 
+/* The issue that trellis codes settle: at most .0056, .0206 and .0765 of a Gaussian vector at the bytes of tq4, tq3 and tq2. */
+static void test_trellis_distortion(void **state)
+{
+    (void)state;
+    static const double limit[] = {.0056, .0206, .0765};
+    for (int i = 0; i < 3; i++) {
+        enum { N = 1500 };
+        tq_codec *codec = make_codec((tq_format)(TQ_FORMAT_TT4 + i), 128, TQ_SEED_DEFAULT);
+        tq_random random = tq_random_stream(17, 0);
+        double sum = 0.0;
+        for (int n = 0; n < N; n++) {
+            float x[D];
+            random_vector(&random, VECTOR_GAUSSIAN, 3.0f, x, 128);
+            sum += distortion(codec, x) / N;
+        }
+        if (sum > limit[i]) fail_msg("%s: %g, at most %g expected", codec->traits->name, sum, limit[i]);
+        tq_codec_free(codec);
+    }
+}
+
+static void set_code(uint8_t *codes, int32_t bits, int32_t i, unsigned code)
+{
+    for (int32_t b = 0; b < bits; b++) {
+        int32_t at = i * bits + b;
+        codes[at / 8] = (uint8_t)((codes[at / 8] & ~(1u << (at % 8))) | (code >> b & 1u) << (at % 8));
+    }
+}
+
+/* The squared error of a circle of codes, in the units of the table. */
+static double circle_error(const tq_codec *codec, const uint8_t *codes, const float *z)
+{
+    double sum = 0.0;
+    for (int32_t i = 0; i < codec->head_dim; i++) {
+        uint8_t window = tq_trellis_window(codes, codec->code_bytes, codec->traits->bits, i);
+        sum += pow((double)z[i] - codec->traits->windows[window], 2);
+    }
+    return sum;
+}
+
+/* The search ends where no single code can be changed for the better, but for those that decide how the circle closes. */
+static void test_trellis_search_is_optimal(void **state)
+{
+    (void)state;
+    for (int format = TQ_FORMAT_TT4; format <= TQ_FORMAT_TT2; format++) {
+        tq_codec *codec = make_codec((tq_format)format, 96, TQ_SEED_DEFAULT);
+        int32_t bits = codec->traits->bits, n = codec->head_dim;
+        tq_random random = tq_random_stream(18, 0);
+        for (int run = 0; run < 10; run++) {
+            float y[D], z[D];
+            uint8_t codes[BYTES_MAX], changed[BYTES_MAX];
+            uint16_t scale;
+            random_vector(&random, VECTOR_GAUSSIAN, 1.0f, y, n);
+            float factor = tq_unit_factor(tq_sum_squares(y, n), n) * TQ_TRELLIS_UNIT;
+            for (int32_t i = 0; i < n; i++) z[i] = y[i] * factor;
+            tq_trellis_encode_rotated(codec, y, tq_trellis_run_scalar, codes, &scale);
+            double least = circle_error(codec, codes, z);
+            for (int32_t i = 8 / bits; i < n; i++) {
+                for (unsigned code = 0; code < 1u << bits; code++) {
+                    memcpy(changed, codes, codec->code_bytes);
+                    set_code(changed, bits, i, code);
+                    assert_true(circle_error(codec, changed, z) >= least * (1 - 1e-5));
+                }
+            }
+        }
+        tq_codec_free(codec);
+    }
+}
+
+/* A window is the 8 bits from its code's first on, around the circle. */
+static void test_trellis_windows(void **state)
+{
+    (void)state;
+    uint8_t codes[24];
+    for (int i = 0; i < 24; i++) codes[i] = (uint8_t)(i * 37 + 11);
+    for (int32_t bits = 2; bits <= 4; bits++) {
+        size_t n_bytes = 8 * (size_t)bits - (bits == 4 ? 8 : 0);
+        for (int32_t i = 0; i < (int32_t)n_bytes * 8 / bits; i++) {
+            unsigned expected = 0;
+            for (size_t b = 0; b < 8; b++) {
+                size_t at = ((size_t)(i * bits) + b) % (8 * n_bytes);
+                expected |= ((unsigned)codes[at / 8] >> (at % 8) & 1u) << b;
+            }
+            assert_int_equal(tq_trellis_window(codes, n_bytes, bits, i), expected);
+        }
+    }
+}
+
 /* Outlier channels, which an unrotated quantizer loses everything to, cost about as much as a Gaussian vector at every
  * head_dim. */
 static void test_outlier_distortion(void **state)
@@ -235,12 +324,13 @@ static void test_idempotent(void **state)
     (void)state;
     int32_t n_head_dims;
     const int32_t *head_dims = tq_head_dim_list(&n_head_dims);
-    for (int format = 0; format <= TQ_FORMAT_TQ2; format++) {
+    for (int format = 0; format < TQ_FORMAT_COUNT; format++) {
         if (format == TQ_FORMAT_BF16) continue; /* FP16 can't hold the small ones */
+        if (tq_format_traits_get((tq_format)format)->family == TQ_FAMILY_PROD) continue;
         for (int32_t i = 0; i < n_head_dims; i++) {
             tq_codec *codec = make_codec((tq_format)format, head_dims[i], TQ_SEED_DEFAULT);
             tq_random random = tq_random_stream(14, (uint64_t)head_dims[i]);
-            for (int n = 0; n < 400; n++) {
+            for (int n = 0; n < (format >= TQ_FORMAT_TT4 ? 100 : 400); n++) {
                 float x[D], size = (float)exp(8.0 * random_uniform(&random) - 4.0); /* 0.018 to 55 */
                 random_vector(&random, (vector_kind)(n % VECTOR_KINDS), size, x, head_dims[i]);
                 check_idempotent(codec, x);
@@ -449,7 +539,7 @@ static void test_refusals(void **state)
     assert_string_equal(last_message, "head_dim 72 is not supported: it must be one of 64, 80, 96, 112, 128, 192, 256, 576");
     assert_int_equal(tq_codec_create(&codec, TQ_FORMAT_COUNT, 64, 0), TQ_ERR_FORMAT);
     assert_int_equal(tq_codec_create(&codec, (tq_format)-1, 64, 0), TQ_ERR_FORMAT);
-    assert_string_equal(last_message, "format -1 does not exist: formats are numbered 0 to 8");
+    assert_string_equal(last_message, "format -1 does not exist: formats are numbered 0 to 11");
     assert_null(codec);
     assert_int_equal(tq_codec_create(NULL, TQ_FORMAT_TQ4, 64, 0), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_format_describe(&info, TQ_FORMAT_TQ4, 0), TQ_ERR_HEAD_DIM);
@@ -546,6 +636,9 @@ int main(void)
         cmocka_unit_test(test_codebooks),
         cmocka_unit_test(test_codebook_on_samples),
         cmocka_unit_test(test_gaussian_distortion),
+        cmocka_unit_test(test_trellis_distortion),
+        cmocka_unit_test(test_trellis_search_is_optimal),
+        cmocka_unit_test(test_trellis_windows),
         cmocka_unit_test(test_outlier_distortion),
         cmocka_unit_test(test_norm_is_kept),
         cmocka_unit_test(test_idempotent),

@@ -129,6 +129,7 @@ static size_t parse_hex(const char *text, uint8_t *bytes)
 /* Relative squared error that decoding may show; it only has to tell a decoder that works from one that does not. */
 static double error_limit(const tq_format_traits *traits)
 {
+    if (traits->family == TQ_FAMILY_TRELLIS) return 0.5 * pow(0.25, traits->bits - 1);
     if (traits->family == TQ_FAMILY_PROD) return 4.0 * traits->lloyd_max;
     return traits->codebook == NULL ? 2e-4 : 2.0 * traits->lloyd_max;
 }

@@ -183,6 +183,9 @@ TQ_INLINE vec vec_butterflies(vec a)
 typedef struct tables {
     uint8x16_t plane[4];
     int32_t high_plane; /* byte offset of the high bits (3 bits) */
+    /* trellis formats */
+    uint8x16x4_t windows[4];
+    int32_t code_bytes;
 } tables;
 
 TQ_INLINE tables tables_init(int source, const tq_codec *codec)
@@ -199,7 +202,34 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
     }
     for (int plane = 0; plane < 4; plane++) t.plane[plane] = vld1q_u8(bytes[plane]);
     t.high_plane = source == TQ_FORMAT_TQ3 ? codec->head_dim / 4 : 0;
+    t.code_bytes = (int32_t)codec->code_bytes;
+    if (source_trellis_bits(source) > 0) {
+        TQ_UNROLL
+        for (int i = 0; i < 4; i++) t.windows[i] = vld1q_u8_x4((const uint8_t *)codec->traits->windows + 64 * i);
+    }
     return t;
+}
+
+/* The values of windows d .. d + 15: four tables of 64 entries; tbx leaves a lane alone whose index is not its own. */
+TQ_INLINE int8x16_t look_up_windows(int bits, const tables *t, const uint8_t *codes, int32_t d)
+{
+    uint8_t bytes[16];
+    int32_t at = d / 8 * bits;
+    uint64_t low = load_circular(codes, t->code_bytes, at), high = load_circular(codes, t->code_bytes, at + bits);
+    for (int i = 0; i < 8; i++) {
+        bytes[i] = (uint8_t)(low >> (bits * i));
+        bytes[i + 8] = (uint8_t)(high >> (bits * i));
+    }
+    uint8x16_t index = vld1q_u8(bytes), value = vqtbl4q_u8(t->windows[0], index);
+    TQ_UNROLL
+    for (int i = 1; i < 4; i++) value = vqtbx4q_u8(value, t->windows[i], vsubq_u8(index, vdupq_n_u8((uint8_t)(64 * i))));
+    return vreinterpretq_s8_u8(value);
+}
+
+/* m[(s + lane) >> bits] in each lane, for bits >= 2. */
+TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
+{
+    return vdupq_n_f32(m[s >> bits]);
 }
 
 /* 16 codes of 2 bits, one a byte. */
@@ -249,8 +279,9 @@ TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, i
         look_up(t, vorrq_u8(unpack2(codes + d / 4), unpack_high(codes + t->high_plane + d / 8)), out);
     } else if (source == TQ_FORMAT_TQ2) {
         look_up(t, unpack2(codes + d / 4), out);
-    } else if (source == TQ_FORMAT_TQ8) {
-        int8x16_t code = vreinterpretq_s8_u8(vld1q_u8(codes + d));
+    } else if (source == TQ_FORMAT_TQ8 || source_trellis_bits(source) > 0) {
+        int8x16_t code = source == TQ_FORMAT_TQ8 ? vreinterpretq_s8_u8(vld1q_u8(codes + d))
+                                                 : look_up_windows(source_trellis_bits(source), t, codes, d);
         int16x8_t low = vmovl_s8(vget_low_s8(code)), high = vmovl_s8(vget_high_s8(code));
         out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
         out[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Template: encoding, bit-exact with tq_vector_encode. What is done once a vector and not once a value is the codec's own code.
  */
+#include "codec/trellis.h"
 #include "kernels/simd/ops.h"
 
 enum { VECS16 = 16 / VEC_LANES };
@@ -143,6 +144,81 @@ void TQ_ISA(encode_tq2)(const tq_codec *codec, const float *x, int64_t x_stride,
 {
     encode_lloyd(TQ_FORMAT_TQ2, codec, x, x_stride, n, out);
 }
+
+/*
+ * The least of the metrics at m[oldest * n_rest] for all `oldest`, and which it is. A tournament, for a chain of comparisons
+ * would wait for each; the left side wins ties and is always the lower one.
+ */
+TQ_INLINE void play_round(vec *best, vec *index, int n)
+{
+    TQ_UNROLL
+    for (int i = 0; i < n; i++) {
+        vec left = best[2 * i], right = best[2 * i + 1];
+        best[i] = vec_select_ge(right, left, left, right);
+        index[i] = vec_select_ge(right, left, index[2 * i], index[2 * i + 1]);
+    }
+}
+
+TQ_INLINE vec least_of(const float *m, int bits, int n_rest, vec *who)
+{
+    const int n = 1 << bits;
+    vec best[16], index[16];
+    TQ_UNROLL
+    for (int i = 0; i < n; i++) {
+        best[i] = vec_load(m + i * n_rest);
+        index[i] = vec_set1((float)i);
+    }
+    if (n > 8) play_round(best, index, 8);
+    if (n > 4) play_round(best, index, 4);
+    play_round(best, index, 2);
+    play_round(best, index, 1);
+    *who = index[0];
+    return best[0];
+}
+
+/* As tq_trellis_run_scalar, for `bits` known to the compiler. */
+TQ_INLINE void trellis_run(const float *values, int bits, const float *z, int32_t n, float *metric, uint8_t *choice)
+{
+    const int n_rest = TQ_TRELLIS_WINDOWS >> bits;
+    float least[TQ_TRELLIS_REST_MAX + VEC_LANES]; /* vec_repeat reads a whole vec */
+    memset(least, 0, sizeof(least));
+    for (int32_t i = n - 1; i >= 0; i--) {
+        for (int rest = 0; rest < n_rest; rest += 16) {
+            vec who[VECS16];
+            TQ_UNROLL
+            for (int k = 0; k < VECS16; k++) {
+                int at = rest + k * VEC_LANES;
+                vec_store(least + at, least_of(metric + at, bits, n_rest, &who[k]));
+            }
+            round16(who, choice + i * n_rest + rest);
+        }
+        const vec target = vec_set1(z[i]);
+        for (int s = 0; s < TQ_TRELLIS_WINDOWS; s += VEC_LANES) {
+            vec error = vec_sub(target, vec_load(values + s));
+            vec_store(metric + s, vec_add(vec_repeat(least, bits, s), vec_mul(error, error)));
+        }
+    }
+}
+
+#define ENCODE_TRELLIS(bits_)                                                                                       \
+    static void trellis_run_##bits_(const float *values, int32_t bits, const float *z, int32_t n, float *metric,    \
+                                    uint8_t *choice)                                                                \
+    {                                                                                                               \
+        (void)bits;                                                                                                 \
+        trellis_run(values, bits_, z, n, metric, choice);                                                           \
+    }                                                                                                               \
+    void TQ_ISA(encode_tt##bits_)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out) \
+    {                                                                                                               \
+        float y[TQ_HEAD_DIM_MAX];                                                                                   \
+        for (int64_t i = 0; i < n; i++) {                                                                           \
+            TQ_ISA(rotation_forward)(&codec->rotation, x + i * x_stride, y);                                        \
+            tq_trellis_encode_rotated(codec, y, trellis_run_##bits_, out.codes + (size_t)i * codec->code_bytes,     \
+                                      out.scales + i);                                                              \
+        }                                                                                                           \
+    }
+ENCODE_TRELLIS(4)
+ENCODE_TRELLIS(3)
+ENCODE_TRELLIS(2)
 
 void TQ_ISA(encode_f16)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
 {

@@ -21,6 +21,9 @@ void TQ_ISA(kernels_init)(tq_kernels *kernels)
     SET_ROTATED_FORMAT(TQ_FORMAT_TQ4, tq4);
     SET_ROTATED_FORMAT(TQ_FORMAT_TQ3, tq3);
     SET_ROTATED_FORMAT(TQ_FORMAT_TQ2, tq2);
+    SET_ROTATED_FORMAT(TQ_FORMAT_TT4, tt4);
+    SET_ROTATED_FORMAT(TQ_FORMAT_TT3, tt3);
+    SET_ROTATED_FORMAT(TQ_FORMAT_TT2, tt2);
     kernels->score_f32 = TQ_ISA(score_f32);
     kernels->accumulate_f32 = TQ_ISA(accumulate_f32);
     kernels->row_max = TQ_ISA(row_max);

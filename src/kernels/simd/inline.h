@@ -23,7 +23,27 @@ enum { SOURCE_F32 = TQ_FORMAT_COUNT };
 
 TQ_INLINE int source_has_scale(int source)
 {
-    return source >= TQ_FORMAT_TQ8 && source <= TQ_FORMAT_TQ2;
+    return (source >= TQ_FORMAT_TQ8 && source <= TQ_FORMAT_TQ2) || (source >= TQ_FORMAT_TT4 && source <= TQ_FORMAT_TT2);
+}
+
+/* Bits of a trellis format, 0 for others. */
+TQ_INLINE int source_trellis_bits(int source)
+{
+    return source == TQ_FORMAT_TT4 ? 4 : source == TQ_FORMAT_TT3 ? 3 : source == TQ_FORMAT_TT2 ? 2 : 0;
+}
+
+/* 8 bytes of a circle of n >= 8 bytes. */
+TQ_INLINE uint64_t load_circular(const uint8_t *circle, int32_t n, int32_t at)
+{
+    uint64_t u, start;
+    if (at + 8 <= n) {
+        memcpy(&u, circle + at, sizeof(u));
+        return u;
+    }
+    int32_t n_left = 8 * (n - at); /* bits before the end */
+    memcpy(&u, circle + n - 8, sizeof(u));
+    memcpy(&start, circle, sizeof(start));
+    return n_left == 0 ? start : u >> (64 - n_left) | start << n_left;
 }
 
 /* Rows of the next tile, at most tile_rows: of equal size as far as may be, for a tile of few rows does little per load. */

@@ -22,6 +22,9 @@ TQ_DECLARE_FORMAT(tq8)
 TQ_DECLARE_FORMAT(tq4)
 TQ_DECLARE_FORMAT(tq3)
 TQ_DECLARE_FORMAT(tq2)
+TQ_DECLARE_FORMAT(tt4)
+TQ_DECLARE_FORMAT(tt3)
+TQ_DECLARE_FORMAT(tt2)
 #undef TQ_DECLARE_FORMAT
 
 void TQ_ISA(score_f32)(const float *y, int32_t width, int64_t n, const float *q, int64_t n_row, float *s, int64_t s_stride);

@@ -164,12 +164,15 @@ typedef struct tables {
     __m256i shift;      /* code i down to bit 0 */
     __m256i to_sign;    /* its high bit up to bit 31, where vblendvps looks (3 bits) */
     int32_t high_plane; /* byte offset of the high bits (3 bits) */
+    /* trellis formats */
+    const float *windows;
+    int32_t code_bytes;
 } tables;
 
 TQ_INLINE tables tables_init(int source, const tq_codec *codec)
 {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    tables t = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_si256(), _mm256_setzero_si256(), 0};
+    tables t = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_si256(), _mm256_setzero_si256(), 0, NULL, 0};
     const float *codebook = codec->traits->codebook;
     if (source == TQ_FORMAT_TQ4) {
         t.low = _mm256_loadu_ps(codebook);
@@ -181,8 +184,29 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
         t.shift = _mm256_slli_epi32(lane, 1);
         t.to_sign = _mm256_sub_epi32(_mm256_set1_epi32(31), lane);
         t.high_plane = codec->head_dim / 4;
+    } else if (source_trellis_bits(source) > 0) {
+        t.windows = codec->traits->window_values;
+        t.code_bytes = (int32_t)codec->code_bytes;
+        t.shift =
+            _mm256_mullo_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(3)), _mm256_set1_epi32(source_trellis_bits(source)));
     }
     return t;
+}
+
+/* The values of windows d .. d + 7, the first 4 from the low 32 of 64 bits. */
+TQ_INLINE vec look_up_windows(int bits, const tables *t, const uint8_t *codes, int32_t d)
+{
+    uint64_t u = load_circular(codes, t->code_bytes, d / 8 * bits);
+    __m256i index = _mm256_set_m128i(_mm_set1_epi32((int)(uint32_t)(u >> (4 * bits))), _mm_set1_epi32((int)(uint32_t)u));
+    index = _mm256_and_si256(_mm256_srlv_epi32(index, t->shift), _mm256_set1_epi32(255));
+    return _mm256_i32gather_ps(t->windows, index, 4);
+}
+
+/* m[(s + lane) >> bits] in each lane; reads VEC_LANES floats. */
+TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_permutevar8x32_ps(vec_load(m + (s >> bits)), _mm256_srl_epi32(lane, _mm_cvtsi32_si128(bits)));
 }
 
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
@@ -200,6 +224,8 @@ TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, i
     } else if (source == TQ_FORMAT_TQ2) {
         __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(load_u16(codes + d / 4)), t->shift);
         out[0] = _mm256_permutevar8x32_ps(t->low, index);
+    } else if (source_trellis_bits(source) > 0) {
+        out[0] = look_up_windows(source_trellis_bits(source), t, codes, d);
     } else if (source == TQ_FORMAT_TQ8) {
         out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(codes + d))));
     } else if (source == TQ_FORMAT_F16) {

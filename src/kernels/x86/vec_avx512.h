@@ -169,11 +169,14 @@ typedef struct tables {
     vec low, high; /* the codebook; of 3 bits by the high bit */
     __m512i shift;
     int32_t high_plane; /* byte offset of the high bits */
+    /* trellis formats */
+    __m512i windows[4]; /* the values, as bytes */
+    int32_t code_bytes;
 } tables;
 
 TQ_INLINE tables tables_init(int source, const tq_codec *codec)
 {
-    tables t = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_si512(), 0};
+    tables t = {.low = _mm512_setzero_ps(), .high = _mm512_setzero_ps(), .shift = _mm512_setzero_si512()};
     const float *codebook = codec->traits->codebook;
     if (source == TQ_FORMAT_TQ4) {
         t.low = _mm512_loadu_ps(codebook);
@@ -183,8 +186,39 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
         if (source == TQ_FORMAT_TQ3) t.high = _mm512_broadcast_f32x4(_mm_loadu_ps(codebook + 4));
         t.shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         t.high_plane = codec->head_dim / 4;
+    } else if (source_trellis_bits(source) > 0) {
+        TQ_UNROLL
+        for (int i = 0; i < 4; i++) t.windows[i] = _mm512_loadu_si512(codec->traits->windows + 64 * i);
+        t.code_bytes = (int32_t)codec->code_bytes;
     }
     return t;
+}
+
+/* The windows d .. d + 15, 8 from each 64 bits: vpmultishiftqb takes a byte from any bit. */
+TQ_INLINE __m128i load_windows(int bits, const tables *t, const uint8_t *codes, int32_t d)
+{
+    const __m128i lane = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m128i first_bit = _mm_mullo_epi16(lane, _mm_set1_epi16((short)bits)); /* no product leaves its byte */
+    int32_t at = d / 8 * bits;
+    uint64_t low = load_circular(codes, t->code_bytes, at), high = load_circular(codes, t->code_bytes, at + bits);
+    return _mm_multishift_epi64_epi8(first_bit, _mm_set_epi64x((long long)high, (long long)low));
+}
+
+/* Their values: vpermi2b looks up 7 bits, the eighth chooses. */
+TQ_INLINE vec look_up_windows(const tables *t, __m128i window)
+{
+    __m512i index = _mm512_castsi128_si512(window);
+    __m128i lower = _mm512_castsi512_si128(_mm512_permutex2var_epi8(t->windows[0], index, t->windows[1]));
+    __m128i upper = _mm512_castsi512_si128(_mm512_permutex2var_epi8(t->windows[2], index, t->windows[3]));
+    __m128i value = _mm_mask_blend_epi8(_mm_movepi8_mask(window), lower, upper);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(value));
+}
+
+/* m[(s + lane) >> bits] in each lane; reads VEC_LANES floats. */
+TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(bits)), vec_load(m + (s >> bits)));
 }
 
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
@@ -201,6 +235,8 @@ TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, i
     } else if (source == TQ_FORMAT_TQ2) {
         __m512i index = _mm512_srlv_epi32(_mm512_set1_epi32((int)load_u32(codes + d / 4)), t->shift);
         out[0] = _mm512_permutexvar_ps(index, t->low);
+    } else if (source_trellis_bits(source) > 0) {
+        out[0] = look_up_windows(t, load_windows(source_trellis_bits(source), t, codes, d));
     } else if (source == TQ_FORMAT_TQ8) {
         out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + d))));
     } else if (source == TQ_FORMAT_F16) {
