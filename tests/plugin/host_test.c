@@ -289,8 +289,21 @@ static void free_points(points *p)
 
 /* ---- states ---- */
 
-/* Save, clear, restore, save: the same bytes, as nothing is quantized a second time; for another sequence too. */
-static void check_states(host *h, bool unified)
+/* Are two states equal, but for a share of their FP16 values? */
+static bool same_state(const uint8_t *a, size_t n_a, const uint8_t *b, size_t n_b, double share)
+{
+    size_t n_other = 0;
+    if (n_a != n_b) return false;
+    for (size_t i = 0; i + 1 < n_a; i += 2) n_other += memcmp(a + i, b + i, 2) != 0;
+    if (n_other > 0) printf("  %zu of %zu values differ\n", n_other, n_a / 2);
+    return n_other <= share * (double)n_a / 2;
+}
+
+/*
+ * Save, clear, restore, save: the same bytes, as nothing is quantized a second time; for another sequence too. `share` is 0 but
+ * for trellis formats, which find the same codes for nearly all vectors (docs/formats.md).
+ */
+static void check_states(host *h, bool unified, double share)
 {
     size_t n1, n2, n3, n4;
     llama_memory_clear(h->memory, true);
@@ -299,7 +312,7 @@ static void check_states(host *h, bool unified)
     llama_memory_clear(h->memory, true);
     set_state(h, 0, first, n1);
     uint8_t *second = get_state(h, 0, &n2);
-    check(n1 == n2 && memcmp(first, second, n1) == 0, "a restored sequence saves to the same bytes");
+    check(same_state(first, n1, second, n2, share), "a restored sequence saves to the same bytes");
 
     /* In one stream with others the sequence lies elsewhere, so its first tokens are encoded now; but only once. */
     set_state(h, 1, second, n2);
@@ -307,14 +320,13 @@ static void check_states(host *h, bool unified)
     llama_memory_seq_rm(h->memory, 1, -1, -1);
     set_state(h, 1, third, n3);
     uint8_t *fourth = get_state(h, 1, &n4);
-    check(n3 == n4 && memcmp(third, fourth, n3) == 0, "a state restored twice as another sequence saves to the same bytes");
+    check(same_state(third, n3, fourth, n4, share), "a state restored twice as another sequence saves to the same bytes");
     if (!unified) {
         /* A stream of its own has the same slots, so nothing changed on the way there and back. */
         free(fourth);
         set_state(h, 0, third, n3);
         fourth = get_state(h, 0, &n4);
-        check(n1 == n4 && memcmp(first, fourth, n1) == 0,
-              "a state that went to another stream and back saves to the same bytes");
+        check(same_state(first, n1, fourth, n4, share), "a state that went to another stream and back saves to the same bytes");
     }
     free(first);
     free(second);
@@ -328,7 +340,7 @@ static void check_states(host *h, bool unified)
     llama_memory_clear(h->memory, true);
     set_state(h, -1, again, n2);
     uint8_t *more = get_state(h, -1, &n3);
-    check(n2 == n3 && memcmp(again, more, n2) == 0, "the whole state, restored twice, saves to the same bytes");
+    check(same_state(again, n2, more, n3, share), "the whole state, restored twice, saves to the same bytes");
     free(all);
     free(again);
     free(more);
@@ -356,7 +368,7 @@ static double default_bound(const char *device)
     static const struct {
         const char *device;
         double bound;
-    } bounds[] = {{"TQ8", 0.005}, {"TQ4", 0.1}, {"TQ3", 0.25}, {"TQ2", 0.8}};
+    } bounds[] = {{"TQ8", 0.005}, {"TQ4", 0.1}, {"TQ3", 0.25}, {"TQ2", 0.8}, {"TT4", 0.1}, {"TT3", 0.2}, {"TT2", 0.6}};
     for (size_t i = 0; i < sizeof bounds / sizeof bounds[0]; i++) {
         if (strcmp(device, bounds[i].device) == 0) return bounds[i].bound;
     }
@@ -375,7 +387,7 @@ static void test_device(const char *model_path, const char *name, double bound, 
     start(&h, model_path, device, false, unified, n_threads);
     run_scenario(&ours, &h);
     compare(reference, stock, &ours, h.n_vocab, bound);
-    check_states(&h, unified);
+    check_states(&h, unified, strncmp(name, "TT", 2) == 0 ? 0.0005 : 0);
     if (unified) check_damaged_state(&h);
     stop(&h);
     free_points(&ours);

@@ -4,7 +4,7 @@ import re
 
 from common import LLAMA_BIN, PLUGIN, TestCase, complete, main, run, tiny_model
 
-NAMES = ["TQ8", "TQ4", "TQ3", "TQ2"]
+NAMES = ["TQ8", "TQ4", "TQ3", "TQ2", "TT4", "TT3", "TT2"]
 
 
 class Devices(TestCase):
@@ -19,7 +19,8 @@ class Devices(TestCase):
             format_name = name.lower()
             self.assertIn(f"keys {format_name}, values {format_name}", line)
             bits[name] = float(re.search(r"([\d.]+) bits per value", line)[1])
-        for name, nominal in (("TQ8", 8), ("TQ4", 4), ("TQ3", 3), ("TQ2", 2)):
+        for name in NAMES:
+            nominal = int(name[2])
             self.assertGreater(bits[name], nominal)
             self.assertLess(bits[name], nominal + 0.5)
 

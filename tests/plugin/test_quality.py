@@ -70,7 +70,7 @@ class Quality(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.stock = stock_results()
-        cls.ours = {name: measure("-dev", name, "-ngl", 99, plugin=True) for name in ("TQ8", "TQ4")}
+        cls.ours = {name: measure("-dev", name, "-ngl", 99, plugin=True) for name in ("TQ8", "TQ4", "TT4")}
         for name, row in [*cls.stock.items(), *cls.ours.items()]:
             print(name, row)
 
@@ -81,6 +81,11 @@ class Quality(unittest.TestCase):
 
     def test_4_bit_below_twice_q4_0(self):
         self.assertLess(self.ours["TQ4"]["kld"], 2 * self.stock["q4_0"]["kld"])
+
+    def test_trellis_loses_less_at_the_same_bytes(self):
+        self.assertEqual(self.ours["TT4"]["cache"], self.ours["TQ4"]["cache"])
+        self.assertLess(self.ours["TT4"]["kld"], 0.65 * self.ours["TQ4"]["kld"])
+        self.assertLess(self.ours["TT4"]["kld"], self.stock["q4_0"]["kld"])
 
     def test_formats_are_lossy_and_ordered(self):
         """A cache that silently stayed FP16 would pass the tests above."""
