@@ -330,7 +330,7 @@ static void test_idempotent(void **state)
         for (int32_t i = 0; i < n_head_dims; i++) {
             tq_codec *codec = make_codec((tq_format)format, head_dims[i], TQ_SEED_DEFAULT);
             tq_random random = tq_random_stream(14, (uint64_t)head_dims[i]);
-            for (int n = 0; n < (format >= TQ_FORMAT_TT4 ? 100 : 400); n++) {
+            for (int n = 0; n < (format >= TQ_FORMAT_TT4 ? 40 : 400); n++) {
                 float x[D], size = (float)exp(8.0 * random_uniform(&random) - 4.0); /* 0.018 to 55 */
                 random_vector(&random, (vector_kind)(n % VECTOR_KINDS), size, x, head_dims[i]);
                 check_idempotent(codec, x);
