@@ -102,7 +102,7 @@ def cpu_levels():
 
 def native_suites():
     yield Suite("checkkern/release", [([BUILD / "release/tests/checkkern"], {})])
-    yield Suite("checkkern/asan", [([BUILD / "asan/tests/checkkern"], SANITIZERS)])
+    yield Suite("checkkern/asan", [([BUILD / "asan/tests/checkkern", "--quick"], SANITIZERS)])
     yield Suite("units/release", units("release"))
     for level in cpu_levels():
         yield Suite(f"units/TQ_CPU={level}", units("release", {"TQ_CPU": level}))
