@@ -56,7 +56,7 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
         side->n_sink = params->n_sink;
         side->n_recent = params->n_recent;
     }
-    side->head_stride_bytes = align_up(tq_head_page_bytes(side->codec, params->page_size));
+    side->head_stride_bytes = align_up(tq_head_page_bytes(tq_codec_vector_bytes(side->codec), params->page_size, 0, 0));
     side->exact_head_stride_bytes = (size_t)(side->n_sink + side->n_recent) * tq_codec_vector_bytes(side->exact_codec);
     TQ_TRY(lay_out(page_bytes, &side->page_offset_bytes, side->head_stride_bytes, params->n_head_kv));
     return lay_out(&cache->exact_bytes, &side->exact_offset_bytes, side->exact_head_stride_bytes, params->n_head_kv);
@@ -110,9 +110,9 @@ void tq_cache_destroy(tq_cache *cache)
 static int32_t list_exact(const tq_cache_side *side, int64_t ring_begin, int64_t length, tq_exact_entry *out)
 {
     int32_t n = 0;
-    for (int64_t p = 0; p < side->n_sink && p < length; p++) out[n++] = (tq_exact_entry){p, (int32_t)p};
+    for (int64_t p = 0; p < side->n_sink && p < length; p++) out[n++] = (tq_exact_entry){.column = p, .index = (int32_t)p};
     for (int64_t p = ring_begin; p < length; p++) {
-        out[n++] = (tq_exact_entry){p, side->n_sink + (int32_t)(p % side->n_recent)};
+        out[n++] = (tq_exact_entry){.column = p, .index = side->n_sink + (int32_t)(p % side->n_recent)};
     }
     return n;
 }

@@ -105,13 +105,13 @@ int32_t tq_store_list_exact(const tq_store *store, int64_t n_col, tq_exact_entry
     int32_t n = 0, n_sink = store->layout.n_sink, n_recent = store->layout.n_recent;
     for (int32_t i = 0; i < n_sink; i++) {
         int64_t slot = tq_store_exact_slot(store, i);
-        if (slot >= 0 && slot < n_col) out[n++] = (tq_exact_entry){slot, i};
+        if (slot >= 0 && slot < n_col) out[n++] = (tq_exact_entry){.column = slot, .index = i};
     }
     int32_t next = n_recent > 0 ? tq_store_ring_next(store) : 0;
     for (int32_t i = 0; i < n_recent; i++) {
         int32_t entry = n_sink + (i < n_recent - next ? next + i : next + i - n_recent);
         int64_t slot = tq_store_exact_slot(store, entry);
-        if (slot >= 0 && slot < n_col) n = insert_exact(out, n, (tq_exact_entry){slot, entry});
+        if (slot >= 0 && slot < n_col) n = insert_exact(out, n, (tq_exact_entry){.column = slot, .index = entry});
     }
     return n;
 }

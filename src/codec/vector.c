@@ -67,3 +67,10 @@ uint16_t tq_scale_from_float(float scale)
     memcpy(&scale, &bits, sizeof(bits));
     return tq_half_from_float(fminf(scale, 65472.0f));
 }
+
+float tq_channel_factor(int8_t step)
+{
+    static const float quarter[4] = {1.0f, 0x1.306fe0p+0f, 0x1.6a09e6p+0f, 0x1.ae89fap+0f};
+    int32_t octave = (step - (step & 3)) / 4;
+    return ldexpf(quarter[step & 3], octave);
+}
