@@ -190,6 +190,8 @@ typedef struct tq_attend_params {
      * -slope * (position - column). */
     const float *alibi_slopes;
     const float *sinks; /* optional [n_head]: learned sink logits (gpt-oss), part of the denominator alone */
+    /* Stores only. Optional: the settled stages of the rows that belong to the query tokens, one row each. */
+    const struct tq_stage *key_stage, *value_stage;
 } tq_attend_params;
 TQ_API void tq_attend_params_default(tq_attend_params *params);
 
@@ -209,6 +211,18 @@ typedef struct tq_store_params {
     int32_t head_dim, n_head_kv;
     int64_t n_slots;
     int32_t n_sink, n_recent;
+    /*
+     * 0: none. Else each ref_block slots of a head share a reference vector, and what is coded of a slot is its difference from
+     * that: keys have a mean that costs bits and changes slowly along the context. The reference is the mean of the ring when
+     * the first slot of the block is encoded, kept as tq8; later it stays. Needs a ring; for rotated formats but the product
+     * ones. 64 suits.
+     */
+    int32_t ref_block;
+    /*
+     * Scale channels before they are coded, where a few of a key's channels outweigh the others (and a query's are as much
+     * smaller): learnt once per head, when the first slot is encoded, from the ring and from the queries of tq_store_settle.
+     */
+    bool balance;
     uint64_t seed;
     const char *label; /* optional, copied: names the store in messages, as "layer 3 keys" */
 } tq_store_params;
@@ -230,11 +244,41 @@ TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slo
 /* The same for slots that exist already: each stays exact or encoded as it is, and the order of recency is kept. */
 TQ_API TQ_NODISCARD tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                                               int64_t row_stride, const tq_executor *executor);
-/* Read slots [first_slot, first_slot + n) to rows [n, n_head_kv, head_dim]; a slot never written reads as zeros. */
+/*
+ * Read slots [first_slot, first_slot + n) to rows [n, n_head_kv, head_dim]; a slot never written reads as zeros, or as the
+ * reference of its block.
+ */
 TQ_API TQ_NODISCARD tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, float *rows,
                                             int64_t row_stride);
 /* How many slots are exact now. */
 TQ_API int32_t tq_store_n_exact(const tq_store *store);
+/*
+ * A stage keeps the exact rows of one batch until the batch has attended. A token is then seen exact by all queries for which
+ * it is among the last n_recent tokens, no matter how many are written at once: prefill gives what decoding token by token
+ * would. Its memory grows with the batch and is used again; one stage serves many stores in turn. Not thread-safe.
+ *
+ *     tq_store_stage(keys, key_stage, ...);      the rows are held; nothing is written
+ *     tq_store_settle(keys, key_stage, ...);     they are written, as by tq_store_write
+ *     tq_store_attend(..., params with .key_stage = key_stage), of as many query tokens as there were rows, in their order
+ */
+typedef struct tq_stage tq_stage;
+/* Errors: ARGUMENT, MEMORY. */
+TQ_API TQ_NODISCARD tq_status tq_stage_create(tq_stage **out);
+TQ_API void tq_stage_free(tq_stage *stage);
+/* The number of rows that it holds. */
+TQ_API int64_t tq_stage_n_rows(const tq_stage *stage);
+/*
+ * Hold rows for slots, as tq_store_write takes them. What the stage held before is forgotten, settled or not. Errors: those of
+ * tq_store_write, MEMORY; then the stage holds nothing.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *slots, int64_t n,
+                                             const float *rows, int64_t row_stride);
+/*
+ * Write what was staged for this store. queries (optional): the attention that follows, of which n_query, n_head, q and its
+ * strides are read, for tq_store_params.balance. Errors: ARGUMENT (nothing is staged for this store, or it was settled).
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries,
+                                              const tq_executor *executor);
 /*
  * Attend over slots [0, n_col) of a pair of stores (the same n_head_kv and n_slots; keys and values may be one store). Several
  * threads may attend at once, none may write meanwhile. Errors: ARGUMENT, SHAPE, RANGE, MEMORY. executor may be NULL. Scratch
@@ -305,6 +349,8 @@ typedef struct tq_preset {
     const char *description; /* one line */
     tq_format k_format, v_format;
     int32_t n_sink, n_recent;
+    int32_t k_ref_block; /* of the keys' stores, as k_balance */
+    bool k_balance;
 } tq_preset;
 TQ_API int32_t tq_preset_count(void);
 /* NULL if i is out of range. Static storage. */

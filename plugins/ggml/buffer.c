@@ -131,7 +131,7 @@ static bool kv_cpy_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor
 {
     bool is_dummy;
     const tq_ggml_device *device = ((kv_buffer *)buffer->context)->device;
-    const tq_ggml_kv_tensor *from = tq_ggml_kv_of(device, src, &is_dummy);
+    tq_ggml_kv_tensor *from = tq_ggml_kv_of(device, src, &is_dummy);
     tq_ggml_kv_tensor *to = tq_ggml_kv_of(device, dst, &is_dummy);
     if (!from || !to || !from->stores || !to->stores) return false;
     size_t stream_bytes = (size_t)to->n_embd * sizeof(ggml_fp16_t) * (size_t)to->n_slots;
@@ -141,8 +141,8 @@ static bool kv_cpy_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor
     if (!same_shape || from->layer != to->layer || from->is_value != to->is_value ||
         tq_ggml_host.ggml_nbytes(src) != stream_bytes || src_offset % stream_bytes != 0 || dst_offset % stream_bytes != 0)
         return false;
-    tq_ggml_kv_copy_stream(to, (int64_t)(dst_offset / stream_bytes), from, (int64_t)(src_offset / stream_bytes));
-    to->is_damaged |= from->is_damaged;
+    bool ok = tq_ggml_kv_copy_stream(to, (int64_t)(dst_offset / stream_bytes), from, (int64_t)(src_offset / stream_bytes));
+    to->is_damaged |= from->is_damaged || !ok;
     return true;
 }
 

@@ -8,6 +8,7 @@
 
 #include "kv_tensor.h"
 #include "log.h"
+#include "stages.h"
 
 #define CHUNK_ROWS_MAX 256
 #define CHUNK_VALUES 65536 /* of a chunk of more than one row */
@@ -75,9 +76,9 @@ static void clamp_to_fp16(float *x, int64_t n)
     for (int64_t i = 0; i < n; i++) x[i] = x[i] > FP16_MAX ? FP16_MAX : x[i] < -FP16_MAX ? -FP16_MAX : x[i];
 }
 
-bool tq_ggml_kv_read(const tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out)
+bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out)
 {
-    if (!check_range(kv, offset, size)) return false;
+    if (!check_range(kv, offset, size) || tq_ggml_stage_settle_all(kv) != TQ_OK) return false;
     float *rows = allocate_rows(kv);
     if (!rows) return false;
     uint8_t *to = out;
@@ -120,7 +121,7 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
 bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in)
 {
     /* ggml's set_tensor can't fail, so a state that could not be taken shows at the next attention. */
-    bool ok = check_range(kv, offset, size);
+    bool ok = check_range(kv, offset, size) && tq_ggml_stage_settle_all(kv) == TQ_OK;
     float *rows = ok ? allocate_rows(kv) : NULL;
     ok = rows != NULL;
     const uint8_t *from = in;
@@ -136,8 +137,10 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
     return ok;
 }
 
-void tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, const tq_ggml_kv_tensor *from, int64_t from_stream)
+bool tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, tq_ggml_kv_tensor *from, int64_t from_stream)
 {
+    if (tq_ggml_stage_settle(from, from_stream, NULL, NULL) != TQ_OK) return false;
+    tq_ggml_stage_release(to, to_stream);
     /* Equal pieces stay untouched: pages that neither store has written take no memory. */
     enum { PIECE = 4096 };
     uint8_t *t = to->memory + (size_t)to_stream * to->store_bytes;
@@ -146,4 +149,5 @@ void tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, const tq_g
         size_t n = to->store_bytes - i < PIECE ? to->store_bytes - i : PIECE;
         if (memcmp(t + i, f + i, n) != 0) memcpy(t + i, f + i, n);
     }
+    return true;
 }

@@ -12,6 +12,7 @@
 
 #include "buffer.h"
 #include "log.h"
+#include "stages.h"
 
 #define STORE_ALIGN 64
 
@@ -109,6 +110,8 @@ static void fill_params(tq_store_params *params, const tq_ggml_device *device, i
     params->format = is_value ? device->preset.v_format : device->preset.k_format;
     params->n_sink = device->preset.n_sink;
     params->n_recent = device->preset.n_recent;
+    params->ref_block = is_value ? 0 : device->preset.k_ref_block;
+    params->balance = !is_value && device->preset.k_balance;
     if (tq_ggml_options_is_exact(device->options, layer)) params->format = TQ_FORMAT_F16;
     params->head_dim = head_dim;
     params->n_head_kv = (int32_t)(n_embd / head_dim);
@@ -190,7 +193,8 @@ static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
     }
     kv->memory = pages;
     kv->stores = calloc((size_t)kv->n_stream, sizeof *kv->stores);
-    if (!kv->stores) {
+    kv->stages = calloc((size_t)kv->n_stream, sizeof *kv->stages);
+    if (!kv->stores || !kv->stages) {
         tq_ggml_kv_release(kv);
         return TQ_ERR_MEMORY;
     }
@@ -297,9 +301,12 @@ bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const s
 
 void tq_ggml_kv_release(tq_ggml_kv_tensor *kv)
 {
+    tq_ggml_stage_forget(kv);
     for (int64_t i = 0; kv->stores && i < kv->n_stream; i++) tq_store_close(kv->stores[i]);
     free(kv->stores);
+    free(kv->stages);
     kv->stores = NULL;
+    kv->stages = NULL;
     if (kv->memory) munmap(kv->memory, kv->mapped_bytes);
     kv->memory = NULL;
     kv->mapped_bytes = 0;
@@ -308,6 +315,7 @@ void tq_ggml_kv_release(tq_ggml_kv_tensor *kv)
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv)
 {
     kv->is_damaged = false;
+    tq_ggml_stage_forget(kv);
     if (!kv->memory) return;
     /* Fresh pages read as zeros, which are empty stores, and are not resident; writing zeros would make all of them so. */
     void *pages = mmap(kv->memory, kv->mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);

@@ -24,9 +24,10 @@ typedef struct tq_ggml_kv_tensor {
     size_t store_bytes; /* of one stream, padded */
     uint8_t *memory;    /* [n_stream, store_bytes], mapped: pages that were never written are free */
     size_t mapped_bytes;
-    tq_store **stores; /* [n_stream] */
-    bool is_refused;   /* its attention can't be served: nothing may write to it */
-    bool is_damaged;   /* a state with NaN was set: no attention until it is cleared */
+    tq_store **stores;             /* [n_stream] */
+    struct tq_ggml_stage **stages; /* [n_stream] where rows wait to be written, or NULL: stages.h */
+    bool is_refused;               /* its attention can't be served: nothing may write to it */
+    bool is_damaged;               /* a state with NaN was set: no attention until it is cleared */
 } tq_ggml_kv_tensor;
 
 /* Rows of a KV tensor that a view selects: all heads of slots first_slot ... of streams first_stream ... */
@@ -74,11 +75,11 @@ bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const s
                             char *why, size_t why_bytes);
 
 /* Bytes [offset, offset + size) of the tensor's nominal FP16. The tensor must be bound; false: the reason was logged. */
-bool tq_ggml_kv_read(const tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out);
+bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out);
 bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in);
 
-/* Copy one stream's store, ring and all. */
-void tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, const tq_ggml_kv_tensor *from, int64_t from_stream);
+/* Copy one stream's store, ring and all. False: rows that waited could not be written. */
+bool tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, tq_ggml_kv_tensor *from, int64_t from_stream);
 /* Empty all stores and give their pages back. */
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv);
 /* Free what binding allocated. */

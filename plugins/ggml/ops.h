@@ -7,12 +7,14 @@
 #define TQ_GGML_OPS_H
 
 #include "kv_tensor.h"
+#include "stages.h"
 #include "threads.h"
 
 /* What one backend (ggml's word for a stream of work on a device) keeps between operations. Used by one thread at a time. */
 typedef struct tq_ggml_worker {
     tq_ggml_device *device;
     tq_ggml_threads threads;
+    tq_ggml_stages stages;
     int64_t *slots; /* scratch, grown as needed */
     size_t n_slots;
     float *alibi_slopes;

@@ -118,6 +118,22 @@ static void fill_params(tq_attend_params *p, const attention *a, const struct gg
     p->mask_head_stride = mask->ne[2] == 1 ? 0 : (int64_t)(mask->nb[2] / sizeof(ggml_fp16_t));
 }
 
+/* Write what the graph has staged for the stream, then attend. */
+static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_attend_params *p, int64_t stream)
+{
+    tq_ggml_kv_tensor *keys = a->keys.kv, *values = a->values.kv;
+    const tq_executor *executor = &worker->threads.executor;
+    tq_status status = tq_ggml_stage_settle(keys, stream, p, executor);
+    if (status == TQ_OK) status = tq_ggml_stage_settle(values, stream, NULL, executor);
+    if (status != TQ_OK) return status;
+    p->key_stage = tq_ggml_stage_of(keys, stream, p->n_query);
+    p->value_stage = tq_ggml_stage_of(values, stream, p->n_query);
+    status = tq_store_attend(keys->stores[stream], values->stores[stream], a->keys.n_slots, p, executor);
+    tq_ggml_stage_release(keys, stream);
+    tq_ggml_stage_release(values, stream);
+    return status;
+}
+
 enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_tensor *op)
 {
     attention a;
@@ -150,9 +166,7 @@ enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_te
     }
     for (int64_t i = 0; i < a.keys.n_stream; i++) {
         fill_params(&p, &a, op, i);
-        int64_t stream = a.keys.first_stream + i;
-        tq_status status = tq_store_attend(a.keys.kv->stores[stream], a.values.kv->stores[stream], a.keys.n_slots, &p,
-                                           &worker->threads.executor);
+        tq_status status = attend_stream(worker, &a, &p, a.keys.first_stream + i);
         if (status != TQ_OK) return status == TQ_ERR_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
     }
     return GGML_STATUS_SUCCESS;

@@ -133,7 +133,7 @@ enum ggml_status tq_ggml_rope(tq_ggml_worker *worker, const struct ggml_tensor *
     bool is_dummy;
     shift s = {.kv = tq_ggml_kv_of(worker->device, op, &is_dummy), .op = op, .n_rope = op->src[0]->ne[0]};
     if (!s.kv || !s.kv->stores) return GGML_STATUS_FAILED;
-    if (!start_cpu(worker)) return GGML_STATUS_FAILED;
+    if (tq_ggml_stage_settle_all(s.kv) != TQ_OK || !start_cpu(worker)) return GGML_STATUS_FAILED;
     s.first = (int64_t)(tq_ggml_root_offset(op->src[0]) / sizeof(ggml_fp16_t));
     float *rows = malloc(2 * CHUNK_SLOTS * (size_t)s.kv->n_embd * sizeof *rows);
     if (!rows) return GGML_STATUS_ALLOC_FAILED;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* SET_ROWS: new keys or values go into slots. The row number counts over all streams. */
+/* SET_ROWS: new keys or values for slots. The row number counts over all streams. */
 #include <inttypes.h>
 #include <stdlib.h>
 
@@ -81,8 +81,8 @@ enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tens
             slots = own + begin;
         }
         tq_status status =
-            tq_store_write(kv->stores[stream], slots, end - begin, (const float *)rows->data + begin * row_stride, row_stride,
-                           &worker->threads.executor);
+            tq_ggml_stage_rows(&worker->stages, kv, stream, slots, end - begin, (const float *)rows->data + begin * row_stride,
+                               row_stride, &worker->threads.executor);
         /* The library has logged the layer, head and slot. */
         if (status != TQ_OK) return status == TQ_ERR_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
     }

@@ -5,13 +5,13 @@
 
 // clang-format off
 static const tq_preset presets[] = {
-    {"TQ8", "keys tq8, values tq8; first 4 and last 64 tokens exact", TQ_FORMAT_TQ8, TQ_FORMAT_TQ8, 4, 64},
-    {"TQ4", "keys tq4, values tq4; first 4 and last 64 tokens exact", TQ_FORMAT_TQ4, TQ_FORMAT_TQ4, 4, 64},
-    {"TQ3", "keys tq3, values tq3; first 4 and last 64 tokens exact", TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 4, 64},
-    {"TQ2", "keys tq2, values tq2; first 4 and last 64 tokens exact", TQ_FORMAT_TQ2, TQ_FORMAT_TQ2, 4, 64},
-    {"TT4", "keys tt4, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TT4, TQ_FORMAT_TT4, 4, 64},
-    {"TT3", "keys tt3, values tt3; first 4 and last 64 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT3, 4, 64},
-    {"TT2", "keys tt2, values tt2; first 4 and last 64 tokens exact", TQ_FORMAT_TT2, TQ_FORMAT_TT2, 4, 64},
+    {"TQ8", "keys tq8, values tq8; first 4 and last 64 tokens exact", TQ_FORMAT_TQ8, TQ_FORMAT_TQ8, 4, 64, 64, true},
+    {"TQ4", "keys tq4, values tq4; first 4 and last 64 tokens exact", TQ_FORMAT_TQ4, TQ_FORMAT_TQ4, 4, 64, 64, true},
+    {"TQ3", "keys tq3, values tq3; first 4 and last 64 tokens exact", TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 4, 64, 64, true},
+    {"TQ2", "keys tq2, values tq2; first 4 and last 64 tokens exact", TQ_FORMAT_TQ2, TQ_FORMAT_TQ2, 4, 64, 64, true},
+    {"TT4", "keys tt4, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TT4, TQ_FORMAT_TT4, 4, 64, 64, true},
+    {"TT3", "keys tt3, values tt3; first 4 and last 64 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT3, 4, 64, 64, true},
+    {"TT2", "keys tt2, values tt2; first 4 and last 64 tokens exact", TQ_FORMAT_TT2, TQ_FORMAT_TT2, 4, 64, 64, true},
 };
 // clang-format on
 enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
@@ -38,7 +38,11 @@ tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t
     params.n_recent = preset->n_recent;
     size_t k_bytes, v_bytes;
     params.format = preset->k_format;
+    params.ref_block = preset->k_ref_block;
+    params.balance = preset->k_balance;
     TQ_TRY(tq_store_bytes(&k_bytes, &params));
+    params.ref_block = 0;
+    params.balance = false;
     params.format = preset->v_format;
     TQ_TRY(tq_store_bytes(&v_bytes, &params));
     double n_values = 2.0 * (double)n_slots * n_head_kv * head_dim;

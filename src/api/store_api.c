@@ -1,10 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_store_*: argument checks in front of cache/store.c. */
 #include "api/checks.h"
+#include "base/alloc.h"
 #include "base/log.h"
-#include "cache/store.h"
+#include "cache/stage.h"
 
 #define MEMORY_ALIGN 64
+/* Shorter blocks would cost more bits than they save; a longer one's mean says little about its ends. */
+#define REF_BLOCK_MIN 16
+#define REF_BLOCK_MAX 1024
 
 void tq_store_params_default(tq_store_params *params)
 {
@@ -37,6 +41,11 @@ static tq_status check_params(const tq_store_params *params)
     if (params->n_head_kv < 1 || params->n_slots < 1 || params->n_slots >= INT32_MAX) {
         tq_log(TQ_LOG_ERROR, "%s: n_head_kv %d and n_slots %lld: give at least 1 of each, and fewer than 2^31 - 1 slots", label,
                (int)params->n_head_kv, (long long)params->n_slots);
+        return TQ_ERR_ARGUMENT;
+    }
+    if (params->ref_block != 0 && (params->ref_block < REF_BLOCK_MIN || params->ref_block > REF_BLOCK_MAX)) {
+        tq_log(TQ_LOG_ERROR, "%s: ref_block is %d; give 0 for none, or %d to %d slots", label, (int)params->ref_block,
+               REF_BLOCK_MIN, REF_BLOCK_MAX);
         return TQ_ERR_ARGUMENT;
     }
     return tq_check_exact(label, params->n_sink, params->n_recent);
@@ -117,7 +126,7 @@ tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const
                          const tq_executor *executor)
 {
     TQ_TRY(check_write(store, slots, n, rows, row_stride));
-    tq_store_put(store, slots, n, rows, row_stride, executor);
+    tq_store_put(store, &(tq_store_rows){.slots = slots, .n = n, .rows = rows, .row_stride = row_stride}, executor);
     return TQ_OK;
 }
 
@@ -125,7 +134,60 @@ tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, cons
                           const tq_executor *executor)
 {
     TQ_TRY(check_write(store, slots, n, rows, row_stride));
-    tq_store_replace(store, slots, n, rows, row_stride, executor);
+    tq_store_replace(store, &(tq_store_rows){.slots = slots, .n = n, .rows = rows, .row_stride = row_stride}, executor);
+    return TQ_OK;
+}
+
+tq_status tq_stage_create(tq_stage **out)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    tq_stage *stage = tq_alloc_zero(sizeof *stage);
+    if (!stage) return TQ_ERR_MEMORY;
+    *out = stage;
+    return TQ_OK;
+}
+
+void tq_stage_free(tq_stage *stage)
+{
+    if (stage) tq_free(stage->memory);
+    tq_free(stage);
+}
+
+int64_t tq_stage_n_rows(const tq_stage *stage)
+{
+    return stage && stage->store ? stage->n_rows : 0;
+}
+
+tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *slots, int64_t n, const float *rows,
+                         int64_t row_stride)
+{
+    if (!stage) return TQ_ERR_ARGUMENT;
+    stage->store = NULL;
+    TQ_TRY(check_write(store, slots, n, rows, row_stride));
+    tq_status status = tq_stage_fill(stage, store, slots, n, rows, row_stride);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: stage: %s", store->label, tq_status_string(status));
+    return status;
+}
+
+tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
+{
+    if (!store || !stage) return TQ_ERR_ARGUMENT;
+    if (stage->store != store || stage->is_settled) {
+        tq_log(TQ_LOG_ERROR, "%s: settle: no rows are staged for it", store->label);
+        return TQ_ERR_ARGUMENT;
+    }
+    if (queries) {
+        if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) || queries->n_head < 1 ||
+            queries->n_head % store->n_head_kv != 0) {
+            tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads", store->label);
+            return TQ_ERR_ARGUMENT;
+        }
+        tq_store_learn_queries(store, queries);
+    }
+    tq_store_rows rows = {
+        .slots = stage->slots, .n = stage->n_rows, .staged = {stage->data, stage->head_stride_bytes, stage->index}};
+    tq_store_put(store, &rows, executor);
+    stage->is_settled = true;
     return TQ_OK;
 }
 
@@ -150,6 +212,21 @@ int32_t tq_store_n_exact(const tq_store *store)
     return tq_store_list_exact(store, store->n_slots, exact);
 }
 
+static tq_status check_stage(const tq_store *store, const tq_stage *stage, const tq_attend_params *params)
+{
+    if (!stage || (stage->store == store && stage->is_settled && stage->n_rows == params->n_query)) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "%s: attend: the stage must hold the settled rows of this store, one a query token (%lld)",
+           store->label, (long long)params->n_query);
+    return TQ_ERR_ARGUMENT;
+}
+
+/* exact has room for TQ_EXACT_MAX entries and must outlive the view. */
+static tq_kv_view view_of(const tq_store *store, const tq_stage *stage, int64_t n_col, tq_exact_entry *exact)
+{
+    if (stage) return tq_stage_view(stage);
+    return tq_store_view(store, exact, tq_store_list_exact(store, n_col, exact));
+}
+
 tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t n_col, const tq_attend_params *params,
                           const tq_executor *executor)
 {
@@ -165,9 +242,12 @@ tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t 
     }
     TQ_TRY(tq_check_attend(keys->label, params, keys->n_head_kv, values->codec.head_dim));
 
+    TQ_TRY(check_stage(keys, params->key_stage, params));
+    TQ_TRY(check_stage(values, params->value_stage, params));
+
     tq_exact_entry exact_keys[TQ_EXACT_MAX], exact_values[TQ_EXACT_MAX];
-    tq_kv_view key_view = tq_store_view(keys, exact_keys, tq_store_list_exact(keys, n_col, exact_keys)), value_view;
-    if (values != keys) value_view = tq_store_view(values, exact_values, tq_store_list_exact(values, n_col, exact_values));
+    tq_kv_view key_view = view_of(keys, params->key_stage, n_col, exact_keys), value_view;
+    if (values != keys) value_view = view_of(values, params->value_stage, n_col, exact_values);
     tq_status status =
         tq_attend(keys->kernels, &key_view, values != keys ? &value_view : &key_view, keys->n_head_kv, n_col, params, executor);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: attend: %s", keys->label, tq_status_string(status));

@@ -17,12 +17,65 @@ typedef struct encode_task {
     int32_t n_jobs;
 } encode_task;
 
-/* Jobs from i on, at most GROUP_MAX, whose columns follow each other within a page: their blocks are contiguous. */
-static int32_t group_length(const tq_encode_job *jobs, int32_t n_jobs, int64_t page_size)
+void tq_row_half(const tq_rows_in *in, int64_t row, int32_t head, uint16_t *to)
 {
+    size_t head_dim = (size_t)in->codec->head_dim;
+    if (in->rows) {
+        in->kernels->half_from_float(in->rows + row * in->row_stride + (size_t)head * head_dim, (int64_t)head_dim, to);
+        return;
+    }
+    size_t vector_bytes = head_dim * sizeof *to;
+    const uint8_t *from = in->staged.data + (size_t)head * in->staged.head_stride_bytes;
+    memcpy(to, from + (size_t)in->staged.index[row] * vector_bytes, vector_bytes);
+}
+
+uint16_t *tq_exact_vector(const tq_rows_in *in, int32_t head, int32_t index)
+{
+    uint8_t *data = in->exact_data + (size_t)head * in->exact_head_stride_bytes;
+    return (uint16_t *)(void *)data + (size_t)index * (size_t)in->codec->head_dim;
+}
+
+void tq_half_expand(const tq_rows_in *in, const uint16_t *half, int64_t n_vectors, float *x)
+{
+    tq_block block = {(uint8_t *)(uintptr_t)half, NULL};
+    in->kernels->format[TQ_FORMAT_F16].expand(in->exact_codec, block, n_vectors, x);
+}
+
+/* Jobs from i on, at most GROUP_MAX, whose columns follow each other in a page and share a reference. */
+static int32_t group_length(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n_jobs)
+{
+    int64_t page_size = in->pages.page_size, ref_block = in->pages.ref_codec ? in->pages.ref_block : page_size;
     int32_t n = 1;
-    while (n < n_jobs && n < GROUP_MAX && jobs[n].column == jobs[0].column + n && jobs[n].column % page_size != 0) n++;
+    while (n < n_jobs && n < GROUP_MAX && jobs[n].column == jobs[0].column + n && jobs[n].column % page_size != 0 &&
+           jobs[n].column % page_size % ref_block != 0) {
+        n++;
+    }
     return n;
+}
+
+/* The reference of a column in the plain basis. */
+static void read_reference(const tq_page_view *pages, const tq_codec *codec, int32_t head, int64_t column, float *x)
+{
+    tq_block block = tq_page_view_refs(pages, codec, head, column);
+    float working[TQ_HEAD_DIM_MAX];
+    tq_vector_expand(pages->ref_codec, block.codes, block.scales, working);
+    tq_vector_finish(pages->ref_codec, working, x);
+}
+
+/* x [n, head_dim], the columns from `column` on, to what is coded of them. */
+static void to_coded(const tq_rows_in *in, int32_t head, int64_t column, int32_t n, float *x)
+{
+    int32_t head_dim = in->codec->head_dim;
+    if (in->channel_steps) {
+        const int8_t *steps = in->channel_steps + (size_t)head * (size_t)head_dim;
+        for (int32_t i = 0; i < n; i++) tq_scale_channels(steps, 1, head_dim, x + i * head_dim);
+    }
+    if (!in->pages.ref_codec) return;
+    float reference[TQ_HEAD_DIM_MAX];
+    read_reference(&in->pages, in->codec, head, column, reference);
+    for (int32_t i = 0; i < n; i++) {
+        for (int32_t j = 0; j < head_dim; j++) x[i * head_dim + j] -= reference[j];
+    }
 }
 
 static void encode_group(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n, int32_t head)
@@ -33,14 +86,13 @@ static void encode_group(const tq_rows_in *in, const tq_encode_job *jobs, int32_
     for (int32_t i = 0; i < n; i++) {
         uint16_t *to = half + (size_t)i * head_dim;
         if (jobs[i].row >= 0) {
-            const float *from = in->rows + jobs[i].row * in->row_stride + (size_t)head * head_dim;
-            in->kernels->half_from_float(from, (int64_t)head_dim, to);
+            tq_row_half(in, jobs[i].row, head, to);
         } else {
-            const uint8_t *from = in->exact_data + (size_t)head * in->exact_head_stride_bytes;
-            memcpy(to, from + (size_t)jobs[i].exact_index * head_dim * sizeof *to, head_dim * sizeof *to);
+            memcpy(to, tq_exact_vector(in, head, jobs[i].exact_index), head_dim * sizeof *to);
         }
     }
-    in->kernels->format[TQ_FORMAT_F16].expand(in->exact_codec, (tq_block){(uint8_t *)half, NULL}, n, x);
+    tq_half_expand(in, half, n, x);
+    to_coded(in, head, jobs[0].column, n, x);
     tq_block block = tq_page_view_block(&in->pages, in->codec, head, jobs[0].column);
     in->kernels->format[in->codec->traits->format].encode(in->codec, x, (int64_t)head_dim, n, block);
 }
@@ -51,7 +103,7 @@ static void encode_body(void *arg, int32_t i_thread, int32_t n_threads)
     int32_t begin = (int32_t)((int64_t)task->n_jobs * i_thread / n_threads);
     int32_t end = (int32_t)((int64_t)task->n_jobs * (i_thread + 1) / n_threads);
     for (int32_t i = begin, n; i < end; i += n) {
-        n = group_length(task->jobs + i, end - i, task->in->pages.page_size);
+        n = group_length(task->in, task->jobs + i, end - i);
         for (int32_t head = 0; head < task->in->n_head_kv; head++) encode_group(task->in, task->jobs + i, n, head);
     }
 }
@@ -66,20 +118,25 @@ void tq_rows_encode(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n_j
 
 void tq_rows_keep_exact(const tq_rows_in *in, int64_t row, int32_t index)
 {
-    size_t head_dim = (size_t)in->codec->head_dim;
-    for (int32_t head = 0; head < in->n_head_kv; head++) {
-        uint8_t *data = in->exact_data + (size_t)head * in->exact_head_stride_bytes;
-        uint16_t *to = (uint16_t *)(void *)data + (size_t)index * head_dim;
-        in->kernels->half_from_float(in->rows + row * in->row_stride + (size_t)head * head_dim, (int64_t)head_dim, to);
-    }
+    for (int32_t head = 0; head < in->n_head_kv; head++) tq_row_half(in, row, head, tq_exact_vector(in, head, index));
 }
 
+/* Columns of one page that share a reference. */
 static void read_encoded(const tq_kernels *kernels, const tq_kv_view *view, int32_t head, int64_t column, int64_t n, float *x)
 {
     _Alignas(64) float working[GROUP_MAX * TQ_WIDTH_MAX];
     const tq_format_kernels *format = &kernels->format[view->codec->traits->format];
     format->expand(view->codec, tq_page_view_block(&view->pages, view->codec, head, column), n, working);
     format->finish(view->codec, working, n, x);
+    int32_t head_dim = view->codec->head_dim;
+    if (view->pages.ref_codec) {
+        float reference[TQ_HEAD_DIM_MAX];
+        read_reference(&view->pages, view->codec, head, column, reference);
+        for (int64_t i = 0; i < n * head_dim; i++) x[i] += reference[i % head_dim];
+    }
+    if (!view->channel_steps) return;
+    const int8_t *steps = view->channel_steps + (size_t)head * (size_t)head_dim;
+    for (int64_t i = 0; i < n; i++) tq_scale_channels(steps, -1, head_dim, x + i * head_dim);
 }
 
 void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_head_kv, int64_t first, int64_t n, float *rows,
@@ -88,7 +145,10 @@ void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_h
     size_t head_dim = (size_t)view->codec->head_dim;
     _Alignas(64) float x[GROUP_MAX * TQ_HEAD_DIM_MAX];
     for (int64_t c = first, group; c < first + n; c += group) {
-        group = view->pages.page_size - c % view->pages.page_size;
+        int64_t slot = c % view->pages.page_size;
+        group = view->pages.page_size - slot;
+        if (view->pages.ref_codec && group > view->pages.ref_block - slot % view->pages.ref_block)
+            group = view->pages.ref_block - slot % view->pages.ref_block;
         if (group > first + n - c) group = first + n - c;
         if (group > GROUP_MAX) group = GROUP_MAX;
         for (int32_t head = 0; head < n_head_kv; head++) {

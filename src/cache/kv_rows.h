@@ -20,16 +20,32 @@ typedef struct tq_encode_job {
     int32_t exact_index; /* vector number in the exact data, if row is negative */
 } tq_encode_job;
 
+/* Rows as a stage holds them, FP16: head h of row i is vector index[i] at data + h * head_stride_bytes. */
+typedef struct tq_staged_rows {
+    const uint8_t *data;
+    size_t head_stride_bytes;
+    const int32_t *index;
+} tq_staged_rows;
+
 typedef struct tq_rows_in {
     const tq_kernels *kernels;
     const tq_codec *codec, *exact_codec;
     tq_page_view pages;
-    uint8_t *exact_data; /* head h's vectors at exact_data + h * exact_head_stride_bytes */
+    const int8_t *channel_steps; /* as in tq_kv_view */
+    uint8_t *exact_data;         /* head h's vectors at exact_data + h * exact_head_stride_bytes */
     size_t exact_head_stride_bytes;
     int32_t n_head_kv;
-    const float *rows; /* [n, n_head_kv, head_dim] */
+    const float *rows; /* [n, n_head_kv, head_dim], or NULL: staged */
     int64_t row_stride;
+    tq_staged_rows staged;
 } tq_rows_in;
+
+/* One head of a row as FP16. */
+void tq_row_half(const tq_rows_in *in, int64_t row, int32_t head, uint16_t *to);
+/* The FP16 vector `index` of the exact data. */
+uint16_t *tq_exact_vector(const tq_rows_in *in, int32_t head, int32_t index);
+/* n FP16 values as floats. */
+void tq_half_expand(const tq_rows_in *in, const uint16_t *half, int64_t n_vectors, float *x);
 
 /* Encode jobs with pairwise different columns. Values are rounded to FP16 first. */
 void tq_rows_encode(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n_jobs, const tq_executor *executor);

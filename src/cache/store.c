@@ -29,14 +29,30 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
     if (family != TQ_FAMILY_EXACT) {
         layout.n_sink = params->n_sink;
         layout.n_recent = params->n_recent;
+        layout.balance = params->balance;
+        layout.ref_block = params->n_recent > 0 && family != TQ_FAMILY_PROD ? params->ref_block : 0;
     }
-    size_t n_exact = (size_t)layout.n_sink + (size_t)layout.n_recent, exact_bytes, encoded_bytes;
-    TQ_TRY(multiply((size_t)params->n_slots, vector_bytes, &layout.encoded_head_stride_bytes));
-    layout.encoded_head_stride_bytes = align_section(layout.encoded_head_stride_bytes);
-    TQ_TRY(multiply(n_exact, sizeof(uint16_t) * (size_t)params->head_dim, &layout.exact_head_stride_bytes));
+    size_t head_dim = (size_t)params->head_dim, n_channels, steps_bytes = 0, energies_bytes = 0;
+    TQ_TRY(multiply(head_dim, (size_t)params->n_head_kv, &n_channels));
+    if (layout.balance) {
+        steps_bytes = align_section(n_channels * sizeof(int8_t));
+        energies_bytes = align_section(n_channels * sizeof(float));
+    }
+    size_t n_exact = (size_t)layout.n_sink + (size_t)layout.n_recent, exact_bytes, encoded_bytes, unused;
+    TQ_TRY(multiply((size_t)params->n_slots, vector_bytes, &unused));
+    size_t ref_bytes = 0;
+    if (layout.ref_block > 0) {
+        ref_bytes = tq_format_vector_bytes(tq_format_traits_get(TQ_FORMAT_TQ8), params->head_dim);
+        TQ_TRY(multiply((size_t)params->n_slots, ref_bytes, &unused));
+    }
+    layout.encoded_head_stride_bytes =
+        align_section(tq_head_page_bytes(vector_bytes, params->n_slots, ref_bytes, layout.ref_block));
+    TQ_TRY(multiply(n_exact, sizeof(uint16_t) * head_dim, &layout.exact_head_stride_bytes));
     TQ_TRY(multiply(layout.exact_head_stride_bytes, (size_t)params->n_head_kv, &exact_bytes));
     TQ_TRY(multiply(layout.encoded_head_stride_bytes, (size_t)params->n_head_kv, &encoded_bytes));
-    layout.exact_ids_offset = sizeof(tq_store_header);
+    layout.steps_offset = sizeof(tq_store_header);
+    layout.energies_offset = layout.steps_offset + steps_bytes;
+    layout.exact_ids_offset = layout.energies_offset + energies_bytes;
     layout.exact_data_offset = layout.exact_ids_offset + align_section(n_exact * sizeof(int32_t));
     layout.encoded_offset = layout.exact_data_offset + align_section(exact_bytes);
     layout.bytes = layout.encoded_offset + encoded_bytes;
@@ -54,6 +70,7 @@ tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const t
         return status;
     }
     status = tq_codec_init(&store->exact_codec, TQ_FORMAT_F16, params->head_dim, params->seed);
+    if (status == TQ_OK) status = tq_codec_init(&store->ref_codec, TQ_FORMAT_TQ8, params->head_dim, params->seed);
     if (status == TQ_OK) {
         status =
             tq_store_layout_init(&store->layout, store->codec.traits->family, params, tq_codec_vector_bytes(&store->codec));
@@ -62,7 +79,7 @@ tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const t
         tq_store_detach(store);
         return status;
     }
-    store->kernels = store->codec.kernels = store->exact_codec.kernels = kernels;
+    store->kernels = store->codec.kernels = store->exact_codec.kernels = store->ref_codec.kernels = kernels;
     store->n_head_kv = params->n_head_kv;
     store->n_slots = params->n_slots;
     store->memory = memory;
@@ -74,14 +91,15 @@ tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const t
 
 void tq_store_detach(tq_store *store)
 {
+    tq_codec_deinit(&store->ref_codec);
     tq_codec_deinit(&store->exact_codec);
     tq_codec_deinit(&store->codec);
     tq_free(store);
 }
 
-/* Insert where the order by column wants it; write order is nearly that order, so the common case is an append. */
-static int32_t insert_exact(tq_exact_entry *list, int32_t n, tq_exact_entry entry)
+int32_t tq_exact_insert(tq_exact_entry *list, int32_t n, tq_exact_entry entry)
 {
+    /* Write order is nearly that order, so the common case is an append. */
     int32_t at = n;
     if (n > 0 && list[n - 1].column >= entry.column) {
         int32_t low = 0;
@@ -92,8 +110,10 @@ static int32_t insert_exact(tq_exact_entry *list, int32_t n, tq_exact_entry entr
             else
                 at = middle;
         }
-        /* Only memory that somebody else wrote holds a slot twice. */
-        if (list[at].column == entry.column) return n;
+        if (list[at].column == entry.column) {
+            list[at] = entry;
+            return n;
+        }
         memmove(list + at + 1, list + at, (size_t)(n - at) * sizeof *list);
     }
     list[at] = entry;
@@ -111,7 +131,7 @@ int32_t tq_store_list_exact(const tq_store *store, int64_t n_col, tq_exact_entry
     for (int32_t i = 0; i < n_recent; i++) {
         int32_t entry = n_sink + (i < n_recent - next ? next + i : next + i - n_recent);
         int64_t slot = tq_store_exact_slot(store, entry);
-        if (slot >= 0 && slot < n_col) n = insert_exact(out, n, (tq_exact_entry){.column = slot, .index = entry});
+        if (slot >= 0 && slot < n_col) n = tq_exact_insert(out, n, (tq_exact_entry){.column = slot, .index = entry});
     }
     return n;
 }
@@ -123,7 +143,11 @@ tq_kv_view tq_store_view(const tq_store *store, const tq_exact_entry *exact, int
         .codec = &store->codec,
         .pages = {.page_data = &store->encoded,
                   .page_size = store->n_slots,
-                  .head_stride_bytes = layout->encoded_head_stride_bytes},
+                  .head_stride_bytes = layout->encoded_head_stride_bytes,
+                  .ref_codec = layout->ref_block > 0 ? &store->ref_codec : NULL,
+                  .ref_block = layout->ref_block},
+        .channel_steps =
+            tq_store_header_of(store)->channels == TQ_CHANNELS_BALANCED && layout->balance ? tq_store_steps(store) : NULL,
         .exact_codec = &store->exact_codec,
         .exact_data = store->memory + layout->exact_data_offset,
         .exact_head_stride_bytes = layout->exact_head_stride_bytes,

@@ -4,9 +4,11 @@
  *
  * The memory, each part aligned to 64 bytes:
  *   header      tq_store_header
+ *   steps       int8 [n_head_kv, head_dim]: the channels' factors (if the store balances)
+ *   energies    float [n_head_kv, head_dim]: sums of squares of the first queries (if the store balances)
  *   exact ids   int32 [n_sink + n_recent]: slot + 1 of each exact entry, 0 for none; entry s < n_sink is slot s
  *   exact data  FP16 [n_head_kv, n_sink + n_recent, head_dim]
- *   encoded     [n_head_kv] head pages of n_slots
+ *   encoded     [n_head_kv] head pages of n_slots, with their references
  * All zeros is an empty store. Sinks and ring do not exist (count 0) for the formats that are exact anyway.
  */
 #ifndef TQ_CACHE_STORE_H
@@ -17,19 +19,26 @@
 
 typedef struct tq_store_header {
     int32_t ring_next; /* ring entry that the next new slot takes */
-    int32_t reserved[15];
+    int32_t channels;  /* tq_store_channels */
+    int32_t n_queries; /* query tokens in the energies, at most n_sink + n_recent */
+    int32_t reserved[13];
 } tq_store_header;
 _Static_assert(sizeof(tq_store_header) == 64, "the exact ids begin at the next 64-byte boundary");
 
+/* Frozen when the first slot is encoded: PLAIN needs no factors. Anything but BALANCED is read as no factors. */
+enum tq_store_channels { TQ_CHANNELS_OPEN = 0, TQ_CHANNELS_PLAIN = 1, TQ_CHANNELS_BALANCED = 2 };
+
 typedef struct tq_store_layout {
     int32_t n_sink, n_recent; /* as the format needs them */
-    size_t exact_ids_offset, exact_data_offset, encoded_offset, bytes;
+    int32_t ref_block;        /* likewise; 0: no references */
+    bool balance;
+    size_t steps_offset, energies_offset, exact_ids_offset, exact_data_offset, encoded_offset, bytes;
     size_t exact_head_stride_bytes, encoded_head_stride_bytes;
 } tq_store_layout;
 
 struct tq_store {
     const tq_kernels *kernels;
-    tq_codec codec, exact_codec;
+    tq_codec codec, exact_codec, ref_codec;
     tq_store_layout layout;
     int32_t n_head_kv;
     int64_t n_slots;
@@ -38,24 +47,59 @@ struct tq_store {
     char label[64];
 };
 
+static inline tq_store_header *tq_store_header_of(const tq_store *store)
+{
+    return (tq_store_header *)(void *)store->memory;
+}
+static inline int8_t *tq_store_steps(const tq_store *store)
+{
+    return (int8_t *)(store->memory + store->layout.steps_offset);
+}
+static inline float *tq_store_energies(const tq_store *store)
+{
+    return (float *)(void *)(store->memory + store->layout.energies_offset);
+}
+
 /* store.c */
 /* Errors: ARGUMENT if the size overflows. */
 tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_store_params *params, size_t vector_bytes);
 /* Errors: FORMAT, HEAD_DIM, MEMORY. */
 tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const tq_kernels *kernels, void *memory);
 void tq_store_detach(tq_store *store);
+/* Put an entry where the order by column wants it, instead of one of the same column if there is any; returns the new number.
+ */
+int32_t tq_exact_insert(tq_exact_entry *list, int32_t n, tq_exact_entry entry);
 /* Exact entries of columns below n_col in ascending order, at most TQ_EXACT_MAX; returns their number. */
 int32_t tq_store_list_exact(const tq_store *store, int64_t n_col, tq_exact_entry *out);
 tq_kv_view tq_store_view(const tq_store *store, const tq_exact_entry *exact, int32_t n_exact);
 
-/* store_write.c */
-void tq_store_put(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
-                  const tq_executor *executor);
-void tq_store_replace(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
-                      const tq_executor *executor);
+/* store_write.c: rows, or if that is NULL the staged ones. */
+typedef struct tq_store_rows {
+    const int64_t *slots;
+    int64_t n;
+    const float *rows;
+    int64_t row_stride;
+    tq_staged_rows staged;
+} tq_store_rows;
+void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
+void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 /* The ring entry that the next new slot takes. Never out of range, whatever the memory holds. */
 int32_t tq_store_ring_next(const tq_store *store);
 /* The slot of an exact entry, or -1 for none. Never out of range, whatever the memory holds. */
 int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
+
+/* store_learn.c: what a store learns from its first tokens. */
+/* The i-th oldest vector of the ring as it is at the moment, in plain floats. */
+typedef struct tq_window {
+    const void *context;
+    int32_t n;
+    void (*read)(const void *context, int32_t i, int32_t head, float *x);
+} tq_window;
+/* Add the first query tokens to the energies, until there are enough. */
+void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries);
+/* Decide the channels' factors, if that is not done yet. A window of nothing decides for none. */
+void tq_store_freeze_channels(tq_store *store, const tq_window *window);
+/* Set the reference of a slot's block to the window's mean, unless something is coded in the block already. */
+void tq_store_set_reference(tq_store *store, int64_t slot, const tq_window *window);
 
 #endif

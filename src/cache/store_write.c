@@ -26,14 +26,9 @@ static int32_t *exact_ids(const tq_store *store)
     return (int32_t *)(void *)(store->memory + store->layout.exact_ids_offset);
 }
 
-static tq_store_header *header_of(const tq_store *store)
-{
-    return (tq_store_header *)(void *)store->memory;
-}
-
 int32_t tq_store_ring_next(const tq_store *store)
 {
-    return (int32_t)((uint32_t)header_of(store)->ring_next % (uint32_t)store->layout.n_recent);
+    return (int32_t)((uint32_t)tq_store_header_of(store)->ring_next % (uint32_t)store->layout.n_recent);
 }
 
 int64_t tq_store_exact_slot(const tq_store *store, int32_t entry)
@@ -44,7 +39,8 @@ int64_t tq_store_exact_slot(const tq_store *store, int32_t entry)
     return (entry < n_sink ? slot == entry : slot >= n_sink) ? slot : -1;
 }
 
-static void batch_begin(write_batch *batch, tq_store *store, const float *rows, int64_t row_stride)
+/* Rows [first, first + TQ_ENCODE_BATCH) at most. */
+static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows *rows, int64_t first)
 {
     int32_t n_exact = store->layout.n_sink + store->layout.n_recent;
     tq_kv_view view = tq_store_view(store, NULL, 0);
@@ -53,11 +49,14 @@ static void batch_begin(write_batch *batch, tq_store *store, const float *rows, 
                              .codec = &store->codec,
                              .exact_codec = &store->exact_codec,
                              .pages = view.pages,
+                             .channel_steps = view.channel_steps,
                              .exact_data = store->memory + store->layout.exact_data_offset,
                              .exact_head_stride_bytes = store->layout.exact_head_stride_bytes,
                              .n_head_kv = store->n_head_kv,
-                             .rows = rows,
-                             .row_stride = row_stride};
+                             .rows = rows->rows ? rows->rows + first * rows->row_stride : NULL,
+                             .row_stride = rows->row_stride,
+                             .staged = rows->staged};
+    if (!rows->rows) batch->in.staged.index += first;
     for (int32_t i = 0; i < n_exact; i++) {
         batch->ids[i] = (int32_t)(tq_store_exact_slot(store, i) + 1);
         batch->from[i] = NO_ROW;
@@ -65,6 +64,31 @@ static void batch_begin(write_batch *batch, tq_store *store, const float *rows, 
     batch->ring_next = store->layout.n_recent > 0 ? tq_store_ring_next(store) : 0;
     batch->n_jobs = 0;
     batch->max_column = -1;
+}
+
+/* The ring as the batch has left it so far, oldest first. */
+static void read_window(const void *context, int32_t i, int32_t head, float *x)
+{
+    const write_batch *batch = context;
+    const tq_store_layout *layout = &batch->store->layout;
+    int32_t entry = layout->n_sink + (batch->ring_next + i) % layout->n_recent;
+    _Alignas(64) uint16_t half[TQ_HEAD_DIM_MAX];
+    if (batch->from[entry] == NO_ROW) {
+        memcpy(half, tq_exact_vector(&batch->in, head, entry), (size_t)batch->in.codec->head_dim * sizeof *half);
+    } else {
+        tq_row_half(&batch->in, batch->from[entry], head, half);
+    }
+    tq_half_expand(&batch->in, half, 1, x);
+}
+
+/* What has to be known before a slot is encoded. The ring is full then, since the slot is about to leave it. */
+static void learn(write_batch *batch, int64_t slot, int32_t n_window)
+{
+    tq_store *store = batch->store;
+    tq_window window = {batch, n_window, read_window};
+    tq_store_freeze_channels(store, &window);
+    batch->in.channel_steps = tq_store_view(store, NULL, 0).channel_steps;
+    if (store->layout.ref_block > 0) tq_store_set_reference(store, slot, &window);
 }
 
 /* A column that is encoded twice in a batch keeps its last values: jobs run in parallel. */
@@ -100,11 +124,13 @@ static void plan_write(write_batch *batch, int64_t slot, int32_t row)
     const tq_store_layout *layout = &batch->store->layout;
     int32_t entry = slot < layout->n_sink ? (int32_t)slot : find_entry(batch, slot);
     if (entry < 0 && layout->n_recent == 0) {
+        learn(batch, slot, 0);
         add_job(batch, (tq_encode_job){.column = slot, .row = row});
         return;
     }
     if (entry < 0) {
         entry = layout->n_sink + batch->ring_next;
+        if (batch->ids[entry] != 0) learn(batch, batch->ids[entry] - 1, layout->n_recent);
         batch->ring_next = (batch->ring_next + 1) % layout->n_recent;
         if (batch->ids[entry] != 0) {
             add_job(batch, (tq_encode_job){batch->ids[entry] - 1, batch->from[entry], entry});
@@ -120,6 +146,7 @@ static void plan_update(write_batch *batch, int64_t slot, int32_t row)
     if (entry >= 0) {
         batch->from[entry] = row;
     } else {
+        learn(batch, slot, 0);
         add_job(batch, (tq_encode_job){.column = slot, .row = row});
     }
 }
@@ -135,31 +162,29 @@ static void batch_commit(write_batch *batch, const tq_executor *executor)
         tq_rows_keep_exact(&batch->in, batch->from[i], i);
         exact_ids(store)[i] = batch->ids[i];
     }
-    header_of(store)->ring_next = batch->ring_next;
+    tq_store_header_of(store)->ring_next = batch->ring_next;
 }
 
-static void run_batches(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
-                        const tq_executor *executor, void (*plan_row)(write_batch *, int64_t, int32_t))
+static void run_batches(tq_store *store, const tq_store_rows *rows, const tq_executor *executor,
+                        void (*plan_row)(write_batch *, int64_t, int32_t))
 {
-    for (int64_t first = 0; first < n; first += TQ_ENCODE_BATCH) {
-        int32_t n_rows = (int32_t)(n - first < TQ_ENCODE_BATCH ? n - first : TQ_ENCODE_BATCH);
+    for (int64_t first = 0; first < rows->n; first += TQ_ENCODE_BATCH) {
+        int32_t n = (int32_t)(rows->n - first < TQ_ENCODE_BATCH ? rows->n - first : TQ_ENCODE_BATCH);
         write_batch batch;
-        batch_begin(&batch, store, rows + first * row_stride, row_stride);
-        for (int32_t i = 0; i < n_rows; i++) {
-            if (slots[first + i] >= 0) plan_row(&batch, slots[first + i], i);
+        batch_begin(&batch, store, rows, first);
+        for (int32_t i = 0; i < n; i++) {
+            if (rows->slots[first + i] >= 0) plan_row(&batch, rows->slots[first + i], i);
         }
         batch_commit(&batch, executor);
     }
 }
 
-void tq_store_put(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
-                  const tq_executor *executor)
+void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor)
 {
-    run_batches(store, slots, n, rows, row_stride, executor, plan_write);
+    run_batches(store, rows, executor, plan_write);
 }
 
-void tq_store_replace(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
-                      const tq_executor *executor)
+void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor)
 {
-    run_batches(store, slots, n, rows, row_stride, executor, plan_update);
+    run_batches(store, rows, executor, plan_update);
 }

@@ -70,7 +70,15 @@ uint16_t tq_scale_from_float(float scale)
 
 float tq_channel_factor(int8_t step)
 {
-    static const float quarter[4] = {1.0f, 0x1.306fe0p+0f, 0x1.6a09e6p+0f, 0x1.ae89fap+0f};
-    int32_t octave = (step - (step & 3)) / 4;
-    return ldexpf(quarter[step & 3], octave);
+    static const uint32_t quarter_octaves[4] = {0x3f800000, 0x3f9837f0, 0x3fb504f3, 0x3fd744fd};
+    int32_t quarter = step & 3, octave = (step - quarter) / 4;
+    uint32_t bits = quarter_octaves[quarter] + (uint32_t)octave * 0x800000u;
+    float factor;
+    memcpy(&factor, &bits, sizeof(factor));
+    return factor;
+}
+
+void tq_scale_channels(const int8_t *steps, int32_t sign, int32_t n, float *x)
+{
+    for (int32_t i = 0; i < n; i++) x[i] *= tq_channel_factor((int8_t)(sign * steps[i]));
 }

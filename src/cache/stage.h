@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The stage behind tq_stage_*: the exact vectors that the query tokens of a batch may see, which are the store's own as they
+ * were before the batch and the rows of the batch. Arguments were checked by src/api.
+ */
+#ifndef TQ_CACHE_STAGE_H
+#define TQ_CACHE_STAGE_H
+
+#include "cache/store.h"
+
+/* A slot taken into the ring by the batch or before it, in order. */
+typedef struct tq_stage_push {
+    int64_t slot;
+    int32_t index;   /* vector in data */
+    int32_t expires; /* the first query token that no longer sees it exact; PUSH_STAYS if there is none */
+} tq_stage_push;
+
+struct tq_stage {
+    const tq_store *store; /* NULL: nothing is staged */
+    bool is_settled;
+    int64_t n_rows;
+    int32_t n_exact;
+    /* Parts of memory. */
+    int64_t *slots;        /* [n_rows] */
+    tq_exact_entry *exact; /* [n_exact] ascending by column */
+    tq_stage_push *pushes;
+    int32_t *index; /* [n_rows] the vectors of the rows; a skipped row has none */
+    uint8_t *data;  /* FP16 [n_head_kv, vectors, head_dim] */
+    size_t head_stride_bytes;
+    void *memory;
+    size_t capacity;
+};
+
+/* Errors: MEMORY; then nothing is staged. */
+tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
+                        int64_t row_stride);
+/* The store's view with the stage's exact vectors. */
+tq_kv_view tq_stage_view(const tq_stage *stage);
+
+#endif
