@@ -10,11 +10,8 @@
 #include "base/alloc.h"
 #include "base/threads.h"
 
-/* Below this, kernels that read the codes are as fast as expanding them first, for the formats that have such kernels. */
-#define EXPAND_ROWS 32
 #define TILE_ROWS_MAX 64
-#define TILE_FLOATS_MAX (64 * 256) /* rows times width: what bounds the accumulators */
-#define TILE_COLS_MAX 256
+#define TILE_FLOATS_MAX (64 * 256)      /* rows times width: what bounds the accumulators */
 #define EXPANDED_FLOATS_MAX (32 * 1024) /* columns times width, 128 KiB: a part of the L2 cache */
 #define SPLIT_COLS_MIN 256
 #define SPLITS_MAX 16
@@ -82,9 +79,9 @@ static void plan_init(tq_attend_plan *plan)
     int64_t rows = min_i64(TILE_ROWS_MAX, TILE_FLOATS_MAX / width);
     plan->tile_rows = (int32_t)min_i64(rows, plan->n_row);
     plan->n_row_tiles = (plan->n_row + plan->tile_rows - 1) / plan->tile_rows;
-    plan->expand = plan->tile_rows >= EXPAND_ROWS;
-    plan->tile_cols = TILE_COLS_MAX;
-    if (plan->expand && width * TILE_COLS_MAX > EXPANDED_FLOATS_MAX) {
+    plan->expand = plan->tile_rows >= TQ_EXPAND_ROWS;
+    plan->tile_cols = TQ_TILE_COLS_MAX;
+    if (plan->expand && width * TQ_TILE_COLS_MAX > EXPANDED_FLOATS_MAX) {
         plan->tile_cols = EXPANDED_FLOATS_MAX / width / TQ_TILE_STEP * TQ_TILE_STEP;
     }
     plan_memory(plan);

@@ -11,6 +11,9 @@
 #include "codec/codec.h"
 #include "kernels/kernels.h"
 
+/* Fewer columns to a reference would cost more bits than they save. */
+#define TQ_REF_BLOCK_MIN 16
+
 /*
  * Where encoded vectors lie. The page of column c is page_table[c / page_size] (NULL: c / page_size itself). Page p begins at
  * page_data[p]; its head pages, one KV head's part each, begin offset_bytes later and are head_stride_bytes apart. A head page
@@ -23,7 +26,7 @@ typedef struct tq_page_view {
     int64_t page_size;
     size_t offset_bytes, head_stride_bytes;
     const tq_codec *ref_codec; /* NULL: no references. Its working basis is that of the columns' codec. */
-    int32_t ref_block;         /* columns that share a reference, from the page's beginning on */
+    int32_t ref_block;         /* columns that share a reference, from the page's beginning on; >= TQ_REF_BLOCK_MIN */
 } tq_page_view;
 
 static inline int64_t tq_refs_per_page(int64_t page_size, int32_t ref_block)

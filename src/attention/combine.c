@@ -68,6 +68,11 @@ void tq_finish_tile(const tq_attend_plan *plan, const tq_attend_tile *tile, tq_p
     const tq_attend_params *params = plan->params;
     const tq_codec *codec = plan->values->codec;
     plan->kernels->format[codec->traits->format].finish(codec, partial.encoded, tile->n_row, finished);
+    if (plan->values->channel_steps) {
+        const int8_t *steps = plan->values->channel_steps + (size_t)tile->head * (size_t)plan->head_dim_v;
+        for (int32_t i = 0; i < tile->n_row; i++)
+            tq_scale_channels(steps, -1, plan->head_dim_v, finished + (size_t)i * (size_t)plan->head_dim_v);
+    }
     for (int32_t i = 0; i < tile->n_row; i++) {
         int64_t token = tq_row_token(plan, tile->row_begin + i);
         int32_t head = tq_row_head(plan, tile->head, tile->row_begin + i);

@@ -14,6 +14,9 @@
 
 /* Column tiles and splits begin at multiples of this many columns, which suits pages and kernels. */
 #define TQ_TILE_STEP 16
+#define TQ_TILE_COLS_MAX 256
+/* With at least so many rows a tile of columns is expanded once, instead of reading the codes for every few rows. */
+#define TQ_EXPAND_ROWS 32
 
 /* Softmax of some columns, not yet divided by the sum: per row the maximum, the sum and the accumulators under that maximum. */
 typedef struct tq_partial {
@@ -81,6 +84,23 @@ static inline void tq_token_columns(const tq_attend_plan *plan, int64_t token, i
     if (plan->params->causal && position + 1 < plan->n_col) *end = position + 1;
     if (*begin > *end) *begin = *end;
 }
+
+/* Columns and rows (of the KV head) at hand: what they see of each other. */
+typedef struct tq_tile_part {
+    int32_t head;
+    int64_t col_begin, col_end;
+    int64_t row_begin;
+    int32_t n_row;
+} tq_tile_part;
+
+/*
+ * columns.c. q [n_row, head_dim] and q_working [n_row, width] to scores [n_row, tile_cols]; and the probabilities p of the same
+ * shape times the values, added to the accumulators. p is zero afterwards where columns are exact.
+ */
+void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, const float *q, const float *q_working,
+                      float *scores, float *expanded);
+void tq_accumulate_columns(const tq_attend_plan *plan, const tq_tile_part *part, float *p, float *acc, float *acc_exact,
+                           float *expanded);
 
 /* tile.c: the task, from queries to the partial result. */
 void tq_attend_tile_run(const tq_attend_plan *plan, const tq_attend_tile *tile, tq_attend_scratch *scratch, tq_partial out);
