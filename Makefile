@@ -29,10 +29,10 @@ test:  ## everything, with sanitizers and stock llama.cpp; the first run builds 
 	$(PYTHON) tests/run_all.py
 
 .PHONY: bench
-bench: deps all  ## speed of each kernel on each instruction set, then of llama-bench with f16, TQ8, TQ4 and TT4
+bench: deps all  ## speed of each kernel on each instruction set, then of llama-bench with f16, TQ6, TQ4 and TQ3
 	build/release/tests/checkkern --bench
 	$(PYTHON) bench/speed.py --llama-bin $(TQ_DEPS_DIR)/llama-bin --plugin build/release/libggml-turboquant.so \
-	  --model $(TQ_DEPS_DIR)/models/SmolLM2-135M-Instruct.Q4_1.gguf --configs f16,TQ8,TQ4,TT4 --csv build/bench.csv
+	  --model $(TQ_DEPS_DIR)/models/SmolLM2-135M-Instruct.Q4_1.gguf --configs f16,TQ6,TQ4,TQ3 --csv build/bench.csv
 
 .PHONY: format
 format:  ## clang-format of all C files

@@ -49,7 +49,7 @@ def main():
     p.add_argument("--llama-bin", required=True, help="folder of the stock llama.cpp tools")
     p.add_argument("--plugin", required=True, help="libggml-turboquant.so")
     p.add_argument("--model", required=True, help="a GGUF file")
-    p.add_argument("--configs", default="f16,q8_0,q4_0,TQ8,TQ4,TQ3,TQ2")
+    p.add_argument("--configs", default="f16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2")
     p.add_argument("--depths", default="0,4096")
     p.add_argument("--n-prompt", type=int, default=512)
     p.add_argument("--n-gen", type=int, default=32)

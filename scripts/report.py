@@ -3,7 +3,7 @@
 """What `make run` shows: a real model answers a question about a long real text with an FP16 KV cache and with ours, then a
 table of memory, speed and quality for stock caches and our presets. All figures come from stock, unpatched llama.cpp tools.
 
-    report.py [--cases F16,q8_0,q4_0,TQ8,TQ4,TT4,TQ3,TT3,TQ2,TT2] [--preset TQ4] [--json FILE] [--csv FILE]
+    report.py [--cases F16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2] [--preset TQ4] [--json FILE] [--csv FILE]
 
 Environment: TQ_DEPS_DIR (build/deps), TQ_PLUGIN (build/release/libggml-turboquant.so).
 """
@@ -106,7 +106,7 @@ def write_files(rows, args):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Memory, speed and quality of KV caches on a real model.")
-    parser.add_argument("--cases", default="F16,q8_0,q4_0,TQ8,TQ4,TT4,TQ3,TT3,TQ2,TT2",
+    parser.add_argument("--cases", default="F16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2",
                         help="the first is what others are compared with")
     parser.add_argument("--preset", default="TQ4", help="whose answer to show beside the first case's (TQ4)")
     parser.add_argument("--model", type=Path, default=DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf")

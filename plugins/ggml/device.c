@@ -241,6 +241,8 @@ tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, cons
     if (options->has_v_format) out->preset.v_format = options->v_format;
     if (options->has_n_sink) out->preset.n_sink = options->n_sink;
     if (options->has_n_recent) out->preset.n_recent = options->n_recent;
+    if (options->has_ref_block) out->preset.k_ref_block = options->ref_block;
+    if (options->has_balance) out->preset.k_balance = options->balance;
     tq_status status = describe(out);
     if (status != TQ_OK) return status;
     snprintf(out->kv_buft_name, sizeof out->kv_buft_name, "%s_KV", preset->name);

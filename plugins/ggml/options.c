@@ -111,6 +111,32 @@ static bool parse_recent(tq_ggml_options *options, const char *value, error_text
     return parse_count(&options->n_recent, "recent", value, error);
 }
 
+/* The library knows which ones it takes. */
+static bool ref_block_fits(int32_t ref_block)
+{
+    tq_store_params params;
+    tq_store_params_default(&params);
+    params.head_dim = 64;
+    params.n_slots = 1;
+    params.ref_block = ref_block;
+    size_t bytes;
+    return tq_store_bytes(&bytes, &params) == TQ_OK;
+}
+
+static bool parse_ref(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->has_ref_block = true;
+    if (parse_whole_number(&options->ref_block, value, INT32_MAX) && ref_block_fits(options->ref_block)) return true;
+    return fail(error, "ref", value, "give the number of cells that share a reference, 16 to 1024, or 0 for none");
+}
+
+static bool parse_balance(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->has_balance = true;
+    options->balance = strcmp(value, "on") == 0;
+    return options->balance || strcmp(value, "off") == 0 || fail(error, "balance", value, "give on or off");
+}
+
 /* LAYER[-LAYER], joined by +. */
 static bool parse_exact(tq_ggml_options *options, const char *value, error_text *error)
 {
@@ -163,6 +189,8 @@ static const option_key keys[] = {
     {"v", "FORMAT", parse_v},
     {"sinks", "N", parse_sinks},
     {"recent", "N", parse_recent},
+    {"ref", "N", parse_ref},
+    {"balance", "on|off", parse_balance},
     {"exact", "LAYER[-LAYER][+...]", parse_exact},
     {"head_dim", "N", parse_head_dim},
     {"log", "LEVEL", parse_log},

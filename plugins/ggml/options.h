@@ -12,9 +12,11 @@
 #define TQ_GGML_LAYERS_MAX 1024
 
 typedef struct tq_ggml_options {
-    bool has_k_format, has_v_format, has_n_sink, has_n_recent; /* else the preset's */
+    bool has_k_format, has_v_format, has_n_sink, has_n_recent, has_ref_block, has_balance; /* else the preset's */
     tq_format k_format, v_format;
     int32_t n_sink, n_recent;
+    int32_t ref_block;
+    bool balance;
     int32_t head_dim; /* 0: not given */
     tq_log_level log_level;
     uint8_t exact_layers[TQ_GGML_LAYERS_MAX / 8]; /* bit set: keys and values stay FP16 */

@@ -65,7 +65,7 @@ class Figures(unittest.TestCase):
 
     def test_presets(self):
         presets = {p["name"]: p for p in tq_json("presets", "--head-dim", "64", "--n-head-kv", "3", "--context", "4096")}
-        self.assertLessEqual({"TQ8", "TQ4", "TQ3", "TQ2", "TT4", "TT3", "TT2"}, set(presets))
+        self.assertLessEqual({"TQ6", "TQ4", "TQ3", "TQ2"}, set(presets))
         # Exact tokens and bookkeeping cost something beyond the format's own bits, and not much.
         self.assertTrue(4.25 < presets["TQ4"]["bits_per_value"] < 5)
 

@@ -368,7 +368,7 @@ static double default_bound(const char *device)
     static const struct {
         const char *device;
         double bound;
-    } bounds[] = {{"TQ8", 0.005}, {"TQ4", 0.1}, {"TQ3", 0.25}, {"TQ2", 0.8}, {"TT4", 0.1}, {"TT3", 0.2}, {"TT2", 0.6}};
+    } bounds[] = {{"TQ6", 0.005}, {"TQ4", 0.05}, {"TQ3", 0.1}, {"TQ2", 0.2}};
     for (size_t i = 0; i < sizeof bounds / sizeof bounds[0]; i++) {
         if (strcmp(device, bounds[i].device) == 0) return bounds[i].bound;
     }

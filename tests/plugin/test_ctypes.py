@@ -23,7 +23,7 @@ class Ctypes(TestCase):
         cls.host = build_host("local_host.c", cls.directory, "-shared", "-fPIC")
 
     def test_local_symbols(self):
-        for device in ("TQ8", "TQ4"):
+        for device in ("TQ6", "TQ4"):
             process = subprocess.run([sys.executable, "-c", SCRIPT, str(self.host), str(PLUGIN), str(MODEL), device],
                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env=environment())
             text = process.stdout.decode(errors="replace")

@@ -4,7 +4,7 @@ import re
 
 from common import LLAMA_BIN, PLUGIN, TestCase, complete, main, run, tiny_model
 
-NAMES = ["TQ8", "TQ4", "TQ3", "TQ2", "TT4", "TT3", "TT2"]
+NAMES = ["TQ6", "TQ4", "TQ3", "TQ2"]
 
 
 class Devices(TestCase):
@@ -34,7 +34,7 @@ class Devices(TestCase):
         result = run([LLAMA_BIN / "llama-bench", "-m", tiny_model("llama"), "-p", 8, "-n", 0, "-r", 1, "-t", 1, "-v"])
         self.assert_ok(result)
         self.assertEqual(len(result.lines("using device")), 1, result.lines("using device"))
-        self.assert_line(result, "using device TQ8")
+        self.assert_line(result, "using device TQ6")
 
 
 class Options(TestCase):
@@ -64,7 +64,7 @@ class Options(TestCase):
     def test_sinks_and_the_presets_own_ring_may_be_too_many(self):
         result = complete(tiny_model("llama"), TQ_GGML="sinks=1024")
         self.assertNotEqual(result.status, 0)
-        self.assert_line(result, "turboquant: not loaded: device TQ8")
+        self.assert_line(result, "turboquant: not loaded: device TQ6")
 
     def test_formats_and_exact_layers_are_used(self):
         def bytes_of(**variables):

@@ -20,11 +20,11 @@ STOCK = common.TINY_DIR / "quality.json"
 MIB = 1024.0
 
 
-def perplexity(*arguments, plugin=False):
+def perplexity(*arguments, plugin=False, options=None):
     """Run stock llama-perplexity; returns (output, peak resident MiB)."""
     command = [common.LLAMA_BIN / "llama-perplexity", "-m", common.MODEL, "-f", TEXT, "-c", CONTEXT, "-b", 512, "--chunks", 1,
                "-fa", "on", "-t", common.THREADS, "-lv", 4, "--kl-divergence-base", BASE, *arguments]
-    env = common.environment() if plugin else common.environment(GGML_BACKEND_PATH=None)
+    env = common.environment(TQ_GGML=options) if plugin else common.environment(GGML_BACKEND_PATH=None)
     log = BASE.with_suffix(".log")
     with open(log, "wb") as out:
         pid = os.posix_spawn(str(command[0]), [str(c) for c in command], env,
@@ -37,9 +37,9 @@ def perplexity(*arguments, plugin=False):
     return text, usage.ru_maxrss / MIB
 
 
-def measure(*arguments, plugin=False):
+def measure(*arguments, plugin=False, options=None):
     for _ in range(3):  # the tool may drop the end of its log
-        text, rss = perplexity("--kl-divergence", *arguments, plugin=plugin)
+        text, rss = perplexity("--kl-divergence", *arguments, plugin=plugin, options=options)
         if "Same top p" in text:
             break
     kld, error = re.search(r"Mean\s+KLD:\s+(\S+) ±\s+(\S+)", text).groups()
@@ -70,27 +70,35 @@ class Quality(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.stock = stock_results()
-        cls.ours = {name: measure("-dev", name, "-ngl", 99, plugin=True) for name in ("TQ8", "TQ4", "TT4")}
-        for name, row in [*cls.stock.items(), *cls.ours.items()]:
+        cls.ours = {name: cls.measure_ours(name) for name in ("TQ6", "TQ4", "TQ3")}
+        bare = "recent=0,sinks=0,ref=0,balance=off"
+        cls.trellis = cls.measure_ours("TQ4", bare)
+        cls.scalar = cls.measure_ours("TQ4", f"k=tq4,v=tq4,{bare}")
+        for name, row in [*cls.stock.items(), *cls.ours.items(), ("trellis", cls.trellis), ("scalar", cls.scalar)]:
             print(name, row)
 
-    def test_8_bit_no_worse_than_q8_0(self):
-        ours, stock = self.ours["TQ8"], self.stock["q8_0"]
+    @staticmethod
+    def measure_ours(name, options=None):
+        return measure("-dev", name, "-ngl", 99, plugin=True, options=options)
+
+    def test_6_bits_no_worse_than_q8_0(self):
+        ours, stock = self.ours["TQ6"], self.stock["q8_0"]
         # The same tokens, so the two errors are no independent ones; one of them is the least that can be told apart.
         self.assertLessEqual(ours["kld"], stock["kld"] + stock["error"])
 
-    def test_4_bit_below_twice_q4_0(self):
-        self.assertLess(self.ours["TQ4"]["kld"], 2 * self.stock["q4_0"]["kld"])
+    def test_4_and_3_bits_far_below_q4_0(self):
+        self.assertLess(self.ours["TQ4"]["kld"], self.stock["q4_0"]["kld"] / 8)
+        self.assertLess(self.ours["TQ3"]["kld"], self.stock["q4_0"]["kld"] / 4)
 
-    def test_trellis_loses_less_at_the_same_bytes(self):
-        self.assertEqual(self.ours["TT4"]["cache"], self.ours["TQ4"]["cache"])
-        self.assertLess(self.ours["TT4"]["kld"], 0.65 * self.ours["TQ4"]["kld"])
-        self.assertLess(self.ours["TT4"]["kld"], self.stock["q4_0"]["kld"])
+    def test_trellis_alone_loses_less_at_the_same_bytes(self):
+        self.assertEqual(self.trellis["cache"], self.scalar["cache"])
+        self.assertLess(self.trellis["kld"], 0.65 * self.scalar["kld"])
 
     def test_formats_are_lossy_and_ordered(self):
         """A cache that silently stayed FP16 would pass the tests above."""
-        self.assertGreater(self.ours["TQ4"]["kld"], 3 * self.stock["f16"]["kld"] + 3 * self.ours["TQ4"]["error"])
-        self.assertGreater(self.ours["TQ4"]["kld"], 2 * self.ours["TQ8"]["kld"])
+        f16, six, three = self.stock["f16"], self.ours["TQ6"], self.ours["TQ3"]
+        self.assertGreater(six["kld"], 3 * f16["kld"] + 3 * six["error"])
+        self.assertGreater(three["kld"], 1.5 * six["kld"])
 
     def test_memory_falls_by_what_the_table_says(self):
         f16 = self.stock["f16"]

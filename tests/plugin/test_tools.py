@@ -17,7 +17,7 @@ def bound_mib(result):
 
 class Tools(TestCase):
     def test_the_real_model_answers(self):
-        for device in ("TQ8", "TQ4"):
+        for device in ("TQ6", "TQ4"):
             result = complete(MODEL, device=device, n=6)
             self.assert_ok(result)
             self.assertIn("The capital of France is Paris", result.text)
@@ -38,7 +38,7 @@ class Tools(TestCase):
 
     def test_a_cache_that_is_not_written_takes_no_memory(self):
         def peak_mib(n_ctx):
-            command = [LLAMA_BIN / "llama-completion", "-m", MODEL, "-dev", "TQ8", "-t", "1", "-p", "hi", "-n", "2", "-no-cnv",
+            command = [LLAMA_BIN / "llama-completion", "-m", MODEL, "-dev", "TQ6", "-t", "1", "-p", "hi", "-n", "2", "-no-cnv",
                        "-fit", "off", "-ub", "32", "-c", str(n_ctx)]
             process = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL, env=environment())
