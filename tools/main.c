@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /* tq: picks the subcommand; holds what the subcommands share. */
 #include <errno.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tq.h"
 
@@ -16,6 +18,7 @@ static const struct {
     {"formats",    "list the formats and what they cost",                       cmd_formats},
     {"distortion", "measure a format's error on random vectors",                cmd_distortion},
     {"presets",    "list the presets, which choose formats for keys and values", cmd_presets},
+    {"eval",       "measure what KV caches change in a model's output, and report", cmd_eval},
     {"run",        "run a stock llama.cpp tool with the compressed KV cache",   cmd_run},
 };
 // clang-format on
@@ -73,6 +76,22 @@ bool tool_parse_head_dim(int32_t *out, const char *text)
     }
     tool_error(1, "there is no rotation for head_dim %lld; there is one for %s", (long long)value, known);
     return false;
+}
+
+bool tool_own_folder(char *out)
+{
+    ssize_t n = readlink("/proc/self/exe", out, PATH_MAX - 1);
+    if (n <= 0) return false;
+    out[n] = '\0';
+    char *slash = strrchr(out, '/');
+    if (slash) *slash = '\0';
+    return slash != NULL;
+}
+
+bool tool_join(char *out, const char *folder, const char *middle, const char *name)
+{
+    int n = snprintf(out, PATH_MAX, "%s/%s%s%s", folder, middle, *middle ? "/" : "", name);
+    return n > 0 && n < PATH_MAX;
 }
 
 static void print_help(FILE *file)

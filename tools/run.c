@@ -38,23 +38,6 @@ typedef struct request {
     int n_options;
 } request;
 
-/* The folder of this executable, without a slash at its end. */
-static bool own_folder(char out[PATH_MAX])
-{
-    ssize_t n = readlink("/proc/self/exe", out, PATH_MAX - 1);
-    if (n <= 0) return false;
-    out[n] = '\0';
-    char *slash = strrchr(out, '/');
-    if (slash) *slash = '\0';
-    return slash != NULL;
-}
-
-static bool join(char out[PATH_MAX], const char *folder, const char *middle, const char *name)
-{
-    int n = snprintf(out, PATH_MAX, "%s/%s%s%s", folder, middle, *middle ? "/" : "", name);
-    return n > 0 && n < PATH_MAX;
-}
-
 static bool find_plugin(char out[PATH_MAX])
 {
     char folder[PATH_MAX];
@@ -63,9 +46,9 @@ static bool find_plugin(char out[PATH_MAX])
         /* The host may look from another folder. */
         return realpath(given, out) != NULL && access(out, R_OK) == 0;
     }
-    if (!own_folder(folder)) return false;
-    if (join(out, folder, "", PLUGIN_NAME) && access(out, R_OK) == 0) return true;
-    return join(out, folder, TQ_PLUGIN_FROM_BIN, PLUGIN_NAME) && access(out, R_OK) == 0;
+    if (!tool_own_folder(folder)) return false;
+    if (tool_join(out, folder, "", PLUGIN_NAME) && access(out, R_OK) == 0) return true;
+    return tool_join(out, folder, TQ_PLUGIN_FROM_BIN, PLUGIN_NAME) && access(out, R_OK) == 0;
 }
 
 static bool find_in_path(char out[PATH_MAX], const char *name)
@@ -85,8 +68,8 @@ static bool find_tool(char out[PATH_MAX], const request *r)
     char name[64], folder[PATH_MAX];
     snprintf(name, sizeof name, "llama-%s", r->tool);
     const char *given = r->llama_bin ? r->llama_bin : getenv("TQ_LLAMA_BIN");
-    if (given) return join(out, given, "", name) && access(out, X_OK) == 0;
-    if (own_folder(folder) && join(out, folder, BUILT_LLAMA_BIN, name) && access(out, X_OK) == 0) return true;
+    if (given) return tool_join(out, given, "", name) && access(out, X_OK) == 0;
+    if (tool_own_folder(folder) && tool_join(out, folder, BUILT_LLAMA_BIN, name) && access(out, X_OK) == 0) return true;
     return find_in_path(out, name);
 }
 

@@ -15,6 +15,12 @@ int cmd_formats(int argc, char **argv);
 int cmd_distortion(int argc, char **argv);
 int cmd_presets(int argc, char **argv);
 int cmd_run(int argc, char **argv);
+int cmd_eval(int argc, char **argv);
+
+/* The folder of this executable, without a slash at its end. */
+bool tool_own_folder(char *out);
+/* "folder/name" or "folder/middle/name" to out, of PATH_MAX bytes, as tool_own_folder's; false if it is too long. */
+bool tool_join(char *out, const char *folder, const char *middle, const char *name);
 
 /* One line on standard error after "tq: "; returns `code`. */
 #if defined(__GNUC__)

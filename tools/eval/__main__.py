@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""tq eval: how much of a model's output each KV cache changes, at how many bits."""
+import argparse
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+try:
+    from tqdm import tqdm
+
+    from . import needle, quality, report
+except ImportError as error:
+    sys.exit(f"tq eval: {error}. `make deps` installs what it needs; or: pip install matplotlib jinja2 tqdm, and name that Python "
+             "in TQ_PYTHON")
+from .llama import F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, Setup, commit, describe_model, list_devices, machine, version
+from .needle import Needles
+from .quality import Quality
+from .work import Work
+
+SPARE_BYTES = 1 << 28
+
+EXAMPLE = """
+A preset is a device of the plug-in (`tq presets`), with options of the plug-in after a colon, which is how one lever at a time
+is tried: TQ4 TQ4:recent=0 TQ4:k=tt4,v=tt3,ref=0. docs/eval.md tells what each figure means.
+
+  tq eval model.gguf --text book.txt --context 4096 --presets TQ4 TQ3 --html report.html
+"""
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="tq eval", description=__doc__.partition(": ")[2], epilog=EXAMPLE,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="GGUF file")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text; one or more")
+    parser.add_argument("--context", default="4096", metavar="N[,N...]", help="tokens of a window (4096)")
+    parser.add_argument("--presets", nargs="+", default=["TQ6,TQ4,TQ3,TQ2"], metavar="P", help="ours (TQ6,TQ4,TQ3,TQ2)")
+    parser.add_argument("--baselines", default="f16,q8_0,q5_1,q5_0,q4_0", metavar="TYPE[,TYPE...]",
+                        help="llama.cpp's; q8_0/q4_0 gives keys and values a type each (f16,q8_0,q5_1,q5_0,q4_0)")
+    parser.add_argument("--chunks", type=int, default=1, metavar="N", help="windows of each text (1)")
+    parser.add_argument("--needle", default="", metavar="N[,N...]", help="also look for needles in that many tokens")
+    parser.add_argument("--needle-depths", type=int, default=5, metavar="N", help="from the beginning to the end (5)")
+    parser.add_argument("--error-map", action="store_true", help="also map the error of the logits by layer and head")
+    for kind in ("json", "html", "markdown", "csv"):
+        parser.add_argument(f"--{kind}", metavar="OUT", help="write the result there")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where results wait, to go on after an interruption "
+                        "(OUT.work of the first output, or tq-eval.work)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="(all)")
+    parser.add_argument("--llama-bin", type=Path, metavar="DIR", help="llama.cpp's programs (TQ_LLAMA_BIN, build/deps, PATH)")
+    parser.add_argument("--plugin", type=Path, metavar="FILE", help="libggml-turboquant.so (TQ_PLUGIN, build/release)")
+    args = parser.parse_args(argv)
+    args.context, args.needle = numbers(parser, args.context, 64), numbers(parser, args.needle, 512)
+    args.presets = split_presets(args.presets)
+    args.baselines = [name for name in args.baselines.split(",") if name]
+    if args.chunks < 1 or args.needle_depths < 1 or args.threads < 1:
+        parser.error("--chunks, --needle-depths and --threads are at least 1")
+    if args.work is None:
+        first = next(filter(None, (args.json, args.html, args.markdown, args.csv)), "tq-eval")
+        args.work = Path(f"{first}.work")
+    return args
+
+
+def numbers(parser, text, least):
+    parts = [part for part in text.split(",") if part]
+    if any(not part.isdecimal() or int(part) < least for part in parts):
+        parser.error(f"'{text}' is no list of whole numbers of at least {least}")
+    return sorted({int(part) for part in parts})
+
+
+def split_presets(words):
+    """Commas separate presets, but after a colon they separate the options of one."""
+    return [name for word in words for name in ([word] if ":" in word else word.split(",")) if name]
+
+
+def fail(message):
+    sys.exit(f"tq eval: {message}")
+
+
+def find_llama_bin(given):
+    places = [given] if given else [os.environ.get("TQ_LLAMA_BIN"), ROOT / "build/deps/llama-bin"]
+    for place in filter(None, places):
+        if (Path(place) / "llama-perplexity").exists():
+            return Path(place)
+    found = shutil.which("llama-perplexity")
+    if given or not found:
+        fail("llama-perplexity was not found; `make deps` builds it, or give llama.cpp's folder of programs by --llama-bin")
+    return Path(found).parent
+
+
+def find_plugin(given):
+    for place in filter(None, [given, os.environ.get("TQ_PLUGIN"), ROOT / "build/release/libggml-turboquant.so"]):
+        if Path(place).exists():
+            return Path(place).resolve()
+        if place in (given, os.environ.get("TQ_PLUGIN")):
+            fail(f"there is no plug-in {place}")
+    fail("libggml-turboquant.so was not found; `make all` builds it, or name it by --plugin")
+
+
+def check(args, setup, model):
+    """All that can be told before the first measurement."""
+    for path in (args.model, *args.text):
+        if not path.is_file():
+            fail(f"there is no file {path}")
+    for name in args.baselines:
+        if not Cache(name).is_stock:
+            fail(f"there is no baseline '{name}'; give some of {', '.join(STOCK_TYPES)}, or KEYS/VALUES")
+    known, _ = list_devices(setup, Cache("none"))
+    if not known:
+        fail(f"{setup.plugin} does not load into {setup.llama_bin}: {list_devices(setup, Cache('none'))[1]}")
+    for name in args.presets:
+        cache = Cache(name)
+        if cache.device not in known:
+            fail(f"there is no preset '{cache.device}'; there are {', '.join(known)}")
+        devices, why = list_devices(setup, cache)
+        if cache.device not in devices:
+            fail(f"{name}: {why or 'the plug-in does not take these options'}")
+    longest = max([*args.context, *args.needle])
+    if longest > model["n_ctx_train"]:
+        fail(f"the model was made for {model['n_ctx_train']} tokens; {longest} are too many")
+
+
+def plan(args):
+    """The measurements: groups of Quality, a group for each text and context, and Needles."""
+    caches = [Cache(name) for name in [*args.baselines, *args.presets]]
+    groups = []
+    for text in args.text:
+        for n_ctx in args.context:
+            every = [F16, F16_NO_FLASH, *(cache for cache in caches if cache != F16)]
+            groups.append([Quality(cache, text, n_ctx, args.chunks) for cache in every])
+    needles = []
+    if args.needle:
+        needles = [Needles(cache, args.text[0], tuple(args.needle), args.needle_depths)
+                   for cache in [F16, *(cache for cache in caches if cache != F16)]]
+    return groups, needles
+
+
+class Evaluation:
+    def __init__(self, args, setup, model):
+        self.setup, self.model, self.n_vocab = setup, model, model["n_vocab"]
+        self.error_map = args.error_map
+        common = [setup.model, setup.plugin, version(setup), args.error_map]
+        self.work, self.fresh, self.failed = Work(args.work, common), args.fresh, []
+
+    def stored(self, measurement):
+        return None if self.fresh else self.work.load(measurement)
+
+    def run(self, groups, needles):
+        every = [measurement for group in groups for measurement in group] + needles
+        missing = [m for m in every if self.stored(m) is None]
+        if len(missing) < len(every):
+            print(f"tq eval: {len(every) - len(missing)} of {len(every)} measurements are in {self.work.folder} already",
+                  file=sys.stderr)
+        wanted = set(missing)
+        total = sum(m.tokens for m in missing) + sum(group[0].tokens for group in groups if wanted & set(group))
+        with tqdm(total=total, unit="tok", unit_scale=True, disable=not missing) as bar:
+            for group in groups:
+                self.run_group([m for m in group if m in wanted], bar)
+            for m in needles:
+                if m in wanted:
+                    self.attempt(m, bar, lambda m=m: needle.measure(self.setup, m))
+
+    def run_group(self, group, bar):
+        if not group:
+            return
+        base = self.work.folder / f"{self.work.path(group[0]).stem}.kld"
+        needed = quality.base_bytes(group[0], self.n_vocab)
+        if shutil.disk_usage(self.work.folder).free < needed + SPARE_BYTES:
+            fail(f"{self.work.folder} needs {needed >> 20} MiB for the logits of one window; free some, or name another --work")
+        bar.set_description(f"{group[0].text.stem} {group[0].n_ctx}: reference")
+        try:
+            quality.write_base(self.setup, group[0], base)
+            bar.update(group[0].tokens)
+            for m in group:
+                self.attempt(m, bar, lambda m=m: self.measure_quality(m, base))
+        except LlamaError as error:
+            self.failed += [{"name": f"{m.name}, {m.text.stem}, {m.n_ctx}", "error": str(error)} for m in group]
+        finally:
+            base.unlink(missing_ok=True)
+
+    def measure_quality(self, m, base):
+        if not self.error_map or m.cache.is_stock:
+            return quality.measure(self.setup, m, base)
+        report_file = self.work.path(m).with_suffix(".layers")
+        figures = quality.measure(self.setup, m, base, f"report={report_file}")
+        figures["layers"] = report.json.loads(report_file.read_text())["layers"] if report_file.exists() else []
+        report_file.unlink(missing_ok=True)
+        return figures
+
+    def attempt(self, m, bar, measure):
+        bar.set_description(f"{m.text.stem} {getattr(m, 'n_ctx', 'needles')}: {m.name}")
+        try:
+            self.work.save(m, measure())
+        except LlamaError as error:
+            self.failed.append({"name": f"{m.name}, {m.text.stem}", "error": str(error)})
+            bar.write(f"tq eval: {m.name} failed: {error}", file=sys.stderr)
+        bar.update(m.tokens)
+
+    def rows(self, groups):
+        for group in groups:
+            results = [(m, self.work.load(m)) for m in group]
+            f16_mib = next((figures["kv_mib"] for m, figures in results if m.cache == F16 and figures), None)
+            for m, figures in results:
+                if not figures:
+                    continue
+                bits = figures["bits_per_value"] or (16 * figures["kv_mib"] / f16_mib if f16_mib else None)
+                kind = "floor" if m.cache in (F16, F16_NO_FLASH) else "stock" if m.cache.is_stock else "ours"
+                yield {"name": m.name, "kind": kind, "text": m.text.stem, "n_ctx": m.n_ctx, "n_chunks": m.n_chunks, **figures,
+                       "bits_per_value": bits}
+
+
+def collect(args, evaluation, groups, needles):
+    rows = list(evaluation.rows(groups))
+    error_maps = {}
+    for row in rows:
+        layers = row.pop("layers", None)
+        if layers:
+            error_maps.setdefault(row["name"], layers)
+    found = [(m, evaluation.work.load(m)) for m in needles]
+    command = "tq eval " + " ".join(re.sub(r"(.*[\s*].*)", r"'\1'", str(word)) for word in args.words)
+    return {"version": 1, "command": command.replace(str(ROOT) + "/", ""), "machine": machine(), "commit": commit(),
+            "llama_cpp": version(evaluation.setup), "model": {**evaluation.model, "file": args.model.name}, "rows": rows,
+            "needle": [{"name": m.name, **result} for m, result in found if result], "error_maps": error_maps,
+            "failed": evaluation.failed}
+
+
+def stop(_signal, _frame):
+    raise KeyboardInterrupt
+
+
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(words)
+    args.words = words
+    signal.signal(signal.SIGTERM, stop)
+    for path in (args.model, *args.text):
+        if not path.is_file():
+            fail(f"there is no file {path}")
+    setup = Setup(find_llama_bin(args.llama_bin), find_plugin(args.plugin), args.model, args.threads)
+    try:
+        model = describe_model(setup)
+        check(args, setup, model)
+        groups, needles = plan(args)
+        evaluation = Evaluation(args, setup, model)
+        evaluation.run(groups, needles)
+    except KeyboardInterrupt:
+        print(f"\ntq eval: stopped; what was measured is in {args.work}, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except LlamaError as error:
+        fail(error)
+    result = collect(args, evaluation, groups, needles)
+    report.write_files(args, result)
+    print(report.markdown(result))
+    return 1 if evaluation.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

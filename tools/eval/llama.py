@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""Running stock llama.cpp programs on one kind of KV cache. It is all that this project's measurements know of llama.cpp."""
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STOCK_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+NO_FLASH = " -fa off"
+SERVER_START_SECONDS = 600  # a large model from a slow disk
+
+
+class LlamaError(RuntimeError):
+    """A llama.cpp program failed or did not print what it should; the message has its command and its last lines."""
+
+
+@dataclass
+class Setup:
+    llama_bin: Path
+    plugin: Path
+    model: Path
+    threads: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    """
+    One kind of KV cache, by the name that it has on the command line and in reports: a type of llama.cpp (q8_0), one for keys
+    and one for values (q8_0/q4_0), or a device of the plug-in, with options after a colon (TT4:v=tt3,recent=32).
+    """
+    name: str
+
+    @property
+    def types(self):
+        """llama.cpp's types of keys and of values."""
+        keys, _, values = self.name.removesuffix(NO_FLASH).partition("/")
+        return keys, values or keys
+
+    @property
+    def is_stock(self):
+        return all(kind in STOCK_TYPES for kind in self.types)
+
+    @property
+    def device(self):
+        return self.name.partition(":")[0]
+
+    @property
+    def plugin_options(self):
+        return self.name.partition(":")[2]
+
+    def options(self, setup):
+        """Options of all tools."""
+        common = ["-fa", "off" if self.name.endswith(NO_FLASH) else "on", "-t", str(setup.threads)]
+        if self.is_stock:
+            keys, values = self.types
+            return ["-ctk", keys, "-ctv", values, "-dev", "none", *common]
+        return ["-dev", self.device, "-ngl", "999", *common]
+
+    def variables(self, setup, *more_options):
+        """The environment that the plug-in reads. A stock run does without the plug-in."""
+        if self.is_stock:
+            return {}
+        options = ",".join(filter(None, [self.plugin_options, *more_options]))
+        return {"GGML_BACKEND_PATH": str(setup.plugin), **({"TQ_GGML": options} if options else {})}
+
+
+F16 = Cache("f16")
+F16_NO_FLASH = Cache("f16" + NO_FLASH)
+
+
+@dataclass
+class Finished:
+    output: str
+    errors: str
+    status: int
+    peak_rss: int  # bytes
+    seconds: float
+    command: str
+
+    @property
+    def log(self):
+        return self.output + self.errors
+
+    def fail(self, what):
+        """An error that shows how to see it again."""
+        last = "\n".join(self.log.strip().splitlines()[-15:])
+        return LlamaError(f"{what}: {self.command}\n{last}")
+
+
+def machine():
+    """The CPU's name and the number of cores, for tables."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores"
+
+
+def commit():
+    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def shown(command, variables=()):
+    """The command as one would type it in the root of the repository."""
+    parts = [f"{name}={value}" for name, value in dict(variables).items()] + [str(part) for part in command]
+    parts = [part.replace(str(ROOT) + "/", "") for part in parts]
+    return " ".join(f"'{part}'" if re.search(r"[\s<>|]", part) else part for part in parts)
+
+
+def environment(variables):
+    """This process's without what would change a measurement behind its command's back."""
+    hidden = ("LLAMA_ARG_", "GGML_BACKEND_PATH", "TQ_GGML")
+    return {**{name: value for name, value in os.environ.items() if not name.startswith(hidden)}, **variables}
+
+
+@contextlib.contextmanager
+def started(command, variables, output, errors):
+    """A running process that does not outlive the block, however that is left."""
+    process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
+                               env=environment(variables))
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.wait()
+
+
+def run_command(command, variables=None):
+    """Run to the end, whatever the status, and take the process's own peak of resident memory."""
+    variables = variables or {}
+    begin = time.monotonic()
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        with started(command, variables, output, errors) as process:
+            # wait4 gives this child's usage; getrusage(RUSAGE_CHILDREN) would give the largest of all children so far.
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        return Finished(output.read().decode(errors="replace"), errors.read().decode(errors="replace"), process.returncode,
+                        usage.ru_maxrss * 1024, time.monotonic() - begin, shown(command, variables))
+
+
+def run_tool(setup, cache, tool, arguments, *plugin_options):
+    """Run a llama.cpp tool on the model with this cache."""
+    command = [setup.llama_bin / f"llama-{tool}", "-m", setup.model, *arguments, *cache.options(setup)]
+    done = run_command(command, cache.variables(setup, *plugin_options))
+    if done.status:
+        raise done.fail(f"ended with {done.status}")
+    return done
+
+
+def run_to_the_end(last_words, *arguments):
+    """
+    As run_tool, until the log has its last words: the tools write it from a thread of its own, and at their end may drop what
+    that thread has not written yet.
+    """
+    for _ in range(3):
+        done = run_tool(*arguments)
+        if last_words in done.log:
+            break
+    return done
+
+
+def version(setup):
+    """What llama.cpp says of itself."""
+    return " ".join(run_command([setup.llama_bin / "llama-perplexity", "--version"]).log.split())
+
+
+def list_devices(setup, cache):
+    """The devices that the plug-in has with this cache's options; none and a log that says why if it does not take them."""
+    done = run_command([setup.llama_bin / "llama-perplexity", "--list-devices"], cache.variables(setup))
+    return re.findall(r"^  (\w+): KV cache", done.output, re.MULTILINE), done.errors.strip()
+
+
+def describe_model(setup):
+    """Name, context length and size of the vocabulary, from the log of a run that has too little text to do anything."""
+    done = run_to_the_end("n_vocab", setup, F16, "perplexity", ["-p", "x", "-c", "256", "-b", "256", "--no-warmup", "-lv", "4"])
+
+    def figure(label):
+        match = re.search(rf"print_info: {label}\s*= (.*)", done.log)
+        if not match:
+            raise done.fail(f"printed no {label}")
+        return match.group(1).strip()
+
+    return {"name": figure("general.name"), "n_ctx_train": int(figure("n_ctx_train")), "n_vocab": int(figure("n_vocab"))}
+
+
+def kv_memory(done):
+    """
+    (MiB, bits per value or None) of the KV caches that a tool's log (-lv 4) tells of. A model may be loaded twice, first
+    without memory to see what fits, so only what follows the last context counts; one with sliding windows has two caches.
+
+    The bits are the plug-in's own figure, which has three decimals and counts all that it keeps. llama.cpp's own line comes
+    before the plug-in knows the head_dim, and may be an upper bound then.
+    """
+    log = done.log[done.log.rfind("constructing llama_context"):]
+    buffers = [float(mib) for mib in re.findall(r"KV buffer size =\s+([\d.]+) MiB", log)]
+    ours = [(float(mib), float(bits)) for mib, bits in
+            re.findall(r"turboquant: .* holds the KV cache: .* ([\d.]+) MiB, ([\d.]+) bits per value", log)]
+    if not buffers:
+        raise done.fail("printed no KV buffer size")
+    if not ours:
+        return sum(buffers), None
+    if len(ours) != len(buffers):
+        raise done.fail("a part of the KV cache is not in the plug-in")
+    mib = sum(mib for mib, _ in ours)
+    return mib, mib / sum(mib / bits for mib, bits in ours)
+
+
+class Server:
+    """A running llama-server, with its HTTP API."""
+
+    def __init__(self, port, command):
+        self.port, self.command = port, command
+
+    def post(self, path, **body):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            raise LlamaError(f"llama-server refused {path}: {error.read().decode(errors='replace')}") from error
+        except OSError as error:
+            raise LlamaError(f"llama-server died at {path}: {error}: {self.command}") from error
+
+    def is_ready(self):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health") as reply:
+                return json.load(reply)["status"] == "ok"
+        except OSError:
+            return False
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running_server(setup, cache, arguments):
+    """llama-server with one slot, ready; it ends with the block."""
+    port = free_port()
+    command = [setup.llama_bin / "llama-server", "-m", setup.model, *arguments, "-np", "1", "--host", "127.0.0.1",
+               "--port", str(port), "--no-webui", *cache.options(setup)]
+    variables = cache.variables(setup)
+    server = Server(port, shown(command, variables).replace(f"--port {port} ", ""))
+    begin = time.monotonic()
+    with tempfile.TemporaryFile() as log, started(command, variables, log, log) as process:
+        while not server.is_ready():
+            if process.poll() is not None or time.monotonic() - begin > SERVER_START_SECONDS:
+                log.seek(0)
+                text = log.read().decode(errors="replace")
+                raise Finished(text, "", process.returncode, 0, 0, server.command).fail("llama-server does not start")
+            time.sleep(0.05)
+        yield server

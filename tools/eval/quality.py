@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""Next-token distributions with one KV cache against those with an FP16 cache, by stock llama-perplexity."""
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .llama import F16, Cache, kv_memory, run_to_the_end
+
+BATCH = 512  # attention reads the cache that the tokens before the batch, and those of the batch, have written
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One measurement: windows of a text, of n_ctx tokens each, of which the second half is scored."""
+    cache: Cache
+    text: Path
+    n_ctx: int
+    n_chunks: int
+
+    @property
+    def name(self):
+        return self.cache.name
+
+    @property
+    def tokens(self):
+        return self.n_ctx * self.n_chunks
+
+
+LABELS = {  # of the lines that have one figure, or one with its error
+    "kld_mean": r"Mean\s+KLD", "kld_median": r"Median\s+KLD", "kld_99": r"99\.0%\s+KLD", "kld_99_9": r"99\.9%\s+KLD",
+    "kld_max": r"Maximum KLD", "same_top_1": r"Same top p", "dp_rms": r"RMS Δp", "ppl_ratio": r"Mean PPL\(Q\)/PPL\(base\)",
+    "ppl": r"Mean PPL\(Q\)",
+}
+NUMBER = r"(-?[\d.]+(?:e[-+]?\d+)?|-?nan|-?inf)"
+
+
+def parse_statistics(log):
+    """The figures of llama-perplexity's comparison, {name: value} and {name_error: standard error} where it prints one."""
+    figures = {}
+    for name, label in LABELS.items():
+        match = re.search(rf"^{label}\s*:\s*{NUMBER}%?(?:\s*±\s*{NUMBER})?", log, re.MULTILINE)
+        if not match:
+            return None
+        figures[name] = float(match.group(1))
+        if match.group(2):
+            figures[f"{name}_error"] = float(match.group(2))
+    # Rounding may leave less than nothing where there is nothing.
+    return {**figures, "kld_mean": max(figures["kld_mean"], 0.0)}
+
+
+def options(quality):
+    return ["-f", quality.text, "-c", quality.n_ctx, "--chunks", quality.n_chunks, "-b", BATCH, "-lv", "4"]
+
+
+def write_base(setup, quality, base):
+    """Keep the FP16 cache's logits in the file `base`."""
+    done = run_to_the_end("", setup, F16, "perplexity", [*options(quality), "--kl-divergence-base", base])
+    if not base.exists():
+        raise done.fail("wrote no logits; is the text shorter than one window?")
+
+
+def base_bytes(quality, n_vocab):
+    """What write_base takes on the disk: 16 bits for each token of the vocabulary and scored token, and a little."""
+    return quality.n_chunks * (quality.n_ctx // 2) * (2 * n_vocab + 64)
+
+
+def measure(setup, quality, base, *plugin_options):
+    """The figures of one cache against `base`, and what it costs."""
+    arguments = [*options(quality), "--kl-divergence-base", base, "--kl-divergence"]
+    done = run_to_the_end("Same top p", setup, quality.cache, "perplexity", arguments, *plugin_options)
+    figures = parse_statistics(done.log)
+    if not figures:
+        raise done.fail("printed no statistics")
+    mib, bits = kv_memory(done)
+    return {**figures, "kv_mib": mib, "bits_per_value": bits, "peak_rss_mib": done.peak_rss / 2**20, "seconds": done.seconds,
+            "notes": [line.partition("turboquant: ")[2] for line in done.log.splitlines() if "turboquant: guard" in line],
+            "command": done.command.replace(str(base), "logits.kld")}
