@@ -280,6 +280,19 @@ TQ_API TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *st
 TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries,
                                               const tq_executor *executor);
 /*
+ * Write to an empty store `to` what the stage holds: its rows, and the slots that were exact before them. If nothing was
+ * encoded before, that is all there is, and `to`, of another format, can take the place of the store that was staged for.
+ * queries as in tq_store_settle. Errors: ARGUMENT (nothing is staged), SHAPE (another head_dim, n_head_kv or n_slots).
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries,
+                                                   const tq_executor *executor);
+/*
+ * How far coding the keys moves a logit q . k (softmax_scale left out), root mean square, for each KV head: out [n_head_kv].
+ * Estimated from the ring and the first queries when the first slot is encoded, if tq_store_params.balance is set; until then,
+ * or without queries, false. Above 1, times softmax_scale, attention weights are off by factors.
+ */
+TQ_API bool tq_store_logit_error(const tq_store *store, float *out);
+/*
  * Attend over slots [0, n_col) of a pair of stores (the same n_head_kv and n_slots; keys and values may be one store). Several
  * threads may attend at once, none may write meanwhile. Errors: ARGUMENT, SHAPE, RANGE, MEMORY. executor may be NULL. Scratch
  * memory is bounded and independent of n_col.

@@ -26,6 +26,7 @@ static const char *backend_name(ggml_backend_t backend)
 static void backend_free(ggml_backend_t backend)
 {
     tq_ggml_worker *worker = backend->context;
+    tq_ggml_report_finish(&worker->report, worker->device->options->report);
     tq_ggml_stages_free(&worker->stages);
     if (worker->cpu) tq_ggml_host.ggml_backend_free(worker->cpu);
     tq_ggml_threads_free(&worker->threads);

@@ -179,6 +179,13 @@ bool tq_ggml_kv_refuse(tq_ggml_kv_tensor *kv, const char *why)
 
 static pthread_mutex_t bind_mutex = PTHREAD_MUTEX_INITIALIZER;
 
+/* Memory whose pages cost nothing until they are written, or NULL. */
+static uint8_t *map_pages(size_t bytes)
+{
+    void *pages = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return pages == MAP_FAILED ? NULL : pages;
+}
+
 /* Open the stores over fresh memory. On failure releases all of it. */
 static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
 {
@@ -186,12 +193,11 @@ static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
     if (kv->store_bytes == 0) return TQ_ERR_ARGUMENT;
     if ((size_t)kv->n_stream > SIZE_MAX / kv->store_bytes) return TQ_ERR_MEMORY;
     kv->mapped_bytes = (size_t)kv->n_stream * kv->store_bytes;
-    void *pages = mmap(NULL, kv->mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (pages == MAP_FAILED) {
+    kv->memory = map_pages(kv->mapped_bytes);
+    if (!kv->memory) {
         kv->mapped_bytes = 0;
         return TQ_ERR_MEMORY;
     }
-    kv->memory = pages;
     kv->stores = calloc((size_t)kv->n_stream, sizeof *kv->stores);
     kv->stages = calloc((size_t)kv->n_stream, sizeof *kv->stages);
     if (!kv->stores || !kv->stages) {
@@ -226,10 +232,39 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size
         return false;
     }
     kv->n_head_kv = params.n_head_kv;
+    kv->format = params.format;
     kv->bytes = (size_t)kv->n_stream * kv->store_bytes;
     kv->head_dim = head_dim;
     tq_ggml_kv_buffer_update(kv);
     return true;
+}
+
+tq_status tq_ggml_kv_open_raised(tq_ggml_kv_tensor *kv, tq_format format, tq_store **out)
+{
+    tq_store_params params;
+    fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, kv->head_dim);
+    params.format = format;
+    char label[64];
+    snprintf(label, sizeof label, "layer %d %s", (int)kv->layer, kv->is_value ? "values" : "keys");
+    params.label = label;
+    kv->raised_bytes = store_bytes(&params);
+    kv->raised_memory = map_pages(kv->raised_bytes);
+    if (!kv->raised_memory) return TQ_ERR_MEMORY;
+    tq_status status = tq_store_open(&kv->raised, &params, kv->raised_memory, kv->raised_bytes);
+    if (status != TQ_OK) munmap(kv->raised_memory, kv->raised_bytes);
+    *out = kv->raised;
+    return status;
+}
+
+void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format)
+{
+    tq_store_close(kv->stores[0]);
+    munmap(kv->memory, kv->mapped_bytes);
+    kv->stores[0] = kv->raised;
+    kv->memory = kv->raised_memory;
+    kv->bytes = kv->store_bytes = kv->mapped_bytes = kv->raised_bytes;
+    kv->format = format;
+    tq_ggml_kv_buffer_update(kv);
 }
 
 /* List the supported head_dims in a reason, as the library keeps them. */

@@ -21,13 +21,17 @@ typedef struct tq_ggml_kv_tensor {
     size_t bytes; /* of all streams' stores; an estimate until bound */
     /* From here on zero until bound. */
     int32_t head_dim, n_head_kv;
+    tq_format format;
     size_t store_bytes; /* of one stream, padded */
     uint8_t *memory;    /* [n_stream, store_bytes], mapped: pages that were never written are free */
     size_t mapped_bytes;
     tq_store **stores;             /* [n_stream] */
     struct tq_ggml_stage **stages; /* [n_stream] where rows wait to be written, or NULL: stages.h */
-    bool is_refused;               /* its attention can't be served: nothing may write to it */
-    bool is_damaged;               /* a state with NaN was set: no attention until it is cleared */
+    uint8_t *raised_memory;        /* of the guard's new store, until it is taken */
+    tq_store *raised;
+    size_t raised_bytes;
+    bool is_refused; /* its attention can't be served: nothing may write to it */
+    bool is_damaged; /* a state with NaN was set: no attention until it is cleared */
 } tq_ggml_kv_tensor;
 
 /* Rows of a KV tensor that a view selects: all heads of slots first_slot ... of streams first_stream ... */
@@ -82,6 +86,12 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
 bool tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, tq_ggml_kv_tensor *from, int64_t from_stream);
 /* Empty all stores and give their pages back. */
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv);
+/*
+ * The guard's way to give a tensor of one stream a better format: open a store of that format over memory of its own, then,
+ * when it holds what the old one did, put it in its place. Nothing but these two may come between.
+ */
+tq_status tq_ggml_kv_open_raised(tq_ggml_kv_tensor *kv, tq_format format, tq_store **out);
+void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format);
 /* Free what binding allocated. */
 void tq_ggml_kv_release(tq_ggml_kv_tensor *kv);
 

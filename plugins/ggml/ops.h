@@ -6,6 +6,7 @@
 #ifndef TQ_GGML_OPS_H
 #define TQ_GGML_OPS_H
 
+#include "guard.h"
 #include "kv_tensor.h"
 #include "stages.h"
 #include "threads.h"
@@ -15,6 +16,7 @@ typedef struct tq_ggml_worker {
     tq_ggml_device *device;
     tq_ggml_threads threads;
     tq_ggml_stages stages;
+    tq_ggml_report report;
     int64_t *slots; /* scratch, grown as needed */
     size_t n_slots;
     float *alibi_slopes;

@@ -123,7 +123,7 @@ static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_at
 {
     tq_ggml_kv_tensor *keys = a->keys.kv, *values = a->values.kv;
     const tq_executor *executor = &worker->threads.executor;
-    tq_status status = tq_ggml_stage_settle(keys, stream, p, executor);
+    tq_status status = tq_ggml_guard_settle(&worker->report, keys, stream, p, executor);
     if (status == TQ_OK) status = tq_ggml_stage_settle(values, stream, NULL, executor);
     if (status != TQ_OK) return status;
     p->key_stage = tq_ggml_stage_of(keys, stream, p->n_query);

@@ -184,6 +184,28 @@ static bool parse_log(tq_ggml_options *options, const char *value, error_text *e
     return fail(error, "log", value, "give one of error, warning, info");
 }
 
+static bool parse_guard(tq_ggml_options *options, const char *value, error_text *error)
+{
+    static const char *const names[] = {[TQ_GGML_GUARD_RAISE] = "raise",
+                                        [TQ_GGML_GUARD_WARN] = "warn",
+                                        [TQ_GGML_GUARD_REFUSE] = "refuse",
+                                        [TQ_GGML_GUARD_OFF] = "off"};
+    for (int i = 0; i <= TQ_GGML_GUARD_OFF; i++) {
+        if (strcmp(value, names[i]) != 0) continue;
+        options->guard = (tq_ggml_guard)i;
+        return true;
+    }
+    return fail(error, "guard", value, "give one of raise, warn, refuse, off");
+}
+
+static bool parse_report(tq_ggml_options *options, const char *value, error_text *error)
+{
+    size_t n = strlen(value);
+    if (n == 0 || n >= sizeof options->report) return fail(error, "report", value, "give a file's path");
+    memcpy(options->report, value, n + 1);
+    return true;
+}
+
 static const option_key keys[] = {
     {"k", "FORMAT", parse_k},
     {"v", "FORMAT", parse_v},
@@ -193,6 +215,8 @@ static const option_key keys[] = {
     {"balance", "on|off", parse_balance},
     {"exact", "LAYER[-LAYER][+...]", parse_exact},
     {"head_dim", "N", parse_head_dim},
+    {"guard", "raise|warn|refuse|off", parse_guard},
+    {"report", "FILE", parse_report},
     {"log", "LEVEL", parse_log},
 };
 enum { N_KEYS = sizeof keys / sizeof keys[0] };

@@ -11,6 +11,9 @@
 
 #define TQ_GGML_LAYERS_MAX 1024
 
+/* What happens to a layer whose keys the format can't hold well enough: see guard.h. */
+typedef enum tq_ggml_guard { TQ_GGML_GUARD_RAISE, TQ_GGML_GUARD_WARN, TQ_GGML_GUARD_REFUSE, TQ_GGML_GUARD_OFF } tq_ggml_guard;
+
 typedef struct tq_ggml_options {
     bool has_k_format, has_v_format, has_n_sink, has_n_recent, has_ref_block, has_balance; /* else the preset's */
     tq_format k_format, v_format;
@@ -19,6 +22,8 @@ typedef struct tq_ggml_options {
     bool balance;
     int32_t head_dim; /* 0: not given */
     tq_log_level log_level;
+    tq_ggml_guard guard;
+    char report[256];                             /* a file for the logits' errors, or "" */
     uint8_t exact_layers[TQ_GGML_LAYERS_MAX / 8]; /* bit set: keys and values stay FP16 */
     int32_t max_exact_layer;                      /* -1: none */
 } tq_ggml_options;

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_store_*: argument checks in front of cache/store.c. */
+#include <string.h>
+
 #include "api/checks.h"
 #include "base/alloc.h"
 #include "base/log.h"
@@ -168,6 +170,18 @@ tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *
     return status;
 }
 
+static tq_status learn_queries(tq_store *store, const tq_attend_params *queries)
+{
+    if (!queries) return TQ_OK;
+    if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) || queries->n_head < 1 ||
+        queries->n_head % store->n_head_kv != 0) {
+        tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads", store->label);
+        return TQ_ERR_ARGUMENT;
+    }
+    tq_store_learn_queries(store, queries);
+    return TQ_OK;
+}
+
 tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
 {
     if (!store || !stage) return TQ_ERR_ARGUMENT;
@@ -175,19 +189,37 @@ tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_para
         tq_log(TQ_LOG_ERROR, "%s: settle: no rows are staged for it", store->label);
         return TQ_ERR_ARGUMENT;
     }
-    if (queries) {
-        if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) || queries->n_head < 1 ||
-            queries->n_head % store->n_head_kv != 0) {
-            tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads", store->label);
-            return TQ_ERR_ARGUMENT;
-        }
-        tq_store_learn_queries(store, queries);
-    }
+    TQ_TRY(learn_queries(store, queries));
     tq_store_rows rows = {
         .slots = stage->slots, .n = stage->n_rows, .staged = {stage->data, stage->head_stride_bytes, stage->index}};
     tq_store_put(store, &rows, executor);
     stage->is_settled = true;
     return TQ_OK;
+}
+
+tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
+{
+    if (!to || !stage) return TQ_ERR_ARGUMENT;
+    const tq_store *from = stage->store;
+    if (!from) {
+        tq_log(TQ_LOG_ERROR, "%s: settle: nothing is staged", to->label);
+        return TQ_ERR_ARGUMENT;
+    }
+    if (to->codec.head_dim != from->codec.head_dim || to->n_head_kv != from->n_head_kv || to->n_slots != from->n_slots) {
+        tq_log(TQ_LOG_ERROR, "%s: settle: it has another shape than %s, which the rows were staged for", to->label,
+               from->label);
+        return TQ_ERR_SHAPE;
+    }
+    TQ_TRY(learn_queries(to, queries));
+    tq_stage_replay(stage, to, executor);
+    return TQ_OK;
+}
+
+bool tq_store_logit_error(const tq_store *store, float *out)
+{
+    if (!store || !out || !store->layout.balance || !tq_store_header_of(store)->has_errors) return false;
+    memcpy(out, tq_store_errors(store), (size_t)store->n_head_kv * sizeof *out);
+    return true;
 }
 
 tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, float *rows, int64_t row_stride)

@@ -140,6 +140,7 @@ static void list_exact(player *p)
         n = tq_exact_insert(stage->exact, n, (tq_exact_entry){push->slot, push->index, expires});
     }
     stage->n_exact = n;
+    stage->n_pushes = p->n_pushes;
 }
 
 tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
@@ -159,6 +160,26 @@ tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *s
     }
     list_exact(&p);
     return TQ_OK;
+}
+
+static void replay_vector(const tq_stage *stage, tq_store *to, int64_t slot, int32_t index, const tq_executor *executor)
+{
+    tq_store_rows rows = {.slots = &slot, .n = 1, .staged = {stage->data, stage->head_stride_bytes, &index}};
+    tq_store_put(to, &rows, executor);
+}
+
+void tq_stage_replay(tq_stage *stage, tq_store *to, const tq_executor *executor)
+{
+    const tq_store *from = stage->store;
+    /* Sinks stand first in the list, ascending by column; then what the ring took, in its order. */
+    for (int32_t i = 0; i < stage->n_exact && stage->exact[i].column < from->layout.n_sink; i++) {
+        replay_vector(stage, to, stage->exact[i].column, stage->exact[i].index, executor);
+    }
+    for (int32_t i = 0; i < stage->n_pushes; i++) {
+        replay_vector(stage, to, stage->pushes[i].slot, stage->pushes[i].index, executor);
+    }
+    stage->store = to;
+    stage->is_settled = true;
 }
 
 tq_kv_view tq_stage_view(const tq_stage *stage)

@@ -19,7 +19,7 @@ struct tq_stage {
     const tq_store *store; /* NULL: nothing is staged */
     bool is_settled;
     int64_t n_rows;
-    int32_t n_exact;
+    int32_t n_exact, n_pushes;
     /* Parts of memory. */
     int64_t *slots;        /* [n_rows] */
     tq_exact_entry *exact; /* [n_exact] ascending by column */
@@ -34,6 +34,8 @@ struct tq_stage {
 /* Errors: MEMORY; then nothing is staged. */
 tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                         int64_t row_stride);
+/* Write all that the stage holds, the batch and what was exact before it, to another, empty store, which it then belongs to. */
+void tq_stage_replay(tq_stage *stage, tq_store *to, const tq_executor *executor);
 /* The store's view with the stage's exact vectors. */
 tq_kv_view tq_stage_view(const tq_stage *stage);
 

@@ -32,11 +32,12 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
         layout.balance = params->balance;
         layout.ref_block = params->n_recent > 0 && family != TQ_FAMILY_PROD ? params->ref_block : 0;
     }
-    size_t head_dim = (size_t)params->head_dim, n_channels, steps_bytes = 0, energies_bytes = 0;
+    size_t head_dim = (size_t)params->head_dim, n_channels, steps_bytes = 0, energies_bytes = 0, errors_bytes = 0;
     TQ_TRY(multiply(head_dim, (size_t)params->n_head_kv, &n_channels));
     if (layout.balance) {
         steps_bytes = align_section(n_channels * sizeof(int8_t));
         energies_bytes = align_section(n_channels * sizeof(float));
+        errors_bytes = align_section((size_t)params->n_head_kv * sizeof(float));
     }
     size_t n_exact = (size_t)layout.n_sink + (size_t)layout.n_recent, exact_bytes, encoded_bytes, unused;
     TQ_TRY(multiply((size_t)params->n_slots, vector_bytes, &unused));
@@ -52,7 +53,8 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
     TQ_TRY(multiply(layout.encoded_head_stride_bytes, (size_t)params->n_head_kv, &encoded_bytes));
     layout.steps_offset = sizeof(tq_store_header);
     layout.energies_offset = layout.steps_offset + steps_bytes;
-    layout.exact_ids_offset = layout.energies_offset + energies_bytes;
+    layout.errors_offset = layout.energies_offset + energies_bytes;
+    layout.exact_ids_offset = layout.errors_offset + errors_bytes;
     layout.exact_data_offset = layout.exact_ids_offset + align_section(n_exact * sizeof(int32_t));
     layout.encoded_offset = layout.exact_data_offset + align_section(exact_bytes);
     layout.bytes = layout.encoded_offset + encoded_bytes;

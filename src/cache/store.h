@@ -6,6 +6,7 @@
  *   header      tq_store_header
  *   steps       int8 [n_head_kv, head_dim]: the channels' factors (if the store balances)
  *   energies    float [n_head_kv, head_dim]: sums of squares of the first queries (if the store balances)
+ *   errors      float [n_head_kv]: the logits' error, root mean square (if the store balances)
  *   exact ids   int32 [n_sink + n_recent]: slot + 1 of each exact entry, 0 for none; entry s < n_sink is slot s
  *   exact data  FP16 [n_head_kv, n_sink + n_recent, head_dim]
  *   encoded     [n_head_kv] head pages of n_slots, with their references
@@ -21,7 +22,8 @@ typedef struct tq_store_header {
     int32_t ring_next; /* ring entry that the next new slot takes */
     int32_t channels;  /* tq_store_channels */
     int32_t n_queries; /* query tokens in the energies, at most n_sink + n_recent */
-    int32_t reserved[13];
+    int32_t has_errors;
+    int32_t reserved[12];
 } tq_store_header;
 _Static_assert(sizeof(tq_store_header) == 64, "the exact ids begin at the next 64-byte boundary");
 
@@ -32,7 +34,7 @@ typedef struct tq_store_layout {
     int32_t n_sink, n_recent; /* as the format needs them */
     int32_t ref_block;        /* likewise; 0: no references */
     bool balance;
-    size_t steps_offset, energies_offset, exact_ids_offset, exact_data_offset, encoded_offset, bytes;
+    size_t steps_offset, energies_offset, errors_offset, exact_ids_offset, exact_data_offset, encoded_offset, bytes;
     size_t exact_head_stride_bytes, encoded_head_stride_bytes;
 } tq_store_layout;
 
@@ -58,6 +60,11 @@ static inline int8_t *tq_store_steps(const tq_store *store)
 static inline float *tq_store_energies(const tq_store *store)
 {
     return (float *)(void *)(store->memory + store->layout.energies_offset);
+}
+
+static inline float *tq_store_errors(const tq_store *store)
+{
+    return (float *)(void *)(store->memory + store->layout.errors_offset);
 }
 
 /* store.c */
@@ -97,7 +104,7 @@ typedef struct tq_window {
 } tq_window;
 /* Add the first query tokens to the energies, until there are enough. */
 void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries);
-/* Decide the channels' factors, if that is not done yet. A window of nothing decides for none. */
+/* Decide the channels' factors and estimate the errors, if that is not done yet. A window of nothing decides for none. */
 void tq_store_freeze_channels(tq_store *store, const tq_window *window);
 /* Set the reference of a slot's block to the window's mean, unless something is coded in the block already. */
 void tq_store_set_reference(tq_store *store, int64_t slot, const tq_window *window);

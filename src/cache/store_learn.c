@@ -26,7 +26,7 @@ void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries)
         for (int32_t head = 0; head < queries->n_head; head++) {
             const float *q = queries->q + i * queries->q_token_stride + head * queries->q_head_stride;
             float *energy = tq_store_energies(store) + (size_t)(head / group) * (size_t)head_dim;
-            for (int32_t j = 0; j < head_dim; j++) energy[j] += q[j] * q[j];
+            for (int32_t j = 0; j < head_dim; j++) energy[j] += q[j] * q[j] / (float)group;
         }
     }
 }
@@ -114,6 +114,50 @@ static bool balance_head(const tq_store *store, int32_t head, const tq_window *w
     return balance_with_queries(key, query, n, steps);
 }
 
+/* The mean squared error of coding a head's window, in the scaled basis that is coded. */
+static double window_error(const tq_store *store, int32_t head, const tq_window *window)
+{
+    const tq_codec *codec = &store->codec;
+    int32_t head_dim = codec->head_dim;
+    const int8_t *steps = tq_store_view(store, NULL, 0).channel_steps;
+    float mean[TQ_HEAD_DIM_MAX], x[TQ_HEAD_DIM_MAX], decoded[TQ_HEAD_DIM_MAX], working[TQ_WIDTH_MAX];
+    uint8_t codes[TQ_CODE_BYTES_MAX];
+    uint16_t scales[TQ_SCALES_MAX];
+    window_mean(window, head, head_dim, mean);
+    double sum = 0;
+    for (int32_t i = 0; i < window->n; i++) {
+        window->read(window->context, i, head, x);
+        if (store->layout.ref_block > 0) {
+            for (int32_t j = 0; j < head_dim; j++) x[j] -= mean[j];
+        }
+        if (steps) tq_scale_channels(steps + (size_t)head * (size_t)head_dim, 1, head_dim, x);
+        tq_vector_encode(codec, x, codes, scales);
+        tq_vector_expand(codec, codes, scales, working);
+        tq_vector_finish(codec, working, decoded);
+        for (int32_t j = 0; j < head_dim; j++) sum += (double)(x[j] - decoded[j]) * (double)(x[j] - decoded[j]);
+    }
+    return sum / ((double)window->n * head_dim);
+}
+
+/* Coding spreads an error evenly over the channels, so a query's error is its length times that of a channel. */
+static void estimate_errors(tq_store *store, const tq_window *window)
+{
+    tq_store_header *header = tq_store_header_of(store);
+    if (header->n_queries == 0 || store->codec.traits->family == TQ_FAMILY_PROD) return;
+    int32_t head_dim = store->codec.head_dim;
+    const int8_t *steps = tq_store_view(store, NULL, 0).channel_steps;
+    for (int32_t head = 0; head < store->n_head_kv; head++) {
+        const float *energy = tq_store_energies(store) + (size_t)head * (size_t)head_dim;
+        double query = 0;
+        for (int32_t j = 0; j < head_dim; j++) {
+            double factor = steps ? (double)tq_channel_factor(steps[head * head_dim + j]) : 1.0;
+            query += (double)energy[j] / (factor * factor * header->n_queries);
+        }
+        tq_store_errors(store)[head] = (float)sqrt(query * window_error(store, head, window));
+    }
+    header->has_errors = true;
+}
+
 void tq_store_freeze_channels(tq_store *store, const tq_window *window)
 {
     tq_store_header *header = tq_store_header_of(store);
@@ -124,6 +168,7 @@ void tq_store_freeze_channels(tq_store *store, const tq_window *window)
         int8_t *steps = tq_store_steps(store) + (size_t)head * (size_t)store->codec.head_dim;
         if (balance_head(store, head, window, steps)) header->channels = TQ_CHANNELS_BALANCED;
     }
+    estimate_errors(store, window);
 }
 
 /* Is something coded in the block of a slot? Then its reference is in use. */
