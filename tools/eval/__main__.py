@@ -192,7 +192,7 @@ class Evaluation:
     def attempt(self, m, bar, measure):
         bar.set_description(f"{m.text.stem} {getattr(m, 'n_ctx', 'needles')}: {m.name}")
         try:
-            self.work.save(m, measure())
+            self.work.save(m, {**measure(), "machine": machine()})
         except LlamaError as error:
             self.failed.append({"name": f"{m.name}, {m.text.stem}", "error": str(error)})
             bar.write(f"tq eval: {m.name} failed: {error}", file=sys.stderr)

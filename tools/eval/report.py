@@ -66,8 +66,7 @@ def html(result):
 
 
 def write_csv(path, result):
-    common = {"command": result["command"], "commit": result["commit"], "machine": result["machine"],
-              "llama_cpp": result["llama_cpp"], "model": result["model"]["file"]}
+    common = {"command": result["command"], "commit": result["commit"], "llama_cpp": result["llama_cpp"], "model": result["model"]["file"]}
     rows = [{**{key: value for key, value in row.items() if key != "notes"}, "run": row["command"], **common}
             for row in result["rows"]]
     with open(path, "w", newline="") as file:
