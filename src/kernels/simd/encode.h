@@ -145,10 +145,7 @@ void TQ_ISA(encode_tq2)(const tq_codec *codec, const float *x, int64_t x_stride,
     encode_lloyd(TQ_FORMAT_TQ2, codec, x, x_stride, n, out);
 }
 
-/*
- * The least of the metrics at m[oldest * n_rest] for all `oldest`, and which it is. A tournament, for a chain of comparisons
- * would wait for each; the left side wins ties and is always the lower one.
- */
+/* The lesser of each pair 0 and 1, 2 and 3, ... goes on; the left one among equals. */
 TQ_INLINE void play_round(vec *best, vec *index, int n)
 {
     TQ_UNROLL
@@ -159,6 +156,10 @@ TQ_INLINE void play_round(vec *best, vec *index, int n)
     }
 }
 
+/*
+ * The least of the metrics at m[oldest * n_rest] for all `oldest`, and which it is. A tournament, for a chain of comparisons
+ * would wait for each; the left side wins ties and is always the lower one.
+ */
 TQ_INLINE vec least_of(const float *m, int bits, int n_rest, vec *who)
 {
     const int n = 1 << bits;
