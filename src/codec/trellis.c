@@ -80,7 +80,8 @@ static int32_t trace(const tq_codec *codec, int32_t window, const uint8_t *choic
 static float search(const tq_codec *codec, const float *y, float factor, tq_trellis_run_fn run, uint8_t *codes, float *error)
 {
     int32_t n = codec->head_dim, n_rest = TQ_TRELLIS_WINDOWS >> codec->traits->bits;
-    float z[TQ_HEAD_DIM_MAX], metric[TQ_TRELLIS_WINDOWS], values[TQ_TRELLIS_WINDOWS];
+    float z[TQ_HEAD_DIM_MAX];
+    _Alignas(64) float metric[TQ_TRELLIS_WINDOWS], values[TQ_TRELLIS_WINDOWS]; /* so that no vector straddles cache lines */
     uint8_t choice[TQ_HEAD_DIM_MAX * TQ_TRELLIS_REST_MAX];
     for (int32_t i = 0; i < n; i++) z[i] = fminf(fmaxf(y[i] * factor, -Z_MAX), Z_MAX);
     for (int32_t s = 0; s < TQ_TRELLIS_WINDOWS; s++) values[s] = codec->traits->windows[s];
