@@ -181,8 +181,7 @@ TQ_INLINE vec least_of(const float *m, int bits, int n_rest, vec *who)
 TQ_INLINE void trellis_run(const float *values, int bits, const float *z, int32_t n, float *metric, uint8_t *choice)
 {
     const int n_rest = TQ_TRELLIS_WINDOWS >> bits;
-    _Alignas(64) float least[TQ_TRELLIS_REST_MAX + VEC_LANES]; /* vec_repeat reads a whole vec */
-    memset(least, 0, sizeof(least));
+    _Alignas(64) float least[TQ_TRELLIS_REST_MAX];
     for (int32_t i = n - 1; i >= 0; i--) {
         for (int rest = 0; rest < n_rest; rest += 16) {
             vec who[VECS16];

@@ -203,11 +203,14 @@ TQ_INLINE vec look_up_windows(int bits, const tables *t, const uint8_t *codes, i
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(value, 24), 24));
 }
 
-/* m[(s + lane) >> bits] in each lane; reads VEC_LANES floats. */
+/* m[(s + lane) >> bits] in each lane, for bits >= 2. Loads no more than it needs: a load that spans two stores waits for both.
+ */
 TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
 {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_permutevar8x32_ps(vec_load(m + (s >> bits)), _mm256_srl_epi32(lane, _mm_cvtsi32_si128(bits)));
+    if (bits > 2) return _mm256_set1_ps(m[s >> bits]);
+    const __m256i element = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    __m256i two = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(const void *)(m + (s >> bits))));
+    return _mm256_permutevar_ps(_mm256_castsi256_ps(two), element);
 }
 
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
