@@ -58,11 +58,12 @@ def measure(setup, cases, text, args, folder):
 def add_comparisons(rows):
     """What follows from a row and the reference's."""
     reference = rows[0]
+    where = {"commit": commit(), "machine": machine()}
     for row in rows:
         row["bits_per_value"] = 16 * row["kv_mib"] / reference["kv_mib"]
         row["kv_saved_mib"] = reference["kv_mib"] - row["kv_mib"]
         row["rss_saved_mib"] = reference["peak_rss_mib"] - row["peak_rss_mib"]
-        row["commit"], row["machine"] = commit(), machine()
+        row.update(where)
 
 
 COLUMNS = [

@@ -89,9 +89,8 @@ def c_source(tables):
     for bits, table in tables.items():
         values = numpy.clip(numpy.rint(table * UNIT), -127, 127).astype(int)
         lines = [", ".join(str(v) for v in values[i : i + 16]) for i in range(0, WINDOWS, 16)]
-        for kind, name in (("int8_t", "values"), ("float", "floats")):
-            out.append(f"const {kind} tq_trellis{bits}_{name}[{WINDOWS}] = {{\n"
-                       + "".join(f"    {line},\n" for line in lines) + "};\n")
+        out.append(f"const int8_t tq_trellis{bits}_values[{WINDOWS} + 3] = {{\n"
+                   + "".join(f"    {line},\n" for line in lines) + "};\n")
     out.append("// clang-format on\n")
     return "".join(out)
 

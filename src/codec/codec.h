@@ -60,9 +60,7 @@ typedef struct tq_format_traits {
     int32_t n_scales;                   /* FP16 scales a vector: 0, 1, or 2 for product formats (norm, residual norm) */
     const float *codebook, *boundaries; /* 2^code_bits centroids and 2^code_bits - 1 midpoints, ascending; NULL if none */
     double lloyd_max;
-    /* Trellis formats: the 256 windows' values as integers, and the same as floats. NULL for others. */
-    const int8_t *windows;
-    const float *window_values;
+    const int8_t *windows; /* trellis formats: the 256 windows' values, and 3 bytes that may be read; else NULL */
 } tq_format_traits;
 
 struct tq_codec {

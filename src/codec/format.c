@@ -14,35 +14,33 @@
 #error "scales and exact values are stored little-endian and read in place: big-endian machines are not supported"
 #endif
 
-#define NO_WINDOWS NULL, NULL
-
 // clang-format off
 /* Before the windows: the mean squared error of the codebook on N(0,1), in theory. */
 static const tq_format_traits formats[] = {
     {TQ_FORMAT_F16, "f16", "FP16, not rotated: the reference",
-     TQ_FAMILY_EXACT, 16, 16, 0, NULL, NULL, 0.0, NO_WINDOWS},
+     TQ_FAMILY_EXACT, 16, 16, 0, NULL, NULL, 0.0, NULL},
     {TQ_FORMAT_BF16, "bf16", "BF16, not rotated: a reference",
-     TQ_FAMILY_EXACT, 16, 16, 0, NULL, NULL, 0.0, NO_WINDOWS},
+     TQ_FAMILY_EXACT, 16, 16, 0, NULL, NULL, 0.0, NULL},
     {TQ_FORMAT_TQ8, "tq8", "rotated, 8-bit uniform codes",
-     TQ_FAMILY_UNIFORM, 8, 8, 1, NULL, NULL, 0.0, NO_WINDOWS},
+     TQ_FAMILY_UNIFORM, 8, 8, 1, NULL, NULL, 0.0, NULL},
     {TQ_FORMAT_TQ4, "tq4", "rotated, 4-bit Lloyd-Max codes (TurboQuant, Algorithm 1)",
-     TQ_FAMILY_LLOYD, 4, 4, 1, tq_lloyd4_centroids, tq_lloyd4_boundaries, 0.00950100800819, NO_WINDOWS},
+     TQ_FAMILY_LLOYD, 4, 4, 1, tq_lloyd4_centroids, tq_lloyd4_boundaries, 0.00950100800819, NULL},
     {TQ_FORMAT_TQ3, "tq3", "rotated, 3-bit Lloyd-Max codes (TurboQuant, Algorithm 1)",
-     TQ_FAMILY_LLOYD, 3, 3, 1, tq_lloyd3_centroids, tq_lloyd3_boundaries, 0.0345477607885, NO_WINDOWS},
+     TQ_FAMILY_LLOYD, 3, 3, 1, tq_lloyd3_centroids, tq_lloyd3_boundaries, 0.0345477607885, NULL},
     {TQ_FORMAT_TQ2, "tq2", "rotated, 2-bit Lloyd-Max codes (TurboQuant, Algorithm 1)",
-     TQ_FAMILY_LLOYD, 2, 2, 1, tq_lloyd2_centroids, tq_lloyd2_boundaries, 0.117481847829, NO_WINDOWS},
+     TQ_FAMILY_LLOYD, 2, 2, 1, tq_lloyd2_centroids, tq_lloyd2_boundaries, 0.117481847829, NULL},
     {TQ_FORMAT_TQ4_PROD, "tq4_prod", "3-bit Lloyd-Max codes and a QJL sign (TurboQuant, Algorithm 2): for comparison only",
-     TQ_FAMILY_PROD, 4, 3, 2, tq_lloyd3_centroids, tq_lloyd3_boundaries, 0.0345477607885, NO_WINDOWS},
+     TQ_FAMILY_PROD, 4, 3, 2, tq_lloyd3_centroids, tq_lloyd3_boundaries, 0.0345477607885, NULL},
     {TQ_FORMAT_TQ3_PROD, "tq3_prod", "2-bit Lloyd-Max codes and a QJL sign (TurboQuant, Algorithm 2): for comparison only",
-     TQ_FAMILY_PROD, 3, 2, 2, tq_lloyd2_centroids, tq_lloyd2_boundaries, 0.117481847829, NO_WINDOWS},
+     TQ_FAMILY_PROD, 3, 2, 2, tq_lloyd2_centroids, tq_lloyd2_boundaries, 0.117481847829, NULL},
     {TQ_FORMAT_TQ2_PROD, "tq2_prod", "1-bit Lloyd-Max codes and a QJL sign (TurboQuant, Algorithm 2): for comparison only",
-     TQ_FAMILY_PROD, 2, 1, 2, tq_lloyd1_centroids, tq_lloyd1_boundaries, 0.363380227632, NO_WINDOWS},
+     TQ_FAMILY_PROD, 2, 1, 2, tq_lloyd1_centroids, tq_lloyd1_boundaries, 0.363380227632, NULL},
     {TQ_FORMAT_TT4, "tt4", "rotated, 4-bit trellis codes: the bytes of tq4, less error",
-     TQ_FAMILY_TRELLIS, 4, 4, 1, NULL, NULL, 0.0, tq_trellis4_values, tq_trellis4_floats},
+     TQ_FAMILY_TRELLIS, 4, 4, 1, NULL, NULL, 0.0, tq_trellis4_values},
     {TQ_FORMAT_TT3, "tt3", "rotated, 3-bit trellis codes: the bytes of tq3, less error",
-     TQ_FAMILY_TRELLIS, 3, 3, 1, NULL, NULL, 0.0, tq_trellis3_values, tq_trellis3_floats},
+     TQ_FAMILY_TRELLIS, 3, 3, 1, NULL, NULL, 0.0, tq_trellis3_values},
     {TQ_FORMAT_TT2, "tt2", "rotated, 2-bit trellis codes: the bytes of tq2, less error",
-     TQ_FAMILY_TRELLIS, 2, 2, 1, NULL, NULL, 0.0, tq_trellis2_values, tq_trellis2_floats},
+     TQ_FAMILY_TRELLIS, 2, 2, 1, NULL, NULL, 0.0, tq_trellis2_values},
 };
 // clang-format on
 static_assert(sizeof(formats) / sizeof(formats[0]) == TQ_FORMAT_COUNT, "one row a format, in the order of the enumeration");

@@ -14,8 +14,8 @@ extern const float tq_lloyd4_centroids[16], tq_lloyd4_boundaries[15];
 /* [m, m]: (cos + sin)(2 pi i j / m) / sqrt(m). Symmetric and orthogonal, so each is its own inverse. */
 extern const float tq_hartley3[9], tq_hartley5[25], tq_hartley7[49], tq_hartley9[81];
 
-/* Trellis formats, made by scripts/train_trellis.py: the values of the 256 windows, in units of 1 / 36. */
-extern const int8_t tq_trellis4_values[256], tq_trellis3_values[256], tq_trellis2_values[256];
-extern const float tq_trellis4_floats[256], tq_trellis3_floats[256], tq_trellis2_floats[256];
+/* Trellis formats, made by scripts/train_trellis.py: the values of the 256 windows, in units of 1 / 36, and 3 zeros, because
+ * AVX2's gather reads 4 bytes at a time. */
+extern const int8_t tq_trellis4_values[256 + 3], tq_trellis3_values[256 + 3], tq_trellis2_values[256 + 3];
 
 #endif

@@ -168,7 +168,7 @@ static void test_gaussian_distortion(void **state)
     }
 }
 
-/* The issue that trellis codes settle: at most .0056, .0206 and .0765 of a Gaussian vector at the bytes of tq4, tq3 and tq2. */
+/* What a trellis format may lose of a Gaussian vector; the scalar ones lose .0092, .0338 and .119 at the same bytes. */
 static void test_trellis_distortion(void **state)
 {
     (void)state;

@@ -145,10 +145,7 @@ void TQ_ISA(encode_tq2)(const tq_codec *codec, const float *x, int64_t x_stride,
     encode_lloyd(TQ_FORMAT_TQ2, codec, x, x_stride, n, out);
 }
 
-/*
- * The least of the metrics at m[oldest * n_rest] for all `oldest`, and which it is. A tournament, for a chain of comparisons
- * would wait for each; the left side wins ties and is always the lower one.
- */
+/* The lesser of each pair 0 and 1, 2 and 3, ... goes on; the left one among equals. */
 TQ_INLINE void play_round(vec *best, vec *index, int n)
 {
     TQ_UNROLL
@@ -159,6 +156,10 @@ TQ_INLINE void play_round(vec *best, vec *index, int n)
     }
 }
 
+/*
+ * The least of the metrics at m[oldest * n_rest] for all `oldest`, and which it is. A tournament, for a chain of comparisons
+ * would wait for each; the left side wins ties and is always the lower one.
+ */
 TQ_INLINE vec least_of(const float *m, int bits, int n_rest, vec *who)
 {
     const int n = 1 << bits;
@@ -180,8 +181,7 @@ TQ_INLINE vec least_of(const float *m, int bits, int n_rest, vec *who)
 TQ_INLINE void trellis_run(const float *values, int bits, const float *z, int32_t n, float *metric, uint8_t *choice)
 {
     const int n_rest = TQ_TRELLIS_WINDOWS >> bits;
-    float least[TQ_TRELLIS_REST_MAX + VEC_LANES]; /* vec_repeat reads a whole vec */
-    memset(least, 0, sizeof(least));
+    _Alignas(64) float least[TQ_TRELLIS_REST_MAX];
     for (int32_t i = n - 1; i >= 0; i--) {
         for (int rest = 0; rest < n_rest; rest += 16) {
             vec who[VECS16];

@@ -165,7 +165,7 @@ typedef struct tables {
     __m256i to_sign;    /* its high bit up to bit 31, where vblendvps looks (3 bits) */
     int32_t high_plane; /* byte offset of the high bits (3 bits) */
     /* trellis formats */
-    const float *windows;
+    const int8_t *windows;
     int32_t code_bytes;
 } tables;
 
@@ -185,7 +185,7 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
         t.to_sign = _mm256_sub_epi32(_mm256_set1_epi32(31), lane);
         t.high_plane = codec->head_dim / 4;
     } else if (source_trellis_bits(source) > 0) {
-        t.windows = codec->traits->window_values;
+        t.windows = codec->traits->windows;
         t.code_bytes = (int32_t)codec->code_bytes;
         t.shift =
             _mm256_mullo_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(3)), _mm256_set1_epi32(source_trellis_bits(source)));
@@ -199,14 +199,18 @@ TQ_INLINE vec look_up_windows(int bits, const tables *t, const uint8_t *codes, i
     uint64_t u = load_circular(codes, t->code_bytes, d / 8 * bits);
     __m256i index = _mm256_set_m128i(_mm_set1_epi32((int)(uint32_t)(u >> (4 * bits))), _mm_set1_epi32((int)(uint32_t)u));
     index = _mm256_and_si256(_mm256_srlv_epi32(index, t->shift), _mm256_set1_epi32(255));
-    return _mm256_i32gather_ps(t->windows, index, 4);
+    __m256i value = _mm256_i32gather_epi32((const int *)(const void *)t->windows, index, 1); /* in the lowest of 4 bytes */
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(value, 24), 24));
 }
 
-/* m[(s + lane) >> bits] in each lane; reads VEC_LANES floats. */
+/* m[(s + lane) >> bits] in each lane, for bits >= 2. Loads no more than it needs: a load that spans two stores waits for both.
+ */
 TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
 {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_permutevar8x32_ps(vec_load(m + (s >> bits)), _mm256_srl_epi32(lane, _mm_cvtsi32_si128(bits)));
+    if (bits > 2) return _mm256_set1_ps(m[s >> bits]);
+    const __m256i element = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    __m256i two = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(const void *)(m + (s >> bits))));
+    return _mm256_permutevar_ps(_mm256_castsi256_ps(two), element);
 }
 
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */

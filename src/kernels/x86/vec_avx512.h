@@ -214,11 +214,19 @@ TQ_INLINE vec look_up_windows(const tables *t, __m128i window)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(value));
 }
 
-/* m[(s + lane) >> bits] in each lane; reads VEC_LANES floats. */
+/* m[(s + lane) >> bits] in each lane, for bits >= 2. Loads no more than it needs: a load that spans two stores waits for both.
+ */
 TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
 {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(bits)), vec_load(m + (s >> bits)));
+    const float *from = m + (s >> bits);
+    if (bits > 3) return _mm512_set1_ps(from[0]);
+    if (bits > 2) {
+        const __m512i element = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        __m512i two = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(const void *)from));
+        return _mm512_permutevar_ps(_mm512_castsi512_ps(two), element);
+    }
+    const __m512i element = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(from)), element);
 }
 
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
