@@ -110,20 +110,24 @@ static tq_stage_push *find_push(const player *p, int64_t slot)
     return NULL;
 }
 
-/* The vector that a row goes to. */
+/* Every row has a vector of its own. What is written again is seen as it is at last, by all query tokens. */
 static int32_t play_row(player *p, int64_t slot, int32_t token)
 {
     const tq_store_layout *layout = &p->stage->store->layout;
+    int32_t vector = p->n_vectors++;
     if (slot < layout->n_sink) {
-        if (p->sinks[slot] < 0) p->sinks[slot] = p->n_vectors++;
-        return p->sinks[slot];
+        p->sinks[slot] = vector;
+        return vector;
     }
-    const tq_stage_push *held = find_push(p, slot);
-    if (held) return held->index;
+    tq_stage_push *held = find_push(p, slot);
+    if (held) {
+        held->index = vector;
+        return vector;
+    }
     int32_t leaving = p->n_pushes - layout->n_recent;
-    p->stage->pushes[p->n_pushes++] = (tq_stage_push){slot, p->n_vectors, PUSH_STAYS};
+    p->stage->pushes[p->n_pushes++] = (tq_stage_push){slot, vector, PUSH_STAYS};
     if (leaving >= 0) p->stage->pushes[leaving].expires = token;
-    return p->n_vectors++;
+    return vector;
 }
 
 static void list_exact(player *p)

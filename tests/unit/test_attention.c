@@ -29,7 +29,9 @@ typedef struct shape {
     mask_kind mask;
     float softcap;
     int32_t out_dim;
-    int hidden; /* one in so many mask entries is visible; 0: causal mask */
+    int32_t ref_block;
+    bool balance; /* and the stores' vectors have outlier channels, the queries the opposite */
+    int hidden;   /* one in so many mask entries is visible; 0: causal mask */
 } shape;
 
 static const shape usual = {.k_format = TQ_FORMAT_TQ4,
@@ -67,6 +69,8 @@ static tq_store *open_store(const shape *s, bool is_k, void **memory)
     p.n_slots = s->n_col + 7;
     p.n_sink = s->n_sink;
     p.n_recent = s->n_recent;
+    p.ref_block = s->ref_block;
+    p.balance = s->balance;
     size_t bytes;
     assert_int_equal(tq_store_bytes(&bytes, &p), TQ_OK);
     *memory = kv_aligned(bytes);
@@ -76,12 +80,17 @@ static tq_store *open_store(const shape *s, bool is_k, void **memory)
 }
 
 /* Fill the columns in order but for some that are written again at the end, so that exact columns are scattered. */
-static void fill_store(tq_store *store, kv_random *random, int64_t n_col, int32_t row_floats)
+static void fill_store(const shape *s, tq_store *store, kv_random *random, int64_t n_col, int32_t row_floats)
 {
     int64_t n = n_col + n_col / 50, *slots = kv_calloc((size_t)n, sizeof *slots);
     for (int64_t i = 0; i < n; i++) slots[i] = i < n_col ? i : kv_below(random, n_col);
     float *rows = kv_calloc((size_t)(n * row_floats), sizeof *rows);
     kv_fill(random, rows, n * row_floats);
+    for (int64_t i = 0; i < n * row_floats; i++) {
+        /* A mean that drifts along the columns, for references; some channels above the others, for factors. */
+        if (s->ref_block > 0) rows[i] += 3 * sinf((float)(i / row_floats) / 200 + (float)(i % row_floats));
+        if (s->balance && i % 11 == 3) rows[i] *= 16;
+    }
     assert_int_equal(tq_store_write(store, slots, n, rows, row_floats, NULL), TQ_OK);
     free(slots);
     free(rows);
@@ -157,11 +166,11 @@ static void fixture_init(fixture *f, const shape *s)
     memset(f, 0, sizeof *f);
     f->shape = *s;
     f->keys = open_store(s, true, &f->memory[0]);
-    fill_store(f->keys, &random, s->n_col, s->n_head_kv * s->head_dim);
+    fill_store(s, f->keys, &random, s->n_col, s->n_head_kv * s->head_dim);
     f->values = f->keys;
     if (!s->one_store) {
         f->values = open_store(s, false, &f->memory[1]);
-        fill_store(f->values, &random, s->n_col, s->n_head_kv * s->head_dim_v);
+        fill_store(s, f->values, &random, s->n_col, s->n_head_kv * s->head_dim_v);
     }
     int32_t row_k = s->n_head_kv * s->head_dim, row_v = s->n_head_kv * s->head_dim_v;
     f->k = kv_calloc((size_t)(s->n_col * row_k), sizeof *f->k);
@@ -523,9 +532,99 @@ static int drop_pool(void **state)
     return 0;
 }
 
+/* References and channel factors, in both ways to read codes: for few rows from the codes, for many expanded first. */
+static void test_references_and_factors(void **state)
+{
+    (void)state;
+    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    static const int32_t head_dims[] = {64, 80, 128, 576}, ref_blocks[] = {0, 16, 24, 64, 1000};
+    static const int64_t n_queries[] = {1, 5, 40};
+    kv_random random = {.state = 9};
+    for (int run = 0, n_runs = kv_runs(48); run < n_runs; run++) {
+        shape s = usual;
+        s.k_format = formats[run % 4];
+        s.v_format = formats[kv_below(&random, 4)];
+        s.head_dim = s.head_dim_v = head_dims[run / 4 % 4];
+        s.n_head_kv = 1 + run % 2;
+        s.group = 1 + (int32_t)kv_below(&random, 4);
+        s.n_col = s.head_dim == 576 ? 150 : 700;
+        s.n_query = n_queries[run % 3];
+        s.first_pos = s.n_col - s.n_query;
+        s.causal = run % 5 != 0;
+        s.ref_block = ref_blocks[run % 5];
+        s.balance = run % 3 != 1;
+        s.one_store = run % 4 == 3;
+        if (s.one_store && run % 8 == 3) s.out_dim = s.head_dim / 2;
+        if (run % 7 == 2) s.mask = MASK_F16;
+        check_shape(&s);
+    }
+}
+
+/* The store's view, with some of its exact columns expiring at some query token or other. */
+static tq_kv_view expiring_view(const tq_store *store, const shape *s, int32_t salt, tq_exact_entry *entries)
+{
+    int32_t n = tq_store_list_exact(store, s->n_col, entries);
+    for (int32_t i = 0; i < n; i++) {
+        entries[i].expires = (i + salt) % 5 == 0 ? 0 : 1 + (7 * i + salt) % (int32_t)s->n_query;
+    }
+    return tq_store_view(store, entries, n);
+}
+
+/* The same view as one query token sees it: without the columns that have expired for it. */
+static tq_kv_view view_of_token(const tq_kv_view *view, int64_t token, tq_exact_entry *entries)
+{
+    tq_kv_view own = *view;
+    own.exact = entries;
+    own.n_exact = 0;
+    for (int32_t i = 0; i < view->n_exact; i++) {
+        if (view->exact[i].expires != 0 && token >= view->exact[i].expires) continue;
+        entries[own.n_exact] = view->exact[i];
+        entries[own.n_exact++].expires = 0;
+    }
+    return own;
+}
+
+static void test_expiring_columns(void **state)
+{
+    (void)state;
+    static const int64_t n_queries[] = {3, 20, 70};
+    for (int run = 0; run < 12; run++) {
+        shape s = usual;
+        s.k_format = run % 2 ? TQ_FORMAT_TT3 : TQ_FORMAT_TQ2;
+        s.n_query = n_queries[run % 3];
+        s.group = 1 + run % 4;
+        s.ref_block = run % 2 ? 16 : 0;
+        s.n_recent = 100;
+        s.causal = true;
+        s.first_pos = s.n_col - s.n_query;
+        fixture f;
+        fixture_init(&f, &s);
+        tq_exact_entry k_entries[TQ_EXACT_MAX], v_entries[TQ_EXACT_MAX], k_own[TQ_EXACT_MAX], v_own[TQ_EXACT_MAX];
+        tq_kv_view keys = expiring_view(f.keys, &s, 0, k_entries), values = expiring_view(f.values, &s, 1, v_entries);
+        float *out = kv_calloc(f.n_out, sizeof *out), *one = kv_calloc(f.n_out, sizeof *one);
+        tq_attend_params p = f.params;
+        p.out = out;
+        assert_int_equal(tq_attend(f.keys->kernels, &keys, &values, s.n_head_kv, s.n_col, &p, NULL), TQ_OK);
+        p.n_query = 1;
+        for (int64_t token = 0; token < s.n_query; token++) {
+            tq_kv_view k = view_of_token(&keys, token, k_own), v = view_of_token(&values, token, v_own);
+            p.q = f.params.q + token * f.params.q_token_stride;
+            p.out = one + token * f.params.out_token_stride;
+            p.first_pos = f.params.first_pos + token;
+            assert_int_equal(tq_attend(f.keys->kernels, &k, &v, s.n_head_kv, s.n_col, &p, NULL), TQ_OK);
+        }
+        for (size_t i = 0; i < f.n_out; i++) assert_true(fabsf(out[i] - one[i]) < 2e-4f);
+        free(out);
+        free(one);
+        fixture_deinit(&f);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_references_and_factors),
+        cmocka_unit_test(test_expiring_columns),
         cmocka_unit_test(test_formats),
         cmocka_unit_test(test_instruction_sets),
         cmocka_unit_test(test_head_dims_and_groups),

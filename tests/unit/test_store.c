@@ -228,6 +228,327 @@ static void test_refusals(void **state)
     free(memory);
 }
 
+/* ---- what stores learn, and stages ---- */
+
+typedef struct learner {
+    tq_store_params params;
+    tq_store *store;
+    void *memory;
+    size_t bytes;
+} learner;
+
+enum { LEARN_ROW = 128, LEARN_DIM = 64, LEARN_HEADS = 2 };
+
+static void learner_init(learner *l, tq_format format, int32_t n_sink, int32_t n_recent, int32_t ref_block, bool balance)
+{
+    l->params = small_params();
+    l->params.format = format;
+    l->params.n_slots = 1000;
+    l->params.n_sink = n_sink;
+    l->params.n_recent = n_recent;
+    l->params.ref_block = ref_block;
+    l->params.balance = balance;
+    assert_int_equal(tq_store_bytes(&l->bytes, &l->params), TQ_OK);
+    l->memory = kv_aligned(l->bytes);
+    assert_int_equal(tq_store_open(&l->store, &l->params, l->memory, l->bytes), TQ_OK);
+}
+
+static void learner_deinit(learner *l)
+{
+    tq_store_close(l->store);
+    free(l->memory);
+}
+
+static tq_attend_params learner_queries(const float *q, int64_t n, float *out)
+{
+    tq_attend_params p;
+    tq_attend_params_default(&p);
+    p.n_query = n;
+    p.n_head = 2 * LEARN_HEADS;
+    p.q = q;
+    p.out = out;
+    p.q_head_stride = p.out_head_stride = LEARN_DIM;
+    p.q_token_stride = p.out_token_stride = 2 * LEARN_ROW;
+    p.softmax_scale = 0.125f;
+    return p;
+}
+
+/* Stage, settle and attend rows [first, first + n), whose slots and queries stand at the same places. */
+static void learner_step(learner *l, tq_stage *stage, const int64_t *slots, const float *rows, const float *q, int64_t first,
+                         int64_t n, float *out)
+{
+    tq_attend_params p = learner_queries(q + first * 2 * LEARN_ROW, n, out + first * 2 * LEARN_ROW);
+    assert_int_equal(tq_store_stage(l->store, stage, slots + first, n, rows + first * LEARN_ROW, LEARN_ROW), TQ_OK);
+    assert_int_equal(tq_stage_n_rows(stage), n);
+    assert_int_equal(tq_store_settle(l->store, stage, &p, NULL), TQ_OK);
+    p.key_stage = p.value_stage = stage;
+    /* Only slots that were written by then, as a mask would have it: rows go to ascending slots here. */
+    p.causal = true;
+    p.first_pos = first;
+    assert_int_equal(tq_store_attend(l->store, l->store, first + n, &p, NULL), TQ_OK);
+}
+
+/* A batch at once gives the bytes and the attention of its rows one at a time. */
+static void test_stage_equals_single_tokens(void **state)
+{
+    (void)state;
+    static const int64_t batches[] = {7, 100, 700};
+    static const int32_t rings[] = {16, 64, 0};
+    const int64_t n = 800;
+    kv_random random = {.state = 5};
+    int64_t slots[800];
+    float *rows = kv_calloc((size_t)n * LEARN_ROW, sizeof *rows), *q = kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *q);
+    float *out[2] = {kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *rows), kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *rows)};
+    for (int64_t i = 0; i < n; i++) slots[i] = i;
+    kv_fill(&random, rows, n * LEARN_ROW);
+    kv_fill(&random, q, n * 2 * LEARN_ROW);
+    for (int64_t i = 0; i < n * LEARN_ROW; i++) rows[i] *= i % LEARN_DIM == 9 ? 20.0f : 1.0f;
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    for (int run = 0, n_runs = kv_runs(9); run < n_runs; run++) {
+        learner l[2];
+        for (int i = 0; i < 2; i++) {
+            learner_init(&l[i], run % 2 ? TQ_FORMAT_TQ3 : TQ_FORMAT_TT4, run % 3 == 1 ? 0 : 4, rings[run / 3], run % 3 ? 64 : 0,
+                         run % 2);
+        }
+        for (int64_t first = 0; first < n; first++) learner_step(&l[0], stage, slots, rows, q, first, 1, out[0]);
+        for (int64_t first = 0; first < n; first += batches[run % 3]) {
+            int64_t n_batch = n - first < batches[run % 3] ? n - first : batches[run % 3];
+            learner_step(&l[1], stage, slots, rows, q, first, n_batch, out[1]);
+        }
+        assert_memory_equal(l[0].memory, l[1].memory, l[0].bytes);
+        for (int64_t i = 0; i < n * 2 * LEARN_ROW; i++) assert_true(fabsf(out[0][i] - out[1][i]) < 1e-3f);
+        for (int i = 0; i < 2; i++) learner_deinit(&l[i]);
+    }
+    tq_stage_free(stage);
+    free(rows);
+    free(q);
+    free(out[0]);
+    free(out[1]);
+}
+
+/* Slots out of order, skipped, and written again: the store must hold what tq_store_write leaves, and read back the same. */
+static void test_stage_writes_as_write_does(void **state)
+{
+    (void)state;
+    kv_random random = {.state = 6};
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    float *rows = kv_calloc(600 * LEARN_ROW, sizeof *rows);
+    for (int run = 0, n_runs = kv_runs(20); run < n_runs; run++) {
+        learner l[2];
+        for (int i = 0; i < 2; i++) learner_init(&l[i], TQ_FORMAT_TQ4, run % 5, run % 3 * 20, run % 2 ? 16 : 0, run % 2);
+        for (int batch = 0; batch < 4; batch++) {
+            int64_t slots[600], n = 1 + kv_below(&random, batch == 3 ? 600 : 60);
+            for (int64_t i = 0; i < n; i++) slots[i] = kv_below(&random, 8) == 0 ? -1 : kv_below(&random, 90);
+            kv_fill(&random, rows, n * LEARN_ROW);
+            assert_int_equal(tq_store_write(l[0].store, slots, n, rows, LEARN_ROW, NULL), TQ_OK);
+            assert_int_equal(tq_store_stage(l[1].store, stage, slots, n, rows, LEARN_ROW), TQ_OK);
+            assert_int_equal(tq_store_settle(l[1].store, stage, NULL, NULL), TQ_OK);
+            assert_memory_equal(l[0].memory, l[1].memory, l[0].bytes);
+        }
+        for (int i = 0; i < 2; i++) learner_deinit(&l[i]);
+    }
+    tq_stage_free(stage);
+    free(rows);
+}
+
+static void test_stage_refusals(void **state)
+{
+    (void)state;
+    learner l, other;
+    learner_init(&l, TQ_FORMAT_TT4, 4, 16, 64, true);
+    learner_init(&other, TQ_FORMAT_TQ8, 4, 16, 64, true);
+    float rows[LEARN_ROW * 3] = {0}, q[2 * LEARN_ROW * 3] = {0}, out[2 * LEARN_ROW * 3];
+    int64_t slots[3] = {0, 1, 2};
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    assert_int_equal(tq_stage_n_rows(stage), 0);
+    assert_int_equal(tq_store_settle(l.store, stage, NULL, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_settle_into(other.store, stage, NULL, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_stage(l.store, NULL, slots, 3, rows, LEARN_ROW), TQ_ERR_ARGUMENT);
+    rows[LEARN_ROW] = NAN;
+    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, LEARN_ROW), TQ_ERR_NOT_FINITE);
+    assert_int_equal(tq_stage_n_rows(stage), 0);
+    rows[LEARN_ROW] = 0;
+    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, LEARN_ROW), TQ_OK);
+    assert_int_equal(tq_store_settle(other.store, stage, NULL, NULL), TQ_ERR_ARGUMENT);
+    tq_attend_params p = learner_queries(q, 3, out);
+    p.key_stage = p.value_stage = stage;
+    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_ERR_ARGUMENT); /* not settled */
+    p.n_head = 3;
+    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
+    p.n_head = 4;
+    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_OK);
+    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_OK);
+    assert_int_equal(tq_store_attend(other.store, other.store, 3, &p, NULL), TQ_ERR_ARGUMENT);
+    p.n_query = 2;
+    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_ERR_ARGUMENT);
+    l.params.ref_block = 15;
+    assert_int_equal(tq_store_bytes(&l.bytes, &l.params), TQ_ERR_ARGUMENT);
+    l.params.ref_block = 1025;
+    assert_int_equal(tq_store_bytes(&l.bytes, &l.params), TQ_ERR_ARGUMENT);
+    tq_stage_free(stage);
+    tq_stage_free(NULL);
+    learner_deinit(&l);
+    learner_deinit(&other);
+}
+
+static void test_stage_without_memory(void **state)
+{
+    (void)state;
+    learner l;
+    learner_init(&l, TQ_FORMAT_TQ4, 4, 16, 64, true);
+    float rows[LEARN_ROW * 3] = {0};
+    int64_t slots[3] = {0, 1, 2};
+    tq_stage *stage = NULL;
+    tq_alloc_fail_after(0);
+    assert_int_equal(tq_stage_create(&stage), TQ_ERR_MEMORY);
+    tq_alloc_fail_after(-1);
+    assert_null(stage);
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    tq_alloc_fail_after(0);
+    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, LEARN_ROW), TQ_ERR_MEMORY);
+    tq_alloc_fail_after(-1);
+    assert_int_equal(tq_store_n_exact(l.store), 0);
+    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, LEARN_ROW), TQ_OK);
+    assert_int_equal(tq_store_settle(l.store, stage, NULL, NULL), TQ_OK);
+    assert_int_equal(tq_store_n_exact(l.store), 3);
+    tq_stage_free(stage);
+    learner_deinit(&l);
+}
+
+/* Mean squared error per value of reading rows back that were written with their queries, exact ones left out. */
+static double coding_error(tq_format format, int32_t ref_block, bool balance, const float *rows, const float *q, int64_t n,
+                           const float *weight, learner *l)
+{
+    learner_init(l, format, 4, 64, ref_block, balance);
+    float *out = kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *out), row[LEARN_ROW];
+    int64_t slots[400];
+    for (int64_t i = 0; i < n; i++) slots[i] = i;
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    for (int64_t first = 0; first < n; first += 50) learner_step(l, stage, slots, rows, q, first, 50, out);
+    double error = 0;
+    for (int64_t i = 4; i < n - 64; i++) {
+        assert_int_equal(tq_store_read(l->store, i, 1, row, LEARN_ROW), TQ_OK);
+        for (int32_t j = 0; j < LEARN_ROW; j++) {
+            double e = (double)(row[j] - rows[i * LEARN_ROW + j]) * (double)weight[j % LEARN_DIM];
+            error += e * e;
+        }
+    }
+    tq_stage_free(stage);
+    free(out);
+    return error / (double)((n - 68) * LEARN_ROW);
+}
+
+static void test_references_take_means_away(void **state)
+{
+    (void)state;
+    const int64_t n = 400;
+    kv_random random = {.state = 11};
+    float *plain = kv_calloc((size_t)n * LEARN_ROW, sizeof *plain), *shifted = kv_calloc((size_t)n * LEARN_ROW, sizeof *plain);
+    float *q = kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *q), ones[LEARN_DIM];
+    kv_fill(&random, plain, n * LEARN_ROW);
+    for (int64_t i = 0; i < n * LEARN_ROW; i++) shifted[i] = kv_round(plain[i] + 20 * cosf((float)(i % LEARN_ROW)));
+    for (int64_t i = 0; i < n * LEARN_ROW; i++) plain[i] = kv_round(plain[i]);
+    for (int32_t j = 0; j < LEARN_DIM; j++) ones[j] = 1;
+    learner l;
+    double without_mean = coding_error(TQ_FORMAT_TQ4, 64, false, plain, q, n, ones, &l);
+    learner_deinit(&l);
+    double with_reference = coding_error(TQ_FORMAT_TQ4, 64, false, shifted, q, n, ones, &l);
+    learner_deinit(&l);
+    double with_mean = coding_error(TQ_FORMAT_TQ4, 0, false, shifted, q, n, ones, &l);
+    learner_deinit(&l);
+    assert_true(with_reference < 1.1 * without_mean);
+    assert_true(with_mean > 50 * without_mean);
+    free(plain);
+    free(shifted);
+    free(q);
+}
+
+/* The error of a logit, in energy: errors of a key's channels weighted by what queries have there. */
+static void test_balance_makes_outliers_harmless(void **state)
+{
+    (void)state;
+    const int64_t n = 400;
+    kv_random random = {.state = 12};
+    float *rows = kv_calloc((size_t)n * LEARN_ROW, sizeof *rows), *q = kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *q);
+    float ones[LEARN_DIM], weight[LEARN_DIM];
+    kv_fill(&random, rows, n * LEARN_ROW);
+    kv_fill(&random, q, n * 2 * LEARN_ROW);
+    for (int32_t j = 0; j < LEARN_DIM; j++) ones[j] = 1;
+    learner usual, unused, l;
+    double ordinary = coding_error(TQ_FORMAT_TT3, 64, true, rows, q, n, ones, &usual);
+    double ordinary_off = coding_error(TQ_FORMAT_TT3, 64, false, rows, q, n, ones, &unused);
+    assert_true(ordinary == ordinary_off); /* nothing to gain: no factors */
+    float errors[LEARN_HEADS], errors_balanced[LEARN_HEADS];
+    assert_true(tq_store_logit_error(usual.store, errors));
+    assert_false(tq_store_logit_error(unused.store, errors_balanced));
+    /* Queries are normal: a logit's error has head_dim times the energy of a channel's. */
+    for (int32_t h = 0; h < LEARN_HEADS; h++) assert_true(fabs((double)errors[h] / sqrt(ordinary * LEARN_DIM) - 1) < 0.2);
+    learner_deinit(&usual);
+    learner_deinit(&unused);
+    for (int32_t j = 0; j < LEARN_DIM; j++) weight[j] = j % 7 == 1 ? 1 / 30.0f : 1;
+    for (int64_t i = 0; i < n * LEARN_ROW; i++) rows[i] /= weight[i % LEARN_DIM];
+    for (int64_t i = 0; i < n * 2 * LEARN_ROW; i++) q[i] *= weight[i % LEARN_DIM];
+    double balanced = coding_error(TQ_FORMAT_TT3, 64, true, rows, q, n, weight, &l);
+    assert_true(tq_store_logit_error(l.store, errors_balanced));
+    for (int32_t h = 0; h < LEARN_HEADS; h++) assert_true(fabsf(errors_balanced[h] / errors[h] - 1) < 0.2f);
+    learner_deinit(&l);
+    double outliers = coding_error(TQ_FORMAT_TT3, 64, false, rows, q, n, weight, &l);
+    learner_deinit(&l);
+    memset(q, 0, (size_t)n * 2 * LEARN_ROW * sizeof *q);
+    double without_queries = coding_error(TQ_FORMAT_TT3, 64, true, rows, q, n, weight, &l);
+    learner_deinit(&l);
+    assert_true(balanced < 1.3 * ordinary);
+    assert_true(outliers > 25 * ordinary);
+    assert_true(without_queries < 0.1 * outliers);
+    free(rows);
+    free(q);
+}
+
+/* A stage's rows and what was exact before them make another store what it would be had it got all rows itself. */
+static void test_settle_into_another_format(void **state)
+{
+    (void)state;
+    learner from, to, truth;
+    learner_init(&from, TQ_FORMAT_TT2, 4, 32, 64, true);
+    learner_init(&to, TQ_FORMAT_TQ8, 4, 32, 64, true);
+    learner_init(&truth, TQ_FORMAT_TQ8, 4, 32, 64, true);
+    kv_random random = {.state = 13};
+    float *rows = kv_calloc(120 * LEARN_ROW, sizeof *rows), *q = kv_calloc(120 * 2 * LEARN_ROW, sizeof *q);
+    float *out = kv_calloc(120 * 2 * LEARN_ROW, sizeof *out);
+    kv_fill(&random, rows, 120 * LEARN_ROW);
+    int64_t slots[120];
+    for (int64_t i = 0; i < 120; i++) slots[i] = i;
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    learner_step(&from, stage, slots, rows, q, 0, 30, out);
+    learner_step(&truth, stage, slots, rows, q, 0, 30, out);
+    learner_step(&truth, stage, slots, rows, q, 30, 90, out);
+    tq_attend_params p = learner_queries(q, 90, out);
+    assert_int_equal(tq_store_stage(from.store, stage, slots + 30, 90, rows + 30 * LEARN_ROW, LEARN_ROW), TQ_OK);
+    assert_int_equal(tq_store_settle_into(to.store, stage, NULL, NULL), TQ_OK);
+    float got[LEARN_ROW], wanted[LEARN_ROW];
+    for (int64_t i = 0; i < 120; i++) {
+        assert_int_equal(tq_store_read(to.store, i, 1, got, LEARN_ROW), TQ_OK);
+        assert_int_equal(tq_store_read(truth.store, i, 1, wanted, LEARN_ROW), TQ_OK);
+        assert_memory_equal(got, wanted, sizeof got);
+    }
+    p.key_stage = p.value_stage = stage;
+    assert_int_equal(tq_store_attend(to.store, to.store, 120, &p, NULL), TQ_OK);
+    tq_stage_free(stage);
+    learner_deinit(&from);
+    learner_deinit(&to);
+    learner_deinit(&truth);
+    free(rows);
+    free(q);
+    free(out);
+}
+
 static void test_stores_that_do_not_match(void **state)
 {
     (void)state;
@@ -323,6 +644,13 @@ int main(void)
         cmocka_unit_test(test_ring_rules),
         cmocka_unit_test(test_messages_name_the_place),
         cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_stage_equals_single_tokens),
+        cmocka_unit_test(test_stage_writes_as_write_does),
+        cmocka_unit_test(test_stage_refusals),
+        cmocka_unit_test(test_stage_without_memory),
+        cmocka_unit_test(test_references_take_means_away),
+        cmocka_unit_test(test_balance_makes_outliers_harmless),
+        cmocka_unit_test(test_settle_into_another_format),
         cmocka_unit_test(test_stores_that_do_not_match),
         cmocka_unit_test(test_failing_allocation),
         cmocka_unit_test(test_damaged_memory),
