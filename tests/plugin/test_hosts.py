@@ -20,16 +20,22 @@ class Hosts(TestCase):
     def test_real_model(self):
         self.check(MODEL, "TQ6", "TQ4", "TQ3", "TQ2")
 
+    def test_states_are_exact_without_references(self):
+        self.check(tiny_model("llama"), "TQ6", "TQ4", "TQ2", TQ_GGML="ref=0,balance=off")
+
     def test_every_shape_without_quantization(self):
         for arch in ARCHS:
             with self.subTest(arch):
                 self.check(tiny_model(arch), "TQ4", "--max-kl", "2e-5", TQ_GGML=PLAIN)
 
     def test_every_shape_quantized(self):
-        # qwen2's keys have large biases, as the real one's: 4 bits are not enough for them.
+        # qwen2's keys have large biases that turn with the position: beyond 4 bits, and for random weights beyond 8. gpt-oss
+        # chooses experts: where two are nearly as good, any error may take the other.
+        options = {"qwen2": {"TQ_GGML": "k=f16"}}
+        bounds = {"gpt-oss": ("--max-kl", "0.3"), "qwen2": ("--max-kl", "0.1")}
         for arch in ARCHS:
             with self.subTest(arch):
-                self.check(tiny_model(arch), "TQ6", "TQ4", TQ_GGML="k=f16" if arch == "qwen2" else None)
+                self.check(tiny_model(arch), "TQ6", "TQ4", *bounds.get(arch, ()), **options.get(arch, {}))
 
     def test_every_head_dim(self):
         for head_dim in (64, 80, 96, 112, 128, 192, 256):
@@ -40,7 +46,7 @@ class Hosts(TestCase):
     def test_no_exact_tokens_and_many(self):
         for options in ("sinks=0,recent=0", "sinks=1,recent=1", "sinks=64,recent=960"):
             with self.subTest(options):
-                self.check(tiny_model("llama"), "TQ4", TQ_GGML=options)
+                self.check(tiny_model("llama"), "TQ4", "--max-kl", "0.1", TQ_GGML=options)
 
     def test_the_divergence_is_measured(self):
         # A bound that no 2-bit cache keeps: the host must be able to fail.

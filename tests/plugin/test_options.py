@@ -4,7 +4,7 @@ import re
 
 from common import LLAMA_BIN, PLUGIN, TestCase, complete, main, run, tiny_model
 
-NAMES = ["TQ6", "TQ4", "TQ3", "TQ2"]
+PRESETS = {"TQ6": ("tq8", "tt4", 6.25), "TQ4": ("tt4", "tt4", 4.25), "TQ3": ("tt3", "tt3", 3.25), "TQ2": ("tt3", "tt2", 2.75)}
 
 
 class Devices(TestCase):
@@ -13,21 +13,16 @@ class Devices(TestCase):
 
     def test_each_preset_is_a_device_with_its_bits_per_value(self):
         result = self.list_devices()
-        bits = {}
-        for name in NAMES:
+        for name, (keys, values, nominal) in PRESETS.items():
             line = result.lines(f"{name}: KV cache")[0]
-            format_name = name.lower()
-            self.assertIn(f"keys {format_name}, values {format_name}", line)
-            bits[name] = float(re.search(r"([\d.]+) bits per value", line)[1])
-        for name in NAMES:
-            nominal = int(name[2])
-            self.assertGreater(bits[name], nominal)
-            self.assertLess(bits[name], nominal + 0.5)
+            self.assertIn(f"keys {keys}, values {values}", line)
+            bits = float(re.search(r"([\d.]+) bits per value", line)[1])
+            self.assertAlmostEqual(bits, nominal, delta=0.3)
 
     def test_options_show_in_the_description(self):
         result = self.list_devices(TQ_GGML="k=tq8,sinks=7,recent=33")
         for name in ("TQ4", "TQ2"):
-            self.assert_line(result, f"{name}: ", f"keys tq8, values {name.lower()}", "first 7 and last 33 tokens exact")
+            self.assert_line(result, f"{name}: ", f"keys tq8, values {PRESETS[name][1]}", "first 7 and last 33 tokens exact")
 
     def test_without_a_choice_one_device_gets_all_layers(self):
         # llama-bench loads plug-ins without being told a device.
@@ -48,7 +43,7 @@ class Options(TestCase):
         for text, shown in (("foo=1", "'foo=1'"), ("k", "'k'"), ("k=tq4,", "''"), (",", "''"), ("kk=tq4", "'kk=tq4'"),
                             (" k=tq4", "' k=tq4'"), ("K=tq4", "'K=tq4'"), ("v=tq4;k=tq4", "v=tq4;k=tq4")):
             with self.subTest(text):
-                words = ("sinks=N", "recent=N", "exact=LAYER", "head_dim=N", "log=LEVEL") if ";" not in text else ()
+                words = ("sinks=N", "recent=N", "exact=LAYER", "ref=N", "guard=raise", "head_dim=N", "log=LEVEL") if ";" not in text else ()
                 self.assert_refused(text, shown, *words)
 
     def test_bad_values_are_refused_and_the_valid_ones_named(self):
@@ -57,7 +52,8 @@ class Options(TestCase):
                                ("sinks=1000,recent=1000", "together"), ("exact=-1", "layers counted from 0"),
                                ("exact=3-1", "layers counted from 0"), ("exact=0+", "layers counted from 0"),
                                ("exact=5000", "layers counted from 0"), ("head_dim=48", "64, 80, 96"),
-                               ("log=loud", "error, warning, info"), ("k=tq4,k=tq8", "given twice")):
+                               ("log=loud", "error, warning, info"), ("ref=8", "16 to 1024"), ("ref=x", "16 to 1024"), ("balance=yes", "on or off"),
+                               ("guard=on", "raise, warn, refuse, off"), ("report=", "a file's path"), ("k=tq4,k=tq8", "given twice")):
             with self.subTest(text):
                 self.assert_refused(text, expected)
 
@@ -79,9 +75,31 @@ class Options(TestCase):
         self.assertGreater(bits, 15.9)
         self.assertLess(bits, 16.1)
         bits, line = bytes_of(TQ_GGML="k=tq8,sinks=0,recent=0")
-        self.assertIn("keys tq8, values tq4, first 0 and last 0 tokens exact", line)
+        self.assertIn("keys tq8, values tt4, first 0 and last 0 tokens exact", line)
         self.assertAlmostEqual(bits, (8.25 + 4.25) / 2, delta=0.02)
         self.assertLess(plain, bits)
+
+    def test_the_guard(self):
+        # 2 bits without references or factors: qwen2's keys with their biases are beyond them.
+        def answer(guard):
+            return complete(tiny_model("qwen2"), "-c", "256", "-f", self.long_prompt(), "-n", "4",
+                            TQ_GGML=f"k=tq2,ref=0,guard={guard}")
+
+        self.assertEqual(answer("off").lines("guard:"), [])
+        warned = answer("warn")
+        self.assert_ok(warned)
+        self.assert_line(warned, "turboquant: guard: layer 0: tq2 moves its logits by", "Take another preset")
+        raised = answer("raise")
+        self.assert_ok(raised)
+        self.assert_line(raised, "guard: layer 0: tq2 would move its logits by", "its keys are kept as")
+        refused = answer("refuse")
+        self.assertNotEqual(refused.status, 0)
+        self.assert_line(refused, "guard: layer 0: tq2 moves its logits by", "refused")
+
+    def long_prompt(self):
+        path = self.directory / "prompt"
+        path.write_text("a b c d " * 25)
+        return path
 
     def test_a_layer_that_the_model_lacks_is_refused(self):
         result = complete(tiny_model("llama"), TQ_GGML="exact=0+7")

@@ -21,6 +21,7 @@ def free_port():
 
 class Server(TestCase):
     arguments = ()
+    options = "ref=0,balance=off"  # so that a restored slot is the saved one to the bit, and goes on with the same words
 
     @classmethod
     def setUpClass(cls):
@@ -32,7 +33,7 @@ class Server(TestCase):
         command += ["-np", "3", "-lv", "4", "--host", "127.0.0.1", "--port", cls.port, "--slots"]
         command += ["--slot-save-path", cls.directory, *cls.arguments]
         cls.server = subprocess.Popen([str(c) for c in command], stdout=cls.log, stderr=cls.log, stdin=subprocess.DEVNULL,
-                                      env=environment())
+                                      env=environment(TQ_GGML=cls.options))
         cls.addClassCleanup(cls.stop)
         for _ in range(600):
             try:

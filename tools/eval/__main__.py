@@ -52,7 +52,7 @@ def parse_arguments(argv):
     parser.add_argument("--llama-bin", type=Path, metavar="DIR", help="llama.cpp's programs (TQ_LLAMA_BIN, build/deps, PATH)")
     parser.add_argument("--plugin", type=Path, metavar="FILE", help="libggml-turboquant.so (TQ_PLUGIN, build/release)")
     args = parser.parse_args(argv)
-    args.context, args.needle = numbers(parser, args.context, 64), numbers(parser, args.needle, 512)
+    args.context, args.needle = numbers(parser, args.context, 256), numbers(parser, args.needle, 512)
     args.presets = split_presets(args.presets)
     args.baselines = [name for name in args.baselines.split(",") if name]
     if args.chunks < 1 or args.needle_depths < 1 or args.threads < 1:
@@ -176,6 +176,7 @@ class Evaluation:
             for m in group:
                 self.attempt(m, bar, lambda m=m: self.measure_quality(m, base))
         except LlamaError as error:
+            bar.write(f"tq eval: {group[0].text.stem}, {group[0].n_ctx}: no reference: {error}", file=sys.stderr)
             self.failed += [{"name": f"{m.name}, {m.text.stem}, {m.n_ctx}", "error": str(error)} for m in group]
         finally:
             base.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .llama import F16, Cache, kv_memory, run_to_the_end
 
-BATCH = 512  # attention reads the cache that the tokens before the batch, and those of the batch, have written
+BATCH = 512  # at most one window: attention reads the cache that the tokens before the batch, and those of the batch, have written
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ def parse_statistics(log):
 
 
 def options(quality):
-    return ["-f", quality.text, "-c", quality.n_ctx, "--chunks", quality.n_chunks, "-b", BATCH, "-lv", "4"]
+    return ["-f", quality.text, "-c", quality.n_ctx, "--chunks", quality.n_chunks, "-b", min(BATCH, quality.n_ctx), "-lv", "4"]
 
 
 def write_base(setup, quality, base):
     """Keep the FP16 cache's logits in the file `base`."""
     done = run_to_the_end("", setup, F16, "perplexity", [*options(quality), "--kl-divergence-base", base])
-    if not base.exists():
-        raise done.fail("wrote no logits; is the text shorter than one window?")
+    if not base.exists() or base.stat().st_size < quality.n_ctx * 256:  # no vocabulary is so small
+        raise done.fail(f"wrote no logits: {quality.text.name} may be too short for a window of {quality.n_ctx} tokens")
 
 
 def base_bytes(quality, n_vocab):

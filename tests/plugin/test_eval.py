@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""tq eval: reading llama-perplexity's words, presets on the command line, results that wait, and whole runs of stock llama.cpp."""
+import csv
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+import common
+
+sys.path.insert(0, str(common.ROOT / "tools"))
+from eval.__main__ import split_presets  # noqa: E402
+from eval.llama import Cache, Finished, LlamaError, kv_memory  # noqa: E402
+from eval.needle import hide, make_case, shares  # noqa: E402
+from eval.quality import parse_statistics  # noqa: E402
+from eval.work import Work  # noqa: E402
+
+TQ = common.PLUGIN.parent / "tq"
+TEXT = common.path_from_env("TQ_TEXT")
+PRINTED = (pathlib.Path(__file__).parent / "data/perplexity.txt").read_text()
+
+
+class Parsing(unittest.TestCase):
+    def test_statistics(self):
+        figures = parse_statistics(PRINTED)
+        self.assertEqual((figures["kld_mean"], figures["kld_mean_error"]), (0.005397, 0.0002))
+        self.assertEqual((figures["kld_median"], figures["kld_99"], figures["kld_99_9"]), (0.004387, 0.020365, 0.028384))
+        self.assertEqual((figures["same_top_1"], figures["same_top_1_error"]), (95.686, 0.901))
+        self.assertEqual((figures["dp_rms"], figures["ppl_ratio"], figures["ppl"]), (1.629, 0.99162, 17.938247))
+
+    def test_statistics_that_lack_a_line(self):
+        for label in ("Mean    KLD", "99.9%   KLD", "RMS Δp"):
+            self.assertIsNone(parse_statistics(PRINTED.replace(label, "Other")))
+
+    def test_memory(self):
+        log = ("constructing llama_context\nCPU KV buffer size = 99.00 MiB\nconstructing llama_context\n"
+               "TQ4_KV KV buffer size =    25.00 MiB\nturboquant: TQ4 holds the KV cache: keys tt4; 26.00 MiB, 4.500 bits per value")
+        self.assertEqual(kv_memory(Finished(log, "", 0, 0, 0, "")), (26.0, 4.5))
+        self.assertEqual(kv_memory(Finished("constructing llama_context\nCPU KV buffer size = 9.5 MiB", "", 0, 0, 0, "")),
+                         (9.5, None))
+        with self.assertRaises(LlamaError):
+            kv_memory(Finished("nothing", "", 0, 0, 0, ""))
+
+    def test_presets(self):
+        self.assertEqual(split_presets(["TQ4,TQ3", "TQ4:k=tt4,v=tt3", "TQ2"]), ["TQ4", "TQ3", "TQ4:k=tt4,v=tt3", "TQ2"])
+
+    def test_caches(self):
+        self.assertTrue(Cache("q8_0").is_stock and Cache("q8_0/q4_0").is_stock and Cache("f16 -fa off").is_stock)
+        self.assertFalse(Cache("TQ4").is_stock)
+        self.assertEqual(Cache("q8_0/q4_0").types, ("q8_0", "q4_0"))
+        self.assertEqual((Cache("TQ4:v=tt3").device, Cache("TQ4:v=tt3").plugin_options), ("TQ4", "v=tt3"))
+
+
+class Needles(unittest.TestCase):
+    def test_hide(self):
+        text = "One. Two. Three. Four. "
+        self.assertTrue(hide(text, ["N."], [0]).startswith("One. N. Two."))
+        self.assertTrue(hide(text, ["N."], [1]).endswith("Four. N. "))
+        both = hide(text, ["A.", "B."], [0.1, 0.6])
+        self.assertLess(both.index("A."), both.index("B."))
+
+    def test_cases_repeat_and_differ(self):
+        self.assertEqual(make_case(1, 1024, 0.5, 3), make_case(1, 1024, 0.5, 3))
+        self.assertNotEqual(make_case(1, 1024, 0.5, 1), make_case(1, 1024, 0.75, 1))
+
+    def test_shares(self):
+        reference = [{"n_needles": 1, "score": s} for s in (1, 1, 0, 1)] + [{"n_needles": 3, "score": 0.3}]
+        found = [{"n_needles": 1, "score": s} for s in (1, 0, 0, 1)] + [{"n_needles": 3, "score": 1}]
+        self.assertEqual(shares(found, reference), (0.5, 2 / 3))
+
+
+class Waiting(unittest.TestCase):
+    def test_results_belong_to_what_they_depend_on(self):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            text = folder / "text"
+            text.write_text("a")
+            work = Work(folder / "work", [text, "version"])
+            work.save(Cache("TQ4"), {"kld": 1})
+            self.assertEqual(Work(folder / "work", [text, "version"]).load(Cache("TQ4")), {"kld": 1})
+            self.assertIsNone(work.load(Cache("TQ3")))
+            self.assertIsNone(Work(folder / "work", [text, "other"]).load(Cache("TQ4")))
+            text.write_text("b")
+            self.assertIsNone(Work(folder / "work", [text, "version"]).load(Cache("TQ4")))
+
+    def test_half_a_result_is_none(self):
+        with tempfile.TemporaryDirectory() as folder:
+            work = Work(folder, [])
+            work.path(Cache("TQ4")).write_text('{"kld": ')
+            self.assertIsNone(work.load(Cache("TQ4")))
+
+
+class Runs(unittest.TestCase):
+    def setUp(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp(dir=common.TINY_DIR, prefix="eval-"))
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def command(self, *arguments):
+        return [str(word) for word in [TQ, "eval", common.MODEL, "--text", TEXT, "--context", 512, "--llama-bin",
+                                       common.LLAMA_BIN, "--plugin", common.PLUGIN, "--threads", common.THREADS, "--work",
+                                       self.folder / "work", *arguments]]
+
+    def run_eval(self, *arguments):
+        return subprocess.run(self.command(*arguments), capture_output=True, text=True,
+                              env={**os.environ, "TQ_PYTHON": sys.executable})
+
+    def check_error(self, words, *arguments):
+        done = self.run_eval(*arguments)
+        self.assertIn(words, done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        self.assertIn(done.returncode, (1, 2))
+
+    def test_whole_run(self):
+        out = {kind: self.folder / f"out.{kind}" for kind in ("json", "html", "csv", "markdown")}
+        done = self.run_eval("--presets", "TQ4", "TQ4:v=tt2,recent=16", "--baselines", "f16,q4_0", "--error-map",
+                             *(word for kind, path in out.items() for word in (f"--{kind}", path)))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        result = json.loads(out["json"].read_text())
+        rows = {row["name"]: row for row in result["rows"]}
+        self.assertEqual(list(rows), ["f16", "f16 -fa off", "q4_0", "TQ4", "TQ4:v=tt2,recent=16"])
+        self.assertEqual((rows["f16"]["kld_mean"], rows["f16"]["same_top_1"], rows["f16"]["bits_per_value"]), (0, 100, 16))
+        self.assertTrue(0 < rows["TQ4"]["kld_mean"] < rows["TQ4:v=tt2,recent=16"]["kld_mean"] < 1)
+        self.assertAlmostEqual(rows["q4_0"]["bits_per_value"], 4.5, delta=0.1)
+        self.assertGreater(rows["TQ4"]["bits_per_value"], 4.25)  # at 512 tokens many of them are exact
+        self.assertEqual(result["failed"], [])
+        self.assertEqual(len(result["error_maps"]["TQ4"]), 30)
+        self.assertTrue(all(len(layer["heads"]) == 3 for layer in result["error_maps"]["TQ4"]))
+        page = out["html"].read_text()
+        self.assertGreaterEqual(page.count("<svg"), 3)
+        self.assertIsNone(re.search(r'(?:src|href)="(?!#)', page))
+        self.assertIn("| TQ4 |", out["markdown"].read_text())
+        with open(out["csv"]) as file:
+            lines = list(csv.DictReader(file))
+        self.assertEqual(len(lines), 5)
+        self.assertTrue(all(line["command"] and line["commit"] and line["machine"] and line["run"] for line in lines))
+
+    def test_goes_on_where_it_was_stopped(self):
+        arguments = ("--presets", "TQ4,TQ3,TQ2,TQ6", "--baselines", "f16,q8_0,q4_0")
+        process = subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env={**os.environ, "TQ_PYTHON": sys.executable})
+        deadline = time.monotonic() + 60
+        while not list(self.folder.glob("work/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 130, errors)
+        self.assertIn("the same command goes on", errors)
+        self.assertEqual(list(self.folder.glob("work/*.kld")), [])
+        kept = {path.name: path.stat().st_mtime_ns for path in self.folder.glob("work/*.json")}
+        self.assertTrue(1 <= len(kept) < 8)
+        done = self.run_eval(*arguments)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(f"{len(kept)} of 8 measurements", done.stderr)
+        after = {path.name: path.stat().st_mtime_ns for path in self.folder.glob("work/*.json")}
+        self.assertEqual(len(after), 8)
+        self.assertEqual({name: after[name] for name in kept}, kept)
+
+    def test_needles(self):
+        out = self.folder / "out.json"
+        done = self.run_eval("--presets", "TQ4", "--baselines", "f16", "--needle", "512", "--needle-depths", "2", "--json", out,
+                             "--html", self.folder / "out.html")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        needle = json.loads(out.read_text())["needle"]
+        self.assertEqual([row["name"] for row in needle], ["f16", "TQ4"])
+        self.assertEqual([(cell["depth"], cell["n_needles"]) for cell in needle[0]["cells"]], [(0, 1), (1, 1), (0.5, 3)])
+        self.assertGreater(sum(cell["score"] for cell in needle[0]["cells"]), 0)
+
+    def test_one_that_fails_stops_no_other(self):
+        done = self.run_eval("--presets", "TQ2:k=tt2,guard=refuse", "TQ4", "--baselines", "f16", "--json",
+                             self.folder / "out.json")
+        self.assertEqual(done.returncode, 1)
+        result = json.loads((self.folder / "out.json").read_text())
+        self.assertEqual([row["name"] for row in result["rows"]], ["f16", "f16 -fa off", "TQ4"])
+        self.assertIn("guard", result["failed"][0]["error"])
+
+    def test_errors(self):
+        self.check_error("no file", "--text", "no-such-text")
+        self.check_error("no preset 'TQ9'; there are TQ6", "--presets", "TQ9")
+        self.check_error("v=tq9", "--presets", "TQ4:v=tq9")
+        self.check_error("no baseline 'q9'", "--baselines", "q9")
+        self.check_error("no list of whole numbers", "--context", "1k")
+        self.check_error("8192 tokens; 9000 are too many", "--context", "9000")
+        self.check_error("llama-perplexity was not found", "--llama-bin", self.folder)
+        self.check_error("no plug-in", "--plugin", "no-such.so")
+        short = self.folder / "short.txt"
+        short.write_text("Too short.")
+        self.check_error("too short for a window of 512 tokens", "--text", short, "--presets", "TQ4", "--baselines", "f16")
+
+    def test_without_libraries(self):
+        done = subprocess.run(self.command(), capture_output=True, text=True, env={**os.environ, "TQ_PYTHON": "/usr/bin/false"})
+        self.assertEqual(done.returncode, 1)
+        done = subprocess.run(self.command(), capture_output=True, text=True, env={**os.environ, "TQ_PYTHON": "/no/python"})
+        self.assertIn("TQ_PYTHON", done.stderr)
+
+
+if __name__ == "__main__":
+    common.main()
