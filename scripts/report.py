@@ -3,7 +3,7 @@
 """What `make run` shows: a real model answers a question about a long real text with an FP16 KV cache and with ours, then a
 table of memory, speed and quality for stock caches and our presets. All figures come from stock, unpatched llama.cpp tools.
 
-    report.py [--cases F16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2] [--preset TQ4] [--json FILE] [--csv FILE]
+    report.py [--cases f16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2] [--preset TQ4] [--json FILE] [--csv FILE]
 
 Environment: TQ_DEPS_DIR (build/deps), TQ_PLUGIN (build/release/libggml-turboquant.so).
 """
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, Case, Setup, commit, machine, measure_answer, measure_quality, measure_speed, write_base
+from measure import ROOT, Cache, Setup, commit, machine, measure_answer, measure_quality, measure_speed, write_reference
 
 DEPS = Path(os.environ.get("TQ_DEPS_DIR", ROOT / "build" / "deps"))
 N_CTX = 4096
@@ -41,14 +41,14 @@ def measure(setup, cases, text, args, folder):
     prompt, base = folder / "prompt.txt", folder / "base.kld"
     prompt.write_text(make_prompt(text.read_text()))
     rows = {case.name: {"case": case.name} for case in cases}
-    for case in (cases[0], Case(args.preset)):
+    for case in (cases[0], Cache(args.preset)):
         say(f"{case.name}: reads the text and answers")
         print(f"\n{case.name}: {measure_answer(setup, case, prompt, N_CTX, 48)}\n", flush=True)
     for case in cases:
         say(f"{case.name}: speed")
         rows[case.name].update(measure_speed(setup, case, DEPTHS, 512, 32, args.repetitions))
     say(f"{cases[0].name}: next-token distributions of {args.chunks} x {N_CTX} tokens, to compare with")
-    write_base(setup, cases[0], text, N_CTX, args.chunks, base)
+    write_reference(setup, text, N_CTX, args.chunks, base)
     for case in cases:
         say(f"{case.name}: next-token distributions and memory")
         rows[case.name].update(measure_quality(setup, case, text, N_CTX, args.chunks, base))
@@ -71,7 +71,7 @@ COLUMNS = [
     ("peak RSS MiB", "peak_rss_mib", "{:.1f}"), ("KV saved", "kv_saved_mib", "{:.1f}"),
     ("RSS saved", "rss_saved_mib", "{:.1f}"),
     *((f"{kind} t/s @{depth}", f"{kind}_d{depth}", "{:.1f}") for depth in DEPTHS for kind in ("prefill", "decode")),
-    ("mean KLD", "mean_kld", "{:.6f}"), ("99.9% KLD", "kld_99_9", "{:.4f}"), ("same top-1 %", "same_top_1", "{:.2f}"),
+    ("mean KLD", "kld_mean", "{:.6f}"), ("99.9% KLD", "kld_99_9", "{:.4f}"), ("same top-1 %", "same_top_1", "{:.2f}"),
 ]
 
 
@@ -107,7 +107,7 @@ def write_files(rows, args):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Memory, speed and quality of KV caches on a real model.")
-    parser.add_argument("--cases", default="F16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2",
+    parser.add_argument("--cases", default="f16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2",
                         help="the first is what others are compared with")
     parser.add_argument("--preset", default="TQ4", help="whose answer to show beside the first case's (TQ4)")
     parser.add_argument("--model", type=Path, default=DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -127,7 +127,7 @@ def main():
     for path in (setup.llama_bin / "llama-completion", setup.plugin, args.model, args.text):
         if not path.exists():
             sys.exit(f"report.py: {path} is missing; `make run` makes it")
-    cases = [Case(name) for name in args.cases.split(",")]
+    cases = [Cache(name) for name in args.cases.split(",")]
     # The logits are large: beside the build, not in a temporary folder that may be memory.
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="report-") as folder:

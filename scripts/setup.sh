@@ -63,19 +63,17 @@ fi
 
 if [ $install = no ] || [ "$level" = build ]; then exit 0; fi
 
-# gguf and numpy only make the small test models.
-wanted="pip"
-if [ "$level" = test ]; then wanted="gguf==0.19.0 numpy==2.2.6"; fi
+# matplotlib, Jinja2 and tqdm are tq eval's; gguf and numpy only make test models.
+wanted="matplotlib==3.11.2 jinja2==3.1.6 tqdm==4.70.1"
+if [ "$level" = test ]; then wanted="$wanted gguf==0.19.0 numpy==2.2.6"; fi
 stamp=$deps/venv/.installed
 if [ ! -x "$deps/venv/bin/pip" ]; then
     mkdir -p "$deps"
     python3 -m venv "$deps/venv"
 fi
 if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
-    if [ "$level" = test ]; then
-        echo "Installing into $deps/venv: $wanted"
-        # shellcheck disable=SC2086
-        "$deps/venv/bin/pip" install -q --disable-pip-version-check $wanted
-    fi
+    echo "Installing into $deps/venv: $wanted"
+    # shellcheck disable=SC2086
+    "$deps/venv/bin/pip" install -q --disable-pip-version-check $wanted
     echo "$wanted" >>"$stamp"
 fi
