@@ -40,17 +40,20 @@ static void note(tq_ggml_report *report, const tq_ggml_kv_tensor *keys, const fl
     layers[report->n++] = (tq_ggml_report_layer){keys->layer, keys->n_head_kv, keys->format, copy};
 }
 
+/* Where a format stands on the ladder; one that is no rung of it stands where the trellis format of its bits does. */
+static int32_t rung_of(tq_format format)
+{
+    tq_format_info info;
+    if (tq_format_describe(&info, format, 64) != TQ_OK) return 0;
+    return info.bits <= 2 ? 0 : info.bits == 3 ? 1 : info.bits == 4 ? 2 : 3;
+}
+
 /* The smallest format that brings an error of `format` below the limit. */
 static tq_format choose_format(tq_format format, float error)
 {
-    int32_t at = 0;
-    while (at < N_LADDER - 1 && ladder[at].format != format) at++;
-    /* Formats that are no rung lie at most one rung above the first. */
-    float relative = ladder[at].format == format ? ladder[at].error : ladder[0].error;
-    for (int32_t i = ladder[at].format == format ? at + 1 : 1; i < N_LADDER; i++) {
-        if (error * ladder[i].error <= ERROR_MAX * relative) return ladder[i].format;
-    }
-    return TQ_FORMAT_F16;
+    int32_t from = rung_of(format), to = from + 1;
+    while (to < N_LADDER - 1 && error * ladder[to].error > ERROR_MAX * ladder[from].error) to++;
+    return ladder[to].format;
 }
 
 static tq_status raise(tq_ggml_kv_tensor *keys, tq_ggml_stage *stage, float error, const tq_attend_params *queries,

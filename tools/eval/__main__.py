@@ -13,8 +13,8 @@ try:
 
     from . import needle, quality, report
 except ImportError as error:
-    sys.exit(f"tq eval: {error}. `make deps` installs what it needs; or: pip install matplotlib jinja2 tqdm, and name that Python "
-             "in TQ_PYTHON")
+    sys.exit(f"tq eval: {error}. `make deps` installs what it needs; or: pip install matplotlib jinja2 tqdm, and name that "
+             "Python in TQ_PYTHON")
 from .llama import F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, Setup, commit, describe_model, list_devices, machine, version
 from .needle import Needles
 from .quality import Quality

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .llama import F16, Cache, kv_memory, run_to_the_end
 
-BATCH = 512  # at most one window: attention reads the cache that the tokens before the batch, and those of the batch, have written
+BATCH = 512  # at most a window: attention reads what the tokens before the batch, and those of the batch, have written
 
 
 @dataclass(frozen=True)

@@ -57,16 +57,17 @@ def markdown(result):
 
 def html(result):
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("page.html")
-    return template.render(result=result, tables=list(tables(result["rows"])),
-                           needle_table=list(needle_table(result["needle"])) if result["needle"] else [],
-                           curves=plots.curves(result["rows"]) if result["rows"] else "",
-                           needle_maps=[plots.needle_map(row["name"], row["cells"]) for row in result["needle"]],
-                           error_maps=[plots.error_map(name, layers) for name, layers in result["error_maps"].items()])
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("page.html")
+    needles = result["needle"]
+    return page.render(result=result, tables=list(tables(result["rows"])),
+                       needle_table=list(needle_table(needles)) if needles else [],
+                       curves=plots.curves(result["rows"]) if result["rows"] else "",
+                       needle_maps=[plots.needle_map(row["name"], row["cells"]) for row in needles],
+                       error_maps=[plots.error_map(name, layers) for name, layers in result["error_maps"].items()])
 
 
 def write_csv(path, result):
-    common = {"command": result["command"], "commit": result["commit"], "llama_cpp": result["llama_cpp"], "model": result["model"]["file"]}
+    common = {**{key: result[key] for key in ("command", "commit", "llama_cpp")}, "model": result["model"]["file"]}
     rows = [{**{key: value for key, value in row.items() if key != "notes"}, "run": row["command"], **common}
             for row in result["rows"]]
     with open(path, "w", newline="") as file:
