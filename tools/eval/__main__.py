@@ -15,7 +15,8 @@ try:
 except ImportError as error:
     sys.exit(f"tq eval: {error}. `make deps` installs what it needs; or: pip install matplotlib jinja2 tqdm, and name that "
              "Python in TQ_PYTHON")
-from .llama import F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, Setup, commit, describe_model, list_devices, machine, version
+from .llama import (F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, Setup, commit, describe_model, list_devices,
+                    machine, version)
 from .needle import Needles
 from .quality import Quality
 from .work import Work
