@@ -248,7 +248,8 @@ def main(argv=None):
         evaluation = Evaluation(args, setup, model)
         evaluation.run(groups, needles)
     except KeyboardInterrupt:
-        print(f"\ntq eval: stopped; what was measured is in {args.work}, and the same command goes on from there", file=sys.stderr)
+        print(f"\ntq eval: stopped; what was measured is in {args.work}, and the same command goes on from there",
+              file=sys.stderr)
         return 130
     except LlamaError as error:
         fail(error)
