@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""tq eval: reading llama-perplexity's words, presets on the command line, results that wait, and whole runs of stock llama.cpp."""
+"""tq eval: llama-perplexity's words, presets on the command line, results that wait, and whole runs of stock llama.cpp."""
 import csv
 import json
 import os

@@ -52,8 +52,10 @@ class Options(TestCase):
                                ("sinks=1000,recent=1000", "together"), ("exact=-1", "layers counted from 0"),
                                ("exact=3-1", "layers counted from 0"), ("exact=0+", "layers counted from 0"),
                                ("exact=5000", "layers counted from 0"), ("head_dim=48", "64, 80, 96"),
-                               ("log=loud", "error, warning, info"), ("ref=8", "16 to 1024"), ("ref=x", "16 to 1024"), ("balance=yes", "on or off"),
-                               ("guard=on", "raise, warn, refuse, off"), ("report=", "a file's path"), ("k=tq4,k=tq8", "given twice")):
+                               ("log=loud", "error, warning, info"), ("ref=8", "16 to 1024"), ("ref=x", "16 to 1024"),
+                               ("balance=yes", "on or off"),
+                               ("guard=on", "raise, warn, refuse, off"), ("report=", "a file's path"),
+                               ("k=tq4,k=tq8", "given twice")):
             with self.subTest(text):
                 self.assert_refused(text, expected)
 
