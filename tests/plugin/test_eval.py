@@ -42,7 +42,8 @@ class Parsing(unittest.TestCase):
 
     def test_memory(self):
         log = ("constructing llama_context\nCPU KV buffer size = 99.00 MiB\nconstructing llama_context\n"
-               "TQ4_KV KV buffer size =    25.00 MiB\nturboquant: TQ4 holds the KV cache: keys tt4; 26.00 MiB, 4.500 bits per value")
+               "TQ4_KV KV buffer size =    25.00 MiB\n"
+               "turboquant: TQ4 holds the KV cache: keys tt4; 26.00 MiB, 4.500 bits per value")
         self.assertEqual(kv_memory(Finished(log, "", 0, 0, 0, "")), (26.0, 4.5))
         self.assertEqual(kv_memory(Finished("constructing llama_context\nCPU KV buffer size = 9.5 MiB", "", 0, 0, 0, "")),
                          (9.5, None))
@@ -135,7 +136,7 @@ class Runs(unittest.TestCase):
         self.assertTrue(all(len(layer["heads"]) == 3 for layer in result["error_maps"]["TQ4"]))
         page = out["html"].read_text()
         self.assertGreaterEqual(page.count("<svg"), 3)
-        self.assertIsNone(re.search(r'(?:src|href)="(?!#)', page))
+        self.assertIsNone(re.search(r'(?:src|href)="(?!#|data:)', page))
         self.assertIn("| TQ4 |", out["markdown"].read_text())
         with open(out["csv"]) as file:
             lines = list(csv.DictReader(file))
