@@ -8,15 +8,13 @@
 #include "codec/trellis.h"
 
 #include <math.h>
-#include <string.h>
+#include <stdlib.h>
 
 #include "base/half.h"
 #include "codec/family.h"
 
-/* Values beyond this lie far outside of every table; without a bound they would eat the precision of the metrics. */
-#define Z_MAX 256.0f
 /* Worse than any path: windows that the circle's closing forbids. */
-#define FORBIDDEN 1e30f
+#define FORBIDDEN 0xffff
 
 uint8_t tq_trellis_window(const uint8_t *codes, size_t code_bytes, int32_t bits, int32_t i)
 {
@@ -24,74 +22,123 @@ uint8_t tq_trellis_window(const uint8_t *codes, size_t code_bytes, int32_t bits,
     return (uint8_t)((codes[byte] | (unsigned)codes[next] << 8) >> (bit % 8));
 }
 
-/* The least of the windows whose low bits are `rest`, or of all if rest is negative; the lowest window among equals. */
-static int32_t best_window(const float *metric, int32_t n_rest, int32_t rest)
+/* A metric whose lowest bits are the window's oldest code. */
+static uint16_t with_oldest(uint32_t error, int32_t bits, int32_t window)
 {
-    int32_t first = rest < 0 ? 0 : rest, step = rest < 0 ? 1 : n_rest, best = first;
-    for (int32_t s = first; s < TQ_TRELLIS_WINDOWS; s += step) {
-        if (metric[s] < metric[best]) best = s;
-    }
+    uint32_t oldest = (uint32_t)window >> (8 - bits);
+    return (uint16_t)((error & ~((1u << bits) - 1u)) | oldest);
+}
+
+/* The least of windows first, first + step, ...; the lowest among equals. */
+static int32_t best_window(const uint16_t *metric, int32_t first, int32_t step)
+{
+    uint16_t least = 0xffff;
+    for (int32_t s = first; s < TQ_TRELLIS_WINDOWS; s += step) least = metric[s] < least ? metric[s] : least;
+    int32_t best = first;
+    while (metric[best] != least) best += step;
     return best;
 }
 
-/* The window of value i + 1, from that of value i and the choices of value i. */
-static int32_t next_window(int32_t window, int32_t bits, const uint8_t *choice)
+/* The window of value i + 1, from that of value i and the choices of value i. In a chain of 100 such steps each cycle counts.
+ */
+static inline int32_t next_window(int32_t window, int32_t bits, const uint16_t *choice)
 {
-    int32_t rest = window >> bits;
-    return rest + choice[rest] * (TQ_TRELLIS_WINDOWS >> bits);
+    int32_t rest = window >> bits, oldest = choice[rest] & ((1 << bits) - 1);
+    return rest + (oldest << (8 - bits));
 }
 
 /* What the window of value 0 shares with the end of the circle: its bits but the oldest, as the best path around them has it.
  */
-static int32_t find_closing(const tq_codec *codec, const float *values, const float *z, tq_trellis_run_fn run, float *metric,
-                            uint8_t *choice)
+static int32_t find_closing(const tq_codec *codec, const int16_t *z, tq_trellis_run_fn run, uint16_t *metric, uint16_t *choice)
 {
-    int32_t bits = codec->traits->bits, n_rest = TQ_TRELLIS_WINDOWS >> bits;
-    memset(metric, 0, TQ_TRELLIS_WINDOWS * sizeof(*metric));
-    run(values, bits, z, TQ_TRELLIS_WARM_UP, metric, choice);
-    run(values, bits, z + codec->head_dim - TQ_TRELLIS_WARM_UP, TQ_TRELLIS_WARM_UP, metric, choice);
-    int32_t window = best_window(metric, n_rest, -1);
-    for (int32_t i = 0; i < TQ_TRELLIS_WARM_UP; i++) window = next_window(window, bits, choice + i * n_rest);
-    return window % n_rest;
+    const int8_t *windows = codec->traits->windows;
+    int32_t bits = codec->traits->bits, n_rest = TQ_TRELLIS_WINDOWS >> bits, n = TQ_TRELLIS_WARM_UP(bits);
+    for (int32_t s = 0; s < TQ_TRELLIS_WINDOWS; s++) metric[s] = with_oldest(0, bits, s);
+    run(windows, bits, z, n, metric, choice);
+    run(windows, bits, z + codec->head_dim - n, n, metric, choice);
+    int32_t window = best_window(metric, 0, 1);
+    for (int32_t i = 0; i < n; i++) window = next_window(window, bits, choice + i * n_rest);
+    return window & (n_rest - 1);
 }
 
-/* The codes of the path through the choices of all values, from the window of value 0 on. Returns the sum of its squares. */
-static int32_t trace(const tq_codec *codec, int32_t window, const uint8_t *choice, uint8_t *codes)
+/* A vector as codes: the sum of the squares of what they stand for, and that of their distances from z. */
+typedef struct circle {
+    int32_t energy; /* in units of the table */
+    int64_t error;  /* in steps of 1 / TQ_TRELLIS_FINE */
+} circle;
+
+static void add_value(circle *sums, int32_t value, int16_t z)
 {
-    int32_t bits = codec->traits->bits, n_rest = TQ_TRELLIS_WINDOWS >> bits, energy = 0;
-    unsigned pending = 0;
-    int32_t n_pending = 0;
+    int32_t distance = z - value * TQ_TRELLIS_FINE;
+    sums->energy += value * value;
+    sums->error += (int64_t)distance * distance;
+}
+
+/* Where the codes of a path begin to differ from the windows that it was found with, these count. */
+static circle measure(const tq_codec *codec, const int16_t *z, const uint8_t *codes)
+{
+    circle sums = {0, 0};
     for (int32_t i = 0; i < codec->head_dim; i++) {
-        int32_t value = codec->traits->windows[window];
-        energy += value * value;
+        int32_t window = tq_trellis_window(codes, codec->code_bytes, codec->traits->bits, i);
+        add_value(&sums, codec->traits->windows[window], z[i]);
+    }
+    return sums;
+}
+
+/* The codes of the path through the choices of all values, from the window of value 0 on. */
+static inline circle trace(const tq_codec *codec, const int32_t bits, const int16_t *z, int32_t first, const uint16_t *choice,
+                           uint8_t *codes)
+{
+    const int32_t n_rest = TQ_TRELLIS_WINDOWS >> bits;
+    const int8_t *windows = codec->traits->windows;
+    int32_t window = first, n_pending = 0;
+    unsigned pending = 0;
+    uint8_t *next_byte = codes;
+    circle sums = {0, 0};
+    for (int32_t i = 0; i < codec->head_dim; i++, choice += n_rest) {
+        add_value(&sums, windows[window], z[i]);
         pending |= ((unsigned)window & ((1u << bits) - 1u)) << n_pending;
         n_pending += bits;
         if (n_pending >= 8) {
-            *codes++ = (uint8_t)pending;
+            *next_byte++ = (uint8_t)pending;
             pending >>= 8;
             n_pending -= 8;
         }
-        window = next_window(window, bits, choice + i * n_rest);
+        window = next_window(window, bits, choice);
     }
-    return energy;
+    /* Where values lie so far out that all metrics stop at their end, the circle may not close. */
+    return (window ^ first) & (n_rest - 1) ? measure(codec, z, codes) : sums;
+}
+
+/* z to the nearest step, within what 16 bits hold: just beyond the tables' largest values. */
+static int16_t to_fine(float z)
+{
+    const float limit = 32767.0f;
+    float fine = z * TQ_TRELLIS_FINE;
+    fine = fine > limit ? limit : fine;
+    fine = fine < -limit ? -limit : fine;
+    return (int16_t)(fine + copysignf(0.5f, fine));
 }
 
 /* The codes of least error for y * factor, up to how the circle closes. Returns their energy and the error. */
 static float search(const tq_codec *codec, const float *y, float factor, tq_trellis_run_fn run, uint8_t *codes, float *error)
 {
-    int32_t n = codec->head_dim, n_rest = TQ_TRELLIS_WINDOWS >> codec->traits->bits;
-    float z[TQ_HEAD_DIM_MAX];
-    _Alignas(64) float metric[TQ_TRELLIS_WINDOWS], values[TQ_TRELLIS_WINDOWS]; /* so that no vector straddles cache lines */
-    uint8_t choice[TQ_HEAD_DIM_MAX * TQ_TRELLIS_REST_MAX];
-    for (int32_t i = 0; i < n; i++) z[i] = fminf(fmaxf(y[i] * factor, -Z_MAX), Z_MAX);
-    for (int32_t s = 0; s < TQ_TRELLIS_WINDOWS; s++) values[s] = codec->traits->windows[s];
+    int32_t n = codec->head_dim, bits = codec->traits->bits, n_rest = TQ_TRELLIS_WINDOWS >> bits;
+    int16_t z[TQ_HEAD_DIM_MAX];
+    _Alignas(64) uint16_t metric[TQ_TRELLIS_WINDOWS]; /* so that no vector straddles cache lines */
+    _Alignas(64) uint16_t choice[TQ_HEAD_DIM_MAX * TQ_TRELLIS_REST_MAX];
+    for (int32_t i = 0; i < n; i++) z[i] = to_fine(y[i] * factor);
 
-    int32_t closing = find_closing(codec, values, z, run, metric, choice);
-    for (int32_t s = 0; s < TQ_TRELLIS_WINDOWS; s++) metric[s] = s % n_rest == closing ? 0.0f : FORBIDDEN;
-    run(values, codec->traits->bits, z, n, metric, choice);
-    int32_t window = best_window(metric, n_rest, closing);
-    *error = metric[window];
-    return (float)trace(codec, window, choice, codes);
+    int32_t closing = find_closing(codec, z, run, metric, choice);
+    for (int32_t s = 0; s < TQ_TRELLIS_WINDOWS; s++)
+        metric[s] = with_oldest((s & (n_rest - 1)) == closing ? 0 : FORBIDDEN, bits, s);
+    run(codec->traits->windows, bits, z, n, metric, choice);
+    int32_t first = best_window(metric, closing, n_rest);
+    circle found = bits == 4   ? trace(codec, 4, z, first, choice, codes)
+                   : bits == 3 ? trace(codec, 3, z, first, choice, codes)
+                               : trace(codec, 2, z, first, choice, codes);
+    *error = (float)found.error / (float)(TQ_TRELLIS_FINE * TQ_TRELLIS_FINE);
+    return (float)found.energy;
 }
 
 /*
@@ -114,22 +161,37 @@ void tq_trellis_encode_rotated(const tq_codec *codec, const float *y, tq_trellis
     *scale = energy == 0.0f ? 0 : tq_scale_from_float(sqrtf(ss) / sqrtf(energy));
 }
 
-void tq_trellis_run_scalar(const float *values, int32_t bits, const float *z, int32_t n, float *metric, uint8_t *choice)
+static uint32_t add_saturated(uint32_t a, uint32_t b)
+{
+    return a + b < 0xffff ? a + b : 0xffff;
+}
+
+uint32_t tq_trellis_cost(int32_t bits, int16_t z, int8_t value)
+{
+    uint32_t distance = (uint32_t)abs(z - value * TQ_TRELLIS_FINE);
+    distance *= bits > 2 ? 4 : 2;
+    if (distance > 0xffff) distance = 0xffff;
+    return distance * distance >> 16;
+}
+
+void tq_trellis_run_scalar(const int8_t *windows, int32_t bits, const int16_t *z, int32_t n, uint16_t *metric, uint16_t *choice)
 {
     int32_t n_rest = TQ_TRELLIS_WINDOWS >> bits;
-    float least[TQ_TRELLIS_REST_MAX];
+    uint32_t base = 0;
     for (int32_t i = n - 1; i >= 0; i--) {
+        uint32_t least_of_all = 0xffff;
         for (int32_t rest = 0; rest < n_rest; rest++) {
-            int32_t best = 0;
+            uint32_t least = metric[rest];
             for (int32_t oldest = 1; oldest < 1 << bits; oldest++) {
-                if (metric[rest + oldest * n_rest] < metric[rest + best * n_rest]) best = oldest;
+                if (metric[rest + oldest * n_rest] < least) least = metric[rest + oldest * n_rest];
             }
-            choice[i * n_rest + rest] = (uint8_t)best;
-            least[rest] = metric[rest + best * n_rest];
+            choice[i * n_rest + rest] = (uint16_t)(least - base);
+            if (least - base < least_of_all) least_of_all = least - base;
         }
+        base = least_of_all & ~((1u << bits) - 1u);
         for (int32_t s = 0; s < TQ_TRELLIS_WINDOWS; s++) {
-            float error = z[i] - values[s];
-            metric[s] = least[s >> bits] + error * error;
+            metric[s] =
+                with_oldest(add_saturated(choice[i * n_rest + (s >> bits)], tq_trellis_cost(bits, z[i], windows[s])), bits, s);
         }
     }
 }

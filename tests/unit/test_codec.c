@@ -236,6 +236,52 @@ static void test_trellis_search_is_optimal(void **state)
     }
 }
 
+/* The search's arithmetic against its formula, on both sides of where it stops. */
+static void test_trellis_cost(void **state)
+{
+    (void)state;
+    for (int32_t bits = 2; bits <= 4; bits++) {
+        double units = bits == 2 ? 4.0 : 16.0;
+        for (int z = -32767; z <= 32767; z += 37) {
+            for (int value = -127; value <= 127; value += 5) {
+                double exact = units * pow(z / 256.0 - value, 2), cost = tq_trellis_cost(bits, (int16_t)z, (int8_t)value);
+                if (exact < 65535.0 ? cost > exact || cost < exact - 1.0 : cost != 65534.0)
+                    fail_msg("%d bits: %g for %d and %d, exactly %g", (int)bits, cost, z, value, exact);
+            }
+        }
+    }
+}
+
+/* Values beyond all tables: what is decoded still has the vector's norm, so the norm was that of the codes that were kept. */
+static void test_trellis_spikes(void **state)
+{
+    (void)state;
+    static const int32_t head_dims[] = {64, 96, 128, 576};
+    tq_random random = tq_random_stream(19, 0);
+    for (int run = 0; run < 3000; run++) {
+        tq_codec *codec = make_codec((tq_format)(TQ_FORMAT_TT4 + run % 3), head_dims[run / 3 % 4], TQ_SEED_DEFAULT);
+        int32_t n = codec->head_dim;
+        float y[D], decoded[D];
+        uint8_t codes[BYTES_MAX];
+        uint16_t scale;
+        random_vector(&random, VECTOR_GAUSSIAN, 0.5f, y, n);
+        uint64_t bits = tq_random_next(&random);
+        for (int spike = 0; spike <= run % 7; spike++) {
+            /* Around the ends of the vector, where the circle closes. */
+            int32_t at = (n + (int32_t)(bits >> (8 * spike) & 7) - 4) % n;
+            y[at] = (bits >> (8 * spike + 3) & 1 ? 1.0f : -1.0f) * (float)(10 + 2 * (bits >> (8 * spike + 4) & 15));
+        }
+        tq_trellis_encode_rotated(codec, y, tq_trellis_run_scalar, codes, &scale);
+        for (int32_t i = 0; i < n; i++) {
+            uint8_t window = tq_trellis_window(codes, codec->code_bytes, codec->traits->bits, i);
+            decoded[i] = tq_half_to_float(scale) * (float)codec->traits->windows[window];
+        }
+        double ratio = dot(decoded, decoded, n) / dot(y, y, n);
+        if (fabs(ratio - 1.0) > 2e-3) fail_msg("run %d, %s: the square of the norm by %g", run, codec->traits->name, ratio);
+        tq_codec_free(codec);
+    }
+}
+
 /* A window is the 8 bits from its code's first on, around the circle. */
 static void test_trellis_windows(void **state)
 {
@@ -638,6 +684,8 @@ int main(void)
         cmocka_unit_test(test_gaussian_distortion),
         cmocka_unit_test(test_trellis_distortion),
         cmocka_unit_test(test_trellis_search_is_optimal),
+        cmocka_unit_test(test_trellis_cost),
+        cmocka_unit_test(test_trellis_spikes),
         cmocka_unit_test(test_trellis_windows),
         cmocka_unit_test(test_outlier_distortion),
         cmocka_unit_test(test_norm_is_kept),

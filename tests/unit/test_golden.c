@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Golden files: what version 1 of each format stores for fixed inputs. Every later version must write the same bytes and read
- * them back. tests/golden/codec_<format>.txt is a line of header, then lines of head_dim, input number and the record in
- * hexadecimal.
+ * Golden files: what version 1 of each format stores for fixed inputs. Every later version must read them back, and
+ * write the same bytes unless the encoder was changed on purpose. tests/golden/codec_<format>.txt is a line of header, then
+ * lines of head_dim, input number and the record in hexadecimal.
  *
  * `test_golden --write` makes the files that are missing (for a new format) and never changes one that exists.
  */
@@ -79,9 +79,20 @@ static tq_codec *make_codec(tq_format format, int32_t head_dim)
     return codec;
 }
 
-static void golden_path(const char *name, char path[128])
+/*
+ * How often a format's encoder has been changed to give other codes: from then on there is one more file, and the older ones,
+ * which lie about in snapshots and caches, are still read.
+ */
+static int n_encoders(tq_format format)
 {
-    snprintf(path, 128, GOLDEN_DIR "/codec_%s.txt", name);
+    return tq_format_traits_get(format)->family == TQ_FAMILY_TRELLIS ? 2 : 1;
+}
+
+static void golden_path(const char *name, int encoder, char path[128])
+{
+    char suffix[16] = "";
+    if (encoder > 1) snprintf(suffix, sizeof suffix, "_%d", encoder);
+    snprintf(path, 128, GOLDEN_DIR "/codec_%s%s.txt", name, suffix);
 }
 
 static void golden_header(const char *name, char header[128])
@@ -93,7 +104,7 @@ static int write_format(tq_format format)
 {
     const char *name = tq_format_traits_get(format)->name;
     char path[128], header[128];
-    golden_path(name, path);
+    golden_path(name, n_encoders(format), path);
     golden_header(name, header);
     FILE *file = fopen(path, "wx"); /* fails if it exists */
     if (file == NULL) {
@@ -148,7 +159,7 @@ static void check_decoding(const tq_codec *codec, const uint8_t *bytes, const fl
     }
 }
 
-static void check_line(tq_format format, char *line, int32_t head_dim, int input)
+static void check_line(tq_format format, bool is_current, char *line, int32_t head_dim, int input)
 {
     int file_head_dim, file_input, hex_at;
     assert_int_equal(sscanf(line, "%d %d %n", &file_head_dim, &file_input, &hex_at), 2);
@@ -160,32 +171,37 @@ static void check_line(tq_format format, char *line, int32_t head_dim, int input
     golden_input(input, head_dim, x);
     assert_int_equal(parse_hex(line + hex_at, golden), tq_codec_vector_bytes(codec));
     assert_int_equal(tq_codec_encode(codec, x, 1, bytes), TQ_OK);
-    if (memcmp(golden, bytes, tq_codec_vector_bytes(codec)) != 0) {
+    if (is_current && memcmp(golden, bytes, tq_codec_vector_bytes(codec)) != 0) {
         fail_msg("%s at head_dim %d: input %d is encoded differently", codec->traits->name, head_dim, input);
     }
     check_decoding(codec, golden, x);
     tq_codec_free(codec);
 }
 
-static void check_files(void)
+static void check_file(tq_format format, int encoder)
 {
     static char line[2 * BYTES_MAX + 64];
-    for (int format = 0; format < TQ_FORMAT_COUNT; format++) {
-        char path[128], header[128];
-        golden_path(tq_format_traits_get((tq_format)format)->name, path);
-        golden_header(tq_format_traits_get((tq_format)format)->name, header);
-        FILE *file = fopen(path, "r");
-        if (file == NULL) fail_msg("%s is missing: run test_golden --write", path);
-        assert_non_null(fgets(line, sizeof(line), file));
-        assert_string_equal(line, header);
-        for (int d = 0; d < N_HEAD_DIMS; d++) {
-            for (int input = 0; input < N_INPUTS; input++) {
-                assert_non_null(fgets(line, sizeof(line), file));
-                check_line((tq_format)format, line, head_dims[d], input);
-            }
+    char path[128], header[128];
+    golden_path(tq_format_traits_get(format)->name, encoder, path);
+    golden_header(tq_format_traits_get(format)->name, header);
+    FILE *file = fopen(path, "r");
+    if (file == NULL) fail_msg("%s is missing: run test_golden --write", path);
+    assert_non_null(fgets(line, sizeof(line), file));
+    assert_string_equal(line, header);
+    for (int d = 0; d < N_HEAD_DIMS; d++) {
+        for (int input = 0; input < N_INPUTS; input++) {
+            assert_non_null(fgets(line, sizeof(line), file));
+            check_line(format, encoder == n_encoders(format), line, head_dims[d], input);
         }
-        assert_null(fgets(line, sizeof(line), file));
-        fclose(file);
+    }
+    assert_null(fgets(line, sizeof(line), file));
+    fclose(file);
+}
+
+static void check_files(void)
+{
+    for (int format = 0; format < TQ_FORMAT_COUNT; format++) {
+        for (int encoder = 1; encoder <= n_encoders((tq_format)format); encoder++) check_file((tq_format)format, encoder);
     }
 }
 

@@ -226,12 +226,6 @@ TQ_INLINE int8x16_t look_up_windows(int bits, const tables *t, const uint8_t *co
     return vreinterpretq_s8_u8(value);
 }
 
-/* m[(s + lane) >> bits] in each lane, for bits >= 2. */
-TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
-{
-    return vdupq_n_f32(m[s >> bits]);
-}
-
 /* 16 codes of 2 bits, one a byte. */
 TQ_INLINE uint8x16_t unpack2(const uint8_t *bytes)
 {
@@ -360,6 +354,96 @@ TQ_INLINE void round16(vec *y, uint8_t *bytes)
     }
     int8x8_t low = vmovn_s16(vcombine_s16(narrow[0], narrow[1])), high = vmovn_s16(vcombine_s16(narrow[2], narrow[3]));
     vst1q_u8(bytes, vreinterpretq_u8_s8(vcombine_s8(low, high)));
+}
+
+/* 16-bit lanes, for the trellis search. */
+typedef uint16x8_t words;
+
+enum { WORD_LANES = 8, N_WORDS = 256 / WORD_LANES };
+
+TQ_INLINE words words_load(const uint16_t *p)
+{
+    return vld1q_u16(p);
+}
+
+/* The first n lanes, or all if there are no more. */
+TQ_INLINE void words_store_part(uint16_t *p, words a, int n)
+{
+    (void)n;
+    vst1q_u16(p, a);
+}
+
+TQ_INLINE words words_set1(uint16_t a)
+{
+    return vdupq_n_u16(a);
+}
+
+TQ_INLINE words words_min(words a, words b)
+{
+    return vminq_u16(a, b);
+}
+
+/* Of each lane and the one half a register away. */
+TQ_INLINE words words_min_halves(words a)
+{
+    return vminq_u16(a, vextq_u16(a, a, 4));
+}
+
+TQ_INLINE uint16_t words_min_lane(words a)
+{
+    return vminvq_u16(a);
+}
+
+TQ_INLINE words words_sub(words a, words b)
+{
+    return vsubq_u16(a, b);
+}
+
+TQ_INLINE words words_add_saturated(words a, words b)
+{
+    return vqaddq_u16(a, b);
+}
+
+TQ_INLINE words words_and_not(words mask, words a)
+{
+    return vbicq_u16(a, mask);
+}
+
+/* The bits of a where mask is set, else those of b. */
+TQ_INLINE words words_select(words mask, words a, words b)
+{
+    return vbslq_u16(mask, a, b);
+}
+
+/* Bytes times TQ_TRELLIS_FINE. */
+TQ_INLINE words words_of_bytes(const int8_t *p)
+{
+    return vreinterpretq_u16_s16(vshll_n_s8(vld1_s8(p), 8));
+}
+
+/* tq_trellis_cost. */
+TQ_INLINE words words_cost(int bits, words z, words value)
+{
+    int16x8_t difference = vqsubq_s16(vreinterpretq_s16_u16(z), vreinterpretq_s16_u16(value));
+    uint16x8_t distance = vreinterpretq_u16_s16(vqabsq_s16(difference));
+    distance = bits > 2 ? vqshlq_n_u16(distance, 2) : vqshlq_n_u16(distance, 1);
+    uint32x4_t low = vmull_u16(vget_low_u16(distance), vget_low_u16(distance)), high = vmull_high_u16(distance, distance);
+    return vuzp2q_u16(vreinterpretq_u16_u32(low), vreinterpretq_u16_u32(high));
+}
+
+/* The oldest codes of windows s .. */
+TQ_INLINE words words_oldest(int bits, int s)
+{
+    /* A multiple of 8 windows shares it, for it has at most 4 bits. */
+    return vdupq_n_u16((uint16_t)(s >> (8 - bits)));
+}
+
+/* stored[(s + lane) >> bits] in each lane; `least` is the same in registers. */
+TQ_INLINE words words_repeat(const words *least, const uint16_t *stored, int bits, int s)
+{
+    (void)least;
+    const uint16_t *from = stored + (s >> bits);
+    return bits > 2 ? vdupq_n_u16(from[0]) : vcombine_u16(vdup_n_u16(from[0]), vdup_n_u16(from[1]));
 }
 
 #endif

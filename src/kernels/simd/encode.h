@@ -145,76 +145,73 @@ void TQ_ISA(encode_tq2)(const tq_codec *codec, const float *x, int64_t x_stride,
     encode_lloyd(TQ_FORMAT_TQ2, codec, x, x_stride, n, out);
 }
 
-/* The lesser of each pair 0 and 1, 2 and 3, ... goes on; the left one among equals. */
-TQ_INLINE void play_round(vec *best, vec *index, int n)
+/* The least of m[oldest * n_rest ...] over all `oldest`, for each rest; the words are WORDS lanes of 16 bits. */
+TQ_INLINE void least_words(const words *m, int bits, words *least)
 {
+    const int n_rest = TQ_TRELLIS_WINDOWS >> bits, n = n_rest < WORD_LANES ? 1 : n_rest / WORD_LANES;
+    words best[N_WORDS];
     TQ_UNROLL
-    for (int i = 0; i < n; i++) {
-        vec left = best[2 * i], right = best[2 * i + 1];
-        best[i] = vec_select_ge(right, left, left, right);
-        index[i] = vec_select_ge(right, left, index[2 * i], index[2 * i + 1]);
-    }
-}
-
-/*
- * The least of the metrics at m[oldest * n_rest] for all `oldest`, and which it is. A tournament, for a chain of comparisons
- * would wait for each; the left side wins ties and is always the lower one.
- */
-TQ_INLINE vec least_of(const float *m, int bits, int n_rest, vec *who)
-{
-    const int n = 1 << bits;
-    vec best[16], index[16];
+    for (int i = 0; i < N_WORDS; i++) best[i] = m[i];
     TQ_UNROLL
-    for (int i = 0; i < n; i++) {
-        best[i] = vec_load(m + i * n_rest);
-        index[i] = vec_set1((float)i);
+    for (int left = N_WORDS / 2; left >= n; left /= 2) {
+        TQ_UNROLL
+        for (int i = 0; i < left; i++) best[i] = words_min(best[i], best[i + left]);
     }
-    if (n > 8) play_round(best, index, 8);
-    if (n > 4) play_round(best, index, 4);
-    play_round(best, index, 2);
-    play_round(best, index, 1);
-    *who = index[0];
-    return best[0];
+    TQ_UNROLL
+    for (int i = 0; i < n; i++) least[i] = n_rest < WORD_LANES ? words_min_halves(best[i]) : best[i];
 }
 
 /* As tq_trellis_run_scalar, for `bits` known to the compiler. */
-TQ_INLINE void trellis_run(const float *values, int bits, const float *z, int32_t n, float *metric, uint8_t *choice)
+TQ_INLINE void trellis_run(const int8_t *windows, int bits, const int16_t *z, int32_t n, uint16_t *metric, uint16_t *choice)
 {
-    const int n_rest = TQ_TRELLIS_WINDOWS >> bits;
-    _Alignas(64) float least[TQ_TRELLIS_REST_MAX];
+    const int n_rest = TQ_TRELLIS_WINDOWS >> bits, n_least = n_rest < WORD_LANES ? 1 : n_rest / WORD_LANES;
+    const words oldest_bits = words_set1((uint16_t)((1 << bits) - 1));
+    words m[N_WORDS], value[N_WORDS], base = words_set1(0);
+    TQ_UNROLL
+    for (int k = 0; k < N_WORDS; k++) {
+        m[k] = words_load(metric + k * WORD_LANES);
+        value[k] = words_of_bytes(windows + k * WORD_LANES);
+    }
     for (int32_t i = n - 1; i >= 0; i--) {
-        for (int rest = 0; rest < n_rest; rest += 16) {
-            vec who[VECS16];
-            TQ_UNROLL
-            for (int k = 0; k < VECS16; k++) {
-                int at = rest + k * VEC_LANES;
-                vec_store(least + at, least_of(metric + at, bits, n_rest, &who[k]));
-            }
-            round16(who, choice + i * n_rest + rest);
+        uint16_t *stored = choice + i * n_rest;
+        words least[N_WORDS];
+        least_words(m, bits, least);
+        TQ_UNROLL
+        for (int k = 0; k < n_least; k++) {
+            least[k] = words_sub(least[k], base);
+            words_store_part(stored + k * WORD_LANES, least[k], n_rest);
         }
-        const vec target = vec_set1(z[i]);
-        for (int s = 0; s < TQ_TRELLIS_WINDOWS; s += VEC_LANES) {
-            vec error = vec_sub(target, vec_load(values + s));
-            vec_store(metric + s, vec_add(vec_repeat(least, bits, s), vec_mul(error, error)));
+        words all = least[0];
+        TQ_UNROLL
+        for (int k = 1; k < n_least; k++) all = words_min(all, least[k]);
+        base = words_and_not(oldest_bits, words_set1(words_min_lane(all)));
+        const words target = words_set1((uint16_t)z[i]);
+        TQ_UNROLL
+        for (int k = 0; k < N_WORDS; k++) {
+            const int s = k * WORD_LANES;
+            words sum = words_add_saturated(words_repeat(least, stored, bits, s), words_cost(bits, target, value[k]));
+            m[k] = words_select(oldest_bits, words_oldest(bits, s), sum);
         }
     }
+    TQ_UNROLL
+    for (int k = 0; k < N_WORDS; k++) words_store_part(metric + k * WORD_LANES, m[k], WORD_LANES);
 }
 
-#define ENCODE_TRELLIS(bits_)                                                                                       \
-    static void trellis_run_##bits_(const float *values, int32_t bits, const float *z, int32_t n, float *metric,    \
-                                    uint8_t *choice)                                                                \
-    {                                                                                                               \
-        (void)bits;                                                                                                 \
-        trellis_run(values, bits_, z, n, metric, choice);                                                           \
-    }                                                                                                               \
-    void TQ_ISA(encode_tt##bits_)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out) \
-    {                                                                                                               \
-        float y[TQ_HEAD_DIM_MAX];                                                                                   \
-        for (int64_t i = 0; i < n; i++) {                                                                           \
-            TQ_ISA(rotation_forward)(&codec->rotation, x + i * x_stride, y);                                        \
-            tq_trellis_encode_rotated(codec, y, trellis_run_##bits_, out.codes + (size_t)i * codec->code_bytes,     \
-                                      out.scales + i);                                                              \
-        }                                                                                                           \
+#define ENCODE_TRELLIS(bits_)                                                                                           \
+    static void trellis_run_##bits_(const int8_t *windows, int32_t bits, const int16_t *z, int32_t n, uint16_t *metric, \
+                                    uint16_t *choice)                                                                   \
+    {                                                                                                                   \
+        (void)bits;                                                                                                     \
+        trellis_run(windows, bits_, z, n, metric, choice);                                                              \
+    }                                                                                                                   \
+    void TQ_ISA(encode_tt##bits_)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)     \
+    {                                                                                                                   \
+        float y[TQ_HEAD_DIM_MAX];                                                                                       \
+        for (int64_t i = 0; i < n; i++) {                                                                               \
+            TQ_ISA(rotation_forward)(&codec->rotation, x + i * x_stride, y);                                            \
+            tq_trellis_encode_rotated(codec, y, trellis_run_##bits_, out.codes + (size_t)i * codec->code_bytes,         \
+                                      out.scales + i);                                                                  \
+        }                                                                                                               \
     }
 ENCODE_TRELLIS(4)
 ENCODE_TRELLIS(3)

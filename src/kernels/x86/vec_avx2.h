@@ -203,16 +203,6 @@ TQ_INLINE vec look_up_windows(int bits, const tables *t, const uint8_t *codes, i
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(value, 24), 24));
 }
 
-/* m[(s + lane) >> bits] in each lane, for bits >= 2. Loads no more than it needs: a load that spans two stores waits for both.
- */
-TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
-{
-    if (bits > 2) return _mm256_set1_ps(m[s >> bits]);
-    const __m256i element = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    __m256i two = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(const void *)(m + (s >> bits))));
-    return _mm256_permutevar_ps(_mm256_castsi256_ps(two), element);
-}
-
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
 TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
 {
@@ -278,6 +268,104 @@ TQ_INLINE void round16(vec *y, uint8_t *bytes)
     y[1] = vec_round(y[1]);
     __m128i packed = narrow16(_mm256_cvtps_epi32(y[0]), _mm256_cvtps_epi32(y[1]));
     _mm_storeu_si128((__m128i *)(void *)bytes, packed);
+}
+
+/* 16-bit lanes, for the trellis search. */
+typedef __m256i words;
+
+enum { WORD_LANES = 16, N_WORDS = 256 / WORD_LANES };
+
+TQ_INLINE words words_load(const uint16_t *p)
+{
+    return _mm256_loadu_si256((const __m256i *)(const void *)p);
+}
+
+/* The first n lanes, or all if there are no more. */
+TQ_INLINE void words_store_part(uint16_t *p, words a, int n)
+{
+    (void)n;
+    _mm256_storeu_si256((__m256i *)(void *)p, a);
+}
+
+TQ_INLINE words words_set1(uint16_t a)
+{
+    return _mm256_set1_epi16((short)a);
+}
+
+TQ_INLINE words words_min(words a, words b)
+{
+    return _mm256_min_epu16(a, b);
+}
+
+/* Of each lane and the one half a register away. */
+TQ_INLINE words words_min_halves(words a)
+{
+    return _mm256_min_epu16(a, _mm256_permute4x64_epi64(a, 0x4e));
+}
+
+TQ_INLINE uint16_t words_min_lane(words a)
+{
+    __m128i b = _mm_min_epu16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    return (uint16_t)_mm_cvtsi128_si32(_mm_minpos_epu16(b));
+}
+
+TQ_INLINE words words_sub(words a, words b)
+{
+    return _mm256_sub_epi16(a, b);
+}
+
+TQ_INLINE words words_add_saturated(words a, words b)
+{
+    return _mm256_adds_epu16(a, b);
+}
+
+TQ_INLINE words words_and_not(words mask, words a)
+{
+    return _mm256_andnot_si256(mask, a);
+}
+
+/* The bits of a where mask is set, else those of b. */
+TQ_INLINE words words_select(words mask, words a, words b)
+{
+    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+}
+
+/* Bytes times TQ_TRELLIS_FINE. */
+TQ_INLINE words words_of_bytes(const int8_t *p)
+{
+    return _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p)), 8);
+}
+
+/* tq_trellis_cost. */
+TQ_INLINE words words_cost(int bits, words z, words value)
+{
+    words distance = _mm256_abs_epi16(_mm256_subs_epi16(z, value));
+    distance = _mm256_adds_epu16(distance, distance);
+    if (bits > 2) distance = _mm256_adds_epu16(distance, distance);
+    return _mm256_mulhi_epu16(distance, distance);
+}
+
+/* The oldest codes of windows s .. */
+TQ_INLINE words words_oldest(int bits, int s)
+{
+    const words lane = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm256_srli_epi16(_mm256_add_epi16(lane, words_set1((uint16_t)s)), 8 - bits);
+}
+
+/* stored[(s + lane) >> bits] in each lane; `least` is the same in registers. */
+TQ_INLINE words words_repeat(const words *least, const uint16_t *stored, int bits, int s)
+{
+    (void)least;
+    const uint16_t *from = stored + (s >> bits);
+    if (bits > 3) return words_set1(from[0]);
+    if (bits > 2) {
+        const words element =
+            _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3);
+        return _mm256_shuffle_epi8(_mm256_set1_epi32((int)load_u32((const uint8_t *)from)), element);
+    }
+    const words element =
+        _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7);
+    return _mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(const void *)from)), element);
 }
 
 #endif

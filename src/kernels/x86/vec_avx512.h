@@ -214,21 +214,6 @@ TQ_INLINE vec look_up_windows(const tables *t, __m128i window)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(value));
 }
 
-/* m[(s + lane) >> bits] in each lane, for bits >= 2. Loads no more than it needs: a load that spans two stores waits for both.
- */
-TQ_INLINE vec vec_repeat(const float *m, int bits, int s)
-{
-    const float *from = m + (s >> bits);
-    if (bits > 3) return _mm512_set1_ps(from[0]);
-    if (bits > 2) {
-        const __m512i element = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-        __m512i two = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(const void *)from));
-        return _mm512_permutevar_ps(_mm512_castsi512_ps(two), element);
-    }
-    const __m512i element = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(from)), element);
-}
-
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
 TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
 {
@@ -294,6 +279,106 @@ TQ_INLINE void round16(vec *y, uint8_t *bytes)
 {
     y[0] = vec_round(y[0]);
     _mm_storeu_si128((__m128i *)(void *)bytes, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(y[0])));
+}
+
+/* 16-bit lanes, for the trellis search. */
+typedef __m512i words;
+
+enum { WORD_LANES = 32, N_WORDS = 256 / WORD_LANES };
+
+TQ_INLINE words words_load(const uint16_t *p)
+{
+    return _mm512_loadu_si512(p);
+}
+
+/* The first n lanes, or all if there are no more. */
+TQ_INLINE void words_store_part(uint16_t *p, words a, int n)
+{
+    if (n < WORD_LANES)
+        _mm256_storeu_si256((__m256i *)(void *)p, _mm512_castsi512_si256(a));
+    else
+        _mm512_storeu_si512(p, a);
+}
+
+TQ_INLINE words words_set1(uint16_t a)
+{
+    return _mm512_set1_epi16((short)a);
+}
+
+TQ_INLINE words words_min(words a, words b)
+{
+    return _mm512_min_epu16(a, b);
+}
+
+/* Of each lane and the one half a register away. */
+TQ_INLINE words words_min_halves(words a)
+{
+    return _mm512_min_epu16(a, _mm512_shuffle_i64x2(a, a, 0x4e));
+}
+
+TQ_INLINE uint16_t words_min_lane(words a)
+{
+    __m256i b = _mm256_min_epu16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    __m128i c = _mm_min_epu16(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    return (uint16_t)_mm_cvtsi128_si32(_mm_minpos_epu16(c));
+}
+
+TQ_INLINE words words_sub(words a, words b)
+{
+    return _mm512_sub_epi16(a, b);
+}
+
+TQ_INLINE words words_add_saturated(words a, words b)
+{
+    return _mm512_adds_epu16(a, b);
+}
+
+TQ_INLINE words words_and_not(words mask, words a)
+{
+    return _mm512_andnot_si512(mask, a);
+}
+
+/* The bits of a where mask is set, else those of b. */
+TQ_INLINE words words_select(words mask, words a, words b)
+{
+    return _mm512_ternarylogic_epi32(b, mask, a, 0xb8);
+}
+
+/* Bytes times TQ_TRELLIS_FINE. */
+TQ_INLINE words words_of_bytes(const int8_t *p)
+{
+    return _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)p)), 8);
+}
+
+/* tq_trellis_cost. */
+TQ_INLINE words words_cost(int bits, words z, words value)
+{
+    words distance = _mm512_abs_epi16(_mm512_subs_epi16(z, value));
+    distance = _mm512_adds_epu16(distance, distance);
+    if (bits > 2) distance = _mm512_adds_epu16(distance, distance);
+    return _mm512_mulhi_epu16(distance, distance);
+}
+
+/* (s + lane) >> shift: constants, once inlined. */
+TQ_INLINE words words_window_bits(int shift, int s)
+{
+    const __m256i lane = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
+                                          24, 25, 26, 27, 28, 29, 30, 31);
+    words window = _mm512_add_epi16(_mm512_cvtepu8_epi16(lane), words_set1((uint16_t)s));
+    return _mm512_srlv_epi16(window, words_set1((uint16_t)shift));
+}
+
+/* The oldest codes of windows s .. */
+TQ_INLINE words words_oldest(int bits, int s)
+{
+    return words_window_bits(8 - bits, s);
+}
+
+/* least[(s + lane) >> bits] in each lane; `stored` is the same in memory. */
+TQ_INLINE words words_repeat(const words *least, const uint16_t *stored, int bits, int s)
+{
+    (void)stored;
+    return _mm512_permutexvar_epi16(words_window_bits(bits, s), least[(s >> bits) / WORD_LANES]);
 }
 
 #endif
