@@ -20,4 +20,14 @@ file(RELATIVE_PATH tq_eval_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL
 target_compile_definitions(tq PRIVATE _XOPEN_SOURCE=700 TQ_PLUGIN_FROM_BIN="${tq_plugin_from_bin}"
                                       TQ_EVAL_FROM_BIN="${tq_eval_from_bin}")
 install(DIRECTORY tools/eval DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant FILES_MATCHING PATTERN "*.py" PATTERN "*.html")
-target_link_libraries(tq PRIVATE turboquant_static tq_flags PkgConfig::CJSON m)
+target_link_libraries(tq PRIVATE turboquant_static tq_flags PkgConfig::CJSON m ${CMAKE_DL_LIBS})
+
+# ggml's attention, beside which `tq bench` measures ours; it links with no ggml library, as the plug-in.
+if(EXISTS ${TQ_GGML_DIR}/include/ggml.h)
+    add_library(tq-ggml-reference MODULE bench/ggml_reference.c)
+    set_target_properties(tq-ggml-reference PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})
+    target_include_directories(tq-ggml-reference PRIVATE tools)
+    target_include_directories(tq-ggml-reference SYSTEM PRIVATE ${TQ_GGML_DIR}/include)
+    target_link_libraries(tq-ggml-reference PRIVATE tq_flags m ${CMAKE_DL_LIBS})
+    install(TARGETS tq-ggml-reference LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/turboquant)
+endif()

@@ -19,6 +19,7 @@ static const struct {
     {"distortion", "measure a format's error on random vectors",                cmd_distortion},
     {"presets",    "list the presets, which choose formats for keys and values", cmd_presets},
     {"eval",       "measure what KV caches change in a model's output, and report", cmd_eval},
+    {"bench",      "time attention and encoding, beside those of llama.cpp",     cmd_bench},
     {"run",        "run a stock llama.cpp tool with the compressed KV cache",   cmd_run},
 };
 // clang-format on
@@ -92,6 +93,45 @@ bool tool_join(char *out, const char *folder, const char *middle, const char *na
 {
     int n = snprintf(out, PATH_MAX, "%s/%s%s%s", folder, middle, *middle ? "/" : "", name);
     return n > 0 && n < PATH_MAX;
+}
+
+/* Is the program in the folder? With the name "", is there such a folder? */
+static bool has_program(const char *folder, const char *name)
+{
+    char path[PATH_MAX];
+    return *name ? tool_join(path, folder, "", name) && access(path, X_OK) == 0 : access(folder, X_OK) == 0;
+}
+
+static bool find_in_path(char *out, const char *name)
+{
+    const char *path = getenv("PATH");
+    while (path && *path) {
+        int length = (int)strcspn(path, ":");
+        if (length > 0 && length < PATH_MAX) {
+            snprintf(out, PATH_MAX, "%.*s", length, path);
+            if (has_program(out, name)) return true;
+        }
+        path += length + (path[length] == ':');
+    }
+    return false;
+}
+
+bool tool_find_llama(char *out, const char *given, const char *name)
+{
+    char own[PATH_MAX];
+    if (!given) given = getenv("TQ_LLAMA_BIN");
+    if (given) {
+        snprintf(out, PATH_MAX, "%s", given);
+        return has_program(out, name);
+    }
+    if (tool_own_folder(own) && tool_join(out, own, "", "../deps/llama-bin") && has_program(out, name)) return true;
+    return find_in_path(out, *name ? name : "llama-bench");
+}
+
+int32_t tool_n_cpus(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 256 ? 256 : (int32_t)n;
 }
 
 static void print_help(FILE *file)

@@ -24,8 +24,7 @@ static const char help[] =
     "Finer control: the plug-in's environment variable TQ_GGML, see docs/llama-cpp.md.\n\n"
     "    tq run --preset TQ3 model.gguf -c 32768 -p 'Once upon a time' -n 200\n";
 
-/* From tq's folder: the build's folder of dependencies, and the installed plug-in (set by the build). */
-#define BUILT_LLAMA_BIN "../deps/llama-bin"
+/* From tq's folder: the installed plug-in (set by the build). */
 #ifndef TQ_PLUGIN_FROM_BIN
 #define TQ_PLUGIN_FROM_BIN "../lib/turboquant"
 #endif
@@ -51,26 +50,11 @@ static bool find_plugin(char out[PATH_MAX])
     return tool_join(out, folder, TQ_PLUGIN_FROM_BIN, PLUGIN_NAME) && access(out, R_OK) == 0;
 }
 
-static bool find_in_path(char out[PATH_MAX], const char *name)
-{
-    const char *path = getenv("PATH");
-    while (path && *path) {
-        int length = (int)strcspn(path, ":");
-        int n = snprintf(out, PATH_MAX, "%.*s/%s", length, path, name);
-        if (length > 0 && n < PATH_MAX && access(out, X_OK) == 0) return true;
-        path += length + (path[length] == ':');
-    }
-    return false;
-}
-
 static bool find_tool(char out[PATH_MAX], const request *r)
 {
     char name[64], folder[PATH_MAX];
     snprintf(name, sizeof name, "llama-%s", r->tool);
-    const char *given = r->llama_bin ? r->llama_bin : getenv("TQ_LLAMA_BIN");
-    if (given) return tool_join(out, given, "", name) && access(out, X_OK) == 0;
-    if (tool_own_folder(folder) && tool_join(out, folder, BUILT_LLAMA_BIN, name) && access(out, X_OK) == 0) return true;
-    return find_in_path(out, name);
+    return tool_find_llama(folder, r->llama_bin, name) && tool_join(out, folder, "", name);
 }
 
 static bool has_option(const request *r, const char *a, const char *b, const char *c)

@@ -16,11 +16,20 @@ int cmd_distortion(int argc, char **argv);
 int cmd_presets(int argc, char **argv);
 int cmd_run(int argc, char **argv);
 int cmd_eval(int argc, char **argv);
+int cmd_bench(int argc, char **argv);
 
 /* The folder of this executable, without a slash at its end. */
 bool tool_own_folder(char *out);
 /* "folder/name" or "folder/middle/name" to out, of PATH_MAX bytes, as tool_own_folder's; false if it is too long. */
 bool tool_join(char *out, const char *folder, const char *middle, const char *name);
+
+/*
+ * The folder of llama.cpp's programs, to out, of PATH_MAX bytes: the one given, $TQ_LLAMA_BIN, the one that this project built
+ * them in, or one of $PATH. False if it has no program `name` ("": any).
+ */
+bool tool_find_llama(char *out, const char *given, const char *name);
+/* Processors that are online. */
+int32_t tool_n_cpus(void);
 
 /* One line on standard error after "tq: "; returns `code`. */
 #if defined(__GNUC__)
