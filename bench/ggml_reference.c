@@ -13,32 +13,32 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
-#define GGML_FUNCTIONS(X)              \
-    X(ggml_init)                       \
-    X(ggml_free)                       \
-    X(ggml_tensor_overhead)            \
-    X(ggml_graph_overhead)             \
-    X(ggml_new_tensor_2d)              \
-    X(ggml_new_tensor_3d)              \
-    X(ggml_view_3d)                    \
-    X(ggml_permute)                    \
-    X(ggml_row_size)                   \
-    X(ggml_type_name)                  \
-    X(ggml_flash_attn_ext)             \
-    X(ggml_new_graph)                  \
-    X(ggml_build_forward_expand)       \
-    X(ggml_nbytes)                     \
-    X(ggml_quantize_chunk)             \
-    X(ggml_fp32_to_fp16_row)           \
-    X(ggml_log_set)                    \
-    X(ggml_backend_load_all)           \
-    X(ggml_backend_init_by_type)       \
-    X(ggml_backend_get_device)         \
-    X(ggml_backend_dev_backend_reg)    \
+#define GGML_FUNCTIONS(X)                \
+    X(ggml_init)                         \
+    X(ggml_free)                         \
+    X(ggml_tensor_overhead)              \
+    X(ggml_graph_overhead)               \
+    X(ggml_new_tensor_2d)                \
+    X(ggml_new_tensor_3d)                \
+    X(ggml_view_3d)                      \
+    X(ggml_permute)                      \
+    X(ggml_row_size)                     \
+    X(ggml_type_name)                    \
+    X(ggml_flash_attn_ext)               \
+    X(ggml_new_graph)                    \
+    X(ggml_build_forward_expand)         \
+    X(ggml_nbytes)                       \
+    X(ggml_quantize_chunk)               \
+    X(ggml_fp32_to_fp16_row)             \
+    X(ggml_log_set)                      \
+    X(ggml_backend_load_all)             \
+    X(ggml_backend_init_by_type)         \
+    X(ggml_backend_get_device)           \
+    X(ggml_backend_dev_backend_reg)      \
     X(ggml_backend_reg_get_proc_address) \
-    X(ggml_backend_alloc_ctx_tensors)  \
-    X(ggml_backend_buffer_free)        \
-    X(ggml_backend_graph_compute)      \
+    X(ggml_backend_alloc_ctx_tensors)    \
+    X(ggml_backend_buffer_free)          \
+    X(ggml_backend_graph_compute)        \
     X(ggml_backend_free)
 
 static struct {
@@ -73,7 +73,7 @@ static bool load_ggml(const char *library, char *why)
         return false;
     }
     const char *missing = NULL;
-#define X(name)                                         \
+#define X(name)                                          \
     *(void **)(void *)&ggml.name = dlsym(handle, #name); \
     if (!ggml.name) missing = #name;
     GGML_FUNCTIONS(X)
@@ -135,9 +135,9 @@ static void build(reference *r, enum ggml_type type)
         r->keys[i] = ggml.ggml_new_tensor_2d(context, type, n_embd, c->n_ctx);
         r->values[i] = ggml.ggml_new_tensor_2d(context, type, n_embd, c->n_ctx);
         r->graphs[i] = ggml.ggml_new_graph(context);
-        struct ggml_tensor *out = ggml.ggml_flash_attn_ext(
-            context, ggml.ggml_permute(context, r->q, 0, 2, 1, 3), view_heads(context, r->keys[i], c),
-            view_heads(context, r->values[i], c), r->mask, c->softmax_scale, 0.0f, 0.0f);
+        struct ggml_tensor *out =
+            ggml.ggml_flash_attn_ext(context, ggml.ggml_permute(context, r->q, 0, 2, 1, 3), view_heads(context, r->keys[i], c),
+                                     view_heads(context, r->values[i], c), r->mask, c->softmax_scale, 0.0f, 0.0f);
         /* All layers write to the tensor of the first: a result of one call is read before the next. */
         if (i == 0)
             r->out = out;

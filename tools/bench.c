@@ -10,8 +10,10 @@
 
 static const char help[] =
     "usage: tq bench attention|prefill|encode [OPTIONS]\n\n"
-    "Time one layer's attention of one new token (attention) or of a batch of tokens (prefill) over a cache of N tokens, or the\n"
-    "encoding of vectors, with our formats and, through the unpatched ggml of llama.cpp, with its cache types. All run in turns\n"
+    "Time one layer's attention of one new token (attention) or of a batch of tokens (prefill) over a cache of N tokens, or "
+    "the\n"
+    "encoding of vectors, with our formats and, through the unpatched ggml of llama.cpp, with its cache types. All run in "
+    "turns\n"
     "on the same random data, each time on another layer's copy, so that nothing is in a CPU cache.\n\n"
     "  --n-head H --n-head-kv K --head-dim D   (40, 8, 128)\n"
     "  --context N           tokens in the cache (8192)\n"
@@ -22,8 +24,10 @@ static const char help[] =
     "  --repeats N           (15; prefill: 5)\n"
     "  --llama-bin DIR       where llama.cpp's programs are\n"
     "  --json                an object: cpu, threads, shape, read_gb_per_s, rows\n\n"
-    "A row has the median, least and largest time in microseconds, the bytes of the cache and how fast they were read, as a share\n"
-    "of the speed at which this machine reads memory, the ratio to the time with f16 (above 1: faster), and the relative error of\n"
+    "A row has the median, least and largest time in microseconds, the bytes of the cache and how fast they were read, as a "
+    "share\n"
+    "of the speed at which this machine reads memory, the ratio to the time with f16 (above 1: faster), and the relative error "
+    "of\n"
     "the output against f16's. For encode the times are those of one vector, the ratio is to ggml's q8_0.\n"
     "TQ_CPU=avx2 (or scalar) limits ours to that instruction set.\n";
 
@@ -178,7 +182,8 @@ static int run_attention(const request *r)
     int n = 0, code = bench_data_init(&data, &r->shape, r->llama_bin);
     double bandwidth = code ? 0 : bench_read_bandwidth(&data);
     if (!code && !data.module && strcmp(r->baselines, "none") != 0)
-        fprintf(stderr, "tq: ggml was not found, so there are no baselines; 'make deps' builds llama.cpp, or give --llama-bin\n");
+        fprintf(stderr,
+                "tq: ggml was not found, so there are no baselines; 'make deps' builds llama.cpp, or give --llama-bin\n");
     if (!code && data.module && strcmp(r->baselines, "none") != 0) code = open_list(cases, &n, &data, r->baselines, true);
     if (!code) code = open_list(cases, &n, &data, r->formats, false);
     if (!code) code = time_cases(rows, cases, n, &data);
@@ -256,14 +261,19 @@ static int check(const request *r)
 
 int cmd_bench(int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"n-head", required_argument, NULL, 'H'},    {"n-head-kv", required_argument, NULL, 'K'},
-        {"head-dim", required_argument, NULL, 'd'},  {"context", required_argument, NULL, 'c'},
-        {"n-query", required_argument, NULL, 'q'},   {"threads", required_argument, NULL, 't'},
-        {"formats", required_argument, NULL, 'f'},   {"baselines", required_argument, NULL, 'b'},
-        {"repeats", required_argument, NULL, 'r'},   {"llama-bin", required_argument, NULL, 'l'},
-        {"json", no_argument, NULL, 'j'},            {"help", no_argument, NULL, 'h'},
-        {0}};
+    static const struct option options[] = {{"n-head", required_argument, NULL, 'H'},
+                                            {"n-head-kv", required_argument, NULL, 'K'},
+                                            {"head-dim", required_argument, NULL, 'd'},
+                                            {"context", required_argument, NULL, 'c'},
+                                            {"n-query", required_argument, NULL, 'q'},
+                                            {"threads", required_argument, NULL, 't'},
+                                            {"formats", required_argument, NULL, 'f'},
+                                            {"baselines", required_argument, NULL, 'b'},
+                                            {"repeats", required_argument, NULL, 'r'},
+                                            {"llama-bin", required_argument, NULL, 'l'},
+                                            {"json", no_argument, NULL, 'j'},
+                                            {"help", no_argument, NULL, 'h'},
+                                            {0}};
     static char formats[] = "tq8,tq4,tq3,tq2,tt4,tt3,tt2,TQ6,TQ4,TQ3,TQ2", codecs[] = "tq8,tq4,tq3,tq2,tt4,tt3,tt2";
     static char baselines[] = "f16,q8_0,q4_0";
     request r = {.baselines = baselines, .shape = {.n_head = 40, .n_head_kv = 8, .head_dim = 128, .n_ctx = 8192}};

@@ -114,10 +114,18 @@ static int open_reference(bench_case *c, const bench_data *data)
     const bench_shape *s = &data->shape;
     char why[256];
     c->n_layers = layers_for((size_t)(s->n_ctx * s->n_head_kv * s->head_dim) * 2);
-    reference_case r = {.type = c->name, .n_head = (int32_t)s->n_head, .n_head_kv = (int32_t)s->n_head_kv,
-                        .head_dim = s->head_dim, .n_layers = c->n_layers, .n_threads = (int32_t)s->n_threads,
-                        .n_ctx = s->n_ctx, .n_query = s->n_query, .softmax_scale = data->softmax_scale,
-                        .k = data->k, .v = data->v, .q = data->q};
+    reference_case r = {.type = c->name,
+                        .n_head = (int32_t)s->n_head,
+                        .n_head_kv = (int32_t)s->n_head_kv,
+                        .head_dim = s->head_dim,
+                        .n_layers = c->n_layers,
+                        .n_threads = (int32_t)s->n_threads,
+                        .n_ctx = s->n_ctx,
+                        .n_query = s->n_query,
+                        .softmax_scale = data->softmax_scale,
+                        .k = data->k,
+                        .v = data->v,
+                        .q = data->q};
     c->reference = data->module->open(data->ggml_library, &r, why);
     if (!c->reference) return tool_error(1, "%s", why);
     c->bytes = data->module->bytes(c->reference);
@@ -262,7 +270,8 @@ typedef struct reading {
 static void read_part(void *arg, int32_t i_thread, int32_t n_threads)
 {
     reading *r = arg;
-    size_t begin = r->n_words * (size_t)i_thread / (size_t)n_threads, end = r->n_words * (size_t)(i_thread + 1) / (size_t)n_threads;
+    size_t begin = r->n_words * (size_t)i_thread / (size_t)n_threads,
+           end = r->n_words * (size_t)(i_thread + 1) / (size_t)n_threads;
     uint64_t a = 0, b = 0, c = 0, d = 0;
     for (size_t i = begin; i + 4 <= end; i += 4) {
         a += r->words[i];

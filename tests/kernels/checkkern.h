@@ -59,6 +59,7 @@ typedef struct op {
     void (*setup)(env *e);
     void (*reset)(env *e, int which); /* put out[which] into the state that run expects; may be NULL */
     void (*run)(env *e, const tq_kernels *kernels, int which);
+    double bytes_bound; /* if not 0, the bound for formats of 8-bit values, for which sums may be made of 16-bit factors */
 } op;
 
 /* The operations; the table and its tolerances are in checkkern.c. */

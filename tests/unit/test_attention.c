@@ -15,7 +15,8 @@
 #include "cache/store.h"
 #include "kv_test.h"
 
-#define TOLERANCE 2e-4
+/* Factors of 16 bits are off by 1e-5 of |q| |k|, which is a logit of some tens here. */
+#define TOLERANCE 5e-4
 
 typedef enum mask_kind { MASK_NONE, MASK_F16, MASK_F32, MASK_F16_PER_HEAD, MASK_F32_PER_HEAD } mask_kind;
 

@@ -30,6 +30,7 @@ TQ_INLINE void accumulate_tile(int source, int n_group, int n_row, const tables 
     }
     const uint8_t *codes = v->codes;
     for (int64_t i = 0; i < n; i++, codes += v->stride_bytes) {
+        if (source != SOURCE_F32 && d == 0) prefetch_ahead(codes, v->stride_bytes);
         vec y[TILE_VECS];
         TQ_UNROLL
         for (int g = 0; g < n_group; g++) expand_group(source, t, codes, d + g * GROUP, y + g * GROUP_VECS);
@@ -92,6 +93,14 @@ void TQ_ISA(accumulate_f32)(const float *y, int32_t width, int64_t n, const floa
     }
 }
 
+/* out[i] = p[i] * scales[i] */
+TQ_INLINE void scale_weights(const float *p, const uint16_t *scales, int64_t n, float *out)
+{
+    int64_t i = 0;
+    for (; i + VEC_LANES <= n; i += VEC_LANES) vec_store(out + i, vec_mul(vec_load(p + i), vec_load_half(scales + i)));
+    for (; i < n; i++) out[i] = p[i] * float_from_half(scales[i]);
+}
+
 typedef void (*expand_fn)(const tq_codec *codec, tq_block block, int64_t n, float *y);
 
 static void accumulate_expanded(expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *p,
@@ -104,14 +113,6 @@ static void accumulate_expanded(expand_fn expand, const tq_codec *codec, tq_bloc
         expand(codec, tq_block_at(codec, block, i), m, y);
         TQ_ISA(accumulate_f32)(y, codec->width, m, p + i, p_stride, n_row, acc);
     }
-}
-
-/* out[i] = p[i] * scales[i] */
-TQ_INLINE void scale_weights(const float *p, const uint16_t *scales, int64_t n, float *out)
-{
-    int64_t i = 0;
-    for (; i + VEC_LANES <= n; i += VEC_LANES) vec_store(out + i, vec_mul(vec_load(p + i), vec_load_half(scales + i)));
-    for (; i < n; i++) out[i] = p[i] * float_from_half(scales[i]);
 }
 
 TQ_INLINE void accumulate_fused(int source, int n_row, const tq_codec *codec, tq_block block, int64_t n, const float *p,
@@ -133,7 +134,7 @@ TQ_INLINE void accumulate_fused(int source, int n_row, const tq_codec *codec, tq
     }
 }
 
-TQ_INLINE void accumulate_format(int source, expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *p,
+TQ_INLINE void accumulate_floats(int source, expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *p,
                                  int64_t p_stride, int64_t n_row, float *acc)
 {
     switch (n_row) {
@@ -155,6 +156,22 @@ TQ_INLINE void accumulate_format(int source, expand_fn expand, const tq_codec *c
         accumulate_expanded(expand, codec, block, n, p, p_stride, n_row, acc);
         break;
     }
+}
+
+#ifdef HAS_WORDS
+#include "kernels/simd/accumulate_words.h"
+#endif
+
+TQ_INLINE void accumulate_format(int source, expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *p,
+                                 int64_t p_stride, int64_t n_row, float *acc)
+{
+#ifdef HAS_WORDS
+    if (source_is_bytes(source) && codec->width <= WORD_WIDTH_MAX && n >= WORD_VECTORS_MIN) {
+        accumulate_words(source, expand, codec, block, n, p, p_stride, n_row, acc);
+        return;
+    }
+#endif
+    accumulate_floats(source, expand, codec, block, n, p, p_stride, n_row, acc);
 }
 
 #define ACCUMULATE(name, source)                                                                                       \

@@ -32,6 +32,12 @@ TQ_INLINE int source_trellis_bits(int source)
     return source == TQ_FORMAT_TT4 ? 4 : source == TQ_FORMAT_TT3 ? 3 : source == TQ_FORMAT_TT2 ? 2 : 0;
 }
 
+/* Are its values, the scale left out, integers of 8 bits? */
+TQ_INLINE int source_is_bytes(int source)
+{
+    return source == TQ_FORMAT_TQ8 || source_trellis_bits(source) > 0;
+}
+
 /* 8 bytes of a circle of n >= 8 bytes. */
 TQ_INLINE uint64_t load_circular(const uint8_t *circle, int32_t n, int32_t at)
 {
@@ -51,6 +57,16 @@ TQ_INLINE int next_rows(int64_t n_row, int tile_rows)
 {
     int64_t n_tiles = (n_row + tile_rows - 1) / tile_rows;
     return (int)((n_row + n_tiles - 1) / n_tiles);
+}
+
+/*
+ * Ask for the codes that are read PREFETCH_BYTES later. A cache streams from memory only once per token and layer, in runs of
+ * some KiB, which hardware prefetchers learn too late; beyond the end of a run a line or two are asked for in vain.
+ */
+enum { PREFETCH_BYTES = 2048 };
+TQ_INLINE void prefetch_ahead(const uint8_t *codes, size_t n_bytes)
+{
+    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(codes + PREFETCH_BYTES + at, 0, 3);
 }
 
 /* Floats of the buffer on the stack that codes are expanded into where registers do not do: within L1. */

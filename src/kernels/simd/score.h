@@ -20,6 +20,7 @@ TQ_INLINE void score_tile(int source, int n_vector, int n_row, const tables *t, 
                           float *s, int64_t s_stride)
 {
     const uint8_t *codes = v->codes + (size_t)first * v->stride_bytes;
+    if (source != SOURCE_F32) prefetch_ahead(codes, (size_t)n_vector * v->stride_bytes);
     vec sum[TILE_VECTORS][TILE_ROWS];
     TQ_UNROLL
     for (int i = 0; i < n_vector; i++) {
@@ -44,8 +45,8 @@ TQ_INLINE void score_tile(int source, int n_vector, int n_row, const tables *t, 
     for (int r = 0; r < n_row; r++) {
         float *out = s + r * s_stride + first;
         if (n_vector == TILE_VECTORS) {
-            vec4 sums = vec_sum4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
-            vec4_store(out, source_has_scale(source) ? vec4_mul(sums, vec4_load_half(v->scales + first)) : sums);
+            vec4 dots = vec_sum4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
+            vec4_store(out, source_has_scale(source) ? vec4_mul(dots, vec4_load_half(v->scales + first)) : dots);
         } else {
             float scale = source_has_scale(source) ? float_from_half(v->scales[first]) : 1.0f;
             out[0] = vec_sum(sum[0][r]) * scale;
@@ -96,6 +97,10 @@ void TQ_ISA(score_f32)(const float *y, int32_t width, int64_t n, const float *q,
     }
 }
 
+#ifdef HAS_WORDS
+#include "kernels/simd/score_words.h"
+#endif
+
 typedef void (*expand_fn)(const tq_codec *codec, tq_block block, int64_t n, float *y);
 
 static void score_expanded(expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *q, int64_t n_row,
@@ -114,6 +119,11 @@ TQ_INLINE void score_format(int source, expand_fn expand, const tq_codec *codec,
                             int64_t n_row, float *s, int64_t s_stride)
 {
     const vectors v = {block.codes, block.scales, codec->code_bytes, codec->width};
+#ifdef HAS_WORDS
+    if (source_is_bytes(source) && codec->width <= WORD_WIDTH_MAX && n >= WORD_VECTORS_MIN &&
+        score_words(source, codec, &v, n, q, n_row, s, s_stride))
+        return;
+#endif
     const tables t = tables_init(source, codec);
     switch (n_row) {
     case 1:

@@ -8,6 +8,11 @@
 
 typedef __m128 vec4;
 
+TQ_INLINE vec4 vec4_set1(float x)
+{
+    return _mm_set1_ps(x);
+}
+
 TQ_INLINE vec4 vec4_mul(vec4 a, vec4 b)
 {
     return _mm_mul_ps(a, b);
