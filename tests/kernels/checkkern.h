@@ -52,14 +52,14 @@ typedef struct env {
 
 typedef struct op {
     const char *name;
-    size_t offset;   /* of its pointer in tq_format_kernels or tq_kernels */
-    bool has_format; /* an entry of tq_format_kernels */
-    bool has_rows;   /* depends on n_row */
-    double bound;    /* of the error relative to the norm; 0: the same bits */
+    size_t offset;      /* of its pointer in tq_format_kernels or tq_kernels */
+    bool has_format;    /* an entry of tq_format_kernels */
+    bool has_rows;      /* depends on n_row */
+    double bound;       /* of the error relative to the norm; 0: the same bits */
+    double bytes_bound; /* the same for formats of 8-bit values, whose sums may be of 16-bit factors */
     void (*setup)(env *e);
     void (*reset)(env *e, int which); /* put out[which] into the state that run expects; may be NULL */
     void (*run)(env *e, const tq_kernels *kernels, int which);
-    double bytes_bound; /* if not 0, the bound for formats of 8-bit values, for which sums may be made of 16-bit factors */
 } op;
 
 /* The operations; the table and its tolerances are in checkkern.c. */
