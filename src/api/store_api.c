@@ -205,6 +205,11 @@ tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_pa
         tq_log(TQ_LOG_ERROR, "%s: settle: nothing is staged", to->label);
         return TQ_ERR_ARGUMENT;
     }
+    if (stage->is_plain) {
+        tq_log(TQ_LOG_ERROR, "%s: settle: slots of %s are encoded already, which the stage does not hold", to->label,
+               from->label);
+        return TQ_ERR_ARGUMENT;
+    }
     if (to->codec.head_dim != from->codec.head_dim || to->n_head_kv != from->n_head_kv || to->n_slots != from->n_slots) {
         tq_log(TQ_LOG_ERROR, "%s: settle: it has another shape than %s, which the rows were staged for", to->label,
                from->label);
@@ -254,7 +259,7 @@ static tq_status check_stage(const tq_store *store, const tq_stage *stage, const
 /* exact has room for TQ_EXACT_MAX entries and must outlive the view. */
 static tq_kv_view view_of(const tq_store *store, const tq_stage *stage, int64_t n_col, tq_exact_entry *exact)
 {
-    if (stage) return tq_stage_view(stage);
+    if (stage && !stage->is_plain) return tq_stage_view(stage);
     return tq_store_view(store, exact, tq_store_list_exact(store, n_col, exact));
 }
 

@@ -54,12 +54,13 @@ static int32_t group_length(const tq_rows_in *in, const tq_encode_job *jobs, int
 }
 
 /* The reference of a column in the plain basis. */
-static void read_reference(const tq_page_view *pages, const tq_codec *codec, int32_t head, int64_t column, float *x)
+static void read_reference(const tq_kernels *kernels, const tq_page_view *pages, const tq_codec *codec, int32_t head,
+                           int64_t column, float *x)
 {
-    tq_block block = tq_page_view_refs(pages, codec, head, column);
-    float working[TQ_HEAD_DIM_MAX];
-    tq_vector_expand(pages->ref_codec, block.codes, block.scales, working);
-    tq_vector_finish(pages->ref_codec, working, x);
+    const tq_format_kernels *format = &kernels->format[pages->ref_codec->traits->format];
+    _Alignas(64) float working[TQ_HEAD_DIM_MAX];
+    format->expand(pages->ref_codec, tq_page_view_refs(pages, codec, head, column), 1, working);
+    format->finish(pages->ref_codec, working, 1, x);
 }
 
 /* x [n, head_dim], the columns from `column` on, to what is coded of them. */
@@ -71,8 +72,8 @@ static void to_coded(const tq_rows_in *in, int32_t head, int64_t column, int32_t
         for (int32_t i = 0; i < n; i++) tq_scale_channels(steps, 1, head_dim, x + i * head_dim);
     }
     if (!in->pages.ref_codec) return;
-    float reference[TQ_HEAD_DIM_MAX];
-    read_reference(&in->pages, in->codec, head, column, reference);
+    _Alignas(64) float reference[TQ_HEAD_DIM_MAX];
+    read_reference(in->kernels, &in->pages, in->codec, head, column, reference);
     for (int32_t i = 0; i < n; i++) {
         for (int32_t j = 0; j < head_dim; j++) x[i * head_dim + j] -= reference[j];
     }
@@ -130,8 +131,8 @@ static void read_encoded(const tq_kernels *kernels, const tq_kv_view *view, int3
     format->finish(view->codec, working, n, x);
     int32_t head_dim = view->codec->head_dim;
     if (view->pages.ref_codec) {
-        float reference[TQ_HEAD_DIM_MAX];
-        read_reference(&view->pages, view->codec, head, column, reference);
+        _Alignas(64) float reference[TQ_HEAD_DIM_MAX];
+        read_reference(kernels, &view->pages, view->codec, head, column, reference);
         for (int64_t i = 0; i < n * head_dim; i++) x[i] += reference[i % head_dim];
     }
     if (!view->channel_steps) return;

@@ -157,7 +157,9 @@ tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *s
     stage->n_rows = n;
     if (n > 0) memcpy(stage->slots, slots, (size_t)n * sizeof *slots);
     player p = {.stage = stage};
-    play_store(&p);
+    /* A token that is decoded on its own. Before anything is encoded the stage may have to fill another store. */
+    stage->is_plain = n <= 1 && tq_store_header_of(store)->channels != TQ_CHANNELS_OPEN;
+    if (!stage->is_plain) play_store(&p);
     for (int32_t i = 0; i < n; i++) {
         stage->index[i] = slots[i] < 0 ? 0 : play_row(&p, slots[i], i);
         if (slots[i] >= 0) copy_row(stage, rows + i * row_stride, stage->index[i]);

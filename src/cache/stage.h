@@ -18,6 +18,7 @@ typedef struct tq_stage_push {
 struct tq_stage {
     const tq_store *store; /* NULL: nothing is staged */
     bool is_settled;
+    bool is_plain; /* one row sees the store as it is once that is written: nothing else is held */
     int64_t n_rows;
     int32_t n_exact, n_pushes;
     /* Parts of memory. */
@@ -36,7 +37,7 @@ tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *s
                         int64_t row_stride);
 /* Write all that the stage holds, the batch and what was exact before it, to another, empty store, which it then belongs to. */
 void tq_stage_replay(tq_stage *stage, tq_store *to, const tq_executor *executor);
-/* The store's view with the stage's exact vectors. */
+/* The store's view with the stage's exact vectors. Not for plain ones. */
 tq_kv_view tq_stage_view(const tq_stage *stage);
 
 #endif

@@ -118,9 +118,10 @@ static bool balance_head(const tq_store *store, int32_t head, const tq_window *w
 static double window_error(const tq_store *store, int32_t head, const tq_window *window)
 {
     const tq_codec *codec = &store->codec;
+    const tq_format_kernels *format = &store->kernels->format[codec->traits->format];
     int32_t head_dim = codec->head_dim;
     const int8_t *steps = tq_store_view(store, NULL, 0).channel_steps;
-    float mean[TQ_HEAD_DIM_MAX], x[TQ_HEAD_DIM_MAX], decoded[TQ_HEAD_DIM_MAX], working[TQ_WIDTH_MAX];
+    _Alignas(64) float mean[TQ_HEAD_DIM_MAX], x[TQ_HEAD_DIM_MAX], decoded[TQ_HEAD_DIM_MAX], working[TQ_WIDTH_MAX];
     uint8_t codes[TQ_CODE_BYTES_MAX];
     uint16_t scales[TQ_SCALES_MAX];
     window_mean(window, head, head_dim, mean);
@@ -131,9 +132,9 @@ static double window_error(const tq_store *store, int32_t head, const tq_window 
             for (int32_t j = 0; j < head_dim; j++) x[j] -= mean[j];
         }
         if (steps) tq_scale_channels(steps + (size_t)head * (size_t)head_dim, 1, head_dim, x);
-        tq_vector_encode(codec, x, codes, scales);
-        tq_vector_expand(codec, codes, scales, working);
-        tq_vector_finish(codec, working, decoded);
+        format->encode(codec, x, head_dim, 1, (tq_block){codes, scales});
+        format->expand(codec, (tq_block){codes, scales}, 1, working);
+        format->finish(codec, working, 1, decoded);
         for (int32_t j = 0; j < head_dim; j++) sum += (double)(x[j] - decoded[j]) * (double)(x[j] - decoded[j]);
     }
     return sum / ((double)window->n * head_dim);
@@ -196,6 +197,7 @@ void tq_store_set_reference(tq_store *store, int64_t slot, const tq_window *wind
         if (view.channel_steps) {
             tq_scale_channels(view.channel_steps + (size_t)head * (size_t)head_dim, 1, head_dim, mean);
         }
-        tq_vector_encode(&store->ref_codec, mean, reference.codes, reference.scales);
+        const tq_codec *codec = &store->ref_codec;
+        store->kernels->format[codec->traits->format].encode(codec, mean, head_dim, 1, reference);
     }
 }
