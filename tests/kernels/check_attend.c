@@ -70,6 +70,16 @@ void run_score_f32(env *e, const tq_kernels *kernels, int which)
                        e->shape.n + e->shape.gap);
 }
 
+/*
+ * What the error of a term y_j * weight is relative to: y_j, or where weights are rounded by the largest among them, and so
+ * disturb all of a vector alike, its root mean square if that is more.
+ */
+static double size_of_value(const env *e, const float *y, double rms, int64_t j)
+{
+    bool is_bytes = has_codes(e) && e->codec->traits->n_scales == 1 && !e->codec->traits->codebook;
+    return is_bytes ? fmax(fabs((double)y[j]), rms) : fabs((double)y[j]);
+}
+
 /* Softmax weights in in[2]; the error of a sum is relative to what its terms can add up to. */
 void setup_accumulate(env *e)
 {
@@ -84,8 +94,12 @@ void setup_accumulate(env *e)
     for (int64_t i = 0; i < n; i++) {
         float buffer[TQ_WIDTH_MAX];
         const float *y = expanded(e, i, buffer);
-        for (int64_t j = 0; j < n_row * width; j++)
-            e->norm[j] += (double)p[j / width * p_stride + i] * fabs((double)y[j % width]);
+        double square = 0.0;
+        for (int64_t j = 0; j < width; j++) square += (double)y[j] * (double)y[j];
+        for (int64_t j = 0; j < n_row * width; j++) {
+            double size = size_of_value(e, y, sqrt(square / (double)width), j % width);
+            e->norm[j] += (double)p[j / width * p_stride + i] * size;
+        }
     }
     e->has_norms = true;
 }

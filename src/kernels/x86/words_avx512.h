@@ -104,10 +104,11 @@ TQ_INLINE words words_repeat(const words *least, const uint16_t *stored, int bit
 }
 
 #define HAS_WORDS 1
-#define WORD_GROUP 64       /* values that expand_words makes at once */
-#define WORD_GROUP_REGS 2   /* and the registers that hold them */
-#define WORD_TILE_VECTORS 4 /* of a tile of score_words ... */
-#define WORD_TILE_ROWS 5    /* ... by so many rows: 20 accumulators */
+#define WORD_GROUP 64        /* values that expand_words makes at once */
+#define WORD_GROUP_REGS 2    /* and the registers that hold them */
+#define WORD_SCORE_VECTORS 4 /* of a tile of score_words ... */
+#define WORD_SCORE_ROWS 5    /* ... by so many rows: 20 accumulators */
+#define WORD_TILE_ROWS 5     /* of a tile of accumulate_words: 20 accumulators */
 
 /* Sums of products of words, in 32 bits. */
 typedef __m512i sums;
