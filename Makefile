@@ -29,10 +29,11 @@ test:  ## everything, with sanitizers and stock llama.cpp; the first run builds 
 	$(PYTHON) tests/run_all.py
 
 .PHONY: bench
-bench: deps all  ## speed of each kernel on each instruction set, then of llama-bench with f16, TQ6, TQ4 and TQ3
-	build/release/tests/checkkern --bench
+bench: deps all  ## speed: kernels, attention beside ggml's, then llama-bench at depths 0 to 8192; an hour
+	build/release/tests/checkkern --bench --csv >build/bench-kernels.csv
+	$(PYTHON) bench/attention.py --csv build/bench-attention.csv --plot build/bench-attention.svg
 	$(PYTHON) bench/speed.py --llama-bin $(TQ_DEPS_DIR)/llama-bin --plugin build/release/libggml-turboquant.so \
-	  --model $(TQ_DEPS_DIR)/models/SmolLM2-135M-Instruct.Q4_1.gguf --configs f16,TQ6,TQ4,TQ3 --csv build/bench.csv
+	  --model $(TQ_DEPS_DIR)/models/SmolLM2-135M-Instruct.Q4_1.gguf --once q8_0,q4_0 --csv build/bench.csv
 
 .PHONY: format
 format:  ## clang-format of all C files

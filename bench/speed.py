@@ -50,11 +50,12 @@ def main():
     p.add_argument("--plugin", required=True, help="libggml-turboquant.so")
     p.add_argument("--model", required=True, help="a GGUF file")
     p.add_argument("--configs", default="f16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2")
-    p.add_argument("--depths", default="0,4096")
+    p.add_argument("--depths", default="0,1024,4096,8192")
     p.add_argument("--n-prompt", type=int, default=512)
     p.add_argument("--n-gen", type=int, default=32)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--once", default="", help="configurations that are measured in the first round alone, because they are slow")
     p.add_argument("--csv", help="write the rows here")
     a = p.parse_args()
 
@@ -62,19 +63,17 @@ def main():
     configs = configurations(a.configs.split(","))
     samples, commands = {}, {}
     start = time.time()
-    total = a.rounds * len(configs)
-    for i_round in range(a.rounds):
-        for i, (name, extra) in enumerate(configs.items()):
-            args = ["-m", a.model, "-t", str(a.threads), "-fa", "1", "-p", str(a.n_prompt), "-n", str(a.n_gen), "-d", a.depths,
-                    "-r", "1", "-o", "json"] + extra
-            for row in run_once(bench, args, a.plugin):
-                key = (name, "prefill" if row["n_prompt"] else "decode", row["n_depth"])
-                samples.setdefault(key, []).append(row["avg_ts"])
-            shown = ["-m", os.path.basename(a.model)] + args[2:]
-            commands[name] = "llama-bench " + " ".join(shown)
-            done = i_round * len(configs) + i + 1
-            left = (time.time() - start) / done * (total - done)
-            print(f"[{done}/{total}] {name}, about {left:.0f} s left", file=sys.stderr)
+    turns = [name for i_round in range(a.rounds) for name in configs if i_round == 0 or name not in a.once.split(",")]
+    for done, name in enumerate(turns, 1):
+        args = ["-m", a.model, "-t", str(a.threads), "-fa", "1", "-p", str(a.n_prompt), "-n", str(a.n_gen), "-d", a.depths,
+                "-r", "1", "-o", "json"] + configs[name]
+        for row in run_once(bench, args, a.plugin):
+            key = (name, "prefill" if row["n_prompt"] else "decode", row["n_depth"])
+            samples.setdefault(key, []).append(row["avg_ts"])
+        shown = ["-m", os.path.basename(a.model)] + args[2:]
+        commands[name] = "llama-bench " + " ".join(shown)
+        left = (time.time() - start) / done * (len(turns) - done)
+        print(f"[{done}/{len(turns)}] {name}, about {left:.0f} s left", file=sys.stderr)
 
     rows = []
     for (name, test, depth), values in sorted(samples.items(), key=lambda kv: (kv[0][1], kv[0][2])):

@@ -9,7 +9,7 @@ import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import BUILD, main  # noqa: E402
+from harness import BUILD, DEPS, main  # noqa: E402
 
 TQ = BUILD / "tq"
 TOOLS = Path(__file__).resolve().parent / "consumer"  # has an executable llama-bench
@@ -70,6 +70,46 @@ class Figures(unittest.TestCase):
         self.assertTrue(4.25 < presets["TQ4"]["bits_per_value"] < 5)
 
 
+class Bench(unittest.TestCase):
+    """What tq bench reports, on shapes that take no time. How fast it is, is no test."""
+    SMALL = ("--n-head", "4", "--n-head-kv", "2", "--head-dim", "64", "--threads", "2", "--repeats", "2")
+    KEYS = {"name", "us_median", "us_min", "us_max", "bytes", "gb_per_s", "bandwidth_share", "ratio_vs_f16", "error"}
+
+    def test_attention(self):
+        result = tq_json("bench", "attention", *self.SMALL, "--context", "300", "--formats", "tq4,tt4/tt3,TQ4", "--baselines", "none")
+        self.assertEqual([row["name"] for row in result["rows"]], ["tq4", "tt4/tt3", "TQ4"])
+        for row in result["rows"]:
+            self.assertEqual(set(row), self.KEYS)
+            self.assertTrue(0 < row["us_min"] <= row["us_median"] <= row["us_max"])
+            self.assertAlmostEqual(row["gb_per_s"], row["bytes"] / row["us_median"] / 1000)
+            self.assertAlmostEqual(row["bandwidth_share"], row["gb_per_s"] / result["read_gb_per_s"])
+            self.assertIsNone(row["ratio_vs_f16"])
+        self.assertEqual((result["context"], result["n_query"], result["threads"]), (300, 1, 2))
+        # Codes and scales of 300 tokens, 2 heads, keys and values, and a page of bookkeeping at most.
+        self.assertTrue(0 <= result["rows"][0]["bytes"] - 300 * 2 * 2 * 34 < 4096)
+
+    @unittest.skipUnless((BUILD / "libtq-ggml-reference.so").exists() and (DEPS / "llama-bin").exists(), "no ggml here")
+    def test_same_result_as_ggml(self):
+        for what in ("attention", "prefill"):
+            result = tq_json("bench", what, *self.SMALL, "--context", "300", *(("--n-query", "70") if what == "prefill" else ()),
+                             "--formats", "tq8,tt4", "--baselines", "f16,q8_0", "--llama-bin", str(DEPS / "llama-bin"))
+            rows = {row["name"]: row for row in result["rows"]}
+            self.assertEqual((rows["f16"]["error"], rows["f16"]["ratio_vs_f16"]), (0, 1), what)
+            self.assertEqual(rows["f16"]["bytes"], 300 * 2 * 2 * 64 * 2)
+            # The errors of the codes: another mask, head or scale would give 1.
+            self.assertTrue(0 < rows["tq8"]["error"] < 0.03, rows["tq8"])
+            self.assertTrue(0.01 < rows["tt4"]["error"] < 0.2, rows["tt4"])
+
+    def test_encode(self):
+        result = tq_json("bench", "encode", "--repeats", "1", "--formats", "tq4,tt2", "--baselines", "none")
+        self.assertEqual([row["name"] for row in result["rows"]], ["tq4", "tt2"])
+
+    def test_table(self):
+        done = tq("bench", "attention", *self.SMALL, "--context", "64", "--formats", "tq4", "--baselines", "none")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("us median", done.stdout)
+
+
 class Errors(unittest.TestCase):
     def check(self, code, text, *arguments, **environment):
         done = tq(*arguments, **environment)
@@ -97,6 +137,16 @@ class Errors(unittest.TestCase):
         self.check(1, "cannot read the model", "run", "no-such-model.gguf")
         self.check(1, "TQ_PLUGIN", "run", MODEL, TQ_PLUGIN="no-such-plugin.so")
         self.check(1, "llama-completion was not found in that folder", "run", "--llama-bin", str(TOOLS), MODEL, TQ_PLUGIN=MODEL)
+
+    def test_bench(self):
+        self.check(2, "attention, prefill or encode", "bench")
+        self.check(2, "attention, prefill or encode", "bench", "x")
+        self.check(2, "multiple of --n-head-kv", "bench", "attention", "--n-head", "5", "--n-head-kv", "2")
+        self.check(2, "at most --context", "bench", "prefill", "--context", "10", "--n-query", "11")
+        self.check(2, "whole number", "bench", "attention", "--threads", "0")
+        self.check(2, "unexpected argument 'x'", "bench", "attention", "x")
+        self.check(1, "no format or preset 'tq5'", "bench", "attention", "--context", "16", "--formats", "tq5", "--baselines", "none")
+        self.check(1, "TQ_CPU", "bench", "attention", TQ_CPU="none")
 
     def test_full_device(self):
         with open("/dev/full", "w") as full:
@@ -126,7 +176,7 @@ class Run(unittest.TestCase):
 
 class Help(unittest.TestCase):
     def test_help_everywhere(self):
-        for command in ("formats", "distortion", "presets", "run"):
+        for command in ("formats", "distortion", "presets", "bench", "run"):
             done = tq(command, "--help")
             self.assertEqual(done.returncode, 0)
             self.assertIn(f"usage: tq {command}", done.stdout)
