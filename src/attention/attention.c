@@ -13,8 +13,11 @@
 #define TILE_ROWS_MAX 64
 #define TILE_FLOATS_MAX (64 * 256)      /* rows times width: what bounds the accumulators */
 #define EXPANDED_FLOATS_MAX (32 * 1024) /* columns times width, 128 KiB: a part of the L2 cache */
-#define SPLIT_COLS_MIN 256
+/* A part of the columns costs some microseconds beside the columns themselves. */
+#define SPLIT_COLS_MIN 256   /* where there would be fewer tasks than TASKS_MIN */
+#define SPLIT_COLS_LONG 2048 /* up to TASKS_WANTED */
 #define SPLITS_MAX 16
+#define TASKS_MIN 16
 #define TASKS_WANTED 64
 #define PARTIAL_FLOATS_MAX (512 * 1024) /* of all splits together: 2 MiB */
 /* Multiplications that are worth waking one more thread, some 20 us of one core. */
@@ -37,6 +40,11 @@ static int64_t min_i64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+static int64_t max_i64(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
 /* Columns that at least one token sees as far as causality and the window go. */
 static int64_t n_visible_columns(const tq_attend_plan *plan)
 {
@@ -52,7 +60,10 @@ static void plan_memory(tq_attend_plan *plan)
     size_t n = (size_t)plan->tile_rows, exact_dim = plan->values->n_exact > 0 ? (size_t)plan->head_dim_v : 0;
     plan->partial_floats = 2 * align_floats(n) + align_floats(n * (size_t)plan->width_v) + align_floats(n * exact_dim);
     int64_t n_tiles = plan->n_row_tiles * plan->n_head_kv;
-    int64_t splits = min_i64(n_visible_columns(plan) / SPLIT_COLS_MIN, TASKS_WANTED / n_tiles);
+    int64_t n_col = n_visible_columns(plan);
+    int64_t few = min_i64(n_col / SPLIT_COLS_MIN, (TASKS_MIN + n_tiles - 1) / n_tiles);
+    int64_t many = min_i64(n_col / SPLIT_COLS_LONG, TASKS_WANTED / n_tiles);
+    int64_t splits = max_i64(few, many);
     splits = min_i64(splits, PARTIAL_FLOATS_MAX / (n_tiles * (int64_t)plan->partial_floats));
     splits = min_i64(splits, SPLITS_MAX);
     plan->n_splits = splits > 1 ? (int32_t)splits : 1;

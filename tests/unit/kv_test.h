@@ -167,8 +167,11 @@ static inline double kv_reference_row(const kv_decoded *kv, const tq_attend_para
     return sum > 0 ? max + log(sum) : -INFINITY;
 }
 
-/* Does params->out (and lse) hold what the definition says, within a relative error of each row? */
-static inline bool kv_matches_reference(const kv_decoded *kv, const tq_attend_params *p, double tolerance)
+/* Of attention on 8-bit formats: factors of 16 bits are off by 1e-5 of |q| |k|, which is a logit of some tens in the tests. */
+#define KV_TOLERANCE 5e-4
+
+/* Does params->out (and lse) hold what the definition says, within that relative error of each row? */
+static inline bool kv_matches_reference(const kv_decoded *kv, const tq_attend_params *p)
 {
     double row[576];
     int32_t out_dim = p->out_dim > 0 ? p->out_dim : kv->head_dim_v;
@@ -180,10 +183,10 @@ static inline bool kv_matches_reference(const kv_decoded *kv, const tq_attend_pa
                 error += ((double)out[j] - row[j]) * ((double)out[j] - row[j]);
                 size += row[j] * row[j];
             }
-            bool good = sqrt(error) <= tolerance * (sqrt(size) + 1e-3);
+            bool good = sqrt(error) <= KV_TOLERANCE * (sqrt(size) + 1e-3);
             if (p->lse) {
                 double got = (double)p->lse[token * p->n_head + head];
-                good = good && (lse == got || fabs(lse - got) <= tolerance * (1 + fabs(lse)));
+                good = good && (lse == got || fabs(lse - got) <= KV_TOLERANCE * (1 + fabs(lse)));
             }
             if (good) continue;
             fprintf(stderr, "token %d head %d: relative error %g, lse %g\n", (int)token, (int)head, sqrt(error / size), lse);

@@ -15,9 +15,6 @@
 #include "cache/store.h"
 #include "kv_test.h"
 
-/* Factors of 16 bits are off by 1e-5 of |q| |k|, which is a logit of some tens here. */
-#define TOLERANCE 5e-4
-
 typedef enum mask_kind { MASK_NONE, MASK_F16, MASK_F32, MASK_F16_PER_HEAD, MASK_F32_PER_HEAD } mask_kind;
 
 typedef struct shape {
@@ -219,7 +216,7 @@ static void check_shape(const shape *s)
     float *out1, *lse1, *out4, *lse4;
     attend(&f, NULL, &out1, &lse1);
     kv_decoded kv = decoded(&f);
-    assert_true(kv_matches_reference(&kv, &f.params, TOLERANCE));
+    assert_true(kv_matches_reference(&kv, &f.params));
     tq_executor executor = tq_pool_executor(pool);
     attend(&f, &executor, &out4, &lse4);
     assert_memory_equal(out1, out4, f.n_out * sizeof *out1);
@@ -270,7 +267,7 @@ static void test_instruction_sets(void **state)
             float *out, *lse;
             attend(&f, NULL, &out, &lse);
             kv_decoded kv = decoded(&f);
-            assert_true(kv_matches_reference(&kv, &f.params, TOLERANCE));
+            assert_true(kv_matches_reference(&kv, &f.params));
             free(out);
             free(lse);
             fixture_deinit(&f);
