@@ -170,17 +170,6 @@ static inline double kv_reference_row(const kv_decoded *kv, const tq_attend_para
 /* Of attention on 8-bit formats: factors of 16 bits are off by 1e-5 of |q| |k|, which is a logit of some tens in the tests. */
 #define KV_TOLERANCE 5e-4
 
-/* Are n values near the expected ones, relative to the length of all of them? */
-static inline bool kv_near(const float *x, const float *expected, size_t n)
-{
-    double error = 0, size = 0;
-    for (size_t i = 0; i < n; i++) {
-        error += ((double)x[i] - (double)expected[i]) * ((double)x[i] - (double)expected[i]);
-        size += (double)expected[i] * (double)expected[i];
-    }
-    return sqrt(error) <= KV_TOLERANCE * (sqrt(size) + 1e-3);
-}
-
 /* Does params->out (and lse) hold what the definition says, within that relative error of each row? */
 static inline bool kv_matches_reference(const kv_decoded *kv, const tq_attend_params *p)
 {
