@@ -317,8 +317,8 @@ static void test_stage_equals_single_tokens(void **state)
             learner_step(&l[1], stage, slots, rows, q, first, n_batch, out[1]);
         }
         assert_memory_equal(l[0].memory, l[1].memory, l[0].bytes);
-        /* Values reach 60, and kernels for few columns do not round queries to 16 bits. */
-        for (int64_t i = 0; i < n * 2 * LEARN_ROW; i++) assert_true(fabsf(out[0][i] - out[1][i]) < 60 * 1e-4f);
+        /* Values reach 60; kernels for many query rows do not round queries to 16 bits, and |q| |k| is 160 here. */
+        for (int64_t i = 0; i < n * 2 * LEARN_ROW; i++) assert_true(fabsf(out[0][i] - out[1][i]) < 60 * (float)KV_TOLERANCE);
         for (int i = 0; i < 2; i++) learner_deinit(&l[i]);
     }
     tq_stage_free(stage);
