@@ -192,6 +192,14 @@ TQ_INLINE __m256i load_windows16(int bits, const word_tables *t, const uint8_t *
     return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(both, bytes), up), 8);
 }
 
+/* Of values 2 i and 2 i + 1 the one that a bit of the window chooses, for i < n. */
+TQ_INLINE void choose_by_bit(__m256i *value, int n, __m256i window, int bit)
+{
+    const __m256i choice = _mm256_slli_epi16(window, 7 - bit); /* the bit is the highest of each byte now */
+    TQ_UNROLL
+    for (int i = 0; i < n; i++) value[i] = _mm256_blendv_epi8(value[2 * i], value[2 * i + 1], choice);
+}
+
 /* The values of 32 windows: from each table by the lower 4 bits, and of those one by the upper 4. */
 TQ_INLINE __m256i look_up_bytes(const word_tables *t, __m256i window)
 {
@@ -199,12 +207,10 @@ TQ_INLINE __m256i look_up_bytes(const word_tables *t, __m256i window)
     TQ_UNROLL
     for (int i = 0; i < 16; i++)
         value[i] = _mm256_shuffle_epi8(_mm256_load_si256((const __m256i *)(const void *)t->windows[i]), lower);
-    TQ_UNROLL
-    for (int bit = 4; bit < 8; bit++) {
-        __m256i choice = _mm256_slli_epi16(window, 7 - bit); /* the bit in question is the highest of each byte */
-        TQ_UNROLL
-        for (int i = 0; i < 128 >> bit; i++) value[i] = _mm256_blendv_epi8(value[2 * i], value[2 * i + 1], choice);
-    }
+    choose_by_bit(value, 8, window, 4);
+    choose_by_bit(value, 4, window, 5);
+    choose_by_bit(value, 2, window, 6);
+    choose_by_bit(value, 1, window, 7);
     return value[0];
 }
 
