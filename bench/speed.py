@@ -55,7 +55,7 @@ def main():
     p.add_argument("--n-gen", type=int, default=32)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--once", default="", help="configurations that are measured in the first round alone, because they are slow")
+    p.add_argument("--once", default="", help="slow configurations, which are measured in the first round alone")
     p.add_argument("--csv", help="write the rows here")
     a = p.parse_args()
 

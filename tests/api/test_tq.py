@@ -76,7 +76,8 @@ class Bench(unittest.TestCase):
     KEYS = {"name", "us_median", "us_min", "us_max", "bytes", "gb_per_s", "bandwidth_share", "ratio_vs_f16", "error"}
 
     def test_attention(self):
-        result = tq_json("bench", "attention", *self.SMALL, "--context", "300", "--formats", "tq4,tt4/tt3,TQ4", "--baselines", "none")
+        result = tq_json("bench", "attention", *self.SMALL, "--context", "300", "--formats", "tq4,tt4/tt3,TQ4", "--baselines",
+                         "none")
         self.assertEqual([row["name"] for row in result["rows"]], ["tq4", "tt4/tt3", "TQ4"])
         for row in result["rows"]:
             self.assertEqual(set(row), self.KEYS)
@@ -91,8 +92,8 @@ class Bench(unittest.TestCase):
     @unittest.skipUnless((BUILD / "libtq-ggml-reference.so").exists() and (DEPS / "llama-bin").exists(), "no ggml here")
     def test_same_result_as_ggml(self):
         for what in ("attention", "prefill"):
-            result = tq_json("bench", what, *self.SMALL, "--context", "300", *(("--n-query", "70") if what == "prefill" else ()),
-                             "--formats", "tq8,tt4", "--baselines", "f16,q8_0", "--llama-bin", str(DEPS / "llama-bin"))
+            n_query = ("--n-query", "70") if what == "prefill" else ()
+            result = tq_json("bench", what, *self.SMALL, "--context", "300", *n_query, "--formats", "tq8,tt4", "--baselines", "f16,q8_0", "--llama-bin", str(DEPS / "llama-bin"))
             rows = {row["name"]: row for row in result["rows"]}
             self.assertEqual((rows["f16"]["error"], rows["f16"]["ratio_vs_f16"]), (0, 1), what)
             self.assertEqual(rows["f16"]["bytes"], 300 * 2 * 2 * 64 * 2)
@@ -145,7 +146,8 @@ class Errors(unittest.TestCase):
         self.check(2, "at most --context", "bench", "prefill", "--context", "10", "--n-query", "11")
         self.check(2, "whole number", "bench", "attention", "--threads", "0")
         self.check(2, "unexpected argument 'x'", "bench", "attention", "x")
-        self.check(1, "no format or preset 'tq5'", "bench", "attention", "--context", "16", "--formats", "tq5", "--baselines", "none")
+        self.check(1, "no format or preset 'tq5'", "bench", "attention", "--context", "16", "--formats", "tq5", "--baselines",
+                   "none")
         self.check(1, "TQ_CPU", "bench", "attention", TQ_CPU="none")
 
     def test_full_device(self):
