@@ -93,7 +93,8 @@ class Bench(unittest.TestCase):
     def test_same_result_as_ggml(self):
         for what in ("attention", "prefill"):
             n_query = ("--n-query", "70") if what == "prefill" else ()
-            result = tq_json("bench", what, *self.SMALL, "--context", "300", *n_query, "--formats", "tq8,tt4", "--baselines", "f16,q8_0", "--llama-bin", str(DEPS / "llama-bin"))
+            result = tq_json("bench", what, *self.SMALL, "--context", "300", *n_query, "--formats", "tq8,tt4",
+                             "--baselines", "f16,q8_0", "--llama-bin", str(DEPS / "llama-bin"))
             rows = {row["name"]: row for row in result["rows"]}
             self.assertEqual((rows["f16"]["error"], rows["f16"]["ratio_vs_f16"]), (0, 1), what)
             self.assertEqual(rows["f16"]["bytes"], 300 * 2 * 2 * 64 * 2)
