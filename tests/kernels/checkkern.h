@@ -36,7 +36,7 @@ typedef struct shape {
     placement placement;
 } shape;
 
-enum { N_INPUTS = 3, N_OUTPUTS = 2, NORMS_MAX = 1 << 19 };
+enum { N_INPUTS = 3, N_OUTPUTS = 2, NORMS_MAX = 1 << 17 };
 
 /* The state of one comparison. */
 typedef struct env {

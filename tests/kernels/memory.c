@@ -10,7 +10,7 @@
 
 #include "checkkern.h"
 
-enum { ARENA_BYTES = 1 << 21, MARGIN = 256, CANARY = 0xa5 };
+enum { ARENA_BYTES = 1 << 20, MARGIN = 256, CANARY = 0xa5 };
 
 void arena_init(arena *a)
 {
