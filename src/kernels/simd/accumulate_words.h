@@ -19,20 +19,30 @@ typedef struct word_weights {
 
 typedef enum weights_kind { WEIGHTS_NEGLIGIBLE, WEIGHTS_READY, WEIGHTS_NOT_FINITE } weights_kind;
 
+TQ_INLINE bool any_weight(const float *p, int64_t n)
+{
+    vec largest = vec_set1(0.0f);
+    int64_t i = 0;
+    for (; i + VEC_LANES <= n; i += VEC_LANES) largest = vec_max(vec_load(p + i), largest);
+    bool any = !vec_all_le(largest, vec_set1(NEGLIGIBLE_WEIGHT));
+    for (; i < n; i++) any |= !(p[i] <= NEGLIGIBLE_WEIGHT);
+    return any;
+}
+
 static weights_kind word_weights_init(word_weights *w, const uint16_t *scales, int64_t n, const float *p, int64_t p_stride,
                                       int n_row)
 {
-    bool negligible = true;
+    bool any = false;
+    for (int r = 0; r < n_row && !any; r++) any = any_weight(p + r * p_stride, n);
+    if (!any) return WEIGHTS_NEGLIGIBLE;
+    _Alignas(64) float scaled[WORD_CHUNK];
     int32_t whole = (int32_t)((n + 15) / 16 * 16); /* what words_from_floats takes */
+    for (int32_t i = (int32_t)n; i < whole; i++) scaled[i] = 0.0f;
     for (int r = 0; r < n_row; r++, p += p_stride) {
-        _Alignas(64) float scaled[WORD_CHUNK] = {0};
-        int16_t rounded[WORD_CHUNK + WORD_GROUP];
-        for (int64_t i = 0; i < n && negligible; i++) negligible = p[i] < NEGLIGIBLE_WEIGHT;
         scale_weights(p, scales, n, scaled);
-        if (!words_from_floats(scaled, whole, rounded, &w->unit[r])) return WEIGHTS_NOT_FINITE;
-        memcpy(w->p[r], rounded, (size_t)whole * sizeof rounded[0]);
+        if (!words_from_floats(scaled, whole, w->p[r], &w->unit[r])) return WEIGHTS_NOT_FINITE;
     }
-    return negligible ? WEIGHTS_NEGLIGIBLE : WEIGHTS_READY;
+    return WEIGHTS_READY;
 }
 
 /* n vectors (an even number), of which values d .. d + n_value - 1 are summed. */
