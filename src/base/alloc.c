@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /* The allocator: aligned memory, and a switch by which tests make it fail. */
-#define _GNU_SOURCE /* MAP_ANONYMOUS */
+#define _GNU_SOURCE /* MAP_ANONYMOUS, madvise */
 
 #include "base/alloc.h"
 
-#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
-enum { ALIGNMENT = 64, MAP_FROM = 128 * 1024 };
+enum { ALIGNMENT = 64, MAP_FROM = 128 * 1024, LARGE_PAGE = 2 << 20 };
 
 static long allocations_left = -1;
 
@@ -56,6 +56,39 @@ void tq_scratch_free(void *p, size_t bytes)
     } else {
         munmap(p, bytes);
     }
+}
+
+void *tq_region_reserve(size_t bytes)
+{
+    if (bytes == 0 || bytes > SIZE_MAX / 2 || !may_allocate()) return NULL;
+    uint8_t *mapped = mmap(NULL, bytes + LARGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) return NULL;
+    size_t system_page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + system_page - 1) / system_page * system_page;
+    size_t before = (LARGE_PAGE - (uintptr_t)mapped % LARGE_PAGE) % LARGE_PAGE;
+    if (before > 0) munmap(mapped, before);
+    munmap(mapped + before + whole, LARGE_PAGE - before);
+#if defined(MADV_HUGEPAGE)
+    madvise(mapped + before, whole, MADV_HUGEPAGE);
+#endif
+    return mapped + before;
+}
+
+void tq_region_release(void *region, size_t bytes)
+{
+    if (region) munmap(region, bytes);
+}
+
+bool tq_region_commit(void *region, size_t offset, size_t bytes)
+{
+    size_t system_page = (size_t)sysconf(_SC_PAGESIZE), begin = offset / system_page * system_page;
+    return may_allocate() && mprotect((uint8_t *)region + begin, offset + bytes - begin, PROT_READ | PROT_WRITE) == 0;
+}
+
+void tq_region_decommit(void *region, size_t offset, size_t bytes)
+{
+    size_t system_page = (size_t)sysconf(_SC_PAGESIZE), begin = (offset + system_page - 1) / system_page * system_page;
+    size_t end = (offset + bytes) / system_page * system_page;
+    if (begin < end) madvise((uint8_t *)region + begin, end - begin, MADV_DONTNEED);
 }
 
 void tq_alloc_fail_after(long n_ok)

@@ -3,6 +3,7 @@
 #ifndef TQ_BASE_ALLOC_H
 #define TQ_BASE_ALLOC_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 /* NULL on failure or if bytes is 0. Aligned to 64 bytes. */
@@ -18,6 +19,17 @@ void tq_free(void *p);
 void *tq_scratch_alloc(size_t bytes);
 /* With the size that was asked for. NULL is fine. */
 void tq_scratch_free(void *p, size_t bytes);
+
+/*
+ * A range of addresses, whose parts get memory and lose it again: one run of large system pages where there are such, so that
+ * reading across it costs few of a CPU's address translations. NULL on failure. Release it with the size that was asked for.
+ */
+void *tq_region_reserve(size_t bytes);
+void tq_region_release(void *region, size_t bytes);
+/* Memory for bytes [offset, offset + bytes); zeros where there was none. False on failure. */
+bool tq_region_commit(void *region, size_t offset, size_t bytes);
+/* No memory for them, but for system pages that hold other bytes, too; what they held may be lost or not. */
+void tq_region_decommit(void *region, size_t offset, size_t bytes);
 
 /*
  * Tests only: the next n_ok allocations succeed, then every one fails, until it is called with -1 (the default: none fails).

@@ -29,12 +29,22 @@ const char *tq_status_string(tq_status status)
         return "the cache has no free page";
     case TQ_ERR_THREAD:
         return "a thread could not be started";
+    case TQ_ERR_DEVICE:
+        return "a call of the device's driver failed";
+    case TQ_ERR_IO:
+        return "a file could not be read or written";
+    case TQ_ERR_CORRUPT:
+        return "the file is damaged or no snapshot";
+    case TQ_ERR_MISMATCH:
+        return "the snapshot is of another version, or of a cache of another shape";
     case TQ_ERR_HEAD_DIM:
         return "unsupported head_dim";
     case TQ_ERR_FORMAT:
         return "unknown format or preset";
     case TQ_ERR_CPU:
         return "TQ_CPU names an instruction set that is unknown or that this machine lacks";
+    case TQ_ERR_NO_DEVICE:
+        return "no CUDA device, driver or libturboquant-cuda.so";
     }
     return "unknown status";
 }

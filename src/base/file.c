@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: MIT */
+/* See file.h. */
+#define _GNU_SOURCE /* mkstemp, fsync */
+
+#include "base/file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/alloc.h"
+#include "base/log.h"
+
+static tq_status failed(const char *action, const char *path)
+{
+    tq_log(TQ_LOG_ERROR, "%s %s: %s", action, path, strerror(errno));
+    return TQ_ERR_IO;
+}
+
+tq_status tq_file_begin(tq_file_writer *writer, const char *path)
+{
+    size_t bytes = strlen(path) + sizeof ".XXXXXX";
+    *writer = (tq_file_writer){.path = path, .temporary = tq_alloc(bytes), .descriptor = -1};
+    if (!writer->temporary) return TQ_ERR_MEMORY;
+    snprintf(writer->temporary, bytes, "%s.XXXXXX", path);
+    writer->descriptor = mkstemp(writer->temporary);
+    if (writer->descriptor >= 0) return TQ_OK;
+    tq_status status = failed("cannot create", writer->temporary);
+    tq_free(writer->temporary);
+    return status;
+}
+
+tq_status tq_file_write(tq_file_writer *writer, const void *data, size_t bytes)
+{
+    const uint8_t *at = data;
+    while (bytes > 0) {
+        ssize_t n = write(writer->descriptor, at, bytes);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return failed("cannot write", writer->temporary);
+        at += n;
+        bytes -= (size_t)n;
+        writer->n_written += (size_t)n;
+    }
+    return TQ_OK;
+}
+
+/* So that the new name survives a crash, too. */
+static tq_status sync_folder(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    size_t length = slash ? (size_t)(slash - path) + 1 : 1;
+    char *folder = tq_alloc(length + 1);
+    if (!folder) return TQ_ERR_MEMORY;
+    memcpy(folder, slash ? path : ".", length);
+    folder[length] = '\0';
+    int descriptor = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    /* The file is in place already; a file system that cannot sync a folder is no reason to call that a failure. */
+    if (descriptor >= 0) {
+        if (fsync(descriptor) != 0) tq_log(TQ_LOG_WARNING, "cannot sync %s: %s", folder, strerror(errno));
+        close(descriptor);
+    }
+    tq_free(folder);
+    return TQ_OK;
+}
+
+tq_status tq_file_end(tq_file_writer *writer, tq_status status)
+{
+    if (status == TQ_OK && fsync(writer->descriptor) != 0) status = failed("cannot sync", writer->temporary);
+    if (close(writer->descriptor) != 0 && status == TQ_OK) status = failed("cannot close", writer->temporary);
+    if (status == TQ_OK && rename(writer->temporary, writer->path) != 0) status = failed("cannot replace", writer->path);
+    if (status != TQ_OK) unlink(writer->temporary);
+    if (status == TQ_OK && sync_folder(writer->path) != TQ_OK)
+        tq_log(TQ_LOG_WARNING, "no memory to sync the folder of %s", writer->path);
+    tq_free(writer->temporary);
+    return status;
+}
+
+tq_status tq_file_map(const char *path, const uint8_t **data, size_t *bytes)
+{
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0) return failed("cannot open", path);
+    struct stat info;
+    tq_status status = TQ_OK;
+    void *mapped = NULL;
+    if (fstat(descriptor, &info) != 0) {
+        status = failed("cannot read", path);
+    } else if (!S_ISREG(info.st_mode)) {
+        tq_log(TQ_LOG_ERROR, "%s is not a regular file", path);
+        status = TQ_ERR_IO;
+    } else if (info.st_size > 0) {
+        mapped = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
+        if (mapped == MAP_FAILED) status = failed("cannot map", path);
+    }
+    close(descriptor);
+    if (status != TQ_OK) return status;
+    *data = mapped;
+    *bytes = (size_t)info.st_size;
+    return TQ_OK;
+}
+
+void tq_file_unmap(const uint8_t *data, size_t bytes)
+{
+    if (data) munmap((void *)(uintptr_t)data, bytes);
+}
+
+tq_status tq_file_scratch(const char *folder, size_t bytes, int *descriptor, const uint8_t **data)
+{
+    static const char name[] = "/turboquant-XXXXXX";
+    size_t length = strlen(folder);
+    char *path = tq_alloc(length + sizeof name);
+    if (!path) return TQ_ERR_MEMORY;
+    memcpy(path, folder, length);
+    memcpy(path + length, name, sizeof name);
+    tq_status status = TQ_OK;
+    void *mapped = MAP_FAILED;
+    *descriptor = mkstemp(path);
+    if (*descriptor < 0) status = failed("cannot create", path);
+    if (status == TQ_OK && unlink(path) != 0) status = failed("cannot unlink", path);
+    if (status == TQ_OK && ftruncate(*descriptor, (off_t)bytes) != 0) status = failed("cannot lengthen", path);
+    if (status == TQ_OK) mapped = mmap(NULL, bytes, PROT_READ, MAP_SHARED, *descriptor, 0);
+    if (status == TQ_OK && mapped == MAP_FAILED) status = failed("cannot map", path);
+    if (status == TQ_OK) *data = mapped;
+    if (status != TQ_OK && *descriptor >= 0) close(*descriptor);
+    tq_free(path);
+    return status;
+}
+
+tq_status tq_file_write_at(int descriptor, const void *data, size_t bytes, size_t offset)
+{
+    const uint8_t *at = data;
+    while (bytes > 0) {
+        ssize_t n = pwrite(descriptor, at, bytes, (off_t)offset);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return failed("cannot write", "the file of offloaded pages");
+        at += n;
+        bytes -= (size_t)n;
+        offset += (size_t)n;
+    }
+    return TQ_OK;
+}
+
+void tq_file_close(int descriptor)
+{
+    close(descriptor);
+}
