@@ -49,7 +49,7 @@ static inline tq_block tq_page_view_block(const tq_page_view *view, const tq_cod
     uint8_t *codes = view->page_data[page] + view->offset_bytes + (size_t)head * view->head_stride_bytes;
     uint16_t *scales = (uint16_t *)(void *)(codes + (size_t)view->page_size * codec->code_bytes);
     int32_t n_scales = codec->traits->n_scales;
-    return (tq_block){codes + (size_t)slot * codec->code_bytes, n_scales ? scales + slot * n_scales : NULL};
+    return (tq_block){.codes = codes + (size_t)slot * codec->code_bytes, .scales = n_scales ? scales + slot * n_scales : NULL};
 }
 
 /* The reference of one column and KV head, and those of the columns behind it up to the end of the page. */
@@ -60,7 +60,8 @@ static inline tq_block tq_page_view_refs(const tq_page_view *view, const tq_code
     uint8_t *codes = block.codes + (size_t)view->page_size * tq_codec_vector_bytes(codec);
     size_t n_refs = (size_t)tq_refs_per_page(view->page_size, view->ref_block);
     uint16_t *scales = (uint16_t *)(void *)(codes + n_refs * view->ref_codec->code_bytes);
-    return (tq_block){codes + (size_t)i_ref * view->ref_codec->code_bytes, scales + i_ref * view->ref_codec->traits->n_scales};
+    return (tq_block){.codes = codes + (size_t)i_ref * view->ref_codec->code_bytes,
+                      .scales = scales + i_ref * view->ref_codec->traits->n_scales};
 }
 
 /*

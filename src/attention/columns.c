@@ -85,13 +85,40 @@ static tq_block exact_block(const tq_kv_view *view, int32_t head, int32_t index)
 {
     const uint8_t *data = view->exact_data + (size_t)head * view->exact_head_stride_bytes;
     /* Blocks serve encoding too, so their pointers are not const; attention only reads. */
-    return (tq_block){(uint8_t *)(uintptr_t)data + (size_t)index * view->exact_codec->code_bytes, NULL};
+    return (tq_block){.codes = (uint8_t *)(uintptr_t)data + (size_t)index * view->exact_codec->code_bytes};
+}
+
+static void prefetch(const void *data, size_t n_bytes)
+{
+    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch((const uint8_t *)data + at, 0, 3);
 }
 
 static int64_t page_end(const tq_kv_view *view, int64_t column, int64_t end)
 {
     int64_t next = (column / view->pages.page_size + 1) * view->pages.page_size;
     return next < end ? next : end;
+}
+
+/*
+ * Columns [begin, end) of one page. Of the page that comes after it, codes are prefetched by the kernels; scales and references
+ * here, since they are needed at once, and are too few for hardware prefetchers to notice.
+ */
+static tq_block columns_block(const tq_kv_view *view, const tq_tile_part *part, int64_t begin, int64_t end)
+{
+    const tq_codec *codec = view->codec;
+    tq_block block = tq_page_view_block(&view->pages, codec, part->head, begin);
+    if (end % view->pages.page_size != 0 || end >= part->task_end) return block;
+    tq_block next = tq_page_view_block(&view->pages, codec, part->head, end);
+    block.run_end = block.codes + (size_t)(end - begin) * codec->code_bytes;
+    block.jump = next.codes - block.run_end;
+    int64_t n_next = page_end(view, end, part->task_end) - end;
+    prefetch(next.scales, (size_t)n_next * (size_t)codec->traits->n_scales * sizeof *next.scales);
+    if (view->pages.ref_codec) {
+        tq_block ref = tq_page_view_refs(&view->pages, codec, part->head, end);
+        prefetch(ref.codes, view->pages.ref_codec->code_bytes);
+        prefetch(ref.scales, sizeof *ref.scales);
+    }
+    return block;
 }
 
 /* The end of the columns that share a reference with `column`, at most `end`, which lies in the same page. */
@@ -103,17 +130,17 @@ static int64_t block_end(const tq_kv_view *view, int64_t column, int64_t end)
 }
 
 /* Columns [begin, end) of one page in the working basis. */
-static void expand_columns(const tq_attend_plan *plan, const tq_kv_view *view, int32_t head, int64_t begin, int64_t end,
-                           float *expanded)
+static void expand_columns(const tq_attend_plan *plan, const tq_kv_view *view, const tq_tile_part *part, int64_t begin,
+                           int64_t end, float *expanded)
 {
     const tq_codec *codec = view->codec, *ref_codec = view->pages.ref_codec;
-    tq_block block = tq_page_view_block(&view->pages, codec, head, begin);
+    tq_block block = columns_block(view, part, begin, end);
     plan->kernels->format[codec->traits->format].expand(codec, block, end - begin, expanded);
     if (!ref_codec) return;
     for (int64_t c = begin, next; c < end; c = next) {
         next = block_end(view, c, end);
         _Alignas(64) float reference[TQ_HEAD_DIM_MAX];
-        tq_block ref = tq_page_view_refs(&view->pages, codec, head, c);
+        tq_block ref = tq_page_view_refs(&view->pages, codec, part->head, c);
         plan->kernels->format[ref_codec->traits->format].expand(ref_codec, ref, 1, reference);
         for (int64_t i = c - begin; i < next - begin; i++) {
             float *to = expanded + i * codec->width;
@@ -178,11 +205,11 @@ void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, cons
         next = page_end(keys, c, end);
         float *s = scores + (c - part->col_begin);
         if (plan->expand) {
-            expand_columns(plan, keys, part->head, c, next, expanded);
+            expand_columns(plan, keys, part, c, next, expanded);
             plan->kernels->score_f32(expanded, plan->width_k, next - c, q_working, part->n_row, s, stride);
             continue;
         }
-        tq_block block = tq_page_view_block(&keys->pages, keys->codec, part->head, c);
+        tq_block block = columns_block(keys, part, c, next);
         plan->kernels->format[keys->codec->traits->format].score(keys->codec, block, next - c, q_working, part->n_row, s,
                                                                  stride);
         if (keys->pages.ref_codec) score_references(plan, keys, part->head, c, next, q_working, part->n_row, s, stride);
@@ -217,11 +244,11 @@ void tq_accumulate_columns(const tq_attend_plan *plan, const tq_tile_part *part,
         next = page_end(values, c, end);
         const float *p_part = p + (c - part->col_begin);
         if (plan->expand) {
-            expand_columns(plan, values, part->head, c, next, expanded);
+            expand_columns(plan, values, part, c, next, expanded);
             plan->kernels->accumulate_f32(expanded, plan->width_v, next - c, p_part, stride, part->n_row, acc);
             continue;
         }
-        tq_block block = tq_page_view_block(&values->pages, values->codec, part->head, c);
+        tq_block block = columns_block(values, part, c, next);
         plan->kernels->format[values->codec->traits->format].accumulate(values->codec, block, next - c, p_part, stride,
                                                                         part->n_row, acc);
         if (values->pages.ref_codec) accumulate_references(plan, values, part->head, c, next, p_part, stride, part->n_row, acc);

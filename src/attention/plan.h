@@ -91,6 +91,7 @@ typedef struct tq_tile_part {
     int64_t col_begin, col_end;
     int64_t row_begin;
     int32_t n_row;
+    int64_t task_end; /* the end of the columns that are read after these */
 } tq_tile_part;
 
 /*

@@ -114,7 +114,7 @@ static void attend_columns(const tq_attend_plan *plan, const tq_attend_tile *til
                            int64_t row_end, tq_attend_scratch *scratch, tq_partial out)
 {
     int32_t i0 = (int32_t)(row_begin - tile->row_begin);
-    tq_tile_part part = {tile->head, c0, c1, row_begin, (int32_t)(row_end - row_begin)};
+    tq_tile_part part = {tile->head, c0, c1, row_begin, (int32_t)(row_end - row_begin), tile->col_end};
     tq_score_columns(plan, &part, scratch->q + (size_t)i0 * (size_t)plan->head_dim,
                      scratch->q_working + (size_t)i0 * (size_t)plan->width_k, scratch->scores, scratch->expanded);
     for (int32_t i = 0; i < part.n_row; i++) {

@@ -16,6 +16,9 @@
 typedef struct tq_block {
     uint8_t *codes;
     uint16_t *scales; /* NULL if the format has none; 2-byte aligned */
+    /* For prefetching: what is read after the codes up to run_end lies `jump` bytes behind them. Both 0: not known. */
+    const uint8_t *run_end;
+    ptrdiff_t jump;
 } tq_block;
 
 /* Operations of one format. Vectors are [n, ...]; width and code_bytes are the codec's. */

@@ -35,7 +35,7 @@ void setup_encode(env *e)
 void run_encode(env *e, const tq_kernels *kernels, int which)
 {
     uint16_t *scales = (uint16_t *)(void *)e->out[which][1].data;
-    tq_block block = {e->out[which][0].data, e->codec->traits->n_scales ? scales : NULL};
+    tq_block block = {.codes = e->out[which][0].data, .scales = e->codec->traits->n_scales ? scales : NULL};
     kernels->format[e->shape.format].encode(e->codec, vectors(e), e->codec->head_dim + e->shape.gap, e->shape.n, block);
 }
 

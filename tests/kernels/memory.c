@@ -120,7 +120,7 @@ void generate(env *e, float *x, int64_t n_rows, int64_t n, int64_t stride)
 
 tq_block input_block(env *e)
 {
-    return (tq_block){e->in[0].data, e->codec->traits->n_scales ? (uint16_t *)(void *)e->in[1].data : NULL};
+    return (tq_block){.codes = e->in[0].data, .scales = e->codec->traits->n_scales ? (uint16_t *)(void *)e->in[1].data : NULL};
 }
 
 tq_block generate_block(env *e)

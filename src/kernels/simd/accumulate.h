@@ -15,6 +15,8 @@ typedef struct weighted {
     const float *p;
     int64_t p_stride;
     int32_t width;
+    const uint8_t *run_end; /* as in tq_block */
+    ptrdiff_t jump;
 } weighted;
 
 /* Values d .. d + n_group * GROUP - 1 of acc. */
@@ -30,7 +32,7 @@ TQ_INLINE void accumulate_tile(int source, int n_group, int n_row, const tables 
     }
     const uint8_t *codes = v->codes;
     for (int64_t i = 0; i < n; i++, codes += v->stride_bytes) {
-        if (source != SOURCE_F32 && d == 0) prefetch_ahead(codes, v->stride_bytes);
+        if (source != SOURCE_F32 && d == 0) prefetch_ahead(codes, v->stride_bytes, v->run_end, v->jump);
         vec y[TILE_VECS];
         TQ_UNROLL
         for (int g = 0; g < n_group; g++) expand_group(source, t, codes, d + g * GROUP, y + g * GROUP_VECS);
@@ -60,7 +62,7 @@ TQ_INLINE void accumulate_rows(int source, int n_row, const tables *t, const wei
 void TQ_ISA(accumulate_f32)(const float *y, int32_t width, int64_t n, const float *p, int64_t p_stride, int64_t n_row,
                             float *acc)
 {
-    weighted v = {(const uint8_t *)(const void *)y, (size_t)width * sizeof(float), p, p_stride, width};
+    weighted v = {(const uint8_t *)(const void *)y, (size_t)width * sizeof(float), p, p_stride, width, NULL, 0};
     while (n_row > 0) {
         int rows = next_rows(n_row, TILE_ROWS);
         switch (rows) {
@@ -120,7 +122,7 @@ TQ_INLINE void accumulate_fused(int source, int n_row, const tq_codec *codec, tq
 {
     const tables t = tables_init(source, codec);
     if (!source_has_scale(source)) {
-        const weighted v = {block.codes, codec->code_bytes, p, p_stride, codec->width};
+        const weighted v = {block.codes, codec->code_bytes, p, p_stride, codec->width, block.run_end, block.jump};
         accumulate_rows(source, n_row, &t, &v, n, acc);
         return;
     }
@@ -128,8 +130,13 @@ TQ_INLINE void accumulate_fused(int source, int n_row, const tq_codec *codec, tq
     for (int64_t i = 0; i < n; i += WEIGHT_CHUNK) {
         int64_t m = n - i < WEIGHT_CHUNK ? n - i : WEIGHT_CHUNK;
         for (int r = 0; r < n_row; r++) scale_weights(p + r * p_stride + i, block.scales + i, m, weight[r]);
-        const weighted v = {block.codes + (size_t)i * codec->code_bytes, codec->code_bytes, weight[0], WEIGHT_CHUNK,
-                            codec->width};
+        const weighted v = {block.codes + (size_t)i * codec->code_bytes,
+                            codec->code_bytes,
+                            weight[0],
+                            WEIGHT_CHUNK,
+                            codec->width,
+                            block.run_end,
+                            block.jump};
         accumulate_rows(source, n_row, &t, &v, m, acc);
     }
 }

@@ -51,6 +51,8 @@ typedef struct word_block {
     size_t stride_bytes;
     int64_t n;
     int32_t d, n_value, width;
+    const uint8_t *run_end; /* as in tq_block */
+    ptrdiff_t jump;
 } word_block;
 
 /* Values of two vectors in turn. */
@@ -58,7 +60,7 @@ TQ_INLINE void expand_pair(int source, const word_tables *t, const word_block *b
 {
     const uint8_t *codes = b->codes + (size_t)i * b->stride_bytes;
     words first[WORD_GROUP_REGS], second[WORD_GROUP_REGS];
-    if (b->d == 0) prefetch_ahead(codes, 2 * b->stride_bytes);
+    if (b->d == 0) prefetch_ahead(codes, 2 * b->stride_bytes, b->run_end, b->jump);
     expand_words(source, t, codes, b->d, b->n_value, first);
     expand_words(source, t, codes + b->stride_bytes, b->d, b->n_value, second);
     TQ_UNROLL
@@ -153,7 +155,7 @@ TQ_INLINE void accumulate_words(int source, expand_fn expand, const tq_codec *co
         m = n - i < WORD_CHUNK ? n - i : WORD_CHUNK;
         if (m > 1) m -= m % 2;
         tq_block part = tq_block_at(codec, block, i);
-        word_block b = {part.codes, codec->code_bytes, m, 0, 0, codec->width};
+        word_block b = {part.codes, codec->code_bytes, m, 0, 0, codec->width, part.run_end, part.jump};
         word_weights w;
         int rows;
         for (int64_t row = 0; row < n_row; row += rows) {

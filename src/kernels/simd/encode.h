@@ -145,7 +145,7 @@ void TQ_ISA(encode_tq2)(const tq_codec *codec, const float *x, int64_t x_stride,
     encode_lloyd(TQ_FORMAT_TQ2, codec, x, x_stride, n, out);
 }
 
-/* The least of m[oldest * n_rest ...] over all `oldest`, for each rest; the words are WORDS lanes of 16 bits. */
+/* The least of m[oldest * n_rest ...] over all `oldest`, for each rest. */
 TQ_INLINE void least_words(const words *m, int bits, words *least)
 {
     const int n_rest = TQ_TRELLIS_WINDOWS >> bits, n = n_rest < WORD_LANES ? 1 : n_rest / WORD_LANES;

@@ -8,7 +8,7 @@ TQ_INLINE void expand_format(int source, const tq_codec *codec, tq_block block, 
     int32_t width = codec->width;
     for (int64_t i = 0; i < n; i++, y += width) {
         const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
-        prefetch_ahead(codes, codec->code_bytes);
+        prefetch_ahead(codes, codec->code_bytes, block.run_end, block.jump);
         vec scale = vec_set1(source_has_scale(source) ? float_from_half(block.scales[i]) : 1.0f);
         for (int32_t d = 0; d < width; d += GROUP) {
             vec v[GROUP_VECS];

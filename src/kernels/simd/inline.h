@@ -60,13 +60,15 @@ TQ_INLINE int next_rows(int64_t n_row, int tile_rows)
 }
 
 /*
- * Ask for the codes that are read PREFETCH_BYTES later. A cache streams from memory only once per token and layer, in runs of
- * some KiB, which hardware prefetchers learn too late; beyond the end of a run a line or two are asked for in vain.
+ * Ask for the codes that are read PREFETCH_BYTES after those at `codes`, in this run or the next. A cache streams from memory
+ * only once per token and layer, in runs of some KiB, which hardware prefetchers learn too late.
  */
 enum { PREFETCH_BYTES = 2048 };
-TQ_INLINE void prefetch_ahead(const uint8_t *codes, size_t n_bytes)
+TQ_INLINE void prefetch_ahead(const uint8_t *codes, size_t n_bytes, const uint8_t *run_end, ptrdiff_t jump)
 {
-    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(codes + PREFETCH_BYTES + at, 0, 3);
+    const uint8_t *ahead = codes + PREFETCH_BYTES;
+    if (ahead >= run_end) ahead += jump;
+    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(ahead + at, 0, 3);
 }
 
 /* Floats of the buffer on the stack that codes are expanded into where registers do not do: within L1. */
@@ -75,7 +77,9 @@ enum { EXPAND_BUFFER = 8192 };
 /* The vectors from i on. For formats of at most one scale. */
 TQ_INLINE tq_block tq_block_at(const tq_codec *codec, tq_block block, int64_t i)
 {
-    return (tq_block){block.codes + (size_t)i * codec->code_bytes, block.scales ? block.scales + i : NULL};
+    block.codes += (size_t)i * codec->code_bytes;
+    if (block.scales) block.scales += i;
+    return block;
 }
 
 #endif

@@ -14,13 +14,15 @@ typedef struct vectors {
     const uint16_t *scales;
     size_t stride_bytes;
     int32_t width;
+    const uint8_t *run_end; /* as in tq_block */
+    ptrdiff_t jump;
 } vectors;
 
 TQ_INLINE void score_tile(int source, int n_vector, int n_row, const tables *t, const vectors *v, int64_t first, const float *q,
                           float *s, int64_t s_stride)
 {
     const uint8_t *codes = v->codes + (size_t)first * v->stride_bytes;
-    if (source != SOURCE_F32) prefetch_ahead(codes, (size_t)n_vector * v->stride_bytes);
+    if (source != SOURCE_F32) prefetch_ahead(codes, (size_t)n_vector * v->stride_bytes, v->run_end, v->jump);
     vec sum[TILE_VECTORS][TILE_ROWS];
     TQ_UNROLL
     for (int i = 0; i < n_vector; i++) {
@@ -64,7 +66,7 @@ TQ_INLINE void score_rows(int source, int n_row, const tables *t, const vectors 
 
 void TQ_ISA(score_f32)(const float *y, int32_t width, int64_t n, const float *q, int64_t n_row, float *s, int64_t s_stride)
 {
-    const vectors v = {(const uint8_t *)(const void *)y, NULL, (size_t)width * sizeof(float), width};
+    const vectors v = {(const uint8_t *)(const void *)y, NULL, (size_t)width * sizeof(float), width, NULL, 0};
     while (n_row > 0) {
         int rows = next_rows(n_row, TILE_ROWS);
         switch (rows) {
@@ -118,7 +120,7 @@ static void score_expanded(expand_fn expand, const tq_codec *codec, tq_block blo
 TQ_INLINE void score_format(int source, expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *q,
                             int64_t n_row, float *s, int64_t s_stride)
 {
-    const vectors v = {block.codes, block.scales, codec->code_bytes, codec->width};
+    const vectors v = {block.codes, block.scales, codec->code_bytes, codec->width, block.run_end, block.jump};
 #ifdef HAS_WORDS
     if (source_is_bytes(source) && codec->width <= WORD_WIDTH_MAX && n >= WORD_VECTORS_MIN &&
         score_words(source, codec, &v, n, q, n_row, s, s_stride))

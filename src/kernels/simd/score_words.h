@@ -42,7 +42,7 @@ TQ_INLINE void score_words_tile(int source, int n_vector, int n_row, const word_
                                 const word_queries *q, float *s, int64_t s_stride)
 {
     const uint8_t *codes = v->codes + (size_t)first * v->stride_bytes;
-    prefetch_ahead(codes, (size_t)n_vector * v->stride_bytes);
+    prefetch_ahead(codes, (size_t)n_vector * v->stride_bytes, v->run_end, v->jump);
     sums sum[WORD_SCORE_VECTORS][WORD_SCORE_ROWS];
     TQ_UNROLL
     for (int i = 0; i < n_vector; i++) {
