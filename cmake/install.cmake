@@ -17,6 +17,9 @@ install(FILES ${PROJECT_BINARY_DIR}/turboquantConfig.cmake ${PROJECT_BINARY_DIR}
 configure_file(cmake/turboquant.pc.in turboquant.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/turboquant.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 
+if(TARGET turboquant_cuda)
+    install(PROGRAMS ${tq_cuda_library} DESTINATION ${CMAKE_INSTALL_LIBDIR})
+endif()
 if(TARGET tq)
     install(TARGETS tq RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endif()

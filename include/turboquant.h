@@ -4,7 +4,7 @@
  *
  * The order of this file: version, status, log, executor, formats, codec (single vectors), attention parameters,
  * store (slots in caller-owned memory; what an engine with its own cell management embeds), cache (sequences with
- * positions; what an engine without one embeds), presets.
+ * positions; what an engine without one embeds), snapshots, presets, CUDA (pages in device memory).
  *
  * Conventions that hold throughout:
  *  - Every function that can fail returns tq_status; out parameters come first and are untouched on failure.
@@ -59,11 +59,16 @@ typedef enum tq_status {
     TQ_ERR_MEMORY = -10, /* an allocation failed; nothing was changed */
     TQ_ERR_FULL = -11,   /* the cache has no free page; nothing was changed */
     TQ_ERR_THREAD = -12, /* a thread could not be started */
-    /* files and formats: -20 to -29 are reserved */
+    TQ_ERR_DEVICE = -13, /* a call of the device's driver failed; the log has its text */
+    /* files */
+    TQ_ERR_IO = -20,       /* a file could not be read or written; the log has the system's reason */
+    TQ_ERR_CORRUPT = -21,  /* a file is damaged, cut off, or no snapshot */
+    TQ_ERR_MISMATCH = -22, /* a snapshot of another version, or of a cache of another shape */
     /* unsupported */
     TQ_ERR_HEAD_DIM = -30, /* a head_dim that has no rotation; tq_head_dim_list() names those that have one */
     TQ_ERR_FORMAT = -31,   /* an unknown format or preset */
-    TQ_ERR_CPU = -32       /* TQ_CPU names an instruction set that is unknown or that this machine lacks */
+    TQ_ERR_CPU = -32,      /* TQ_CPU names an instruction set that is unknown or that this machine lacks */
+    TQ_ERR_NO_DEVICE = -33 /* no CUDA device, driver or libturboquant-cuda.so; the log says which */
 } tq_status;
 
 /* One line of English for a status, never NULL. Static storage; thread-safe. */
@@ -305,7 +310,11 @@ TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_sto
 
 /*
  * Sequences over pages from one pool. A page holds page_size tokens of all layers, keys and values. Each sequence keeps its
- * first n_sink and last n_recent tokens exact. Not thread-safe: one thread, or one lock, per cache.
+ * first n_sink and last n_recent tokens exact. Sequences may share pages: after a fork, or because they begin with the same
+ * tokens; a page that is shared is copied before one of them writes to it.
+ *
+ * Threads: any number may use one cache, each sequence one thread at a time (several may attend to it while none changes it).
+ * tq_cache_append_slots and tq_cache_attend_batch use the sequences that they name. Results are those of one thread.
  */
 typedef struct tq_cache tq_cache;
 typedef struct tq_cache_params {
@@ -315,22 +324,57 @@ typedef struct tq_cache_params {
     tq_format k_format, v_format;
     const tq_format *layer_k_formats, *layer_v_formats; /* optional [n_layer], copied: override per layer */
     int32_t page_size;                                  /* tokens, 16 to 256, a multiple of 16 */
-    int32_t n_pages;                                    /* capacity of the pool */
-    int32_t n_sink, n_recent;
+    int32_t n_pages;                                    /* capacity of the pool; 0: what budget and file hold */
+    int32_t n_sink, n_recent;                           /* n_sink <= page_size */
+    int32_t k_ref_block; /* of keys, as tq_store_params.ref_block; blocks begin anew in each page */
+    size_t budget_bytes; /* all that the cache may hold from the allocator, but its codecs; 0: no limit but n_pages */
+    /*
+     * Optional: a file of at most offload_bytes in this folder, for pages that the budget has no memory for, least recently
+     * used first. It has no name and is gone with the cache. Its pages are read where they are, and come back when they are
+     * used again. Needs a budget; pages that one append writes must fit in it. Where the disk is full, calls that may fail
+     * with FULL fail with IO.
+     */
+    const char *offload_folder;
+    size_t offload_bytes;
     uint64_t seed;
+    bool dry_run; /* no vectors: pages, bytes, prefixes and refusals are those of a cache with them, in next to no memory */
 } tq_cache_params;
+/* The preset TQ4, 64 pages of 128 tokens, one layer and one KV head. head_dim is to be set. */
 TQ_API void tq_cache_params_default(tq_cache_params *params);
-/* Pages are allocated as they are first used. Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, CPU. */
+/* Formats, sinks, ring and references as a preset has them, but for its k_balance: a cache has no channel factors. */
+struct tq_preset;
+TQ_API void tq_cache_params_set_preset(tq_cache_params *params, const struct tq_preset *preset);
+/* Pages are allocated as they are first used. Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, FULL (the budget), IO, CPU. */
 TQ_API TQ_NODISCARD tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params);
 TQ_API void tq_cache_free(tq_cache *cache);
-/* An empty sequence. Errors: ARGUMENT, MEMORY. Ids of freed sequences are used again. */
+/* An empty sequence. Errors: ARGUMENT, MEMORY, FULL. Ids of freed sequences are used again. */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq);
-/* Errors: ARGUMENT, RANGE. Its pages go back to the pool. */
+/*
+ * A sequence with the content of another, whose pages and exact tokens it shares; each goes its own way from there. Costs
+ * memory as they come to differ. Errors: ARGUMENT, RANGE, MEMORY, FULL.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_seq_fork(tq_cache *cache, int32_t from, int32_t *seq);
+/*
+ * Say that the sequence's first n_tok tokens are tokens[n_tok] (all of them, also if some were published before). Pages that
+ * they fill, and whose tokens have left the ring of every layer, can then be found by tq_cache_seq_match, also after the
+ * sequence was freed, until the pool needs them for something else: least recently used first. Errors: ARGUMENT (more tokens
+ * than a layer has, or a page was published with others), RANGE, MEMORY, FULL; then fewer pages may have been published.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *tokens, int64_t n_tok);
+/*
+ * A sequence that begins with the published pages that tokens[n_tok] begin with; *n_matched tokens of them, a multiple of
+ * page_size, are there in every layer, encoded but for the sinks. Pass all tokens but the last where the model must run over at
+ * least one. Tokens are compared, hashes only find candidates. Errors: ARGUMENT, MEMORY, FULL.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_seq_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, int32_t *seq,
+                                                 int64_t *n_matched);
+/* Errors: ARGUMENT, RANGE. Its pages go back to the pool; published ones are kept for others as long as there is room. */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq);
 /*
  * Append n_tok tokens to one layer: k [n_tok, n_head_kv, head_dim], v [n_tok, n_head_kv, head_dim_v], contiguous. Layers
  * advance independently. Errors: ARGUMENT, RANGE, NOT_FINITE (the log names layer, head and position), FULL, MEMORY; then
- * nothing was appended. executor may be NULL.
+ * nothing was appended. executor may be NULL. In a dry run k and v are not read, and may be NULL. What needs the vectors
+ * (tq_cache_append_slots, attending, reading, saving, loading) is an ARGUMENT error there.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_append(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
                                               const float *v, const tq_executor *executor);
@@ -338,23 +382,100 @@ TQ_API TQ_NODISCARD tq_status tq_cache_append(tq_cache *cache, int32_t seq, int3
  * Attend over all tokens of one layer of a sequence; columns are positions. For causal prefill append first, then attend with
  * first_pos = length before the append. Errors: ARGUMENT, RANGE, SHAPE, MEMORY.
  */
-TQ_API TQ_NODISCARD tq_status tq_cache_attend(const tq_cache *cache, int32_t seq, int32_t layer, const tq_attend_params *params,
+TQ_API TQ_NODISCARD tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_attend_params *params,
                                               const tq_executor *executor);
+/*
+ * tq_cache_append and tq_cache_attend in one: the queries are those of the tokens appended. A token is exact for all queries
+ * for which it is among the last n_recent tokens, so a prompt in large batches gives what token by token would; appending and
+ * attending one after the other, only the last queries see the ring. Sets n_query, causal and first_pos. Errors: those of both,
+ * ARGUMENT for a mask or stages; then nothing was appended, but if there is no memory to attend with, which MEMORY may mean:
+ * tq_cache_length tells.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
+                                               const float *v, const tq_attend_params *params, const tq_executor *executor);
+/*
+ * Make room for n_tok tokens more in every layer, and make the pages and exact tokens that they will write the sequence's own;
+ * appending them cannot fail for want of memory then. Errors: ARGUMENT, RANGE, FULL, MEMORY; then nothing changed.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok);
+/*
+ * The pages of a sequence, page_table[n] as far as room goes; *n_pages (optional) gets their number. Valid until the sequence
+ * is next reserved, appended to, trimmed or freed. Errors: ARGUMENT, RANGE.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_page_table(tq_cache *cache, int32_t seq, int32_t *page_table, int32_t room,
+                                                  int32_t *n_pages);
+/*
+ * Append or replace tokens of several sequences at once: row i goes to slot_mapping[i] = page * page_size + offset, or nowhere
+ * if that is negative. A slot lies in a page that tq_cache_reserve has made a sequence's own, and is a position that exists (it
+ * is replaced, and stays exact or encoded) or the next to append, in the order of rows. k, v as in tq_cache_append, n_tok rows
+ * of each. Errors: ARGUMENT, RANGE, NOT_FINITE, FULL, MEMORY; then nothing was written.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_append_slots(tq_cache *cache, int32_t layer, int64_t n_tok, const int64_t *slot_mapping,
+                                                    const float *k, const float *v, const tq_executor *executor);
+/* Attention of several sequences, each with queries of its own. Query rows query_starts[i] .. query_starts[i + 1] - 1 belong to
+ * sequence seqs[i] and are its last positions: a decode step has one, a speculative one several, prefill many. */
+typedef struct tq_attend_batch {
+    size_t struct_size;
+    int32_t n_seq;
+    const int32_t *seqs;         /* [n_seq] */
+    const int64_t *query_starts; /* [n_seq + 1], ascending from 0 */
+    const int64_t *seq_lens;     /* optional [n_seq]: see only so many tokens, at least the queries */
+    tq_attend_params params;     /* for all; n_query and first_pos are set for each sequence; no mask, no stages */
+} tq_attend_batch;
+TQ_API void tq_attend_batch_default(tq_attend_batch *batch);
+/* Errors: ARGUMENT, RANGE, SHAPE, MEMORY. */
+TQ_API TQ_NODISCARD tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_batch *batch,
+                                                    const tq_executor *executor);
 /* Keep the first n_tok tokens of every layer. What was encoded stays encoded. Errors: ARGUMENT, RANGE. */
 TQ_API TQ_NODISCARD tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok);
 /* Tokens in one layer of a sequence, or -1 if there is no such sequence or layer. */
-TQ_API int64_t tq_cache_length(const tq_cache *cache, int32_t seq, int32_t layer);
+TQ_API int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer);
 /* Decode tokens [first, first + n) to k and/or v (either may be NULL), shapes as in append. Errors: ARGUMENT, RANGE. */
-TQ_API TQ_NODISCARD tq_status tq_cache_read(const tq_cache *cache, int32_t seq, int32_t layer, int64_t first, int64_t n,
-                                            float *k, float *v);
+TQ_API TQ_NODISCARD tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t first, int64_t n, float *k,
+                                            float *v);
 typedef struct tq_cache_stats {
-    int64_t n_pages_used, n_pages_free;
-    size_t page_bytes;      /* encoded bytes of one page */
-    size_t exact_bytes;     /* sinks and rings of all sequences */
-    size_t table_bytes;     /* page tables and sequence records */
-    size_t allocated_bytes; /* everything that the cache holds from the allocator now */
+    int32_t n_sequences;
+    int64_t n_pages_used, n_pages_kept, n_pages_free; /* kept: published, in no sequence; free: the rest of the pool */
+    int64_t n_pages_shared;                           /* used by more than one sequence */
+    int64_t n_pages_offloaded;                        /* now in the file */
+    int64_t n_offloads, n_restores;                   /* pages moved there and back so far */
+    size_t page_bytes;                                /* encoded bytes of one page */
+    size_t exact_bytes;                               /* sinks and rings of all sequences */
+    size_t table_bytes;                               /* page tables and sequence records */
+    size_t allocated_bytes;                           /* everything that the cache holds from the allocator now */
+    int64_t n_asked_tok, n_matched_tok;               /* of all tq_cache_seq_match so far */
+    int64_t n_evicted_pages, n_copied_pages;          /* published pages given up; pages copied before a write */
+    double encode_seconds, attend_seconds;            /* spent in appending and attending, summed over calling threads */
 } tq_cache_stats;
-TQ_API TQ_NODISCARD tq_status tq_cache_get_stats(const tq_cache *cache, tq_cache_stats *out);
+TQ_API TQ_NODISCARD tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats *out);
+
+/* ---- snapshots ----------------------------------------------------------------------------------------------------- */
+
+/*
+ * Write sequences to a file (docs/snapshot.md): seqs[n_seq], or with seqs NULL all of them and the published prefixes that are
+ * kept. What sequences share is written once; what of it is published stays so. The file is written beside `path`, flushed and
+ * renamed: the path holds the old file or the new one, whole. No thread may change those sequences meanwhile. Errors: ARGUMENT,
+ * RANGE, IO, MEMORY.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq);
+/*
+ * Add a file's sequences to a cache that was created with the same shape, formats, page_size, n_sink, n_recent and seed; seqs
+ * [room] gets their ids in the order of saving, *n_seq their number. Nothing in the file is trusted. Errors: ARGUMENT, IO,
+ * CORRUPT, MISMATCH, SHAPE (room is too small), FULL, MEMORY; then the cache holds what it held.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_load(tq_cache *cache, const char *path, int32_t *seqs, int32_t room, int32_t *n_seq);
+typedef struct tq_snapshot_info {
+    int32_t version;
+    int32_t n_layer, n_head_kv, head_dim, head_dim_v, page_size, n_sink, n_recent;
+    int32_t k_ref_block, n_sequences, n_pages, n_prefixes;
+    uint64_t seed, file_bytes, page_bytes, exact_bytes;
+} tq_snapshot_info;
+/*
+ * What a file says of itself. Its header is checked, and if `verify` every hash. formats, optional, gets [room] of the formats
+ * [n_layer, keys and values]. Errors: ARGUMENT, IO, CORRUPT, MISMATCH (another version). Thread-safe.
+ */
+TQ_API TQ_NODISCARD tq_status tq_snapshot_describe(tq_snapshot_info *out, const char *path, bool verify, tq_format *formats,
+                                                   int32_t room);
 
 /* ---- presets ------------------------------------------------------------------------------------------------------- */
 
@@ -367,6 +488,8 @@ typedef struct tq_preset {
     bool k_balance;
 } tq_preset;
 TQ_API int32_t tq_preset_count(void);
+/* The number of TQ4. */
+#define TQ_PRESET_DEFAULT 1
 /* NULL if i is out of range. Static storage. */
 TQ_API const tq_preset *tq_preset_get(int32_t i);
 /*
@@ -375,6 +498,133 @@ TQ_API const tq_preset *tq_preset_get(int32_t i);
  */
 TQ_API TQ_NODISCARD tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t head_dim,
                                                        int32_t n_head_kv, int64_t n_slots);
+
+/* ---- CUDA ---------------------------------------------------------------------------------------------------------- */
+
+/*
+ * Keys and values of one layer in the memory of a CUDA device, paged, with attention on the compressed bytes (docs/cuda.md).
+ * The caller owns all memory and gives it with every call; the library keeps no state on the device, allocates nothing and
+ * never waits: each call puts kernels on the caller's stream, so calls can be captured in a CUDA graph. Pointers are device
+ * pointers unless stated; a stream is a cudaStream_t, NULL for the default one; the device is the current one of the calling
+ * thread. Thread-safe. The code is in libturboquant-cuda.so, which the first call loads: the library itself needs no CUDA.
+ *
+ * Positions of a sequence: the first n_sink are exact for ever, the last n_recent exact until newer ones push them out; those
+ * between are encoded, position p in page page_table[sequence][p / page_size]. Encoded bytes are those of the CPU's encoder.
+ */
+typedef enum tq_dtype { TQ_DTYPE_F32 = 0, TQ_DTYPE_F16 = 1, TQ_DTYPE_BF16 = 2 } tq_dtype;
+
+typedef struct tq_cuda_info {
+    char name[64];                        /* of the current device */
+    int32_t compute_major, compute_minor; /* 9, 0 */
+    int32_t n_multiprocessors;
+    int32_t driver_version, runtime_version; /* 13000 is 13.0 */
+    size_t memory_bytes;
+} tq_cuda_info;
+/* Errors: ARGUMENT, NO_DEVICE. */
+TQ_API TQ_NODISCARD tq_status tq_cuda_describe(tq_cuda_info *out);
+
+typedef struct tq_cuda_store {
+    size_t struct_size;
+    tq_format k_format, v_format; /* tq8, tq4, tq3, tq2, tt4, tt3, tt2; docs/cuda.md lists the pairs that attention has */
+    int32_t head_dim, n_head_kv;  /* 64, 96, 128, 192 or 256 */
+    int32_t page_size;            /* tokens, 32 to 256, a multiple of 32 */
+    int32_t n_sink, n_recent;     /* at most 512 together */
+    uint64_t seed;
+    int64_t n_pages;       /* of `pages` */
+    int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
+    void *pages;           /* n_pages * page_bytes, aligned to 128 bytes; contents do not matter at first */
+    /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_recent, head_dim]; NULL if there are neither. Sink i is
+     * entry i, ring position p entry n_sink + (p - n_sink) % n_recent. */
+    void *exact;
+} tq_cuda_store;
+TQ_API void tq_cuda_store_default(tq_cuda_store *store);
+
+/* Bytes of the caller's memory, from plain arithmetic: needs no device. */
+typedef struct tq_cuda_sizes {
+    size_t page_bytes;      /* of one page on the device: keys and values of all KV heads */
+    size_t exact_bytes;     /* of one exact slot */
+    size_t canonical_bytes; /* of one page in the format's own arrangement, as tq_cuda_pages_export writes it */
+} tq_cuda_sizes;
+/* Errors: ARGUMENT, FORMAT, HEAD_DIM (there is no device layout for these; the log says what there is). */
+TQ_API TQ_NODISCARD tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *store);
+
+typedef struct tq_cuda_append_params {
+    size_t struct_size;
+    int64_t n_tok;
+    tq_dtype dtype;
+    const void *k, *v;  /* [n_tok, n_head_kv, head_dim], rounded to FP16 on entry */
+    int64_t row_stride; /* elements from one token to the next; 0: contiguous */
+    /*
+     * Where tokens go: page * page_size + offset, int64 [n_tok]; negative: skip the token (padding of a captured batch).
+     * Without sinks and ring this is all that is read.
+     */
+    const int64_t *slot_mapping;
+    /* With sinks or ring: the sequence (row of page_table) and position of each token. The tokens of a sequence in one call
+     * stand together, in ascending positions, and follow what was appended before. */
+    const int32_t *seq_ids;    /* int32 [n_tok] */
+    const int64_t *positions;  /* int64 [n_tok] */
+    const int32_t *page_table; /* int32 [n_seq, max_pages] */
+    int64_t page_table_stride;
+    const int32_t *exact_slots; /* optional int32 [n_seq]: the exact slot of a sequence; NULL: sequence i has slot i */
+    /* Optional int32: incremented for each vector with NaN, infinity or a magnitude above 65504. NaN is stored as 0, the others
+     * as the largest FP16 number. */
+    int32_t *n_not_finite;
+} tq_cuda_append_params;
+TQ_API void tq_cuda_append_params_default(tq_cuda_append_params *params);
+/* Errors: ARGUMENT, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE. */
+TQ_API TQ_NODISCARD tq_status tq_cuda_append(const tq_cuda_store *store, const tq_cuda_append_params *params, void *stream);
+
+typedef struct tq_cuda_attend_params {
+    size_t struct_size;
+    int32_t n_seq;
+    int32_t n_query; /* query tokens of each sequence: its last positions. 1 in plain decoding, more in speculative */
+    int32_t n_head;  /* query heads, a multiple of n_head_kv */
+    tq_dtype dtype;  /* of q and out */
+    const void *q;   /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
+    void *out;       /* likewise */
+    int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
+    float *lse; /* optional [n_seq * n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
+    const int32_t *page_table; /* int32 [n_seq, max_pages] */
+    int64_t page_table_stride;
+    const void *seq_lens; /* tokens of each sequence, those of the queries included: int32 [n_seq], or int64 */
+    bool seq_lens_are_64;
+    int64_t max_seq_len;        /* host: no sequence is longer; it only decides how the work is cut */
+    const int32_t *exact_slots; /* as in tq_cuda_append_params */
+    float softmax_scale;
+    float softcap;      /* 0: none */
+    int64_t window;     /* > 0: column > position - window */
+    const float *sinks; /* optional float [n_head]: learned sink logits */
+    /* Results are repeated bit for bit, and do not depend on what else is in the batch or on max_seq_len. Costs some speed. */
+    bool deterministic;
+    /* tq_cuda_workspace_bytes of scratch; its first bytes must be zero before its first use, which zeroing all of it once sees
+     * to: each call leaves them zero. Calls that may run at the same time need one each. */
+    void *workspace;
+    size_t workspace_bytes;
+} tq_cuda_attend_params;
+TQ_API void tq_cuda_attend_params_default(tq_cuda_attend_params *params);
+/* Reads n_seq, n_query, n_head, max_seq_len and deterministic. Errors: ARGUMENT, SHAPE, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE. */
+TQ_API TQ_NODISCARD tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *store,
+                                                      const tq_cuda_attend_params *params);
+/*
+ * softmax(softmax_scale * q . K) . V, causal: query token i of a sequence sees positions up to length - n_query + i. A row that
+ * sees nothing gives zeros. Scales of values (their root mean square) should lie between 1e-4 and 2000. Errors: ARGUMENT,
+ * SHAPE, FORMAT (no kernel for the pair), HEAD_DIM, NO_DEVICE, DEVICE.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cuda_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params, void *stream);
+
+/* Copy pages from[i] to to[i], int32 [n] each; no page may be in both. Errors: ARGUMENT, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cuda_pages_copy(const tq_cuda_store *store, const int32_t *from, const int32_t *to, int64_t n,
+                                                 void *stream);
+/*
+ * Pages pages[n] (int32) to and from the format's own bytes [n, n_head_kv, head page of keys, head page of values]
+ * (docs/formats.md), bit for bit. bytes: device memory, or host memory that the device can reach (cudaMallocHost). Errors as
+ * above.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cuda_pages_export(const tq_cuda_store *store, const int32_t *pages, int64_t n, void *bytes,
+                                                   void *stream);
+TQ_API TQ_NODISCARD tq_status tq_cuda_pages_import(const tq_cuda_store *store, const int32_t *pages, int64_t n,
+                                                   const void *bytes, void *stream);
 
 /* ---- machine ------------------------------------------------------------------------------------------------------- */
 

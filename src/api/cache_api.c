@@ -1,8 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_cache_*: argument checks in front of cache/cache.c. */
+#define _POSIX_C_SOURCE 199309L /* clock_gettime */
+
+#include <time.h>
+
 #include "api/checks.h"
+#include "base/alloc.h"
 #include "base/log.h"
 #include "cache/cache.h"
+#include "cache/slots.h"
 
 #define WHO "cache"
 #define LAYERS_MAX 65536
@@ -13,16 +19,19 @@
 void tq_cache_params_default(tq_cache_params *params)
 {
     if (!params) return;
-    *params = (tq_cache_params){.struct_size = sizeof *params,
-                                .n_layer = 1,
-                                .n_head_kv = 1,
-                                .k_format = TQ_FORMAT_TQ4,
-                                .v_format = TQ_FORMAT_TQ4,
-                                .page_size = 64,
-                                .n_pages = 64,
-                                .n_sink = 4,
-                                .n_recent = 64,
-                                .seed = TQ_SEED_DEFAULT};
+    *params = (tq_cache_params){
+        .struct_size = sizeof *params, .n_layer = 1, .n_head_kv = 1, .page_size = 128, .n_pages = 64, .seed = TQ_SEED_DEFAULT};
+    tq_cache_params_set_preset(params, tq_preset_get(TQ_PRESET_DEFAULT));
+}
+
+void tq_cache_params_set_preset(tq_cache_params *params, const tq_preset *preset)
+{
+    if (!params || !preset) return;
+    params->k_format = preset->k_format;
+    params->v_format = preset->v_format;
+    params->n_sink = preset->n_sink;
+    params->n_recent = preset->n_recent;
+    params->k_ref_block = preset->k_ref_block;
 }
 
 static tq_status check_format(tq_format format, int32_t layer, const char *side)
@@ -65,12 +74,22 @@ static tq_status check_params(const tq_cache_params *params)
                PAGE_SIZE_MIN, PAGE_SIZE_MAX);
         return TQ_ERR_ARGUMENT;
     }
-    if (params->n_pages < 1 || params->n_pages > INT32_MAX / params->page_size) {
-        tq_log(TQ_LOG_ERROR, WHO ": n_pages %d: give at least 1, and no more than 2^31 - 1 tokens in all",
+    if ((params->offload_folder != NULL) != (params->offload_bytes > 0) ||
+        (params->offload_folder && (params->budget_bytes == 0 || params->dry_run))) {
+        tq_log(TQ_LOG_ERROR, WHO ": an offload tier needs offload_folder, offload_bytes and budget_bytes, and no dry run");
+        return TQ_ERR_ARGUMENT;
+    }
+    bool by_budget = params->n_pages == 0 && params->budget_bytes > 0;
+    if ((params->n_pages < 1 && !by_budget) || params->n_pages > INT32_MAX / params->page_size) {
+        tq_log(TQ_LOG_ERROR, WHO ": n_pages %d: give at least 1 or a budget, and no more than 2^31 - 1 tokens in all",
                (int)params->n_pages);
         return TQ_ERR_ARGUMENT;
     }
-    TQ_TRY(tq_check_exact(WHO, params->n_sink, params->n_recent));
+    TQ_TRY(tq_check_exact(WHO, params->n_sink, params->n_recent, params->k_ref_block));
+    if (params->n_sink > params->page_size) {
+        tq_log(TQ_LOG_ERROR, WHO ": n_sink %d is above page_size %d", (int)params->n_sink, (int)params->page_size);
+        return TQ_ERR_ARGUMENT;
+    }
     TQ_TRY(check_head_dim(params->head_dim));
     if (params->head_dim_v != 0) TQ_TRY(check_head_dim(params->head_dim_v));
     return check_formats(params);
@@ -85,6 +104,9 @@ tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params)
     tq_status status = tq_cache_build(out, params, kernels);
     if (status == TQ_ERR_ARGUMENT)
         tq_log(TQ_LOG_ERROR, WHO ": a page's bytes overflow; lower n_layer, n_head_kv or page_size");
+    else if (status == TQ_ERR_FULL)
+        tq_log(TQ_LOG_ERROR, WHO ": budget_bytes %zu does not hold one page, or offload_bytes %zu not two",
+               params->budget_bytes, params->offload_bytes);
     else if (status != TQ_OK)
         tq_log(TQ_LOG_ERROR, WHO ": %s", tq_status_string(status));
     return status;
@@ -95,37 +117,143 @@ void tq_cache_free(tq_cache *cache)
     if (cache) tq_cache_destroy(cache);
 }
 
-tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)
-{
-    if (!cache || !seq) return TQ_ERR_ARGUMENT;
-    tq_status status = tq_sequence_open(cache, seq);
-    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": new sequence: %s", tq_status_string(status));
-    return status;
-}
-
-static tq_status find_sequence(const tq_cache *cache, int32_t seq, tq_sequence **out)
+/* The sequence's record stays where it is until the sequence is freed. */
+static tq_status find_sequence(tq_cache *cache, int32_t seq, tq_sequence **out)
 {
     if (!cache) return TQ_ERR_ARGUMENT;
+    tq_cache_lock(cache);
     *out = tq_cache_sequence(cache, seq);
+    tq_cache_unlock(cache);
     if (*out) return TQ_OK;
     tq_log(TQ_LOG_ERROR, WHO ": there is no sequence %d", (int)seq);
     return TQ_ERR_RANGE;
 }
 
-static tq_status find_layer(const tq_cache *cache, int32_t seq, int32_t layer, tq_sequence **out)
+static tq_status check_vectors(const tq_cache *cache)
 {
-    TQ_TRY(find_sequence(cache, seq, out));
+    if (!cache) return TQ_ERR_ARGUMENT;
+    if (!cache->budget.is_dry) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, WHO ": a dry run has no vectors");
+    return TQ_ERR_ARGUMENT;
+}
+
+static tq_status check_layer(const tq_cache *cache, int32_t layer)
+{
     if (layer >= 0 && layer < cache->n_layer) return TQ_OK;
     tq_log(TQ_LOG_ERROR, WHO ": there is no layer %d; there are %d", (int)layer, (int)cache->n_layer);
     return TQ_ERR_RANGE;
+}
+
+static tq_status find_layer(tq_cache *cache, int32_t seq, int32_t layer, tq_sequence **out)
+{
+    TQ_TRY(find_sequence(cache, seq, out));
+    return check_layer(cache, layer);
+}
+
+/* Log a failure to `action` and say how the pool stands. Locked. */
+static tq_status report(const tq_cache *cache, tq_status status, const char *action)
+{
+    if (status == TQ_OK) return status;
+    tq_log(TQ_LOG_ERROR, WHO ": %s: %s; %d of %d pages can be had, %zu bytes are in use", action, tq_status_string(status),
+           (int)tq_page_pool_available(&cache->pool, true), (int)cache->pool.n_pages, cache->budget.used);
+    return status;
+}
+
+tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)
+{
+    if (!cache || !seq) return TQ_ERR_ARGUMENT;
+    tq_sequence *sequence;
+    tq_cache_lock(cache);
+    tq_status status = report(cache, tq_sequence_open(cache, &sequence), "new sequence");
+    if (status == TQ_OK) *seq = sequence->id;
+    tq_cache_unlock(cache);
+    return status;
+}
+
+tq_status tq_cache_seq_fork(tq_cache *cache, int32_t from, int32_t *seq)
+{
+    tq_sequence *original, *sequence;
+    TQ_TRY(find_sequence(cache, from, &original));
+    if (!seq) return TQ_ERR_ARGUMENT;
+    tq_cache_lock(cache);
+    tq_status status = report(cache, tq_sequence_fork(cache, original, &sequence), "fork");
+    if (status == TQ_OK) *seq = sequence->id;
+    tq_cache_unlock(cache);
+    return status;
+}
+
+tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *tokens, int64_t n_tok)
+{
+    tq_sequence *sequence;
+    TQ_TRY(find_sequence(cache, seq, &sequence));
+    int64_t shortest = sequence->length[0];
+    for (int32_t i = 1; i < cache->n_layer; i++) {
+        if (sequence->length[i] < shortest) shortest = sequence->length[i];
+    }
+    if (n_tok < 0 || n_tok > shortest || (n_tok > 0 && !tokens)) {
+        tq_log(TQ_LOG_ERROR, WHO ": publish: %lld tokens, where every layer of sequence %d has %lld", (long long)n_tok,
+               (int)seq, (long long)shortest);
+        return TQ_ERR_ARGUMENT;
+    }
+    tq_cache_lock(cache);
+    tq_status status = report(cache, tq_sequence_publish(cache, sequence, tokens, n_tok), "publish");
+    tq_cache_unlock(cache);
+    return status;
+}
+
+tq_status tq_cache_seq_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, int32_t *seq, int64_t *n_matched)
+{
+    if (!cache || !seq || !n_matched || n_tok < 0 || (n_tok > 0 && !tokens)) return TQ_ERR_ARGUMENT;
+    tq_sequence *sequence;
+    tq_cache_lock(cache);
+    tq_status status = report(cache, tq_sequence_match(cache, tokens, n_tok, &sequence), "match");
+    if (status == TQ_OK) {
+        *seq = sequence->id;
+        *n_matched = sequence->length[0];
+    }
+    tq_cache_unlock(cache);
+    return status;
 }
 
 tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq)
 {
     tq_sequence *sequence;
     TQ_TRY(find_sequence(cache, seq, &sequence));
+    tq_cache_lock(cache);
     tq_sequence_close(cache, seq);
+    tq_cache_unlock(cache);
     return TQ_OK;
+}
+
+tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok)
+{
+    tq_sequence *sequence;
+    TQ_TRY(find_sequence(cache, seq, &sequence));
+    if (n_tok < 0) return TQ_ERR_ARGUMENT;
+    tq_cache_lock(cache);
+    tq_status status = n_tok > (int64_t)cache->pool.n_pages * cache->page_size ? TQ_ERR_FULL : TQ_OK;
+    if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, -1, n_tok);
+    tq_sequence_let_go(cache, sequence, &sequence->held);
+    report(cache, status, "reserve");
+    tq_cache_unlock(cache);
+    return status;
+}
+
+tq_status tq_cache_page_table(tq_cache *cache, int32_t seq, int32_t *page_table, int32_t room, int32_t *n_pages)
+{
+    tq_sequence *sequence;
+    TQ_TRY(find_sequence(cache, seq, &sequence));
+    if (room < 0 || (room > 0 && !page_table)) return TQ_ERR_ARGUMENT;
+    for (int32_t i = 0; i < room && i < sequence->n_pages; i++) page_table[i] = sequence->page_table[i];
+    if (n_pages) *n_pages = sequence->n_pages;
+    return TQ_OK;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
 static tq_status check_rows(const tq_cache *cache, int32_t layer, int64_t position, int64_t n, const float *rows, int32_t side)
@@ -143,42 +271,190 @@ static tq_status check_rows(const tq_cache *cache, int32_t layer, int64_t positi
     return TQ_OK;
 }
 
-tq_status tq_cache_append(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k, const float *v,
-                          const tq_executor *executor)
+/* Check rows to be appended, and reserve what they need. */
+static tq_status begin_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
+                              const float *v)
 {
-    tq_sequence *sequence;
-    TQ_TRY(find_layer(cache, seq, layer, &sequence));
-    if (n_tok < 0 || (n_tok > 0 && (!k || !v))) {
+    bool is_dry = cache->budget.is_dry;
+    if (n_tok < 0 || (n_tok > 0 && !is_dry && (!k || !v))) {
         tq_log(TQ_LOG_ERROR, WHO ": append: n_tok is negative, or k or v is NULL");
         return TQ_ERR_ARGUMENT;
     }
     int64_t length = sequence->length[layer], capacity = (int64_t)cache->pool.n_pages * cache->page_size;
     tq_status status = n_tok > capacity - length ? TQ_ERR_FULL : TQ_OK;
-    if (status == TQ_OK) {
+    if (status == TQ_OK && !is_dry) {
         TQ_TRY(check_rows(cache, layer, length, n_tok, k, TQ_SIDE_K));
         TQ_TRY(check_rows(cache, layer, length, n_tok, v, TQ_SIDE_V));
-        status = tq_sequence_reserve(cache, sequence, length + n_tok);
     }
-    if (status != TQ_OK) {
-        tq_log(TQ_LOG_ERROR, WHO ": sequence %d layer %d: %lld tokens more: %s; %d of %d pages are free", (int)seq, (int)layer,
-               (long long)n_tok, tq_status_string(status), (int)cache->pool.n_free, (int)cache->pool.n_pages);
-        return status;
-    }
-    if (n_tok > 0) tq_sequence_append(cache, sequence, layer, n_tok, k, v, executor);
-    return TQ_OK;
+    tq_cache_lock(cache);
+    if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, layer, n_tok);
+    report(cache, status, "append");
+    tq_cache_unlock(cache);
+    return status;
 }
 
-tq_status tq_cache_attend(const tq_cache *cache, int32_t seq, int32_t layer, const tq_attend_params *params,
+tq_status tq_cache_append(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k, const float *v,
                           const tq_executor *executor)
 {
     tq_sequence *sequence;
+    TQ_TRY(find_layer(cache, seq, layer, &sequence));
+    TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
+    if (n_tok == 0) return TQ_OK;
+    int64_t started = now_ns();
+    tq_sequence_append(cache, sequence, layer, n_tok, k, v, executor);
+    atomic_fetch_add(&cache->encode_ns, now_ns() - started);
+    tq_cache_end_writing(cache, sequence);
+    return TQ_OK;
+}
+
+tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k, const float *v,
+                           const tq_attend_params *params, const tq_executor *executor)
+{
+    tq_sequence *sequence;
+    TQ_TRY(check_vectors(cache));
+    TQ_TRY(find_layer(cache, seq, layer, &sequence));
+    TQ_TRY(tq_check_attend(WHO, params, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim));
+    if (params->mask || params->key_stage || params->value_stage) {
+        tq_log(TQ_LOG_ERROR, WHO ": prefill: there is neither mask nor stage");
+        return TQ_ERR_ARGUMENT;
+    }
+    TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
+    if (n_tok == 0) return TQ_OK;
+    int64_t started = now_ns();
+    tq_status status = tq_sequence_prefill(cache, sequence, layer, n_tok, k, v, params, executor);
+    atomic_fetch_add(&cache->attend_ns, now_ns() - started);
+    tq_cache_end_writing(cache, sequence);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": layer %d: prefill: %s", (int)layer, tq_status_string(status));
+    return status;
+}
+
+/* As check_rows, of the rows that have a slot. */
+static tq_status check_slot_rows(const tq_cache *cache, int32_t layer, const int64_t *slots, int64_t n, const float *k,
+                                 const float *v)
+{
+    for (int64_t i = 0; i < n; i++) {
+        if (slots[i] < 0) continue;
+        int64_t k_row = (int64_t)cache->n_head_kv * tq_cache_side_get(cache, layer, TQ_SIDE_K)->codec->head_dim;
+        int64_t v_row = (int64_t)cache->n_head_kv * tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim;
+        TQ_TRY(check_rows(cache, layer, i, 1, k + i * k_row, TQ_SIDE_K));
+        TQ_TRY(check_rows(cache, layer, i, 1, v + i * v_row, TQ_SIDE_V));
+    }
+    return TQ_OK;
+}
+
+tq_status tq_cache_append_slots(tq_cache *cache, int32_t layer, int64_t n_tok, const int64_t *slot_mapping, const float *k,
+                                const float *v, const tq_executor *executor)
+{
+    TQ_TRY(check_vectors(cache));
+    TQ_TRY(check_layer(cache, layer));
+    if (n_tok < 0 || (n_tok > 0 && (!slot_mapping || !k || !v))) {
+        tq_log(TQ_LOG_ERROR, WHO ": append: n_tok is negative, or slot_mapping, k or v is NULL");
+        return TQ_ERR_ARGUMENT;
+    }
+    if (n_tok == 0) return TQ_OK;
+    TQ_TRY(check_slot_rows(cache, layer, slot_mapping, n_tok, k, v));
+    tq_slot_run *runs = (size_t)n_tok > SIZE_MAX / sizeof *runs ? NULL : tq_alloc((size_t)n_tok * sizeof *runs);
+    if (!runs) return TQ_ERR_MEMORY;
+    int64_t n_runs, bad_row = -1;
+    tq_cache_lock(cache);
+    tq_status status = tq_slots_plan(cache, layer, slot_mapping, n_tok, runs, &n_runs, &bad_row);
+    tq_cache_unlock(cache);
+    if (status == TQ_OK) {
+        int64_t started = now_ns();
+        tq_slots_write(cache, layer, runs, n_runs, k, v, executor);
+        atomic_fetch_add(&cache->encode_ns, now_ns() - started);
+        tq_slots_end_writing(cache, runs, n_runs);
+    } else if (bad_row >= 0) {
+        tq_log(TQ_LOG_ERROR,
+               WHO ": append: row %lld: slot %lld is neither a token of a sequence's own page nor its next one; see "
+                   "tq_cache_reserve",
+               (long long)bad_row, (long long)slot_mapping[bad_row]);
+    } else {
+        tq_log(TQ_LOG_ERROR, WHO ": append: %s", tq_status_string(status));
+    }
+    tq_free(runs);
+    return status;
+}
+
+tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_attend_params *params,
+                          const tq_executor *executor)
+{
+    tq_sequence *sequence;
+    TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
     TQ_TRY(tq_check_attend(WHO, params, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim));
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
     tq_kv_view keys = tq_cache_view(cache, sequence, layer, TQ_SIDE_K, exact_k);
     tq_kv_view values = tq_cache_view(cache, sequence, layer, TQ_SIDE_V, exact_v);
+    int64_t started = now_ns();
+    tq_cache_begin_reading(cache, &sequence, 1);
     tq_status status = tq_attend(cache->kernels, &keys, &values, cache->n_head_kv, sequence->length[layer], params, executor);
+    tq_cache_end_reading(cache, &sequence, 1);
+    atomic_fetch_add(&cache->attend_ns, now_ns() - started);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": layer %d: attend: %s", (int)layer, tq_status_string(status));
+    return status;
+}
+
+void tq_attend_batch_default(tq_attend_batch *batch)
+{
+    if (!batch) return;
+    *batch = (tq_attend_batch){.struct_size = sizeof *batch};
+    tq_attend_params_default(&batch->params);
+}
+
+static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_attend_batch *batch)
+{
+    if (!batch || batch->struct_size != sizeof *batch || batch->n_seq < 0 ||
+        (batch->n_seq > 0 && (!batch->seqs || !batch->query_starts || batch->query_starts[0] != 0))) {
+        tq_log(TQ_LOG_ERROR, WHO ": attend: the batch is NULL, not from tq_attend_batch_default, or lacks seqs or query_starts "
+                                 "from 0 on");
+        return TQ_ERR_ARGUMENT;
+    }
+    if (batch->params.mask || batch->params.key_stage || batch->params.value_stage) {
+        tq_log(TQ_LOG_ERROR, WHO ": attend: a batch has neither mask nor stages");
+        return TQ_ERR_ARGUMENT;
+    }
+    for (int32_t i = 0; i < batch->n_seq; i++) {
+        if (batch->query_starts[i] > batch->query_starts[i + 1]) {
+            tq_log(TQ_LOG_ERROR, WHO ": attend: query_starts falls after sequence %d of the batch", (int)i);
+            return TQ_ERR_ARGUMENT;
+        }
+    }
+    tq_attend_params all = batch->params;
+    all.n_query = batch->n_seq > 0 ? batch->query_starts[batch->n_seq] : 0;
+    return tq_check_attend(WHO, &all, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim);
+}
+
+/* Look a batch's sequences up, and check what is asked of them. */
+static tq_status find_batch(tq_cache *cache, int32_t layer, const tq_attend_batch *batch, tq_sequence **sequences)
+{
+    for (int32_t i = 0; i < batch->n_seq; i++) {
+        TQ_TRY(find_sequence(cache, batch->seqs[i], &sequences[i]));
+        int64_t length = sequences[i]->length[layer], n_query = batch->query_starts[i + 1] - batch->query_starts[i];
+        int64_t seen = batch->seq_lens ? batch->seq_lens[i] : length;
+        if (seen <= length && seen >= n_query) continue;
+        tq_log(TQ_LOG_ERROR, WHO ": attend: sequence %d has %lld tokens; %lld queries to see %lld are out of range",
+               (int)batch->seqs[i], (long long)length, (long long)n_query, (long long)seen);
+        return TQ_ERR_RANGE;
+    }
+    return TQ_OK;
+}
+
+tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_batch *batch, const tq_executor *executor)
+{
+    TQ_TRY(check_vectors(cache));
+    TQ_TRY(check_layer(cache, layer));
+    TQ_TRY(check_batch(cache, layer, batch));
+    if (batch->n_seq == 0 || batch->query_starts[batch->n_seq] == 0) return TQ_OK;
+    tq_sequence **sequences = tq_alloc((size_t)batch->n_seq * sizeof *sequences);
+    if (!sequences) return TQ_ERR_MEMORY;
+    tq_status status = find_batch(cache, layer, batch, sequences);
+    if (status == TQ_OK) {
+        int64_t started = now_ns();
+        status = tq_slots_attend(cache, layer, sequences, batch, executor);
+        atomic_fetch_add(&cache->attend_ns, now_ns() - started);
+    }
+    tq_free(sequences);
     return status;
 }
 
@@ -190,14 +466,19 @@ tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok)
         tq_log(TQ_LOG_ERROR, WHO ": trim: n_tok is negative");
         return TQ_ERR_ARGUMENT;
     }
+    tq_cache_lock(cache);
     tq_sequence_trim(cache, sequence, n_tok);
+    tq_cache_unlock(cache);
     return TQ_OK;
 }
 
-int64_t tq_cache_length(const tq_cache *cache, int32_t seq, int32_t layer)
+int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer)
 {
-    const tq_sequence *sequence = cache ? tq_cache_sequence(cache, seq) : NULL;
-    return sequence && layer >= 0 && layer < cache->n_layer ? sequence->length[layer] : -1;
+    if (!cache || layer < 0 || layer >= cache->n_layer) return -1;
+    tq_cache_lock(cache);
+    const tq_sequence *sequence = tq_cache_sequence(cache, seq);
+    tq_cache_unlock(cache);
+    return sequence ? sequence->length[layer] : -1;
 }
 
 static void read_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t side, int64_t first, int64_t n,
@@ -208,9 +489,10 @@ static void read_side(const tq_cache *cache, const tq_sequence *sequence, int32_
     tq_rows_read(cache->kernels, &view, cache->n_head_kv, first, n, rows, (int64_t)cache->n_head_kv * view.codec->head_dim);
 }
 
-tq_status tq_cache_read(const tq_cache *cache, int32_t seq, int32_t layer, int64_t first, int64_t n, float *k, float *v)
+tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t first, int64_t n, float *k, float *v)
 {
     tq_sequence *sequence;
+    TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
     if (first < 0 || n < 0) {
         tq_log(TQ_LOG_ERROR, WHO ": read: first or n is negative");
@@ -222,14 +504,18 @@ tq_status tq_cache_read(const tq_cache *cache, int32_t seq, int32_t layer, int64
                (int)layer, (int)seq, (long long)length, (long long)n, (long long)first);
         return TQ_ERR_RANGE;
     }
+    tq_cache_begin_reading(cache, &sequence, 1);
     if (k) read_side(cache, sequence, layer, TQ_SIDE_K, first, n, k);
     if (v) read_side(cache, sequence, layer, TQ_SIDE_V, first, n, v);
+    tq_cache_end_reading(cache, &sequence, 1);
     return TQ_OK;
 }
 
-tq_status tq_cache_get_stats(const tq_cache *cache, tq_cache_stats *out)
+tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats *out)
 {
     if (!cache || !out) return TQ_ERR_ARGUMENT;
+    tq_cache_lock(cache);
     tq_cache_count(cache, out);
+    tq_cache_unlock(cache);
     return TQ_OK;
 }

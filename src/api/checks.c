@@ -9,6 +9,8 @@
 
 /* Positions and counts beyond this are mistakes, and keeping them out keeps sums of a few from overflowing. */
 #define COUNT_MAX (INT64_C(1) << 48)
+/* The mean of a longer block says little about its ends. */
+#define REF_BLOCK_MAX 1024
 
 void tq_attend_params_default(tq_attend_params *params)
 {
@@ -68,8 +70,13 @@ tq_status tq_check_attend(const char *who, const tq_attend_params *params, int32
     return TQ_OK;
 }
 
-tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent)
+tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent, int32_t ref_block)
 {
+    if (ref_block != 0 && (ref_block < TQ_REF_BLOCK_MIN || ref_block > REF_BLOCK_MAX)) {
+        tq_log(TQ_LOG_ERROR, "%s: ref_block is %d; give 0 for none, or %d to %d tokens", who, (int)ref_block, TQ_REF_BLOCK_MIN,
+               REF_BLOCK_MAX);
+        return TQ_ERR_ARGUMENT;
+    }
     if (n_sink >= 0 && n_recent >= 0 && n_sink <= TQ_EXACT_MAX && n_recent <= TQ_EXACT_MAX - n_sink) return TQ_OK;
     tq_log(TQ_LOG_ERROR,
            "%s: n_sink %d and n_recent %d: give counts from 0 with a sum of at most %d; the F16 format keeps all exact", who,

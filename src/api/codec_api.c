@@ -105,7 +105,7 @@ tq_status tq_codec_encode(const tq_codec *codec, const float *x, int64_t n, void
     uint8_t *record = bytes;
     for (int64_t i = 0; i < n; i++) {
         uint16_t scales[TQ_SCALES_MAX]; /* a record may lie at an odd address */
-        tq_block block = {record + scale_bytes, scales};
+        tq_block block = {.codes = record + scale_bytes, .scales = scales};
         kernels->encode(codec, x + i * codec->head_dim, codec->head_dim, 1, block);
         memcpy(record, scales, scale_bytes);
         record += tq_codec_vector_bytes(codec);
@@ -127,7 +127,7 @@ tq_status tq_codec_decode(const tq_codec *codec, const void *bytes, int64_t n, f
         float y[TQ_WIDTH_MAX];
         memcpy(scales, record, scale_bytes);
         memcpy(codes, record + scale_bytes, codec->code_bytes);
-        kernels->expand(codec, (tq_block){codes, scales}, 1, y);
+        kernels->expand(codec, (tq_block){.codes = codes, .scales = scales}, 1, y);
         kernels->finish(codec, y, 1, x + i * codec->head_dim);
         record += tq_codec_vector_bytes(codec);
     }

@@ -8,8 +8,6 @@
 #include "cache/stage.h"
 
 #define MEMORY_ALIGN 64
-/* The mean of a longer block says little about its ends. */
-#define REF_BLOCK_MAX 1024
 
 void tq_store_params_default(tq_store_params *params)
 {
@@ -44,12 +42,7 @@ static tq_status check_params(const tq_store_params *params)
                (int)params->n_head_kv, (long long)params->n_slots);
         return TQ_ERR_ARGUMENT;
     }
-    if (params->ref_block != 0 && (params->ref_block < TQ_REF_BLOCK_MIN || params->ref_block > REF_BLOCK_MAX)) {
-        tq_log(TQ_LOG_ERROR, "%s: ref_block is %d; give 0 for none, or %d to %d slots", label, (int)params->ref_block,
-               TQ_REF_BLOCK_MIN, REF_BLOCK_MAX);
-        return TQ_ERR_ARGUMENT;
-    }
-    return tq_check_exact(label, params->n_sink, params->n_recent);
+    return tq_check_exact(label, params->n_sink, params->n_recent, params->ref_block);
 }
 
 /* The bytes of one vector without the cost of a codec's tables. */

@@ -2,6 +2,8 @@
 /* A cache's formats and page layout, its view for attention, and what it counts. */
 #include "cache/cache.h"
 
+#include <string.h>
+
 #include "base/alloc.h"
 #include "base/log.h"
 
@@ -52,35 +54,88 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
     tq_format format = per_layer ? per_layer[layer] : is_k ? params->k_format : params->v_format;
     TQ_TRY(get_codec(cache, i_side, format, head_dim, params->seed, &side->codec));
     TQ_TRY(get_codec(cache, i_side, TQ_FORMAT_F16, head_dim, params->seed, &side->exact_codec));
-    if (side->codec->traits->family != TQ_FAMILY_EXACT) {
+    tq_family family = side->codec->traits->family;
+    if (family != TQ_FAMILY_EXACT) {
         side->n_sink = params->n_sink;
         side->n_recent = params->n_recent;
     }
-    side->head_stride_bytes = align_up(tq_head_page_bytes(tq_codec_vector_bytes(side->codec), params->page_size, 0, 0));
+    size_t ref_bytes = 0;
+    if (is_k && params->k_ref_block > 0 && side->n_recent > 0 && family != TQ_FAMILY_PROD) {
+        TQ_TRY(get_codec(cache, i_side, TQ_FORMAT_TQ8, head_dim, params->seed, &side->ref_codec));
+        side->ref_block = params->k_ref_block;
+        ref_bytes = tq_codec_vector_bytes(side->ref_codec);
+    }
+    size_t vector_bytes = tq_codec_vector_bytes(side->codec);
+    side->head_stride_bytes = align_up(tq_head_page_bytes(vector_bytes, params->page_size, ref_bytes, side->ref_block));
     side->exact_head_stride_bytes = (size_t)(side->n_sink + side->n_recent) * tq_codec_vector_bytes(side->exact_codec);
     TQ_TRY(lay_out(page_bytes, &side->page_offset_bytes, side->head_stride_bytes, params->n_head_kv));
     return lay_out(&cache->exact_bytes, &side->exact_offset_bytes, side->exact_head_stride_bytes, params->n_head_kv);
 }
 
+static void forget_prefix(void *context, int32_t page)
+{
+    tq_cache *cache = context;
+    tq_prefix_remove(&cache->prefixes, page);
+    cache->n_evicted++;
+}
+
+static size_t sides_bytes(int32_t n_layer)
+{
+    return (size_t)n_layer * TQ_N_SIDES * sizeof(tq_cache_side);
+}
+
+/* One slot of an offload tier stays free, so that a page in memory and one in the file can change places. */
+static tq_status pool_init(tq_cache *cache, const tq_cache_params *params, size_t page_bytes, int32_t *n_pages)
+{
+    int32_t n_slots = params->offload_folder ? tq_offload_slots(params->offload_bytes, page_bytes) : 0;
+    size_t room = cache->budget.limit - cache->budget.used, table_bytes = n_slots > 0 ? tq_offload_bytes(n_slots) : 0;
+    if (table_bytes > room || (params->offload_folder && n_slots < 2)) return TQ_ERR_FULL;
+    size_t most = (room - table_bytes) / page_bytes, limit = (size_t)(INT32_MAX / params->page_size);
+    int32_t n_frames = (int32_t)(most < limit ? most : limit);
+    if (n_frames == 0) return TQ_ERR_FULL;
+    size_t n = (size_t)n_frames + (size_t)(n_slots > 0 ? n_slots - 1 : 0);
+    *n_pages = params->n_pages > 0 ? params->n_pages : (int32_t)(n < limit ? n : limit);
+    if (n_frames > *n_pages) n_frames = *n_pages;
+    tq_offload *offload = NULL;
+    if (n_slots > 0) TQ_TRY(tq_offload_open(&offload, params->offload_folder, n_slots, page_bytes));
+    return tq_page_pool_init(&cache->pool, *n_pages, n_frames, page_bytes, offload, &cache->budget);
+}
+
 static tq_status cache_init(tq_cache *cache, const tq_cache_params *params)
 {
-    size_t page_bytes = 0;
-    cache->sides = tq_alloc_zero((size_t)params->n_layer * TQ_N_SIDES * sizeof *cache->sides);
+    size_t page_bytes = 0, sink_bytes = 0;
+    cache->sides = tq_budget_alloc(&cache->budget, sides_bytes(params->n_layer));
     if (!cache->sides) return TQ_ERR_MEMORY;
     for (int32_t layer = 0; layer < params->n_layer; layer++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(side_init(cache, params, layer, side, &page_bytes));
     }
-    return tq_page_pool_init(&cache->pool, params->n_pages, page_bytes);
+    for (int32_t i = 0; i < params->n_layer * TQ_N_SIDES; i++) {
+        const tq_cache_side *side = &cache->sides[i];
+        sink_bytes += (size_t)(side->n_sink * params->n_head_kv) * tq_codec_vector_bytes(side->exact_codec);
+    }
+    int32_t n_pages;
+    TQ_TRY(pool_init(cache, params, page_bytes, &n_pages));
+    cache->pool.forget = forget_prefix;
+    cache->pool.forget_context = cache;
+    return tq_prefix_index_init(&cache->prefixes, n_pages, params->page_size, sink_bytes, &cache->budget);
 }
 
 tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq_kernels *kernels)
 {
     tq_cache *cache = tq_alloc_zero(sizeof *cache);
     if (!cache) return TQ_ERR_MEMORY;
+    cache->budget = (tq_budget){.used = sizeof *cache, .limit = params->budget_bytes ? params->budget_bytes : SIZE_MAX};
+    cache->budget.is_dry = params->dry_run;
+    if (cache->budget.limit < cache->budget.used) cache->budget.limit = cache->budget.used;
+    pthread_mutex_init(&cache->lock, NULL);
     cache->kernels = kernels;
     cache->n_layer = params->n_layer;
     cache->n_head_kv = params->n_head_kv;
     cache->page_size = params->page_size;
+    cache->n_sink = params->n_sink;
+    cache->n_recent = params->n_recent;
+    cache->k_ref_block = params->k_ref_block;
+    cache->seed = params->seed;
     tq_status status = cache_init(cache, params);
     if (status != TQ_OK) {
         tq_cache_destroy(cache);
@@ -90,20 +145,49 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     return TQ_OK;
 }
 
+static void hold_pages(tq_cache *cache, tq_sequence *const *sequences, int32_t n,
+                       void (*act)(tq_page_pool *, const int32_t *, int64_t))
+{
+    if (!cache->pool.offload) return;
+    tq_cache_lock(cache);
+    for (int32_t i = 0; i < n; i++) act(&cache->pool, sequences[i]->page_table, sequences[i]->n_pages);
+    tq_cache_unlock(cache);
+}
+
+void tq_cache_begin_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n)
+{
+    hold_pages(cache, sequences, n, tq_page_pool_use);
+}
+
+void tq_cache_end_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n)
+{
+    hold_pages(cache, sequences, n, tq_page_pool_unpin);
+}
+
+void tq_cache_end_writing(tq_cache *cache, tq_sequence *sequence)
+{
+    if (!cache->pool.offload) return;
+    tq_cache_lock(cache);
+    tq_sequence_let_go(cache, sequence, &sequence->held);
+    tq_cache_unlock(cache);
+}
+
 void tq_cache_destroy(tq_cache *cache)
 {
     for (int32_t i = 0; i < cache->n_sequences; i++) {
         if (cache->sequences[i]) tq_sequence_close(cache, i);
     }
-    tq_free(cache->sequences);
-    tq_page_pool_deinit(&cache->pool);
-    tq_free(cache->sides);
+    tq_budget_free(&cache->budget, cache->sequences, (size_t)cache->n_sequences * sizeof *cache->sequences);
+    if (cache->prefixes.budget) tq_prefix_index_deinit(&cache->prefixes);
+    if (cache->pool.budget) tq_page_pool_deinit(&cache->pool);
+    tq_budget_free(&cache->budget, cache->sides, sides_bytes(cache->n_layer));
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++) {
             if (cache->codecs[side][format]) tq_codec_deinit(cache->codecs[side][format]);
             tq_free(cache->codecs[side][format]);
         }
     }
+    pthread_mutex_destroy(&cache->lock);
     tq_free(cache);
 }
 
@@ -112,9 +196,20 @@ static int32_t list_exact(const tq_cache_side *side, int64_t ring_begin, int64_t
     int32_t n = 0;
     for (int64_t p = 0; p < side->n_sink && p < length; p++) out[n++] = (tq_exact_entry){.column = p, .index = (int32_t)p};
     for (int64_t p = ring_begin; p < length; p++) {
-        out[n++] = (tq_exact_entry){.column = p, .index = side->n_sink + (int32_t)(p % side->n_recent)};
+        out[n++] = (tq_exact_entry){.column = p, .index = tq_exact_place(side, p)};
     }
     return n;
+}
+
+tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side)
+{
+    return (tq_page_view){.page_data = cache->pool.data,
+                          .page_table = sequence->page_table,
+                          .page_size = cache->page_size,
+                          .offset_bytes = side->page_offset_bytes,
+                          .head_stride_bytes = side->head_stride_bytes,
+                          .ref_codec = side->ref_codec,
+                          .ref_block = side->ref_block};
 }
 
 tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side,
@@ -124,13 +219,9 @@ tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int
     int64_t ring_begin = sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
     return (tq_kv_view){
         .codec = side->codec,
-        .pages = {.page_data = cache->pool.data,
-                  .page_table = sequence->page_table,
-                  .page_size = cache->page_size,
-                  .offset_bytes = side->page_offset_bytes,
-                  .head_stride_bytes = side->head_stride_bytes},
+        .pages = tq_cache_pages(cache, sequence, side),
         .exact_codec = side->exact_codec,
-        .exact_data = sequence->exact_data ? sequence->exact_data + side->exact_offset_bytes : NULL,
+        .exact_data = tq_sequence_exact(sequence, side),
         .exact_head_stride_bytes = side->exact_head_stride_bytes,
         .exact = exact,
         .n_exact = list_exact(side, ring_begin, sequence->length[layer], exact),
@@ -146,24 +237,43 @@ static size_t codec_bytes(const tq_codec *codec)
 
 void tq_cache_count(const tq_cache *cache, tq_cache_stats *out)
 {
+    const tq_page_pool *pool = &cache->pool;
     tq_cache_stats stats = {
-        .n_pages_used = cache->pool.n_pages - cache->pool.n_free,
-        .n_pages_free = cache->pool.n_free,
-        .page_bytes = cache->pool.page_bytes,
+        .n_pages_used = pool->n_pages - pool->n_free - pool->n_kept,
+        .n_pages_kept = pool->n_kept,
+        .n_pages_free = pool->n_free,
+        .n_pages_offloaded = pool->offload ? pool->offload->n_slots - pool->offload->n_free : 0,
+        .n_offloads = pool->n_offloads,
+        .n_restores = pool->n_restores,
+        .page_bytes = pool->page_bytes,
         .table_bytes = (size_t)cache->n_sequences * sizeof *cache->sequences,
+        .allocated_bytes = cache->budget.used,
+        .n_evicted_pages = cache->n_evicted,
+        .n_copied_pages = cache->n_copied,
+        .n_asked_tok = cache->n_asked_tok,
+        .n_matched_tok = cache->n_matched_tok,
+        .encode_seconds = 1e-9 * (double)atomic_load(&cache->encode_ns),
+        .attend_seconds = 1e-9 * (double)atomic_load(&cache->attend_ns),
     };
     for (int32_t i = 0; i < cache->n_sequences; i++) {
         const tq_sequence *sequence = cache->sequences[i];
         if (!sequence) continue;
-        stats.exact_bytes += cache->exact_bytes;
+        stats.n_sequences++;
         stats.table_bytes += tq_sequence_table_bytes(cache, sequence);
     }
-    stats.allocated_bytes = sizeof *cache + (size_t)cache->n_layer * TQ_N_SIDES * sizeof *cache->sides +
-                            tq_page_pool_bytes(&cache->pool) + stats.exact_bytes + stats.table_bytes;
+    for (int32_t i = 0; i < pool->n_pages; i++) stats.n_pages_shared += pool->pages[i].n_refs > 1;
+    stats.exact_bytes = cache->exact_total;
+    if (cache->exact_bytes > 0) stats.table_bytes += cache->exact_total / cache->exact_bytes * sizeof(tq_exact_data);
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
-        for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++) {
+        for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++)
             stats.allocated_bytes += codec_bytes(cache->codecs[side][format]);
-        }
     }
     *out = stats;
+}
+
+void tq_cache_poison(tq_cache *cache)
+{
+    const tq_page_pool *pool = &cache->pool;
+    for (int32_t i = 0; i < pool->n_idle && !pool->budget->is_dry; i++)
+        memset(pool->frames + (size_t)pool->idle[i] * pool->page_bytes, 0x7b, pool->page_bytes);
 }

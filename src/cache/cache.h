@@ -5,46 +5,87 @@
  * A *side* is the keys or the values of one layer. A page holds page_size positions of every side. Of each side a sequence
  * keeps exact its first n_sink positions and the positions [ring_begin, length), at most n_recent; a side whose format is exact
  * anyway has neither. Position p lies at vector p of the exact data if it is a sink, else at n_sink + p % n_recent.
+ *
+ * Sequences share pages, and after a fork exact data too, and count references. What is shared, or published as a prefix, is
+ * never written: tq_sequence_reserve gives the sequence a copy first.
+ *
+ * The lock guards the pool, the prefix index, reference counts and the table of sequences. What is one sequence's own (lengths,
+ * its page table) is touched by the one thread that uses it; what is shared is only read. So threads encode and attend without
+ * the lock.
  */
 #ifndef TQ_CACHE_CACHE_H
 #define TQ_CACHE_CACHE_H
 
+#include <pthread.h>
+#include <stdatomic.h>
+
 #include "attention/attention.h"
 #include "cache/kv_rows.h"
 #include "cache/page_pool.h"
+#include "cache/prefix.h"
 
 enum { TQ_SIDE_K = 0, TQ_SIDE_V = 1, TQ_N_SIDES = 2 };
 
 typedef struct tq_cache_side {
-    const tq_codec *codec, *exact_codec;
-    int32_t n_sink, n_recent;
+    const tq_codec *codec, *exact_codec, *ref_codec; /* ref_codec NULL: no references */
+    int32_t n_sink, n_recent, ref_block;
     size_t page_offset_bytes, head_stride_bytes;        /* within a page */
     size_t exact_offset_bytes, exact_head_stride_bytes; /* within a sequence's exact data */
 } tq_cache_side;
 
+/* The exact data of one sequence, or of several after a fork until one of them writes. */
+typedef struct tq_exact_data {
+    int32_t n_refs;
+    _Alignas(64) uint8_t bytes[];
+} tq_exact_data;
+
+/* Pages [begin, end) of a sequence's table that are pinned in memory, to be written; none: 0 and 0. */
+typedef struct tq_held_pages {
+    int32_t begin, end;
+} tq_held_pages;
+
 typedef struct tq_sequence {
+    int32_t id;
     int32_t *page_table;
     int32_t n_pages, page_capacity;
-    uint8_t *exact_data;
-    int64_t *length;     /* [n_layer] */
-    int64_t *ring_begin; /* [n_layer, TQ_N_SIDES] */
-    int64_t numbers[];   /* the memory of the two */
+    tq_exact_data *exact; /* NULL if no side has any */
+    int32_t n_published;  /* pages whose content is known to the prefix index */
+    uint64_t published;   /* the number of the last one's publication */
+    tq_held_pages held;   /* by a reservation */
+    int64_t pending;      /* tokens that a batch of slots is about to bring */
+    int64_t *length;      /* [n_layer] */
+    int64_t *ring_begin;  /* [n_layer, TQ_N_SIDES] */
+    int64_t numbers[];    /* the memory of the two */
 } tq_sequence;
 
 struct tq_cache {
     const tq_kernels *kernels;
     int32_t n_layer, n_head_kv, page_size;
+    int32_t n_sink, n_recent, k_ref_block; /* as asked for; sides have what they need */
+    uint64_t seed;
     tq_codec *codecs[TQ_N_SIDES][TQ_FORMAT_COUNT]; /* NULL where no layer needs it */
     tq_cache_side *sides;                          /* [n_layer, TQ_N_SIDES] */
     size_t exact_bytes;                            /* of one sequence */
+    tq_budget budget;
+    pthread_mutex_t lock; /* of all below but the counters */
     tq_page_pool pool;
-    tq_sequence **sequences; /* [n_sequences], NULL where the id is free */
-    int32_t n_sequences;
+    tq_prefix_index prefixes;
+    tq_sequence **sequences;         /* [n_sequences], NULL where the id is free */
+    int32_t n_sequences, first_free; /* no id below first_free is free */
+    size_t exact_total;              /* bytes of all exact data */
+    int64_t n_evicted, n_copied, n_matched_tok, n_asked_tok;
+    _Atomic int64_t encode_ns, attend_ns;
 };
 
 static inline const tq_cache_side *tq_cache_side_get(const tq_cache *cache, int32_t layer, int32_t side)
 {
     return &cache->sides[(size_t)layer * TQ_N_SIDES + (size_t)side];
+}
+
+/* Which exact vector a position is that is exact. */
+static inline int32_t tq_exact_place(const tq_cache_side *side, int64_t position)
+{
+    return position < side->n_sink ? (int32_t)position : side->n_sink + (int32_t)(position % side->n_recent);
 }
 
 /* NULL if there is none. */
@@ -53,26 +94,80 @@ static inline tq_sequence *tq_cache_sequence(const tq_cache *cache, int32_t seq)
     return seq >= 0 && seq < cache->n_sequences ? cache->sequences[seq] : NULL;
 }
 
+static inline uint8_t *tq_sequence_exact(const tq_sequence *sequence, const tq_cache_side *side)
+{
+    return sequence->exact ? sequence->exact->bytes + side->exact_offset_bytes : NULL;
+}
+
 /* cache.c */
-/* Errors: ARGUMENT if a size overflows; FORMAT, HEAD_DIM, MEMORY. */
+/* Errors: ARGUMENT if a size overflows; FULL if the budget holds no page; FORMAT, HEAD_DIM, MEMORY. */
 tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq_kernels *kernels);
 void tq_cache_destroy(tq_cache *cache);
+static inline void tq_cache_lock(tq_cache *cache)
+{
+    pthread_mutex_lock(&cache->lock);
+}
+static inline void tq_cache_unlock(tq_cache *cache)
+{
+    pthread_mutex_unlock(&cache->lock);
+}
+tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side);
+/* Around reading pages: they stay where they are in between. No sequence's table may change meanwhile. Locks. */
+void tq_cache_begin_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);
+void tq_cache_end_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);
+/* After writing to a sequence what was held for it. Locks. */
+void tq_cache_end_writing(tq_cache *cache, tq_sequence *sequence);
 /* exact has room for TQ_EXACT_MAX entries and must outlive the view. */
 tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t side,
                          tq_exact_entry *exact);
+/* Locked. */
 void tq_cache_count(const tq_cache *cache, tq_cache_stats *out);
+/* Tests only: fill the memory of the free pages with what would spoil every result. */
+void tq_cache_poison(tq_cache *cache);
 
-/* sequence.c */
-/* Errors: MEMORY. */
-tq_status tq_sequence_open(tq_cache *cache, int32_t *seq);
+/* sequence.c; all but tq_sequence_append and tq_sequence_write locked. */
+/* Exact data with one reference, or if no side has any NULL. Errors: FULL, MEMORY. */
+tq_status tq_exact_open(tq_cache *cache, tq_exact_data **out);
+/* NULL is fine. */
+void tq_exact_release(tq_cache *cache, tq_exact_data *exact);
+/* Without exact data. Errors: FULL, MEMORY. */
+tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out);
+/* Errors: FULL, MEMORY. */
+tq_status tq_sequence_open(tq_cache *cache, tq_sequence **out);
 void tq_sequence_close(tq_cache *cache, int32_t seq);
-/* Make room for n_tok positions. Errors: FULL, MEMORY; then nothing has changed. */
-tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
+/* Errors: FULL, MEMORY. */
+tq_status tq_sequence_fork(tq_cache *cache, const tq_sequence *from, tq_sequence **out);
+/* Errors: FULL, MEMORY. */
+tq_status tq_sequence_grow_table(tq_cache *cache, tq_sequence *sequence, int64_t n_pages);
+/* Make room for n_tok positions more in one layer (-1: in each), and what they will write the sequence's own and held in
+ * memory, until it is let go. Errors: FULL, MEMORY, IO; then nothing that can be read has changed. */
+tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
+/* Hold pages [begin, end) of the table, and what lies between them and those held. Errors: FULL, MEMORY, IO. */
+tq_status tq_sequence_hold(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held, int64_t begin, int64_t end);
+void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held);
+/* Errors: FULL, MEMORY. */
+tq_status tq_sequence_own_exact(tq_cache *cache, tq_sequence *sequence);
+/* What moving rows into or out of a side needs. */
+tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side, const float *rows);
 /* Behind positions that are reserved. */
 void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
                         const tq_executor *executor);
+/* Replace positions [first, first + n_tok), which exist and are the sequence's own; exact ones stay exact. */
+void tq_sequence_write(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t first, int64_t n_tok, const float *k,
+                       const float *v, const tq_executor *executor);
 void tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
 /* Bytes of a sequence's record and page table, its exact data left out. */
 size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequence);
+
+/* prefill.c: append behind positions that are reserved, and attend. Errors: MEMORY, perhaps after appending. */
+tq_status tq_sequence_prefill(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
+                              const float *v, const tq_attend_params *params, const tq_executor *executor);
+
+/* share.c; locked. */
+/* Publish the pages that tokens [n_tok], the sequence's first ones, fill and that no layer will write any more. Errors: FULL,
+ * MEMORY (fewer pages are published then); ARGUMENT if a page was published with other tokens. */
+tq_status tq_sequence_publish(tq_cache *cache, tq_sequence *sequence, const int32_t *tokens, int64_t n_tok);
+/* A new sequence that begins with the published pages that tokens begin with. Errors: FULL, MEMORY. */
+tq_status tq_sequence_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, tq_sequence **out);
 
 #endif

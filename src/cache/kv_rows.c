@@ -2,6 +2,7 @@
 /* See kv_rows.h. Vectors go through small buffers on the stack, so that nothing here can fail. */
 #include "cache/kv_rows.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "base/threads.h"
@@ -37,7 +38,7 @@ uint16_t *tq_exact_vector(const tq_rows_in *in, int32_t head, int32_t index)
 
 void tq_half_expand(const tq_rows_in *in, const uint16_t *half, int64_t n_vectors, float *x)
 {
-    tq_block block = {(uint8_t *)(uintptr_t)half, NULL};
+    tq_block block = {.codes = (uint8_t *)(uintptr_t)half};
     in->kernels->format[TQ_FORMAT_F16].expand(in->exact_codec, block, n_vectors, x);
 }
 
@@ -122,6 +123,29 @@ void tq_rows_keep_exact(const tq_rows_in *in, int64_t row, int32_t index)
     for (int32_t head = 0; head < in->n_head_kv; head++) tq_row_half(in, row, head, tq_exact_vector(in, head, index));
 }
 
+void tq_window_mean(const tq_window *window, int32_t head, int32_t head_dim, float *mean)
+{
+    float x[TQ_HEAD_DIM_MAX];
+    for (int32_t j = 0; j < head_dim; j++) mean[j] = 0;
+    for (int32_t i = 0; i < window->n; i++) {
+        window->read(window->context, i, head, x);
+        for (int32_t j = 0; j < head_dim; j++) mean[j] += x[j];
+    }
+    /* Only memory that somebody else wrote holds what is not finite. */
+    for (int32_t j = 0; j < head_dim; j++) mean[j] = isfinite(mean[j]) ? mean[j] / (float)window->n : 0;
+}
+
+void tq_rows_set_reference(const tq_rows_in *in, int32_t head, int64_t column, const tq_window *window)
+{
+    int32_t head_dim = in->codec->head_dim;
+    float mean[TQ_HEAD_DIM_MAX];
+    tq_window_mean(window, head, head_dim, mean);
+    if (in->channel_steps) tq_scale_channels(in->channel_steps + (size_t)head * (size_t)head_dim, 1, head_dim, mean);
+    const tq_codec *codec = in->pages.ref_codec;
+    tq_block reference = tq_page_view_refs(&in->pages, in->codec, head, column);
+    in->kernels->format[codec->traits->format].encode(codec, mean, head_dim, 1, reference);
+}
+
 /* Columns of one page that share a reference. */
 static void read_encoded(const tq_kernels *kernels, const tq_kv_view *view, int32_t head, int64_t column, int64_t n, float *x)
 {
@@ -166,7 +190,7 @@ void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_h
         for (int32_t head = 0; head < n_head_kv; head++) {
             const uint8_t *data = view->exact_data + (size_t)head * view->exact_head_stride_bytes +
                                   (size_t)view->exact[i].index * head_dim * sizeof(uint16_t);
-            tq_block block = {(uint8_t *)(uintptr_t)data, NULL};
+            tq_block block = {.codes = (uint8_t *)(uintptr_t)data};
             kernels->format[TQ_FORMAT_F16].expand(view->exact_codec, block, 1,
                                                   rows + row * row_stride + (size_t)head * head_dim);
         }

@@ -40,6 +40,13 @@ typedef struct tq_rows_in {
     tq_staged_rows staged;
 } tq_rows_in;
 
+/* A run of vectors of each head, in plain floats: the ring as it is at some moment, oldest first. */
+typedef struct tq_window {
+    const void *context;
+    int32_t n;
+    void (*read)(const void *context, int32_t i, int32_t head, float *x);
+} tq_window;
+
 /* One head of a row as FP16. */
 void tq_row_half(const tq_rows_in *in, int64_t row, int32_t head, uint16_t *to);
 /* The FP16 vector `index` of the exact data. */
@@ -51,6 +58,11 @@ void tq_half_expand(const tq_rows_in *in, const uint16_t *half, int64_t n_vector
 void tq_rows_encode(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n_jobs, const tq_executor *executor);
 /* Round one row to vector `index` of the exact data. */
 void tq_rows_keep_exact(const tq_rows_in *in, int64_t row, int32_t index);
+
+/* The mean of a window's vectors of one head. */
+void tq_window_mean(const tq_window *window, int32_t head, int32_t head_dim, float *mean);
+/* Set one head's reference of a column's block to the mean of the window. */
+void tq_rows_set_reference(const tq_rows_in *in, int32_t head, int64_t column, const tq_window *window);
 
 /* Decode columns [first, first + n) of a view to rows [n, n_head_kv, head_dim]. */
 void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_head_kv, int64_t first, int64_t n, float *rows,

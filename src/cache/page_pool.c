@@ -2,50 +2,311 @@
 /* See page_pool.h. */
 #include "cache/page_pool.h"
 
-#include "base/alloc.h"
+#include <string.h>
 
-tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, size_t page_bytes)
+#include "base/alloc.h"
+#include "base/log.h"
+
+void *tq_budget_alloc_vectors(tq_budget *budget, size_t bytes, size_t head_bytes)
 {
-    *pool = (tq_page_pool){.page_bytes = page_bytes, .n_pages = n_pages, .n_free = n_pages};
-    pool->data = tq_alloc_zero((size_t)n_pages * sizeof *pool->data);
-    pool->free_pages = tq_alloc((size_t)n_pages * sizeof *pool->free_pages);
-    if (!pool->data || !pool->free_pages) {
+    if (bytes > budget->limit - budget->used) return NULL;
+    void *p = tq_alloc_zero(budget->is_dry ? head_bytes : bytes);
+    if (p) budget->used += bytes;
+    return p;
+}
+
+void *tq_budget_alloc(tq_budget *budget, size_t bytes)
+{
+    return tq_budget_alloc_vectors(budget, bytes, bytes);
+}
+
+void tq_budget_free(tq_budget *budget, void *p, size_t bytes)
+{
+    if (!p) return;
+    tq_free(p);
+    budget->used -= bytes;
+}
+
+static size_t region_bytes(const tq_page_pool *pool)
+{
+    return (size_t)pool->n_frames * pool->page_bytes;
+}
+
+tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frames, size_t page_bytes, tq_offload *offload,
+                            tq_budget *budget)
+{
+    *pool = (tq_page_pool){.page_bytes = page_bytes,
+                           .n_pages = n_pages,
+                           .n_free = n_pages,
+                           .n_frames = n_frames,
+                           .n_bare = n_frames,
+                           .oldest = -1,
+                           .newest = -1,
+                           .budget = budget,
+                           .offload = offload};
+    if (offload) budget->used += tq_offload_bytes(offload->n_slots);
+    pool->data = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->data);
+    pool->pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->pages);
+    pool->free_pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->free_pages);
+    pool->idle = tq_budget_alloc(budget, (size_t)n_frames * sizeof *pool->idle);
+    pool->bare = tq_budget_alloc(budget, (size_t)n_frames * sizeof *pool->bare);
+    if (!budget->is_dry) pool->frames = tq_region_reserve(region_bytes(pool));
+    if (!pool->data || !pool->pages || !pool->free_pages || !pool->idle || !pool->bare || (!budget->is_dry && !pool->frames)) {
         tq_page_pool_deinit(pool);
         return TQ_ERR_MEMORY;
     }
-    for (int32_t i = 0; i < n_pages; i++) pool->free_pages[i] = n_pages - 1 - i;
+    for (int32_t i = 0; i < n_pages; i++) {
+        pool->free_pages[i] = n_pages - 1 - i;
+        pool->pages[i].frame = pool->pages[i].slot = -1;
+    }
+    for (int32_t i = 0; i < n_frames; i++) pool->bare[i] = n_frames - 1 - i;
     return TQ_OK;
 }
 
 void tq_page_pool_deinit(tq_page_pool *pool)
 {
-    for (int32_t i = 0; pool->data && i < pool->n_pages; i++) tq_free(pool->data[i]);
-    tq_free(pool->data);
-    tq_free(pool->free_pages);
+    size_t n_pages = (size_t)pool->n_pages, n_frames = (size_t)pool->n_frames;
+    tq_region_release(pool->frames, region_bytes(pool));
+    pool->budget->used -= (n_frames - (size_t)pool->n_bare) * pool->page_bytes;
+    tq_budget_free(pool->budget, pool->data, n_pages * sizeof *pool->data);
+    tq_budget_free(pool->budget, pool->pages, n_pages * sizeof *pool->pages);
+    tq_budget_free(pool->budget, pool->free_pages, n_pages * sizeof *pool->free_pages);
+    tq_budget_free(pool->budget, pool->idle, n_frames * sizeof *pool->idle);
+    tq_budget_free(pool->budget, pool->bare, n_frames * sizeof *pool->bare);
+    if (pool->offload) pool->budget->used -= tq_offload_bytes(pool->offload->n_slots);
+    tq_offload_close(pool->offload);
     *pool = (tq_page_pool){0};
+}
+
+/* Take a page out of the list of those kept. */
+static void unlink_page(tq_page_pool *pool, int32_t id)
+{
+    tq_page *page = &pool->pages[id];
+    *(page->older >= 0 ? &pool->pages[page->older].newer : &pool->oldest) = page->newer;
+    *(page->newer >= 0 ? &pool->pages[page->newer].older : &pool->newest) = page->older;
+    pool->n_kept--;
+}
+
+static void keep_page(tq_page_pool *pool, int32_t id)
+{
+    tq_page *page = &pool->pages[id];
+    page->older = pool->newest;
+    page->newer = -1;
+    *(pool->newest >= 0 ? &pool->pages[pool->newest].newer : &pool->oldest) = id;
+    pool->newest = id;
+    pool->n_kept++;
+}
+
+static void place(tq_page_pool *pool, int32_t id, int32_t frame)
+{
+    pool->pages[id].frame = frame;
+    pool->pages[id].slot = -1;
+    pool->data[id] = pool->budget->is_dry ? NULL : pool->frames + (size_t)frame * pool->page_bytes;
+}
+
+static void free_page(tq_page_pool *pool, int32_t id)
+{
+    tq_page *page = &pool->pages[id];
+    if (page->slot >= 0)
+        tq_offload_free_slot(pool->offload, page->slot);
+    else
+        pool->idle[pool->n_idle++] = page->frame;
+    page->frame = page->slot = -1;
+    pool->data[id] = NULL;
+    pool->free_pages[pool->n_free++] = id;
+}
+
+/* Give up the kept page that was least recently used. */
+static void evict(tq_page_pool *pool)
+{
+    int32_t id = pool->oldest;
+    unlink_page(pool, id);
+    pool->forget(pool->forget_context, id);
+    pool->pages[id].is_known = false;
+    free_page(pool, id);
+}
+
+static bool has_room(const tq_page_pool *pool, size_t bytes)
+{
+    return bytes <= pool->budget->limit - pool->budget->used;
+}
+
+/* The page in memory that was least recently used, and not since `before`; -1 if there is none. */
+static int32_t find_coldest(const tq_page_pool *pool, uint64_t before)
+{
+    int32_t coldest = -1;
+    for (int32_t i = 0; i < pool->n_pages; i++) {
+        const tq_page *page = &pool->pages[i];
+        if (page->frame < 0 || page->n_pins > 0 || page->used_at >= before) continue;
+        coldest = i;
+        before = page->used_at;
+    }
+    return coldest;
+}
+
+/* Move the coldest page to the file; *frame gets what it leaves. Errors: FULL, IO. */
+static tq_status offload(tq_page_pool *pool, uint64_t before, int32_t *frame)
+{
+    if (!pool->offload || pool->offload->n_free == 0) return TQ_ERR_FULL;
+    int32_t id = find_coldest(pool, before), slot;
+    if (id < 0) return TQ_ERR_FULL;
+    tq_page *page = &pool->pages[id];
+    TQ_TRY(tq_offload_put(pool->offload, pool->data[id], &slot));
+    /* Nobody writes to a page before tq_page_pool_restore. */
+    pool->data[id] = (uint8_t *)(uintptr_t)tq_offload_at(pool->offload, slot);
+    page->slot = slot;
+    *frame = page->frame;
+    page->frame = -1;
+    pool->n_offloads++;
+    return TQ_OK;
+}
+
+/* A frame that is free, or can be without a page's loss. Errors: FULL, MEMORY, IO. */
+static tq_status find_frame(tq_page_pool *pool, uint64_t before, int32_t *frame)
+{
+    if (pool->n_idle > 0) {
+        *frame = pool->idle[--pool->n_idle];
+        return TQ_OK;
+    }
+    if (pool->n_bare == 0 || !has_room(pool, pool->page_bytes)) return offload(pool, before, frame);
+    int32_t bare = pool->bare[pool->n_bare - 1];
+    if (!pool->budget->is_dry && !tq_region_commit(pool->frames, (size_t)bare * pool->page_bytes, pool->page_bytes))
+        return TQ_ERR_MEMORY;
+    pool->budget->used += pool->page_bytes;
+    pool->n_bare--;
+    *frame = bare;
+    return TQ_OK;
+}
+
+/* The same, giving up kept pages if that helps. */
+static tq_status take_frame(tq_page_pool *pool, int32_t *frame)
+{
+    tq_status status = find_frame(pool, UINT64_MAX, frame);
+    while ((status == TQ_ERR_FULL || status == TQ_ERR_IO) && pool->n_kept > 0) {
+        evict(pool);
+        status = find_frame(pool, UINT64_MAX, frame);
+    }
+    return status;
 }
 
 tq_status tq_page_pool_acquire(tq_page_pool *pool, int32_t *page)
 {
+    if (pool->n_free == 0 && pool->n_kept > 0) evict(pool);
     if (pool->n_free == 0) return TQ_ERR_FULL;
-    int32_t id = pool->free_pages[pool->n_free - 1];
-    if (!pool->data[id]) {
-        pool->data[id] = tq_alloc_zero(pool->page_bytes);
-        if (!pool->data[id]) return TQ_ERR_MEMORY;
-        pool->n_allocated++;
-    }
-    pool->n_free--;
+    int32_t frame;
+    TQ_TRY(take_frame(pool, &frame));
+    int32_t id = pool->free_pages[--pool->n_free];
+    pool->pages[id] = (tq_page){.n_refs = 1, .older = -1, .newer = -1, .owner = -1, .used_at = ++pool->clock};
+    place(pool, id, frame);
+    /* Else a snapshot of one sequence could show what another left behind. */
+    if (!pool->budget->is_dry) memset(pool->data[id], 0, pool->page_bytes);
     *page = id;
     return TQ_OK;
 }
 
-void tq_page_pool_release(tq_page_pool *pool, int32_t page)
+void tq_page_pool_share(tq_page_pool *pool, int32_t page)
 {
-    pool->free_pages[pool->n_free++] = page;
+    if (pool->pages[page].n_refs++ == 0) unlink_page(pool, page);
 }
 
-size_t tq_page_pool_bytes(const tq_page_pool *pool)
+void tq_page_pool_release(tq_page_pool *pool, int32_t page)
 {
-    size_t record = sizeof *pool->data + sizeof *pool->free_pages;
-    return (size_t)pool->n_pages * record + (size_t)pool->n_allocated * pool->page_bytes;
+    if (--pool->pages[page].n_refs > 0) return;
+    if (pool->pages[page].is_known)
+        keep_page(pool, page);
+    else
+        free_page(pool, page);
+}
+
+tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes)
+{
+    while (!has_room(pool, bytes)) {
+        int32_t frame;
+        /* Not more memory for frames: what is taken from the budget here would be missing there. */
+        if (pool->n_idle > 0) {
+            frame = pool->idle[--pool->n_idle];
+        } else {
+            tq_status status = offload(pool, UINT64_MAX, &frame);
+            if (status != TQ_OK && pool->n_kept == 0) return status;
+            if (status != TQ_OK) {
+                evict(pool);
+                continue;
+            }
+        }
+        if (!pool->budget->is_dry) tq_region_decommit(pool->frames, (size_t)frame * pool->page_bytes, pool->page_bytes);
+        pool->budget->used -= pool->page_bytes;
+        pool->bare[pool->n_bare++] = frame;
+    }
+    return TQ_OK;
+}
+
+static int32_t min_i32(int32_t a, int32_t b)
+{
+    return a < b ? a : b;
+}
+
+int32_t tq_page_pool_available(const tq_page_pool *pool, bool at_once)
+{
+    if (pool->offload && !at_once) return pool->n_free + pool->n_kept;
+    size_t more = (pool->budget->limit - pool->budget->used) / pool->page_bytes;
+    int32_t n_bare = more < (size_t)pool->n_bare ? (int32_t)more : pool->n_bare;
+    int32_t n_in_use = pool->n_frames - pool->n_idle - pool->n_bare, n_can_leave = pool->n_kept;
+    if (pool->offload) n_can_leave = min_i32(n_in_use - pool->n_pinned, pool->offload->n_free + pool->n_kept);
+    return min_i32(pool->n_free + pool->n_kept, pool->n_idle + n_bare + n_can_leave);
+}
+
+void tq_page_pool_pin(tq_page_pool *pool, const int32_t *pages, int64_t n)
+{
+    for (int64_t i = 0; pool->offload && i < n; i++) {
+        tq_page *page = &pool->pages[pages[i]];
+        if (page->n_pins++ == 0 && page->frame >= 0) pool->n_pinned++;
+    }
+}
+
+void tq_page_pool_unpin(tq_page_pool *pool, const int32_t *pages, int64_t n)
+{
+    for (int64_t i = 0; pool->offload && i < n; i++) {
+        tq_page *page = &pool->pages[pages[i]];
+        if (--page->n_pins == 0 && page->frame >= 0) pool->n_pinned--;
+    }
+}
+
+/* A page with no pins but at most one of the caller's, who has found a frame. */
+static void bring_back(tq_page_pool *pool, int32_t id, int32_t frame)
+{
+    tq_page *page = &pool->pages[id];
+    const uint8_t *from = pool->data[id];
+    int32_t slot = page->slot;
+    place(pool, id, frame);
+    memcpy(pool->data[id], from, pool->page_bytes);
+    tq_offload_free_slot(pool->offload, slot);
+    if (page->n_pins > 0) pool->n_pinned++;
+    pool->n_restores++;
+}
+
+tq_status tq_page_pool_restore(tq_page_pool *pool, int32_t id)
+{
+    if (pool->pages[id].slot < 0) return TQ_OK;
+    int32_t frame;
+    TQ_TRY(take_frame(pool, &frame));
+    bring_back(pool, id, frame);
+    return TQ_OK;
+}
+
+void tq_page_pool_use(tq_page_pool *pool, const int32_t *pages, int64_t n)
+{
+    if (!pool->offload) return;
+    /* First, so that they do not displace each other. */
+    tq_page_pool_pin(pool, pages, n);
+    uint64_t now = ++pool->clock;
+    bool may_restore = true;
+    for (int64_t i = 0; i < n; i++) {
+        tq_page *page = &pool->pages[pages[i]];
+        int32_t frame;
+        if (page->slot >= 0 && page->n_pins == 1 && may_restore) {
+            may_restore = find_frame(pool, page->used_at, &frame) == TQ_OK;
+            if (may_restore) bring_back(pool, pages[i], frame);
+        }
+        page->used_at = now;
+    }
 }

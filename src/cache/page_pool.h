@@ -1,28 +1,89 @@
 /* SPDX-License-Identifier: MIT */
-/* Pages of equal size, handed out by number. Memory is allocated when a page is first used and kept for its next use. */
+/*
+ * Pages of equal size, handed out by number and counted by reference. A page with content lies in a *frame* of memory, or in
+ * the file of an offload tier if there is one. Frames get memory when they are first used, within a budget that the pool shares
+ * with the rest of its cache.
+ *
+ * A page is *used* (by n_refs sequences), *kept* (nobody uses it, but its content may be wanted again) or *free*. When a page
+ * is needed and there is no frame for it, the least recently used page goes to the file; without a file, or when that is full,
+ * kept pages are given up, least recently used first. A page that is pinned stays where it is.
+ */
 #ifndef TQ_CACHE_PAGE_POOL_H
 #define TQ_CACHE_PAGE_POOL_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#include "turboquant.h"
+#include "cache/offload.h"
+
+/* Bytes held from the allocator; in a dry run those that would be held. */
+typedef struct tq_budget {
+    size_t used, limit;
+    bool is_dry; /* vectors are counted and have no memory */
+} tq_budget;
+
+/* NULL on failure or beyond the limit. */
+void *tq_budget_alloc(tq_budget *budget, size_t bytes);
+/* As tq_budget_alloc, for memory that holds vectors behind its first head_bytes; in a dry run only those are there. */
+void *tq_budget_alloc_vectors(tq_budget *budget, size_t bytes, size_t head_bytes);
+void tq_budget_free(tq_budget *budget, void *p, size_t bytes);
+
+typedef struct tq_page {
+    int32_t n_refs;
+    int32_t older, newer; /* neighbours among the kept pages, -1 at the ends */
+    int32_t owner, index; /* the sequence that last got it to write, and its place there; holds only while n_refs is 1 */
+    int32_t frame, slot;  /* where it lies: in memory or in the file; the other one is -1, both if it is free */
+    int32_t n_pins;
+    bool is_known;    /* its content is published: to be kept rather than freed, and not to be written */
+    uint64_t used_at; /* by the pool's clock */
+} tq_page;
 
 typedef struct tq_page_pool {
     size_t page_bytes;
-    int32_t n_pages, n_free;
-    int32_t n_allocated; /* pages that have memory */
-    uint8_t **data;      /* [n_pages], NULL where there is none yet */
-    int32_t *free_pages; /* stack [n_free]; freed pages lie above those never used, so memory is used again first */
+    int32_t n_pages, n_frames;
+    int32_t n_free, n_kept, n_pinned; /* pages; n_pinned: those in memory */
+    int32_t n_idle, n_bare;           /* frames without a page: with memory, without */
+    int32_t oldest, newest;           /* of the kept pages, -1 if there are none */
+    tq_budget *budget;
+    uint8_t **data;                       /* [n_pages], NULL where the page is free */
+    tq_page *pages;                       /* [n_pages] */
+    int32_t *free_pages;                  /* stack [n_pages] */
+    int32_t *idle, *bare;                 /* stacks [n_frames] */
+    uint8_t *frames;                      /* the region that they lie in */
+    tq_offload *offload;                  /* NULL: none */
+    uint64_t clock;                       /* counts uses */
+    int64_t n_offloads, n_restores;       /* so far */
+    void (*forget)(void *, int32_t page); /* told when a kept page is given up */
+    void *forget_context;
 } tq_page_pool;
 
-/* Errors: MEMORY. */
-tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, size_t page_bytes);
+/* With at most n_frames pages in memory at a time. The pool owns `offload`, also after a failure. Errors: MEMORY. */
+tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frames, size_t page_bytes, tq_offload *offload,
+                            tq_budget *budget);
 void tq_page_pool_deinit(tq_page_pool *pool);
-/* A page whose content is unspecified, but never uninitialised. Errors: FULL, MEMORY. */
+/* A page of zeros with one reference, in memory. Errors: FULL, MEMORY, IO. */
 tq_status tq_page_pool_acquire(tq_page_pool *pool, int32_t *page);
+/* One more reference to a used or kept page. */
+void tq_page_pool_share(tq_page_pool *pool, int32_t page);
+/* One reference fewer; at none the page is kept if its content is known, else free. */
 void tq_page_pool_release(tq_page_pool *pool, int32_t page);
-/* Bytes held from the allocator, pages included. */
-size_t tq_page_pool_bytes(const tq_page_pool *pool);
+/* Offload or give up pages until the budget has room for so many bytes more. Errors: FULL, IO. */
+tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes);
+/* Pages that could be acquired, if the allocator gives memory; at_once: and be in memory all together. */
+int32_t tq_page_pool_available(const tq_page_pool *pool, bool at_once);
+
+/* Without an offload tier the following do nothing: no page moves. */
+/* Hold pages where they are. */
+void tq_page_pool_pin(tq_page_pool *pool, const int32_t *pages, int64_t n);
+/*
+ * The same for pages that are about to be read. Those in the file come back if frames are free, or hold pages that were not
+ * used since these were last: so what is used again comes back, while pages that take turns, as those of one sequence that is
+ * larger than memory would, are read from the file instead.
+ */
+void tq_page_pool_use(tq_page_pool *pool, const int32_t *pages, int64_t n);
+void tq_page_pool_unpin(tq_page_pool *pool, const int32_t *pages, int64_t n);
+/* Bring a page that nobody else has pinned back to memory. Errors: FULL, MEMORY, IO. */
+tq_status tq_page_pool_restore(tq_page_pool *pool, int32_t page);
 
 #endif

@@ -17,10 +17,25 @@ size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequenc
     return record_bytes(cache) + (size_t)sequence->page_capacity * sizeof *sequence->page_table;
 }
 
+/* Zeroed memory within the budget, for which kept pages make room; vectors behind the first head_bytes. */
+static tq_status allocate_vectors(tq_cache *cache, size_t bytes, size_t head_bytes, void *out)
+{
+    TQ_TRY(tq_page_pool_make_room(&cache->pool, bytes));
+    void *p = tq_budget_alloc_vectors(&cache->budget, bytes, head_bytes);
+    if (!p) return TQ_ERR_MEMORY;
+    memcpy(out, &p, sizeof p);
+    return TQ_OK;
+}
+
+static tq_status allocate(tq_cache *cache, size_t bytes, void *out)
+{
+    return allocate_vectors(cache, bytes, bytes, out);
+}
+
 /* A free id below n_sequences, after the table has grown if there was none. */
 static tq_status find_id(tq_cache *cache, int32_t *seq)
 {
-    for (int32_t i = 0; i < cache->n_sequences; i++) {
+    for (int32_t i = cache->first_free; i < cache->n_sequences; i++) {
         if (!cache->sequences[i]) {
             *seq = i;
             return TQ_OK;
@@ -28,50 +43,82 @@ static tq_status find_id(tq_cache *cache, int32_t *seq)
     }
     if (cache->n_sequences > INT32_MAX / 2) return TQ_ERR_MEMORY;
     int32_t n = cache->n_sequences == 0 ? 4 : 2 * cache->n_sequences;
-    tq_sequence **sequences = tq_alloc_zero((size_t)n * sizeof(tq_sequence *));
-    if (!sequences) return TQ_ERR_MEMORY;
-    if (cache->n_sequences > 0) memcpy(sequences, cache->sequences, (size_t)cache->n_sequences * sizeof *sequences);
-    tq_free(cache->sequences);
+    size_t bytes_before = (size_t)cache->n_sequences * sizeof *cache->sequences;
+    tq_sequence **sequences;
+    TQ_TRY(allocate(cache, (size_t)n * sizeof(tq_sequence *), &sequences));
+    if (bytes_before > 0) memcpy(sequences, cache->sequences, bytes_before);
+    tq_budget_free(&cache->budget, cache->sequences, bytes_before);
     *seq = cache->n_sequences;
     cache->sequences = sequences;
     cache->n_sequences = n;
     return TQ_OK;
 }
 
-tq_status tq_sequence_open(tq_cache *cache, int32_t *seq)
+tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out)
 {
     int32_t id;
     TQ_TRY(find_id(cache, &id));
-    tq_sequence *sequence = tq_alloc_zero(record_bytes(cache));
-    if (!sequence) return TQ_ERR_MEMORY;
-    if (cache->exact_bytes > 0) {
-        sequence->exact_data = tq_alloc(cache->exact_bytes);
-        if (!sequence->exact_data) {
-            tq_free(sequence);
-            return TQ_ERR_MEMORY;
-        }
-    }
+    tq_sequence *sequence;
+    TQ_TRY(allocate(cache, record_bytes(cache), &sequence));
+    sequence->id = id;
     sequence->length = sequence->numbers;
     sequence->ring_begin = sequence->numbers + cache->n_layer;
     for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++) sequence->ring_begin[i] = cache->sides[i].n_sink;
     cache->sequences[id] = sequence;
-    *seq = id;
+    cache->first_free = id + 1;
+    *out = sequence;
     return TQ_OK;
+}
+
+static size_t exact_record_bytes(const tq_cache *cache)
+{
+    return sizeof(tq_exact_data) + cache->exact_bytes;
+}
+
+tq_status tq_exact_open(tq_cache *cache, tq_exact_data **out)
+{
+    if (cache->exact_bytes == 0) return TQ_OK;
+    TQ_TRY(allocate_vectors(cache, exact_record_bytes(cache), sizeof **out, out));
+    (*out)->n_refs = 1;
+    cache->exact_total += cache->exact_bytes;
+    return TQ_OK;
+}
+
+void tq_exact_release(tq_cache *cache, tq_exact_data *exact)
+{
+    if (!exact || --exact->n_refs > 0) return;
+    tq_budget_free(&cache->budget, exact, exact_record_bytes(cache));
+    cache->exact_total -= cache->exact_bytes;
+}
+
+static void release_pages(tq_cache *cache, tq_sequence *sequence, int32_t n_keep)
+{
+    /* From the end, so that of a prefix that is kept the end is given up first. */
+    while (sequence->n_pages > n_keep) tq_page_pool_release(&cache->pool, sequence->page_table[--sequence->n_pages]);
 }
 
 void tq_sequence_close(tq_cache *cache, int32_t seq)
 {
     tq_sequence *sequence = cache->sequences[seq];
-    tq_sequence_trim(cache, sequence, 0);
-    tq_free(sequence->page_table);
-    tq_free(sequence->exact_data);
-    tq_free(sequence);
+    release_pages(cache, sequence, 0);
+    tq_exact_release(cache, sequence->exact);
+    tq_budget_free(&cache->budget, sequence->page_table, (size_t)sequence->page_capacity * sizeof *sequence->page_table);
+    tq_budget_free(&cache->budget, sequence, record_bytes(cache));
     cache->sequences[seq] = NULL;
+    if (seq < cache->first_free) cache->first_free = seq;
 }
 
-static void release_pages(tq_cache *cache, tq_sequence *sequence, int32_t n_keep)
+tq_status tq_sequence_open(tq_cache *cache, tq_sequence **out)
 {
-    while (sequence->n_pages > n_keep) tq_page_pool_release(&cache->pool, sequence->page_table[--sequence->n_pages]);
+    tq_sequence *sequence;
+    TQ_TRY(tq_sequence_open_bare(cache, &sequence));
+    tq_status status = tq_exact_open(cache, &sequence->exact);
+    if (status != TQ_OK) {
+        tq_sequence_close(cache, sequence->id);
+        return status;
+    }
+    *out = sequence;
+    return TQ_OK;
 }
 
 static int64_t pages_for(const tq_cache *cache, int64_t n_tok)
@@ -79,35 +126,191 @@ static int64_t pages_for(const tq_cache *cache, int64_t n_tok)
     return (n_tok + cache->page_size - 1) / cache->page_size;
 }
 
-/* Room in the page table; doubles, so that appending token by token copies little. */
-static tq_status grow_table(const tq_cache *cache, tq_sequence *sequence, int32_t n_pages)
+tq_status tq_sequence_grow_table(tq_cache *cache, tq_sequence *sequence, int64_t n_pages)
 {
     if (n_pages <= sequence->page_capacity) return TQ_OK;
-    int32_t capacity = sequence->page_capacity > n_pages / 2 ? 2 * sequence->page_capacity : n_pages;
-    if (capacity > cache->pool.n_pages) capacity = cache->pool.n_pages;
-    int32_t *table = tq_alloc((size_t)capacity * sizeof *table);
-    if (!table) return TQ_ERR_MEMORY;
-    if (sequence->n_pages > 0) memcpy(table, sequence->page_table, (size_t)sequence->n_pages * sizeof *table);
-    tq_free(sequence->page_table);
+    /* Doubles, so that appending token by token copies little. */
+    int64_t capacity = sequence->page_capacity > n_pages / 2 ? 2 * (int64_t)sequence->page_capacity : n_pages;
+    size_t bytes_before = (size_t)sequence->page_capacity * sizeof *sequence->page_table;
+    int32_t *table;
+    TQ_TRY(allocate(cache, (size_t)capacity * sizeof *table, &table));
+    if (bytes_before > 0) memcpy(table, sequence->page_table, bytes_before);
+    tq_budget_free(&cache->budget, sequence->page_table, bytes_before);
     sequence->page_table = table;
-    sequence->page_capacity = capacity;
+    sequence->page_capacity = (int32_t)capacity;
     return TQ_OK;
 }
 
-tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int64_t n_tok)
+tq_status tq_sequence_fork(tq_cache *cache, const tq_sequence *from, tq_sequence **out)
 {
-    int64_t n_pages = pages_for(cache, n_tok);
-    int32_t n_before = sequence->n_pages;
-    if (n_pages <= n_before) return TQ_OK;
-    if (n_pages - n_before > cache->pool.n_free) return TQ_ERR_FULL;
-    TQ_TRY(grow_table(cache, sequence, (int32_t)n_pages));
-    while (sequence->n_pages < n_pages) {
-        tq_status status = tq_page_pool_acquire(&cache->pool, &sequence->page_table[sequence->n_pages]);
-        if (status != TQ_OK) {
-            release_pages(cache, sequence, n_before);
-            return status;
+    tq_sequence *sequence;
+    TQ_TRY(tq_sequence_open_bare(cache, &sequence));
+    tq_status status = tq_sequence_grow_table(cache, sequence, from->n_pages);
+    if (status != TQ_OK) {
+        tq_sequence_close(cache, sequence->id);
+        return status;
+    }
+    for (int32_t i = 0; i < from->n_pages; i++) {
+        sequence->page_table[i] = from->page_table[i];
+        tq_page_pool_share(&cache->pool, from->page_table[i]);
+    }
+    sequence->n_pages = from->n_pages;
+    sequence->exact = from->exact;
+    if (from->exact) from->exact->n_refs++;
+    sequence->n_published = from->n_published;
+    sequence->published = from->published;
+    memcpy(sequence->numbers, from->numbers, record_bytes(cache) - sizeof *sequence);
+    *out = sequence;
+    return TQ_OK;
+}
+
+/* The positions whose code is written when a side grows by n_tok: those that leave its ring or never enter it. */
+typedef struct span {
+    int64_t begin, end;
+} span;
+
+static span encoded_by_append(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t n_tok)
+{
+    int64_t begin = sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
+    int64_t end = sequence->length[layer] + n_tok - tq_cache_side_get(cache, layer, i_side)->n_recent;
+    return (span){begin, end > begin ? end : begin};
+}
+
+/* Pages of the table, as far as it goes, that growing will write; for a reservation those of the new positions, too, since
+ * slots are named before anything is encoded. */
+static span pages_written(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
+{
+    span pages = {sequence->n_pages, 0};
+    for (int32_t l = layer < 0 ? 0 : layer; l < (layer < 0 ? cache->n_layer : layer + 1); l++) {
+        for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+            span written = encoded_by_append(cache, sequence, l, side, n_tok);
+            if (layer < 0 && n_tok > 0) {
+                if (written.begin == written.end || written.begin > sequence->length[l]) written.begin = sequence->length[l];
+                written.end = sequence->length[l] + n_tok;
+            }
+            if (written.begin == written.end) continue;
+            int64_t first = written.begin / cache->page_size, end = pages_for(cache, written.end);
+            if (first < pages.begin) pages.begin = first;
+            if (end > pages.end) pages.end = end;
         }
-        sequence->n_pages++;
+    }
+    if (pages.end > sequence->n_pages) pages.end = sequence->n_pages;
+    return pages;
+}
+
+static int64_t longest_layer(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
+{
+    int64_t longest = 0;
+    for (int32_t l = 0; l < cache->n_layer; l++) {
+        int64_t length = sequence->length[l] + (layer < 0 || layer == l ? n_tok : 0);
+        if (length > longest) longest = length;
+    }
+    return longest;
+}
+
+static bool is_shared(const tq_cache *cache, int32_t page)
+{
+    return cache->pool.pages[page].n_refs > 1 || cache->pool.pages[page].is_known;
+}
+
+tq_status tq_sequence_own_exact(tq_cache *cache, tq_sequence *sequence)
+{
+    if (!sequence->exact || sequence->exact->n_refs == 1) return TQ_OK;
+    tq_exact_data *copy = NULL;
+    TQ_TRY(tq_exact_open(cache, &copy));
+    if (!cache->budget.is_dry) memcpy(copy->bytes, sequence->exact->bytes, cache->exact_bytes);
+    tq_exact_release(cache, sequence->exact);
+    sequence->exact = copy;
+    return TQ_OK;
+}
+
+static tq_status hold_page(tq_cache *cache, const tq_sequence *sequence, int64_t i)
+{
+    int32_t page = sequence->page_table[i];
+    /* What others share is not written. */
+    if (!is_shared(cache, page)) TQ_TRY(tq_page_pool_restore(&cache->pool, page));
+    tq_page_pool_pin(&cache->pool, &page, 1);
+    return TQ_OK;
+}
+
+tq_status tq_sequence_hold(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held, int64_t begin, int64_t end)
+{
+    if (!cache->pool.offload || begin >= end) return TQ_OK;
+    if (held->begin == held->end) held->begin = held->end = (int32_t)begin;
+    for (; held->begin > begin; held->begin--) TQ_TRY(hold_page(cache, sequence, held->begin - 1));
+    for (; held->end < end; held->end++) TQ_TRY(hold_page(cache, sequence, held->end));
+    return TQ_OK;
+}
+
+void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held)
+{
+    int32_t n = held->end - held->begin;
+    if (n > 0) tq_page_pool_unpin(&cache->pool, sequence->page_table + held->begin, n);
+    *held = (tq_held_pages){0};
+}
+
+/* n pages into the table behind its n_pages entries, pinned. */
+static tq_status acquire_pages(tq_cache *cache, tq_sequence *sequence, int64_t n)
+{
+    int32_t *pages = sequence->page_table + sequence->n_pages;
+    for (int64_t i = 0; i < n; i++) {
+        tq_status status = tq_page_pool_acquire(&cache->pool, &pages[i]);
+        if (status == TQ_OK) {
+            tq_page_pool_pin(&cache->pool, &pages[i], 1);
+            continue;
+        }
+        tq_page_pool_unpin(&cache->pool, pages, i);
+        while (i > 0) tq_page_pool_release(&cache->pool, pages[--i]);
+        return status;
+    }
+    return TQ_OK;
+}
+
+/* What reserving needs beside pages; the sequence's own pages among those to be written are held. */
+static tq_status prepare_reserve(tq_cache *cache, tq_sequence *sequence, span written, int64_t n_tok, int64_t n_acquire,
+                                 int64_t n_new)
+{
+    if (n_acquire > tq_page_pool_available(&cache->pool, true)) return TQ_ERR_FULL;
+    TQ_TRY(tq_sequence_grow_table(cache, sequence, sequence->n_pages + n_acquire));
+    if (n_tok > 0) TQ_TRY(tq_sequence_own_exact(cache, sequence));
+    tq_held_pages *held = &sequence->held;
+    TQ_TRY(tq_sequence_hold(cache, sequence, held, written.begin, written.end));
+    if (held->end > 0 && n_new > 0) TQ_TRY(tq_sequence_hold(cache, sequence, held, held->begin, sequence->n_pages));
+    return acquire_pages(cache, sequence, n_acquire);
+}
+
+tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok)
+{
+    int64_t n_pages = pages_for(cache, longest_layer(cache, sequence, layer, n_tok)), n_copies = 0;
+    int64_t n_new = n_pages > sequence->n_pages ? n_pages - sequence->n_pages : 0;
+    span written = pages_written(cache, sequence, layer, n_tok);
+    for (int64_t i = written.begin; i < written.end; i++) n_copies += is_shared(cache, sequence->page_table[i]);
+    tq_status status = prepare_reserve(cache, sequence, written, n_tok, n_new + n_copies, n_new);
+    if (status != TQ_OK) {
+        tq_sequence_let_go(cache, sequence, &sequence->held);
+        return status;
+    }
+    int64_t copy = sequence->n_pages + n_new;
+    for (int64_t i = written.begin; i < written.end; i++) {
+        int32_t page = sequence->page_table[i];
+        if (!is_shared(cache, page)) continue;
+        if (!cache->budget.is_dry)
+            memcpy(cache->pool.data[sequence->page_table[copy]], cache->pool.data[page], cache->pool.page_bytes);
+        tq_page_pool_unpin(&cache->pool, &page, 1);
+        tq_page_pool_release(&cache->pool, page);
+        sequence->page_table[i] = sequence->page_table[copy++];
+        if (i < sequence->n_published) sequence->n_published = 0;
+        cache->n_copied++;
+    }
+    if (cache->pool.offload && n_new > 0) {
+        if (sequence->held.end == 0) sequence->held.begin = sequence->n_pages;
+        sequence->held.end = sequence->n_pages + (int32_t)n_new;
+    }
+    sequence->n_pages += (int32_t)n_new;
+    for (int64_t i = written.begin < sequence->n_pages ? written.begin : sequence->n_pages - n_new; i < sequence->n_pages;
+         i++) {
+        cache->pool.pages[sequence->page_table[i]].owner = sequence->id;
+        cache->pool.pages[sequence->page_table[i]].index = (int32_t)i;
     }
     return TQ_OK;
 }
@@ -121,9 +324,61 @@ static void encode_positions(const tq_rows_in *in, const tq_cache_side *side, in
         int32_t n = 0;
         for (; p < end && n < TQ_ENCODE_BATCH; p++, n++) {
             jobs[n] = (tq_encode_job){.column = p, .row = (int32_t)(p - length)};
-            if (p < length) jobs[n].exact_index = side->n_sink + (int32_t)(p % side->n_recent);
+            if (p < length) jobs[n].exact_index = tq_exact_place(side, p);
         }
         tq_rows_encode(in, jobs, n, executor);
+    }
+}
+
+tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side, const float *rows)
+{
+    return (tq_rows_in){
+        .kernels = cache->kernels,
+        .codec = side->codec,
+        .exact_codec = side->exact_codec,
+        .pages = tq_cache_pages(cache, sequence, side),
+        .exact_data = tq_sequence_exact(sequence, side),
+        .exact_head_stride_bytes = side->exact_head_stride_bytes,
+        .n_head_kv = cache->n_head_kv,
+        .rows = rows,
+        .row_stride = (int64_t)cache->n_head_kv * side->codec->head_dim,
+    };
+}
+
+/* The tokens from a position on that were recent when it left the ring. */
+typedef struct ring_window {
+    const tq_rows_in *in;
+    const tq_cache_side *side;
+    int64_t position, length; /* length: before the rows */
+} ring_window;
+
+static void read_window(const void *context, int32_t i, int32_t head, float *x)
+{
+    const ring_window *window = context;
+    int64_t position = window->position + i;
+    _Alignas(64) uint16_t half[TQ_HEAD_DIM_MAX];
+    if (position < window->length) {
+        const tq_cache_side *side = window->side;
+        const uint16_t *exact = tq_exact_vector(window->in, head, tq_exact_place(side, position));
+        memcpy(half, exact, (size_t)side->codec->head_dim * sizeof *half);
+    } else {
+        tq_row_half(window->in, position - window->length, head, half);
+    }
+    tq_half_expand(window->in, half, 1, x);
+}
+
+/* Of the blocks that begin to be encoded with one of positions [begin, end). Blocks begin anew in each page. */
+static void set_references(const tq_rows_in *in, const tq_cache_side *side, int64_t begin, int64_t end, int64_t length)
+{
+    for (int64_t p = begin; p < end;) {
+        int64_t page_begin = p - p % in->pages.page_size, slot = p - page_begin;
+        int64_t block_begin = p - slot % side->ref_block, next = block_begin + side->ref_block;
+        if (p == block_begin || p == side->n_sink) {
+            ring_window context = {in, side, p, length};
+            tq_window window = {&context, side->n_recent, read_window};
+            for (int32_t head = 0; head < in->n_head_kv; head++) tq_rows_set_reference(in, head, p, &window);
+        }
+        p = next < page_begin + in->pages.page_size ? next : page_begin + in->pages.page_size;
     }
 }
 
@@ -131,31 +386,32 @@ static void append_side(const tq_cache *cache, tq_sequence *sequence, int32_t la
                         const float *rows, const tq_executor *executor)
 {
     const tq_cache_side *side = tq_cache_side_get(cache, layer, i_side);
-    tq_rows_in in = {
-        .kernels = cache->kernels,
-        .codec = side->codec,
-        .exact_codec = side->exact_codec,
-        .pages = {.page_data = cache->pool.data,
-                  .page_table = sequence->page_table,
-                  .page_size = cache->page_size,
-                  .offset_bytes = side->page_offset_bytes,
-                  .head_stride_bytes = side->head_stride_bytes},
-        .exact_data = sequence->exact_data ? sequence->exact_data + side->exact_offset_bytes : NULL,
-        .exact_head_stride_bytes = side->exact_head_stride_bytes,
-        .n_head_kv = cache->n_head_kv,
-        .rows = rows,
-        .row_stride = (int64_t)cache->n_head_kv * side->codec->head_dim,
-    };
+    span encoded = encoded_by_append(cache, sequence, layer, i_side, n_tok);
+    sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side] = encoded.end;
+    if (cache->budget.is_dry) return;
+    tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
     int64_t length = sequence->length[layer], end = length + n_tok;
-    int64_t *ring_begin = &sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
-    int64_t new_begin = end - side->n_recent > *ring_begin ? end - side->n_recent : *ring_begin;
+    if (side->ref_codec) set_references(&in, side, encoded.begin, encoded.end, length);
     /* Before the ring changes: what leaves it is read from it. */
-    encode_positions(&in, side, *ring_begin, new_begin, length, executor);
+    encode_positions(&in, side, encoded.begin, encoded.end, length, executor);
     for (int64_t p = length; p < side->n_sink && p < end; p++) tq_rows_keep_exact(&in, p - length, (int32_t)p);
-    for (int64_t p = new_begin > length ? new_begin : length; p < end; p++) {
-        if (p >= side->n_sink) tq_rows_keep_exact(&in, p - length, side->n_sink + (int32_t)(p % side->n_recent));
+    for (int64_t p = encoded.end > length ? encoded.end : length; p < end; p++) {
+        if (p >= side->n_sink) tq_rows_keep_exact(&in, p - length, tq_exact_place(side, p));
     }
-    *ring_begin = new_begin;
+}
+
+static void write_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t first,
+                       int64_t n_tok, const float *rows, const tq_executor *executor)
+{
+    const tq_cache_side *side = tq_cache_side_get(cache, layer, i_side);
+    tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
+    int64_t ring_begin = sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side], end = first + n_tok;
+    int64_t code_begin = first > side->n_sink ? first : side->n_sink, code_end = end < ring_begin ? end : ring_begin;
+    if (code_begin < code_end) encode_positions(&in, side, code_begin, code_end, first, executor);
+    for (int64_t p = first; p < end; p++) {
+        if (p < side->n_sink) tq_rows_keep_exact(&in, p - first, (int32_t)p);
+        if (p >= ring_begin) tq_rows_keep_exact(&in, p - first, tq_exact_place(side, p));
+    }
 }
 
 void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
@@ -164,6 +420,13 @@ void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, i
     append_side(cache, sequence, layer, TQ_SIDE_K, n_tok, k, executor);
     append_side(cache, sequence, layer, TQ_SIDE_V, n_tok, v, executor);
     sequence->length[layer] += n_tok;
+}
+
+void tq_sequence_write(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t first, int64_t n_tok, const float *k,
+                       const float *v, const tq_executor *executor)
+{
+    write_side(cache, sequence, layer, TQ_SIDE_K, first, n_tok, k, executor);
+    write_side(cache, sequence, layer, TQ_SIDE_V, first, n_tok, v, executor);
 }
 
 void tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok)
@@ -180,4 +443,5 @@ void tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok)
         }
     }
     release_pages(cache, sequence, (int32_t)pages_for(cache, longest));
+    if (sequence->n_published > n_tok / cache->page_size) sequence->n_published = 0;
 }

@@ -96,17 +96,11 @@ int32_t tq_store_ring_next(const tq_store *store);
 int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
 
 /* store_learn.c: what a store learns from its first tokens. */
-/* The i-th oldest vector of the ring as it is at the moment, in plain floats. */
-typedef struct tq_window {
-    const void *context;
-    int32_t n;
-    void (*read)(const void *context, int32_t i, int32_t head, float *x);
-} tq_window;
 /* Add the first query tokens to the energies, until there are enough. */
 void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries);
 /* Decide the channels' factors and estimate the errors, if that is not done yet. A window of nothing decides for none. */
 void tq_store_freeze_channels(tq_store *store, const tq_window *window);
-/* Set the reference of a slot's block to the window's mean, unless something is coded in the block already. */
-void tq_store_set_reference(tq_store *store, int64_t slot, const tq_window *window);
+/* Set the references of a slot's block to the window's mean, unless something is coded in the block already. */
+void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window);
 
 #endif

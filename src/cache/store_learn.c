@@ -31,23 +31,11 @@ void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries)
     }
 }
 
-static void window_mean(const tq_window *window, int32_t head, int32_t head_dim, float *mean)
-{
-    float x[TQ_HEAD_DIM_MAX];
-    for (int32_t j = 0; j < head_dim; j++) mean[j] = 0;
-    for (int32_t i = 0; i < window->n; i++) {
-        window->read(window->context, i, head, x);
-        for (int32_t j = 0; j < head_dim; j++) mean[j] += x[j];
-    }
-    /* Only memory that somebody else wrote holds what is not finite. */
-    for (int32_t j = 0; j < head_dim; j++) mean[j] = isfinite(mean[j]) ? mean[j] / (float)window->n : 0;
-}
-
 /* Per channel the energy around the mean, at least a little. */
 static void window_energy(const tq_window *window, int32_t head, int32_t head_dim, double *energy)
 {
     float mean[TQ_HEAD_DIM_MAX], x[TQ_HEAD_DIM_MAX];
-    window_mean(window, head, head_dim, mean);
+    tq_window_mean(window, head, head_dim, mean);
     for (int32_t j = 0; j < head_dim; j++) energy[j] = 0;
     for (int32_t i = 0; i < window->n; i++) {
         window->read(window->context, i, head, x);
@@ -124,7 +112,7 @@ static double window_error(const tq_store *store, int32_t head, const tq_window 
     _Alignas(64) float mean[TQ_HEAD_DIM_MAX], x[TQ_HEAD_DIM_MAX], decoded[TQ_HEAD_DIM_MAX], working[TQ_WIDTH_MAX];
     uint8_t codes[TQ_CODE_BYTES_MAX];
     uint16_t scales[TQ_SCALES_MAX];
-    window_mean(window, head, head_dim, mean);
+    tq_window_mean(window, head, head_dim, mean);
     double sum = 0;
     for (int32_t i = 0; i < window->n; i++) {
         window->read(window->context, i, head, x);
@@ -132,8 +120,8 @@ static double window_error(const tq_store *store, int32_t head, const tq_window 
             for (int32_t j = 0; j < head_dim; j++) x[j] -= mean[j];
         }
         if (steps) tq_scale_channels(steps + (size_t)head * (size_t)head_dim, 1, head_dim, x);
-        format->encode(codec, x, head_dim, 1, (tq_block){codes, scales});
-        format->expand(codec, (tq_block){codes, scales}, 1, working);
+        format->encode(codec, x, head_dim, 1, (tq_block){.codes = codes, .scales = scales});
+        format->expand(codec, (tq_block){.codes = codes, .scales = scales}, 1, working);
         format->finish(codec, working, 1, decoded);
         for (int32_t j = 0; j < head_dim; j++) sum += (double)(x[j] - decoded[j]) * (double)(x[j] - decoded[j]);
     }
@@ -184,20 +172,12 @@ static bool block_in_use(const tq_page_view *pages, const tq_codec *codec, int32
     return false;
 }
 
-void tq_store_set_reference(tq_store *store, int64_t slot, const tq_window *window)
+void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window)
 {
     if (window->n == 0) return;
-    tq_kv_view view = tq_store_view(store, NULL, 0);
-    int32_t head_dim = store->codec.head_dim;
     for (int32_t head = 0; head < store->n_head_kv; head++) {
-        tq_block reference = tq_page_view_refs(&view.pages, view.codec, head, slot);
-        if (reference.scales[0] != 0 || block_in_use(&view.pages, view.codec, head, slot)) continue;
-        float mean[TQ_HEAD_DIM_MAX];
-        window_mean(window, head, head_dim, mean);
-        if (view.channel_steps) {
-            tq_scale_channels(view.channel_steps + (size_t)head * (size_t)head_dim, 1, head_dim, mean);
-        }
-        const tq_codec *codec = &store->ref_codec;
-        store->kernels->format[codec->traits->format].encode(codec, mean, head_dim, 1, reference);
+        tq_block reference = tq_page_view_refs(&in->pages, in->codec, head, slot);
+        if (reference.scales[0] != 0 || block_in_use(&in->pages, in->codec, head, slot)) continue;
+        tq_rows_set_reference(in, head, slot, window);
     }
 }

@@ -88,7 +88,7 @@ static void learn(write_batch *batch, int64_t slot, int32_t n_window)
     tq_window window = {batch, n_window, read_window};
     tq_store_freeze_channels(store, &window);
     batch->in.channel_steps = tq_store_view(store, NULL, 0).channel_steps;
-    if (store->layout.ref_block > 0) tq_store_set_reference(store, slot, &window);
+    if (store->layout.ref_block > 0) tq_store_set_reference(store, &batch->in, slot, &window);
 }
 
 /* A column that is encoded twice in a batch keeps its last values: jobs run in parallel. */

@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: MIT */
+/* tq_cache_save, tq_cache_load and tq_snapshot_describe: argument checks and files in front of cache/snapshot.h. */
+#include "base/file.h"
+#include "base/log.h"
+#include "cache/snapshot.h"
+
+static bool has_vectors(const tq_cache *cache)
+{
+    if (cache->budget.is_dry) tq_log(TQ_LOG_ERROR, "snapshot: a dry run has no vectors");
+    return !cache->budget.is_dry;
+}
+
+tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq)
+{
+    if (!cache || !path || n_seq < 0 || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
+    tq_status status = tq_snapshot_save(cache, path, seqs, n_seq);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "snapshot: %s was not written: %s", path, tq_status_string(status));
+    return status;
+}
+
+tq_status tq_cache_load(tq_cache *cache, const char *path, int32_t *seqs, int32_t room, int32_t *n_seq)
+{
+    if (!cache || !path || !n_seq || room < 0 || (room > 0 && !seqs) || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
+    tq_snapshot_bytes file;
+    TQ_TRY(tq_file_map(path, &file.data, &file.n));
+    tq_status status = tq_snapshot_load(cache, file, seqs, room, n_seq);
+    tq_file_unmap(file.data, file.n);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "snapshot: %s was not loaded: %s", path, tq_status_string(status));
+    return status;
+}
+
+tq_status tq_snapshot_describe(tq_snapshot_info *out, const char *path, bool verify, tq_format *formats, int32_t room)
+{
+    if (!out || !path || room < 0 || (room > 0 && !formats)) return TQ_ERR_ARGUMENT;
+    tq_snapshot_bytes file;
+    TQ_TRY(tq_file_map(path, &file.data, &file.n));
+    tq_snapshot_header h;
+    tq_status status = verify ? tq_snapshot_check(file, &h) : tq_snapshot_check_header(file, &h);
+    for (int32_t i = 0; status == TQ_OK && i < room && i < 2 * h.n_layer; i++)
+        formats[i] = (tq_format)file.data[sizeof h + (size_t)i];
+    tq_file_unmap(file.data, file.n);
+    if (status != TQ_OK) return status;
+    *out = (tq_snapshot_info){
+        .version = (int32_t)h.version,
+        .n_layer = h.n_layer,
+        .n_head_kv = h.n_head_kv,
+        .head_dim = h.head_dim,
+        .head_dim_v = h.head_dim_v,
+        .page_size = h.page_size,
+        .n_sink = h.n_sink,
+        .n_recent = h.n_recent,
+        .k_ref_block = h.k_ref_block,
+        .n_sequences = h.n_sequences,
+        .n_pages = h.n_pages,
+        .n_prefixes = h.n_prefixes,
+        .seed = h.seed,
+        .file_bytes = h.file_bytes,
+        .page_bytes = h.page_bytes,
+        .exact_bytes = h.exact_bytes,
+    };
+    return TQ_OK;
+}

@@ -1,0 +1,167 @@
+/* SPDX-License-Identifier: MIT */
+/* See slots.h. */
+#include "cache/slots.h"
+
+#include <stdatomic.h>
+
+#include "base/log.h"
+#include "base/threads.h"
+
+/* A sequence of a batch is attended on all threads if that is this many times a thread's share or more, else on one. */
+#define SHARE_TO_SPLIT 0.5
+
+/* The sequence and position of a slot; NULL if nobody may write it. */
+static tq_sequence *find_owner(const tq_cache *cache, int64_t slot, int64_t *position)
+{
+    int64_t page = slot / cache->page_size;
+    if (page >= cache->pool.n_pages) return NULL;
+    const tq_page *record = &cache->pool.pages[page];
+    if (record->n_refs != 1 || record->is_known) return NULL;
+    tq_sequence *sequence = tq_cache_sequence(cache, record->owner);
+    if (!sequence || record->index >= sequence->n_pages || sequence->page_table[record->index] != page) return NULL;
+    *position = (int64_t)record->index * cache->page_size + slot % cache->page_size;
+    return sequence;
+}
+
+static tq_status plan_row(tq_cache *cache, int32_t layer, int64_t slot, int64_t row, tq_slot_run *runs, int64_t *n_runs)
+{
+    int64_t position;
+    tq_sequence *sequence = find_owner(cache, slot, &position);
+    if (!sequence) return TQ_ERR_RANGE;
+    int64_t length = sequence->length[layer] + sequence->pending;
+    if (position > length) return TQ_ERR_RANGE;
+    tq_slot_run *last = *n_runs > 0 ? &runs[*n_runs - 1] : NULL;
+    if (last && last->sequence == sequence && last->first_row + last->n == row && last->position + last->n == position)
+        last->n++;
+    else
+        runs[(*n_runs)++] = (tq_slot_run){.sequence = sequence, .first_row = row, .position = position, .n = 1};
+    if (position == length) sequence->pending++;
+    if (position / cache->page_size < sequence->n_published) sequence->n_published = 0;
+    return TQ_OK;
+}
+
+static void let_go(tq_cache *cache, tq_slot_run *runs, int64_t n_runs)
+{
+    for (int64_t i = 0; i < n_runs; i++) {
+        tq_sequence_let_go(cache, runs[i].sequence, &runs[i].held);
+        tq_sequence_let_go(cache, runs[i].sequence, &runs[i].sequence->held);
+    }
+}
+
+tq_status tq_slots_plan(tq_cache *cache, int32_t layer, const int64_t *slots, int64_t n_tok, tq_slot_run *runs, int64_t *n_runs,
+                        int64_t *bad_row)
+{
+    tq_status status = TQ_OK;
+    *n_runs = 0;
+    for (int64_t i = 0; i < n_tok && status == TQ_OK; i++) {
+        if (slots[i] < 0) continue;
+        status = plan_row(cache, layer, slots[i], i, runs, n_runs);
+        if (status != TQ_OK) *bad_row = i;
+    }
+    for (int64_t i = 0; i < *n_runs && status == TQ_OK; i++) {
+        /* Also with nothing to append: an overwritten ring or sink must be the sequence's own. */
+        status = tq_sequence_reserve(cache, runs[i].sequence, layer, runs[i].sequence->pending);
+        if (status == TQ_OK) status = tq_sequence_own_exact(cache, runs[i].sequence);
+        int64_t last = runs[i].position + runs[i].n - 1;
+        if (status == TQ_OK)
+            status = tq_sequence_hold(cache, runs[i].sequence, &runs[i].held, runs[i].position / cache->page_size,
+                                      last / cache->page_size + 1);
+    }
+    for (int64_t i = 0; i < *n_runs; i++) runs[i].sequence->pending = 0;
+    if (status != TQ_OK) let_go(cache, runs, *n_runs);
+    return status;
+}
+
+void tq_slots_end_writing(tq_cache *cache, tq_slot_run *runs, int64_t n_runs)
+{
+    if (!cache->pool.offload) return;
+    tq_cache_lock(cache);
+    let_go(cache, runs, n_runs);
+    tq_cache_unlock(cache);
+}
+
+void tq_slots_write(tq_cache *cache, int32_t layer, const tq_slot_run *runs, int64_t n_runs, const float *k, const float *v,
+                    const tq_executor *executor)
+{
+    int64_t k_row = (int64_t)cache->n_head_kv * tq_cache_side_get(cache, layer, TQ_SIDE_K)->codec->head_dim;
+    int64_t v_row = (int64_t)cache->n_head_kv * tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim;
+    for (const tq_slot_run *run = runs; run < runs + n_runs; run++) {
+        int64_t n_old = run->sequence->length[layer] - run->position;
+        if (n_old > run->n) n_old = run->n;
+        const float *k_rows = k + run->first_row * k_row, *v_rows = v + run->first_row * v_row;
+        if (n_old > 0) tq_sequence_write(cache, run->sequence, layer, run->position, n_old, k_rows, v_rows, executor);
+        if (n_old < run->n) {
+            tq_sequence_append(cache, run->sequence, layer, run->n - n_old, k_rows + n_old * k_row, v_rows + n_old * v_row,
+                               executor);
+        }
+    }
+}
+
+typedef struct batch_task {
+    const tq_cache *cache;
+    int32_t layer;
+    tq_sequence *const *sequences;
+    const tq_attend_batch *batch;
+    double split_from; /* the work from which on a sequence is attended on all threads */
+    _Atomic int32_t next;
+    _Atomic int32_t status;
+} batch_task;
+
+static int64_t columns_of(const batch_task *task, int32_t i)
+{
+    return task->batch->seq_lens ? task->batch->seq_lens[i] : task->sequences[i]->length[task->layer];
+}
+
+static int64_t queries_of(const batch_task *task, int32_t i)
+{
+    return task->batch->query_starts[i + 1] - task->batch->query_starts[i];
+}
+
+static double work_of(const batch_task *task, int32_t i)
+{
+    return (double)queries_of(task, i) * (double)(columns_of(task, i) + 1);
+}
+
+static void attend_one(batch_task *task, int32_t i, const tq_executor *executor)
+{
+    tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
+    tq_kv_view keys = tq_cache_view(task->cache, task->sequences[i], task->layer, TQ_SIDE_K, exact_k);
+    tq_kv_view values = tq_cache_view(task->cache, task->sequences[i], task->layer, TQ_SIDE_V, exact_v);
+    tq_attend_params params = task->batch->params;
+    int64_t first = task->batch->query_starts[i], n_col = columns_of(task, i);
+    params.n_query = queries_of(task, i);
+    params.first_pos = n_col - params.n_query;
+    params.q += first * params.q_token_stride;
+    params.out += first * params.out_token_stride;
+    if (params.lse) params.lse += first * params.n_head;
+    while (keys.n_exact > 0 && keys.exact[keys.n_exact - 1].column >= n_col) keys.n_exact--;
+    while (values.n_exact > 0 && values.exact[values.n_exact - 1].column >= n_col) values.n_exact--;
+    tq_status status = tq_attend(task->cache->kernels, &keys, &values, task->cache->n_head_kv, n_col, &params, executor);
+    if (status != TQ_OK) atomic_store(&task->status, status);
+}
+
+static void batch_body(void *arg, int32_t i_thread, int32_t n_threads)
+{
+    (void)i_thread;
+    (void)n_threads;
+    batch_task *task = arg;
+    for (int32_t i; (i = atomic_fetch_add(&task->next, 1)) < task->batch->n_seq;) {
+        if (queries_of(task, i) > 0 && work_of(task, i) < task->split_from) attend_one(task, i, NULL);
+    }
+}
+
+tq_status tq_slots_attend(tq_cache *cache, int32_t layer, tq_sequence *const *sequences, const tq_attend_batch *batch,
+                          const tq_executor *executor)
+{
+    batch_task task = {.cache = cache, .layer = layer, .sequences = sequences, .batch = batch};
+    double total = 0;
+    for (int32_t i = 0; i < batch->n_seq; i++) total += work_of(&task, i);
+    tq_cache_begin_reading(cache, sequences, batch->n_seq);
+    task.split_from = SHARE_TO_SPLIT * total / tq_executor_threads(executor);
+    for (int32_t i = 0; i < batch->n_seq; i++) {
+        if (queries_of(&task, i) > 0 && work_of(&task, i) >= task.split_from) attend_one(&task, i, executor);
+    }
+    tq_run(executor, batch->n_seq, batch_body, &task);
+    tq_cache_end_reading(cache, sequences, batch->n_seq);
+    return (tq_status)atomic_load(&task.status);
+}

@@ -1,0 +1,280 @@
+/* SPDX-License-Identifier: MIT */
+/* Loading: everything is checked before anything is believed, and believed before anything is changed. */
+#include <string.h>
+
+#include "base/alloc.h"
+#include "base/hash.h"
+#include "base/log.h"
+#include "cache/snapshot.h"
+
+typedef struct loader {
+    tq_cache *cache;
+    tq_snapshot_header header;
+    const uint8_t *meta, *exact_data, *page_data;
+    size_t n_meta, at; /* the place in meta to read from */
+    int32_t *pages;    /* [header.n_pages]: of the pool, each held by a reference of ours; n_held of them */
+    int32_t n_held;
+    tq_exact_data **exact; /* [header.n_exact]; n_exact_held of them */
+    int32_t n_exact_held;
+    tq_sequence **sequences; /* [header.n_sequences]; n_opened of them */
+    int32_t n_opened;
+    uint64_t *prefixes; /* [header.n_prefixes]: publication numbers in the cache */
+} loader;
+
+static tq_status corrupt(const char *what)
+{
+    tq_log(TQ_LOG_ERROR, "snapshot: %s; the file is damaged or no snapshot", what);
+    return TQ_ERR_CORRUPT;
+}
+
+/* *sum += n * size, false if that is more than limit. */
+static bool add_bytes(uint64_t *sum, int32_t n, uint64_t size, uint64_t limit)
+{
+    if (n < 0 || (size != 0 && (uint64_t)n > (limit - *sum) / size)) return false;
+    *sum += (uint64_t)n * size;
+    return true;
+}
+
+tq_status tq_snapshot_check_header(tq_snapshot_bytes file, tq_snapshot_header *out)
+{
+    tq_snapshot_header h;
+    if (file.n < sizeof h) return corrupt("it is shorter than a header");
+    memcpy(&h, file.data, sizeof h);
+    if (memcmp(h.magic, TQ_SNAPSHOT_MAGIC, sizeof h.magic) != 0) return corrupt("it does not begin as one");
+    if (h.version != TQ_SNAPSHOT_VERSION) {
+        tq_log(TQ_LOG_ERROR, "snapshot: version %u, where this library reads %d", (unsigned)h.version, TQ_SNAPSHOT_VERSION);
+        return TQ_ERR_MISMATCH;
+    }
+    if (h.header_hash != tq_hash(&h, offsetof(tq_snapshot_header, header_hash), 0))
+        return corrupt("the header's hash is wrong");
+    if (h.file_bytes != file.n) return corrupt("it is longer or shorter than it says");
+    uint64_t limit = file.n, sum = sizeof h;
+    if (h.header_bytes != sizeof h || h.meta_bytes > limit - sum || h.n_sequences < 0 || h.n_prefixes < 0)
+        return corrupt("a size makes no sense");
+    sum = tq_snapshot_data_offset(&h);
+    if (sum > limit || !add_bytes(&sum, h.n_exact, h.exact_bytes, limit) || !add_bytes(&sum, h.n_pages, h.page_bytes, limit) ||
+        sum != limit)
+        return corrupt("a size makes no sense");
+    /* Each has 8 bytes at least, so what is allocated for them is of the file's size. */
+    uint64_t items = 0;
+    if (h.n_layer < 1 || !add_bytes(&items, h.n_layer, 2, h.meta_bytes) || !add_bytes(&items, h.n_exact, 8, h.meta_bytes) ||
+        !add_bytes(&items, h.n_pages, 8, h.meta_bytes) || !add_bytes(&items, h.n_sequences, 8, h.meta_bytes) ||
+        !add_bytes(&items, h.n_prefixes, 8, h.meta_bytes))
+        return corrupt("a count makes no sense");
+    *out = h;
+    return TQ_OK;
+}
+
+static size_t formats_bytes(const tq_snapshot_header *h)
+{
+    return ((size_t)h->n_layer * TQ_N_SIDES + 7) / 8 * 8;
+}
+
+tq_status tq_snapshot_check(tq_snapshot_bytes file, tq_snapshot_header *out)
+{
+    tq_snapshot_header h;
+    TQ_TRY(tq_snapshot_check_header(file, &h));
+    const uint8_t *meta = file.data + sizeof h, *data = file.data + tq_snapshot_data_offset(&h);
+    if (h.meta_hash != tq_hash(meta, (size_t)h.meta_bytes, 0)) return corrupt("the tables' hash is wrong");
+    size_t n_exact = (size_t)h.n_exact, n_hashes = n_exact + (size_t)h.n_pages;
+    if (formats_bytes(&h) + n_hashes * sizeof(uint64_t) > h.meta_bytes) return corrupt("a count makes no sense");
+    for (size_t i = 0; i < n_hashes; i++) {
+        uint64_t hash;
+        memcpy(&hash, meta + formats_bytes(&h) + i * sizeof hash, sizeof hash);
+        size_t bytes = (size_t)(i < n_exact ? h.exact_bytes : h.page_bytes);
+        if (hash != tq_hash(data, bytes, 0))
+            return corrupt(i < n_exact ? "exact data have a wrong hash" : "a page's hash is wrong");
+        data += bytes;
+    }
+    *out = h;
+    return TQ_OK;
+}
+
+/* Is it a snapshot of a cache of this shape? */
+static tq_status check_shape(const loader *l)
+{
+    tq_snapshot_header own;
+    tq_snapshot_header_of(l->cache, &own);
+    const tq_snapshot_header *h = &l->header;
+    bool same = h->n_layer == own.n_layer && h->n_head_kv == own.n_head_kv && h->head_dim == own.head_dim &&
+                h->head_dim_v == own.head_dim_v && h->page_size == own.page_size && h->n_sink == own.n_sink &&
+                h->n_recent == own.n_recent && h->k_ref_block == own.k_ref_block && h->seed == own.seed &&
+                h->page_bytes == own.page_bytes && h->exact_bytes == own.exact_bytes;
+    for (int32_t i = 0; same && i < h->n_layer * TQ_N_SIDES; i++)
+        same = l->meta[i] == (uint8_t)l->cache->sides[i].codec->traits->format;
+    if (same) return TQ_OK;
+    tq_log(TQ_LOG_ERROR,
+           "snapshot: of a cache with %d layers, %d KV heads, head_dim %d and %d, page_size %d, n_sink %d, n_recent %d, "
+           "k_ref_block %d, or with other formats or another seed: load it into a cache created like it",
+           (int)h->n_layer, (int)h->n_head_kv, (int)h->head_dim, (int)h->head_dim_v, (int)h->page_size, (int)h->n_sink,
+           (int)h->n_recent, (int)h->k_ref_block);
+    return TQ_ERR_MISMATCH;
+}
+
+/* The next bytes of meta, or NULL. */
+static const uint8_t *take(loader *l, size_t bytes)
+{
+    if (bytes > l->n_meta - l->at) return NULL;
+    l->at += bytes;
+    return l->meta + l->at - bytes;
+}
+
+static bool take_int(loader *l, int32_t *value)
+{
+    const uint8_t *from = take(l, sizeof *value);
+    if (from) memcpy(value, from, sizeof *value);
+    return from != NULL;
+}
+
+static bool skip_filling(loader *l)
+{
+    return take(l, (8 - l->at % 8) % 8) != NULL;
+}
+
+/* Do lengths and rings agree with each other and with the pages? */
+static bool is_sound(const tq_cache *cache, const tq_sequence *sequence, int64_t n_pages)
+{
+    for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++) {
+        const tq_cache_side *side = &cache->sides[i];
+        int64_t length = sequence->length[i / TQ_N_SIDES], begin = sequence->ring_begin[i];
+        if (length < 0 || length > n_pages * cache->page_size) return false;
+        if (begin < side->n_sink || begin > (length > side->n_sink ? length : side->n_sink)) return false;
+        if (length - begin > side->n_recent) return false;
+    }
+    return true;
+}
+
+static tq_status load_sequence(loader *l)
+{
+    int32_t n_pages, exact, page;
+    if (!take_int(l, &n_pages) || !take_int(l, &exact)) return corrupt("a sequence is cut off");
+    bool has_exact = l->cache->exact_bytes > 0;
+    if (n_pages < 0 || n_pages > l->cache->pool.n_pages || exact < -1 || exact >= l->header.n_exact ||
+        has_exact != (exact >= 0))
+        return corrupt("a sequence makes no sense");
+    tq_sequence *sequence;
+    TQ_TRY(tq_sequence_open_bare(l->cache, &sequence));
+    l->sequences[l->n_opened++] = sequence;
+    size_t n_layer = (size_t)l->cache->n_layer, bytes = n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t);
+    const uint8_t *numbers = take(l, bytes);
+    if (!numbers) return corrupt("a sequence is cut off");
+    memcpy(sequence->numbers, numbers, bytes);
+    if (!is_sound(l->cache, sequence, n_pages)) {
+        memset(sequence->length, 0, n_layer * sizeof *sequence->length);
+        return corrupt("a sequence makes no sense");
+    }
+    TQ_TRY(tq_sequence_grow_table(l->cache, sequence, n_pages));
+    for (int32_t i = 0; i < n_pages; i++) {
+        if (!take_int(l, &page) || page < 0 || page >= l->header.n_pages) return corrupt("a page table makes no sense");
+        tq_page_pool_share(&l->cache->pool, l->pages[page]);
+        sequence->page_table[sequence->n_pages++] = l->pages[page];
+    }
+    if (exact >= 0) {
+        sequence->exact = l->exact[exact];
+        sequence->exact->n_refs++;
+    }
+    return skip_filling(l) ? TQ_OK : corrupt("a sequence is cut off");
+}
+
+/* A name that is taken in the cache already, or a page that has one, is no error: the publication there serves as well. */
+static tq_status load_prefix(loader *l, int32_t i, bool dry)
+{
+    tq_prefix_index *index = &l->cache->prefixes;
+    int32_t page, parent;
+    if (!take_int(l, &page) || !take_int(l, &parent) || page < 0 || page >= l->header.n_pages || parent < -1 || parent >= i)
+        return corrupt("a prefix makes no sense");
+    const uint8_t *tokens = take(l, (size_t)index->page_size * sizeof(int32_t));
+    const uint8_t *sinks = parent < 0 ? take(l, index->sink_bytes) : NULL;
+    if (!tokens || (parent < 0 && !sinks) || !skip_filling(l)) return corrupt("a prefix is cut off");
+    if (dry) return TQ_OK;
+    uint64_t after = parent < 0 ? 0 : l->prefixes[parent];
+    l->prefixes[i] = 0;
+    if (parent >= 0 && after == 0) return TQ_OK; /* the one before it was left out */
+    const tq_prefix *known = tq_prefix_find(index, after, (const int32_t *)(const void *)tokens);
+    if (!known && !index->by_page[l->pages[page]]) {
+        tq_prefix *added = NULL;
+        if (tq_page_pool_make_room(&l->cache->pool, tq_prefix_bytes(index, after)) == TQ_OK)
+            added = tq_prefix_add(index, after, (const int32_t *)(const void *)tokens, l->pages[page]);
+        if (added) {
+            if (added->sinks) memcpy(added->sinks, sinks, index->sink_bytes);
+            l->cache->pool.pages[l->pages[page]].is_known = true;
+        }
+        known = added;
+    }
+    l->prefixes[i] = known ? known->number : 0;
+    return TQ_OK;
+}
+
+static tq_status load_data(loader *l)
+{
+    tq_page_pool *pool = &l->cache->pool;
+    if (l->header.n_pages > tq_page_pool_available(pool, false)) return TQ_ERR_FULL;
+    for (int32_t i = 0; i < l->header.n_pages; i++) {
+        TQ_TRY(tq_page_pool_acquire(pool, &l->pages[i]));
+        l->n_held++;
+        memcpy(pool->data[l->pages[i]], l->page_data + (size_t)i * pool->page_bytes, pool->page_bytes);
+    }
+    for (int32_t i = 0; i < l->header.n_exact; i++) {
+        TQ_TRY(tq_exact_open(l->cache, &l->exact[i]));
+        if (!l->exact[i]) return corrupt("it has exact data where the formats need none");
+        l->n_exact_held++;
+        memcpy(l->exact[i]->bytes, l->exact_data + (size_t)i * l->cache->exact_bytes, l->cache->exact_bytes);
+    }
+    return TQ_OK;
+}
+
+static tq_status load_content(loader *l)
+{
+    TQ_TRY(load_data(l));
+    l->at = formats_bytes(&l->header) + ((size_t)l->header.n_exact + (size_t)l->header.n_pages) * sizeof(uint64_t);
+    for (int32_t i = 0; i < l->header.n_sequences; i++) TQ_TRY(load_sequence(l));
+    size_t prefixes_at = l->at;
+    for (int32_t i = 0; i < l->header.n_prefixes; i++) TQ_TRY(load_prefix(l, i, true));
+    if (l->at != l->n_meta) return corrupt("the tables are longer than their content");
+    l->at = prefixes_at;
+    for (int32_t i = 0; i < l->header.n_prefixes; i++) TQ_TRY(load_prefix(l, i, false));
+    return TQ_OK;
+}
+
+/* Give up our own references, and after a failure the sequences. */
+static void finish(loader *l, tq_status status)
+{
+    for (int32_t i = 0; i < l->n_opened && status != TQ_OK; i++) tq_sequence_close(l->cache, l->sequences[i]->id);
+    /* From the end: of a prefix, the end is to be given up first. */
+    while (l->n_held > 0) tq_page_pool_release(&l->cache->pool, l->pages[--l->n_held]);
+    while (l->n_exact_held > 0) tq_exact_release(l->cache, l->exact[--l->n_exact_held]);
+}
+
+tq_status tq_snapshot_load(tq_cache *cache, tq_snapshot_bytes file, int32_t *seqs, int32_t room, int32_t *n_seq)
+{
+    loader l = {.cache = cache};
+    TQ_TRY(tq_snapshot_check(file, &l.header));
+    l.meta = file.data + sizeof l.header;
+    l.n_meta = (size_t)l.header.meta_bytes;
+    TQ_TRY(check_shape(&l));
+    if (room < l.header.n_sequences) {
+        tq_log(TQ_LOG_ERROR, "snapshot: %d sequences, where there is room for the ids of %d", (int)l.header.n_sequences,
+               (int)room);
+        return TQ_ERR_SHAPE;
+    }
+    l.exact_data = file.data + tq_snapshot_data_offset(&l.header);
+    l.page_data = l.exact_data + (size_t)l.header.n_exact * cache->exact_bytes;
+    l.pages = tq_alloc_zero(((size_t)l.header.n_pages + 1) * sizeof *l.pages);
+    l.exact = tq_alloc_zero(((size_t)l.header.n_exact + 1) * sizeof *l.exact);
+    l.sequences = tq_alloc_zero(((size_t)l.header.n_sequences + 1) * sizeof *l.sequences);
+    l.prefixes = tq_alloc_zero(((size_t)l.header.n_prefixes + 1) * sizeof *l.prefixes);
+    tq_status status = l.pages && l.exact && l.sequences && l.prefixes ? TQ_OK : TQ_ERR_MEMORY;
+    tq_cache_lock(cache);
+    if (status == TQ_OK) status = load_content(&l);
+    finish(&l, status);
+    tq_cache_unlock(cache);
+    if (status == TQ_OK) {
+        for (int32_t i = 0; i < l.n_opened; i++) seqs[i] = l.sequences[i]->id;
+        *n_seq = l.n_opened;
+    }
+    tq_free(l.pages);
+    tq_free(l.exact);
+    tq_free(l.sequences);
+    tq_free(l.prefixes);
+    return status;
+}
