@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+# libturboquant-cuda.so: everything that needs CUDA, with CUDA's runtime inside. libturboquant loads it when it is first asked
+# for. nvcc is called by its own rules and not as a CMake language, so that a machine without it configures as before.
+find_program(TQ_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
+if(NOT TQ_NVCC OR CMAKE_CROSSCOMPILING)
+    message(STATUS "libturboquant-cuda.so is not built: nvcc was not found")
+    return()
+endif()
+
+set(tq_cuda_dir ${PROJECT_SOURCE_DIR}/src/kernels/cuda)
+file(GLOB tq_cuda_sources CONFIGURE_DEPENDS ${tq_cuda_dir}/*.cu)
+file(GLOB tq_cuda_headers CONFIGURE_DEPENDS ${tq_cuda_dir}/*.cuh ${tq_cuda_dir}/*.h)
+set(tq_cuda_flags -std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -I${PROJECT_SOURCE_DIR}/src
+    -I${PROJECT_SOURCE_DIR}/include)
+set(tq_cuda_targets)
+foreach(arch ${TQ_CUDA_ARCHITECTURES})
+    string(REPLACE "-real" "" number ${arch})
+    list(APPEND tq_cuda_targets -gencode=arch=compute_${number},code=sm_${number})
+endforeach()
+
+set(tq_cuda_objects)
+foreach(source ${tq_cuda_sources})
+    get_filename_component(name ${source} NAME_WE)
+    set(object ${PROJECT_BINARY_DIR}/cuda/${name}.o)
+    # Encoders round after each operation, as the specification does.
+    set(exact)
+    if(NOT name MATCHES "^decode|^prefill")
+        set(exact -fmad=false)
+    endif()
+    add_custom_command(OUTPUT ${object}
+        COMMAND ${CMAKE_COMMAND} -E make_directory ${PROJECT_BINARY_DIR}/cuda
+        COMMAND ${TQ_NVCC} ${tq_cuda_flags} ${exact} ${tq_cuda_targets} -c ${source} -o ${object}
+        DEPENDS ${source} ${tq_cuda_headers} ${PROJECT_SOURCE_DIR}/include/turboquant.h
+        COMMENT "nvcc ${name}.cu" VERBATIM)
+    list(APPEND tq_cuda_objects ${object})
+endforeach()
+
+set(tq_cuda_library ${PROJECT_BINARY_DIR}/libturboquant-cuda.so)
+add_custom_command(OUTPUT ${tq_cuda_library}
+    COMMAND ${TQ_NVCC} -shared -cudart static ${tq_cuda_targets} ${tq_cuda_objects} -o ${tq_cuda_library}
+            -Xlinker=--exclude-libs=ALL
+    DEPENDS ${tq_cuda_objects} COMMENT "Linking libturboquant-cuda.so" VERBATIM)
+add_custom_target(turboquant_cuda ALL DEPENDS ${tq_cuda_library})
+
+# Tests on a device; they count themselves as skipped where there is none. tests/run_all.py runs them.
+if(TQ_BUILD_TESTS)
+    get_filename_component(tq_cuda_root ${TQ_NVCC} DIRECTORY)
+    add_executable(test_device tests/cuda/test_device.c tests/cuda/device_model.c tests/unit/vectors.c)
+    set_target_properties(test_device PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests/cuda)
+    target_include_directories(test_device PRIVATE src tests/unit tests/cuda)
+    target_include_directories(test_device SYSTEM PRIVATE ${tq_cuda_root}/../include)
+    target_link_libraries(test_device PRIVATE turboquant_static tq_flags Threads::Threads
+                          ${tq_cuda_root}/../lib64/libcudart_static.a rt m ${CMAKE_DL_LIBS})
+endif()

@@ -1,0 +1,319 @@
+/* SPDX-License-Identifier: MIT */
+/* Public functions on CUDA stores: checks, what kernels need to know of the codecs, and the way to libturboquant-cuda.so. */
+#include <math.h>
+#include <string.h>
+
+#include "api/checks.h"
+#include "base/log.h"
+#include "codec/codec.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/layout.h"
+#include "kernels/cuda/split.h"
+
+#define COUNT_MAX (INT64_C(1) << 40)
+
+/* Bytes of a tile's counter, and of one of its partial results: rows and their states. */
+#define COUNTER_BYTES 128
+#define PARTIAL_FLOATS(head_dim) (TQ_TILE_ROWS * ((size_t)(head_dim) + 2))
+
+void tq_cuda_store_default(tq_cuda_store *store)
+{
+    if (!store) return;
+    *store = (tq_cuda_store){.struct_size = sizeof *store,
+                             .k_format = TQ_FORMAT_TQ4,
+                             .v_format = TQ_FORMAT_TQ4,
+                             .head_dim = 128,
+                             .page_size = 64,
+                             .seed = TQ_SEED_DEFAULT};
+}
+
+void tq_cuda_append_params_default(tq_cuda_append_params *params)
+{
+    if (params) *params = (tq_cuda_append_params){.struct_size = sizeof *params, .dtype = TQ_DTYPE_BF16};
+}
+
+void tq_cuda_attend_params_default(tq_cuda_attend_params *params)
+{
+    if (!params) return;
+    *params =
+        (tq_cuda_attend_params){.struct_size = sizeof *params, .n_query = 1, .dtype = TQ_DTYPE_BF16, .softmax_scale = 1.0f};
+}
+
+static tq_status bad(const char *what)
+{
+    tq_log(TQ_LOG_ERROR, "CUDA: %s", what);
+    return TQ_ERR_ARGUMENT;
+}
+
+static tq_plane plane_of_format(tq_format format, int32_t head_dim, bool is_value)
+{
+    const tq_format_traits *traits = tq_format_traits_get(format);
+    return (tq_plane){traits->bits, head_dim, is_value, traits->family == TQ_FAMILY_TRELLIS};
+}
+
+static tq_status check_format(tq_format format, int32_t head_dim)
+{
+    TQ_TRY(tq_codec_check(format, head_dim));
+    const tq_format_traits *traits = tq_format_traits_get(format);
+    if (traits->family == TQ_FAMILY_EXACT || traits->family == TQ_FAMILY_PROD) {
+        tq_log(TQ_LOG_ERROR, "CUDA: format %s has no device layout: tq8, tq4, tq3, tq2, tt4, tt3 and tt2 have", traits->name);
+        return TQ_ERR_FORMAT;
+    }
+    bool has_head_dim = head_dim <= TQ_DEVICE_HEAD_DIM_MAX && head_dim % 32 == 0;
+    if (has_head_dim && tq_plane_exists(plane_of_format(format, head_dim, false))) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "CUDA: format %s has no device layout at head_dim %d (docs/cuda.md has a list)", traits->name,
+           (int)head_dim);
+    return has_head_dim ? TQ_ERR_FORMAT : TQ_ERR_HEAD_DIM;
+}
+
+static tq_status check_shape(const tq_cuda_store *store)
+{
+    if (!store || store->struct_size != sizeof *store) return bad("unknown struct_size; fill it with tq_cuda_store_default");
+    TQ_TRY(check_format(store->k_format, store->head_dim));
+    TQ_TRY(check_format(store->v_format, store->head_dim));
+    if (store->n_head_kv < 1 || store->n_head_kv > 65535) return bad("n_head_kv must be 1 to 65535");
+    if (store->page_size < 32 || store->page_size > 256 || store->page_size % 32 != 0) {
+        return bad("page_size must be 32 to 256 and a multiple of 32");
+    }
+    int32_t sinks = store->n_sink, recent = store->n_recent;
+    if (sinks < 0 || recent < 0 || sinks > TQ_DEVICE_EXACT_MAX || recent > TQ_DEVICE_EXACT_MAX - sinks) {
+        return bad("n_sink and n_recent must be counts from 0 with a sum of at most 512");
+    }
+    return TQ_OK;
+}
+
+tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *store)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    TQ_TRY(check_shape(store));
+    tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
+    tq_plane value = plane_of_format(store->v_format, store->head_dim, true);
+    size_t n_heads = (size_t)store->n_head_kv, page_size = (size_t)store->page_size, head_dim = (size_t)store->head_dim;
+    size_t vectors = tq_format_vector_bytes(tq_format_traits_get(store->k_format), store->head_dim) +
+                     tq_format_vector_bytes(tq_format_traits_get(store->v_format), store->head_dim);
+    *out = (tq_cuda_sizes){
+        .page_bytes = (size_t)tq_record_bytes(key, value) * (page_size / TQ_RECORD_TOKENS) * n_heads,
+        .exact_bytes = 2 * n_heads * (size_t)(store->n_sink + store->n_recent) * head_dim * sizeof(uint16_t),
+        .canonical_bytes = n_heads * page_size * vectors,
+    };
+    return TQ_OK;
+}
+
+static void fill_format(tq_device_format *out, const tq_codec *codec)
+{
+    const tq_format_traits *traits = codec->traits;
+    out->bits = traits->bits;
+    out->is_trellis = traits->family == TQ_FAMILY_TRELLIS;
+    if (traits->codebook) {
+        size_t n = (size_t)1 << traits->bits;
+        memcpy(out->centroids, traits->codebook, n * sizeof(float));
+        memcpy(out->boundaries, traits->boundaries, (n - 1) * sizeof(float));
+    }
+    out->settled_min = codec->settled_min;
+    out->settled_max = codec->settled_max;
+    if (traits->windows) memcpy(out->windows, traits->windows, sizeof out->windows);
+}
+
+static void fill_rotation(tq_device_rotation *out, const tq_rotation *rotation)
+{
+    *out = (tq_device_rotation){
+        .m = rotation->m, .pow2 = rotation->pow2, .n_rounds = rotation->n_rounds, .scale = rotation->scale};
+    if (rotation->m == 3) memcpy(out->hartley, rotation->hartley, sizeof out->hartley);
+    for (int32_t round = 0; round < rotation->n_rounds; round++) {
+        for (int32_t i = 0; i < rotation->head_dim; i++) {
+            if (rotation->signs[round][i] < 0) out->signs[round][i / 32] |= 1u << i % 32;
+        }
+    }
+}
+
+static tq_status fill_side(tq_device_store *out, const tq_cuda_store *store, bool is_value)
+{
+    tq_codec codec;
+    TQ_TRY(tq_codec_init(&codec, is_value ? store->v_format : store->k_format, store->head_dim, store->seed));
+    fill_format(is_value ? &out->value : &out->key, &codec);
+    fill_rotation(&out->rotation, &codec.rotation);
+    tq_codec_deinit(&codec);
+    return TQ_OK;
+}
+
+/* Everything that a launch needs of a store; all memory checks but those of pointers' targets. */
+static tq_status prepare(tq_device_store *out, const tq_cuda_store *store)
+{
+    TQ_TRY(check_shape(store));
+    if (!store->pages) return bad("pages is NULL");
+    if (store->n_pages < 1 || store->n_pages > INT32_MAX) return bad("n_pages must be 1 to 2^31 - 1");
+    if (store->n_exact_slots < 0 || store->n_exact_slots > INT32_MAX) return bad("n_exact_slots is out of range");
+    if (store->n_sink + store->n_recent > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
+    if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
+    *out = (tq_device_store){.head_dim = store->head_dim,
+                             .n_head_kv = store->n_head_kv,
+                             .page_size = store->page_size,
+                             .n_sink = store->n_sink,
+                             .n_recent = store->n_recent,
+                             .n_pages = store->n_pages,
+                             .n_exact_slots = store->n_exact_slots,
+                             .pages = store->pages,
+                             .exact = store->exact};
+    TQ_TRY(fill_side(out, store, false));
+    return fill_side(out, store, true);
+}
+
+static tq_status report(tq_status status, const char *message)
+{
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "CUDA: %s", message);
+    return status;
+}
+
+tq_status tq_cuda_describe(tq_cuda_info *out)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    const tq_device_table *table;
+    char message[TQ_DEVICE_MESSAGE] = "";
+    TQ_TRY(tq_device_load(&table));
+    return report(table->describe(out, message), message);
+}
+
+static bool is_dtype(tq_dtype dtype)
+{
+    return dtype == TQ_DTYPE_F32 || dtype == TQ_DTYPE_F16 || dtype == TQ_DTYPE_BF16;
+}
+
+tq_status tq_cuda_append(const tq_cuda_store *store, const tq_cuda_append_params *params, void *stream)
+{
+    if (!params || params->struct_size != sizeof *params) {
+        return bad("append: unknown struct_size; fill params with tq_cuda_append_params_default");
+    }
+    tq_device_store device;
+    TQ_TRY(prepare(&device, store));
+    tq_cuda_append_params copy = *params;
+    int64_t row = (int64_t)store->n_head_kv * store->head_dim;
+    if (copy.n_tok < 0 || copy.n_tok > INT32_MAX / store->n_head_kv) return bad("append: n_tok is out of range");
+    if (copy.n_tok == 0) return TQ_OK;
+    if (!is_dtype(copy.dtype)) return bad("append: unknown dtype");
+    if (!copy.k || !copy.v || !copy.slot_mapping) return bad("append: k, v or slot_mapping is NULL");
+    if (copy.row_stride == 0) copy.row_stride = row;
+    if (copy.row_stride < row || copy.row_stride > COUNT_MAX) return bad("append: row_stride is less than a row");
+    if (store->n_sink + store->n_recent > 0 && (!copy.seq_ids || !copy.positions || !copy.page_table)) {
+        return bad("append: with sinks or a ring, seq_ids, positions and page_table are needed");
+    }
+    const tq_device_table *table;
+    char message[TQ_DEVICE_MESSAGE] = "";
+    TQ_TRY(tq_device_load(&table));
+    return report(table->append(&device, &copy, stream, message), message);
+}
+
+static tq_status check_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params)
+{
+    if (!params || params->struct_size != sizeof *params) {
+        return bad("attend: unknown struct_size; fill params with tq_cuda_attend_params_default");
+    }
+    if (params->n_seq < 1 || params->n_seq > 65535) return bad("attend: n_seq must be 1 to 65535");
+    if (params->n_query < 1) return bad("attend: n_query must be at least 1");
+    if (params->n_head < 1 || params->n_head % store->n_head_kv != 0) {
+        tq_log(TQ_LOG_ERROR, "CUDA: attend: n_head is %d, but must be a multiple of n_head_kv, %d", (int)params->n_head,
+               (int)store->n_head_kv);
+        return TQ_ERR_SHAPE;
+    }
+    if (params->max_seq_len < 0 || params->max_seq_len > (INT64_C(1) << 30)) return bad("attend: max_seq_len is out of range");
+    int64_t n_rows = (int64_t)params->n_query * (params->n_head / store->n_head_kv);
+    if (n_rows > 65536) return bad("attend: more than 65536 query rows of a KV head");
+    int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * tq_ceil_div(n_rows, TQ_TILE_ROWS);
+    if (n_tiles > INT32_MAX / TQ_SPLITS_MAX) return bad("attend: more than 2^27 row tiles");
+    return TQ_OK;
+}
+
+/* The workspace, as entry.cu cuts it: counters of all tiles, then for each its splits' partial results and the exact one. */
+static tq_status workspace_bytes(size_t *out, const tq_device_table *table, const tq_device_store *device,
+                                 const tq_cuda_attend_params *params)
+{
+    int32_t splits;
+    char message[TQ_DEVICE_MESSAGE] = "";
+    TQ_TRY(report(table->splits(&splits, device, params, message), message));
+    int64_t n_rows = (int64_t)params->n_query * (params->n_head / device->n_head_kv);
+    size_t n_tiles = (size_t)params->n_seq * (size_t)device->n_head_kv * (size_t)tq_ceil_div(n_rows, TQ_TILE_ROWS);
+    size_t partials = splits > 1 ? (size_t)splits + 1 : 0;
+    *out = n_tiles * (COUNTER_BYTES + partials * PARTIAL_FLOATS(device->head_dim) * sizeof(float));
+    return TQ_OK;
+}
+
+tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *store, const tq_cuda_attend_params *params)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    TQ_TRY(check_shape(store));
+    TQ_TRY(check_attend(store, params));
+    const tq_device_table *table;
+    TQ_TRY(tq_device_load(&table));
+    tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
+    tq_plane value = plane_of_format(store->v_format, store->head_dim, true);
+    tq_device_store device = {.key = {.bits = key.bits, .is_trellis = key.is_trellis},
+                              .value = {.bits = value.bits, .is_trellis = value.is_trellis},
+                              .n_head_kv = store->n_head_kv,
+                              .head_dim = store->head_dim};
+    return workspace_bytes(out, table, &device, params);
+}
+
+tq_status tq_cuda_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params, void *stream)
+{
+    tq_device_store device;
+    TQ_TRY(prepare(&device, store));
+    TQ_TRY(check_attend(store, params));
+    tq_cuda_attend_params copy = *params;
+    if (!is_dtype(copy.dtype)) return bad("attend: unknown dtype");
+    if (!copy.q || !copy.out || !copy.page_table || !copy.seq_lens || !copy.workspace) {
+        return bad("attend: q, out, page_table, seq_lens or workspace is NULL");
+    }
+    if (!isfinite(copy.softmax_scale)) return bad("attend: softmax_scale is not finite");
+    if (!isfinite(copy.softcap) || copy.softcap < 0) return bad("attend: softcap must be finite and positive, or 0 for none");
+    if (copy.window < 0) return bad("attend: window must be positive, or 0 for none");
+    if ((uintptr_t)copy.workspace % 128 != 0) return bad("attend: workspace must be aligned to 128 bytes");
+    if (copy.q_head_stride == 0) copy.q_head_stride = store->head_dim;
+    if (copy.out_head_stride == 0) copy.out_head_stride = store->head_dim;
+    if (copy.q_token_stride == 0) copy.q_token_stride = (int64_t)copy.n_head * store->head_dim;
+    if (copy.out_token_stride == 0) copy.out_token_stride = (int64_t)copy.n_head * store->head_dim;
+    const tq_device_table *table;
+    char message[TQ_DEVICE_MESSAGE] = "";
+    TQ_TRY(tq_device_load(&table));
+    size_t needed;
+    TQ_TRY(workspace_bytes(&needed, table, &device, &copy));
+    if (copy.workspace_bytes < needed) {
+        tq_log(TQ_LOG_ERROR, "CUDA: attend: the workspace has %zu bytes, but %zu are needed", copy.workspace_bytes, needed);
+        return TQ_ERR_SHAPE;
+    }
+    return report(table->attend(&device, &copy, stream, message), message);
+}
+
+static tq_status prepare_pages(tq_device_store *device, const tq_device_table **table, const tq_cuda_store *store, int64_t n,
+                               const void *a, const void *b)
+{
+    TQ_TRY(prepare(device, store));
+    if (n < 0 || n > INT32_MAX / 256 / store->n_head_kv) return bad("pages: n is out of range");
+    if (n > 0 && (!a || !b)) return bad("pages: a pointer is NULL");
+    return tq_device_load(table);
+}
+
+tq_status tq_cuda_pages_copy(const tq_cuda_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
+{
+    tq_device_store device;
+    const tq_device_table *table;
+    char message[TQ_DEVICE_MESSAGE] = "";
+    TQ_TRY(prepare_pages(&device, &table, store, n, from, to));
+    return n == 0 ? TQ_OK : report(table->copy_pages(&device, from, to, n, stream, message), message);
+}
+
+tq_status tq_cuda_pages_export(const tq_cuda_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
+{
+    tq_device_store device;
+    const tq_device_table *table;
+    char message[TQ_DEVICE_MESSAGE] = "";
+    TQ_TRY(prepare_pages(&device, &table, store, n, pages, bytes));
+    return n == 0 ? TQ_OK : report(table->export_pages(&device, pages, n, bytes, stream, message), message);
+}
+
+tq_status tq_cuda_pages_import(const tq_cuda_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
+{
+    tq_device_store device;
+    const tq_device_table *table;
+    char message[TQ_DEVICE_MESSAGE] = "";
+    TQ_TRY(prepare_pages(&device, &table, store, n, pages, bytes));
+    return n == 0 ? TQ_OK : report(table->import_pages(&device, pages, n, bytes, stream, message), message);
+}

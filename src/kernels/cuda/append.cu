@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Append: tokens that have left the ring are rotated and encoded into their pages, then the batch's exact tokens are written.
+ * The order of the two launches matters: the first reads the ring that the second overwrites. Scalar formats take half a warp a
+ * vector; trellis.cu has the trellis. Expected bound: arithmetic of the encoder.
+ */
+#include "kernels/cuda/append.cuh"
+#include "kernels/cuda/encode.cuh"
+
+constexpr int encode_threads = 128;
+
+/* Work item: token, KV head; blockIdx.y with first_side: keys or values. */
+template <int D>
+__global__ void __launch_bounds__(encode_threads) encode_scalar_kernel(const __grid_constant__ tq_device_store store,
+                                                                       const __grid_constant__ tq_cuda_append_params p,
+                                                                       int first_side)
+{
+    __shared__ __align__(16) uint8_t codes[encode_threads / 16][D];
+    __shared__ codebook book;
+    const bool is_value = first_side + blockIdx.y;
+    const tq_device_format &format = is_value ? store.value : store.key;
+    if (threadIdx.x < 16) book.centroids[threadIdx.x] = format.centroids[threadIdx.x];
+    if (threadIdx.x < 15) book.boundaries[threadIdx.x] = format.boundaries[threadIdx.x];
+    __syncthreads();
+
+    const int half = threadIdx.x / 16, lane16 = threadIdx.x & 15;
+    uint32_t item = blockIdx.x * (encode_threads / 16) + half; /* fewer than 2^31 */
+    int32_t token = (int32_t)(item / (uint32_t)store.n_head_kv), head = (int32_t)(item - token * (uint32_t)store.n_head_kv);
+    if (token >= p.n_tok) return;
+    const encode_task task = encode_task_of(store, p, token);
+    if (!task.exists) return;
+
+    float x[D / 16];
+    load_vector<D>(x, store, p, task, is_value, head, lane16);
+    rotate<D>(x, store.rotation, lane16);
+    int code[D / 16];
+    __half scale;
+    switch (format.bits) {
+    case 8:
+        scale = encode_uniform<D>(code, x);
+        break;
+    case 4:
+        scale = encode_lloyd<D, 4>(code, x, format, book);
+        break;
+    case 3:
+        scale = encode_lloyd<D, 3>(code, x, format, book);
+        break;
+    default:
+        scale = encode_lloyd<D, 2>(code, x, format, book);
+    }
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) codes[half][16 * k + lane16] = (uint8_t)code[k];
+    __syncwarp(half_mask());
+    slot_place place = place_of_slot(store, task.page, task.offset, head);
+    tq_plane shape = plane_of(store, is_value);
+    shape.head_dim = D;
+    store_row(codes_of(store, place, is_value), shape, place.token, codes[half], lane16);
+    if (lane16 == 0) *scale_of(store, place, is_value) = scale;
+}
+
+/* Sinks, and those tokens of the batch that are still in the ring at its end; a block of 64 threads a token, side and head. */
+__global__ void store_exact_kernel(const __grid_constant__ tq_device_store store,
+                                   const __grid_constant__ tq_cuda_append_params p)
+{
+    int64_t token = blockIdx.x / store.n_head_kv;
+    int32_t head = blockIdx.x % store.n_head_kv;
+    const bool is_value = blockIdx.y;
+    if (p.slot_mapping[token] < 0) return;
+    int32_t seq = p.seq_ids[token];
+    int64_t position = p.positions[token];
+    int32_t entry;
+    if (position < store.n_sink) {
+        entry = (int32_t)position;
+    } else {
+        if (store.n_recent == 0 || row_is(p, token + store.n_recent, seq, position + store.n_recent)) return;
+        entry = store.n_sink + (int32_t)((position - store.n_sink) % store.n_recent);
+    }
+    int64_t slot = p.exact_slots ? p.exact_slots[seq] : seq;
+    if (slot < 0 || slot >= store.n_exact_slots) return;
+    __half *to = reinterpret_cast<__half *>(store.exact) + exact_index(store, slot, is_value, head, entry);
+    int64_t base = token * p.row_stride + head * store.head_dim;
+    bool bad = false;
+    for (int i = threadIdx.x; i < store.head_dim; i += blockDim.x) {
+        float x[1];
+        load_strided(x, is_value ? p.v : p.k, p.dtype, base + i);
+        to[i] = to_half(x[0], bad);
+    }
+    if (p.n_not_finite && __syncthreads_or(bad) && threadIdx.x == 0) atomicAdd(p.n_not_finite, 1);
+}
+
+template <int D>
+static cudaError_t launch_encode(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+{
+    int64_t n_items = p.n_tok * store.n_head_kv, per_block = encode_threads / 16;
+    int first = store.key.is_trellis ? 1 : 0, end = store.value.is_trellis ? 1 : 2;
+    if (first < end) {
+        dim3 grid((unsigned)((n_items + per_block - 1) / per_block), end - first);
+        encode_scalar_kernel<D><<<grid, encode_threads, 0, stream>>>(store, p, first);
+    }
+    return cudaGetLastError();
+}
+
+cudaError_t append_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+{
+    cudaError_t error;
+    switch (store.head_dim) {
+    case 64:
+        error = launch_encode<64>(store, p, stream);
+        break;
+    case 96:
+        error = launch_encode<96>(store, p, stream);
+        break;
+    case 128:
+        error = launch_encode<128>(store, p, stream);
+        break;
+    case 192:
+        error = launch_encode<192>(store, p, stream);
+        break;
+    case 256:
+        error = launch_encode<256>(store, p, stream);
+        break;
+    default:
+        return cudaErrorInvalidValue;
+    }
+    if (error == cudaSuccess) error = encode_trellis_rows(store, p, stream);
+    if (error != cudaSuccess || store.n_sink + store.n_recent == 0) return error;
+    store_exact_kernel<<<dim3((unsigned)(p.n_tok * store.n_head_kv), 2), 64, 0, stream>>>(store, p);
+    return cudaGetLastError();
+}

@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: MIT */
+/* From a pair of formats to the launch of its decode kernel. Each decode_<head_dim>.cu holds the kernels of one head_dim. */
+#ifndef TQ_KERNELS_CUDA_DECODE_LAUNCH_CUH
+#define TQ_KERNELS_CUDA_DECODE_LAUNCH_CUH
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/attend_args.cuh"
+
+typedef cudaError_t (*decode_launch)(const attend_args &args, uint32_t n_seq, cudaStream_t stream);
+
+/* A format as a number: its bits, and 16 more for a trellis. */
+constexpr int codes_kind(int bits, bool is_trellis)
+{
+    return bits + (is_trellis ? 16 : 0);
+}
+constexpr int codes_pair(int key_kind, int value_kind)
+{
+    return 64 * key_kind + value_kind;
+}
+static inline int codes_pair_of(const tq_device_store &store)
+{
+    return codes_pair(codes_kind(store.key.bits, store.key.is_trellis), codes_kind(store.value.bits, store.value.is_trellis));
+}
+
+/* The launch of a pair, or NULL if there is none. */
+decode_launch decode_find_64(int pair);
+decode_launch decode_find_96(int pair);
+decode_launch decode_find_128(int pair);
+decode_launch decode_find_192(int pair);
+decode_launch decode_find_256(int pair);
+/* The same for prefill, which has scalar formats at head_dim 64 and 128. */
+decode_launch prefill_find(int head_dim, int pair);
+
+#endif

@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the library and libturboquant-cuda.so say to each other: plain data and a table of functions. The library checks
+ * arguments, fills a tq_device_store from its codecs and calls through the table; the shared object knows CUDA and nothing of
+ * codecs. Both are built from one source tree, and the version says so.
+ */
+#ifndef TQ_KERNELS_CUDA_DEVICE_H
+#define TQ_KERNELS_CUDA_DEVICE_H
+
+#include "turboquant.h"
+
+#define TQ_DEVICE_ABI 1
+#define TQ_DEVICE_HEAD_DIM_MAX 256
+#define TQ_DEVICE_EXACT_MAX 512 /* sinks and ring of a sequence: their scores are kept in shared memory */
+#define TQ_DEVICE_MESSAGE 256
+
+/* One side's format, as the codec room defines it. */
+typedef struct tq_device_format {
+    int32_t bits;
+    bool is_trellis;
+    float centroids[16], boundaries[15];
+    float settled_min, settled_max;
+    int8_t windows[256];
+} tq_device_format;
+
+/* head_dim = m * pow2; bit i of signs[round] negates element i. */
+typedef struct tq_device_rotation {
+    int32_t m, pow2, n_rounds;
+    float scale, hartley[9];
+    uint32_t signs[2][TQ_DEVICE_HEAD_DIM_MAX / 32];
+} tq_device_rotation;
+
+/* A store with all that kernels need; goes by value into a launch. */
+typedef struct tq_device_store {
+    tq_device_format key, value;
+    int32_t head_dim, n_head_kv, page_size, n_sink, n_recent;
+    tq_device_rotation rotation;
+    int64_t n_pages, n_exact_slots;
+    uint8_t *pages;
+    uint16_t *exact; /* FP16 [n_exact_slots, keys and values, n_head_kv, n_sink + n_recent, head_dim] */
+} tq_device_store;
+
+/* Each function returns a status and on failure puts the driver's text into message [TQ_DEVICE_MESSAGE]. */
+typedef struct tq_device_table {
+    uint32_t abi;
+    tq_status (*describe)(tq_cuda_info *out, char *message);
+    tq_status (*append)(const tq_device_store *store, const tq_cuda_append_params *params, void *stream, char *message);
+    tq_status (*attend)(const tq_device_store *store, const tq_cuda_attend_params *params, void *stream, char *message);
+    /* The splits that attend will use at most, which sizes its workspace. */
+    tq_status (*splits)(int32_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message);
+    tq_status (*copy_pages)(const tq_device_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream,
+                            char *message);
+    tq_status (*export_pages)(const tq_device_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream,
+                              char *message);
+    tq_status (*import_pages)(const tq_device_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream,
+                              char *message);
+} tq_device_table;
+
+/* The one symbol of the shared object. */
+#define TQ_DEVICE_SYMBOL "tq_device_table_get"
+typedef const tq_device_table *(*tq_device_table_fn)(void);
+
+/*
+ * loader.c: the table of libturboquant-cuda.so, loaded on the first call; thread-safe. It is looked for at TQ_CUDA_LIBRARY,
+ * then beside this library, then where the system's loader looks. Errors: NO_DEVICE, with the reason in the log.
+ */
+tq_status tq_device_load(const tq_device_table **out);
+
+#endif

@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: MIT */
+/* The table of libturboquant-cuda.so: from checked parameters to launches, and CUDA's errors to statuses with their text. */
+#include <cstdio>
+#include <cstring>
+
+#include "kernels/cuda/append.cuh"
+#include "kernels/cuda/decode_launch.cuh"
+
+static tq_status fail(char *message, const char *what, cudaError_t error)
+{
+    snprintf(message, TQ_DEVICE_MESSAGE, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+    bool absent = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver || error == cudaErrorStubLibrary ||
+                  error == cudaErrorInitializationError;
+    return absent ? TQ_ERR_NO_DEVICE : error == cudaErrorMemoryAllocation ? TQ_ERR_MEMORY : TQ_ERR_DEVICE;
+}
+
+static tq_status done(char *message, const char *what, cudaError_t error)
+{
+    return error == cudaSuccess ? TQ_OK : fail(message, what, error);
+}
+
+/* Kernels are compiled for sm_75 at least. */
+static tq_status check_device(int32_t *device, char *message)
+{
+    int major = 0;
+    cudaError_t error = cudaGetDevice(device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, *device);
+    return done(message, "no usable CUDA device", error);
+}
+
+static tq_status describe(tq_cuda_info *out, char *message)
+{
+    tq_cuda_info info = {};
+    cudaError_t error = cudaRuntimeGetVersion(&info.runtime_version);
+    if (error == cudaSuccess) error = cudaDriverGetVersion(&info.driver_version);
+    if (error != cudaSuccess) return fail(message, "cannot ask for CUDA's version", error);
+    if (info.driver_version / 1000 < info.runtime_version / 1000) {
+        snprintf(message, TQ_DEVICE_MESSAGE, "%s %d.%d, but this libturboquant-cuda.so needs at least %d.0",
+                 info.driver_version == 0 ? "there is no NVIDIA driver: CUDA" : "the NVIDIA driver supports CUDA",
+                 info.driver_version / 1000, info.driver_version % 1000 / 10, info.runtime_version / 1000);
+        return TQ_ERR_NO_DEVICE;
+    }
+    int32_t device;
+    tq_status status = check_device(&device, message);
+    if (status != TQ_OK) return status;
+    cudaDeviceProp properties;
+    error = cudaGetDeviceProperties(&properties, device);
+    if (error != cudaSuccess) return fail(message, "cannot read the device's properties", error);
+    snprintf(info.name, sizeof info.name, "%.63s", properties.name);
+    info.compute_major = properties.major, info.compute_minor = properties.minor;
+    info.n_multiprocessors = properties.multiProcessorCount;
+    info.memory_bytes = properties.totalGlobalMem;
+    *out = info;
+    return TQ_OK;
+}
+
+static tq_status append(const tq_device_store *store, const tq_cuda_append_params *params, void *stream, char *message)
+{
+    return done(message, "append", append_rows(*store, *params, (cudaStream_t)stream));
+}
+
+static int32_t row_tiles_of(const tq_device_store *store, const tq_cuda_attend_params *params)
+{
+    return tq_ceil_div((int64_t)params->n_query * (params->n_head / store->n_head_kv), TQ_TILE_ROWS);
+}
+
+static tq_status cut_of(tq_decode_cut *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message)
+{
+    int32_t device, n_multiprocessors = 0;
+    tq_status status = check_device(&device, message);
+    if (status != TQ_OK) return status;
+    cudaError_t error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return fail(message, "cannot read the device's properties", error);
+    int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * row_tiles_of(store, params);
+    int64_t n_records = (params->max_seq_len + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
+    *out = tq_decode_cut_of(n_tiles, n_records, n_multiprocessors, params->deterministic);
+    return TQ_OK;
+}
+
+static decode_launch find_decode(const tq_device_store &store)
+{
+    int pair = codes_pair_of(store);
+    switch (store.head_dim) {
+    case 64:
+        return decode_find_64(pair);
+    case 96:
+        return decode_find_96(pair);
+    case 128:
+        return decode_find_128(pair);
+    case 192:
+        return decode_find_192(pair);
+    case 256:
+        return decode_find_256(pair);
+    default:
+        return nullptr;
+    }
+}
+
+/* Prefill reads its pages once for 128 rows, decode for 8, but decode has splits: the former pays from some rows on. */
+static decode_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
+{
+    decode_launch prefill = nullptr;
+    if (params.n_query * (params.n_head / store.n_head_kv) > TQ_PREFILL_ROWS_MIN) {
+        prefill = prefill_find(store.head_dim, codes_pair_of(store));
+    }
+    *is_prefill = prefill != nullptr;
+    return prefill ? prefill : find_decode(store);
+}
+
+static tq_status splits(int32_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message)
+{
+    tq_decode_cut cut = {};
+    tq_status status = cut_of(&cut, store, params, message);
+    bool is_prefill;
+    find_launch(*store, *params, &is_prefill);
+    if (status != TQ_OK) return status;
+    *out = is_prefill ? 1 : cut.splits_allowed;
+    return TQ_OK;
+}
+
+static void fill_store(attend_args &args, const tq_device_store &store)
+{
+    args.pages = store.pages;
+    args.exact = reinterpret_cast<const __half *>(store.exact);
+    args.n_pages = (int32_t)store.n_pages, args.n_head_kv = store.n_head_kv;
+    args.n_sink = store.n_sink, args.n_recent = store.n_recent;
+    args.records_per_page = store.page_size / TQ_RECORD_TOKENS;
+    args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
+    args.page_bytes = (int64_t)tq_record_bytes(plane_of(store, false), plane_of(store, true)) * args.records_per_page *
+                      store.n_head_kv;
+    args.rotation = store.rotation;
+    memcpy(args.windows, store.key.is_trellis ? store.key.windows : store.value.windows, sizeof args.windows);
+}
+
+static tq_status attend(const tq_device_store *store, const tq_cuda_attend_params *params, void *stream, char *message)
+{
+    bool is_prefill;
+    decode_launch launch = find_launch(*store, *params, &is_prefill);
+    if (!launch) {
+        snprintf(message, TQ_DEVICE_MESSAGE,
+                 "attend: there is no kernel for keys of %d bits%s with values of %d bits%s at head_dim %d (docs/cuda.md)",
+                 store->key.bits, store->key.is_trellis ? " (trellis)" : "", store->value.bits,
+                 store->value.is_trellis ? " (trellis)" : "", store->head_dim);
+        return TQ_ERR_FORMAT;
+    }
+    attend_args args = {};
+    tq_decode_cut cut = {};
+    tq_status status = cut_of(&cut, store, params, message);
+    if (status != TQ_OK) return status;
+    args.splits_allowed = cut.splits_allowed, args.split_records_min = cut.split_records_min;
+    args.small_blocks = cut.small_blocks;
+    if (is_prefill) args.splits_allowed = 1;
+    fill_store(args, *store);
+    const float log2_e = 1.4426950408889634f;
+    args.q = params->q, args.out = params->out, args.lse = params->lse, args.dtype = params->dtype;
+    args.q_token_stride = params->q_token_stride, args.q_head_stride = params->q_head_stride;
+    args.out_token_stride = params->out_token_stride, args.out_head_stride = params->out_head_stride;
+    args.page_table = params->page_table, args.page_table_stride = params->page_table_stride;
+    args.seq_lens = params->seq_lens, args.seq_lens_are_64 = params->seq_lens_are_64;
+    args.exact_slots = params->exact_slots;
+    args.n_query = params->n_query, args.n_head = params->n_head;
+    args.group = params->n_head / store->n_head_kv;
+    args.n_row_tiles = (uint32_t)row_tiles_of(store, params);
+    args.scale_log2 = params->softmax_scale * log2_e;
+    args.cap_log2 = params->softcap * log2_e;
+    args.cap_inverse = params->softcap > 0.0f ? 1.0f / args.cap_log2 : 0.0f;
+    args.window = (int32_t)(params->window < INT32_MAX ? params->window : 0);
+    args.sinks = params->sinks;
+    args.deterministic = params->deterministic;
+    /* Counters first: their place does not depend on how the partial results are cut. */
+    int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * args.n_row_tiles;
+    args.counters = static_cast<uint32_t *>(params->workspace);
+    args.partials = reinterpret_cast<float *>(args.counters + n_tiles * TQ_COUNTER_STRIDE);
+    return done(message, "attend", launch(args, (uint32_t)params->n_seq, (cudaStream_t)stream));
+}
+
+static tq_status copy(const tq_device_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream,
+                      char *message)
+{
+    return done(message, "pages_copy", copy_pages(*store, from, to, n, (cudaStream_t)stream));
+}
+
+static tq_status export_to(const tq_device_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream,
+                           char *message)
+{
+    return done(message, "pages_export", export_pages(*store, pages, n, static_cast<uint8_t *>(bytes), (cudaStream_t)stream));
+}
+
+static tq_status import_from(const tq_device_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream,
+                             char *message)
+{
+    return done(message, "pages_import",
+                import_pages(*store, pages, n, static_cast<const uint8_t *>(bytes), (cudaStream_t)stream));
+}
+
+extern "C" __attribute__((visibility("default"))) const tq_device_table *tq_device_table_get(void)
+{
+    static const tq_device_table table = {TQ_DEVICE_ABI, describe, append, attend, splits, copy, export_to, import_from};
+    return &table;
+}

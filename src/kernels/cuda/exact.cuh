@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: MIT */
+/* Attention over the sinks and the ring of a sequence: FP16 vectors that are not rotated, a few hundred at most, in floats. */
+#ifndef TQ_KERNELS_CUDA_EXACT_CUH
+#define TQ_KERNELS_CUDA_EXACT_CUH
+
+#include "kernels/cuda/attend_args.cuh"
+
+/* Rows as the finish wants them: out = sum of weights times values under the maximum of state (maximum, sum). */
+template <int D> struct exact_part {
+    float scores[TQ_TILE_ROWS][TQ_DEVICE_EXACT_MAX];
+    float out[TQ_TILE_ROWS][D];
+    float2 state[TQ_TILE_ROWS];
+};
+
+/* Where exact token e of n_exact stands among a sequence's entries; ring_first is the entry of position coded_end. */
+__device__ __forceinline__ int exact_entry(const tile_id &tile, const attend_args &args, int ring_first, int e)
+{
+    if (e < tile.n_sink) return e;
+    int entry = ring_first + (e - tile.n_sink);
+    return entry < args.n_sink + args.n_recent ? entry : entry - args.n_recent;
+}
+
+/* The whole block. Queries are in place; afterwards `part` is, behind the next barrier. */
+template <int D, int N_THREADS>
+__device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_queries<D> &queries, const tile_id &tile,
+                                             const attend_args &args)
+{
+    constexpr int n_warps = N_THREADS / 32, at_once = 2;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int n_entries = args.n_sink + args.n_recent;
+    const int64_t head_halves = (int64_t)n_entries * D, side = args.n_head_kv * head_halves;
+    const int64_t slot = args.exact_slots ? args.exact_slots[tile.sequence] : tile.sequence;
+    const __half *keys = args.exact + slot * 2 * side + tile.head * head_halves, *values = keys + side;
+    const int ring_first = args.n_recent > 0 ? args.n_sink + (tile.coded_end - args.n_sink) % args.n_recent : 0;
+
+    /* Scores: two tokens of a warp at a time; lane r keeps row r's. */
+    int2 visible = visible_to(tile, args, token_of(tile.first_row + min(lane, tile.n_rows - 1), args));
+    for (int e0 = warp * at_once; e0 < tile.n_exact; e0 += n_warps * at_once) {
+        float x[at_once][D / 32], s[at_once][TQ_TILE_ROWS];
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+            const __half *key = keys + exact_entry(tile, args, ring_first, min(e0 + i, tile.n_exact - 1)) * D;
+#pragma unroll
+            for (int k = 0; k < D / 32; k++) x[i][k] = __half2float(key[lane + 32 * k]);
+        }
+#pragma unroll
+        for (int row = 0; row < TQ_TILE_ROWS; row++) {
+#pragma unroll
+            for (int i = 0; i < at_once; i++) {
+                s[i][row] = 0.0f;
+#pragma unroll
+                for (int k = 0; k < D / 32; k++) s[i][row] = fmaf(x[i][k], queries.plain[row][lane + 32 * k], s[i][row]);
+            }
+        }
+#pragma unroll
+        for (int width = 16; width > 0; width /= 2) {
+#pragma unroll
+            for (int row = 0; row < TQ_TILE_ROWS; row++) {
+#pragma unroll
+                for (int i = 0; i < at_once; i++) s[i][row] += __shfl_xor_sync(~0u, s[i][row], width);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+            float mine = s[i][0];
+#pragma unroll
+            for (int row = 1; row < TQ_TILE_ROWS; row++) mine = lane == row ? s[i][row] : mine;
+            mine *= args.scale_log2;
+            if (args.cap_log2 > 0.0f) mine = cap_score(mine, args);
+            int e = e0 + i, position = e < tile.n_sink ? e : tile.coded_end + (e - tile.n_sink);
+            if (position < visible.x || position >= visible.y) mine = -INFINITY;
+            if (lane < tile.n_rows && e < tile.n_exact) part.scores[lane][e] = mine;
+        }
+    }
+    __syncthreads();
+    for (int row = warp; row < tile.n_rows; row += n_warps) {
+        float max = -1e30f, sum = 0.0f;
+        for (int e = lane; e < tile.n_exact; e += 32) max = fmaxf(max, part.scores[row][e]);
+#pragma unroll
+        for (int width = 16; width > 0; width /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, width));
+        for (int e = lane; e < tile.n_exact; e += 32) {
+            float p = exp2f(part.scores[row][e] - max);
+            part.scores[row][e] = p;
+            sum += p;
+        }
+#pragma unroll
+        for (int width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(~0u, sum, width);
+        if (lane == 0) part.state[row] = make_float2(max, sum);
+    }
+    __syncthreads();
+
+    /* Values: a thread has one dimension, all rows, and each n_parts-th token. */
+    constexpr int n_parts = N_THREADS / D;
+    const int d = threadIdx.x % D, i_part = threadIdx.x / D;
+    float sum[TQ_TILE_ROWS] = {};
+    if (i_part < n_parts) {
+#pragma unroll 4
+        for (int e = i_part; e < tile.n_exact; e += n_parts) {
+            float value = __half2float(values[exact_entry(tile, args, ring_first, e) * D + d]);
+#pragma unroll
+            for (int row = 0; row < TQ_TILE_ROWS; row++) sum[row] = fmaf(part.scores[row][e], value, sum[row]);
+        }
+    }
+    __syncthreads(); /* scores make room for the parts */
+    float *parts = &part.scores[0][0];
+    static_assert(n_parts >= 1 && n_parts * D <= TQ_DEVICE_EXACT_MAX, "the parts fit where the scores were");
+    if (i_part < n_parts) {
+#pragma unroll
+        for (int row = 0; row < TQ_TILE_ROWS; row++) parts[(i_part * TQ_TILE_ROWS + row) * D + d] = sum[row];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < tile.n_rows * D; i += N_THREADS) {
+        float total = 0.0f;
+#pragma unroll
+        for (int k = 0; k < n_parts; k++) total += parts[k * TQ_TILE_ROWS * D + i];
+        (&part.out[0][0])[i] = total;
+    }
+}
+
+#endif

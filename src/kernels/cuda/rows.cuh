@@ -1,0 +1,154 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * One vector's codes to and from its places in a record, by the 16 lanes of a half warp. In between they stand in shared
+ * memory, a byte each: scalar codes in the order of dimensions, or the bytes of a trellis circle.
+ */
+#ifndef TQ_KERNELS_CUDA_ROWS_CUH
+#define TQ_KERNELS_CUDA_ROWS_CUH
+
+#include <cuda_fp16.h>
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/layout.h"
+
+/* Where a slot's vector lies: its record, and the token in it. */
+struct slot_place {
+    uint8_t *record;
+    int32_t token;
+};
+
+TQ_HD tq_plane plane_of(const tq_device_store &store, bool is_value)
+{
+    const tq_device_format &format = is_value ? store.value : store.key;
+    return {format.bits, store.head_dim, is_value, format.is_trellis};
+}
+
+__device__ __forceinline__ slot_place place_of_slot(const tq_device_store &store, int64_t page, int32_t offset, int32_t head)
+{
+    int32_t bytes = tq_record_bytes(plane_of(store, false), plane_of(store, true));
+    int64_t index = (page * store.n_head_kv + head) * (store.page_size / TQ_RECORD_TOKENS) + offset / TQ_RECORD_TOKENS;
+    return {store.pages + index * bytes, offset % TQ_RECORD_TOKENS};
+}
+
+__device__ __forceinline__ uint8_t *codes_of(const tq_device_store &store, const slot_place &place, bool is_value)
+{
+    return place.record + (is_value ? tq_plane_bytes(plane_of(store, false)) : 0);
+}
+
+__device__ __forceinline__ __half *scale_of(const tq_device_store &store, const slot_place &place, bool is_value)
+{
+    int32_t codes = tq_plane_bytes(plane_of(store, false)) + tq_plane_bytes(plane_of(store, true));
+    return reinterpret_cast<__half *>(place.record + codes + (is_value ? TQ_RECORD_SCALE_BYTES : 0)) + place.token;
+}
+
+/* Nibble of a word of codes of 4 bits or fewer. octets: the codes of octet 0 of the word's group, `stride` codes from one octet
+ * to the next; word: which of the group's words. */
+template <int BITS> __device__ __forceinline__ uint32_t nibble_of(const uint8_t *octets, int stride, int word)
+{
+    if (BITS == 4) return octets[0];
+    if (BITS == 2) return octets[0] | octets[stride] << 2;
+    return octets[word * stride] | (octets[3 * stride] >> word & 1u) << 3;
+}
+
+/* Octets that share words, and the words that they share. */
+template <int BITS> struct octet_group {
+    static constexpr int octets = BITS == 4 ? 1 : BITS == 3 ? 4 : 2;
+    static constexpr int words = BITS == 3 ? 3 : 1;
+};
+
+template <int BITS>
+__device__ __forceinline__ void store_key_codes(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *codes, int lane16)
+{
+    shape.bits = BITS, shape.is_trellis = false, shape.is_value = false; /* known to the compiler */
+    const int row_words = shape.head_dim * BITS / 32, lane_words = row_words / 4;
+    const int g = 2 * (token / 8) + token % 2, j = token / 2 % 4;
+    for (int i = lane16; i < row_words; i += 16) {
+        int t = i / lane_words, w = i % lane_words;
+        uint32_t word = 0;
+        if (BITS == 8) {
+            word = reinterpret_cast<const uint32_t *>(codes)[i];
+        } else {
+            using group = octet_group<BITS>;
+            const uint8_t *first = codes + t * (shape.head_dim / 4) + w / group::words * group::octets * 8;
+#pragma unroll
+            for (int n = 0; n < 8; n++) word |= nibble_of<BITS>(first + n, 8, w % group::words) << 4 * n;
+        }
+        *reinterpret_cast<uint32_t *>(plane + tq_plane_offset(shape, 4 * g + t, 4 * (j * lane_words + w))) = word;
+    }
+}
+
+template <int BITS>
+__device__ __forceinline__ void store_value_codes(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *codes,
+                                                  int lane16)
+{
+    shape.bits = BITS, shape.is_trellis = false, shape.is_value = true;
+    const int row_words = shape.head_dim * BITS / 16, lane_words = row_words / 8; /* that hold some of the token's bytes */
+    const int t = token / 8, pair = token / 2 % 4, s = token % 2;
+    for (int i = lane16; i < row_words; i += 16) {
+        int g = i / lane_words, w = i % lane_words, y = 4 * (pair * lane_words + w);
+        const uint8_t *dims = codes + g * (shape.head_dim / 8);
+        if (BITS == 8) {
+            uint8_t *to = plane + tq_plane_offset(shape, 4 * g + t, y) + 2 * s;
+            to[0] = dims[2 * w], to[1] = dims[2 * w + 1];
+        } else {
+            using group = octet_group<BITS>;
+            const uint8_t *first = dims + w / group::words * group::octets * 4;
+            uint32_t nibbles[4];
+#pragma unroll
+            for (int r = 0; r < 4; r++) nibbles[r] = nibble_of<BITS>(first + r, 4, w % group::words);
+            uint8_t *to = plane + tq_plane_offset(shape, 4 * g + t, y) + s;
+            to[0] = (uint8_t)(nibbles[0] | nibbles[1] << 4), to[2] = (uint8_t)(nibbles[2] | nibbles[3] << 4);
+        }
+    }
+}
+
+template <int BITS>
+__device__ __forceinline__ void store_codes(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *codes, int lane16)
+{
+    if (shape.is_value) store_value_codes<BITS>(plane, shape, token, codes, lane16);
+    else store_key_codes<BITS>(plane, shape, token, codes, lane16);
+}
+
+/* Any scalar format, or a trellis circle. */
+__device__ __forceinline__ void store_row(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *codes, int lane16)
+{
+    if (shape.is_trellis) {
+        int n_bytes = shape.head_dim * shape.bits / 8;
+        for (int i = lane16; i < n_bytes; i += 16) plane[tq_circle_offset(shape, token, i)] = codes[i];
+        return;
+    }
+    switch (shape.bits) {
+    case 8:
+        store_codes<8>(plane, shape, token, codes, lane16);
+        break;
+    case 4:
+        store_codes<4>(plane, shape, token, codes, lane16);
+        break;
+    case 3:
+        store_codes<3>(plane, shape, token, codes, lane16);
+        break;
+    default:
+        store_codes<2>(plane, shape, token, codes, lane16);
+    }
+}
+
+/* The inverse, by layout.h's definition of a code's place. */
+__device__ __forceinline__ void load_row(uint8_t *codes, const uint8_t *plane, tq_plane shape, int32_t token, int lane16)
+{
+    if (shape.is_trellis) {
+        int n_bytes = shape.head_dim * shape.bits / 8;
+        for (int i = lane16; i < n_bytes; i += 16) codes[i] = plane[tq_circle_offset(shape, token, i)];
+        return;
+    }
+    for (int dim = lane16; dim < shape.head_dim; dim += 16) {
+        tq_code_place place = tq_code_place_of(shape, token, dim);
+        uint32_t code = 0;
+        for (int b = 0; b < shape.bits; b++) {
+            int32_t bit = tq_code_bit(shape, place, b);
+            code |= (plane[tq_plane_offset(shape, place.lane, bit / 8)] >> bit % 8 & 1u) << b;
+        }
+        codes[dim] = (uint8_t)code;
+    }
+}
+
+#endif

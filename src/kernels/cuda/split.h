@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * How a decode call is cut. A row tile is up to 8 query rows (query tokens x heads of a group) of one KV head of one sequence;
+ * a split is a run of its records, worked on by one thread block. Plain C, so that the host's unit test sees it.
+ */
+#ifndef TQ_KERNELS_CUDA_SPLIT_H
+#define TQ_KERNELS_CUDA_SPLIT_H
+
+#include "kernels/cuda/layout.h"
+
+#define TQ_TILE_ROWS 8
+/* More make the combine of the last block long: 16 partials load in one round trip. */
+#define TQ_SPLITS_MAX 16
+/* Rows of a KV head (query tokens x heads of a group) from which on a call is prefill. */
+#define TQ_PREFILL_ROWS_MIN 64
+/* Records of a split, at least: fewer than a block has warps leave most of it idle. Deterministic calls are cut without regard
+ * to how many blocks there are in all, so their splits must be worth their fixed cost. */
+#define TQ_SPLIT_RECORDS_MIN 8
+#define TQ_SPLIT_RECORDS_MIN_DETERMINISTIC 64
+
+TQ_HD int32_t tq_ceil_div(int64_t a, int64_t b)
+{
+    return (int32_t)((a + b - 1) / b);
+}
+
+/* Where there are several waves, no split should be much longer than this: a long one that begins last would run alone. */
+#define TQ_SPLIT_RECORDS_LONG 256
+
+/* How a call is cut. */
+typedef struct tq_decode_cut {
+    int32_t splits_allowed;    /* of each row tile */
+    int32_t split_records_min; /* of a split */
+    bool small_blocks;         /* of 8 warps, two to a multiprocessor, instead of 16 */
+} tq_decode_cut;
+
+/*
+ * As many splits as fill the device once: a wave that is not full leaves multiprocessors idle, so a second one is never begun
+ * for a few blocks. Where row tiles alone are more than a wave, blocks are small, so that one begins or ends while another has
+ * the memory. Deterministic calls are cut the same way whatever else is in the batch.
+ */
+TQ_HD tq_decode_cut tq_decode_cut_of(int64_t n_row_tiles, int64_t n_records_max, int32_t n_multiprocessors, bool deterministic)
+{
+    tq_decode_cut cut = {TQ_SPLITS_MAX, TQ_SPLIT_RECORDS_MIN_DETERMINISTIC, true};
+    if (deterministic) return cut;
+    cut.small_blocks = n_row_tiles > n_multiprocessors;
+    cut.split_records_min = cut.small_blocks ? TQ_SPLIT_RECORDS_LONG / 2 : TQ_SPLIT_RECORDS_MIN;
+    int64_t splits = n_row_tiles > 0 ? n_multiprocessors / n_row_tiles : 1, useful = n_records_max / TQ_SPLIT_RECORDS_MIN;
+    if (splits > useful) splits = useful;
+    if (cut.small_blocks) splits = (n_records_max + TQ_SPLIT_RECORDS_LONG - 1) / TQ_SPLIT_RECORDS_LONG;
+    if (splits > TQ_SPLITS_MAX) splits = TQ_SPLITS_MAX;
+    cut.splits_allowed = splits < 1 ? 1 : (int32_t)splits;
+    return cut;
+}
+
+/* Records of each split of a row tile that has n_records. */
+TQ_HD int32_t tq_split_records(int32_t n_records, int32_t splits_allowed, int32_t records_min)
+{
+    int32_t records =
+        splits_allowed == 1 ? n_records : (int32_t)((uint32_t)(n_records + splits_allowed - 1) / (uint32_t)splits_allowed);
+    return records < records_min ? records_min : records;
+}
+
+/* Splits that a row tile really has, at least 1. */
+TQ_HD int32_t tq_splits_used(int32_t n_records, int32_t splits_allowed, int32_t records_min)
+{
+    int32_t records = tq_split_records(n_records, splits_allowed, records_min), splits = 1;
+    if (splits_allowed > 1) splits = (int32_t)((uint32_t)(n_records + records - 1) / (uint32_t)records);
+    return splits < 1 ? 1 : splits;
+}
+
+#endif

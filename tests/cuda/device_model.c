@@ -1,0 +1,426 @@
+/* SPDX-License-Identifier: MIT */
+/* The model behind the device's tests: every token's vectors in floats, what the CPU's encoder makes of them, and attention in
+ * double precision, once exactly and once with everything rounded to BF16 on the way. */
+#include <cuda_runtime_api.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/half.h"
+#include "device_test.h"
+#include "vectors.h"
+
+static int n_passed, n_failed;
+static bool is_running, has_failed;
+static char test_name[256];
+static void *allocations[1 << 16];
+static int n_allocations;
+
+static void end_test(void)
+{
+    if (!is_running) return;
+    if (has_failed)
+        n_failed++;
+    else
+        n_passed++;
+    printf("%s %s\n", has_failed ? "FAILED" : "ok    ", test_name);
+    fflush(stdout);
+}
+
+void device_test(const char *format, ...)
+{
+    end_test();
+    va_list args;
+    va_start(args, format);
+    vsnprintf(test_name, sizeof test_name, format, args);
+    va_end(args);
+    is_running = true;
+    has_failed = false;
+}
+
+bool device_check(bool condition, const char *file, int line, const char *format, ...)
+{
+    if (condition) return true;
+    va_list args;
+    va_start(args, format);
+    if (!has_failed) {
+        printf("%s:%d: %s: ", file, line, test_name);
+        vprintf(format, args);
+        printf("\n");
+    }
+    va_end(args);
+    has_failed = true;
+    return false;
+}
+
+int device_report(void)
+{
+    end_test();
+    device_free_all();
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
+}
+
+static void must(cudaError_t error, const char *what)
+{
+    if (error == cudaSuccess) return;
+    printf("%s: %s: %s\n%d passed, %d failed\n", test_name, what, cudaGetErrorString(error), n_passed, n_failed + 1);
+    exit(1);
+}
+
+void *device_alloc(size_t bytes, int fill)
+{
+    void *memory;
+    must(cudaMalloc(&memory, bytes ? bytes : 1), "cudaMalloc");
+    must(cudaMemset(memory, fill, bytes), "cudaMemset");
+    allocations[n_allocations++] = memory;
+    return memory;
+}
+
+void *device_copy_of(const void *host, size_t bytes)
+{
+    void *memory = device_alloc(bytes, 0);
+    must(cudaMemcpy(memory, host, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    return memory;
+}
+
+void device_read(void *host, const void *device, size_t bytes)
+{
+    must(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+}
+
+void device_free_all(void)
+{
+    while (n_allocations > 0) cudaFree(allocations[--n_allocations]);
+}
+
+static size_t row_of(const model *m, int32_t seq, int64_t position, int32_t head)
+{
+    return (((size_t)seq * (size_t)m->max_len + (size_t)position) * (size_t)m->s.n_head_kv + (size_t)head) *
+           (size_t)m->s.head_dim;
+}
+
+static void draw_rows(model *m)
+{
+    int32_t d = m->s.head_dim;
+    size_t n = row_of(m, m->s.n_seq, 0, 0);
+    for (int side = 0; side < 2; side++) {
+        m->rows[side] = malloc(n * sizeof(float));
+        m->decoded[side] = calloc(n, sizeof(float));
+        for (size_t i = 0; i < n; i += (size_t)d) {
+            vector_kind kind = m->s.outliers ? (vector_kind)(tq_random_next(&m->random) % VECTOR_KINDS) : VECTOR_GAUSSIAN;
+            random_vector(&m->random, kind, side ? 0.7f : 1.3f, m->rows[side] + i, d);
+            if (m->s.outliers && tq_random_next(&m->random) % 16 == 0) memset(m->rows[side] + i, 0, (size_t)d * sizeof(float));
+            for (int32_t k = 0; k < d; k++)
+                m->rows[side][i + (size_t)k] = tq_half_to_float(tq_half_from_float(m->rows[side][i + (size_t)k]));
+        }
+    }
+}
+
+/* What the cache should hold: exact tokens as they came, others through the CPU's encoder, into canonical pages too. */
+static void encode_rows(model *m)
+{
+    const setup *s = &m->s;
+    uint8_t record[2 * 576 + 4];
+    for (int side = 0; side < 2; side++) {
+        tq_codec *codec[2];
+        tq_format_info info[2];
+        for (int i = 0; i < 2; i++) {
+            tq_format format = i ? s->v_format : s->k_format;
+            if (tq_codec_create(&codec[i], format, s->head_dim, m->store.seed) != TQ_OK) abort();
+            if (tq_format_describe(&info[i], format, s->head_dim) != TQ_OK) abort();
+        }
+        size_t codes = info[side].bytes_per_vector - 2, page_size = (size_t)s->page_size;
+        size_t key_page = page_size * info[0].bytes_per_vector, head_page = key_page + page_size * info[1].bytes_per_vector;
+        for (int32_t seq = 0; seq < s->n_seq; seq++) {
+            for (int64_t position = 0; position < s->lens[seq]; position++) {
+                bool exact = position < s->n_sink || position >= s->lens[seq] - s->n_recent;
+                int32_t page = m->page_table[seq * m->max_pages + position / s->page_size];
+                size_t offset = (size_t)(position % s->page_size);
+                for (int32_t head = 0; head < s->n_head_kv; head++) {
+                    size_t row = row_of(m, seq, position, head);
+                    float *to = m->decoded[side] + row;
+                    memcpy(to, m->rows[side] + row, (size_t)s->head_dim * sizeof(float));
+                    if (exact) continue;
+                    if (tq_codec_encode(codec[side], m->rows[side] + row, 1, record) != TQ_OK) abort();
+                    if (tq_codec_decode(codec[side], record, 1, to) != TQ_OK) abort();
+                    uint8_t *base = m->canonical + (size_t)page * m->sizes.canonical_bytes + (size_t)head * head_page +
+                                    (side ? key_page : 0);
+                    memcpy(base + offset * codes, record + 2, codes);
+                    memcpy(base + page_size * codes + 2 * offset, record, 2);
+                    m->encoded_mark[(size_t)page * page_size + offset] = 1;
+                }
+            }
+        }
+        for (int i = 0; i < 2; i++) tq_codec_free(codec[i]);
+    }
+}
+
+void model_open(model *m, const setup *s, uint64_t seed)
+{
+    memset(m, 0, sizeof *m);
+    m->s = *s;
+    m->random = tq_random_stream(seed, 1);
+    for (int32_t i = 0; i < s->n_seq; i++) m->max_len = s->lens[i] > m->max_len ? s->lens[i] : m->max_len;
+    m->max_pages = m->max_len / s->page_size + 1;
+    m->n_pages = m->max_pages * s->n_seq + 3;
+    tq_cuda_store_default(&m->store);
+    m->store.k_format = s->k_format, m->store.v_format = s->v_format;
+    m->store.head_dim = s->head_dim, m->store.n_head_kv = s->n_head_kv, m->store.page_size = s->page_size;
+    m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent;
+    m->store.n_pages = m->n_pages, m->store.n_exact_slots = s->n_seq;
+    CHECK(tq_cuda_sizes_get(&m->sizes, &m->store) == TQ_OK, "sizes");
+    /* 0xff: NaN in scales, the largest codes. What was not written must not be seen. */
+    m->store.pages = device_alloc((size_t)m->n_pages * m->sizes.page_bytes, 0xff);
+    m->store.exact = device_alloc((size_t)s->n_seq * m->sizes.exact_bytes, 0xff);
+    m->page_table = malloc((size_t)s->n_seq * (size_t)m->max_pages * sizeof(int32_t));
+    int32_t *order = malloc((size_t)m->n_pages * sizeof(int32_t));
+    for (int32_t i = 0; i < m->n_pages; i++) order[i] = i;
+    for (int32_t i = (int32_t)m->n_pages - 1; i > 0; i--) {
+        int32_t j = (int32_t)(tq_random_next(&m->random) % (uint64_t)(i + 1)), swap = order[i];
+        order[i] = order[j], order[j] = swap;
+    }
+    for (int64_t i = 0; i < s->n_seq * m->max_pages; i++) m->page_table[i] = order[i];
+    free(order);
+    m->device_page_table = device_copy_of(m->page_table, (size_t)s->n_seq * (size_t)m->max_pages * sizeof(int32_t));
+    m->canonical = calloc((size_t)m->n_pages, m->sizes.canonical_bytes);
+    m->encoded_mark = calloc((size_t)m->n_pages, (size_t)s->page_size);
+    draw_rows(m);
+    encode_rows(m);
+}
+
+static void *typed_copy(const float *x, size_t n, tq_dtype dtype)
+{
+    if (dtype == TQ_DTYPE_F32) return device_copy_of(x, n * sizeof(float));
+    uint16_t *narrow = malloc(n * sizeof(uint16_t));
+    for (size_t i = 0; i < n; i++) narrow[i] = dtype == TQ_DTYPE_F16 ? tq_half_from_float(x[i]) : tq_bfloat_from_float(x[i]);
+    void *copy = device_copy_of(narrow, n * sizeof(uint16_t));
+    free(narrow);
+    return copy;
+}
+
+void model_append(model *m)
+{
+    const setup *s = &m->s;
+    size_t width = (size_t)s->n_head_kv * (size_t)s->head_dim;
+    int64_t *done = calloc((size_t)s->n_seq, sizeof(int64_t)), left = 0;
+    for (int32_t i = 0; i < s->n_seq; i++) left += s->lens[i];
+    int64_t room = left + 64;
+    float *k = malloc((size_t)room * width * sizeof(float)), *v = malloc((size_t)room * width * sizeof(float));
+    int64_t *slots = malloc((size_t)room * sizeof(int64_t)), *positions = malloc((size_t)room * sizeof(int64_t));
+    int32_t *seqs = malloc((size_t)room * sizeof(int32_t));
+    for (bool first = true; left > 0; first = false) {
+        int64_t n = 0;
+        for (int32_t seq = 0; seq < s->n_seq; seq++) {
+            int64_t rest = s->lens[seq] - done[seq], most = first ? rest / 2 : tq_random_next(&m->random) % 4 ? 3 : 200;
+            int64_t take = most > 0 ? (int64_t)(tq_random_next(&m->random) % (uint64_t)(most + 1)) : 0;
+            if (rest < 200 || take > rest) take = rest;
+            for (int64_t i = 0; i < take; i++, n++) {
+                int64_t position = done[seq]++;
+                memcpy(k + (size_t)n * width, m->rows[0] + row_of(m, seq, position, 0), width * sizeof(float));
+                memcpy(v + (size_t)n * width, m->rows[1] + row_of(m, seq, position, 0), width * sizeof(float));
+                int64_t page = m->page_table[seq * m->max_pages + position / s->page_size];
+                slots[n] = page * s->page_size + position % s->page_size;
+                positions[n] = position, seqs[n] = seq;
+            }
+            left -= take;
+        }
+        if (n == 0) continue;
+        for (int pad = 0; pad < 2; pad++, n++) { /* as a captured batch has */
+            memset(k + (size_t)n * width, 0xff, width * sizeof(float));
+            memset(v + (size_t)n * width, 0xff, width * sizeof(float));
+            slots[n] = -1, positions[n] = -1, seqs[n] = -1;
+        }
+        int32_t zero = 0, n_bad;
+        tq_cuda_append_params p;
+        tq_cuda_append_params_default(&p);
+        p.n_tok = n;
+        p.dtype = s->dtype == TQ_DTYPE_BF16 ? TQ_DTYPE_F32 : s->dtype; /* the model's rows are FP16 numbers */
+        p.k = typed_copy(k, (size_t)n * width, p.dtype), p.v = typed_copy(v, (size_t)n * width, p.dtype);
+        p.slot_mapping = device_copy_of(slots, (size_t)n * sizeof(int64_t));
+        p.positions = device_copy_of(positions, (size_t)n * sizeof(int64_t));
+        p.seq_ids = device_copy_of(seqs, (size_t)n * sizeof(int32_t));
+        p.page_table = m->device_page_table, p.page_table_stride = m->max_pages;
+        p.n_not_finite = device_copy_of(&zero, sizeof zero);
+        CHECK(tq_cuda_append(&m->store, &p, NULL) == TQ_OK, "append");
+        device_read(&n_bad, p.n_not_finite, sizeof n_bad);
+        CHECK(n_bad == 0, "append: %d vectors are not finite", (int)n_bad);
+    }
+    free(done), free(k), free(v), free(slots), free(positions), free(seqs);
+}
+
+void model_check_pages(model *m)
+{
+    const setup *s = &m->s;
+    size_t bytes = (size_t)m->n_pages * m->sizes.canonical_bytes, page_size = (size_t)s->page_size;
+    int32_t *ids = malloc((size_t)m->n_pages * sizeof(int32_t));
+    for (int32_t i = 0; i < m->n_pages; i++) ids[i] = i;
+    uint8_t *found = malloc(bytes);
+    void *device = device_alloc(bytes, 0);
+    CHECK(tq_cuda_pages_export(&m->store, device_copy_of(ids, (size_t)m->n_pages * sizeof(int32_t)), m->n_pages, device,
+                               NULL) == TQ_OK,
+          "export");
+    device_read(found, device, bytes);
+    size_t heads = (size_t)s->n_head_kv, n_wrong = 0, n_compared = 0;
+    for (size_t page = 0; page < (size_t)m->n_pages; page++) {
+        for (size_t head = 0; head < heads; head++) {
+            size_t base = page * m->sizes.canonical_bytes + head * (m->sizes.canonical_bytes / heads);
+            for (int side = 0; side < 2; side++) {
+                tq_format_info info;
+                if (tq_format_describe(&info, side ? s->v_format : s->k_format, s->head_dim) != TQ_OK) abort();
+                size_t codes = info.bytes_per_vector - 2;
+                for (size_t i = 0; i < page_size; i++) {
+                    if (!m->encoded_mark[page * page_size + i]) continue;
+                    size_t at = base + i * codes, scale_at = base + page_size * codes + 2 * i;
+                    n_compared++;
+                    n_wrong += memcmp(found + at, m->canonical + at, codes) != 0 ||
+                               memcmp(found + scale_at, m->canonical + scale_at, 2) != 0;
+                }
+                base += page_size * info.bytes_per_vector;
+            }
+        }
+    }
+    CHECK(n_wrong == 0, "%zu of %zu vectors are not the CPU's, bit for bit", n_wrong, n_compared);
+    free(ids), free(found);
+}
+
+static float bf16(float x)
+{
+    return tq_bfloat_to_float(tq_bfloat_from_float(x));
+}
+
+/* One query row; `narrow`: q, K, V, weights and the result rounded to BF16, sums in float precision at least. */
+static double attend_row(const model *m, int32_t seq, int64_t position, int32_t head, const float *q, float scale, float sink,
+                         bool narrow, double *weights, double *out)
+{
+    const setup *s = &m->s;
+    int32_t d = s->head_dim;
+    int64_t begin = s->window > 0 && position + 1 > s->window ? position + 1 - s->window : 0;
+    double max = s->sinks ? (double)sink : -INFINITY, sum = 0;
+    for (int64_t c = begin; c <= position; c++) {
+        const float *key = m->decoded[0] + row_of(m, seq, c, head);
+        double dot = 0;
+        for (int32_t i = 0; i < d; i++) dot += (double)(narrow ? bf16(q[i]) : q[i]) * (double)(narrow ? bf16(key[i]) : key[i]);
+        dot *= (double)scale;
+        if (s->softcap > 0) dot = (double)s->softcap * tanh(dot / (double)s->softcap);
+        weights[c] = dot;
+        if (dot > max) max = dot;
+    }
+    for (int32_t i = 0; i < d; i++) out[i] = 0;
+    for (int64_t c = begin; c <= position; c++) {
+        const float *value = m->decoded[1] + row_of(m, seq, c, head);
+        double p = exp(weights[c] - max);
+        sum += p;
+        if (narrow) p = (double)bf16((float)p);
+        for (int32_t i = 0; i < d; i++) out[i] += p * (double)(narrow ? bf16(value[i]) : value[i]);
+    }
+    if (s->sinks) sum += exp((double)sink - max);
+    for (int32_t i = 0; i < d; i++) {
+        out[i] = sum > 0 && position >= begin ? out[i] / sum : 0.0;
+        if (narrow) out[i] = (double)bf16((float)out[i]);
+    }
+    return sum > 0 ? max + log(sum) : -INFINITY;
+}
+
+/* The queries and learned sinks of a model: a function of its shape alone. */
+static float query_value(const model *m, size_t i)
+{
+    tq_random random = tq_random_stream(i * 7919u + (uint64_t)m->s.head_dim, 5);
+    float x = (float)random_gaussian(&random) * 1.5f;
+    return m->s.dtype == TQ_DTYPE_BF16 ? bf16(x) : tq_half_to_float(tq_half_from_float(x));
+}
+
+static float sink_value(int32_t head)
+{
+    return (float)(head % 5) - 1.0f;
+}
+
+void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float *out, float *lse)
+{
+    const setup *s = &m->s;
+    int32_t n_head = s->group * s->n_head_kv;
+    size_t width = (size_t)n_head * (size_t)s->head_dim, rows = (size_t)n * (size_t)s->n_query;
+    float *q = malloc(rows * width * sizeof(float)), *sinks = malloc((size_t)n_head * sizeof(float));
+    for (size_t i = 0; i < rows * width; i++) q[i] = query_value(m, (size_t)first * (size_t)s->n_query * width + i);
+    for (int32_t i = 0; i < n_head; i++) sinks[i] = sink_value(i);
+    tq_cuda_attend_params p;
+    tq_cuda_attend_params_default(&p);
+    p.n_seq = n, p.n_query = s->n_query, p.n_head = n_head, p.dtype = s->dtype;
+    p.q = typed_copy(q, rows * width, s->dtype);
+    p.out = device_alloc(rows * width * sizeof(float), 0xff);
+    p.lse = device_alloc(rows * (size_t)n_head * sizeof(float), 0xff);
+    p.page_table = m->device_page_table + first * m->max_pages, p.page_table_stride = m->max_pages;
+    p.seq_lens_are_64 = true;
+    p.seq_lens = device_copy_of(s->lens + first, (size_t)n * sizeof(int64_t));
+    p.max_seq_len = max_seq_len;
+    int32_t *slots = malloc((size_t)n * sizeof(int32_t));
+    for (int32_t i = 0; i < n; i++) slots[i] = first + i;
+    p.exact_slots = device_copy_of(slots, (size_t)n * sizeof(int32_t));
+    p.softmax_scale = 1.0f / sqrtf((float)s->head_dim);
+    p.softcap = s->softcap, p.window = s->window, p.deterministic = s->deterministic;
+    p.sinks = s->sinks ? device_copy_of(sinks, (size_t)n_head * sizeof(float)) : NULL;
+    CHECK(tq_cuda_workspace_bytes(&p.workspace_bytes, &m->store, &p) == TQ_OK, "workspace");
+    p.workspace = device_alloc(p.workspace_bytes, 0);
+    for (int repeat = 0; repeat < 2; repeat++) CHECK(tq_cuda_attend(&m->store, &p, NULL) == TQ_OK, "attend");
+    must(cudaDeviceSynchronize(), "attend");
+    if (s->dtype == TQ_DTYPE_F32) {
+        device_read(out, p.out, rows * width * sizeof(float));
+    } else {
+        uint16_t *narrow = malloc(rows * width * sizeof(uint16_t));
+        device_read(narrow, p.out, rows * width * sizeof(uint16_t));
+        for (size_t i = 0; i < rows * width; i++) {
+            out[i] = s->dtype == TQ_DTYPE_F16 ? tq_half_to_float(narrow[i]) : tq_bfloat_to_float(narrow[i]);
+        }
+        free(narrow);
+    }
+    device_read(lse, p.lse, rows * (size_t)n_head * sizeof(float));
+    free(q), free(sinks), free(slots);
+}
+
+float *model_check_attend(model *m)
+{
+    const setup *s = &m->s;
+    int32_t n_head = s->group * s->n_head_kv, d = s->head_dim;
+    size_t rows = (size_t)s->n_seq * (size_t)s->n_query * (size_t)n_head;
+    float *out = malloc(rows * (size_t)d * sizeof(float)), *lse = malloc(rows * sizeof(float)), *q = malloc((size_t)d * 4);
+    double *weights = malloc((size_t)(m->max_len + 1) * sizeof(double)), *exact = malloc((size_t)d * 8),
+           *narrow = malloc((size_t)d * 8);
+    model_attend(m, 0, s->n_seq, m->max_len, out, lse);
+    double error = 0, error_narrow = 0, size = 0, lse_error = 0, lse_narrow = 0;
+    for (size_t row = 0; row < rows; row++) {
+        int32_t head = (int32_t)(row % (size_t)n_head), token = (int32_t)(row / (size_t)n_head), seq = token / s->n_query;
+        int64_t position = s->lens[seq] - s->n_query + token % s->n_query;
+        for (int32_t i = 0; i < d; i++) q[i] = query_value(m, row * (size_t)d + (size_t)i);
+        float scale = 1.0f / sqrtf((float)d);
+        double l = attend_row(m, seq, position, head / s->group, q, scale, sink_value(head), false, weights, exact);
+        double ln = attend_row(m, seq, position, head / s->group, q, scale, sink_value(head), true, weights, narrow);
+        for (int32_t i = 0; i < d; i++) {
+            double x = (double)out[row * (size_t)d + (size_t)i];
+            if (!CHECK(isfinite(x), "row %zu: not finite", row)) break;
+            error += (x - exact[i]) * (x - exact[i]);
+            error_narrow += (narrow[i] - exact[i]) * (narrow[i] - exact[i]);
+            size += exact[i] * exact[i];
+        }
+        if (isinf(l)) {
+            CHECK(isinf(lse[row]), "row %zu: lse is %g", row, (double)lse[row]);
+        } else {
+            lse_error = fmax(lse_error, fabs((double)lse[row] - l));
+            lse_narrow = fmax(lse_narrow, fabs(ln - l));
+        }
+    }
+    error = sqrt(error / size), error_narrow = sqrt(error_narrow / size);
+    CHECK(error <= 2 * error_narrow, "error %.2e, but BF16 has %.2e", error, error_narrow);
+    CHECK(lse_error <= 4 * lse_narrow + 1e-3, "lse is off by %.2e, BF16's by %.2e", lse_error, lse_narrow);
+    printf("       error %.2e (BF16 %.2e), lse %.1e (%.1e)\n", error, error_narrow, lse_error, lse_narrow);
+    free(lse), free(q), free(weights), free(exact), free(narrow);
+    return out;
+}
+
+void model_close(model *m)
+{
+    for (int side = 0; side < 2; side++) free(m->rows[side]), free(m->decoded[side]);
+    free(m->page_table), free(m->canonical), free(m->encoded_mark);
+    device_free_all();
+}

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: MIT */
+/* What the tests on a CUDA device share: counting, memory, and a cache that is kept on the device and in plain floats. */
+#ifndef TQ_TESTS_DEVICE_TEST_H
+#define TQ_TESTS_DEVICE_TEST_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/random.h"
+#include "turboquant.h"
+
+/* A check of the running test; on failure it says so and the test counts as failed. */
+#define CHECK(condition, ...) device_check((condition), __FILE__, __LINE__, __VA_ARGS__)
+bool device_check(bool condition, const char *file, int line, const char *format, ...) __attribute__((format(printf, 4, 5)));
+/* Begin a named test; the end of one is the begin of the next. */
+void device_test(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/* "N passed, M failed", and the exit status. */
+int device_report(void);
+
+/* Device memory, freed at exit; a failed allocation ends the program. `fill` is the byte that it holds at first. */
+void *device_alloc(size_t bytes, int fill);
+void *device_copy_of(const void *host, size_t bytes);
+void device_read(void *host, const void *device, size_t bytes);
+void device_free_all(void);
+
+/* What a test asks for. */
+typedef struct setup {
+    tq_format k_format, v_format;
+    int32_t head_dim, n_head_kv, group, page_size, n_sink, n_recent, n_query;
+    tq_dtype dtype;
+    int64_t window;
+    float softcap;
+    bool sinks, deterministic, outliers;
+    int32_t n_seq;
+    const int64_t *lens;
+} setup;
+
+/* A cache of some sequences: the device's, and the truth. */
+typedef struct model {
+    setup s;
+    tq_cuda_store store;
+    tq_cuda_sizes sizes;
+    int64_t n_pages, max_pages, max_len;
+    int32_t *page_table; /* host [n_seq, max_pages] */
+    int32_t *device_page_table;
+    float *rows[2];        /* [n_seq, max_len, n_head_kv, head_dim] as appended, rounded to FP16 */
+    float *decoded[2];     /* what attention should see */
+    uint8_t *canonical;    /* [n_pages, canonical_bytes]: what pages should hold where something was encoded */
+    uint8_t *encoded_mark; /* [n_pages, page_size] */
+    tq_random random;
+} model;
+
+void model_open(model *m, const setup *s, uint64_t seed);
+/* Appends everything in random batches. */
+void model_append(model *m);
+/* Exports all pages and compares what was encoded. */
+void model_check_pages(model *m);
+/* Attends and compares with double precision and with BF16; returns the device's output (host memory, caller frees). */
+float *model_check_attend(model *m);
+/* One call for sequences [first, first + n) with the same queries as model_check_attend; out [n * n_query, n_head, head_dim].
+ */
+void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float *out, float *lse);
+void model_close(model *m);
+
+#endif

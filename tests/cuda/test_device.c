@@ -1,0 +1,263 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * libturboquant-cuda.so against the CPU's specification. Skips itself, counted, where there is no device. --quick: fewer and
+ * shorter cases, for the memory and race checkers.
+ */
+#include <cuda_runtime_api.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "device_test.h"
+
+static bool quick;
+
+static void print_message(void *user, tq_log_level level, const char *message)
+{
+    (void)user, (void)level;
+    printf("       log: %s\n", message);
+}
+
+static const char *name_of(tq_format format)
+{
+    tq_format_info info;
+    return tq_format_describe(&info, format, 128) == TQ_OK ? info.name : "?";
+}
+
+static void run(const char *what, setup s, uint64_t seed)
+{
+    device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d", what, name_of(s.k_format),
+                name_of(s.v_format), s.head_dim, s.n_head_kv, s.group, s.n_query, s.page_size, s.n_sink, s.n_recent);
+    model m;
+    model_open(&m, &s, seed);
+    model_append(&m);
+    model_check_pages(&m);
+    free(model_check_attend(&m));
+    model_close(&m);
+}
+
+static setup plain(tq_format k, tq_format v, int32_t head_dim)
+{
+    static const int64_t lens[] = {1, 33, 700, 1029};
+    return (setup){.k_format = k,
+                   .v_format = v,
+                   .head_dim = head_dim,
+                   .n_head_kv = 2,
+                   .group = 5,
+                   .page_size = 64,
+                   .n_sink = 4,
+                   .n_recent = 37,
+                   .n_query = 1,
+                   .dtype = TQ_DTYPE_F16,
+                   .n_seq = quick ? 3 : 4,
+                   .lens = lens};
+}
+
+/* Every kernel that there is. */
+static void test_pairs(void)
+{
+    static const struct {
+        int32_t head_dim;
+        tq_format k, v;
+    } pairs[] = {
+        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
+        {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3},
+        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
+        {128, TQ_FORMAT_TT3, TQ_FORMAT_TT3}, {128, TQ_FORMAT_TT2, TQ_FORMAT_TT2}, {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
+        {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2},
+        {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TT4, TQ_FORMAT_TT4},  {64, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
+        {64, TQ_FORMAT_TT2, TQ_FORMAT_TT2},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
+        {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
+        {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
+        {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3},
+        {256, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {256, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {256, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
+        {256, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
+    };
+    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+        if (quick && i % 3 != 0) continue;
+        run("pair", plain(pairs[i].k, pairs[i].v, pairs[i].head_dim), 100 + i);
+    }
+}
+
+/* Vectors that are hard for a quantizer must still give the CPU's bytes. */
+static void test_outliers(void)
+{
+    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
+                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    for (size_t i = 0; i < sizeof formats / sizeof formats[0]; i++) {
+        setup s = plain(formats[i], formats[i], 128);
+        s.outliers = true;
+        device_test("outliers: %s", name_of(formats[i]));
+        model m;
+        model_open(&m, &s, 200 + i);
+        model_append(&m);
+        model_check_pages(&m);
+        model_close(&m);
+    }
+}
+
+/* Shapes and options, drawn. */
+static void test_random(void)
+{
+    tq_random random = tq_random_stream(42, 3);
+    for (int i = 0; i < (quick ? 4 : 24); i++) {
+        static const int32_t sizes[] = {32, 64, 96, 128, 256}, groups[] = {1, 2, 4, 5, 7, 8, 12, 16};
+        int64_t lens[5];
+        setup s = plain(TQ_FORMAT_TQ4, i % 3 ? TQ_FORMAT_TQ4 : TQ_FORMAT_TQ3, 128);
+        s.page_size = sizes[tq_random_next(&random) % 5];
+        s.group = groups[tq_random_next(&random) % 8];
+        s.n_head_kv = 1 + (int32_t)(tq_random_next(&random) % 3);
+        s.n_query = 1 + (int32_t)(tq_random_next(&random) % 8);
+        s.n_sink = (int32_t)(tq_random_next(&random) % 6);
+        s.n_recent = i % 4 == 0 ? 0 : (int32_t)(tq_random_next(&random) % 140);
+        s.dtype = (tq_dtype)(tq_random_next(&random) % 3);
+        s.window = i % 5 == 1 ? 1 + (int64_t)(tq_random_next(&random) % 600) : 0;
+        s.softcap = i % 6 == 2 ? 2.0f : 0.0f;
+        s.sinks = i % 3 == 1;
+        s.deterministic = i % 2;
+        s.n_seq = 1 + (int32_t)(tq_random_next(&random) % 5);
+        for (int k = 0; k < 5; k++) lens[k] = (int64_t)(tq_random_next(&random) % (quick ? 300u : 2500u));
+        if (i == 3) lens[0] = 0;
+        s.lens = lens;
+        if (i == 7) s.n_sink = s.n_recent = 0;
+        run("random", s, 300 + (uint64_t)i);
+    }
+}
+
+/* Enough query rows for the prefill kernels, at the end of a past or with none. */
+static void test_prefill(void)
+{
+    static const struct {
+        int32_t head_dim;
+        tq_format k, v;
+    } pairs[] = {
+        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
+        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
+        {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
+        {128, TQ_FORMAT_TT3, TQ_FORMAT_TT3}, /* by the decode kernel */
+    };
+    static const int64_t lens[] = {90, 611, 333};
+    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+        setup s = plain(pairs[i].k, pairs[i].v, pairs[i].head_dim);
+        if (quick && i % 4 != 0) continue;
+        s.lens = lens, s.n_seq = 3, s.n_query = 90 + 7 * (int32_t)i, s.group = 1 + (int32_t)i % 5;
+        if (i % 3 == 1) s.window = 100;
+        if (i % 3 == 2) s.sinks = true, s.softcap = 3.0f;
+        if (i == 4) s.n_sink = s.n_recent = 0;
+        if (i == 5) s.dtype = TQ_DTYPE_BF16, s.n_recent = 200, s.page_size = 96;
+        run("prefill", s, 600 + i);
+    }
+}
+
+/* Long enough for many splits of a tile. */
+static void test_long(void)
+{
+    static const int64_t lens[] = {20011, 40};
+    setup s = plain(TQ_FORMAT_TQ4, TQ_FORMAT_TQ4, 128);
+    s.lens = lens, s.n_seq = 2;
+    run("long", s, 400);
+    s = plain(TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 128);
+    s.lens = lens, s.n_seq = 1, s.group = 8, s.n_query = 2;
+    run("long", s, 401);
+}
+
+/* A sequence's result does not depend on the batch, nor on the bound of lengths; and it is the same each time. */
+static void test_deterministic(void)
+{
+    static const int64_t lens[] = {3000, 77, 5000, 1};
+    setup s = plain(TQ_FORMAT_TQ4, TQ_FORMAT_TQ4, 128);
+    s.lens = lens, s.n_seq = 4, s.deterministic = true;
+    device_test("deterministic: alone or in a batch");
+    model m;
+    model_open(&m, &s, 500);
+    model_append(&m);
+    size_t row = 10 * 128;
+    float *batch = malloc(4 * row * sizeof(float)), *alone = malloc(row * sizeof(float)), lse[40];
+    model_attend(&m, 0, 4, 5000, batch, lse);
+    for (int32_t i = 0; i < 4; i++) {
+        model_attend(&m, i, 1, lens[i] + 100000 * i, alone, lse);
+        CHECK(memcmp(alone, batch + (size_t)i * row, row * sizeof(float)) == 0, "sequence %d differs", i);
+    }
+    free(batch), free(alone);
+    model_close(&m);
+}
+
+/* Bytes to pages and back, and copies. */
+static void test_pages(void)
+{
+    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
+                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    for (size_t i = 0; i < sizeof formats / sizeof formats[0]; i++) {
+        device_test("pages: import, copy, export of %s", name_of(formats[i]));
+        tq_cuda_store store;
+        tq_cuda_sizes sizes;
+        tq_cuda_store_default(&store);
+        store.k_format = formats[i], store.v_format = formats[(i + 1) % 7];
+        store.n_head_kv = 3, store.page_size = 96, store.n_pages = 6;
+        CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
+        size_t bytes = 2 * sizes.canonical_bytes;
+        uint8_t *in = malloc(bytes), *out = malloc(bytes);
+        tq_random random = tq_random_stream(i, 9);
+        for (size_t k = 0; k < bytes; k++) in[k] = (uint8_t)tq_random_next(&random);
+        store.pages = device_alloc(6 * sizes.page_bytes, 0xff);
+        static const int32_t first[] = {4, 1}, second[] = {0, 5};
+        int32_t *from = device_copy_of(first, sizeof first), *to = device_copy_of(second, sizeof second);
+        void *result = device_alloc(bytes, 0);
+        CHECK(tq_cuda_pages_import(&store, from, 2, device_copy_of(in, bytes), NULL) == TQ_OK, "import");
+        CHECK(tq_cuda_pages_copy(&store, from, to, 2, NULL) == TQ_OK, "copy");
+        CHECK(tq_cuda_pages_export(&store, to, 2, result, NULL) == TQ_OK, "export");
+        device_read(out, result, bytes);
+        CHECK(memcmp(in, out, bytes) == 0, "the bytes are not the same");
+        free(in), free(out);
+        device_free_all();
+    }
+}
+
+/* What FP16 cannot hold is counted and kept within it. */
+static void test_not_finite(void)
+{
+    device_test("append counts vectors that are not finite");
+    tq_cuda_store store;
+    tq_cuda_sizes sizes;
+    tq_cuda_store_default(&store);
+    store.n_head_kv = 2, store.n_pages = 1;
+    CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
+    store.pages = device_alloc(sizes.page_bytes, 0);
+    float rows[2][2][128];
+    for (int i = 0; i < 512; i++) (&rows[0][0][0])[i] = 1.0f;
+    rows[0][1][7] = 1e30f, rows[1][0][0] = 0.0f / (rows[0][0][0] - 1.0f);
+    static const int64_t slots[] = {0, 1};
+    int32_t count = 0;
+    tq_cuda_append_params p;
+    tq_cuda_append_params_default(&p);
+    p.n_tok = 2, p.dtype = TQ_DTYPE_F32;
+    p.k = p.v = device_copy_of(rows, sizeof rows);
+    p.slot_mapping = device_copy_of(slots, sizeof slots);
+    p.n_not_finite = device_copy_of(&count, sizeof count);
+    CHECK(tq_cuda_append(&store, &p, NULL) == TQ_OK, "append");
+    device_read(&count, p.n_not_finite, sizeof count);
+    CHECK(count == 4, "%d instead of 4", (int)count);
+    device_free_all();
+}
+
+int main(int argc, char **argv)
+{
+    quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
+    tq_log_set(print_message, NULL);
+    tq_cuda_info info;
+    if (tq_cuda_describe(&info) != TQ_OK) {
+        printf("skipped: there is no CUDA device\n0 passed, 0 failed\n");
+        return 0;
+    }
+    printf("%s, compute %d.%d, %d multiprocessors, driver %d, runtime %d\n", info.name, info.compute_major, info.compute_minor,
+           info.n_multiprocessors, info.driver_version, info.runtime_version);
+    test_pages();
+    test_not_finite();
+    test_pairs();
+    test_outliers();
+    test_random();
+    test_prefill();
+    if (!quick) test_long();
+    test_deterministic();
+    return device_report();
+}

@@ -1,0 +1,257 @@
+/* SPDX-License-Identifier: MIT */
+/* CUDA without a device: the layout of records, how calls are cut, the levels, and what is refused. tests/cuda has the rest. */
+#define _POSIX_C_SOURCE 200809L /* setenv */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "codec/tables.h"
+#include "kernels/cuda/layout.h"
+#include "kernels/cuda/levels.h"
+#include "kernels/cuda/split.h"
+#include "turboquant.h"
+
+static char last_message[512];
+
+static void keep_message(void *user, tq_log_level level, const char *message)
+{
+    (void)user;
+    (void)level;
+    snprintf(last_message, sizeof last_message, "%s", message);
+}
+
+static const int32_t head_dims[] = {64, 96, 128, 192, 256}, all_bits[] = {8, 4, 3, 2};
+
+/* Each bit of each code has a place of its own, and no byte is shared by tokens. */
+static void check_plane(tq_plane plane)
+{
+    int32_t n_bytes = tq_plane_bytes(plane), n_bits = 0;
+    uint8_t *used = calloc((size_t)n_bytes, 1);
+    int8_t *owner = malloc((size_t)n_bytes);
+    memset(owner, -1, (size_t)n_bytes);
+    for (int32_t token = 0; token < TQ_RECORD_TOKENS; token++) {
+        for (int32_t dim = 0; dim < plane.head_dim; dim++) {
+            tq_code_place place = tq_code_place_of(plane, token, dim);
+            for (int32_t b = 0; b < plane.bits; b++, n_bits++) {
+                int32_t bit = tq_code_bit(plane, place, b);
+                assert_in_range(bit, 0, 8 * tq_plane_string_bytes(plane) - 1);
+                int32_t byte = tq_plane_offset(plane, place.lane, bit / 8);
+                assert_in_range(byte, 0, n_bytes - 1);
+                assert_int_equal(used[byte] >> (bit % 8) & 1, 0);
+                assert_true(owner[byte] < 0 || owner[byte] == token);
+                used[byte] = (uint8_t)(used[byte] | 1u << bit % 8);
+                owner[byte] = (int8_t)token;
+            }
+        }
+    }
+    assert_int_equal(n_bits, 8 * n_bytes); /* and none is left over */
+    free(used);
+    free(owner);
+}
+
+static void check_circles(tq_plane plane)
+{
+    int32_t n_bytes = tq_plane_bytes(plane), per_token = plane.head_dim * plane.bits / 8;
+    uint8_t *used = calloc((size_t)n_bytes, 1);
+    for (int32_t token = 0; token < TQ_RECORD_TOKENS; token++) {
+        for (int32_t byte = 0; byte < per_token; byte++) {
+            int32_t offset = tq_circle_offset(plane, token, byte);
+            assert_in_range(offset, 0, n_bytes - 1);
+            assert_int_equal(used[offset], 0);
+            used[offset] = 1;
+        }
+    }
+    free(used);
+}
+
+static void test_layout(void **state)
+{
+    (void)state;
+    int n_planes = 0;
+    for (size_t d = 0; d < sizeof head_dims / sizeof head_dims[0]; d++) {
+        for (size_t b = 0; b < sizeof all_bits / sizeof all_bits[0]; b++) {
+            for (int side = 0; side < 2; side++) {
+                tq_plane scalar = {all_bits[b], head_dims[d], side == 1, false},
+                         trellis = {all_bits[b], head_dims[d], side == 1, true};
+                if (tq_plane_exists(scalar)) check_plane(scalar), n_planes++;
+                if (all_bits[b] != 8 && tq_plane_exists(trellis)) check_circles(trellis), n_planes++;
+                assert_int_equal(tq_record_bytes(scalar, scalar) % 128, 0);
+            }
+        }
+    }
+    assert_int_equal(n_planes, 2 * (16 + 12));
+}
+
+/* A page has as many bytes on the device as in the format's own arrangement: nothing is padded. */
+static void test_sizes(void **state)
+{
+    (void)state;
+    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
+                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    for (int k = 0; k < 7; k++) {
+        for (int v = 0; v < 7; v++) {
+            tq_cuda_store store;
+            tq_cuda_sizes sizes;
+            tq_format_info info[2];
+            tq_cuda_store_default(&store);
+            store.k_format = formats[k], store.v_format = formats[v];
+            store.n_head_kv = 3, store.page_size = 96, store.n_sink = 4, store.n_recent = 10;
+            assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+            assert_int_equal(tq_format_describe(&info[0], formats[k], 128), TQ_OK);
+            assert_int_equal(tq_format_describe(&info[1], formats[v], 128), TQ_OK);
+            assert_int_equal(sizes.page_bytes, 3 * 96 * (info[0].bytes_per_vector + info[1].bytes_per_vector));
+            assert_int_equal(sizes.canonical_bytes, sizes.page_bytes);
+            assert_int_equal(sizes.exact_bytes, 2 * 3 * 14 * 128 * 2);
+        }
+    }
+}
+
+/* The share of a standard deviation by which levels times step miss the centroids, on N(0,1). */
+static double level_error(const int *levels, double step, const float *centroids, const float *boundaries, int n)
+{
+    double sum = 0;
+    for (int i = 0; i < n / 2; i++) {
+        double centroid = (double)centroids[n / 2 + i], miss = levels[i] * step - centroid;
+        double from = (double)boundaries[n / 2 - 1 + i], to = i == n / 2 - 1 ? 40.0 : (double)boundaries[n / 2 + i];
+        sum += (erf(to / sqrt(2)) - erf(from / sqrt(2))) * miss * miss;
+        assert_in_range(levels[i], 0, 127);
+    }
+    return sqrt(sum);
+}
+
+static void test_levels(void **state)
+{
+    (void)state;
+    static const int levels4[] = TQ_LEVELS_4, levels3[] = TQ_LEVELS_3, levels2[] = TQ_LEVELS_2;
+    assert_true(level_error(levels4, TQ_LEVEL_STEP_4, tq_lloyd4_centroids, tq_lloyd4_boundaries, 16) < 0.0033);
+    assert_true(level_error(levels3, TQ_LEVEL_STEP_3, tq_lloyd3_centroids, tq_lloyd3_boundaries, 8) < 0.0011);
+    assert_true(level_error(levels2, TQ_LEVEL_STEP_2, tq_lloyd2_centroids, tq_lloyd2_boundaries, 4) < 0.0003);
+}
+
+static void test_splits(void **state)
+{
+    (void)state;
+    static const int64_t tiles[] = {1, 8, 64, 128, 133, 512, 5000}, records[] = {0, 1, 7, 128, 1000, 4096, 100000};
+    for (int t = 0; t < 7; t++) {
+        for (int r = 0; r < 7; r++) {
+            for (int deterministic = 0; deterministic < 2; deterministic++) {
+                tq_decode_cut cut = tq_decode_cut_of(tiles[t], records[r], 132, deterministic);
+                assert_in_range(cut.splits_allowed, 1, TQ_SPLITS_MAX);
+                if (!deterministic && !cut.small_blocks)
+                    assert_true(cut.splits_allowed == 1 || cut.splits_allowed * tiles[t] <= 132);
+                for (int32_t n = 0; n <= records[r] && n < 5000; n += 1 + n / 3) {
+                    int32_t per_split = tq_split_records(n, cut.splits_allowed, cut.split_records_min);
+                    int32_t used = tq_splits_used(n, cut.splits_allowed, cut.split_records_min);
+                    assert_in_range(used, 1, cut.splits_allowed);
+                    assert_true((int64_t)used * per_split >= n);
+                    assert_true(n == 0 || (int64_t)(used - 1) * per_split < n); /* no split is empty */
+                }
+            }
+        }
+    }
+    tq_decode_cut alone = tq_decode_cut_of(8, 100, 132, true), batch = tq_decode_cut_of(4096, 9000, 114, true);
+    assert_int_equal(alone.splits_allowed, batch.splits_allowed);
+    assert_int_equal(alone.split_records_min, batch.split_records_min);
+    assert_int_equal(alone.small_blocks, batch.small_blocks);
+}
+
+static tq_cuda_store usable_store(void *pages)
+{
+    tq_cuda_store store;
+    tq_cuda_store_default(&store);
+    store.n_head_kv = 8, store.n_pages = 1, store.pages = pages;
+    return store;
+}
+
+static void test_store_is_checked(void **state)
+{
+    (void)state;
+    tq_cuda_sizes sizes;
+    tq_cuda_store store = usable_store(NULL);
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+    assert_int_equal(tq_cuda_sizes_get(NULL, &store), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cuda_sizes_get(&sizes, NULL), TQ_ERR_ARGUMENT);
+    store.page_size = 48;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    store = usable_store(NULL);
+    store.k_format = TQ_FORMAT_F16;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
+    assert_non_null(strstr(last_message, "f16"));
+    store.k_format = TQ_FORMAT_TQ3, store.head_dim = 64;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
+    store.head_dim = 576;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
+    store.head_dim = 80;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
+    store = usable_store(NULL);
+    store.n_sink = 100, store.n_recent = 500;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+}
+
+/* Refused before any library is loaded. The pointers are never followed. */
+static void test_calls_are_checked(void **state)
+{
+    (void)state;
+    static _Alignas(128) uint8_t memory[128];
+    tq_cuda_store store = usable_store(memory);
+    tq_cuda_append_params append;
+    assert_int_equal(tq_cuda_append(&store, NULL, NULL), TQ_ERR_ARGUMENT);
+    tq_cuda_append_params_default(&append);
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_OK); /* nothing to do */
+    append.n_tok = 1;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    append.k = append.v = memory, append.slot_mapping = (const int64_t *)(const void *)memory, append.row_stride = 5;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    append.row_stride = 0, store.n_recent = 8;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no memory for the ring */
+    store.exact = memory;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no positions */
+
+    store = usable_store(memory);
+    tq_cuda_attend_params attend;
+    tq_cuda_attend_params_default(&attend);
+    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    attend.n_seq = 1, attend.n_head = 12;
+    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_SHAPE);
+    attend.n_head = 16;
+    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    store.pages = memory + 16;
+    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "128"));
+    store = usable_store(memory);
+    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_NO_DEVICE);
+    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 1, NULL), TQ_ERR_ARGUMENT);
+}
+
+static void test_missing_library(void **state)
+{
+    (void)state;
+    tq_cuda_info info = {.n_multiprocessors = 7};
+    for (int repeat = 0; repeat < 2; repeat++) {
+        last_message[0] = 0;
+        assert_int_equal(tq_cuda_describe(&info), TQ_ERR_NO_DEVICE);
+        assert_true(strlen(last_message) > 10); /* the loader's reason, each time */
+    }
+    assert_int_equal(info.n_multiprocessors, 7);
+    assert_string_equal(tq_status_string(TQ_ERR_NO_DEVICE), "no CUDA device, driver or libturboquant-cuda.so");
+}
+
+int main(void)
+{
+    tq_log_set(keep_message, NULL);
+    setenv("TQ_CUDA_LIBRARY", "missing/libturboquant-cuda.so", 1); /* the same on every machine */
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_layout),           cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_levels),           cmocka_unit_test(test_splits),
+        cmocka_unit_test(test_store_is_checked), cmocka_unit_test(test_calls_are_checked),
+        cmocka_unit_test(test_missing_library),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
