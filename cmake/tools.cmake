@@ -16,10 +16,11 @@ endif()
 add_executable(tq ${tq_tool_sources})
 set_target_properties(tq PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})
 file(RELATIVE_PATH tq_plugin_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBDIR}/turboquant)
-file(RELATIVE_PATH tq_eval_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBEXECDIR}/turboquant)
+file(RELATIVE_PATH tq_packages_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBEXECDIR}/turboquant)
 target_compile_definitions(tq PRIVATE _XOPEN_SOURCE=700 TQ_PLUGIN_FROM_BIN="${tq_plugin_from_bin}"
-                                      TQ_EVAL_FROM_BIN="${tq_eval_from_bin}")
-install(DIRECTORY tools/eval DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant FILES_MATCHING PATTERN "*.py" PATTERN "*.html")
+                                      TQ_PACKAGES_FROM_BIN="${tq_packages_from_bin}")
+install(DIRECTORY tools/eval tools/simulate DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant
+        FILES_MATCHING PATTERN "*.py" PATTERN "*.html")
 target_link_libraries(tq PRIVATE turboquant_static tq_flags PkgConfig::CJSON m ${CMAKE_DL_LIBS})
 
 # ggml's attention, beside which `tq bench` measures ours; it links with no ggml library, as the plug-in.

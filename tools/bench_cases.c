@@ -132,28 +132,34 @@ static int open_reference(bench_case *c, const bench_data *data)
     return 0;
 }
 
-/* Parameters of the two stores; the name of a preset, of a format, or of two. */
-static bool parse_name(tq_store_params *keys, tq_store_params *values, const char *name)
+bool bench_parse_formats(tq_preset *out, const char *name)
 {
-    tq_store_params_default(keys);
-    tq_store_params_default(values);
     for (int32_t i = 0; i < tq_preset_count(); i++) {
-        const tq_preset *preset = tq_preset_get(i);
-        if (strcmp(name, preset->name) != 0) continue;
-        keys->format = preset->k_format;
-        values->format = preset->v_format;
-        keys->n_sink = values->n_sink = preset->n_sink;
-        keys->n_recent = values->n_recent = preset->n_recent;
-        keys->ref_block = preset->k_ref_block;
-        keys->balance = preset->k_balance;
+        if (strcmp(name, tq_preset_get(i)->name) != 0) continue;
+        *out = *tq_preset_get(i);
         return true;
     }
-    keys->n_sink = values->n_sink = keys->n_recent = values->n_recent = 0;
+    *out = (tq_preset){.name = name};
     char k_name[32];
     const char *slash = strchr(name, '/');
     snprintf(k_name, sizeof k_name, "%.*s", (int)(slash ? slash - name : (ptrdiff_t)strlen(name)), name);
-    return tq_format_from_name(&keys->format, k_name) == TQ_OK &&
-           tq_format_from_name(&values->format, slash ? slash + 1 : name) == TQ_OK;
+    if (tq_format_from_name(&out->k_format, k_name) == TQ_OK &&
+        tq_format_from_name(&out->v_format, slash ? slash + 1 : name) == TQ_OK)
+        return true;
+    tool_error(EXIT_USAGE, "there is no format or preset '%s'; 'tq formats' and 'tq presets' list them", name);
+    return false;
+}
+
+void bench_store_params(tq_store_params *keys, tq_store_params *values, const tq_preset *preset)
+{
+    tq_store_params_default(keys);
+    tq_store_params_default(values);
+    keys->format = preset->k_format;
+    values->format = preset->v_format;
+    keys->n_sink = values->n_sink = preset->n_sink;
+    keys->n_recent = values->n_recent = preset->n_recent;
+    keys->ref_block = preset->k_ref_block;
+    keys->balance = preset->k_balance;
 }
 
 static tq_status write_store(tq_store *store, const bench_data *data, const float *rows)
@@ -171,9 +177,10 @@ static tq_status write_store(tq_store *store, const bench_data *data, const floa
 
 static int open_stores(bench_case *c, const bench_data *data)
 {
+    tq_preset preset;
     tq_store_params keys, values;
-    if (!parse_name(&keys, &values, c->name))
-        return tool_error(1, "there is no format or preset '%s'; 'tq formats' and 'tq presets' list them", c->name);
+    if (!bench_parse_formats(&preset, c->name)) return 1;
+    bench_store_params(&keys, &values, &preset);
     keys.head_dim = values.head_dim = data->shape.head_dim;
     keys.n_head_kv = values.n_head_kv = (int32_t)data->shape.n_head_kv;
     keys.n_slots = values.n_slots = data->shape.n_ctx;

@@ -36,10 +36,15 @@ typedef struct bench_case {
     uint8_t **memory;          /* [n_layers], both stores of a layer */
 } bench_case;
 
+/* By name: a format (tq4), two for keys and values (tt4/tt3), a preset (TQ4). False, after a message, if there is none. */
+bool bench_parse_formats(tq_preset *out, const char *name);
+/* Formats, sinks, ring, references and factors. */
+void bench_store_params(tq_store_params *keys, tq_store_params *values, const tq_preset *preset);
+
 /* Gaussian data, the pool, and ggml if it is to be found; llama_bin may be NULL. Returns tq's exit code, 0 if all is well. */
 int bench_data_init(bench_data *data, const bench_shape *shape, const char *llama_bin);
 void bench_data_free(bench_data *data);
-/* By name: a format (tq4), two for keys and values (tt4/tt3), a preset (TQ4), or with is_reference a type of ggml. */
+/* By name: what bench_parse_formats takes, or with is_reference a type of ggml. */
 int bench_case_init(bench_case *c, const bench_data *data, const char *name, bool is_reference);
 void bench_case_free(bench_case *c, const bench_data *data);
 /* One attention call on the next layer; the seconds that it took, or a negative number if it failed. *out: its result. */

@@ -20,6 +20,7 @@ static const struct {
     {"presets",    "list the presets, which choose formats for keys and values", cmd_presets},
     {"eval",       "measure what KV caches change in a model's output, and report", cmd_eval},
     {"bench",      "time attention and encoding, beside those of llama.cpp",     cmd_bench},
+    {"cache",      "look at saved caches, time paged ones, size a server",                  cmd_cache},
     {"run",        "run a stock llama.cpp tool with the compressed KV cache",   cmd_run},
 };
 // clang-format on
@@ -54,6 +55,18 @@ bool tool_parse_int(int64_t *out, const char *option, const char *text, int64_t 
     if (end == text || *end || errno || value < low || value > high) {
         tool_error(EXIT_USAGE, "%s takes a whole number from %lld to %lld, not '%s'", option, (long long)low, (long long)high,
                    text);
+        return false;
+    }
+    *out = value;
+    return true;
+}
+
+bool tool_parse_double(double *out, const char *option, const char *text, double low, double high)
+{
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= low && value <= high)) {
+        tool_error(EXIT_USAGE, "%s takes a number from %g to %g, not '%s'", option, low, high, text);
         return false;
     }
     *out = value;
@@ -150,6 +163,11 @@ static void print_log(void *user, tq_log_level level, const char *message)
     fprintf(stderr, "tq: %s\n", message);
 }
 
+void tool_show_log(bool show)
+{
+    tq_log_set(show ? print_log : NULL, NULL);
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 2) {
@@ -164,7 +182,7 @@ int main(int argc, char **argv)
         print_help(stdout);
         return 0;
     }
-    tq_log_set(print_log, NULL);
+    tool_show_log(true);
     for (int i = 0; i < N_COMMANDS; i++) {
         if (strcmp(argv[1], commands[i].name) != 0) continue;
         int code = commands[i].run(argc - 1, argv + 1);

@@ -17,6 +17,10 @@ int cmd_presets(int argc, char **argv);
 int cmd_run(int argc, char **argv);
 int cmd_eval(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
+int cmd_cache(int argc, char **argv);
+/* tq cache bench, tq cache simulate */
+int cmd_cache_bench(int argc, char **argv);
+int cmd_cache_simulate(int argc, char **argv);
 
 /* The folder of this executable, without a slash at its end. */
 bool tool_own_folder(char *out);
@@ -28,6 +32,8 @@ bool tool_join(char *out, const char *folder, const char *middle, const char *na
  * them in, or one of $PATH. False if it has no program `name` ("": any).
  */
 bool tool_find_llama(char *out, const char *given, const char *name);
+/* Become Python with a package beside tq, of the given name, and its arguments argv[1] on. Returns only with an error. */
+int tool_become_python(const char *package, int argc, char **argv);
 /* Processors that are online. */
 int32_t tool_n_cpus(void);
 
@@ -36,10 +42,13 @@ int32_t tool_n_cpus(void);
 __attribute__((format(printf, 2, 3)))
 #endif
 int tool_error(int code, const char *format, ...);
+/* Whether the library's messages go to standard error; they do at first. */
+void tool_show_log(bool show);
 /* Print and delete; a NULL (out of memory) is an error. Returns the exit code. */
 int tool_print_json(cJSON *json);
 /* A whole number within [low, high], or an error that names the option. */
 bool tool_parse_int(int64_t *out, const char *option, const char *text, int64_t low, int64_t high);
+bool tool_parse_double(double *out, const char *option, const char *text, double low, double high);
 /* As tool_parse_int, and a rotation must exist for it. */
 bool tool_parse_head_dim(int32_t *out, const char *text);
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 
@@ -110,6 +111,36 @@ class Bench(unittest.TestCase):
         done = tq("bench", "attention", *self.SMALL, "--context", "64", "--formats", "tq4", "--baselines", "none")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("us median", done.stdout)
+
+
+class Cache(unittest.TestCase):
+    SNAPSHOT = Path(__file__).resolve().parent.parent / "golden/snapshot_1.tqs"
+
+    def test_inspect(self):
+        info = tq_json("cache", "inspect", self.SNAPSHOT)
+        self.assertEqual((info["n_layer"], info["page_size"], info["n_sequences"], info["n_prefixes"]), (2, 16, 2, 2))
+        self.assertEqual((info["k_formats"], info["v_formats"]), (["tt4"] * 2, ["tq3"] * 2))
+        self.assertEqual(info["file_bytes"], self.SNAPSHOT.stat().st_size)
+        self.assertIn("layers     0 to 1: keys tt4, values tq3", tq("cache", "inspect", self.SNAPSHOT).stdout)
+
+    def test_verify(self):
+        self.assertIn("whole", tq("cache", "verify", self.SNAPSHOT).stdout)
+        with tempfile.NamedTemporaryFile() as damaged:
+            content = bytearray(self.SNAPSHOT.read_bytes())
+            content[-100] ^= 1
+            damaged.write(content)
+            damaged.flush()
+            done = tq("cache", "verify", self.SNAPSHOT, damaged.name)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("a page's hash is wrong", done.stderr)
+        self.assertEqual(tq("cache", "verify", "/nowhere").returncode, 1)
+        self.assertEqual(tq("cache", "inspect").returncode, 2)
+
+    def test_bench(self):
+        done = tq("cache", "bench", "--context", "512", "--batch", "3", "--rounds", "2", "--page-size", "16")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual([line.split(",")[0] for line in done.stdout.splitlines()], ["name", "store", "paged", "ragged"])
+        self.assertEqual(tq("cache", "bench", "--page-size", "20").returncode, 1)
 
 
 class Errors(unittest.TestCase):
