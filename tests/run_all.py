@@ -9,7 +9,7 @@
 
 Each suite is a command whose output says how many tests passed and failed, as cmocka does or as 'N passed, M failed'. Its
 output is kept in build/test-logs and shown if it failed. A suite that cannot run here is skipped with the reason; with CI=true
-that counts as a failure, because there everything must run.
+that counts as a failure, because there everything must run but what needs a GPU or its compiler.
 """
 import argparse
 import os
@@ -63,7 +63,7 @@ def run_suite(suite):
     """(passed, failed) of one suite."""
     started = time.monotonic()
     if suite.missing:
-        failed = 1 if os.environ.get("CI") == "true" else 0
+        failed = 1 if os.environ.get("CI") == "true" and not suite.optional else 0
         say(f"{suite.name}: skipped, {suite.missing}")
         return 0, failed
     output, trouble = run_commands(suite.name, suite.commands, suite.timeout)
@@ -122,6 +122,9 @@ def main():
     n_failed += sum(failed for _, failed in results)
     if not suites:
         n_failed += 1
+    skipped = [suite.name for suite in suites if suite.missing]
+    if skipped:
+        print(f"skipped suites ({len(skipped)}): {', '.join(skipped)}")
     print(f"{n_passed} passed, {n_failed} failed")
     return 1 if n_failed else 0
 

@@ -27,6 +27,7 @@ class Suite:
     name: str
     commands: list  # of (command, environment)
     missing: str = ""  # why it cannot run here
+    optional: bool = False  # needs what a machine for tests may lack: skipped there, even in CI
     timeout: int = 900
     alone: bool = False  # the stock tools lose the end of their log on a busy machine
 
@@ -88,7 +89,7 @@ def quick_suites():
         Suite("units/release", units("release")),
         Suite("checkkern/release", [([BUILD / "release/tests/checkkern"], {})]),
         Suite("library", [python("tests/api/test_library.py", "Header", "Symbols")]),
-        Suite("tq", [python("tests/api/test_tq.py")]),
+        Suite("tq", [python("tests/api/test_tq.py"), python("tests/api/test_simulate.py")]),
         replay_suite("release"),
     ]
 
@@ -109,7 +110,7 @@ def native_suites():
     yield Suite("units/asan", units("asan"))
     yield Suite("units/tsan", units("tsan", SLOW))
     yield Suite("library", [python("tests/api/test_library.py")])
-    yield Suite("tq", [python("tests/api/test_tq.py")])
+    yield Suite("tq", [python("tests/api/test_tq.py"), python("tests/api/test_simulate.py")])
     examples = programs("release", "examples", "example_*")
     if examples:
         yield Suite("examples", counted([([path], {}) for path in examples]))
@@ -158,6 +159,31 @@ def plugin_suites():
                     alone=True)
 
 
+def nvcc():
+    """CUDA's compiler, or None."""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def device_missing():
+    """Why device tests cannot run here: they need a build with nvcc, and a device."""
+    if not (BUILD / "release/tests/cuda/test_device").exists():
+        return "libturboquant-cuda.so was not built: nvcc not installed"
+    return "" if Path("/dev/nvidiactl").exists() else "no CUDA device"
+
+
+def cuda_suites():
+    """Kernels against the specification, also under CUDA's checkers; and that they compile for all architectures."""
+    program = BUILD / "release/tests/cuda/test_device"
+    environment = {"TQ_CUDA_LIBRARY": str(BUILD / "release/libturboquant-cuda.so")}
+    yield Suite("cuda/device", [([program], environment)], device_missing(), optional=True)
+    checker = device_missing() or needs("compute-sanitizer")
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "5", program, "--quick"]
+        yield Suite(f"cuda/{tool}", counted([(command, environment)]), checker, optional=True)
+    yield Suite("cuda/compile", [python("tests/cuda/check_compile.py", TQ_NVCC=str(nvcc()))],
+                "" if nvcc() else "nvcc not installed", optional=True)
+
+
 def full_suites():
     # The longest first, so that none is left alone at the end.
-    return [*plugin_suites(), *emulated_suites(), *native_suites(), *fuzz_suites(), *static_suites()]
+    return [*plugin_suites(), *emulated_suites(), *native_suites(), *cuda_suites(), *fuzz_suites(), *static_suites()]

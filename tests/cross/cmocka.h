@@ -13,13 +13,16 @@
 struct CMUnitTest {
     const char *name;
     void (*run)(void **state);
+    int (*setup)(void **state);
+    int (*teardown)(void **state);
 };
 
 static jmp_buf cmocka_failed;
 
-#define cmocka_unit_test(function) \
-    {                              \
-#function, function        \
+#define cmocka_unit_test(function) cmocka_unit_test_setup_teardown(function, NULL, NULL)
+#define cmocka_unit_test_setup_teardown(function, setup, teardown) \
+    {                                                              \
+#function, function, setup, teardown                       \
     }
 
 #define cmocka_check(condition, text)                                        \
@@ -36,6 +39,7 @@ static jmp_buf cmocka_failed;
 #define assert_ptr_equal(a, b) cmocka_check((const void *)(a) == (const void *)(b), #a " == " #b)
 #define assert_int_equal(a, b) cmocka_check((long long)(a) == (long long)(b), #a " == " #b)
 #define assert_int_not_equal(a, b) cmocka_check((long long)(a) != (long long)(b), #a " != " #b)
+#define assert_in_range(a, low, high) cmocka_check((a) >= (low) && (a) <= (high), #a " in [" #low ", " #high "]")
 #define assert_string_equal(a, b) cmocka_check(strcmp((a), (b)) == 0, #a " == " #b)
 #define assert_memory_equal(a, b, n) cmocka_check(memcmp((a), (b), (n)) == 0, #a " == " #b)
 #define assert_memory_not_equal(a, b, n) cmocka_check(memcmp((a), (b), (n)) != 0, #a " != " #b)
@@ -56,9 +60,13 @@ static inline int cmocka_run(const struct CMUnitTest *tests, size_t n, int (*set
     volatile int n_failed = 0, n_passed = 0;
     if (setup && setup(&state) != 0) return 1;
     for (volatile size_t i = 0; i < n; i++) {
-        int outcome = setjmp(cmocka_failed);
+        volatile int outcome = setjmp(cmocka_failed);
         if (outcome == 0) {
+            if (tests[i].setup && tests[i].setup(&state) != 0) cmocka_check(0, "setup");
             tests[i].run(&state);
+        }
+        if (tests[i].teardown && tests[i].teardown(&state) != 0) outcome = 1;
+        if (outcome == 0) {
             n_passed++;
         } else if (outcome == 1) {
             fprintf(stderr, "[  FAILED  ] %s\n", tests[i].name);

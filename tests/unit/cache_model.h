@@ -1,42 +1,71 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * A cache beside a naive model of it, driven by bytes: the fuzz target's and the unit test's random operations. The model
- * holds, for each sequence, layer and side, what every position must read as.
+ * holds, for each sequence, layer and side, what every position must read as; and one prefix that was published. Every token of
+ * the model is unique, and a position gets a new one when its content changes, so equal tokens mean equal content.
  */
 #ifndef TQ_TESTS_CACHE_MODEL_H
 #define TQ_TESTS_CACHE_MODEL_H
 
+#include <unistd.h>
+
 #include "base/alloc.h"
+#include "cache/cache.h"
 #include "kv_test.h"
 
-enum { CACHE_MODEL_SEQUENCES = 4, CACHE_MODEL_LAYERS = 2, CACHE_MODEL_TOKENS = 12 * 32, CACHE_MODEL_APPEND = 100 };
+enum { CACHE_MODEL_SEQUENCES = 4, CACHE_MODEL_LAYERS = 2, CACHE_MODEL_TOKENS = 512, CACHE_MODEL_APPEND = 100 };
 
 typedef struct cache_model_side {
     float *values; /* [CACHE_MODEL_TOKENS, n_head_kv, head_dim] */
+    float *refs;   /* [CACHE_MODEL_TOKENS, n_head_kv, head_dim]: of the block that begins there, what is coded against */
     bool *encoded; /* [CACHE_MODEL_TOKENS] */
 } cache_model_side;
 
 typedef struct cache_model_sequence {
     int32_t id; /* -1: does not exist */
     int64_t length[CACHE_MODEL_LAYERS];
+    int32_t tokens[CACHE_MODEL_TOKENS];
     cache_model_side sides[CACHE_MODEL_LAYERS][2];
 } cache_model_sequence;
 
 typedef struct cache_model {
     tq_cache_params params;
     tq_format formats[2][CACHE_MODEL_LAYERS];
-    tq_codec *codecs[2][CACHE_MODEL_LAYERS];
+    tq_codec *codecs[2][CACHE_MODEL_LAYERS], *ref_codec;
     int32_t head_dim[2];
     tq_cache *cache;
     kv_random random;
     const tq_executor *executor;
     cache_model_sequence sequences[CACHE_MODEL_SEQUENCES];
-    float *rows[2]; /* [CACHE_MODEL_APPEND, n_head_kv, head_dim] */
+    cache_model_sequence published; /* length[0]: its tokens in pages that can be found if none was evicted */
+    int64_t n_evicted;              /* when it was published */
+    bool is_tight;                  /* memory for a few pages only, and a file for the others; any call may find it too small */
+    int32_t n_tokens;               /* handed out so far */
+    float *rows[2];                 /* [CACHE_MODEL_APPEND, n_head_kv, head_dim] */
 } cache_model;
 
 static inline int64_t cache_model_row(const cache_model *m, int32_t side)
 {
     return (int64_t)m->params.n_head_kv * m->head_dim[side];
+}
+
+/* The cache again, with memory for n_frames pages besides that for sequences. */
+static inline void cache_model_tighten(cache_model *m, int32_t n_frames)
+{
+    size_t page_bytes = m->cache->pool.page_bytes, sequence_bytes = m->cache->exact_bytes + 1000;
+    m->params.budget_bytes =
+        m->cache->budget.used + (size_t)n_frames * page_bytes + (CACHE_MODEL_SEQUENCES + 1) * sequence_bytes;
+    tq_cache_free(m->cache);
+    m->params.offload_folder = kv_temporary_folder();
+    m->params.offload_bytes = (size_t)(m->params.n_pages + 2) * (page_bytes + 16384);
+    KV_CHECK(tq_cache_create(&m->cache, &m->params) == TQ_OK);
+}
+
+/* FULL is no surprise where memory is tight. True if the call did what it should. */
+static inline bool cache_model_done(const cache_model *m, tq_status status)
+{
+    KV_CHECK(status == TQ_OK || (status == TQ_ERR_FULL && m->is_tight));
+    return status == TQ_OK;
 }
 
 static inline void cache_model_init(cache_model *m, kv_input *input, const tq_executor *executor)
@@ -48,28 +77,37 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
     p->n_head_kv = kv_take(input, 2) + 1;
     p->head_dim = m->head_dim[0] = 64;
     p->head_dim_v = m->head_dim[1] = kv_take(input, 2) ? 80 : 64;
-    p->page_size = 16 * (kv_take(input, 2) + 1);
+    static const int32_t page_sizes[] = {16, 32, 64, 256};
+    p->page_size = page_sizes[kv_take(input, 4)];
     p->n_pages = kv_take(input, 12) + 1;
+    if (p->n_pages > CACHE_MODEL_TOKENS / p->page_size) p->n_pages = CACHE_MODEL_TOKENS / p->page_size;
     p->n_sink = kv_take(input, 6);
     p->n_recent = kv_take(input, 24);
+    static const int32_t ref_blocks[] = {0, 16, 24, 64};
+    p->k_ref_block = ref_blocks[kv_take(input, 4)];
+    KV_CHECK(tq_codec_create(&m->ref_codec, TQ_FORMAT_TQ8, 64, p->seed) == TQ_OK);
     m->executor = executor;
     m->random.state = (uint64_t)kv_take(input, 256) * 104729 + 1;
     for (int32_t layer = 0; layer < p->n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) {
-            m->formats[side][layer] = (tq_format)kv_take(input, TQ_FORMAT_TQ3_PROD);
+            m->formats[side][layer] = (tq_format)kv_take(input, TQ_FORMAT_COUNT);
             KV_CHECK(tq_codec_create(&m->codecs[side][layer], m->formats[side][layer], m->head_dim[side], p->seed) == TQ_OK);
         }
     }
     p->layer_k_formats = m->formats[0];
     p->layer_v_formats = m->formats[1];
     KV_CHECK(tq_cache_create(&m->cache, p) == TQ_OK);
+    m->is_tight = kv_take(input, 2);
+    if (m->is_tight) cache_model_tighten(m, kv_take(input, 5) + 1);
     for (int32_t side = 0; side < 2; side++) {
         m->rows[side] = kv_calloc((size_t)(CACHE_MODEL_APPEND * cache_model_row(m, side)), sizeof *m->rows[side]);
-        for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
-            m->sequences[i].id = -1;
+        for (int32_t i = 0; i <= CACHE_MODEL_SEQUENCES; i++) {
+            cache_model_sequence *sequence = i < CACHE_MODEL_SEQUENCES ? &m->sequences[i] : &m->published;
+            sequence->id = -1;
             for (int32_t layer = 0; layer < p->n_layer; layer++) {
-                cache_model_side *s = &m->sequences[i].sides[layer][side];
+                cache_model_side *s = &sequence->sides[layer][side];
                 s->values = kv_calloc((size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)), sizeof *s->values);
+                s->refs = kv_calloc((size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)), sizeof *s->refs);
                 s->encoded = kv_calloc(CACHE_MODEL_TOKENS, sizeof *s->encoded);
             }
         }
@@ -78,14 +116,24 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
 
 static inline void cache_model_deinit(cache_model *m)
 {
+    tq_cache_stats stats;
+    for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
+        if (m->sequences[i].id >= 0) KV_CHECK(tq_cache_seq_free(m->cache, m->sequences[i].id) == TQ_OK);
+    }
+    KV_CHECK(tq_cache_get_stats(m->cache, &stats) == TQ_OK);
+    KV_CHECK(stats.n_pages_used == 0 && stats.exact_bytes == 0 && m->cache->pool.n_pinned == 0);
+    for (int32_t i = 0; i < m->params.n_pages; i++) KV_CHECK(m->cache->pool.pages[i].n_pins == 0);
     tq_cache_free(m->cache);
+    tq_codec_free(m->ref_codec);
     for (int32_t side = 0; side < 2; side++) {
         free(m->rows[side]);
         for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
             tq_codec_free(m->codecs[side][layer]);
-            for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
-                free(m->sequences[i].sides[layer][side].values);
-                free(m->sequences[i].sides[layer][side].encoded);
+            for (int32_t i = 0; i <= CACHE_MODEL_SEQUENCES; i++) {
+                cache_model_sequence *sequence = i < CACHE_MODEL_SEQUENCES ? &m->sequences[i] : &m->published;
+                free(sequence->sides[layer][side].values);
+                free(sequence->sides[layer][side].refs);
+                free(sequence->sides[layer][side].encoded);
             }
         }
     }
@@ -100,31 +148,85 @@ static inline int64_t cache_model_pages(const cache_model *m, const cache_model_
     return (longest + m->params.page_size - 1) / m->params.page_size;
 }
 
-static inline int64_t cache_model_pages_used(const cache_model *m)
+/* Pages that can be acquired now. */
+static inline int64_t cache_model_available(cache_model *m)
 {
-    int64_t n = 0;
-    for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++)
-        n += m->sequences[i].id < 0 ? 0 : cache_model_pages(m, &m->sequences[i]);
-    return n;
+    tq_cache_stats stats;
+    KV_CHECK(tq_cache_get_stats(m->cache, &stats) == TQ_OK);
+    return stats.n_pages_free + stats.n_pages_kept;
 }
 
-/* Take the n rows, then encode whatever is neither a sink nor recent any more. */
-static inline void cache_model_append(cache_model *m, cache_model_sequence *s, int32_t layer, int64_t n)
+/* New tokens for positions whose content is new. */
+static inline void cache_model_new_tokens(cache_model *m, cache_model_sequence *s, int64_t begin, int64_t end)
 {
-    int64_t length = s->length[layer], end = length + n;
+    for (int64_t p = begin; p < end; p++) s->tokens[p] = ++m->n_tokens;
+}
+
+static inline int64_t cache_model_longest(const cache_model *m, const cache_model_sequence *s)
+{
+    int64_t longest = s->length[0];
+    for (int32_t layer = 1; layer < m->params.n_layer; layer++)
+        longest = s->length[layer] > longest ? s->length[layer] : longest;
+    return longest;
+}
+
+/* What position p of a side reads as once it is encoded; `begins`: if it begins a block, take the block's reference first. */
+static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, int32_t layer, int32_t side, int64_t p,
+                                      bool begins)
+{
+    cache_model_side *own = &s->sides[layer][side];
+    int64_t row_floats = cache_model_row(m, side), page_size = m->params.page_size, n_recent = m->params.n_recent;
+    tq_format format = m->formats[side][layer];
+    float *row = own->values + p * row_floats;
+    bool product = format >= TQ_FORMAT_TQ4_PROD && format <= TQ_FORMAT_TQ2_PROD;
+    if (side == 1 || m->params.k_ref_block == 0 || n_recent == 0 || product || format <= TQ_FORMAT_BF16) {
+        kv_round_trip(m->codecs[side][layer], m->head_dim[side], row, m->params.n_head_kv, row);
+        return;
+    }
+    int64_t block = p - p % page_size % m->params.k_ref_block;
+    float *ref = own->refs + block * row_floats;
+    if (begins && (p == block || p == m->params.n_sink)) {
+        for (int64_t j = 0; j < row_floats; j++) {
+            ref[j] = 0;
+            for (int64_t i = 0; i < n_recent; i++) ref[j] += row[i * row_floats + j];
+            ref[j] /= (float)n_recent;
+        }
+        uint8_t bytes[64 + 2];
+        for (int32_t head = 0; head < m->params.n_head_kv; head++) {
+            KV_CHECK(tq_codec_encode(m->ref_codec, ref + head * 64, 1, bytes) == TQ_OK);
+            KV_CHECK(tq_codec_decode(m->ref_codec, bytes, 1, ref + head * 64) == TQ_OK);
+        }
+    }
+    for (int32_t head = 0; head < m->params.n_head_kv; head++) {
+        uint8_t bytes[2 * 64 + 4];
+        float *x = row + head * 64, *r = ref + head * 64;
+        for (int32_t j = 0; j < 64; j++) x[j] -= r[j];
+        KV_CHECK(tq_codec_encode(m->codecs[0][layer], x, 1, bytes) == TQ_OK);
+        KV_CHECK(tq_codec_decode(m->codecs[0][layer], bytes, 1, x) == TQ_OK);
+        for (int32_t j = 0; j < 64; j++) x[j] += r[j];
+    }
+}
+
+/* Take n rows from first_row on, then encode whatever is neither a sink nor recent any more. */
+static inline void cache_model_append(cache_model *m, cache_model_sequence *s, int32_t layer, int64_t first_row, int64_t n)
+{
+    int64_t length = s->length[layer], end = length + n, longest = cache_model_longest(m, s);
+    /* A layer that lags behind brings the content that the others' tokens stand for. */
+    if (end > longest) cache_model_new_tokens(m, s, longest, end);
     for (int32_t side = 0; side < 2; side++) {
         int64_t row_floats = cache_model_row(m, side);
         float *values = s->sides[layer][side].values;
         bool *encoded = s->sides[layer][side].encoded;
         tq_format format = m->formats[side][layer];
         bool reference = format == TQ_FORMAT_F16 || format == TQ_FORMAT_BF16;
-        for (int64_t i = 0; i < n * row_floats; i++) values[length * row_floats + i] = kv_round(m->rows[side][i]);
+        for (int64_t i = 0; i < n * row_floats; i++) {
+            values[length * row_floats + i] = kv_round(m->rows[side][first_row * row_floats + i]);
+        }
         for (int64_t p = length; p < end; p++) encoded[p] = false;
         for (int64_t p = reference ? 0 : m->params.n_sink; p < end - (reference ? 0 : m->params.n_recent); p++) {
             if (encoded[p]) continue;
             encoded[p] = true;
-            float *row = values + p * row_floats;
-            kv_round_trip(m->codecs[side][layer], m->head_dim[side], row, m->params.n_head_kv, row);
+            cache_model_encode(m, s, layer, side, p, true);
         }
     }
     s->length[layer] = end;
@@ -133,25 +235,177 @@ static inline void cache_model_append(cache_model *m, cache_model_sequence *s, i
 static inline void cache_model_do_append(cache_model *m, cache_model_sequence *s, int32_t layer, int64_t n, int32_t fault)
 {
     for (int32_t side = 0; side < 2; side++) kv_fill(&m->random, m->rows[side], n * cache_model_row(m, side));
-    tq_status expected = TQ_OK;
-    int64_t before = cache_model_pages(m, s), length = s->length[layer];
+    int64_t length = s->length[layer], available = cache_model_available(m);
+    int32_t before;
+    KV_CHECK(tq_cache_page_table(m->cache, s->id, NULL, 0, &before) == TQ_OK); /* there may be reserved ones */
     s->length[layer] = length + n;
     int64_t more = cache_model_pages(m, s) - before;
     s->length[layer] = length;
-    if (fault == 1 && n > 0) {
+    /* Shared pages may have to be copied, at most all. */
+    bool may_fill = m->is_tight || more + before > available, must_fill = more > available, bad = fault == 1 && n > 0;
+    if (bad) {
         int32_t side = (int32_t)kv_below(&m->random, 2);
         m->rows[side][kv_below(&m->random, n * cache_model_row(m, side))] = NAN;
-        expected = TQ_ERR_NOT_FINITE;
     }
-    if (cache_model_pages_used(m) + more > m->params.n_pages) expected = TQ_ERR_FULL;
     if (fault == 2) tq_alloc_fail_after((long)kv_below(&m->random, 3));
     tq_status status = tq_cache_append(m->cache, s->id, layer, n, m->rows[0], m->rows[1], m->executor);
     tq_alloc_fail_after(-1);
-    if (expected == TQ_ERR_FULL && fault == 1)
-        KV_CHECK(status == TQ_ERR_FULL || status == TQ_ERR_NOT_FINITE);
-    else
-        KV_CHECK(status == expected || (fault == 2 && status == TQ_ERR_MEMORY));
-    if (status == TQ_OK) cache_model_append(m, s, layer, n);
+    KV_CHECK(status == TQ_OK || (status == TQ_ERR_FULL && may_fill) || (status == TQ_ERR_NOT_FINITE && bad) ||
+             (status == TQ_ERR_MEMORY && fault == 2));
+    KV_CHECK(status != TQ_OK || (!must_fill && !bad));
+    if (status == TQ_OK) cache_model_append(m, s, layer, 0, n);
+}
+
+/* The positions from the beginning on that a layer's sides will not write any more. */
+static inline int64_t cache_model_settled(const cache_model *m, const cache_model_sequence *s)
+{
+    int64_t settled = CACHE_MODEL_TOKENS;
+    for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
+        for (int32_t side = 0; side < 2; side++) {
+            bool exact = m->formats[side][layer] == TQ_FORMAT_F16 || m->formats[side][layer] == TQ_FORMAT_BF16;
+            int64_t p = exact ? 0 : m->params.n_sink;
+            while (p < s->length[layer] && s->sides[layer][side].encoded[p]) p++;
+            if (p > s->length[layer]) p = s->length[layer];
+            if (p < settled) settled = p;
+        }
+    }
+    return settled / m->params.page_size * m->params.page_size;
+}
+
+static inline void cache_model_copy(const cache_model *m, cache_model_sequence *to, const cache_model_sequence *from)
+{
+    memcpy(to->length, from->length, sizeof to->length);
+    memcpy(to->tokens, from->tokens, sizeof to->tokens);
+    for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
+        for (int32_t side = 0; side < 2; side++) {
+            size_t bytes = (size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)) * sizeof(float);
+            memcpy(to->sides[layer][side].values, from->sides[layer][side].values, bytes);
+            memcpy(to->sides[layer][side].refs, from->sides[layer][side].refs, bytes);
+            memcpy(to->sides[layer][side].encoded, from->sides[layer][side].encoded, CACHE_MODEL_TOKENS * sizeof(bool));
+        }
+    }
+}
+
+static inline int64_t cache_model_n_evicted(cache_model *m)
+{
+    tq_cache_stats stats;
+    KV_CHECK(tq_cache_get_stats(m->cache, &stats) == TQ_OK);
+    return stats.n_evicted_pages;
+}
+
+static inline void cache_model_do_publish(cache_model *m, cache_model_sequence *s)
+{
+    int64_t shortest = s->length[0];
+    for (int32_t layer = 1; layer < m->params.n_layer; layer++)
+        shortest = s->length[layer] < shortest ? s->length[layer] : shortest;
+    KV_CHECK(tq_cache_seq_publish(m->cache, s->id, s->tokens, shortest + 1) == TQ_ERR_ARGUMENT);
+    m->published.id = -1;
+    if (!cache_model_done(m, tq_cache_seq_publish(m->cache, s->id, s->tokens, shortest))) return;
+    cache_model_copy(m, &m->published, s);
+    m->published.length[0] = cache_model_settled(m, s);
+    m->published.id = 0;
+    m->n_evicted = cache_model_n_evicted(m);
+}
+
+/* A new sequence in s from the prefix that was published. */
+static inline void cache_model_do_match(cache_model *m, cache_model_sequence *s)
+{
+    if (m->published.id < 0) return;
+    int64_t n_matched, asked = kv_below(&m->random, m->published.length[0] + 20);
+    if (asked > CACHE_MODEL_TOKENS) asked = CACHE_MODEL_TOKENS;
+    if (!cache_model_done(m, tq_cache_seq_match(m->cache, m->published.tokens, asked, &s->id, &n_matched))) return;
+    int64_t want = asked < m->published.length[0] ? asked : m->published.length[0];
+    want = want / m->params.page_size * m->params.page_size;
+    /* More, if a sequence published more of the same tokens before it was trimmed; what they hold is checked. */
+    KV_CHECK(n_matched % m->params.page_size == 0 && n_matched <= asked);
+    if (cache_model_n_evicted(m) == m->n_evicted) KV_CHECK(n_matched >= want);
+    cache_model_copy(m, s, &m->published);
+    for (int32_t layer = 0; layer < m->params.n_layer; layer++) s->length[layer] = n_matched;
+}
+
+static inline void cache_model_do_fork(cache_model *m, const cache_model_sequence *from)
+{
+    for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
+        if (m->sequences[i].id >= 0) continue;
+        if (!cache_model_done(m, tq_cache_seq_fork(m->cache, from->id, &m->sequences[i].id))) return;
+        cache_model_copy(m, &m->sequences[i], from);
+        /* Layers that lag behind go on with other content. */
+        int64_t shortest = from->length[0];
+        for (int32_t l = 1; l < m->params.n_layer; l++) shortest = from->length[l] < shortest ? from->length[l] : shortest;
+        cache_model_new_tokens(m, &m->sequences[i], shortest, cache_model_longest(m, from));
+        return;
+    }
+}
+
+/* A copy of a sequence by way of a file. */
+static inline void cache_model_do_save(cache_model *m, const cache_model_sequence *from)
+{
+    char path[300];
+    snprintf(path, sizeof path, "%s/tq-model-XXXXXX", kv_temporary_folder());
+    int descriptor = mkstemp(path);
+    KV_CHECK(descriptor >= 0);
+    close(descriptor);
+    KV_CHECK(tq_cache_save(m->cache, path, &from->id, 1) == TQ_OK);
+    for (int32_t i = 0, n; i < CACHE_MODEL_SEQUENCES; i++) {
+        cache_model_sequence *to = &m->sequences[i];
+        if (to->id >= 0) continue;
+        tq_status status = tq_cache_load(m->cache, path, &to->id, 1, &n);
+        KV_CHECK(status == TQ_OK || status == TQ_ERR_FULL);
+        if (status != TQ_OK) break;
+        KV_CHECK(n == 1);
+        cache_model_copy(m, to, from);
+        int64_t shortest = from->length[0];
+        for (int32_t l = 1; l < m->params.n_layer; l++) shortest = from->length[l] < shortest ? from->length[l] : shortest;
+        cache_model_new_tokens(m, to, shortest, cache_model_longest(m, from));
+        break;
+    }
+    unlink(path);
+}
+
+/* Rows for several sequences in turn, with gaps, and with positions that exist already. */
+static inline void cache_model_do_slots(cache_model *m, int32_t layer, int64_t n)
+{
+    int64_t slots[CACHE_MODEL_APPEND], position[CACHE_MODEL_APPEND], length[CACHE_MODEL_SEQUENCES];
+    cache_model_sequence *owner[CACHE_MODEL_APPEND];
+    bool replaces = false;
+    int32_t table[CACHE_MODEL_SEQUENCES][12];
+    for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
+        cache_model_sequence *s = &m->sequences[i];
+        length[i] = s->length[layer];
+        if (s->id < 0) continue;
+        if (tq_cache_reserve(m->cache, s->id, n) != TQ_OK) return;
+        KV_CHECK(tq_cache_page_table(m->cache, s->id, table[i], 12, NULL) == TQ_OK);
+    }
+    for (int32_t side = 0; side < 2; side++) kv_fill(&m->random, m->rows[side], n * cache_model_row(m, side));
+    for (int64_t row = 0; row < n; row++) {
+        int32_t i = (int32_t)kv_below(&m->random, CACHE_MODEL_SEQUENCES);
+        owner[row] = &m->sequences[i];
+        slots[row] = -1;
+        if (owner[row]->id < 0) continue;
+        bool replace = length[i] > 0 && kv_below(&m->random, 16) == 0;
+        position[row] = replace ? kv_below(&m->random, length[i]) : length[i]++;
+        replaces |= replace;
+        slots[row] =
+            (int64_t)table[i][position[row] / m->params.page_size] * m->params.page_size + position[row] % m->params.page_size;
+    }
+    tq_status status = tq_cache_append_slots(m->cache, layer, n, slots, m->rows[0], m->rows[1], m->executor);
+    /* What exists may be shared, or published. */
+    if (!(status == TQ_ERR_RANGE && replaces)) cache_model_done(m, status);
+    for (int64_t row = 0; row < n && status == TQ_OK; row++) {
+        if (slots[row] < 0) continue;
+        cache_model_sequence *s = owner[row];
+        if (position[row] == s->length[layer]) {
+            cache_model_append(m, s, layer, row, 1);
+            continue;
+        }
+        cache_model_new_tokens(m, s, position[row], position[row] + 1);
+        for (int32_t side = 0; side < 2; side++) {
+            int64_t row_floats = cache_model_row(m, side);
+            float *to = s->sides[layer][side].values + position[row] * row_floats;
+            for (int64_t j = 0; j < row_floats; j++) to[j] = kv_round(m->rows[side][row * row_floats + j]);
+            if (s->sides[layer][side].encoded[position[row]]) cache_model_encode(m, s, layer, side, position[row], false);
+        }
+    }
 }
 
 static inline void cache_model_do_trim(cache_model *m, cache_model_sequence *s, int64_t n)
@@ -162,32 +416,61 @@ static inline void cache_model_do_trim(cache_model *m, cache_model_sequence *s, 
     }
 }
 
+/* One sequence, or all in a batch. */
 static inline void cache_model_do_attend(cache_model *m, kv_input *input, cache_model_sequence *s, int32_t layer)
 {
-    tq_attend_params p;
-    tq_attend_params_default(&p);
-    p.n_query = kv_take(input, 5) + 1;
-    p.n_head = m->params.n_head_kv * (kv_take(input, 3) + 1);
-    p.causal = kv_take(input, 2);
-    p.window = kv_take(input, 2) ? kv_take(input, 64) : 0;
-    p.first_pos = s->length[layer] >= p.n_query ? s->length[layer] - p.n_query : 0;
-    p.softmax_scale = 0.2f;
-    p.q_head_stride = m->head_dim[0];
-    p.out_head_stride = m->head_dim[1];
-    p.q_token_stride = (int64_t)p.n_head * m->head_dim[0];
-    p.out_token_stride = (int64_t)p.n_head * m->head_dim[1];
-    float *q = kv_calloc((size_t)(p.n_query * p.q_token_stride), sizeof *q);
-    kv_fill(&m->random, q, p.n_query * p.q_token_stride);
-    p.q = q;
-    p.out = kv_calloc((size_t)(p.n_query * p.out_token_stride), sizeof *p.out);
-    p.lse = kv_calloc((size_t)(p.n_query * p.n_head), sizeof *p.lse);
-    kv_decoded kv = {s->sides[layer][0].values, s->sides[layer][1].values, m->params.n_head_kv, m->head_dim[0], m->head_dim[1],
-                     s->length[layer]};
-    KV_CHECK(tq_cache_attend(m->cache, s->id, layer, &p, m->executor) == TQ_OK);
-    KV_CHECK(kv_matches_reference(&kv, &p));
+    tq_attend_batch batch;
+    tq_attend_batch_default(&batch);
+    tq_attend_params *p = &batch.params;
+    int64_t n_query = kv_take(input, 5) + 1;
+    p->n_head = m->params.n_head_kv * (kv_take(input, 3) + 1);
+    p->causal = kv_take(input, 2);
+    p->window = kv_take(input, 2) ? kv_take(input, 64) : 0;
+    bool as_batch = kv_take(input, 2);
+    p->softmax_scale = 0.2f;
+    p->q_head_stride = m->head_dim[0];
+    p->out_head_stride = m->head_dim[1];
+    p->q_token_stride = (int64_t)p->n_head * m->head_dim[0];
+    p->out_token_stride = (int64_t)p->n_head * m->head_dim[1];
+    int64_t starts[CACHE_MODEL_SEQUENCES + 1] = {0};
+    int32_t ids[CACHE_MODEL_SEQUENCES];
+    cache_model_sequence *members[CACHE_MODEL_SEQUENCES];
+    for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
+        cache_model_sequence *member = &m->sequences[i];
+        if (member->id < 0 || (as_batch ? member->length[layer] < n_query : member != s)) continue;
+        members[batch.n_seq] = member;
+        ids[batch.n_seq++] = member->id;
+        starts[batch.n_seq] = starts[batch.n_seq - 1] + n_query - (as_batch && i == 1 ? 1 : 0);
+    }
+    int64_t n_rows = starts[batch.n_seq];
+    float *q = kv_calloc((size_t)(n_rows * p->q_token_stride), sizeof *q);
+    kv_fill(&m->random, q, n_rows * p->q_token_stride);
+    p->q = q;
+    p->out = kv_calloc((size_t)(n_rows * p->out_token_stride), sizeof *p->out);
+    p->lse = kv_calloc((size_t)(n_rows * p->n_head), sizeof *p->lse);
+    batch.seqs = ids;
+    batch.query_starts = starts;
+    if (as_batch) KV_CHECK(tq_cache_attend_batch(m->cache, layer, &batch, m->executor) == TQ_OK);
+    for (int32_t i = 0; i < batch.n_seq; i++) {
+        tq_attend_params one = *p;
+        int64_t length = members[i]->length[layer];
+        one.n_query = starts[i + 1] - starts[i];
+        one.first_pos = length >= one.n_query ? length - one.n_query : 0;
+        one.q += starts[i] * one.q_token_stride;
+        one.out += starts[i] * one.out_token_stride;
+        one.lse += starts[i] * one.n_head;
+        kv_decoded kv = {members[i]->sides[layer][0].values,
+                         members[i]->sides[layer][1].values,
+                         m->params.n_head_kv,
+                         m->head_dim[0],
+                         m->head_dim[1],
+                         length};
+        if (!as_batch) KV_CHECK(tq_cache_attend(m->cache, s->id, layer, &one, m->executor) == TQ_OK);
+        KV_CHECK(kv_matches_reference(&kv, &one));
+    }
     free(q);
-    free(p.out);
-    free(p.lse);
+    free(p->out);
+    free(p->lse);
 }
 
 static inline void cache_model_check_sequence(cache_model *m, const cache_model_sequence *s, int32_t layer)
@@ -208,8 +491,16 @@ static inline void cache_model_check(cache_model *m)
 {
     tq_cache_stats stats;
     KV_CHECK(tq_cache_get_stats(m->cache, &stats) == TQ_OK);
-    KV_CHECK(stats.n_pages_used == cache_model_pages_used(m));
-    KV_CHECK(stats.n_pages_free == m->params.n_pages - stats.n_pages_used);
+    int64_t most = 0, sum = 0;
+    for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
+        int64_t n = m->sequences[i].id < 0 ? 0 : cache_model_pages(m, &m->sequences[i]);
+        most = n > most ? n : most;
+        sum += n;
+    }
+    /* A reservation may exceed what is there already. */
+    KV_CHECK(stats.n_pages_used >= most && stats.n_pages_used <= sum + CACHE_MODEL_SEQUENCES * 12);
+    KV_CHECK(stats.n_pages_used + stats.n_pages_kept + stats.n_pages_free == m->params.n_pages);
+    tq_cache_poison(m->cache);
     for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
         if (m->sequences[i].id < 0) continue;
         for (int32_t layer = 0; layer < m->params.n_layer; layer++) cache_model_check_sequence(m, &m->sequences[i], layer);
@@ -218,7 +509,7 @@ static inline void cache_model_check(cache_model *m)
 
 static inline void cache_model_create(cache_model *m, cache_model_sequence *s)
 {
-    KV_CHECK(tq_cache_seq_create(m->cache, &s->id) == TQ_OK);
+    if (!cache_model_done(m, tq_cache_seq_create(m->cache, &s->id))) return;
     KV_CHECK(s->id >= 0);
     for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) KV_CHECK(&m->sequences[i] == s || m->sequences[i].id != s->id);
     memset(s->length, 0, sizeof s->length);
@@ -230,22 +521,33 @@ static inline void cache_model_run(const uint8_t *data, size_t n, const tq_execu
     cache_model model, *m = &model;
     cache_model_init(m, &input, executor);
     while (input.n > 0) {
-        int32_t operation = kv_take(&input, 16);
+        int32_t operation = kv_take(&input, 23);
         cache_model_sequence *s = &m->sequences[kv_take(&input, CACHE_MODEL_SEQUENCES)];
         int32_t layer = kv_take(&input, m->params.n_layer), amount = kv_take(&input, CACHE_MODEL_APPEND);
         if (s->id < 0) {
-            cache_model_create(m, s);
-        } else if (operation < 8) {
-            cache_model_do_append(m, s, layer, operation < 4 ? amount % 4 : amount, 0);
-        } else if (operation < 10) {
-            cache_model_do_append(m, s, layer, amount, operation - 7);
-        } else if (operation < 12) {
+            if (operation % 2 == 0)
+                cache_model_create(m, s);
+            else
+                cache_model_do_match(m, s);
+        } else if (operation < 7) {
+            cache_model_do_append(m, s, layer, operation < 3 ? amount % 4 : amount, 0);
+        } else if (operation < 9) {
+            cache_model_do_append(m, s, layer, amount, operation - 6);
+        } else if (operation < 11) {
             cache_model_do_trim(m, s,
-                                operation == 10                     ? amount
+                                operation == 9                      ? amount
                                 : s->length[layer] - amount % 8 > 0 ? s->length[layer] - amount % 8
                                                                     : 0);
-        } else if (operation < 15) {
+        } else if (operation < 14) {
             cache_model_do_attend(m, &input, s, layer);
+        } else if (operation < 16) {
+            cache_model_do_publish(m, s);
+        } else if (operation < 18) {
+            cache_model_do_fork(m, s);
+        } else if (operation < 20) {
+            cache_model_do_slots(m, layer, amount % 40);
+        } else if (operation == 20) {
+            cache_model_do_save(m, s);
         } else {
             KV_CHECK(tq_cache_seq_free(m->cache, s->id) == TQ_OK);
             s->id = -1;

@@ -78,6 +78,27 @@ static inline void *kv_aligned(size_t bytes)
     return p;
 }
 
+/* A call that may fail once for want of memory, as tq_alloc_fail_after wants it; counts that in n_failed. */
+#define KV_EVENTUALLY(call)                 \
+    do {                                    \
+        tq_status status_ = call;           \
+        if (status_ == TQ_OK) break;        \
+        KV_CHECK(status_ == TQ_ERR_MEMORY); \
+        tq_alloc_fail_after(-1);            \
+        n_failed++;                         \
+        KV_CHECK(call == TQ_OK);            \
+    } while (0)
+
+static inline const char *kv_temporary_folder(void)
+{
+    const char *folder = getenv("TMPDIR");
+#if defined(P_tmpdir)
+    return folder ? folder : P_tmpdir;
+#else
+    return folder ? folder : ".";
+#endif
+}
+
 /* The bytes of one fuzz input; zeros when they are used up. */
 typedef struct kv_input {
     const uint8_t *data;

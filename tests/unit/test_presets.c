@@ -73,6 +73,21 @@ static void test_mean_of_keys_and_values(void **state)
     assert_true(fabs(both - (eight + two) / 2) < 1e-9);
 }
 
+/* What a cache is by default is what the plug-in calls TQ4. */
+static void test_default_of_caches(void **state)
+{
+    (void)state;
+    tq_cache_params p;
+    tq_cache_params_default(&p);
+    const tq_preset *preset = tq_preset_get(TQ_PRESET_DEFAULT);
+    assert_string_equal(preset->name, "TQ4");
+    assert_int_equal(p.k_format, preset->k_format);
+    assert_int_equal(p.v_format, preset->v_format);
+    assert_int_equal(p.n_sink, preset->n_sink);
+    assert_int_equal(p.n_recent, preset->n_recent);
+    assert_int_equal(p.k_ref_block, preset->k_ref_block);
+}
+
 static void test_refusals(void **state)
 {
     (void)state;
@@ -92,6 +107,7 @@ int main(void)
         cmocka_unit_test(test_list),
         cmocka_unit_test(test_bits_per_value),
         cmocka_unit_test(test_mean_of_keys_and_values),
+        cmocka_unit_test(test_default_of_caches),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

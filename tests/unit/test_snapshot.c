@@ -1,0 +1,406 @@
+/* SPDX-License-Identifier: MIT */
+/* Snapshots: what is saved is loaded, and nothing else is: damage, other shapes, full disks, failing memory, sudden death. */
+#define _GNU_SOURCE /* mkdtemp, kill */
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <dirent.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/alloc.h"
+#include "cache/snapshot.h"
+#include "kv_test.h"
+
+enum { N_TOK = 50, ROW = 2 * 64, N_CORRUPTIONS = 3000, N_KILLS = 200 };
+
+static float rows[256 * ROW];
+static int32_t tokens[256];
+static char folder[256], path[300];
+
+static tq_cache_params params_of_test(void)
+{
+    tq_cache_params p;
+    tq_cache_params_default(&p);
+    p.n_layer = 2;
+    p.n_head_kv = 2;
+    p.head_dim = 64;
+    p.page_size = 16;
+    p.n_pages = 16;
+    p.n_sink = 2;
+    p.n_recent = 8;
+    p.v_format = TQ_FORMAT_TQ3;
+    return p;
+}
+
+static tq_cache *create(void)
+{
+    tq_cache_params p = params_of_test();
+    tq_cache *cache;
+    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
+    return cache;
+}
+
+static void append(tq_cache *cache, int32_t seq, int64_t n)
+{
+    for (int32_t layer = 0; layer < 2; layer++) {
+        const float *from = rows + tq_cache_length(cache, seq, layer) * ROW;
+        assert_int_equal(tq_cache_append(cache, seq, layer, n, from, from + 5 * ROW, NULL), TQ_OK);
+    }
+}
+
+/* Two sequences, the second a fork of the first that went on; the first one's full pages are published. */
+static tq_cache *create_filled(int32_t seqs[2])
+{
+    tq_cache *cache = create();
+    assert_int_equal(tq_cache_seq_create(cache, &seqs[0]), TQ_OK);
+    append(cache, seqs[0], N_TOK);
+    assert_int_equal(tq_cache_seq_publish(cache, seqs[0], tokens, N_TOK), TQ_OK);
+    assert_int_equal(tq_cache_seq_fork(cache, seqs[0], &seqs[1]), TQ_OK);
+    append(cache, seqs[1], 11);
+    return cache;
+}
+
+static void assert_same(tq_cache *a, int32_t seq_a, tq_cache *b, int32_t seq_b)
+{
+    static float k[2][256 * ROW], v[2][256 * ROW];
+    for (int32_t layer = 0; layer < 2; layer++) {
+        int64_t n = tq_cache_length(a, seq_a, layer);
+        assert_int_equal(tq_cache_length(b, seq_b, layer), n);
+        assert_int_equal(tq_cache_read(a, seq_a, layer, 0, n, k[0], v[0]), TQ_OK);
+        assert_int_equal(tq_cache_read(b, seq_b, layer, 0, n, k[1], v[1]), TQ_OK);
+        assert_memory_equal(k[0], k[1], (size_t)(n * ROW) * sizeof(float));
+        assert_memory_equal(v[0], v[1], (size_t)(n * ROW) * sizeof(float));
+    }
+}
+
+static tq_cache_stats stats_of(tq_cache *cache)
+{
+    tq_cache_stats stats;
+    assert_int_equal(tq_cache_get_stats(cache, &stats), TQ_OK);
+    return stats;
+}
+
+static int n_files(void)
+{
+    int n = 0;
+    DIR *dir = opendir(folder);
+    for (struct dirent *entry; (entry = readdir(dir));) n += entry->d_name[0] != '.';
+    closedir(dir);
+    return n;
+}
+
+static uint8_t *read_file(size_t *n)
+{
+    FILE *file = fopen(path, "rb");
+    KV_CHECK(file);
+    uint8_t *bytes = kv_aligned(1 << 20);
+    *n = fread(bytes, 1, 1 << 20, file);
+    fclose(file);
+    return bytes;
+}
+
+static void test_round_trip(void **state)
+{
+    (void)state;
+    int32_t seqs[2], loaded[2], n, match;
+    int64_t n_matched;
+    tq_cache *cache = create_filled(seqs), *other = create();
+    assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+    assert_int_equal(n_files(), 1);
+    assert_int_equal(tq_cache_load(other, path, loaded, 1, &n), TQ_ERR_SHAPE);
+    assert_int_equal(tq_cache_load(other, path, loaded, 2, &n), TQ_OK);
+    assert_int_equal(n, 2);
+    for (int i = 0; i < 2; i++) assert_same(cache, seqs[i], other, loaded[i]);
+    /* Shared pages were saved once and are shared again, published ones are found, and sequences go on as they would have. */
+    assert_int_equal(stats_of(other).n_pages_used, stats_of(cache).n_pages_used);
+    assert_int_equal(stats_of(other).n_pages_shared, stats_of(cache).n_pages_shared);
+    assert_int_equal(tq_cache_seq_match(other, tokens, N_TOK, &match, &n_matched), TQ_OK);
+    assert_int_equal(n_matched, 32);
+    for (int i = 0; i < 2; i++) {
+        append(cache, seqs[i], 20);
+        append(other, loaded[i], 20);
+        assert_same(cache, seqs[i], other, loaded[i]);
+    }
+    /* The same file twice, beside what is there; then one sequence alone, over the old file. */
+    assert_int_equal(tq_cache_seq_free(other, match), TQ_OK);
+    assert_int_equal(tq_cache_load(other, path, loaded, 2, &n), TQ_OK);
+    assert_int_equal(tq_cache_save(cache, path, &seqs[1], 1), TQ_OK);
+    for (int i = 0; i < 2; i++) assert_int_equal(tq_cache_seq_free(other, loaded[i]), TQ_OK);
+    assert_int_equal(tq_cache_load(other, path, loaded, 2, &n), TQ_OK);
+    assert_int_equal(n, 1);
+    assert_same(cache, seqs[1], other, loaded[0]);
+    assert_int_equal(n_files(), 1);
+    tq_snapshot_info info;
+    tq_format formats[4];
+    assert_int_equal(tq_snapshot_describe(&info, path, true, formats, 4), TQ_OK);
+    assert_int_equal(info.n_sequences, 1);
+    assert_int_equal(info.page_size, 16);
+    assert_int_equal(formats[3], TQ_FORMAT_TQ3);
+    tq_cache_free(cache);
+    tq_cache_free(other);
+}
+
+static void test_kept_prefixes_are_saved(void **state)
+{
+    (void)state;
+    int32_t seqs[2], n, match;
+    int64_t n_matched;
+    tq_cache *cache = create_filled(seqs), *other = create();
+    for (int i = 0; i < 2; i++) assert_int_equal(tq_cache_seq_free(cache, seqs[i]), TQ_OK);
+    assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+    assert_int_equal(tq_cache_load(other, path, NULL, 0, &n), TQ_OK);
+    assert_int_equal(n, 0);
+    assert_int_equal(stats_of(other).n_pages_kept, 2);
+    assert_int_equal(stats_of(other).n_pages_used, 0);
+    assert_int_equal(tq_cache_seq_match(other, tokens, N_TOK, &match, &n_matched), TQ_OK);
+    assert_int_equal(n_matched, 32);
+    int32_t original;
+    assert_int_equal(tq_cache_seq_match(cache, tokens, N_TOK, &original, &n_matched), TQ_OK);
+    assert_same(cache, original, other, match);
+    tq_cache_free(cache);
+    tq_cache_free(other);
+}
+
+/* A snapshot of every earlier version, read for ever. TQ_WRITE_GOLDEN=1 makes the current one. */
+static void test_golden_snapshot(void **state)
+{
+    (void)state;
+    const char *golden = "tests/golden/snapshot_1.tqs";
+    int32_t seqs[2], loaded[2], n, match;
+    int64_t n_matched;
+    tq_cache *cache = create_filled(seqs), *other = create();
+    if (getenv("TQ_WRITE_GOLDEN")) assert_int_equal(tq_cache_save(cache, golden, NULL, 0), TQ_OK);
+    assert_int_equal(tq_cache_load(other, golden, loaded, 2, &n), TQ_OK);
+    assert_int_equal(n, 2);
+    for (int i = 0; i < 2; i++) assert_same(cache, seqs[i], other, loaded[i]);
+    assert_int_equal(tq_cache_seq_match(other, tokens, N_TOK, &match, &n_matched), TQ_OK);
+    assert_int_equal(n_matched, 32);
+    tq_cache_free(cache);
+    tq_cache_free(other);
+}
+
+static void test_other_shapes_are_refused(void **state)
+{
+    (void)state;
+    int32_t seqs[2], loaded[2], n;
+    tq_cache *cache = create_filled(seqs), *other;
+    assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+    const tq_cache_params good = params_of_test();
+#define REFUSED(status, assignment)                                          \
+    do {                                                                     \
+        tq_cache_params p = good;                                            \
+        assignment;                                                          \
+        assert_int_equal(tq_cache_create(&other, &p), TQ_OK);                \
+        assert_int_equal(tq_cache_load(other, path, loaded, 2, &n), status); \
+        assert_int_equal(stats_of(other).n_pages_used, 0);                   \
+        tq_cache_free(other);                                                \
+    } while (0)
+    REFUSED(TQ_ERR_MISMATCH, p.n_layer = 1);
+    REFUSED(TQ_ERR_MISMATCH, p.n_head_kv = 1);
+    REFUSED(TQ_ERR_MISMATCH, p.head_dim = 128);
+    REFUSED(TQ_ERR_MISMATCH, p.page_size = 32);
+    REFUSED(TQ_ERR_MISMATCH, p.n_sink = 1);
+    REFUSED(TQ_ERR_MISMATCH, p.n_recent = 9);
+    REFUSED(TQ_ERR_MISMATCH, p.v_format = TQ_FORMAT_TT3); /* of the same bytes */
+    REFUSED(TQ_ERR_MISMATCH, p.k_ref_block = 32);         /* likewise */
+    REFUSED(TQ_ERR_MISMATCH, p.seed++);
+    REFUSED(TQ_ERR_FULL, p.n_pages = 5);
+    assert_int_equal(tq_cache_load(cache, "/nowhere/at/all", loaded, 2, &n), TQ_ERR_IO);
+    assert_int_equal(tq_cache_load(cache, folder, loaded, 2, &n), TQ_ERR_IO);
+    assert_int_equal(tq_cache_save(cache, "/nowhere/at/all", NULL, 0), TQ_ERR_IO);
+    assert_int_equal(tq_cache_save(cache, path, &(int32_t){77}, 1), TQ_ERR_RANGE);
+    assert_int_equal(tq_cache_save(cache, NULL, NULL, 0), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_load(cache, path, NULL, 2, &n), TQ_ERR_ARGUMENT);
+    tq_cache_free(cache);
+}
+
+/* Bits flipped, ends cut off or added, fields overwritten: nothing is loaded, and nothing is left behind. */
+static void test_damage_is_found(void **state)
+{
+    (void)state;
+    int32_t seqs[2], loaded[2], n;
+    tq_cache *cache = create_filled(seqs), *other = create();
+    assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+    size_t n_bytes;
+    uint8_t *good = read_file(&n_bytes), *bad = kv_aligned(2 * n_bytes);
+    kv_random random = {.state = 77};
+    size_t before = stats_of(other).allocated_bytes;
+    for (int run = 0, n_runs = kv_runs(getenv("TQ_TEST_LONG") ? 100000 : N_CORRUPTIONS); run < n_runs; run++) {
+        memcpy(bad, good, n_bytes);
+        size_t n_bad = n_bytes;
+        int64_t kind = kv_below(&random, 4), end = kv_below(&random, 2) ? 120 : (int64_t)n_bytes;
+        if (kind == 0) bad[kv_below(&random, end)] ^= (uint8_t)(1 << kv_below(&random, 8));
+        if (kind == 1) n_bad = (size_t)kv_below(&random, (int64_t)n_bytes);
+        if (kind == 2) n_bad += 1 + (size_t)kv_below(&random, (int64_t)n_bytes);
+        if (kind == 3) {
+            int64_t at = kv_below(&random, end - 4), value = kv_below(&random, 3);
+            int32_t field = value == 0 ? -1 : value == 1 ? INT32_MAX : (int32_t)kv_next(&random);
+            if (memcmp(bad + at, &field, 4) == 0) continue;
+            memcpy(bad + at, &field, 4);
+        }
+        /* Of the file's exact size, so that the address sanitizer sees what lies beyond. */
+        uint8_t *exact = kv_calloc(1, n_bad);
+        memcpy(exact, bad, n_bad);
+        tq_status status = tq_snapshot_load(other, (tq_snapshot_bytes){exact, n_bad}, loaded, 2, &n);
+        free(exact);
+        /* Only what fills gaps carries no meaning and no hash. */
+        if (status == TQ_OK) {
+            for (int i = 0; i < 2; i++) assert_same(cache, seqs[i], other, loaded[i]);
+            for (int i = 0; i < 2; i++) assert_int_equal(tq_cache_seq_free(other, loaded[i]), TQ_OK);
+            tq_cache_free(other);
+            other = create();
+        } else {
+            assert_true(status == TQ_ERR_CORRUPT || status == TQ_ERR_MISMATCH);
+        }
+        assert_int_equal(stats_of(other).n_pages_used, 0);
+        assert_int_equal(stats_of(other).n_sequences, 0);
+    }
+    assert_true(stats_of(other).allocated_bytes < before + n_bytes);
+    free(good);
+    free(bad);
+    tq_cache_free(cache);
+    tq_cache_free(other);
+}
+
+static void test_failing_allocation(void **state)
+{
+    (void)state;
+    int32_t seqs[2], loaded[2], n;
+    tq_cache *cache = create_filled(seqs);
+    for (long n_ok = 0;; n_ok++) {
+        assert_true(n_ok < 100);
+        tq_cache *other = create();
+        tq_cache_stats before = stats_of(cache);
+        tq_alloc_fail_after(n_ok);
+        tq_status saved = tq_cache_save(cache, path, NULL, 0);
+        tq_alloc_fail_after(-1);
+        assert_true(saved == TQ_OK || saved == TQ_ERR_MEMORY);
+        assert_int_equal(stats_of(cache).n_pages_shared, before.n_pages_shared);
+        assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+        tq_alloc_fail_after(n_ok);
+        tq_status status = tq_cache_load(other, path, loaded, 2, &n);
+        tq_alloc_fail_after(-1);
+        assert_true(status == TQ_OK || status == TQ_ERR_MEMORY);
+        if (status != TQ_OK) {
+            assert_int_equal(stats_of(other).n_sequences + stats_of(other).n_pages_used + stats_of(other).n_pages_kept, 0);
+            assert_int_equal(tq_cache_load(other, path, loaded, 2, &n), TQ_OK);
+        }
+        for (int i = 0; i < 2; i++) assert_same(cache, seqs[i], other, loaded[i]);
+        tq_cache_free(other);
+        if (saved == TQ_OK && status == TQ_OK && n_ok > 30) break;
+    }
+    assert_int_equal(n_files(), 1);
+    tq_cache_free(cache);
+}
+
+/* A file that may not grow stands in for a full disk: the old file stays, no temporary one is left. */
+static void test_full_disk(void **state)
+{
+    (void)state;
+    int32_t seqs[2], loaded[2], n;
+    tq_cache *cache = create_filled(seqs), *other = create();
+    assert_int_equal(tq_cache_save(cache, path, &seqs[0], 1), TQ_OK);
+    struct rlimit old;
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
+    struct rlimit small = {.rlim_cur = 4096, .rlim_max = old.rlim_max};
+    signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
+    tq_status status = tq_cache_save(cache, path, NULL, 0);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &old), 0);
+    assert_int_equal(status, TQ_ERR_IO);
+    assert_int_equal(n_files(), 1);
+    assert_int_equal(tq_cache_load(other, path, loaded, 2, &n), TQ_OK);
+    assert_int_equal(n, 1);
+    assert_same(cache, seqs[0], other, loaded[0]);
+    tq_cache_free(cache);
+    tq_cache_free(other);
+}
+
+/* A process that is killed while it saves leaves the old file or the new one. Every other one is killed after it has said
+   that a new file is in place, so that the loader meets both however slow the machine is. */
+static void test_sudden_death(void **state)
+{
+    (void)state;
+    kv_random random = {.state = 4};
+    int32_t seqs[2], loaded[2], n;
+    tq_cache *cache = create_filled(seqs);
+    assert_int_equal(tq_cache_save(cache, path, &seqs[0], 1), TQ_OK);
+    for (int run = 0, n_runs = kv_runs(N_KILLS); run < n_runs; run++) {
+        int saved[2];
+        KV_CHECK(pipe(saved) == 0);
+        pid_t child = fork();
+        KV_CHECK(child >= 0);
+        if (child == 0) {
+            for (;;) {
+                append(cache, seqs[0], 1);
+                if (tq_cache_save(cache, path, &seqs[0], 1) != TQ_OK) _exit(1);
+                if (write(saved[1], "", 1) != 1) _exit(1);
+                if (tq_cache_length(cache, seqs[0], 0) > 150) _exit(tq_cache_trim(cache, seqs[0], N_TOK) != TQ_OK);
+            }
+        }
+        close(saved[1]);
+        bool wait_for_file = run % 2 == 1;
+        char byte;
+        if (wait_for_file) assert_int_equal(read(saved[0], &byte, 1), 1);
+        usleep((useconds_t)kv_below(&random, 4000));
+        kill(child, SIGKILL);
+        waitpid(child, NULL, 0);
+        close(saved[0]);
+        tq_cache *other = create();
+        assert_int_equal(tq_cache_load(other, path, loaded, 2, &n), TQ_OK);
+        assert_int_equal(n, 1);
+        int64_t length = tq_cache_length(other, loaded[0], 0);
+        assert_true(length >= N_TOK + wait_for_file && length <= 151);
+        tq_cache_free(other);
+    }
+    tq_cache_free(cache);
+}
+
+static int make_folder(void **state)
+{
+    (void)state;
+    const char *parent = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%s/tq-test-XXXXXX", parent ? parent : P_tmpdir);
+    if (!mkdtemp(folder)) return 1;
+    snprintf(path, sizeof path, "%s/snapshot", folder);
+    return 0;
+}
+
+static int remove_folder(void **state)
+{
+    (void)state;
+    DIR *dir = opendir(folder);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        char name[600];
+        snprintf(name, sizeof name, "%s/%s", folder, entry->d_name);
+        if (entry->d_name[0] != '.') unlink(name);
+    }
+    if (dir) closedir(dir);
+    return rmdir(folder);
+}
+
+int main(void)
+{
+    kv_random random = {.state = 5};
+    kv_fill(&random, rows, sizeof rows / sizeof rows[0]);
+    for (int32_t i = 0; i < 256; i++) tokens[i] = 1000 + i;
+#define IN_FOLDER(test) cmocka_unit_test_setup_teardown(test, make_folder, remove_folder)
+    const struct CMUnitTest tests[] = {
+        IN_FOLDER(test_round_trip),
+        IN_FOLDER(test_kept_prefixes_are_saved),
+        IN_FOLDER(test_golden_snapshot),
+        IN_FOLDER(test_damage_is_found),
+        IN_FOLDER(test_other_shapes_are_refused),
+        IN_FOLDER(test_failing_allocation),
+        IN_FOLDER(test_full_disk),
+        IN_FOLDER(test_sudden_death),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
