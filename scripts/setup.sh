@@ -15,7 +15,7 @@ if [ "${1:-}" = --check ]; then
 fi
 level=${1:-build}
 
-packages="build-essential cmake ninja-build pkg-config libcjson-dev libcmocka-dev python3"
+packages="build-essential cmake ninja-build pkg-config libcjson-dev libxxhash-dev libcmocka-dev python3"
 case $level in
 build) ;;
 run) packages="$packages python3-venv" ;;
@@ -63,7 +63,7 @@ fi
 
 if [ $install = no ] || [ "$level" = build ]; then exit 0; fi
 
-# matplotlib, Jinja2 and tqdm are tq eval's; gguf and numpy only make test models.
+# matplotlib, Jinja2 and tqdm are tq eval's, the first two also tq cache simulate's; gguf and numpy only make test models.
 wanted="matplotlib==3.11.2 jinja2==3.1.6 tqdm==4.70.1"
 if [ "$level" = test ]; then wanted="$wanted gguf==0.19.0 numpy==2.2.6"; fi
 stamp=$deps/venv/.installed
