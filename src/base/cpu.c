@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 static const tq_cpu_level levels[] = {
@@ -17,6 +19,8 @@ static const tq_cpu_level levels[] = {
     {"avx512", TQ_CPU_AVX2 | TQ_CPU_AVX512},
 #elif defined(__aarch64__)
     {"neon", TQ_CPU_NEON},
+    {"dotprod", TQ_CPU_NEON | TQ_CPU_DOTPROD},
+    {"i8mm", TQ_CPU_NEON | TQ_CPU_DOTPROD | TQ_CPU_I8MM},
 #endif
 };
 enum { N_LEVELS = sizeof(levels) / sizeof(levels[0]) };
@@ -58,7 +62,13 @@ uint32_t tq_cpu_detect(void)
 #elif defined(__aarch64__)
 uint32_t tq_cpu_detect(void)
 {
-    return TQ_CPU_NEON; /* part of every AArch64 application processor */
+    uint32_t flags = TQ_CPU_NEON;                                           /* part of every AArch64 application processor */
+#if defined(__linux__)
+    const unsigned long hwcap_asimddp = 1ul << 20, hwcap2_i8mm = 1ul << 13; /* Linux's asm/hwcap.h */
+    if (getauxval(AT_HWCAP) & hwcap_asimddp) flags |= TQ_CPU_DOTPROD;
+    if ((flags & TQ_CPU_DOTPROD) && (getauxval(AT_HWCAP2) & hwcap2_i8mm)) flags |= TQ_CPU_I8MM;
+#endif
+    return flags;
 }
 #else
 uint32_t tq_cpu_detect(void)

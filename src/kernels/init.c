@@ -17,6 +17,8 @@ void tq_kernels_init(tq_kernels *kernels, uint32_t cpu_flags)
     if (cpu_flags & TQ_CPU_AVX512) tq_kernels_init_avx512(kernels);
 #elif defined(__aarch64__)
     if (cpu_flags & TQ_CPU_NEON) tq_kernels_init_neon(kernels);
+    if (cpu_flags & TQ_CPU_DOTPROD) tq_kernels_init_dotprod(kernels);
+    if (cpu_flags & TQ_CPU_I8MM) tq_kernels_init_i8mm(kernels);
 #endif
 }
 

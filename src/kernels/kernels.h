@@ -69,5 +69,7 @@ void tq_kernels_init_scalar(tq_kernels *kernels);
 void tq_kernels_init_avx2(tq_kernels *kernels);
 void tq_kernels_init_avx512(tq_kernels *kernels);
 void tq_kernels_init_neon(tq_kernels *kernels);
+void tq_kernels_init_dotprod(tq_kernels *kernels);
+void tq_kernels_init_i8mm(tq_kernels *kernels);
 
 #endif
