@@ -7,9 +7,10 @@
 
 #include "kernels/arm/products.h"
 
-#define SET_PRODUCTS(index, name, level)                      \
-    kernels->format[index].score = tq_score_##name##_##level; \
-    kernels->format[index].accumulate = tq_accumulate_##name##_##level
+#define SET_PRODUCTS(index, name, level)                                \
+    kernels->format[index].score = tq_score_##name##_##level;           \
+    kernels->format[index].accumulate = tq_accumulate_##name##_##level; \
+    kernels->format[index].expand_rows = INT32_MAX
 
 void tq_kernels_init_dotprod(tq_kernels *kernels)
 {
