@@ -156,6 +156,13 @@ TQ_INLINE void sums_unzip(const sums *zipped, vec *out)
     out[1] = _mm512_permutex2var_ps(a, high, b);
 }
 
+/* Numbers with signs. */
+TQ_INLINE void floats_of_words(words a, vec *out)
+{
+    out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(a)));
+    out[1] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(a, 1)));
+}
+
 /* x[i] * factor to nearest, for 16 floats; what is larger than 32767 is not asked for. */
 TQ_INLINE void store_as_words(const vec *x, vec factor, int16_t *out)
 {
