@@ -34,7 +34,7 @@ static weights_kind split_weights_init(split_weights *w, const uint16_t *scales,
     for (int r = 0; r < n_row; r++, p += p_stride) {
         float factor;
         scale_weights(p, scales, n, scaled);
-        if (!integer_unit(scaled, whole, SPLIT_LARGEST, &factor, &w->unit[r])) return WEIGHTS_NOT_FINITE;
+        if (!integer_unit(scaled, whole, &factor, &w->unit[r])) return WEIGHTS_NOT_FINITE;
         for (int32_t i = 0; i < whole; i += WEIGH_VECTORS) {
             int8x16_t high, low;
             split16(scaled + i, vdupq_n_f32(factor), &high, &low);

@@ -6,7 +6,7 @@
 
 #include "kernels/simd/integers.h"
 
-/* 16 floats times factor, of magnitude SPLIT_LARGEST at most, to high and low bytes. */
+/* 16 floats times factor, of magnitude INTEGER_LARGEST at most, to high and low bytes. */
 TQ_INLINE void split16(const float *x, float32x4_t factor, int8x16_t *high, int8x16_t *low)
 {
     int16x4_t word[4];

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Products of bytes by sdot: each lane adds 4 products of neighbouring bytes. Numbers that were split (SPLIT_LARGEST) are 16
+ * Products of bytes by sdot: each lane adds 4 products of neighbouring bytes. Numbers that were split (INTEGER_LARGEST) are 16
  * high bytes, then 16 low ones. Include it inside the target region, after vec_neon.h.
  */
 #ifndef TQ_KERNELS_ARM_PRODUCTS_DOTPROD_H

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Products of bytes by smmla: a matrix of 2 x 8 bytes by one of 8 x 2. The left one has the high and the low bytes of numbers
- * that were split (SPLIT_LARGEST), so that one instruction does what four of sdot's lanes pairs do. Include it inside the
+ * that were split (INTEGER_LARGEST), so that one instruction does what four of sdot's lanes pairs do. Include it inside the
  * target region, after vec_neon.h.
  */
 #ifndef TQ_KERNELS_ARM_PRODUCTS_I8MM_H

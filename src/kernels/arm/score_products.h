@@ -17,7 +17,7 @@ static bool split_queries_init(split_queries *out, const float *q, int32_t width
 {
     for (int r = 0; r < n_row; r++, q += width) {
         float factor;
-        if (!integer_unit(q, width, SPLIT_LARGEST, &factor, &out->unit[r])) return false;
+        if (!integer_unit(q, width, &factor, &out->unit[r])) return false;
         for (int32_t d = 0; d < width; d += 16) {
             int8x16_t high, low;
             split16(q + d, vdupq_n_f32(factor), &high, &low);

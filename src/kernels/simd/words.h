@@ -13,7 +13,7 @@ enum { WORD_CHUNK = 128 };
 TQ_INLINE bool words_from_floats(const float *x, int32_t n, int16_t *out, float *unit)
 {
     float per_unit;
-    if (!integer_unit(x, n, 32767.0f, &per_unit, unit)) return false;
+    if (!integer_unit(x, n, &per_unit, unit)) return false;
     const vec factor = vec_set1(per_unit);
     int32_t d = 0;
     for (; d < n; d += 16) {

@@ -44,7 +44,7 @@ static weights_kind split_weights_init(split_weights *w, const uint16_t *scales,
     for (int r = 0; r < n_row; r++, p += p_stride) {
         float factor;
         scale_weights(p, scales, n, scaled);
-        if (!integer_unit(scaled, whole, SPLIT_LARGEST, &factor, &w->unit[r])) return WEIGHTS_NOT_FINITE;
+        if (!integer_unit(scaled, whole, &factor, &w->unit[r])) return WEIGHTS_NOT_FINITE;
         split_row(scaled, whole, factor, w->tiles + r / OCTET * CHUNK_STEPS * TILE_BYTES + r % OCTET * TILE_ROW_BYTES);
     }
     return WEIGHTS_READY;

@@ -33,7 +33,7 @@ static bool split_queries_init(split_queries *out, const float *q, int32_t width
     memset(out->tiles, 0, (size_t)n_octet * (size_t)n_group * TILE_BYTES);
     for (int r = 0; r < n_row; r++, q += width) {
         float factor;
-        if (!integer_unit(q, width, SPLIT_LARGEST, &factor, &out->unit[r])) return false;
+        if (!integer_unit(q, width, &factor, &out->unit[r])) return false;
         split_row(q, width, factor, out->tiles + r / OCTET * n_group * TILE_BYTES + r % OCTET * TILE_ROW_BYTES);
     }
     return true;

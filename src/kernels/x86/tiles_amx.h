@@ -2,8 +2,8 @@
 /*
  * AMX: eight tile registers of 16 rows of 64 bytes. tdpbssd adds to a tile of 16 x 16 sums the products of a left tile, 16 rows
  * of 64 bytes, with a right one, whose row k has bytes 4 k .. 4 k + 3 of each of 16 columns. Numbers of 16 bits are split into
- * bytes (SPLIT_LARGEST): a left tile has the high bytes of an octet of rows, then their low bytes. Include it inside the target
- * region, after words_avx512.h.
+ * bytes (INTEGER_LARGEST): a left tile has the high bytes of an octet of rows, then their low bytes. Include it inside the
+ * target region, after words_avx512.h.
  */
 #ifndef TQ_KERNELS_X86_TILES_AMX_H
 #define TQ_KERNELS_X86_TILES_AMX_H
@@ -45,7 +45,7 @@ TQ_INLINE void tiles_written(void)
     __asm__ volatile("" ::: "memory");
 }
 
-/* n (a multiple of 16) floats times factor, of magnitude SPLIT_LARGEST at most, to one row of an octet of left tiles. */
+/* n (a multiple of 16) floats times factor, of magnitude INTEGER_LARGEST at most, to one row of an octet of left tiles. */
 TQ_INLINE void split_row(const float *x, int32_t n, float factor, int8_t *tiles)
 {
     const __m512 factors = _mm512_set1_ps(factor);
