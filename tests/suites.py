@@ -98,7 +98,7 @@ def cpu_levels():
     """The levels below this machine's best that it has; the best runs anyway."""
     with open("/proc/cpuinfo") as file:
         flags = file.read()
-    return ["scalar", *(["avx2"] if " avx512_vnni" in flags else [])]
+    return ["scalar", *(["avx2"] if " avx512_vnni" in flags else []), *(["avx512"] if " amx_int8" in flags else [])]
 
 
 def native_suites():
