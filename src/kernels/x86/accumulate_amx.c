@@ -17,7 +17,7 @@ TQ_TARGET_BEGIN_AMX
 #include "kernels/simd/weights.h"
 
 enum {
-    ROWS_MIN = 6,    /* fewer are faster by words (simd/accumulate_words.h) */
+    ROWS_MIN = 5,    /* fewer are faster by words (simd/accumulate_words.h) */
     ROWS_MAX = 64,   /* that share what was expanded */
     STEP = 64,       /* vectors of a left tile */
     CHUNK_STEPS = 2, /* steps of vectors whose weights share a unit */

@@ -15,7 +15,7 @@ TQ_TARGET_BEGIN_AMX
 #include "kernels/x86/tiles_amx.h"
 
 enum {
-    ROWS_MIN = 6,         /* fewer are faster by words (simd/score_words.h) */
+    ROWS_MIN = 5,         /* fewer are faster by words (simd/score_words.h) */
     QUERY_TILES_MAX = 32, /* 32 KiB of the stack: two thirds of L1 */
     KEYS = 32,            /* vectors at a time, as two right tiles for each 64 of the width */
     GROUPS_MAX = INTEGER_WIDTH_MAX / 64
