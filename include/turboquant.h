@@ -631,7 +631,7 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_pages_import(const tq_cuda_store *store, c
 /*
  * The instruction set that the kernels use: "scalar", "avx2", "avx512" or "amx", "neon", "dotprod" or "i8mm", after the cap by
  * the environment variable TQ_CPU. NULL with TQ_CPU set to an unknown or missing one; every create and open then fails with
- * TQ_ERR_CPU. On Linux the first call of the library on a machine with AMX asks for leave to use it (arch_prctl), for the process.
+ * TQ_ERR_CPU. On Linux, on a machine with AMX, the first use of kernels asks for leave to use it (arch_prctl), for the process.
  */
 TQ_API const char *tq_cpu_name(void);
 
