@@ -287,8 +287,8 @@ TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, 
 /*
  * Write to an empty store `to` what the stage holds: its rows, and the slots that were exact before them. If nothing was
  * encoded before, that is all there is, and `to`, of another format, can take the place of the store that was staged for.
- * queries as in tq_store_settle. Errors: ARGUMENT (nothing is staged, or a single row behind
- * slots that were encoded before), SHAPE (another head_dim, n_head_kv or n_slots).
+ * queries as in tq_store_settle. Errors: ARGUMENT (nothing is staged, or a single row whose write was not the first to encode
+ * a slot: the stage holds no more than that row then), SHAPE (another head_dim, n_head_kv or n_slots).
  */
 TQ_API TQ_NODISCARD tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries,
                                                    const tq_executor *executor);
@@ -629,8 +629,9 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_pages_import(const tq_cuda_store *store, c
 /* ---- machine ------------------------------------------------------------------------------------------------------- */
 
 /*
- * The instruction set that the kernels use: "scalar", "avx2", "avx512" or "neon", after the cap by the environment variable
- * TQ_CPU. NULL with TQ_CPU set to an unknown or missing one; every create and open then fails with TQ_ERR_CPU.
+ * The instruction set that the kernels use: "scalar", "avx2", "avx512" or "amx", "neon", "dotprod" or "i8mm", after the cap by
+ * the environment variable TQ_CPU. NULL with TQ_CPU set to an unknown or missing one; every create and open then fails with
+ * TQ_ERR_CPU. On Linux, on a machine with AMX, the first use of kernels asks for leave to use it (arch_prctl), for the process.
  */
 TQ_API const char *tq_cpu_name(void);
 

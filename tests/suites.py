@@ -98,7 +98,7 @@ def cpu_levels():
     """The levels below this machine's best that it has; the best runs anyway."""
     with open("/proc/cpuinfo") as file:
         flags = file.read()
-    return ["scalar", *(["avx2"] if " avx512_vnni" in flags else [])]
+    return ["scalar", *(["avx2"] if " avx512_vnni" in flags else []), *(["avx512"] if " amx_int8" in flags else [])]
 
 
 def native_suites():
@@ -117,10 +117,14 @@ def native_suites():
 
 
 def emulated_suites():
-    """Other machines: AArch64, and an x86-64 without AVX-512, where an instruction too many is a crash."""
+    """Other machines: AArch64 of three classes, and an x86-64 without AVX-512, where an instruction too many is a crash."""
     missing = needs("qemu-aarch64", "aarch64-linux-gnu-gcc")
-    yield Suite("checkkern/aarch64", [(["qemu-aarch64", BUILD / "aarch64/tests/checkkern", "--quick"], {})], missing)
-    yield Suite("units/aarch64", units("aarch64", SLOW, emulator=("qemu-aarch64",)), missing)
+    # i8mm and all below it; dotprod at most; NEON alone.
+    for cpu in ("max", "cortex-a76", "cortex-a53"):
+        emulator = ("qemu-aarch64", "-cpu", cpu)
+        yield Suite(f"checkkern/{cpu}", [([*emulator, BUILD / "aarch64/tests/checkkern", "--quick"], {})], missing)
+    for cpu in ("max", "cortex-a53"):
+        yield Suite(f"units/{cpu}", units("aarch64", SLOW, emulator=("qemu-aarch64", "-cpu", cpu)), missing)
     haswell = ["qemu-x86_64", "-cpu", "Haswell"]
     yield Suite("checkkern/haswell", [([*haswell, BUILD / "release/tests/checkkern", "--quick"], {})],
                 needs("qemu-x86_64"))

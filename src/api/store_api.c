@@ -199,7 +199,8 @@ tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_pa
         return TQ_ERR_ARGUMENT;
     }
     if (stage->is_plain) {
-        tq_log(TQ_LOG_ERROR, "%s: settle: slots of %s are encoded already, which the stage does not hold", to->label,
+        tq_log(TQ_LOG_ERROR,
+               "%s: settle: the stage has one row of %s alone, since its write was not the first to encode a slot", to->label,
                from->label);
         return TQ_ERR_ARGUMENT;
     }

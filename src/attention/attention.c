@@ -10,7 +10,6 @@
 #include "base/alloc.h"
 #include "base/threads.h"
 
-#define TILE_ROWS_MAX 64
 #define TILE_FLOATS_MAX (64 * 256)      /* rows times width: what bounds the accumulators */
 #define EXPANDED_FLOATS_MAX (32 * 1024) /* columns times width, 128 KiB: a part of the L2 cache */
 /* A part of the columns costs some microseconds beside the columns themselves. */
@@ -45,6 +44,16 @@ static int64_t max_i64(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
+static bool wants_expansion(const tq_attend_plan *plan, const tq_kv_view *view)
+{
+    return plan->tile_rows >= plan->kernels->format[view->codec->traits->format].expand_rows;
+}
+
+static bool expands(const tq_attend_plan *plan)
+{
+    return plan->expand_keys || plan->expand_values;
+}
+
 /* Columns that at least one token sees as far as causality and the window go. */
 static int64_t n_visible_columns(const tq_attend_plan *plan)
 {
@@ -68,7 +77,7 @@ static void plan_memory(tq_attend_plan *plan)
     splits = min_i64(splits, SPLITS_MAX);
     plan->n_splits = splits > 1 ? (int32_t)splits : 1;
 
-    size_t expanded = plan->expand ? (size_t)plan->tile_cols * larger_width(plan) : 0;
+    size_t expanded = expands(plan) ? (size_t)plan->tile_cols * larger_width(plan) : 0;
     plan->scratch_floats = align_floats(n * (size_t)plan->head_dim) + align_floats(n * (size_t)plan->width_k) +
                            align_floats(n * (size_t)plan->tile_cols) + align_floats(expanded) +
                            align_floats(n * (size_t)plan->head_dim_v) + (plan->n_splits == 1 ? plan->partial_floats : 0);
@@ -87,12 +96,13 @@ static void plan_init(tq_attend_plan *plan)
     plan->window = params->window > 0 && params->window < params->first_pos + params->n_query ? params->window : 0;
 
     int32_t width = (int32_t)larger_width(plan);
-    int64_t rows = min_i64(TILE_ROWS_MAX, TILE_FLOATS_MAX / width);
+    int64_t rows = min_i64(TQ_TILE_ROWS_MAX, TILE_FLOATS_MAX / width);
     plan->tile_rows = (int32_t)min_i64(rows, plan->n_row);
     plan->n_row_tiles = (plan->n_row + plan->tile_rows - 1) / plan->tile_rows;
-    plan->expand = plan->tile_rows >= TQ_EXPAND_ROWS;
+    plan->expand_keys = wants_expansion(plan, plan->keys);
+    plan->expand_values = wants_expansion(plan, plan->values);
     plan->tile_cols = TQ_TILE_COLS_MAX;
-    if (plan->expand && width * TQ_TILE_COLS_MAX > EXPANDED_FLOATS_MAX) {
+    if (expands(plan) && width * TQ_TILE_COLS_MAX > EXPANDED_FLOATS_MAX) {
         plan->tile_cols = EXPANDED_FLOATS_MAX / width / TQ_TILE_STEP * TQ_TILE_STEP;
     }
     plan_memory(plan);
@@ -123,7 +133,7 @@ static tq_attend_scratch scratch_at(const tq_attend_plan *plan, float *memory)
     scratch.q = take(&memory, n * (size_t)plan->head_dim);
     scratch.q_working = take(&memory, n * (size_t)plan->width_k);
     scratch.scores = take(&memory, n * (size_t)plan->tile_cols);
-    scratch.expanded = plan->expand ? take(&memory, (size_t)plan->tile_cols * larger_width(plan)) : NULL;
+    scratch.expanded = expands(plan) ? take(&memory, (size_t)plan->tile_cols * larger_width(plan)) : NULL;
     scratch.finished = take(&memory, n * (size_t)plan->head_dim_v);
     if (plan->n_splits == 1) scratch.partial = partial_at(plan, memory);
     return scratch;

@@ -8,7 +8,7 @@
 
 #include "attention/plan.h"
 
-/* The most references that a tile of columns touches, and the most rows when codes are not expanded first. */
+/* The most references that a tile of columns touches. */
 #define TILE_REFS_MAX (TQ_TILE_COLS_MAX / TQ_REF_BLOCK_MIN + 1)
 
 /* The exact entries among the columns of a part. */
@@ -161,7 +161,7 @@ static void score_references(const tq_attend_plan *plan, const tq_kv_view *keys,
                              const float *q_working, int32_t n_row, float *s, int64_t stride)
 {
     const tq_codec *codec = keys->pages.ref_codec;
-    float scores[TQ_EXPAND_ROWS * TILE_REFS_MAX];
+    float scores[TQ_TILE_ROWS_MAX * TILE_REFS_MAX];
     tq_block refs = tq_page_view_refs(&keys->pages, keys->codec, head, begin);
     plan->kernels->format[codec->traits->format].score(codec, refs, count_refs(keys, begin, end), q_working, n_row, scores,
                                                        TILE_REFS_MAX);
@@ -180,7 +180,7 @@ static void accumulate_references(const tq_attend_plan *plan, const tq_kv_view *
                                   int64_t end, const float *p, int64_t stride, int32_t n_row, float *acc)
 {
     const tq_codec *codec = values->pages.ref_codec;
-    float sums[TQ_EXPAND_ROWS * TILE_REFS_MAX];
+    float sums[TQ_TILE_ROWS_MAX * TILE_REFS_MAX];
     int32_t i_ref = 0;
     for (int64_t c = begin, next; c < end; c = next, i_ref++) {
         next = block_end(values, c, end);
@@ -204,7 +204,7 @@ void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, cons
     for (int64_t c = begin, next; c < end; c = next) {
         next = page_end(keys, c, end);
         float *s = scores + (c - part->col_begin);
-        if (plan->expand) {
+        if (plan->expand_keys) {
             expand_columns(plan, keys, part, c, next, expanded);
             plan->kernels->score_f32(expanded, plan->width_k, next - c, q_working, part->n_row, s, stride);
             continue;
@@ -243,7 +243,7 @@ void tq_accumulate_columns(const tq_attend_plan *plan, const tq_tile_part *part,
     for (int64_t c = begin, next; c < end; c = next) {
         next = page_end(values, c, end);
         const float *p_part = p + (c - part->col_begin);
-        if (plan->expand) {
+        if (plan->expand_values) {
             expand_columns(plan, values, part, c, next, expanded);
             plan->kernels->accumulate_f32(expanded, plan->width_v, next - c, p_part, stride, part->n_row, acc);
             continue;

@@ -61,6 +61,27 @@ static bool any_row_visible(const tq_attend_plan *plan, int32_t head_kv, int64_t
     return false;
 }
 
+static bool column_visible(const tq_attend_params *params, int64_t offset)
+{
+    if (params->mask_is_f16) return ((const uint16_t *)params->mask)[offset] != HALF_MINUS_INFINITY;
+    return ((const float *)params->mask)[offset] != -INFINITY;
+}
+
+/*
+ * The end of what any row sees of columns [c0, c1). While a context is short its columns are all exact, and a step's rest that
+ * nobody sees would be read from pages, with all that this needs.
+ */
+static int64_t visible_end(const tq_attend_plan *plan, int32_t head_kv, int64_t c0, int64_t c1, int64_t begin, int64_t end)
+{
+    int64_t step = plan->params->mask_head_stride == 0 ? plan->group : 1, last = c0;
+    for (int64_t row = end - 1; row >= begin; row -= row % step + 1) {
+        int64_t offset = mask_offset(plan->params, tq_row_token(plan, row), tq_row_head(plan, head_kv, row), 0), c = c1;
+        while (c > last && !column_visible(plan->params, offset + c - 1)) c--;
+        if (c > last) last = c;
+    }
+    return last;
+}
+
 bool tq_mask_trim(const tq_attend_plan *plan, int32_t head_kv, int64_t *c0, int64_t *c1, int64_t *row_begin, int64_t *row_end)
 {
     int64_t begin = *c0, end = *c1;
@@ -76,6 +97,7 @@ bool tq_mask_trim(const tq_attend_plan *plan, int32_t head_kv, int64_t *c0, int6
         if (any_row_visible(plan, head_kv, next, end, *row_begin, *row_end)) break;
         end = next;
     }
+    if (begin < end) end = visible_end(plan, head_kv, begin, end, *row_begin, *row_end);
     *c0 = begin;
     *c1 = end;
     return begin < end && trim_rows(plan, head_kv, begin, end, row_begin, row_end);

@@ -15,8 +15,7 @@
 /* Column tiles and splits begin at multiples of this many columns, which suits pages and kernels. */
 #define TQ_TILE_STEP 16
 #define TQ_TILE_COLS_MAX 256
-/* With at least so many rows a tile of columns is expanded once, instead of reading the codes for every few rows. */
-#define TQ_EXPAND_ROWS 32
+#define TQ_TILE_ROWS_MAX 64
 
 /* Softmax of some columns, not yet divided by the sum: per row the maximum, the sum and the accumulators under that maximum. */
 typedef struct tq_partial {
@@ -48,7 +47,7 @@ typedef struct tq_attend_plan {
     int32_t tile_rows, tile_cols;
     int64_t n_row_tiles; /* of one KV head */
     int32_t n_splits;
-    bool expand; /* many rows: expand a tile of columns once, instead of reading the codes for every few rows */
+    bool expand_keys, expand_values; /* many rows: expand a tile of columns once, as the format's kernels want it */
 
     size_t scratch_floats, partial_floats; /* of one thread; of one tile_rows partial */
     float *scratch;                        /* [n_threads] */

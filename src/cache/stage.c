@@ -147,6 +147,15 @@ static void list_exact(player *p)
     stage->n_pushes = p->n_pushes;
 }
 
+/* May writing one row encode another, for the first time? All that is exact must be held then: another store may have to be
+ * filled. */
+static bool may_encode_first(const tq_store *store)
+{
+    const tq_store_layout *layout = &store->layout;
+    if (tq_store_header_of(store)->channels != TQ_CHANNELS_OPEN) return false;
+    return layout->n_recent == 0 || tq_store_exact_slot(store, layout->n_sink + tq_store_ring_next(store)) >= 0;
+}
+
 tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                         int64_t row_stride)
 {
@@ -157,8 +166,7 @@ tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *s
     stage->n_rows = n;
     if (n > 0) memcpy(stage->slots, slots, (size_t)n * sizeof *slots);
     player p = {.stage = stage};
-    /* A token that is decoded on its own. Before anything is encoded the stage may have to fill another store. */
-    stage->is_plain = n <= 1 && tq_store_header_of(store)->channels != TQ_CHANNELS_OPEN;
+    stage->is_plain = n <= 1 && !may_encode_first(store);
     if (!stage->is_plain) play_store(&p);
     for (int32_t i = 0; i < n; i++) {
         stage->index[i] = slots[i] < 0 ? 0 : play_row(&p, slots[i], i);

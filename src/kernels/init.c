@@ -15,8 +15,11 @@ void tq_kernels_init(tq_kernels *kernels, uint32_t cpu_flags)
 #if defined(__x86_64__)
     if (cpu_flags & TQ_CPU_AVX2) tq_kernels_init_avx2(kernels);
     if (cpu_flags & TQ_CPU_AVX512) tq_kernels_init_avx512(kernels);
+    if (cpu_flags & TQ_CPU_AMX) tq_kernels_init_amx(kernels);
 #elif defined(__aarch64__)
     if (cpu_flags & TQ_CPU_NEON) tq_kernels_init_neon(kernels);
+    if (cpu_flags & TQ_CPU_DOTPROD) tq_kernels_init_dotprod(kernels);
+    if (cpu_flags & TQ_CPU_I8MM) tq_kernels_init_i8mm(kernels);
 #endif
 }
 

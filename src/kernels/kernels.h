@@ -36,6 +36,8 @@ typedef struct tq_format_kernels {
     void (*prepare)(const tq_codec *codec, const float *q, int64_t q_stride, int64_t n, float *y);
     /* acc [n, width] to raw x [n, head_dim]. */
     void (*finish)(const tq_codec *codec, const float *acc, int64_t n, float *x);
+    /* From so many rows on, expanding once and then score_f32 and accumulate_f32 are faster than score and accumulate. */
+    int32_t expand_rows;
 } tq_format_kernels;
 
 typedef struct tq_kernels {
@@ -68,6 +70,9 @@ const tq_kernels *tq_kernels_get(void);
 void tq_kernels_init_scalar(tq_kernels *kernels);
 void tq_kernels_init_avx2(tq_kernels *kernels);
 void tq_kernels_init_avx512(tq_kernels *kernels);
+void tq_kernels_init_amx(tq_kernels *kernels);
 void tq_kernels_init_neon(tq_kernels *kernels);
+void tq_kernels_init_dotprod(tq_kernels *kernels);
+void tq_kernels_init_i8mm(tq_kernels *kernels);
 
 #endif

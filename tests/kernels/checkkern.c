@@ -27,7 +27,7 @@ static const op ops[] = {
     {"prepare",         FORMAT_OP(prepare),        false, 0,    0,    setup_prepare, NULL, run_prepare},
     {"finish",          FORMAT_OP(finish),         false, 1e-6, 1e-6, setup_finish, NULL, run_finish},
     {"score",           FORMAT_OP(score),          true,  1e-6, 2e-5, setup_score, NULL, run_score},
-    {"accumulate",      FORMAT_OP(accumulate),     true,  2e-6, 2e-4, setup_accumulate, reset_accumulate, run_accumulate},
+    {"accumulate",      FORMAT_OP(accumulate),     true,  2e-6, 3e-4, setup_accumulate, reset_accumulate, run_accumulate},
     {"score_f32",       PLAIN_OP(score_f32),       true,  1e-6, 1e-6, setup_score, NULL, run_score_f32},
     {"accumulate_f32",  PLAIN_OP(accumulate_f32),  true,  2e-6, 2e-6, setup_accumulate, reset_accumulate, run_accumulate_f32},
     {"row_max",         PLAIN_OP(row_max),         false, 0,    0,    setup_row_max, NULL, run_row_max},

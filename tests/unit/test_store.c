@@ -550,6 +550,41 @@ static void test_settle_into_another_format(void **state)
     free(out);
 }
 
+/*
+ * Token by token a stage holds one row alone, as long as nothing is encoded and once it was; but with the first row that pushes
+ * one out of the ring it holds all, so that another store can take over.
+ */
+static void test_settle_into_after_single_tokens(void **state)
+{
+    (void)state;
+    enum { N_EXACT = 4 + 32 };
+    learner from, to, truth;
+    learner_init(&from, TQ_FORMAT_TT2, 4, 32, 64, true);
+    learner_init(&to, TQ_FORMAT_TQ8, 4, 32, 64, true);
+    learner_init(&truth, TQ_FORMAT_TQ8, 4, 32, 64, true);
+    kv_random random = {.state = 14};
+    float *rows = kv_calloc((N_EXACT + 2) * LEARN_ROW, sizeof *rows), got[LEARN_ROW], wanted[LEARN_ROW];
+    kv_fill(&random, rows, (N_EXACT + 2) * LEARN_ROW);
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    for (int64_t i = 0; i <= N_EXACT + 1; i++) {
+        assert_int_equal(tq_store_stage(from.store, stage, &i, 1, rows + i * LEARN_ROW, LEARN_ROW), TQ_OK);
+        assert_int_equal(tq_store_settle(from.store, stage, NULL, NULL), TQ_OK);
+        assert_int_equal(tq_store_settle_into(to.store, stage, NULL, NULL), i == N_EXACT ? TQ_OK : TQ_ERR_ARGUMENT);
+        if (i <= N_EXACT) assert_int_equal(tq_store_write(truth.store, &i, 1, rows + i * LEARN_ROW, LEARN_ROW, NULL), TQ_OK);
+    }
+    for (int64_t i = 0; i <= N_EXACT; i++) {
+        assert_int_equal(tq_store_read(to.store, i, 1, got, LEARN_ROW), TQ_OK);
+        assert_int_equal(tq_store_read(truth.store, i, 1, wanted, LEARN_ROW), TQ_OK);
+        assert_memory_equal(got, wanted, sizeof got);
+    }
+    tq_stage_free(stage);
+    learner_deinit(&from);
+    learner_deinit(&to);
+    learner_deinit(&truth);
+    free(rows);
+}
+
 static void test_stores_that_do_not_match(void **state)
 {
     (void)state;
@@ -652,6 +687,7 @@ int main(void)
         cmocka_unit_test(test_references_take_means_away),
         cmocka_unit_test(test_balance_makes_outliers_harmless),
         cmocka_unit_test(test_settle_into_another_format),
+        cmocka_unit_test(test_settle_into_after_single_tokens),
         cmocka_unit_test(test_stores_that_do_not_match),
         cmocka_unit_test(test_failing_allocation),
         cmocka_unit_test(test_damaged_memory),

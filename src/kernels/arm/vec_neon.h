@@ -210,20 +210,40 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
     return t;
 }
 
+/* Windows d .. d + 15: from each 64 bits 8, each from the 16 bits that hold it, moved down. */
+TQ_INLINE uint8x16_t load_windows(int bits, const tables *t, const uint8_t *codes, int32_t d)
+{
+    uint8_t source_byte[16];
+    int16_t down[8];
+    TQ_UNROLL
+    for (int i = 0; i < 8; i++) {
+        source_byte[2 * i] = (uint8_t)(bits * i / 8);
+        source_byte[2 * i + 1] = (uint8_t)(bits * i / 8 + 1);
+        down[i] = (int16_t)(-(bits * i % 8));
+    }
+    const uint8x16_t low_bytes = vld1q_u8(source_byte), high_bytes = vaddq_u8(low_bytes, vdupq_n_u8(8));
+    int32_t at = d / 8 * bits;
+    uint64_t low = load_circular(codes, t->code_bytes, at), high = load_circular(codes, t->code_bytes, at + bits);
+    uint8x16_t both = vreinterpretq_u8_u64(vcombine_u64(vcreate_u64(low), vcreate_u64(high)));
+    uint16x8_t first = vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(both, low_bytes)), vld1q_s16(down));
+    uint16x8_t second = vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(both, high_bytes)), vld1q_s16(down));
+    return vuzp1q_u8(vreinterpretq_u8_u16(first), vreinterpretq_u8_u16(second));
+}
+
 /* The values of windows d .. d + 15: four tables of 64 entries; tbx leaves a lane alone whose index is not its own. */
 TQ_INLINE int8x16_t look_up_windows(int bits, const tables *t, const uint8_t *codes, int32_t d)
 {
-    uint8_t bytes[16];
-    int32_t at = d / 8 * bits;
-    uint64_t low = load_circular(codes, t->code_bytes, at), high = load_circular(codes, t->code_bytes, at + bits);
-    for (int i = 0; i < 8; i++) {
-        bytes[i] = (uint8_t)(low >> (bits * i));
-        bytes[i + 8] = (uint8_t)(high >> (bits * i));
-    }
-    uint8x16_t index = vld1q_u8(bytes), value = vqtbl4q_u8(t->windows[0], index);
+    uint8x16_t index = load_windows(bits, t, codes, d), value = vqtbl4q_u8(t->windows[0], index);
     TQ_UNROLL
     for (int i = 1; i < 4; i++) value = vqtbx4q_u8(value, t->windows[i], vsubq_u8(index, vdupq_n_u8((uint8_t)(64 * i))));
     return vreinterpretq_s8_u8(value);
+}
+
+/* The values d .. d + 15 of a vector whose format has bytes for values, not yet scaled. */
+TQ_INLINE int8x16_t expand_bytes(int source, const tables *t, const uint8_t *codes, int32_t d)
+{
+    return source == TQ_FORMAT_TQ8 ? vreinterpretq_s8_u8(vld1q_u8(codes + d))
+                                   : look_up_windows(source_trellis_bits(source), t, codes, d);
 }
 
 /* 16 codes of 2 bits, one a byte. */
@@ -273,9 +293,8 @@ TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, i
         look_up(t, vorrq_u8(unpack2(codes + d / 4), unpack_high(codes + t->high_plane + d / 8)), out);
     } else if (source == TQ_FORMAT_TQ2) {
         look_up(t, unpack2(codes + d / 4), out);
-    } else if (source == TQ_FORMAT_TQ8 || source_trellis_bits(source) > 0) {
-        int8x16_t code = source == TQ_FORMAT_TQ8 ? vreinterpretq_s8_u8(vld1q_u8(codes + d))
-                                                 : look_up_windows(source_trellis_bits(source), t, codes, d);
+    } else if (source_is_bytes(source)) {
+        int8x16_t code = expand_bytes(source, t, codes, d);
         int16x8_t low = vmovl_s8(vget_low_s8(code)), high = vmovl_s8(vget_high_s8(code));
         out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
         out[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));

@@ -69,4 +69,5 @@ const tq_format_kernels tq_format_kernels_scalar = {
     .accumulate = accumulate_scalar,
     .prepare = prepare_scalar,
     .finish = finish_scalar,
+    .expand_rows = 32,
 };

@@ -5,6 +5,7 @@
  * for all rows: in registers up to FUSED_ROWS rows, else into a buffer in L1.
  */
 #include "kernels/simd/ops.h"
+#include "kernels/simd/weights.h"
 
 enum { TILE_VECS = TILE_GROUPS * GROUP_VECS, WEIGHT_CHUNK = 64 };
 
@@ -95,14 +96,6 @@ void TQ_ISA(accumulate_f32)(const float *y, int32_t width, int64_t n, const floa
     }
 }
 
-/* out[i] = p[i] * scales[i] */
-TQ_INLINE void scale_weights(const float *p, const uint16_t *scales, int64_t n, float *out)
-{
-    int64_t i = 0;
-    for (; i + VEC_LANES <= n; i += VEC_LANES) vec_store(out + i, vec_mul(vec_load(p + i), vec_load_half(scales + i)));
-    for (; i < n; i++) out[i] = p[i] * float_from_half(scales[i]);
-}
-
 typedef void (*expand_fn)(const tq_codec *codec, tq_block block, int64_t n, float *y);
 
 static void accumulate_expanded(expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *p,
@@ -173,7 +166,7 @@ TQ_INLINE void accumulate_format(int source, expand_fn expand, const tq_codec *c
                                  int64_t p_stride, int64_t n_row, float *acc)
 {
 #ifdef HAS_WORDS
-    if (source_is_bytes(source) && codec->width <= WORD_WIDTH_MAX && n >= WORD_VECTORS_MIN) {
+    if (source_is_bytes(source) && codec->width <= INTEGER_WIDTH_MAX && n >= INTEGER_VECTORS_MIN) {
         accumulate_words(source, expand, codec, block, n, p, p_stride, n_row, acc);
         return;
     }

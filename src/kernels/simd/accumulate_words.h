@@ -19,16 +19,6 @@ typedef struct word_weights {
 
 typedef enum weights_kind { WEIGHTS_NEGLIGIBLE, WEIGHTS_READY, WEIGHTS_NOT_FINITE } weights_kind;
 
-TQ_INLINE bool any_weight(const float *p, int64_t n)
-{
-    vec largest = vec_set1(0.0f);
-    int64_t i = 0;
-    for (; i + VEC_LANES <= n; i += VEC_LANES) largest = vec_max(vec_load(p + i), largest);
-    bool any = !vec_all_le(largest, vec_set1(NEGLIGIBLE_WEIGHT));
-    for (; i < n; i++) any |= !(p[i] <= NEGLIGIBLE_WEIGHT);
-    return any;
-}
-
 static weights_kind word_weights_init(word_weights *w, const uint16_t *scales, int64_t n, const float *p, int64_t p_stride,
                                       int n_row)
 {

@@ -122,7 +122,7 @@ TQ_INLINE void score_format(int source, expand_fn expand, const tq_codec *codec,
 {
     const vectors v = {block.codes, block.scales, codec->code_bytes, codec->width, block.run_end, block.jump};
 #ifdef HAS_WORDS
-    if (source_is_bytes(source) && codec->width <= WORD_WIDTH_MAX && n >= WORD_VECTORS_MIN &&
+    if (source_is_bytes(source) && codec->width <= INTEGER_WIDTH_MAX && n >= INTEGER_VECTORS_MIN &&
         score_words(source, codec, &v, n, q, n_row, s, s_stride))
         return;
 #endif

@@ -2,7 +2,7 @@
 /* Template: scores q . K in integers, a tile of vectors by all rows at a time. */
 #include "kernels/simd/words.h"
 
-/* Queries as words, rows WORD_WIDTH_MAX apart, and what 1 is in each row's scores, the vectors' scales left out. */
+/* Queries as words, rows INTEGER_WIDTH_MAX apart, and what 1 is in each row's scores, the vectors' scales left out. */
 typedef struct word_queries {
     const int16_t *q;
     const float *unit;
@@ -58,7 +58,7 @@ TQ_INLINE void score_words_tile(int source, int n_vector, int n_row, const word_
         for (int k = 0; k < WORD_GROUP_REGS; k++) {
             TQ_UNROLL
             for (int r = 0; r < n_row; r++) {
-                words x = words_load((const uint16_t *)(q->q + r * WORD_WIDTH_MAX + d + k * WORD_LANES));
+                words x = words_load((const uint16_t *)(q->q + r * INTEGER_WIDTH_MAX + d + k * WORD_LANES));
                 TQ_UNROLL
                 for (int i = 0; i < n_vector; i++) sum[i][r] = sums_add_products(sum[i][r], y[i][k], x);
             }
@@ -81,13 +81,13 @@ TQ_INLINE bool score_words(int source, const tq_codec *codec, const vectors *v, 
                            float *s, int64_t s_stride)
 {
     const word_tables t = word_tables_init(source, codec);
-    _Alignas(64) int16_t rows[WORD_SCORE_ROWS * WORD_WIDTH_MAX];
+    _Alignas(64) int16_t rows[WORD_SCORE_ROWS * INTEGER_WIDTH_MAX];
     float unit[WORD_SCORE_ROWS];
     const word_queries queries = {rows, unit};
     for (int64_t row = 0; row < n_row;) {
         int now = next_rows(n_row - row, WORD_SCORE_ROWS);
         for (int r = 0; r < now; r++) {
-            if (!words_from_floats(q + (row + r) * v->width, v->width, rows + r * WORD_WIDTH_MAX, &unit[r])) return false;
+            if (!words_from_floats(q + (row + r) * v->width, v->width, rows + r * INTEGER_WIDTH_MAX, &unit[r])) return false;
         }
         float *out = s + row * s_stride;
         switch (now) {

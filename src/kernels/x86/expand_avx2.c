@@ -7,6 +7,7 @@
 
 TQ_TARGET_BEGIN_AVX2
 #include "kernels/x86/vec_avx2.h"
+#include "kernels/x86/words_avx2.h"
 #include "kernels/simd/expand.h"
 TQ_TARGET_END
 #else

@@ -7,6 +7,7 @@
 
 TQ_TARGET_BEGIN_AVX512
 #include "kernels/x86/vec_avx512.h"
+#include "kernels/x86/words_avx512.h"
 #include "kernels/simd/expand.h"
 TQ_TARGET_END
 #else

@@ -149,6 +149,13 @@ TQ_INLINE void sums_unzip(const sums *zipped, vec *out)
     out[1] = _mm256_cvtepi32_ps(_mm256_permute2x128_si256(zipped[0], zipped[1], 0x31));
 }
 
+/* Numbers with signs. */
+TQ_INLINE void floats_of_words(words a, vec *out)
+{
+    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(a)));
+    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, 1)));
+}
+
 /* x[i] * factor to nearest, for 16 floats; what is larger than 32767 is not asked for. */
 TQ_INLINE void store_as_words(const vec *x, vec factor, int16_t *out)
 {

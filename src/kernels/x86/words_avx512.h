@@ -156,6 +156,13 @@ TQ_INLINE void sums_unzip(const sums *zipped, vec *out)
     out[1] = _mm512_permutex2var_ps(a, high, b);
 }
 
+/* Numbers with signs. */
+TQ_INLINE void floats_of_words(words a, vec *out)
+{
+    out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(a)));
+    out[1] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(a, 1)));
+}
+
 /* x[i] * factor to nearest, for 16 floats; what is larger than 32767 is not asked for. */
 TQ_INLINE void store_as_words(const vec *x, vec factor, int16_t *out)
 {
@@ -187,22 +194,24 @@ TQ_INLINE word_tables word_tables_init(int source, const tq_codec *codec)
     return t;
 }
 
-/* Values d .. d + n - 1 of a vector, n <= WORD_GROUP; the lanes behind them are anything. */
-TQ_INLINE void expand_words(int source, const word_tables *t, const uint8_t *codes, int32_t d, int n, words *out)
+/* Values d .. d + n - 1 of a vector, n <= WORD_GROUP, as bytes; the lanes behind them are anything. */
+TQ_INLINE __m512i expand_bytes(int source, const word_tables *t, const uint8_t *codes, int32_t d, int n)
 {
     const int bits = source_trellis_bits(source);
-    __m512i value;
-    if (bits > 0) {
-        int32_t at = d / 8 * bits, n_bytes = n / 8 * bits, next = at + n_bytes < t->code_bytes ? at + n_bytes : 0;
-        __m512i bytes = _mm512_maskz_loadu_epi8((UINT64_C(1) << n_bytes) - 1, codes + at);
-        bytes = _mm512_mask_set1_epi8(bytes, UINT64_C(1) << n_bytes, (char)codes[next]);
-        __m512i window = _mm512_multishift_epi64_epi8(t->shift, _mm512_permutexvar_epi8(t->gather, bytes));
-        __m512i lower = _mm512_permutex2var_epi8(t->windows[0], window, t->windows[1]);
-        __m512i upper = _mm512_permutex2var_epi8(t->windows[2], window, t->windows[3]);
-        value = _mm512_mask_blend_epi8(_mm512_movepi8_mask(window), lower, upper);
-    } else {
-        value = _mm512_maskz_loadu_epi8(n < 64 ? (UINT64_C(1) << n) - 1 : ~UINT64_C(0), codes + d);
-    }
+    if (bits == 0) return _mm512_maskz_loadu_epi8(n < 64 ? (UINT64_C(1) << n) - 1 : ~UINT64_C(0), codes + d);
+    int32_t at = d / 8 * bits, n_bytes = n / 8 * bits, next = at + n_bytes < t->code_bytes ? at + n_bytes : 0;
+    __m512i bytes = _mm512_maskz_loadu_epi8((UINT64_C(1) << n_bytes) - 1, codes + at);
+    bytes = _mm512_mask_set1_epi8(bytes, UINT64_C(1) << n_bytes, (char)codes[next]);
+    __m512i window = _mm512_multishift_epi64_epi8(t->shift, _mm512_permutexvar_epi8(t->gather, bytes));
+    __m512i lower = _mm512_permutex2var_epi8(t->windows[0], window, t->windows[1]);
+    __m512i upper = _mm512_permutex2var_epi8(t->windows[2], window, t->windows[3]);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(window), lower, upper);
+}
+
+/* The same as words. */
+TQ_INLINE void expand_words(int source, const word_tables *t, const uint8_t *codes, int32_t d, int n, words *out)
+{
+    __m512i value = expand_bytes(source, t, codes, d, n);
     out[0] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(value));
     out[1] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(value, 1));
 }

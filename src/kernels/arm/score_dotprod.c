@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: MIT */
+/* Scores for NEON with dotprod (sdot): score_products.h on products_dotprod.h. */
+#include "kernels/arm/target.h"
+
+#if TQ_ARM_PRODUCTS
+#include "kernels/arm/vec_neon.h"
+
+#include "kernels/arm/products.h"
+
+TQ_TARGET_BEGIN_DOTPROD
+#include "kernels/arm/products_dotprod.h"
+
+#include "kernels/arm/score_products.h"
+TQ_TARGET_END
+#else
+typedef int tq_score_dotprod_empty; /* ISO C wants a declaration in every file */
+#endif

@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Weighted sums by AMX of formats whose values are bytes. Weights, scales included, are the left tiles, vectors the right ones:
+ * bytes of four vectors in turn, 64 values of a chunk of vectors at a time, expanded once for all rows of the call.
+ */
+#include "kernels/x86/target.h"
+
+#if TQ_ARCH_X86
+#include "kernels/simd/inline.h"
+
+TQ_TARGET_BEGIN_AMX
+#include "kernels/x86/vec_avx512.h"
+#include "kernels/x86/words_avx512.h"
+
+#include "kernels/x86/tiles_amx.h"
+
+#include "kernels/simd/weights.h"
+
+enum {
+    ROWS_MIN = 5,    /* fewer are faster by words (simd/accumulate_words.h) */
+    ROWS_MAX = 64,   /* that share what was expanded */
+    STEP = 64,       /* vectors of a left tile */
+    CHUNK_STEPS = 2, /* steps of vectors whose weights share a unit */
+    CHUNK = STEP * CHUNK_STEPS
+};
+
+typedef struct split_weights {
+    _Alignas(64) int8_t tiles[ROWS_MAX / OCTET * CHUNK_STEPS * TILE_BYTES]; /* [octet, step], zeros where nothing is */
+    float unit[ROWS_MAX];
+} split_weights;
+
+typedef enum weights_kind { WEIGHTS_NEGLIGIBLE, WEIGHTS_READY, WEIGHTS_NOT_FINITE } weights_kind;
+
+static weights_kind split_weights_init(split_weights *w, const uint16_t *scales, int64_t n, const float *p, int64_t p_stride,
+                                       int n_row)
+{
+    bool any = false;
+    for (int r = 0; r < n_row && !any; r++) any = any_weight(p + r * p_stride, n);
+    if (!any) return WEIGHTS_NEGLIGIBLE;
+    memset(w->tiles, 0, (size_t)((n_row + OCTET - 1) / OCTET * CHUNK_STEPS) * TILE_BYTES);
+    _Alignas(64) float scaled[CHUNK];
+    const int32_t whole = (int32_t)((n + 15) / 16 * 16); /* what split_row takes */
+    for (int32_t i = (int32_t)n; i < whole; i++) scaled[i] = 0.0f;
+    for (int r = 0; r < n_row; r++, p += p_stride) {
+        float factor;
+        scale_weights(p, scales, n, scaled);
+        if (!integer_unit(scaled, whole, &factor, &w->unit[r])) return WEIGHTS_NOT_FINITE;
+        split_row(scaled, whole, factor, w->tiles + r / OCTET * CHUNK_STEPS * TILE_BYTES + r % OCTET * TILE_ROW_BYTES);
+    }
+    return WEIGHTS_READY;
+}
+
+/*
+ * n_value <= 64 values from d on of n <= STEP vectors to four right tiles. Column 4 l + i of tile k is value 16 l + 4 k + i:
+ * what unpacking within 128 bits gives.
+ */
+TQ_INLINE void expand_step(int source, const word_tables *t, const tq_codec *codec, tq_block block, int64_t n, int32_t d,
+                           int n_value, int8_t *tiles)
+{
+    for (int64_t i = 0; i < STEP; i += 4, tiles += TILE_ROW_BYTES) {
+        const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
+        if (d == 0 && i < n) prefetch_ahead(codes, 4 * codec->code_bytes, block.run_end, block.jump);
+        __m512i y[4];
+        TQ_UNROLL
+        for (int k = 0; k < 4; k++) {
+            y[k] =
+                i + k < n ? expand_bytes(source, t, codes + (size_t)k * codec->code_bytes, d, n_value) : _mm512_setzero_si512();
+        }
+        __m512i ab[2] = {_mm512_unpacklo_epi8(y[0], y[1]), _mm512_unpackhi_epi8(y[0], y[1])};
+        __m512i cd[2] = {_mm512_unpacklo_epi8(y[2], y[3]), _mm512_unpackhi_epi8(y[2], y[3])};
+        TQ_UNROLL
+        for (int k = 0; k < 2; k++) {
+            _mm512_store_si512(tiles + 2 * k * TILE_BYTES, _mm512_unpacklo_epi16(ab[k], cd[k]));
+            _mm512_store_si512(tiles + (2 * k + 1) * TILE_BYTES, _mm512_unpackhi_epi16(ab[k], cd[k]));
+        }
+    }
+}
+
+/* Add one row of an octet's sums with the four tiles' columns. */
+TQ_INLINE void add_row(const int32_t (*tiles)[TILE_BYTES / sizeof(int32_t)], int r, float unit, int n_value, float *acc)
+{
+    __m512 a = join_row(tiles[0], r), b = join_row(tiles[1], r), c = join_row(tiles[2], r), d = join_row(tiles[3], r);
+    __m512 ab[2] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)};
+    __m512 cd[2] = {_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)};
+    __m512 y[4];
+    TQ_UNROLL
+    for (int k = 0; k < 2; k++) {
+        y[k] = _mm512_shuffle_f32x4(ab[k], cd[k], 0x88);
+        y[2 + k] = _mm512_shuffle_f32x4(ab[k], cd[k], 0xdd);
+    }
+    TQ_UNROLL
+    for (int k = 0; k < 4; k++) {
+        if (16 * k >= n_value) break;
+        vec_store(acc + 16 * k, vec_fma(y[k], vec_set1(unit), vec_load(acc + 16 * k)));
+    }
+}
+
+/* All rows' sums of n_value <= 64 values. */
+static void add_values(const split_weights *w, int n_row, int n_step, const int8_t *values, int n_value, float *acc,
+                       int32_t width)
+{
+    _Alignas(64) int32_t tiles[4][TILE_BYTES / sizeof(int32_t)];
+    for (int row = 0; row < n_row; row += OCTET) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int step = 0; step < n_step; step++) {
+            const int8_t *right = values + 4 * step * TILE_BYTES;
+            _tile_loadd(4, w->tiles + (row / OCTET * CHUNK_STEPS + step) * TILE_BYTES, TILE_ROW_BYTES);
+            _tile_loadd(5, right, TILE_ROW_BYTES);
+            _tile_dpbssd(0, 4, 5);
+            _tile_loadd(6, right + TILE_BYTES, TILE_ROW_BYTES);
+            _tile_dpbssd(1, 4, 6);
+            _tile_loadd(7, right + 2 * TILE_BYTES, TILE_ROW_BYTES);
+            _tile_dpbssd(2, 4, 7);
+            _tile_loadd(5, right + 3 * TILE_BYTES, TILE_ROW_BYTES);
+            _tile_dpbssd(3, 4, 5);
+        }
+        _tile_stored(0, tiles[0], TILE_ROW_BYTES);
+        _tile_stored(1, tiles[1], TILE_ROW_BYTES);
+        _tile_stored(2, tiles[2], TILE_ROW_BYTES);
+        _tile_stored(3, tiles[3], TILE_ROW_BYTES);
+        for (int r = 0; r < OCTET && row + r < n_row; r++)
+            add_row(tiles, r, w->unit[row + r], n_value, acc + (int64_t)(row + r) * width);
+    }
+}
+
+/* Up to CHUNK vectors and ROWS_MAX rows. False, and nothing done, if a weight is not finite. */
+TQ_INLINE bool accumulate_chunk(int source, const word_tables *t, const tq_codec *codec, tq_block block, int64_t n,
+                                const float *p, int64_t p_stride, int n_row, float *acc)
+{
+    split_weights w;
+    weights_kind kind = split_weights_init(&w, block.scales, n, p, p_stride, n_row);
+    if (kind != WEIGHTS_READY) return kind == WEIGHTS_NEGLIGIBLE;
+    _Alignas(64) int8_t values[CHUNK_STEPS * 4 * TILE_BYTES];
+    const int n_step = (int)((n + STEP - 1) / STEP);
+    tiles_begin();
+    for (int32_t d = 0; d < codec->width; d += 64) {
+        const int n_value = codec->width - d < 64 ? codec->width - d : 64;
+        for (int step = 0; step < n_step; step++) {
+            expand_step(source, t, codec, tq_block_at(codec, block, step * STEP), n - step * STEP, d, n_value,
+                        values + 4 * step * TILE_BYTES);
+        }
+        tiles_written();
+        add_values(&w, n_row, n_step, values, n_value, acc + d, codec->width);
+    }
+    tiles_end();
+    return true;
+}
+
+typedef void (*accumulate_fn)(const tq_codec *codec, tq_block block, int64_t n, const float *p, int64_t p_stride, int64_t n_row,
+                              float *acc);
+
+/* What this is not for goes to `fallback`. */
+TQ_INLINE void accumulate_tiles(int source, accumulate_fn fallback, const tq_codec *codec, tq_block block, int64_t n,
+                                const float *p, int64_t p_stride, int64_t n_row, float *acc)
+{
+    if (n_row < ROWS_MIN || n < INTEGER_VECTORS_MIN || codec->width > INTEGER_WIDTH_MAX) {
+        fallback(codec, block, n, p, p_stride, n_row, acc);
+        return;
+    }
+    const word_tables t = word_tables_init(source, codec);
+    for (int64_t i = 0; i < n; i += CHUNK) {
+        const int64_t m = n - i < CHUNK ? n - i : CHUNK;
+        tq_block part = tq_block_at(codec, block, i);
+        for (int64_t row = 0, now; row < n_row; row += now) {
+            now = next_rows(n_row - row, ROWS_MAX);
+            const float *weights = p + row * p_stride + i;
+            float *out = acc + row * codec->width;
+            if (!accumulate_chunk(source, &t, codec, part, m, weights, p_stride, (int)now, out))
+                fallback(codec, part, m, weights, p_stride, now, out);
+        }
+    }
+}
+
+#define ACCUMULATE_TILES(name, source)                                                                                  \
+    void tq_accumulate_##name##_amx(const tq_codec *codec, tq_block block, int64_t n, const float *p, int64_t p_stride, \
+                                    int64_t n_row, float *acc)                                                          \
+    {                                                                                                                   \
+        accumulate_tiles(source, TQ_ISA(accumulate_##name), codec, block, n, p, p_stride, n_row, acc);                  \
+    }
+ACCUMULATE_TILES(tq8, TQ_FORMAT_TQ8)
+ACCUMULATE_TILES(tt4, TQ_FORMAT_TT4)
+ACCUMULATE_TILES(tt3, TQ_FORMAT_TT3)
+ACCUMULATE_TILES(tt2, TQ_FORMAT_TT2)
+TQ_TARGET_END
+#else
+typedef int tq_accumulate_amx_empty; /* ISO C wants a declaration in every file */
+#endif

@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Scores by AMX of formats whose values are bytes. Queries are the left tiles, vectors the right ones, 32 at a time: expanded
+ * and transposed once for all rows of the call.
+ */
+#include "kernels/x86/target.h"
+
+#if TQ_ARCH_X86
+#include "kernels/simd/inline.h"
+
+TQ_TARGET_BEGIN_AMX
+#include "kernels/x86/vec_avx512.h"
+#include "kernels/x86/words_avx512.h"
+
+#include "kernels/x86/tiles_amx.h"
+
+enum {
+    ROWS_MIN = 5,         /* fewer are faster by words (simd/score_words.h) */
+    QUERY_TILES_MAX = 32, /* 32 KiB of the stack: two thirds of L1 */
+    KEYS = 32,            /* vectors at a time, as two right tiles for each 64 of the width */
+    GROUPS_MAX = INTEGER_WIDTH_MAX / 64
+};
+
+typedef struct split_queries {
+    _Alignas(64) int8_t tiles[QUERY_TILES_MAX * TILE_BYTES]; /* [octet, group] */
+    float unit[QUERY_TILES_MAX * OCTET];
+} split_queries;
+
+/* False if a query is not finite. */
+static bool split_queries_init(split_queries *out, const float *q, int32_t width, int32_t n_group, int n_row)
+{
+    int n_octet = (n_row + OCTET - 1) / OCTET;
+    memset(out->tiles, 0, (size_t)n_octet * (size_t)n_group * TILE_BYTES);
+    for (int r = 0; r < n_row; r++, q += width) {
+        float factor;
+        if (!integer_unit(q, width, &factor, &out->unit[r])) return false;
+        split_row(q, width, factor, out->tiles + r / OCTET * n_group * TILE_BYTES + r % OCTET * TILE_ROW_BYTES);
+    }
+    return true;
+}
+
+/* r[i] lane j to r[j] lane i. */
+TQ_INLINE void transpose(__m512i *r)
+{
+    __m512i a[16], b[16];
+    TQ_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    TQ_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    TQ_UNROLL
+    for (int j = 0; j < 4; j++) {
+        __m512i even[2] = {_mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88)};
+        __m512i odd[2] = {_mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd), _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd)};
+        r[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        r[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        r[12 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    }
+}
+
+/* n <= 16 vectors to right tiles, 2 * TILE_BYTES apart. */
+TQ_INLINE void expand_keys(int source, const word_tables *t, const tq_codec *codec, const uint8_t *codes, int64_t n,
+                           int8_t *tiles)
+{
+    for (int32_t d = 0; d < codec->width; d += 64, tiles += 2 * TILE_BYTES) {
+        const int n_value = codec->width - d < 64 ? codec->width - d : 64;
+        __m512i y[16];
+        TQ_UNROLL
+        for (int i = 0; i < 16; i++) {
+            y[i] = i < n ? expand_bytes(source, t, codes + (size_t)i * codec->code_bytes, d, n_value) : _mm512_setzero_si512();
+        }
+        transpose(y);
+        TQ_UNROLL
+        for (int i = 0; i < 16; i++) _mm512_store_si512(tiles + i * TILE_ROW_BYTES, y[i]);
+    }
+}
+
+/* Sums of an octet of rows with 16 vectors to scores of n of them. */
+TQ_INLINE void store_scores(const int32_t *tile, int n_row, const float *unit, const uint16_t *scales, int64_t n, float *s,
+                            int64_t s_stride)
+{
+    const __mmask16 mask = (__mmask16)((1u << n) - 1);
+    const __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, scales));
+    for (int r = 0; r < n_row; r++) {
+        __m512 dots = _mm512_mul_ps(_mm512_mul_ps(join_row(tile, r), _mm512_set1_ps(unit[r])), scale);
+        _mm512_mask_storeu_ps(s + r * s_stride, mask, dots);
+    }
+}
+
+/* All rows with n <= KEYS vectors. */
+static void score_keys(const split_queries *q, int n_row, int32_t n_group, const int8_t *keys, const uint16_t *scales,
+                       int64_t n, float *s, int64_t s_stride)
+{
+    _Alignas(64) int32_t tiles[2][TILE_BYTES / sizeof(int32_t)];
+    const int8_t *left = q->tiles;
+    for (int row = 0; row < n_row; row += OCTET) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int32_t g = 0; g < n_group; g++, left += TILE_BYTES) {
+            _tile_loadd(2, left, TILE_ROW_BYTES);
+            _tile_loadd(3, keys + 2 * g * TILE_BYTES, TILE_ROW_BYTES);
+            _tile_loadd(4, keys + (2 * g + 1) * TILE_BYTES, TILE_ROW_BYTES);
+            _tile_dpbssd(0, 2, 3);
+            _tile_dpbssd(1, 2, 4);
+        }
+        _tile_stored(0, tiles[0], TILE_ROW_BYTES);
+        _tile_stored(1, tiles[1], TILE_ROW_BYTES);
+        const int rows = n_row - row < OCTET ? n_row - row : OCTET;
+        float *out = s + row * s_stride;
+        store_scores(tiles[0], rows, q->unit + row, scales, n < 16 ? n : 16, out, s_stride);
+        if (n > 16) store_scores(tiles[1], rows, q->unit + row, scales + 16, n - 16, out + 16, s_stride);
+    }
+}
+
+/* False if a query is not finite or there is nothing to gain; some scores may be stored by then. */
+TQ_INLINE bool score_tiles(int source, const tq_codec *codec, tq_block block, int64_t n, const float *q, int64_t n_row,
+                           float *s, int64_t s_stride)
+{
+    if (n_row < ROWS_MIN || n < INTEGER_VECTORS_MIN || codec->width > INTEGER_WIDTH_MAX) return false;
+    const word_tables t = word_tables_init(source, codec);
+    const int32_t n_group = (codec->width + 63) / 64;
+    split_queries queries;
+    _Alignas(64) int8_t keys[2 * GROUPS_MAX * TILE_BYTES];
+    for (int64_t row = 0; row < n_row;) {
+        int now = next_rows(n_row - row, QUERY_TILES_MAX / n_group * OCTET);
+        if (!split_queries_init(&queries, q + row * codec->width, codec->width, n_group, now)) return false;
+        tiles_begin();
+        for (int64_t i = 0; i < n; i += KEYS) {
+            const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
+            const int64_t m = n - i < KEYS ? n - i : KEYS;
+            prefetch_ahead(codes, (size_t)m * codec->code_bytes, block.run_end, block.jump);
+            expand_keys(source, &t, codec, codes, m, keys);
+            if (m > 16) expand_keys(source, &t, codec, codes + 16 * codec->code_bytes, m - 16, keys + TILE_BYTES);
+            tiles_written();
+            score_keys(&queries, now, n_group, keys, block.scales + i, m, s + row * s_stride + i, s_stride);
+        }
+        tiles_end();
+        row += now;
+    }
+    return true;
+}
+
+#define SCORE_TILES(name, source)                                                                                         \
+    void tq_score_##name##_amx(const tq_codec *codec, tq_block block, int64_t n, const float *q, int64_t n_row, float *s, \
+                               int64_t s_stride)                                                                          \
+    {                                                                                                                     \
+        if (!score_tiles(source, codec, block, n, q, n_row, s, s_stride))                                                 \
+            TQ_ISA(score_##name)(codec, block, n, q, n_row, s, s_stride);                                                 \
+    }
+SCORE_TILES(tq8, TQ_FORMAT_TQ8)
+SCORE_TILES(tt4, TQ_FORMAT_TT4)
+SCORE_TILES(tt3, TQ_FORMAT_TT3)
+SCORE_TILES(tt2, TQ_FORMAT_TT2)
+TQ_TARGET_END
+#else
+typedef int tq_score_amx_empty; /* ISO C wants a declaration in every file */
+#endif

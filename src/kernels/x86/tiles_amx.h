@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * AMX: eight tile registers of 16 rows of 64 bytes. tdpbssd adds to a tile of 16 x 16 sums the products of a left tile, 16 rows
+ * of 64 bytes, with a right one, whose row k has bytes 4 k .. 4 k + 3 of each of 16 columns. Numbers of 16 bits are split into
+ * bytes (INTEGER_LARGEST): a left tile has the high bytes of an octet of rows, then their low bytes. Include it inside the
+ * target region, after words_avx512.h.
+ */
+#ifndef TQ_KERNELS_X86_TILES_AMX_H
+#define TQ_KERNELS_X86_TILES_AMX_H
+
+#include "kernels/simd/integers.h"
+#include "kernels/x86/amx.h"
+
+enum {
+    TILE_BYTES = 1024,
+    TILE_ROW_BYTES = 64,
+    OCTET = 8,                               /* rows of a left tile */
+    TILE_LOW_BYTES = OCTET * TILE_ROW_BYTES, /* from a row's high bytes to its low ones */
+};
+
+/* Intel's Architecture Instruction Set Extensions, 3.2: palette 1, and the shape of each tile. */
+typedef struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t n_row[16];
+} tile_config;
+_Static_assert(sizeof(tile_config) == 64, "what ldtilecfg reads");
+
+/* Between the two, tile registers may be used; behind them the state is as small as before, for whoever switches threads. */
+TQ_INLINE void tiles_begin(void)
+{
+    static const tile_config config = {
+        .palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .n_row = {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&config);
+}
+
+TQ_INLINE void tiles_end(void)
+{
+    _tile_release();
+}
+
+/* gcc does not know what its tile loads read: what was written before must be in memory. */
+TQ_INLINE void tiles_written(void)
+{
+    __asm__ volatile("" ::: "memory");
+}
+
+/* n (a multiple of 16) floats times factor, of magnitude INTEGER_LARGEST at most, to one row of an octet of left tiles. */
+TQ_INLINE void split_row(const float *x, int32_t n, float factor, int8_t *tiles)
+{
+    const __m512 factors = _mm512_set1_ps(factor);
+    for (int32_t d = 0; d < n; d += 16) {
+        __m512i word = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + d), factors));
+        /* Rounded, so that the low byte has a sign. */
+        __m512i high = _mm512_srai_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(128)), 8);
+        int8_t *out = tiles + d / TILE_ROW_BYTES * TILE_BYTES + d % TILE_ROW_BYTES;
+        _mm_store_si128((__m128i *)(void *)out, _mm512_cvtepi32_epi8(high));
+        _mm_store_si128((__m128i *)(void *)(out + TILE_LOW_BYTES), _mm512_cvtepi32_epi8(word));
+    }
+}
+
+/* Row r of an octet's 16 sums: 256 times those of the high bytes, and those of the low ones. */
+TQ_INLINE __m512 join_row(const int32_t *tile, int r)
+{
+    __m512i high = _mm512_load_si512(tile + 16 * r), low = _mm512_load_si512(tile + 16 * (OCTET + r));
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+}
+
+#endif
