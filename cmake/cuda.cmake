@@ -18,6 +18,10 @@ foreach(arch ${TQ_CUDA_ARCHITECTURES})
     list(APPEND tq_cuda_targets -gencode=arch=compute_${number},code=sm_${number})
 endforeach()
 
+if("90a" IN_LIST TQ_CUDA_ARCHITECTURES OR "90a-real" IN_LIST TQ_CUDA_ARCHITECTURES)
+    list(APPEND tq_cuda_flags -DTQ_CUDA_HOPPER) # the kernels that only sm_90a has may be launched
+endif()
+
 set(tq_cuda_objects)
 foreach(source ${tq_cuda_sources})
     get_filename_component(name ${source} NAME_WE)

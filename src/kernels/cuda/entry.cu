@@ -96,12 +96,27 @@ static decode_launch find_decode(const tq_device_store &store)
     }
 }
 
-/* Prefill reads its pages once for 128 rows, decode for 8, but decode has splits: the former pays from some rows on. */
+/* Does this device run what was compiled for sm_90a, and was it compiled? */
+static bool has_hopper_kernels()
+{
+#ifdef TQ_CUDA_HOPPER
+    int device, major = 0, minor = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 && minor == 0;
+#else
+    return false;
+#endif
+}
+
+/* Prefill reads its pages once for 128 rows or more, decode for 8, but decode has splits: the former pays from some rows on. */
 static decode_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
 {
     decode_launch prefill = nullptr;
     if (params.n_query * (params.n_head / store.n_head_kv) > TQ_PREFILL_ROWS_MIN) {
-        prefill = prefill_find(store.head_dim, codes_pair_of(store));
+        int pair = codes_pair_of(store);
+        if (has_hopper_kernels()) prefill = prefill_find_hopper(store.head_dim, pair);
+        if (!prefill) prefill = prefill_find(store.head_dim, pair);
     }
     *is_prefill = prefill != nullptr;
     return prefill ? prefill : find_decode(store);
