@@ -34,6 +34,7 @@ typedef struct setup {
     bool sinks, deterministic, outliers;
     int32_t n_seq;
     const int64_t *lens;
+    int64_t first_batch; /* tokens of each sequence appended in the first call; 0: drawn */
 } setup;
 
 /* A cache of some sequences: the device's, and the truth. */
