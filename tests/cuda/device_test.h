@@ -64,4 +64,10 @@ float *model_check_attend(model *m);
 void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float *out, float *lse);
 void model_close(model *m);
 
+/* device_engine.c */
+void test_graph(void);
+void test_large(void);
+void test_full_memory(void);
+void test_snapshot(void);
+
 #endif

@@ -294,6 +294,10 @@ int main(int argc, char **argv)
         {"prefill", test_prefill, false},
         {"long", test_long, true},
         {"deterministic", test_deterministic, false},
+        {"graph", test_graph, false},
+        {"snapshot", test_snapshot, false},
+        {"full_memory", test_full_memory, true},
+        {"large", test_large, true},
     };
     const char *only = NULL;
     for (int i = 1; i < argc; i++) {

@@ -9,6 +9,7 @@
 static tq_status fail(char *message, const char *what, cudaError_t error)
 {
     snprintf(message, TQ_DEVICE_MESSAGE, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+    (void)cudaGetLastError(); /* or the next launch would report it again */
     bool absent = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver || error == cudaErrorStubLibrary ||
                   error == cudaErrorInitializationError;
     return absent ? TQ_ERR_NO_DEVICE : error == cudaErrorMemoryAllocation ? TQ_ERR_MEMORY : TQ_ERR_DEVICE;

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Prefill on sm_90a: many query rows over a compressed past, through products of warp groups. A thread block has 128 rows (query
- * tokens x heads of a group) of one KV head of one sequence. Two warp groups expand: records come by bulk copies, and their
- * codes become FP16 tiles of 128 tokens (64 above head_dim 128), keys and values times their scales, in the rotated basis. Each
- * takes every second tile, so that there are enough warps to hide the latency of their arithmetic. Two other groups have 64
- * rows each and multiply (FlashAttention's loop), so that one's softmax runs beside the other's products.
+ * Prefill on sm_90a: many query rows over a compressed past, through products of warp groups. A thread block has 128 rows
+ * (query tokens x heads of a group) of one KV head of one sequence. Two warp groups expand: records come by bulk copies, and
+ * their codes become FP16 tiles of 128 tokens (64 above head_dim 128), keys and values times their scales, in the rotated
+ * basis. Each takes every second tile, so that there are enough warps to hide the latency of their arithmetic. Two other groups
+ * have 64 rows each and multiply (FlashAttention's loop), so that one's softmax runs beside the other's products.
  *
  * Operands want 16-byte chunks of 8 numbers along the depth, and a lane's codes in a record are just that: 8 dimensions of a
  * key, 8 tokens of a value. Dimensions are permuted so that eight lanes' chunks never share banks: keys and queries in the same
@@ -405,7 +405,8 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
         for (int k = 0; k < D / 16; k++) x[k] = results[row * row_floats + 16 * k + lane16];
         rotate_back<D>(x, args.rotation, lane16);
         row_place place = place_of(id, args, 64 * group + row);
-        store_strided(args.out, args.dtype, place.token * args.out_token_stride + place.head * args.out_head_stride + lane16, x);
+        int64_t first_number = place.token * args.out_token_stride + place.head * args.out_head_stride + lane16;
+        store_strided(args.out, args.dtype, first_number, x);
     }
 }
 
