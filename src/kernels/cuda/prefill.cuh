@@ -200,8 +200,9 @@ __device__ __forceinline__ void prefill_queries(prefill_shared<D> &shared, const
 
 /* Results through shared memory, rotated back and written, one half warp a row. */
 template <int D>
-__device__ __forceinline__ void prefill_finish(float (&out)[D / 8][4], const prefill_rows &rows, prefill_shared<D> &shared, const tile_id &id,
-                                               const attend_args &args, int warp, int lane)
+__device__ __forceinline__ void prefill_finish(float (&out)[D / 8][4], const prefill_rows &rows,
+                                               prefill_shared<D> &shared, const tile_id &id, const attend_args &args, int warp,
+                                               int lane)
 {
     const int g = lane >> 2, t = lane & 3;
     __syncthreads();
