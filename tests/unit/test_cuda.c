@@ -157,9 +157,9 @@ static void test_splits(void **state)
     for (int t = 0; t < 7; t++) {
         for (int r = 0; r < 7; r++) {
             for (int deterministic = 0; deterministic < 2; deterministic++) {
-                tq_decode_cut cut = tq_decode_cut_of(tiles[t], records[r], 132, deterministic);
+                tq_decode_cut cut = tq_decode_cut_of(tiles[t], records[r], 128, 132, deterministic);
                 assert_in_range(cut.splits_allowed, 1, TQ_SPLITS_MAX);
-                if (!deterministic && !cut.small_blocks)
+                if (!deterministic && tiles[t] <= 132)
                     assert_true(cut.splits_allowed == 1 || cut.splits_allowed * tiles[t] <= 132);
                 for (int32_t n = 0; n <= records[r] && n < 5000; n += 1 + n / 3) {
                     int32_t per_split = tq_split_records(n, cut.splits_allowed, cut.split_records_min);
@@ -171,7 +171,7 @@ static void test_splits(void **state)
             }
         }
     }
-    tq_decode_cut alone = tq_decode_cut_of(8, 100, 132, true), batch = tq_decode_cut_of(4096, 9000, 114, true);
+    tq_decode_cut alone = tq_decode_cut_of(8, 100, 128, 132, true), batch = tq_decode_cut_of(4096, 9000, 128, 114, true);
     assert_int_equal(alone.splits_allowed, batch.splits_allowed);
     assert_int_equal(alone.split_records_min, batch.split_records_min);
     assert_int_equal(alone.small_blocks, batch.small_blocks);

@@ -74,7 +74,7 @@ static tq_status cut_of(tq_decode_cut *out, const tq_device_store *store, const 
     if (error != cudaSuccess) return fail(message, "cannot read the device's properties", error);
     int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * row_tiles_of(store, params);
     int64_t n_records = (params->max_seq_len + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
-    *out = tq_decode_cut_of(n_tiles, n_records, n_multiprocessors, params->deterministic);
+    *out = tq_decode_cut_of(n_tiles, n_records, store->head_dim, n_multiprocessors, params->deterministic);
     return TQ_OK;
 }
 

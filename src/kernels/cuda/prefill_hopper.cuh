@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Prefill on sm_90a: many query rows over a compressed past, through products of warp groups. A thread block has 128 rows
- * (query tokens x heads of a group) of one KV head of one sequence. Two warp groups expand: records come by bulk copies, and
- * their codes become FP16 tiles of 128 tokens (64 above head_dim 128), keys and values times their scales, in the rotated
- * basis. Each takes every second tile, so that there are enough warps to hide the latency of their arithmetic. Two other groups
- * have 64 rows each and multiply (FlashAttention's loop), so that one's softmax runs beside the other's products.
+ * Prefill on sm_90a: many query rows over a compressed past, through products of warp groups. A thread block has 128 rows (64
+ * at head_dim 256; query tokens x heads of a group) of one KV head of one sequence. Two warp groups expand: records come by
+ * bulk copies, and their codes become FP16 tiles of 128 tokens (64 above head_dim 128), keys and values times their scales, in
+ * the rotated basis. Each takes every second tile, so that there are enough warps to hide the latency of their arithmetic. The
+ * other groups have 64 rows each and multiply (FlashAttention's loop), so that one's softmax runs beside the other's products.
  *
  * Operands want 16-byte chunks of 8 numbers along the depth, and a lane's codes in a record are just that: 8 dimensions of a
  * key, 8 tokens of a value. Dimensions are permuted so that eight lanes' chunks never share banks: keys and queries in the same
@@ -22,13 +22,13 @@
 template <class K, class V, int D> struct hopper_shape {
     static constexpr int table_bytes = K::is_trellis || V::is_trellis ? TQ_WINDOW_TABLE_BYTES : 0;
     /* Warp groups that expand, each every second tile, and that multiply. */
-    static constexpr int n_expanders = 2, n_groups = D == 256 && table_bytes > 0 ? 1 : 2;
+    static constexpr int n_expanders = 2, n_groups = D <= 192 ? 2 : 1;
     static constexpr int n_rows = 64 * n_groups, n_threads = 128 * (n_expanders + n_groups);
     static constexpr int n_tokens = D <= 128 ? 128 : 64, n_records = n_tokens / TQ_RECORD_TOKENS;
     static constexpr int depth = (D + 63) / 64 * 64; /* of scores, and rows of values: whole panels */
     static constexpr int record_bytes = 4 * D * (K::bits + V::bits) + 2 * TQ_RECORD_SCALE_BYTES;
     /* Multiples of 8 that use the 65536 registers up. */
-    static constexpr int multiply_registers = 176, expand_registers = 80;
+    static constexpr int multiply_registers = D <= 192 ? 176 : 240, expand_registers = D <= 192 ? 80 : 128;
 
     static constexpr int query_bytes = 2 * n_rows * depth, side_bytes = 2 * n_tokens * depth;
     static constexpr int n_buffers = 2;
@@ -37,6 +37,7 @@ template <class K, class V, int D> struct hopper_shape {
     static constexpr int queue_bytes = n_records * record_bytes;
     static constexpr int n_queue = fixed_bytes + 2 * n_expanders * queue_bytes <= 226 * 1024 ? 2 : 1; /* of an expander */
     static constexpr int shared_bytes = fixed_bytes + n_expanders * n_queue * queue_bytes;
+    static_assert(shared_bytes <= 226 * 1024, "a block has 227 KB, and its barriers take some");
 };
 
 #ifdef TQ_HOPPER
@@ -269,6 +270,8 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<K,
     const int thread = threadIdx.x % 128, warp = thread >> 5, lane = thread & 31;
     const int n_coded = (n_records + S::n_records - 1) / S::n_records;
     const record_finder<S::record_bytes> finder(id, args);
+    /* Positions that records bring; a last tile's places beyond hold what was there before. */
+    const int coded_begin = id.coded_begin, coded_end = min(id.coded_end, id.record_end * TQ_RECORD_TOKENS);
     const window_table table = {shared.table + 4 * lane};
 
     /* Warp 0 fills the queue: lane r brings record r of a tile, whose address it has looked up one fill before. */
@@ -302,14 +305,14 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<K,
             barrier_wait(arrived + slot, turn / S::n_queue % 2);
             if (thread < S::n_tokens) {
                 int position = first + thread;
-                positions[thread] = position >= id.coded_begin && position < id.coded_end ? position : -1;
+                positions[thread] = position >= coded_begin && position < coded_end ? position : -1;
             }
 #pragma unroll 1
             for (int part = warp; part < 2 * S::n_records; part += 4) {
                 int place = part % S::n_records;
                 expand_side<K, V, D>(keys, values, place, part >= S::n_records,
                                      queue + slot * S::queue_bytes + place * S::record_bytes, first + place * TQ_RECORD_TOKENS,
-                                     id.coded_begin, id.coded_end, table, lane);
+                                     coded_begin, coded_end, table, lane);
             }
         } else {
             expand_exact_tile<D, S>(keys, values, positions, id, args, i - n_coded);
