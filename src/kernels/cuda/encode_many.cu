@@ -9,14 +9,8 @@ static cudaError_t launch_side(const tq_device_store &store, const tq_cuda_appen
     auto kernel = encode_many_kernel<D, BITS, IS_VALUE>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    int device, n_multiprocessors;
-    error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (error != cudaSuccess) return error;
-    int64_t n_needed = ((p.n_tok + 31) / 32 * store.n_head_kv + warps - 1) / warps;
-    kernel<<<(unsigned)(n_needed < n_multiprocessors ? n_needed : n_multiprocessors), many_threads, bytes, stream>>>(store, p);
+    int64_t n_items = (p.n_tok + 31) / 32 * store.n_head_kv;
+    kernel<<<(unsigned)((n_items + warps - 1) / warps), many_threads, bytes, stream>>>(store, p);
     return cudaGetLastError();
 }
 
@@ -44,21 +38,12 @@ static cudaError_t launch_both(const tq_device_store &store, const tq_cuda_appen
     return error != cudaSuccess || store.value.is_trellis ? error : launch_bits<D, true>(store, p, stream);
 }
 
-/* Devices before sm_90 may have too little shared memory for a block. */
-static bool has_room(size_t n_bytes)
-{
-    int device, room = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
-           n_bytes <= (size_t)room;
-}
-
 bool encode_many_has(const tq_device_store &store, const tq_cuda_append_params &p)
 {
     constexpr int64_t n_vectors_min = 16384; /* that many threads fill a device; with fewer, half a warp each is sooner done */
     const int64_t alignment = p.dtype == TQ_DTYPE_F32 ? 1 : 8; /* of a row, in numbers, for loads of 16 bytes */
     return store.head_dim <= 128 && p.n_tok * store.n_head_kv >= n_vectors_min && p.row_stride % alignment == 0 &&
-           ((uintptr_t)p.k | (uintptr_t)p.v | (uintptr_t)store.exact) % 16 == 0 && has_room(sizeof(many_shared<128>));
+           ((uintptr_t)p.k | (uintptr_t)p.v | (uintptr_t)store.exact) % 16 == 0;
 }
 
 cudaError_t encode_many(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)

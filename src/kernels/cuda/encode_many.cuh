@@ -3,9 +3,7 @@
  * Scalar encoders for many tokens at once: one vector a thread, so that no step of the transform and no sum needs an exchange
  * between lanes; 32 consecutive tokens of one KV head a warp, which are a record where slots are in order. The arithmetic is
  * that of src/codec operation by operation, and sums go in the order of docs/formats.md, so the codes are the same bits.
- * Warps go from one run of tokens to another, and the next one's rows are on their way into shared memory while a run is
- * encoded. All warps of a multiprocessor are one block and keep step: the straight code of a vector is longer than what the
- * instruction caches hold, so warps at different places of it would wait for instructions. Expected bound: instruction issue.
+ * Rows come through shared memory, where 16 lanes bring one together. Expected bound: instruction issue, some 17 a number.
  */
 #ifndef TQ_KERNELS_CUDA_ENCODE_MANY_CUH
 #define TQ_KERNELS_CUDA_ENCODE_MANY_CUH
@@ -14,7 +12,7 @@
 #include "kernels/cuda/encode.cuh"
 #include "kernels/cuda/mma.cuh"
 
-constexpr int many_threads = 384;
+constexpr int many_threads = 128;
 
 /* A code is found by the quarter that z lies in: quarters have at most one boundary each (a unit test holds the codebooks
  * against that). |z| is at most sqrt(head_dim), the norm of the whole vector. */
@@ -22,7 +20,7 @@ constexpr int quarters_below = 48, n_quarters = 96;
 
 template <int D> struct many_shared {
     static constexpr int row_bytes = 2 * D + 16; /* spreads rows over the banks */
-    __align__(16) uint8_t rows[2][many_threads][row_bytes];
+    __align__(16) uint8_t rows[many_threads][row_bytes];
     uint32_t sign_pairs[2][D / 2];      /* of dimensions 2 i and 2 i + 1, as the sign bits of two halves */
     float boundary[n_quarters];         /* in this quarter, or infinity */
     uint32_t code_below[n_quarters];    /* 4 times the code below that boundary */
@@ -38,15 +36,15 @@ template <int D> __device__ __forceinline__ void fill_tables(many_shared<D> &sha
         shared.sign_pairs[round][pair] = (two & 1u) << 15 | (two & 2u) << 30;
     }
     const int n_boundaries = (1 << format.bits) - 1;
-    for (int i = threadIdx.x; format.bits < 8 && i < n_quarters; i += many_threads) {
-        float from = (float)(i - quarters_below) * 0.25f, boundary = INFINITY;
+    if (format.bits < 8 && threadIdx.x < n_quarters) {
+        float from = (float)((int)threadIdx.x - quarters_below) * 0.25f, boundary = INFINITY;
         uint32_t below = 0;
         for (int b = 0; b < n_boundaries; b++) {
             float at = format.boundaries[b];
             if (at < from) below++;
             else if (at < from + 0.25f) boundary = at;
         }
-        shared.boundary[i] = boundary, shared.code_below[i] = 4 * below;
+        shared.boundary[threadIdx.x] = boundary, shared.code_below[threadIdx.x] = 4 * below;
     }
     if (format.bits < 8 && threadIdx.x < 16) {
         float c = format.centroids[threadIdx.x];
@@ -108,26 +106,12 @@ template <int D> __device__ __forceinline__ void transform_vector(float (&x)[D],
     for (int k = 0; k < D; k++) x[k] = __fmul_rn(x[k], rotation.scale);
 }
 
-/* A thread's row of halves, rotated; *bad is set if not all of them are finite, which are replaced then. */
+/* A thread's row, rotated. */
 template <int D>
-__device__ __forceinline__ void rotated_row(float (&x)[D], uint8_t *halves, const many_shared<D> &shared,
-                                            const tq_device_rotation &rotation, bool *bad)
+__device__ __forceinline__ void rotated_row(float (&x)[D], const many_shared<D> &shared, const tq_device_rotation &rotation)
 {
-    const uint4 *row = reinterpret_cast<const uint4 *>(halves), *signs = reinterpret_cast<const uint4 *>(shared.sign_pairs[0]);
-    __half2 zero = __float2half2_rn(0.0f), sum = zero; /* stays 0 if all numbers are finite */
-#pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-        uint4 v = row[i];
-        sum = __hfma2(as_half2(v.x), zero, sum), sum = __hfma2(as_half2(v.y), zero, sum);
-        sum = __hfma2(as_half2(v.z), zero, sum), sum = __hfma2(as_half2(v.w), zero, sum);
-    }
-    if ((as_bits(sum) & 0x7fff7fffu) != 0) {
-#pragma unroll 1
-        for (int i = 0; i < D; i++) {
-            __half *half = reinterpret_cast<__half *>(halves) + i;
-            *half = to_half(__half2float(*half), *bad);
-        }
-    }
+    const uint4 *row = reinterpret_cast<const uint4 *>(shared.rows[threadIdx.x]);
+    const uint4 *signs = reinterpret_cast<const uint4 *>(shared.sign_pairs[0]);
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
         uint4 v = row[i], s = signs[i];
@@ -178,10 +162,10 @@ template <int D> struct many_codes {
     }
 };
 
-/* Lloyd-Max codes of a rotated vector; returns the scale. words: D / 8 words of shared memory for this thread. */
+/* Lloyd-Max codes of a rotated vector; returns the scale. Leaves the thread's row in shared memory to itself. */
 template <int D>
-__device__ __forceinline__ __half encode_lloyd_vector(uint32_t (&nibbles)[D / 8], const float (&x)[D], uint32_t *words,
-                                                      const many_shared<D> &shared, const tq_device_format &format)
+__device__ __forceinline__ __half encode_lloyd_vector(uint32_t (&nibbles)[D / 8], const float (&x)[D], many_shared<D> &shared,
+                                                      const tq_device_format &format)
 {
     ordered_sum squares;
 #pragma unroll
@@ -199,6 +183,7 @@ __device__ __forceinline__ __half encode_lloyd_vector(uint32_t (&nibbles)[D / 8]
         return scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy)));
     }
     /* Settling (lloyd.c), which few vectors need: codes go through shared memory, so that this is a short loop. */
+    uint32_t *words = reinterpret_cast<uint32_t *>(shared.rows[threadIdx.x]);
 #pragma unroll
     for (int i = 0; i < D / 8; i++) words[i] = nibbles[i];
     for (int round = 0; round < 8; round++) {
@@ -255,7 +240,7 @@ template <int D> __device__ __forceinline__ __half encode_uniform_vector(uint32_
 
 /*
  * From words of 8 nibbles (or 4 bytes) in the order of dimensions to the words of a key's string, or the same bits of a
- * value: layout.h's octets, shared words included. GROUP: dimensions of one string.
+ * value: layout.h's octets, shared words included.
  */
 template <int BITS, int D, bool IS_VALUE, int N>
 __device__ __forceinline__ void share_words(uint32_t (&out)[D * BITS / 32], const uint32_t (&in)[N])
@@ -351,137 +336,118 @@ __device__ __forceinline__ void store_value(uint8_t *plane, int token, const uin
     }
 }
 
-/* What a lane does next: its token's task, and whether FP16 could not hold a number of its row. */
-struct many_task {
-    int32_t page, offset; /* page -1: nothing */
-    bool is_bad;
-};
-
-/* Begin to bring the rows of run `item` (32 tokens of a head) to a warp's rows of shared memory. FP16 rows are copied as they
- * are, in the background; others are converted on the way. */
-template <int D>
-__device__ __forceinline__ many_task bring_rows(uint8_t (*rows)[many_shared<D>::row_bytes], const tq_device_store &store,
-                                                const tq_cuda_append_params &p, uint32_t item, bool is_value)
+__device__ __forceinline__ bool all_finite(uint4 v)
 {
-    constexpr int per_row = D / 8; /* pieces of 16 bytes */
+    __half2 zero = __float2half2_rn(0.0f), sum = zero; /* stays 0 if all numbers are finite */
+    sum = __hfma2(as_half2(v.x), zero, sum), sum = __hfma2(as_half2(v.y), zero, sum);
+    sum = __hfma2(as_half2(v.z), zero, sum), sum = __hfma2(as_half2(v.w), zero, sum);
+    return (as_bits(sum) & 0x7fff7fffu) == 0;
+}
+
+/* 8 numbers as halves; `bad` is set where FP16 cannot hold one. */
+__device__ __noinline__ uint4 converted(const void *rows, tq_dtype dtype, int64_t first, bool &bad)
+{
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float x[1];
+        load_strided(x, rows, dtype, first + i);
+        uint32_t bits = __half_as_ushort(to_half(x[0], bad));
+        words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/* The rows of a warp's 32 tasks to shared memory; `task` is this lane's. FP16 rows are all on their way before the first is
+ * used. */
+template <int D>
+__device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_device_store &store, const tq_cuda_append_params &p,
+                                           const encode_task &task, bool is_value, int32_t head)
+{
+    constexpr int per_row = D / 8; /* pieces of 8 numbers */
     const int lane = threadIdx.x & 31;
-    const uint32_t n_heads = (uint32_t)store.n_head_kv;
-    const int64_t token = (int64_t)(item / n_heads) * 32 + lane;
-    const int32_t head = (int32_t)(item % n_heads);
-    encode_task task = {};
-    if (token < p.n_tok) task = encode_task_of(store, p, token);
+    uint8_t(*rows)[many_shared<D>::row_bytes] = shared.rows + (threadIdx.x & ~31);
     const int64_t mine = task.row >= 0 ? task.row * p.row_stride + head * D
                                        : exact_index(store, task.exact_slot, is_value, head, task.entry);
     const uint32_t exists = __ballot_sync(~0u, task.exists), in_batch = __ballot_sync(~0u, task.row >= 0);
     const void *batch = is_value ? p.v : p.k;
+    uint4 pieces[per_row];
+#pragma unroll
+    for (int i = 0; i < per_row; i++) {
+        int piece = 32 * i + lane, row = piece / per_row, at = piece % per_row;
+        int64_t first = __shfl_sync(~0u, mine, row) + 8 * at;
+        bool is_batch = in_batch >> row & 1u;
+        const __half *from = static_cast<const __half *>(is_batch ? batch : store.exact) + first;
+        pieces[i] = make_uint4(0, 0, 0, 0);
+        if ((exists >> row & 1u) && !(is_batch && p.dtype != TQ_DTYPE_F16)) {
+            pieces[i] = __ldg(reinterpret_cast<const uint4 *>(from));
+        }
+    }
     uint32_t bad_rows = 0;
 #pragma unroll
     for (int i = 0; i < per_row; i++) {
         int piece = 32 * i + lane, row = piece / per_row, at = piece % per_row;
         int64_t first = __shfl_sync(~0u, mine, row) + 8 * at;
-        uint8_t *to = rows[row] + 16 * at;
-        bool is_batch = in_batch >> row & 1u;
-        if (!(exists >> row & 1u)) {
-            *reinterpret_cast<uint4 *>(to) = make_uint4(0, 0, 0, 0);
-        } else if (is_batch && p.dtype != TQ_DTYPE_F16) {
-            for (int k = 0; k < 8; k++) {
-                float x[1];
-                bool is_bad = false;
-                load_strided(x, batch, p.dtype, first + k);
-                reinterpret_cast<__half *>(to)[k] = to_half(x[0], is_bad);
-                if (is_bad) bad_rows |= 1u << row;
-            }
-        } else {
-            const __half *from = static_cast<const __half *>(is_batch ? batch : store.exact) + first;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-#else
-            *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
-#endif
+        bool is_bad = false, is_batch = in_batch >> row & 1u;
+        uint4 v = pieces[i];
+        if ((exists >> row & 1u) && is_batch && (p.dtype != TQ_DTYPE_F16 || !all_finite(v))) {
+            v = converted(batch, p.dtype, first, is_bad);
         }
-        __syncwarp();
+        *reinterpret_cast<uint4 *>(rows[row] + 16 * at) = v;
+        if (is_bad) bad_rows |= 1u << row;
     }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-    if (p.dtype != TQ_DTYPE_F16) {
+    if (__any_sync(~0u, bad_rows != 0) && p.n_not_finite) {
 #pragma unroll
         for (int width = 16; width > 0; width /= 2) bad_rows |= __shfl_xor_sync(~0u, bad_rows, width);
+        if (lane == 0) atomicAdd(p.n_not_finite, __popc(bad_rows));
     }
-    return {task.exists ? (int32_t)task.page : -1, task.offset, (bad_rows >> lane & 1u) != 0};
-}
-
-/* Until at most PENDING runs are on their way. */
-template <int PENDING> __device__ __forceinline__ void rows_arrived()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
     __syncwarp();
 }
 
-/* One run whose rows are there. */
 template <int D, int BITS, bool IS_VALUE>
-__device__ __forceinline__ void encode_run(many_shared<D> &shared, uint8_t *halves, const tq_device_store &store,
-                                           const tq_cuda_append_params &p, const many_task &task, int32_t head)
+__global__ void __launch_bounds__(many_threads, 3)
+    encode_many_kernel(const __grid_constant__ tq_device_store store, const __grid_constant__ tq_cuda_append_params p)
 {
+    extern __shared__ __align__(16) uint8_t memory[];
+    auto &shared = *reinterpret_cast<many_shared<D> *>(memory);
+    const tq_device_format &format = IS_VALUE ? store.value : store.key;
+    fill_tables(shared, store, format);
+    __syncthreads();
+
     const int lane = threadIdx.x & 31;
-    const bool exists = task.page >= 0;
-    bool is_bad = task.is_bad;
+    const uint32_t item = blockIdx.x * (many_threads / 32) + threadIdx.x / 32, n_heads = (uint32_t)store.n_head_kv;
+    const int64_t token = (int64_t)(item / n_heads) * 32 + lane;
+    const int32_t head = (int32_t)(item % n_heads);
+    if (token - lane >= p.n_tok) return; /* the whole warp */
+    encode_task task = {};
+    if (token < p.n_tok) task = encode_task_of(store, p, token);
+    bring_rows<D>(shared, store, p, task, IS_VALUE, head);
+
     float x[D];
-    rotated_row<D>(x, halves, shared, store.rotation, &is_bad);
-    __syncthreads(); /* to keep step */
+    rotated_row<D>(x, shared, store.rotation);
     uint32_t words[D * BITS / 32];
     __half scale;
     if constexpr (BITS == 8) {
         scale = encode_uniform_vector<D>(words, x);
     } else {
         uint32_t nibbles[D / 8];
-        scale = encode_lloyd_vector<D>(nibbles, x, reinterpret_cast<uint32_t *>(halves), shared,
-                                       IS_VALUE ? store.value : store.key);
+        scale = encode_lloyd_vector<D>(nibbles, x, shared, format);
         share_words<BITS, D, IS_VALUE>(words, nibbles);
-    }
-    __syncthreads();
-    if (p.n_not_finite) {
-        uint32_t bad_rows = __ballot_sync(~0u, is_bad && exists);
-        if (bad_rows && lane == 0) atomicAdd(p.n_not_finite, __popc(bad_rows));
     }
     const slot_place place = place_of_slot(store, task.page, task.offset, head);
     uint8_t *plane = codes_of(store, place, IS_VALUE);
     if constexpr (IS_VALUE) {
-        const int32_t other_page = __shfl_xor_sync(~0u, task.page, 1), other_offset = __shfl_xor_sync(~0u, task.offset, 1);
-        const bool paired = other_page == task.page && (other_offset ^ task.offset) == 1 && task.offset % 2 == (lane & 1);
-        const bool in_pairs = __all_sync(~0u, exists == (other_page >= 0) && (paired || !exists));
-        store_value<BITS, D>(plane, place.token, words, exists, in_pairs);
-    } else if (exists) {
+        const int64_t other_page = __shfl_xor_sync(~0u, task.page, 1);
+        const int32_t other_offset = __shfl_xor_sync(~0u, task.offset, 1);
+        const bool other_exists = __shfl_xor_sync(~0u, task.exists, 1);
+        const bool paired = task.exists && other_page == task.page && (other_offset ^ task.offset) == 1 &&
+                            task.offset % 2 == (lane & 1);
+        const bool in_pairs = __all_sync(~0u, task.exists == other_exists && (paired || !task.exists));
+        store_value<BITS, D>(plane, place.token, words, task.exists, in_pairs);
+    } else if (task.exists) {
         store_key<BITS, D>(plane, place.token, words);
     }
-    if (exists) *scale_of(store, place, IS_VALUE) = scale;
-}
-
-template <int D, int BITS, bool IS_VALUE>
-__global__ void __launch_bounds__(many_threads, 1)
-    encode_many_kernel(const __grid_constant__ tq_device_store store, const __grid_constant__ tq_cuda_append_params p)
-{
-    extern __shared__ __align__(16) uint8_t memory[];
-    auto &shared = *reinterpret_cast<many_shared<D> *>(memory);
-    constexpr uint32_t warps = many_threads / 32;
-    const uint32_t n_items = (uint32_t)((p.n_tok + 31) / 32) * (uint32_t)store.n_head_kv, step = gridDim.x * warps;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    uint32_t first = blockIdx.x * warps;
-    many_task task = bring_rows<D>(&shared.rows[0][32 * warp], store, p, first + warp, IS_VALUE);
-    fill_tables(shared, store, IS_VALUE ? store.value : store.key);
-#pragma unroll 1
-    for (int buffer = 0; first < n_items; first += step, buffer ^= 1) { /* items from n_items on have no tokens */
-        many_task next = bring_rows<D>(&shared.rows[buffer ^ 1][32 * warp], store, p, first + step + warp, IS_VALUE);
-        rows_arrived<1>();
-        __syncthreads();
-        encode_run<D, BITS, IS_VALUE>(shared, shared.rows[buffer][32 * warp + lane], store, p, task,
-                                      (int32_t)((first + warp) % (uint32_t)store.n_head_kv));
-        __syncwarp(); /* the rows may be overwritten */
-        task = next;
-    }
-    rows_arrived<0>();
+    if (task.exists) *scale_of(store, place, IS_VALUE) = scale;
 }
 
 #endif
