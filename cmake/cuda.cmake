@@ -18,6 +18,10 @@ foreach(arch ${TQ_CUDA_ARCHITECTURES})
     list(APPEND tq_cuda_targets -gencode=arch=compute_${number},code=sm_${number})
 endforeach()
 
+if("90a" IN_LIST TQ_CUDA_ARCHITECTURES OR "90a-real" IN_LIST TQ_CUDA_ARCHITECTURES)
+    list(APPEND tq_cuda_flags -DTQ_CUDA_HOPPER) # the kernels that only sm_90a has may be launched
+endif()
+
 set(tq_cuda_objects)
 foreach(source ${tq_cuda_sources})
     get_filename_component(name ${source} NAME_WE)
@@ -45,7 +49,8 @@ add_custom_target(turboquant_cuda ALL DEPENDS ${tq_cuda_library})
 # Tests on a device; they count themselves as skipped where there is none. tests/run_all.py runs them.
 if(TQ_BUILD_TESTS)
     get_filename_component(tq_cuda_root ${TQ_NVCC} DIRECTORY)
-    add_executable(test_device tests/cuda/test_device.c tests/cuda/device_model.c tests/unit/vectors.c)
+    add_executable(test_device tests/cuda/test_device.c tests/cuda/device_model.c
+                   tests/cuda/device_engine.c tests/unit/vectors.c)
     set_target_properties(test_device PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests/cuda)
     target_include_directories(test_device PRIVATE src tests/unit tests/cuda)
     target_include_directories(test_device SYSTEM PRIVATE ${tq_cuda_root}/../include)

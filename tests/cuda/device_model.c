@@ -216,6 +216,7 @@ void model_append(model *m)
         for (int32_t seq = 0; seq < s->n_seq; seq++) {
             int64_t rest = s->lens[seq] - done[seq], most = first ? rest / 2 : tq_random_next(&m->random) % 4 ? 3 : 200;
             int64_t take = most > 0 ? (int64_t)(tq_random_next(&m->random) % (uint64_t)(most + 1)) : 0;
+            if (first && s->first_batch > 0) take = s->first_batch;
             if (rest < 200 || take > rest) take = rest;
             for (int64_t i = 0; i < take; i++, n++) {
                 int64_t position = done[seq]++;

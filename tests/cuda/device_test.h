@@ -34,6 +34,7 @@ typedef struct setup {
     bool sinks, deterministic, outliers;
     int32_t n_seq;
     const int64_t *lens;
+    int64_t first_batch; /* tokens of each sequence appended in the first call; 0: drawn */
 } setup;
 
 /* A cache of some sequences: the device's, and the truth. */
@@ -62,5 +63,11 @@ float *model_check_attend(model *m);
  */
 void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float *out, float *lse);
 void model_close(model *m);
+
+/* device_engine.c */
+void test_graph(void);
+void test_large(void);
+void test_full_memory(void);
+void test_snapshot(void);
 
 #endif

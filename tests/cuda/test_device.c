@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * libturboquant-cuda.so against the CPU's specification. Skips itself, counted, where there is no device. --quick: fewer and
- * shorter cases, for the memory and race checkers.
+ * shorter cases, for the memory and race checkers. --only NAME: one group of tests.
  */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
@@ -96,6 +96,36 @@ static void test_outliers(void)
     }
 }
 
+/* Batches that are large enough for the encoder of many tokens: in order and shifted by a ring, so that pairs of tokens are and
+ * are not written together; hard vectors too. */
+static void test_many(void)
+{
+    static const struct {
+        int32_t head_dim;
+        tq_format k, v;
+    } pairs[] = {{128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
+                 {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TT3}, {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
+                 {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
+                 {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}};
+    static const int64_t lens[] = {1100, 1203};
+    static const int32_t rings[] = {0, 37, 64};
+    for (int i = 0; i < (int)(sizeof pairs / sizeof pairs[0]); i++) {
+        for (int r = 0; r < 3; r++) {
+            if (quick && (i + r) % 4 != 0) continue;
+            setup s = plain(pairs[i].k, pairs[i].v, pairs[i].head_dim);
+            s.lens = lens, s.n_seq = 2, s.n_head_kv = 8, s.first_batch = 1050;
+            s.n_recent = rings[r], s.n_sink = r == 0 ? 0 : 4, s.outliers = r > 0;
+            s.dtype = (tq_dtype)((i + r) % 2);
+            device_test("many: %s/%s, head_dim %d, ring %d", name_of(s.k_format), name_of(s.v_format), s.head_dim, s.n_recent);
+            model m;
+            model_open(&m, &s, 700 + (uint64_t)(3 * i + r));
+            model_append(&m);
+            model_check_pages(&m);
+            model_close(&m);
+        }
+    }
+}
+
 /* Shapes and options, drawn. */
 static void test_random(void)
 {
@@ -133,14 +163,22 @@ static void test_prefill(void)
     } pairs[] = {
         {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
         {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
-        {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
-        {128, TQ_FORMAT_TT3, TQ_FORMAT_TT3}, /* by the decode kernel */
+        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
+        {128, TQ_FORMAT_TT3, TQ_FORMAT_TT3}, {128, TQ_FORMAT_TT2, TQ_FORMAT_TT2}, {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
+        {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2},
+        {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TT4, TQ_FORMAT_TT4},  {64, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
+        {64, TQ_FORMAT_TT2, TQ_FORMAT_TT2},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
+        {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
+        {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
+        {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3},
+        {256, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {256, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {256, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
+        {256, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
     };
     static const int64_t lens[] = {90, 611, 333};
     for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
         setup s = plain(pairs[i].k, pairs[i].v, pairs[i].head_dim);
-        if (quick && i % 4 != 0) continue;
-        s.lens = lens, s.n_seq = 3, s.n_query = 90 + 7 * (int32_t)i, s.group = 1 + (int32_t)i % 5;
+        if (quick && i % 5 != 0) continue;
+        s.lens = lens, s.n_seq = 3, s.n_query = 90 + 7 * (int32_t)(i % 10), s.group = 1 + (int32_t)i % 5;
         if (i % 3 == 1) s.window = 100;
         if (i % 3 == 2) s.sinks = true, s.softcap = 3.0f;
         if (i == 4) s.n_sink = s.n_recent = 0;
@@ -242,7 +280,36 @@ static void test_not_finite(void)
 
 int main(int argc, char **argv)
 {
-    quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
+    static const struct {
+        const char *name;
+        void (*run)(void);
+        bool is_long;
+    } groups[] = {
+        {"pages", test_pages, false},
+        {"not_finite", test_not_finite, false},
+        {"pairs", test_pairs, false},
+        {"outliers", test_outliers, false},
+        {"many", test_many, false},
+        {"random", test_random, false},
+        {"prefill", test_prefill, false},
+        {"long", test_long, true},
+        {"deterministic", test_deterministic, false},
+        {"graph", test_graph, false},
+        {"snapshot", test_snapshot, false},
+        {"full_memory", test_full_memory, true},
+        {"large", test_large, true},
+    };
+    const char *only = NULL;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--quick") == 0) {
+            quick = true;
+        } else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc) {
+            only = argv[++i];
+        } else {
+            fprintf(stderr, "usage: %s [--quick] [--only NAME]\n", argv[0]);
+            return 2;
+        }
+    }
     tq_log_set(print_message, NULL);
     tq_cuda_info info;
     if (tq_cuda_describe(&info) != TQ_OK) {
@@ -251,13 +318,12 @@ int main(int argc, char **argv)
     }
     printf("%s, compute %d.%d, %d multiprocessors, driver %d, runtime %d\n", info.name, info.compute_major, info.compute_minor,
            info.n_multiprocessors, info.driver_version, info.runtime_version);
-    test_pages();
-    test_not_finite();
-    test_pairs();
-    test_outliers();
-    test_random();
-    test_prefill();
-    if (!quick) test_long();
-    test_deterministic();
-    return device_report();
+    int n_run = 0;
+    for (size_t i = 0; i < sizeof groups / sizeof groups[0]; i++) {
+        if (only ? strcmp(only, groups[i].name) != 0 : quick && groups[i].is_long) continue;
+        groups[i].run();
+        n_run++;
+    }
+    if (n_run == 0) fprintf(stderr, "%s: there is no group %s\n", argv[0], only ? only : "at all");
+    return device_report() || n_run == 0;
 }

@@ -135,6 +135,21 @@ static void test_levels(void **state)
     assert_true(level_error(levels2, TQ_LEVEL_STEP_2, tq_lloyd2_centroids, tq_lloyd2_boundaries, 4) < 0.0003);
 }
 
+/* What the encoder of large batches assumes of the codebooks (encode_many.cuh): no quarter [i / 4, (i + 1) / 4) has two
+ * boundaries. */
+static void test_quarters(void **state)
+{
+    (void)state;
+    static const float *const boundaries[] = {tq_lloyd4_boundaries, tq_lloyd3_boundaries, tq_lloyd2_boundaries};
+    static const int n_boundaries[] = {15, 7, 3};
+    for (int k = 0; k < 3; k++) {
+        for (int i = 0; i < n_boundaries[k]; i++) {
+            assert_in_range((int)floorf(4.0f * boundaries[k][i]) + 48, 0, 95);
+            if (i > 0) assert_true(floorf(4.0f * boundaries[k][i]) > floorf(4.0f * boundaries[k][i - 1]));
+        }
+    }
+}
+
 static void test_splits(void **state)
 {
     (void)state;
@@ -142,9 +157,9 @@ static void test_splits(void **state)
     for (int t = 0; t < 7; t++) {
         for (int r = 0; r < 7; r++) {
             for (int deterministic = 0; deterministic < 2; deterministic++) {
-                tq_decode_cut cut = tq_decode_cut_of(tiles[t], records[r], 132, deterministic);
+                tq_decode_cut cut = tq_decode_cut_of(tiles[t], records[r], 128, 132, deterministic);
                 assert_in_range(cut.splits_allowed, 1, TQ_SPLITS_MAX);
-                if (!deterministic && !cut.small_blocks)
+                if (!deterministic && tiles[t] <= 132)
                     assert_true(cut.splits_allowed == 1 || cut.splits_allowed * tiles[t] <= 132);
                 for (int32_t n = 0; n <= records[r] && n < 5000; n += 1 + n / 3) {
                     int32_t per_split = tq_split_records(n, cut.splits_allowed, cut.split_records_min);
@@ -156,7 +171,7 @@ static void test_splits(void **state)
             }
         }
     }
-    tq_decode_cut alone = tq_decode_cut_of(8, 100, 132, true), batch = tq_decode_cut_of(4096, 9000, 114, true);
+    tq_decode_cut alone = tq_decode_cut_of(8, 100, 128, 132, true), batch = tq_decode_cut_of(4096, 9000, 128, 114, true);
     assert_int_equal(alone.splits_allowed, batch.splits_allowed);
     assert_int_equal(alone.split_records_min, batch.split_records_min);
     assert_int_equal(alone.small_blocks, batch.small_blocks);
@@ -248,9 +263,13 @@ int main(void)
     tq_log_set(keep_message, NULL);
     setenv("TQ_CUDA_LIBRARY", "missing/libturboquant-cuda.so", 1); /* the same on every machine */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_layout),           cmocka_unit_test(test_sizes),
-        cmocka_unit_test(test_levels),           cmocka_unit_test(test_splits),
-        cmocka_unit_test(test_store_is_checked), cmocka_unit_test(test_calls_are_checked),
+        cmocka_unit_test(test_layout),
+        cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_levels),
+        cmocka_unit_test(test_splits),
+        cmocka_unit_test(test_quarters),
+        cmocka_unit_test(test_store_is_checked),
+        cmocka_unit_test(test_calls_are_checked),
         cmocka_unit_test(test_missing_library),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Append: tokens that have left the ring are rotated and encoded into their pages, then the batch's exact tokens are written.
- * The order of the two launches matters: the first reads the ring that the second overwrites. Scalar formats take half a warp a
- * vector; trellis.cu has the trellis. Expected bound: arithmetic of the encoder.
+ * The order of the launches matters: the first read the ring that the last overwrites. Scalar formats take half a warp a vector
+ * here, which is soon done, and a thread in large batches (encode_many.cuh); trellis.cu has the trellis. Expected bound:
+ * arithmetic of the encoder.
  */
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/encode.cuh"
@@ -100,28 +101,27 @@ static cudaError_t launch_encode(const tq_device_store &store, const tq_cuda_app
     return cudaGetLastError();
 }
 
-cudaError_t append_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+static cudaError_t encode_few(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
 {
-    cudaError_t error;
     switch (store.head_dim) {
     case 64:
-        error = launch_encode<64>(store, p, stream);
-        break;
+        return launch_encode<64>(store, p, stream);
     case 96:
-        error = launch_encode<96>(store, p, stream);
-        break;
+        return launch_encode<96>(store, p, stream);
     case 128:
-        error = launch_encode<128>(store, p, stream);
-        break;
+        return launch_encode<128>(store, p, stream);
     case 192:
-        error = launch_encode<192>(store, p, stream);
-        break;
+        return launch_encode<192>(store, p, stream);
     case 256:
-        error = launch_encode<256>(store, p, stream);
-        break;
+        return launch_encode<256>(store, p, stream);
     default:
         return cudaErrorInvalidValue;
     }
+}
+
+cudaError_t append_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+{
+    cudaError_t error = encode_many_has(store, p) ? encode_many(store, p, stream) : encode_few(store, p, stream);
     if (error == cudaSuccess) error = encode_trellis_rows(store, p, stream);
     if (error != cudaSuccess || store.n_sink + store.n_recent == 0) return error;
     store_exact_kernel<<<dim3((unsigned)(p.n_tok * store.n_head_kv), 2), 64, 0, stream>>>(store, p);

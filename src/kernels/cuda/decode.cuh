@@ -85,27 +85,6 @@ __device__ __forceinline__ query_operand<D> load_queries(const tile_queries<D> &
     return operand;
 }
 
-/* The words of a lane's string, all of them. */
-template <int N> __device__ __forceinline__ void load_string(uint32_t (&words)[N], const uint8_t *plane, int lane)
-{
-    if constexpr (N % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < N / 4; i++) {
-            uint4 v = reinterpret_cast<const uint4 *>(plane)[32 * i + lane];
-            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-        }
-    } else if constexpr (N % 2 == 0) {
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            uint2 v = reinterpret_cast<const uint2 *>(plane)[32 * i + lane];
-            words[2 * i] = v.x, words[2 * i + 1] = v.y;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i++) words[i] = reinterpret_cast<const uint32_t *>(plane)[32 * i + lane];
-    }
-}
-
 __device__ __forceinline__ void load_scales(float (&scales)[8], const uint8_t *from, int t)
 {
     uint4 v = reinterpret_cast<const uint4 *>(from)[t];
@@ -181,7 +160,9 @@ __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8
     if constexpr (V::is_trellis) {
 #pragma unroll
         for (int s = 0; s < 2; s++) {
-            V::template add_pairs<D>(acc.c, words, 2 * s, weights[2 * s], weights[2 * s + 1], table, lane);
+            V::template value_pairs<D>(words, 2 * s, table, lane, [&](int x, const uint32_t(&pair)[2][2]) {
+                mma_half(acc.c[x], pair[0][0], pair[0][1], pair[1][0], pair[1][1], weights[2 * s], weights[2 * s + 1]);
+            });
         }
     } else {
 #pragma unroll

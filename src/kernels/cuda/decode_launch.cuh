@@ -29,7 +29,8 @@ decode_launch decode_find_96(int pair);
 decode_launch decode_find_128(int pair);
 decode_launch decode_find_192(int pair);
 decode_launch decode_find_256(int pair);
-/* The same for prefill, which has scalar formats at head_dim 64 and 128. */
+/* The same for prefill; the second's kernels run on sm_90 alone, and are there if the library was compiled for sm_90a. */
 decode_launch prefill_find(int head_dim, int pair);
+decode_launch prefill_find_hopper(int head_dim, int pair);
 
 #endif

@@ -9,6 +9,7 @@
 static tq_status fail(char *message, const char *what, cudaError_t error)
 {
     snprintf(message, TQ_DEVICE_MESSAGE, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+    (void)cudaGetLastError(); /* or the next launch would report it again */
     bool absent = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver || error == cudaErrorStubLibrary ||
                   error == cudaErrorInitializationError;
     return absent ? TQ_ERR_NO_DEVICE : error == cudaErrorMemoryAllocation ? TQ_ERR_MEMORY : TQ_ERR_DEVICE;
@@ -73,7 +74,7 @@ static tq_status cut_of(tq_decode_cut *out, const tq_device_store *store, const 
     if (error != cudaSuccess) return fail(message, "cannot read the device's properties", error);
     int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * row_tiles_of(store, params);
     int64_t n_records = (params->max_seq_len + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
-    *out = tq_decode_cut_of(n_tiles, n_records, n_multiprocessors, params->deterministic);
+    *out = tq_decode_cut_of(n_tiles, n_records, store->head_dim, n_multiprocessors, params->deterministic);
     return TQ_OK;
 }
 
@@ -96,12 +97,27 @@ static decode_launch find_decode(const tq_device_store &store)
     }
 }
 
-/* Prefill reads its pages once for 128 rows, decode for 8, but decode has splits: the former pays from some rows on. */
+/* Does this device run what was compiled for sm_90a, and was it compiled? */
+static bool has_hopper_kernels()
+{
+#ifdef TQ_CUDA_HOPPER
+    int device, major = 0, minor = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 && minor == 0;
+#else
+    return false;
+#endif
+}
+
+/* Prefill reads its pages once for 128 rows or more, decode for 8, but decode has splits: the former pays from some rows on. */
 static decode_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
 {
     decode_launch prefill = nullptr;
     if (params.n_query * (params.n_head / store.n_head_kv) > TQ_PREFILL_ROWS_MIN) {
-        prefill = prefill_find(store.head_dim, codes_pair_of(store));
+        int pair = codes_pair_of(store);
+        if (has_hopper_kernels()) prefill = prefill_find_hopper(store.head_dim, pair);
+        if (!prefill) prefill = prefill_find(store.head_dim, pair);
     }
     *is_prefill = prefill != nullptr;
     return prefill ? prefill : find_decode(store);

@@ -79,6 +79,27 @@ template <> struct scalar_codes<2> {
     }
 };
 
+/* The words of a lane's string, all of them. */
+template <int N> __device__ __forceinline__ void load_string(uint32_t (&words)[N], const uint8_t *plane, int lane)
+{
+    if constexpr (N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            uint4 v = reinterpret_cast<const uint4 *>(plane)[32 * i + lane];
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        }
+    } else if constexpr (N % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            uint2 v = reinterpret_cast<const uint2 *>(plane)[32 * i + lane];
+            words[2 * i] = v.x, words[2 * i + 1] = v.y;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) words[i] = reinterpret_cast<const uint32_t *>(plane)[32 * i + lane];
+    }
+}
+
 /* Bytes of two dimensions of token A, then of token B (128 + level each), to the pair (A, B) of one dimension. */
 template <int SECOND> __device__ __forceinline__ uint32_t half_pair(uint32_t bytes)
 {
@@ -86,6 +107,13 @@ template <int SECOND> __device__ __forceinline__ uint32_t half_pair(uint32_t byt
     const uint32_t bias = 0xe480e480u;                  /* -(1024 + 128) */
     uint32_t wide = permute(bytes, magic, SECOND ? 0x4341 : 0x4240);
     return as_bits(__hadd2(as_half2(wide), as_half2(bias)));
+}
+
+/* Bytes 128 + level, two of them, times a scale. */
+template <uint32_t SELECTORS> __device__ __forceinline__ uint32_t scaled_pair(uint32_t bytes, __half2 scale)
+{
+    uint32_t wide = permute(bytes, 0x64646464u, SELECTORS);
+    return as_bits(__hmul2(__hadd2(as_half2(wide), as_half2(0xe480e480u)), scale));
 }
 
 #endif

@@ -78,6 +78,15 @@ __device__ __forceinline__ uint32_t shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+/* Four matrices of 8 rows of 16 bytes; lane i gives the address of row i % 8 of matrix i / 8. */
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
 /*
  * A warp's queue of records on their way into shared memory, N_STAGE of BYTES bytes. Every lane calls; stages are filled and
  * waited for in order, and `skip` stands for a record when there is none left. With sm_90 one instruction copies a record, with

@@ -23,8 +23,10 @@ TQ_HD int32_t tq_ceil_div(int64_t a, int64_t b)
     return (int32_t)((a + b - 1) / b);
 }
 
-/* Where there are several waves, no split should be much longer than this: a long one that begins last would run alone. */
+/* Where there are several waves and sequences may be longer than the first, splits are as long as the second at most: a long
+ * one that begins last would run alone. */
 #define TQ_SPLIT_RECORDS_LONG 256
+#define TQ_SPLIT_RECORDS_RAGGED 128
 
 /* How a call is cut. */
 typedef struct tq_decode_cut {
@@ -36,19 +38,27 @@ typedef struct tq_decode_cut {
 /*
  * As many splits as fill the device once: a wave that is not full leaves multiprocessors idle, so a second one is never begun
  * for a few blocks. Where row tiles alone are more than a wave, blocks are small, so that one begins or ends while another has
- * the memory. Deterministic calls are cut the same way whatever else is in the batch.
+ * the memory; also where a split has no records for more warps, and at head_dim 64, whose records are so small that a large
+ * block's beginning and end show. Deterministic calls are cut the same way whatever else is in the batch.
  */
-TQ_HD tq_decode_cut tq_decode_cut_of(int64_t n_row_tiles, int64_t n_records_max, int32_t n_multiprocessors, bool deterministic)
+TQ_HD tq_decode_cut tq_decode_cut_of(int64_t n_row_tiles, int64_t n_records_max, int32_t head_dim, int32_t n_multiprocessors,
+                                     bool deterministic)
 {
     tq_decode_cut cut = {TQ_SPLITS_MAX, TQ_SPLIT_RECORDS_MIN_DETERMINISTIC, true};
     if (deterministic) return cut;
-    cut.small_blocks = n_row_tiles > n_multiprocessors;
-    cut.split_records_min = cut.small_blocks ? TQ_SPLIT_RECORDS_LONG / 2 : TQ_SPLIT_RECORDS_MIN;
-    int64_t splits = n_row_tiles > 0 ? n_multiprocessors / n_row_tiles : 1, useful = n_records_max / TQ_SPLIT_RECORDS_MIN;
+    bool several_waves = n_row_tiles > n_multiprocessors;
+    cut.split_records_min = several_waves ? TQ_SPLIT_RECORDS_RAGGED / 2 : TQ_SPLIT_RECORDS_MIN;
+    int64_t slots = head_dim <= 64 ? 2 * (int64_t)n_multiprocessors : n_multiprocessors;
+    int64_t splits = n_row_tiles > 0 ? slots / n_row_tiles : 1, useful = n_records_max / TQ_SPLIT_RECORDS_MIN;
     if (splits > useful) splits = useful;
-    if (cut.small_blocks) splits = (n_records_max + TQ_SPLIT_RECORDS_LONG - 1) / TQ_SPLIT_RECORDS_LONG;
+    if (several_waves) {
+        splits = n_records_max <= TQ_SPLIT_RECORDS_LONG
+                     ? 1
+                     : (n_records_max + TQ_SPLIT_RECORDS_RAGGED - 1) / TQ_SPLIT_RECORDS_RAGGED;
+    }
     if (splits > TQ_SPLITS_MAX) splits = TQ_SPLITS_MAX;
     cut.splits_allowed = splits < 1 ? 1 : (int32_t)splits;
+    cut.small_blocks = several_waves || head_dim <= 64 || n_records_max <= (int64_t)cut.splits_allowed * TQ_SPLIT_RECORDS_MIN;
     return cut;
 }
 

@@ -93,10 +93,10 @@ template <int BITS> struct trellis_codes {
         }
     }
 
-    /* c += values of pairs i and i + 1 (four tokens) times their weights. */
-    template <int D>
-    __device__ __forceinline__ static void add_pairs(float (&c)[D / 16][4], const uint32_t *words, int i, uint32_t weights0,
-                                                     uint32_t weights1, const window_table &table, int lane)
+    /* use(x, pair): for each x < D / 16, pair[k][h] is dimension 2 x + h of this lane's pair i + k of tokens. */
+    template <int D, typename Use>
+    __device__ __forceinline__ static void value_pairs(const uint32_t *words, int i, const window_table &table, int lane,
+                                                       const Use &use)
     {
         constexpr int n_bytes = D / 8 * BITS / 8, n_words = n_bytes / 4 + 1;
         uint32_t firsts = 0, chunk[4][n_words + 1];
@@ -113,7 +113,7 @@ template <int BITS> struct trellis_codes {
         }
 #pragma unroll
         for (int x = 0; x < D / 16; x++) {
-            uint32_t pair[2][2]; /* dimension 2 x + h of tokens 2 i, 2 i + 1; then 2 i + 2, 2 i + 3 */
+            uint32_t pair[2][2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int bit = BITS * (2 * x + h), w = bit / 32;
@@ -124,7 +124,7 @@ template <int BITS> struct trellis_codes {
                     pair[k][h] = permute(a, b, 0x5410);
                 }
             }
-            mma_half(c[x], pair[0][0], pair[0][1], pair[1][0], pair[1][1], weights0, weights1);
+            use(x, pair);
         }
     }
 };

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: MIT */
+#include "kernels/cuda/append.cuh"
+#include "kernels/cuda/encode_many.cuh"
+
+template <int D, int BITS, bool IS_VALUE>
+static cudaError_t launch_side(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+{
+    constexpr int bytes = (int)sizeof(many_shared<D>), warps = many_threads / 32;
+    auto kernel = encode_many_kernel<D, BITS, IS_VALUE>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    int64_t n_items = (p.n_tok + 31) / 32 * store.n_head_kv;
+    kernel<<<(unsigned)((n_items + warps - 1) / warps), many_threads, bytes, stream>>>(store, p);
+    return cudaGetLastError();
+}
+
+template <int D, bool IS_VALUE>
+static cudaError_t launch_bits(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+{
+    switch ((IS_VALUE ? store.value : store.key).bits) {
+    case 8:
+        return launch_side<D, 8, IS_VALUE>(store, p, stream);
+    case 4:
+        return launch_side<D, 4, IS_VALUE>(store, p, stream);
+    case 3:
+        if constexpr (D == 128) return launch_side<D, 3, IS_VALUE>(store, p, stream);
+        return cudaErrorInvalidValue;
+    default:
+        if constexpr (D % 64 == 0) return launch_side<D, 2, IS_VALUE>(store, p, stream);
+        return cudaErrorInvalidValue;
+    }
+}
+
+template <int D>
+static cudaError_t launch_both(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+{
+    cudaError_t error = store.key.is_trellis ? cudaSuccess : launch_bits<D, false>(store, p, stream);
+    return error != cudaSuccess || store.value.is_trellis ? error : launch_bits<D, true>(store, p, stream);
+}
+
+bool encode_many_has(const tq_device_store &store, const tq_cuda_append_params &p)
+{
+    constexpr int64_t n_vectors_min = 16384; /* that many threads fill a device; with fewer, half a warp each is sooner done */
+    const int64_t alignment = p.dtype == TQ_DTYPE_F32 ? 1 : 8; /* of a row, in numbers, for loads of 16 bytes */
+    return store.head_dim <= 128 && p.n_tok * store.n_head_kv >= n_vectors_min && p.row_stride % alignment == 0 &&
+           ((uintptr_t)p.k | (uintptr_t)p.v | (uintptr_t)store.exact) % 16 == 0;
+}
+
+cudaError_t encode_many(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+{
+    switch (store.head_dim) {
+    case 64:
+        return launch_both<64>(store, p, stream);
+    case 96:
+        return launch_both<96>(store, p, stream);
+    default:
+        return launch_both<128>(store, p, stream);
+    }
+}

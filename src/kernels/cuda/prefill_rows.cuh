@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: MIT */
+/* What both prefill kernels do with a warp's 16 rows: masks and softmax of the scores of a tile, results at the end. */
+#ifndef TQ_KERNELS_CUDA_PREFILL_ROWS_CUH
+#define TQ_KERNELS_CUDA_PREFILL_ROWS_CUH
+
+#include "kernels/cuda/attend_args.cuh"
+#include "kernels/cuda/mma.cuh"
+
+/* Lane 4 g + t holds rows g and g + 8; of a block of 8 columns x[i], columns 2 t and 2 t + 1 of row g, then of row g + 8. */
+struct prefill_rows {
+    float max[2], sum[2]; /* the sum only of this lane's columns */
+    int2 visible[2];      /* positions */
+};
+
+/* first_row: of the warp, in the tile. */
+__device__ __forceinline__ prefill_rows open_rows(const tile_id &id, const attend_args &args, int first_row, int lane)
+{
+    prefill_rows rows;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        rows.max[half] = -1e30f, rows.sum[half] = 0.0f;
+        int row = max(min(first_row + 8 * half + (lane >> 2), id.n_rows - 1), 0);
+        rows.visible[half] = visible_to(id, args, token_of(id.first_row + row, args));
+    }
+    return rows;
+}
+
+/* Softcap; and, unless all rows see the whole tile, what a row must not see. positions: of the tile's columns. */
+template <int N>
+__device__ __forceinline__ void mask_scores(float (&s)[N][4], const prefill_rows &rows, const int *positions,
+                                            const attend_args &args, bool whole, int lane)
+{
+    if (args.cap_log2 > 0.0f) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[n][i] = cap_score(s[n][i], args);
+        }
+    }
+    if (whole) return;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int position = positions[8 * n + 2 * (lane & 3) + (i & 1)];
+            int2 visible = rows.visible[i / 2];
+            if (position < visible.x || position >= visible.y) s[n][i] = -INFINITY;
+        }
+    }
+}
+
+/* Scores to weights, online. The maximum is raised where a score exceeds it by more than 5, which is rare; true if it was for
+ * some row of the warp: then scale_rows must bring what was summed before to the new one. */
+template <int N>
+__device__ __forceinline__ bool weigh_scores(float (&s)[N][4], prefill_rows &rows, float (&factors)[2])
+{
+    bool raised = false;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float largest = rows.max[half];
+#pragma unroll
+        for (int n = 0; n < N; n++) largest = fmaxf(largest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+        factors[half] = 1.0f;
+        if (__any_sync(~0u, largest > rows.max[half] + 5.0f)) {
+            factors[half] = exp2_approx(rows.max[half] - largest);
+            rows.max[half] = largest;
+            rows.sum[half] *= factors[half];
+            raised = true;
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int i = 2 * half; i < 2 * half + 2; i++) {
+                s[n][i] = exp2_approx(s[n][i] - rows.max[half]);
+                rows.sum[half] += s[n][i];
+            }
+        }
+    }
+    return raised;
+}
+
+template <int M> __device__ __forceinline__ void scale_rows(float (&out)[M][4], const float (&factors)[2])
+{
+#pragma unroll
+    for (int x = 0; x < M; x++) {
+        out[x][0] *= factors[0], out[x][1] *= factors[0];
+        out[x][2] *= factors[1], out[x][3] *= factors[1];
+    }
+}
+
+/* Weights of 16 columns from 16 k on, as an operand. */
+template <int N> __device__ __forceinline__ void pack_weights(uint32_t (&p)[4], const float (&s)[N][4], int k)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float *pair = &s[2 * k + i / 2][2 * (i % 2)];
+        p[i] = as_bits(__floats2half2_rn(pair[0], pair[1]));
+    }
+}
+
+/* What row `row` of the tile (half 0 or 1 of the warp's lane) multiplies its sum of values by; writes its lse. */
+__device__ __forceinline__ float finish_row(const prefill_rows &rows, int half, int row, const tile_id &id,
+                                            const attend_args &args, int lane)
+{
+    float sum = rows.sum[half], max = rows.max[half];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (row >= id.n_rows) return 0.0f;
+    row_place place = place_of(id, args, row);
+    float share = sum > 0.0f ? 1.0f : 0.0f;
+    if (args.sinks) {
+        float sink = args.sinks[place.head] * 1.4426950408889634f, larger = fmaxf(max, sink);
+        share *= exp2f(max - larger);
+        sum = sum * exp2f(max - larger) + exp2f(sink - larger);
+        max = larger;
+    }
+    if (args.lse && (lane & 3) == 0) {
+        float lse = sum > 0.0f ? (max + log2f(sum)) / 1.4426950408889634f : -INFINITY;
+        args.lse[place.token * args.n_head + place.head] = lse;
+    }
+    return share > 0.0f ? share / sum : 0.0f;
+}
+
+/* Where exact token e of a sequence is: its position, and its keys; values lie `side` numbers further. */
+struct exact_finder {
+    const __half *keys;
+    int64_t side;
+    __device__ __forceinline__ exact_finder(const tile_id &id, const attend_args &args, int head_dim)
+    {
+        const int64_t head_halves = (int64_t)(args.n_sink + args.n_recent) * head_dim;
+        const int64_t slot = args.exact_slots ? args.exact_slots[id.sequence] : id.sequence;
+        side = args.n_head_kv * head_halves;
+        keys = args.exact + slot * 2 * side + id.head * head_halves;
+    }
+    __device__ __forceinline__ static int position(const tile_id &id, int e)
+    {
+        return e < id.n_sink ? e : id.coded_end + (e - id.n_sink);
+    }
+    __device__ __forceinline__ static int entry(const attend_args &args, const tile_id &id, int e)
+    {
+        return e < id.n_sink ? e : args.n_sink + (position(id, e) - args.n_sink) % args.n_recent;
+    }
+};
+
+#endif
