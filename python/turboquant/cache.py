@@ -325,7 +325,7 @@ class Cache:
         return Stats(**_fields(raw))
 
     def save(self, path: str | os.PathLike, seqs: Any = None) -> None:
-        """Write sequences (by default all, and the published prefixes) to a file; the path holds the old file or the new one."""
+        """Write sequences (by default all, and published prefixes) to a file; the path holds the old file or the new one."""
         ids = None if seqs is None else integers(seqs, np.int32, "seqs")
         lib.tq_cache_save(self._handle, os.fsencode(path), address(ids), 0 if ids is None else len(ids))
 
