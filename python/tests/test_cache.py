@@ -177,6 +177,9 @@ def test_refusals(rng):
         turboquant.Cache(1, 1, 100)
     with pytest.raises(TypeError, match="seq_fork"):
         copy.deepcopy(cache)
+    cache.close()
+    with pytest.raises(turboquant.ArgumentError):
+        cache.seq_create()
 
 
 def test_threads_share_a_cache(rng):

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import turboquant
-from tiny import TQ8, compressed, divergence, ids, logits, make_model, stock
+from tiny import F16, TQ8, compressed, divergence, generated, ids, logits, make_model, stock
 from turboquant.transformers import TurboQuantCache
 
-# Of these models' logits, whose standard deviation is some 2.5. f16 in both formats is within rounding to FP16.
-ATOL = {"f16": .02, "tq8": .15}
-F16 = {"k_format": "f16", "v_format": "f16", "k_ref_block": 0}
+# Of these models' logits, whose standard deviation is some 0.9: the largest difference, and the mean KL divergence. tq4 gives
+# .7 and .003, tq2 2.6 and .04.
+TOLERANCES = {"f16": (.005, 5e-7), "tq8": (.06, 3e-5)}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -23,20 +23,15 @@ def llama():
     return make_model("llama")
 
 
-def generated(model, cache, input_ids, n=24, **options):
-    torch.manual_seed(5)
-    options = {"do_sample": False} | options
-    return model.generate(input_ids, cache=cache, max_new_tokens=n, **options)
-
-
 @pytest.mark.parametrize("formats", [F16, TQ8], ids=["f16", "tq8"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_logits(model, formats, parts):
     input_ids = ids(2, 300)
     wanted = logits(model, stock(model), input_ids, parts)
     found = logits(model, compressed(model, **formats), input_ids, parts)
-    torch.testing.assert_close(found, wanted, atol=ATOL[formats["k_format"]], rtol=0)
-    assert divergence(wanted, found) < ATOL[formats["k_format"]] ** 2
+    largest, mean = TOLERANCES[formats["k_format"]]
+    torch.testing.assert_close(found, wanted, atol=largest, rtol=0)
+    assert divergence(wanted, found) < mean
 
 
 def test_few_bits_are_worse(llama):
@@ -66,7 +61,9 @@ def test_greedy(model):
 def test_name_of_the_argument_before(llama):
     input_ids = ids(1, 50)
     wanted = generated(llama, compressed(llama), input_ids)
-    assert torch.equal(llama.generate(input_ids, past_key_values=compressed(llama), max_new_tokens=24, do_sample=False), wanted)
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        found = llama.generate(input_ids, past_key_values=compressed(llama), max_new_tokens=24, do_sample=False)
+    assert torch.equal(found, wanted)
 
 
 def test_sampling(llama):
@@ -155,12 +152,9 @@ def test_conversation_goes_on(llama):
     """A second generate() with the same cache sees the first one's tokens."""
     cache, reference = compressed(llama, **F16), stock(llama)
     answer = generated(llama, reference, ids(1, 60), n=10)
-    llama.set_attn_implementation("turboquant")
     assert torch.equal(generated(llama, cache, ids(1, 60), n=10), answer)
     more = torch.cat([answer, ids(1, 15, seed=8)], dim=1)
-    found = generated(llama, cache, more)
-    llama.set_attn_implementation("sdpa")
-    assert torch.equal(found, generated(llama, reference, more))
+    assert torch.equal(generated(llama, cache, more), generated(llama, reference, more))
 
 
 def test_save_and_load(llama, tmp_path):

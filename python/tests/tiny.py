@@ -7,7 +7,7 @@ from turboquant.transformers import TurboQuantCache
 
 SIZES = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
-         "eos_token_id": None, "initializer_range": .2}
+         "eos_token_id": None, "initializer_range": .08}
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}
 # The 8-bit formats, as a preset once was.
 TQ8 = {"k_format": "tq8", "v_format": "tq8"}
@@ -24,20 +24,33 @@ def ids(n_batch, n_tok, seed=3):
     return torch.randint(2, SIZES["vocab_size"], (n_batch, n_tok), generator=torch.Generator().manual_seed(seed))
 
 
+# Exact but for rounding to FP16.
+F16 = {"k_format": "f16", "v_format": "f16", "k_ref_block": 0}
+
+
 def compressed(model, **options):
-    """(the model with our attention, a cache for it)"""
-    model.set_attn_implementation("turboquant")
     return TurboQuantCache(config=model.config, **({"max_tok": 1 << 16} | TQ8 | options))
 
 
 def stock(model):
-    model.set_attn_implementation("sdpa")
     return DynamicCache(config=model.config)
+
+
+def use_attention_of(model, cache):
+    model.set_attn_implementation("turboquant" if isinstance(cache, TurboQuantCache) else "sdpa")
+
+
+def generated(model, cache, input_ids, n=24, **options):
+    """Tokens, the prompt's among them; greedy unless options say otherwise."""
+    use_attention_of(model, cache)
+    torch.manual_seed(5)
+    return model.generate(input_ids, cache=cache, max_new_tokens=n, **({"do_sample": False} | options))
 
 
 @torch.no_grad()
 def logits(model, cache, input_ids, parts=1, **options):
     """Logits of all tokens, given to the model in so many parts."""
+    use_attention_of(model, cache)
     found, mask = [], options.pop("attention_mask", None)
     for part in input_ids.tensor_split(parts, dim=1):
         if mask is not None:

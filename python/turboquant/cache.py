@@ -135,9 +135,18 @@ class Cache:
         self.n_sink, self.n_recent = params.n_sink, params.n_recent
         self._n_threads = n_threads or _threads.default_n_threads()
 
+    def close(self) -> None:
+        """Free all memory now; otherwise that happens with the object. Any later call raises ArgumentError."""
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        lib.tq_cache_free(handle)
+
+    @property
+    def closed(self) -> bool:
+        return not self._handle
+
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
-            lib.tq_cache_free(self._handle)
+            self.close()
 
     def __reduce__(self) -> Any:
         raise TypeError("a turboquant cache can be neither copied nor pickled: fork its sequences (seq_fork), or save() it")

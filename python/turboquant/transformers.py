@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -86,7 +87,8 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def __init__(self, owner: TurboQuantCache, number: int) -> None:
         super().__init__()
-        self._owner, self._number = owner, number
+        # Weak, so that a cache and its memory go when the last user of the cache does.
+        self._owner, self._number = weakref.ref(owner), number
         self._model_config: Any = None
         self.n_columns = 0
 
@@ -107,6 +109,12 @@ class TurboQuantLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def _cache(self) -> TurboQuantCache:
+        owner = self._owner()
+        if owner is None:
+            raise ArgumentError("the TurboQuantCache of this layer is gone: keep the cache as long as its layers are used")
+        return owner
+
     def _check(self, config: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._model_config is not None and self._model_config is not config:
             raise ArgumentError("this cache belongs to another model: make a TurboQuantCache for each, or reset() it first")
@@ -116,7 +124,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if torch.is_grad_enabled() and query.requires_grad:
             raise UnsupportedError("there are no gradients through compressed attention: call the model under "
                                    "torch.no_grad()")
-        store = self._owner.store
+        store = self._cache().store
         wanted = (store.n_head_kv, store.head_dim, store.head_dim_v)
         found = (keys.shape[1], keys.shape[3], values.shape[3])
         if wanted != found:
@@ -131,7 +139,7 @@ class TurboQuantLayer(CacheLayerMixin):
         mask: None, or bool [n_batch, n_columns + n_tok], where False is padding. A row of padding gives zeros.
         """
         self._check(module.config, query, keys, values)
-        owner, n_tok = self._owner, query.shape[2]
+        owner, n_tok = self._cache(), query.shape[2]
         kept = owner._begin(self.n_columns, query.shape[0], n_tok, mask)
         try:
             # [n_batch, n_tok, head, dim] is how projections leave keys and values, so this copies nothing but half floats.
@@ -202,7 +210,9 @@ class TurboQuantCache(Cache):
         self._columns = Columns()
 
     def __del__(self) -> None:
-        self._free(getattr(self, "seqs", []))
+        # When a cycle of references is collected, the store may have been first.
+        if getattr(self, "seqs", None) and not self.store.closed:
+            self._free(self.seqs)
 
     def __repr__(self) -> str:
         n_stock = len(self.layers) - len(self._compressed)
@@ -359,7 +369,7 @@ def _copy_layer(layer: Any, owner: TurboQuantCache, memo: dict) -> Any:
     if not isinstance(layer, TurboQuantLayer):
         return copy.deepcopy(layer, memo)
     other = copy.copy(layer)
-    other._owner = owner
+    other._owner = weakref.ref(owner)
     return other
 
 
