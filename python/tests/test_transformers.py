@@ -214,6 +214,7 @@ def test_memory(llama):
     n_tok = 3000
     logits(llama, cache, ids(1, n_tok), parts=6)
     values = n_tok * len(cache.layers) * 2 * llama.config.num_key_value_heads * llama.config.head_dim
-    bits = 8 * sum((cache.store.stats().n_pages_used * cache.store.stats().page_bytes, cache.store.stats().exact_bytes)) / values
-    expected = turboquant.preset("TQ4").bits_per_value(64, 2, n_tok)
-    assert bits < 1.1 * expected
+    stats = cache.store.stats()
+    bits = 8 * (stats.n_pages_used * stats.page_bytes + stats.exact_bytes) / values
+    # The last page is not full.
+    assert bits < turboquant.preset("TQ4").bits_per_value(64, 2, n_tok) * (1 + 128 / n_tok) + .1
