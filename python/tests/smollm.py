@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The real model, SmolLM2-135M-Instruct, from its GGUF by Transformers' own support, and a text for it. `make deps` gets both."""
+"""SmolLM2-135M-Instruct from its GGUF by Transformers' own support, and a text for it. `make deps` gets both."""
 import torch
 from conftest import DEPS
 from transformers import AutoModelForCausalLM, AutoTokenizer
