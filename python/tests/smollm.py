@@ -28,4 +28,4 @@ def export(folder, model, tokenizer):
 def novel(tokenizer, n_tok):
     """The first tokens of a novel, [1, n_tok]."""
     text = (DEPS / "text" / "austen.txt").read_text()[: 8 * n_tok]
-    return tokenizer(text, return_tensors="pt").input_ids[:, :n_tok]
+    return torch.tensor([tokenizer.encode(text)[:n_tok]])
