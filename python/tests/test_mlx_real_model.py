@@ -16,6 +16,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import smollm
+from conftest import ROOT
 from mlx_lm.models import cache as stock
 from tiny_mlx import TQ8, divergence, logits
 from turboquant.mlx import make_prompt_cache
@@ -54,6 +55,13 @@ def test_greedy_text(model_and_tokenizer):
     texts = [mlx_lm.generate(model, tokenizer, prompt, max_tokens=100, prompt_cache=cache)
              for cache in (stock.make_prompt_cache(model), make_prompt_cache(model, **TQ8))]
     assert len(texts[0]) > 100 and texts[0] == texts[1]
+
+
+def test_example(folder):
+    command = [sys.executable, ROOT / "examples/mlx_generate.py", folder, "The capital of France is", "--n-tok", "12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and "bytes" in done.stdout
 
 
 def ask(port, words, answers):
