@@ -185,7 +185,8 @@ def python_suites():
              "real model": ["real_model"], "mlx": ["mlx"], "mlx real model": ["mlx_real_model"], "examples": ["examples"]}
     model = DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
     for name, files in parts.items():
-        absent = "" if name in ("core", "transformers", "mlx") or model.exists() else f"{model} is not there: run `make deps` first"
+        needs_model = name not in ("core", "transformers", "mlx")
+        absent = f"{model} is not there: run `make deps` first" if needs_model and not model.exists() else ""
         command = [*pytest, *(ROOT / f"python/tests/test_{file}.py" for file in files)]
         yield Suite(f"python/{name}", [(command, environment)], python_missing() or absent, timeout=1800)
 
@@ -217,4 +218,5 @@ def cuda_suites():
 
 def full_suites():
     # The longest first, so that none is left alone at the end.
-    return [*plugin_suites(), *python_suites(), *emulated_suites(), *native_suites(), *cuda_suites(), *fuzz_suites(), *static_suites()]
+    return [*plugin_suites(), *python_suites(), *emulated_suites(), *native_suites(), *cuda_suites(), *fuzz_suites(),
+            *static_suites()]

@@ -328,8 +328,8 @@ class TurboQuantCache(Cache):
 
     def __deepcopy__(self, memo: dict) -> TurboQuantCache:
         """For prefixes that several conversations begin with: the copy shares the library's pages."""
-        other = copy.copy(self)
-        other.seqs = []
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__, seqs=[])
         memo[id(self)] = other
         other._columns = copy.deepcopy(self._columns)
         other.layers = [_copy_layer(layer, other, memo) for layer in self.layers]
@@ -337,6 +337,10 @@ class TurboQuantCache(Cache):
         for seq in self.seqs:
             other.seqs.append(self.store.seq_fork(seq))
         return other
+
+    def __copy__(self) -> TurboQuantCache:
+        """As a deep copy: two caches cannot append to one sequence."""
+        return copy.deepcopy(self)
 
     # ---- files ----
 
