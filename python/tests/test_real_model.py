@@ -2,6 +2,7 @@
 """TurboQuantCache in SmolLM2-135M: KL divergence from DynamicCache, greedy text, and what a process holds."""
 import pytest
 import smollm
+import torch
 import turboquant
 from tiny import TQ8, compressed, divergence, generated, logits, stock
 
@@ -17,7 +18,7 @@ def model_and_tokenizer():
 def reference(model_and_tokenizer):
     """(tokens, logits with DynamicCache)"""
     model, tokenizer = model_and_tokenizer
-    input_ids = smollm.novel(tokenizer, N_TOK)
+    input_ids = torch.tensor([smollm.novel(tokenizer, N_TOK)])
     return input_ids, logits(model, stock(model), input_ids, parts=2)
 
 
@@ -45,7 +46,7 @@ def test_eight_bits(model_and_tokenizer, reference):
 def test_greedy_text(model_and_tokenizer):
     """200 tokens, the same with the 8-bit formats."""
     model, tokenizer = model_and_tokenizer
-    prompt = smollm.novel(tokenizer, 300)
+    prompt = torch.tensor([smollm.novel(tokenizer, 300)])
     model.generation_config.eos_token_id = None
     wanted, found = (generated(model, make(model), prompt, n=200) for make in (stock, lambda m: compressed(m, **TQ8)))
     assert found.shape == wanted.shape == (1, 500)
@@ -57,7 +58,7 @@ def test_bytes(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     cache, plain = compressed(model, preset="TQ4", k_format=None, v_format=None), stock(model)
     for each in (cache, plain):
-        logits(model, each, smollm.novel(tokenizer, N_TOK), parts=2)
+        logits(model, each, torch.tensor([smollm.novel(tokenizer, N_TOK)]), parts=2)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
     bits = turboquant.preset("TQ4").bits_per_value(model.config.head_dim, model.config.num_key_value_heads, N_TOK)
     assert cache.nbytes < held * bits / 32 * 1.1
