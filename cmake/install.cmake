@@ -26,3 +26,10 @@ endif()
 if(TARGET ggml-turboquant)
     install(TARGETS ggml-turboquant LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/turboquant)
 endif()
+
+# The wheel of pyproject.toml: the shared libraries beside the Python files. ctypes loads by path, so links are not needed.
+install(FILES $<TARGET_FILE:turboquant_shared> DESTINATION turboquant COMPONENT python RENAME libturboquant.so
+        EXCLUDE_FROM_ALL)
+if(TARGET turboquant_cuda)
+    install(PROGRAMS ${tq_cuda_library} DESTINATION turboquant COMPONENT python EXCLUDE_FROM_ALL)
+endif()

@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# Install what the build, `make run` or `make test` needs: Debian packages, and a Python environment in build/deps/venv.
+# Install what the build, `make run` or `make test` needs: Debian packages, and Python environments in build/deps.
 #
 #   scripts/setup.sh [--check] build|run|test
 #
@@ -76,4 +76,16 @@ if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
     # shellcheck disable=SC2086
     "$deps/venv/bin/pip" install -q --disable-pip-version-check $wanted
     echo "$wanted" >>"$stamp"
+fi
+if [ "$level" != test ]; then exit 0; fi
+
+# For python/tests: PyTorch, Transformers and MLX-LM, once, in a place of their own. Where pip finds a CPU build of PyTorch (by
+# PIP_EXTRA_INDEX_URL), it is a fifth of the size.
+wanted=python/tests/requirements.txt
+stamp=$deps/python-venv/.installed
+if ! cmp -s "$wanted" "$stamp"; then
+    echo "Installing into $deps/python-venv: what $wanted lists (6 GB with PyTorch for CUDA)"
+    python3 -m venv "$deps/python-venv"
+    "$deps/python-venv/bin/pip" install -q --disable-pip-version-check -r "$wanted"
+    cp "$wanted" "$stamp"
 fi

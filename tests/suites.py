@@ -10,6 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 DEPS = Path(os.environ.get("TQ_DEPS_DIR", BUILD / "deps"))
 JOBS = str(os.cpu_count() or 1)
+PYTHON_VENV = DEPS / "python-venv"
+PYTHON_SITE = BUILD / "python-site"  # the package as it is tested; PYTHON_VENV may be shared by several checkouts
+WHEEL_BUILD = f"build-dir={BUILD / 'wheel'}"
 
 SANITIZERS = {
     # abort: a report must also end a test that expects failures of its own. The leak checker needs ptrace, which qemu has not.
@@ -46,6 +49,9 @@ def build_steps(quick):
     options = ["-DTQ_WERROR=ON"] if os.environ.get("CI") == "true" else []
     for name, missing in kinds.items():
         yield name, missing, [["cmake", "--preset", name, *options], ["cmake", "--build", "--preset", name, "-j", JOBS]]
+    if not quick:
+        install = [PYTHON_VENV / "bin/pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+        yield "python", python_missing(), [[*install, "--upgrade", "--target", PYTHON_SITE, "-C", WHEEL_BUILD, ROOT]]
 
 
 def programs(kind, folder, pattern="*"):
@@ -163,6 +169,32 @@ def plugin_suites():
                     alone=True)
 
 
+def python_missing():
+    """Why the package cannot be tested here."""
+    return "" if (PYTHON_VENV / ".installed").exists() else f"{PYTHON_VENV} is not there: run scripts/setup.sh test first"
+
+
+def python_suites():
+    """The package: in an environment with nothing else, and in Transformers and MLX-LM, whose real model is `make deps`'."""
+    clean = BUILD / "python-clean"
+    pip = [clean / "bin/pip", "install", "-q", "--disable-pip-version-check"]
+    install = [([sys.executable, "-m", "venv", "--clear", clean], {}), ([*pip, "-C", WHEEL_BUILD, ROOT], {})]
+    example = ([clean / "bin/python", ROOT / "examples/cache.py"], {})
+    yield Suite("python/install", counted([*install, example]), timeout=1800)
+    # Threads that wait actively for each other take hours where other suites run at the same time.
+    environment = {"PYTHONPATH": str(PYTHON_SITE), "TQ_DEPS_DIR": str(DEPS), "HF_HUB_OFFLINE": "1",
+                   "OMP_WAIT_POLICY": "passive"}
+    pytest = [PYTHON_VENV / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    parts = {"core": ["buffers", "cache", "codec", "header"], "transformers": ["transformers", "transformers_refusals"],
+             "real model": ["real_model"], "mlx": ["mlx"], "mlx real model": ["mlx_real_model"], "examples": ["examples"]}
+    model = DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    for name, files in parts.items():
+        needs_model = name not in ("core", "transformers", "mlx")
+        absent = f"{model} is not there: run `make deps` first" if needs_model and not model.exists() else ""
+        command = [*pytest, *(ROOT / f"python/tests/test_{file}.py" for file in files)]
+        yield Suite(f"python/{name}", [(command, environment)], python_missing() or absent, timeout=1800)
+
+
 def nvcc():
     """CUDA's compiler, or None."""
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -190,4 +222,5 @@ def cuda_suites():
 
 def full_suites():
     # The longest first, so that none is left alone at the end.
-    return [*plugin_suites(), *emulated_suites(), *native_suites(), *cuda_suites(), *fuzz_suites(), *static_suites()]
+    return [*plugin_suites(), *python_suites(), *emulated_suites(), *native_suites(), *cuda_suites(), *fuzz_suites(),
+            *static_suites()]

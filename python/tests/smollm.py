@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""
+SmolLM2-135M-Instruct from its GGUF by Transformers' own support, and a text for it. `make deps` gets both.
+
+    python smollm.py FOLDER     writes the model there as Hugging Face has it
+
+MLX's tests run that as a process of its own: with PyTorch loaded beside it, MLX 0.32 waited for ever in its own attention.
+"""
+import sys
+
+from conftest import DEPS
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load():
+    """(model in float32, tokenizer)"""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = DEPS / "models"
+    assert (folder / FILE).exists(), f"{folder / FILE} is not there: run `make deps` first"
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
+    return model, tokenizer
+
+
+def export(folder):
+    model, tokenizer = load()
+    # The weights are no longer those of a GGUF, which Transformers would refuse to save.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def novel(tokenizer, n_tok):
+    """The first tokens of a novel, a list."""
+    return tokenizer.encode((DEPS / "text" / "austen.txt").read_text()[: 8 * n_tok])[:n_tok]
+
+
+if __name__ == "__main__":
+    export(sys.argv[1])

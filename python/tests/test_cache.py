@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: MIT
+"""turboquant.Cache against attention computed in double precision over what the cache says that it holds."""
+import copy
+import os
+import threading
+
+import numpy as np
+import pytest
+import turboquant
+
+N_HEAD, N_HEAD_KV, HEAD_DIM = 6, 2, 64
+
+
+def make(n_layer=2, **options):
+    return turboquant.Cache(n_layer, N_HEAD_KV, HEAD_DIM, **({"max_tok": 4096} | options))
+
+
+def vectors(rng, n, n_head=N_HEAD_KV):
+    return rng.standard_normal((n, n_head, HEAD_DIM), np.float32)
+
+
+def attention(q, k, v, first_pos=None):
+    """[n_query, n_head, head_dim] over all of k, v; causal from first_pos on if given."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, N_HEAD // N_HEAD_KV, axis=1) for x in (k, v))
+    logits = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(HEAD_DIM)
+    if first_pos is not None:
+        hidden = np.arange(len(k))[None] > first_pos + np.arange(len(q))[:, None]
+        logits[:, hidden] = -np.inf
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("hqk,khd->qhd", weights, v)
+
+
+def test_attention_over_what_is_read(rng):
+    cache = make()
+    seq = cache.seq_create()
+    cache.append(seq, 1, vectors(rng, 300), vectors(rng, 300))
+    assert (cache.length(seq, 0), cache.length(seq, 1)) == (0, 300)
+    q = vectors(rng, 3, N_HEAD)
+    np.testing.assert_allclose(cache.attend(seq, 1, q), attention(q, *cache.read(seq, 1)), atol=2e-5)
+    np.testing.assert_allclose(cache.attend(seq, 1, q, causal=True, first_pos=297),
+                               attention(q, *cache.read(seq, 1), first_pos=297), atol=2e-5)
+
+
+def test_log_sum_exp(rng):
+    cache = make()
+    seq, q, lse = cache.seq_create(), vectors(rng, 1, N_HEAD), np.zeros((1, N_HEAD), np.float32)
+    cache.append(seq, 0, vectors(rng, 50), vectors(rng, 50))
+    cache.attend(seq, 0, q, lse=lse)
+    k = np.repeat(cache.read(seq, 0)[0], N_HEAD // N_HEAD_KV, axis=1)
+    logits = np.einsum("hd,khd->hk", q[0], k) / np.sqrt(HEAD_DIM)
+    np.testing.assert_allclose(lse[0], np.log(np.exp(logits).sum(axis=1)), rtol=1e-5)
+
+
+def test_prefill_is_token_by_token(rng):
+    together, single = make(), make()
+    a, b = together.seq_create(), single.seq_create()
+    q, k, v = vectors(rng, 200, N_HEAD), vectors(rng, 200), vectors(rng, 200)
+    out = together.prefill(a, 0, q, k, v)
+    for i in range(200):
+        one = slice(i, i + 1)
+        single.append(b, 0, k[one], v[one])
+        np.testing.assert_allclose(single.attend(b, 0, q[one]), out[one], atol=1e-4)
+    assert np.array_equal(together.read(a, 0)[0], single.read(b, 0)[0])
+
+
+def test_results_do_not_depend_on_threads(rng):
+    q, k, v = vectors(rng, 100, N_HEAD), vectors(rng, 100), vectors(rng, 100)
+    results = []
+    for n_threads in (1, 3):
+        cache = make(n_threads=n_threads)
+        results.append(cache.prefill(cache.seq_create(), 0, q, k, v))
+    assert np.array_equal(*results)
+
+
+def test_forks_go_their_own_ways(rng):
+    cache = make(1)
+    a = cache.seq_create()
+    cache.append(a, 0, vectors(rng, 400), vectors(rng, 400))
+    b = cache.seq_fork(a)
+    assert cache.stats().n_pages_shared > 0
+    before = cache.read(a, 0)[0]
+    cache.trim(b, 100)
+    cache.append(b, 0, vectors(rng, 300), vectors(rng, 300))
+    assert np.array_equal(cache.read(a, 0)[0], before)
+    assert not np.array_equal(cache.read(b, 0)[0], before)
+    cache.seq_free(a)
+    assert cache.length(a) == -1 and cache.length(b) == 400
+
+
+def test_published_prefix_is_found(rng):
+    cache = make(1, page_size=32)
+    a, tokens = cache.seq_create(), rng.integers(0, 1000, 200)
+    cache.append(a, 0, vectors(rng, 200), vectors(rng, 200))
+    cache.seq_publish(a, tokens)
+    b, n_matched = cache.seq_match(tokens[:150])
+    assert n_matched == cache.length(b) == 128
+    assert np.array_equal(cache.read(b, 0, 4)[0], cache.read(a, 0, 4, 124)[0])
+
+
+def test_batches(rng):
+    cache, page_size = make(1), 128
+    seqs, lengths = [cache.seq_create() for _ in range(3)], [5, 130, 257]
+    for seq, n in zip(seqs, lengths):
+        cache.append(seq, 0, vectors(rng, n), vectors(rng, n))
+        cache.reserve(seq, 1)
+    slots = [cache.page_table(seq)[n // page_size] * page_size + n % page_size for seq, n in zip(seqs, lengths)]
+    cache.append_slots(0, slots, vectors(rng, 3), vectors(rng, 3))
+    q = vectors(rng, 3, N_HEAD)
+    out = cache.attend_batch(0, seqs, [0, 1, 2, 3], q)
+    for i, seq in enumerate(seqs):
+        assert cache.length(seq) == lengths[i] + 1
+        np.testing.assert_allclose(out[i : i + 1], cache.attend(seq, 0, q[i : i + 1]), atol=2e-6)
+
+
+def test_save_and_load(rng, tmp_path):
+    cache, path = make(), tmp_path / "conversation.tqs"
+    seq = cache.seq_create()
+    for layer in range(2):
+        cache.append(seq, layer, vectors(rng, 300), vectors(rng, 300))
+    cache.save(path, [seq])
+    info = turboquant.describe_snapshot(path, verify=True)
+    assert (info.n_layer, info.n_sequences, info.n_head_kv) == (2, 1, N_HEAD_KV)
+    assert info.k_formats == [turboquant.format_info("tt4").number] * 2
+    other = make()
+    (loaded,) = other.load(path)
+    assert np.array_equal(other.read(loaded, 1)[1], cache.read(seq, 1)[1])
+    q = vectors(rng, 1, N_HEAD)
+    assert np.array_equal(other.attend(loaded, 1, q), cache.attend(seq, 1, q))
+    with pytest.raises(turboquant.SnapshotError, match="TQ4|format|layer|shape"):
+        make(preset="TQ3").load(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(turboquant.SnapshotError):
+        make().load(path)
+
+
+def test_formats_of_layers(rng):
+    cache = make(layer_k_formats=["tq8", "tq2"], layer_v_formats=["f16", "tq4"], n_sink=0, n_recent=0, k_ref_block=0)
+    seq, k = cache.seq_create(), vectors(rng, 100)
+    errors = []
+    for layer in range(2):
+        cache.append(seq, layer, k, k)
+        errors.append([float(((x - k) ** 2).mean()) for x in cache.read(seq, layer)])
+    assert errors[0][0] < 1e-3 < .01 < errors[1][0]
+    assert errors[0][1] < 1e-6 < errors[1][1]
+
+
+def test_dry_run():
+    cache = make(dry_run=True)
+    seq = cache.seq_create()
+    cache.append(seq, 0, n_tok=500)
+    assert cache.length(seq) == 500 and cache.stats().n_pages_used == 4
+
+
+def test_refusals(rng):
+    cache = make(max_tok=256)
+    seq, k = cache.seq_create(), vectors(rng, 10)
+    with pytest.raises(turboquant.ArgumentError, match=r"give \[any, 2, 64\]"):
+        cache.append(seq, 0, k[:, :1], k)
+    with pytest.raises(turboquant.RangeError):
+        cache.append(seq, 2, k, k)
+    bad = k.copy()
+    bad[3, 1, 5] = np.inf
+    with pytest.raises(turboquant.ArgumentError, match="layer 0.*position 3|position 3.*layer 0"):
+        cache.append(seq, 0, bad, k)
+    assert cache.length(seq) == 0
+    with pytest.raises(turboquant.CacheFullError):
+        cache.append(seq, 0, vectors(rng, 300), vectors(rng, 300))
+    with pytest.raises(turboquant.ArgumentError, match="multiple of n_head_kv"):
+        cache.attend(seq, 0, vectors(rng, 1, 3))
+    with pytest.raises(turboquant.ArgumentError, match="give a query for each"):
+        cache.prefill(seq, 0, vectors(rng, 1, N_HEAD), k, k)
+    with pytest.raises(turboquant.ArgumentError, match="layer_k_formats"):
+        make(layer_k_formats=["tq4"])
+    with pytest.raises(turboquant.UnsupportedError):
+        turboquant.Cache(1, 1, 100)
+    with pytest.raises(TypeError, match="seq_fork"):
+        copy.deepcopy(cache)
+    cache.close()
+    with pytest.raises(turboquant.ArgumentError):
+        cache.seq_create()
+
+
+def test_threads_share_a_cache(rng):
+    cache, results = make(1), []
+    q, k, v = vectors(rng, 300, N_HEAD), vectors(rng, 300), vectors(rng, 300)
+
+    def work():
+        seq = cache.seq_create()
+        for begin in range(0, 300, 60):
+            part = slice(begin, begin + 60)
+            cache.prefill(seq, 0, q[part], k[part], v[part])
+        results.append(cache.attend(seq, 0, q))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(np.array_equal(results[0], result) for result in results)
+
+
+def test_after_fork(rng):
+    """A forked child has its own pool of threads."""
+    cache = make(1, n_threads=2)
+    seq, q = cache.seq_create(), vectors(rng, 1, N_HEAD)
+    cache.append(seq, 0, vectors(rng, 2000), vectors(rng, 2000))
+    wanted = cache.attend(seq, 0, q)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(cache.attend(seq, 0, q), wanted) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

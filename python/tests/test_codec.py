@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Formats, presets, encode and decode."""
+import numpy as np
+import pytest
+import turboquant
+
+
+def test_formats():
+    tq4 = turboquant.format_info("tq4", 128)
+    assert (tq4.bits, tq4.bytes_per_vector, tq4.bits_per_value) == (4, 66, 4.125)
+    with pytest.raises(turboquant.UnsupportedError, match="tq4, tq3"):
+        turboquant.format_info("q4_0")
+    with pytest.raises(turboquant.UnsupportedError, match="100"):
+        turboquant.format_info("tq4", 100)
+
+
+def test_presets():
+    assert list(turboquant.presets()) == ["TQ6", "TQ4", "TQ3", "TQ2"]
+    assert 4 < turboquant.preset("TQ4").bits_per_value(128, 8, 32768) < 4.4
+    with pytest.raises(turboquant.ArgumentError, match="there are TQ6, TQ4"):
+        turboquant.preset("TQ9")
+
+
+def test_head_dims():
+    assert {64, 80, 96, 128, 256} <= set(turboquant.head_dims())
+
+
+# Relative squared error of the codes on normal values (docs/formats.md), with room for the sample.
+@pytest.mark.parametrize("name, error", [("tq8", 2e-4), ("tq4", .0105), ("tt4", .0060), ("tt2", .0800), ("f16", 1e-6)])
+def test_round_trip(rng, name, error):
+    x = rng.standard_normal((64, 128), np.float32)
+    encoded = turboquant.encode(x, name)
+    assert encoded.shape == (64, turboquant.format_info(name, 128).bytes_per_vector)
+    decoded = turboquant.decode(encoded, name, 128)
+    assert ((decoded - x) ** 2).sum() / (x**2).sum() < error
+
+
+def test_codec_writes_to_out(rng):
+    x = rng.standard_normal((4, 64), np.float32)
+    codec = turboquant.Codec("tq4", 64)
+    out = np.zeros((4, 64), np.float32)
+    assert codec.decode(codec.encode(x), out) is out
+    assert np.array_equal(out, turboquant.decode(turboquant.encode(x, "tq4"), "tq4", 64))
+
+
+def test_seed_matters(rng):
+    x = rng.standard_normal((4, 64), np.float32)
+    assert not np.array_equal(turboquant.encode(x, "tq4", seed=1), turboquant.encode(x, "tq4", seed=2))
+
+
+def test_refusals(rng):
+    x = rng.standard_normal((4, 64), np.float32)
+    with pytest.raises(turboquant.ArgumentError, match="NaN|finite"):
+        turboquant.encode(np.full((1, 64), np.nan, np.float32))
+    with pytest.raises(turboquant.ArgumentError, match="give float32"):
+        turboquant.encode(np.ones((1, 64), np.int32))
+    with pytest.raises(turboquant.ArgumentError, match=r"give \[any, 64\]"):
+        turboquant.Codec("tq4", 64).encode(x[0])
+    with pytest.raises(turboquant.ArgumentError, match="uint8"):
+        turboquant.decode(turboquant.encode(x, "tq4"), "tq3", 64)
+
+
+def test_error_is_the_status_of_the_header():
+    with pytest.raises(turboquant.TurboQuantError) as caught:
+        turboquant.format_info("tq4", 100)
+    assert caught.value.status == -30

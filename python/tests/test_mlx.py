@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT
+"""TurboQuantKVCache in small random models of MLX-LM, against its own caches."""
+import copy
+
+import mlx.core as mx
+import mlx_lm.models.cache as stock
+import numpy as np
+import pytest
+import turboquant
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
+from tiny_mlx import F16, TQ8, divergence, ids, logits, make_model
+from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
+
+# As in test_transformers.py; tq2 gives .02.
+TOLERANCES = {"f16": (.006, 1e-6), "tq8": (.08, 5e-5)}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model("llama")
+
+
+def greedy(model, cache, tokens, n=20, **options):
+    return [int(token) for token, _ in generate_step(mx.array(tokens[0]), model, max_tokens=n, prompt_cache=cache, **options)]
+
+
+@pytest.mark.parametrize("formats", [F16, TQ8], ids=["f16", "tq8"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_logits(model, formats, parts):
+    tokens = ids(300, n_batch=2)
+    wanted = logits(model, stock.make_prompt_cache(model), tokens, parts)
+    found = logits(model, make_prompt_cache(model, **formats), tokens, parts)
+    largest, mean = TOLERANCES[formats["k_format"]]
+    assert abs(found - wanted).max() < largest
+    assert divergence(wanted, found) < mean
+
+
+def test_few_bits_are_worse(llama):
+    tokens = ids(300)
+    wanted = logits(llama, stock.make_prompt_cache(llama), tokens)
+    assert divergence(wanted, logits(llama, make_prompt_cache(llama, k_format="tq2", v_format="tq2"), tokens)) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision(dtype):
+    model, tokens = make_model(dtype=dtype), ids(200)
+    wanted = logits(model, stock.make_prompt_cache(model), tokens)
+    assert divergence(wanted, logits(model, make_prompt_cache(model, **TQ8), tokens)) < 2e-3
+
+
+def test_generation(model):
+    tokens = ids(100)
+    wanted = greedy(model, stock.make_prompt_cache(model), tokens)
+    assert greedy(model, make_prompt_cache(model, **F16), tokens) == wanted
+    assert greedy(model, make_prompt_cache(model, **F16), tokens, prefill_step_size=17) == wanted
+
+
+def test_speculative(llama):
+    """The draft's guesses are mostly wrong, so that both caches are trimmed at each step."""
+    draft, tokens = make_model(seed=2), ids(60)
+    cache = make_prompt_cache(llama, **F16) + make_prompt_cache(draft, **F16)
+    found = [int(token) for token, *_ in speculative_generate_step(
+        mx.array(tokens[0]), llama, draft, max_tokens=20, prompt_cache=cache, num_draft_tokens=3)]
+    assert found == greedy(llama, stock.make_prompt_cache(llama), tokens)
+
+
+def test_saved_by_the_stock_functions(llama, tmp_path):
+    path, tokens, cache = str(tmp_path / "prompt.safetensors"), ids(200), make_prompt_cache(llama, **TQ8)
+    logits(llama, cache, tokens)
+    stock.save_prompt_cache(path, cache, {"note": "kept"})
+    loaded, metadata = stock.load_prompt_cache(path, return_metadata=True)
+    assert metadata == {"note": "kept"} and all(isinstance(each, TurboQuantKVCache) for each in loaded)
+    assert loaded[0].offset == 200
+    more = ids(10, seed=9)
+    assert np.array_equal(logits(llama, loaded, more), logits(llama, cache, more))
+
+
+def test_generating_copies_no_state(llama, monkeypatch):
+    cache = make_prompt_cache(llama, **TQ8)
+    monkeypatch.setattr(TurboQuantKVCache, "_save", lambda self: pytest.fail("the state was made"))
+    greedy(llama, cache, ids(100), prefill_step_size=20)
+    assert cache[0].offset > 100
+
+
+def test_trim_and_copies(llama):
+    tokens, cache = ids(300), make_prompt_cache(llama, **F16)
+    wanted = logits(llama, cache, tokens)
+    other = copy.deepcopy(cache)
+    assert stock.can_trim_prompt_cache(other) and stock.trim_prompt_cache(other, 100) == 100
+    assert (cache[0].offset, other[0].offset) == (300, 200)
+    np.testing.assert_allclose(logits(llama, other, tokens[:, 200:]), wanted[:, 200:], atol=1e-4)
+    assert stock.trim_prompt_cache(other, 1000) == 300 and other[0].empty()
+
+
+def test_merge_filter_extract_extend(llama):
+    """Rows of a batch get what each gets alone, however they came together."""
+    lengths, n_more = [40, 150, 97], 8
+    caches = [make_prompt_cache(llama, **F16) for _ in lengths]
+    for i, n in enumerate(lengths):
+        logits(llama, caches[i], ids(n, seed=i))
+    more = [ids(n_more, seed=10 + i) for i in range(3)]
+    alone = [logits(llama, copy.deepcopy(caches[i]), more[i]) for i in range(3)]
+    layers = range(len(caches[0]))
+    batch = [caches[0][layer].merge([caches[i][layer] for i in (0, 1)]) for layer in layers]
+    single = [caches[2][layer].merge([caches[2][layer]]) for layer in layers]
+    for layer in layers:
+        batch[layer].extend(single[layer])
+        assert batch[layer].offset.tolist() == lengths
+        batch[layer].filter(mx.array([2, 0]))
+    found = logits(llama, batch, np.concatenate([more[2], more[0]]))
+    np.testing.assert_allclose(found, np.concatenate([alone[2], alone[0]]), atol=1e-4)
+    row = [batch[layer].extract(1) for layer in layers]
+    assert row[0].offset == lengths[0] + n_more
+    again = logits(llama, row, more[1])
+    assert np.isfinite(again).all() and batch[0].offset.tolist() == [lengths[2] + n_more, lengths[0] + n_more]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(llama, side):
+    lengths, n = [40, 64, 50], 64
+    tokens = np.zeros((3, n), np.int64)
+    alone = []
+    for row, length in enumerate(lengths):
+        real = ids(length, seed=row)
+        tokens[row, n - length :] = real[0]
+        if side == "right":
+            tokens[row] = np.roll(tokens[row], length - n)
+        alone.append(logits(llama, make_prompt_cache(llama, **F16), real)[0])
+    cache, padding = make_prompt_cache(llama, **F16), [n - length for length in lengths]
+    for layer in cache:
+        layer.prepare(**({"left_padding": padding} if side == "left" else {"right_padding": padding, "lengths": lengths}))
+    found = logits(llama, cache, tokens, parts=3)
+    for layer in cache:
+        layer.finalize()
+    for row, length in enumerate(lengths):
+        place = slice(n - length, n) if side == "left" else slice(0, length)
+        np.testing.assert_allclose(found[row, place], alone[row], atol=1e-4)
+    assert cache[0].offset.tolist() == lengths and cache[0].size() == n
+
+
+def test_batch_generator(llama):
+    """MLX-LM's continuous batching: requests of different lengths, more than run at once."""
+    install(llama, **F16)
+    try:
+        prompts = [ids(n, seed=n)[0].tolist() for n in (7, 60, 33, 90)]
+        generator = BatchGenerator(llama, completion_batch_size=2, prefill_batch_size=2, prefill_step_size=16)
+        uids = generator.insert(prompts, max_tokens=[10] * 4)
+        found = {uid: [] for uid in uids}
+        for _ in range(400):
+            for response in generator.next_generated():
+                found[response.uid].append(int(response.token))
+            if all(len(tokens) == 10 for tokens in found.values()):
+                break
+        for uid, prompt in zip(uids, prompts):
+            assert found[uid] == greedy(llama, stock_caches(llama), np.array([prompt]), n=10)
+    finally:
+        del llama.make_cache
+
+
+def stock_caches(model):
+    return [stock.KVCache() for _ in model.layers]
+
+
+def test_windows_are_left_to_mlx(capsys):
+    model = make_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=32)
+    tokens, cache = ids(120), make_prompt_cache(model, **F16)
+    assert [type(each) for each in cache] == [stock.RotatingKVCache, TurboQuantKVCache, stock.RotatingKVCache]
+    assert "1 of 3 layers compressed" in capsys.readouterr().err
+    make_prompt_cache(model, **F16)
+    assert capsys.readouterr().err == ""
+    np.testing.assert_allclose(logits(model, cache, tokens), logits(model, model.make_cache(), tokens), atol=.006)
+
+
+def test_bytes(llama):
+    cache = make_prompt_cache(llama)
+    logits(llama, cache, ids(2000), parts=4)
+    values = 2000 * 2 * 2 * 64
+    assert 8 * cache[0].nbytes / values < 1.1 * turboquant.preset("TQ4").bits_per_value(64, 2, 2048)
+    assert not hasattr(cache[0], "bits") and not hasattr(cache[0], "to_quantized")
+
+
+def test_memory_is_given_back(llama):
+    cache = make_prompt_cache(llama)
+    logits(llama, cache, ids(200))
+    store = cache[0]._sequences[0].store
+    used = store.stats().n_pages_used
+    del cache
+    assert store.stats().n_pages_used < used
+
+
+def test_refusals(llama):
+    cache = make_prompt_cache(llama)
+    with pytest.raises(turboquant.UnsupportedError, match="window"):
+        cache[0].make_mask(5, window_size=3)
+    logits(llama, cache, ids(20))
+    with pytest.raises(turboquant.ArgumentError, match="batch of 1"):
+        logits(llama, cache, ids(20, n_batch=2))
+    with pytest.raises(turboquant.ArgumentError, match="another model"):
+        logits(make_model(num_key_value_heads=4), cache, ids(20))
+    with pytest.raises(turboquant.ArgumentError, match="do not go together"):
+        make_prompt_cache(llama)[0].extend(make_prompt_cache(llama, preset="TQ3")[0])
+    with pytest.raises(turboquant.ArgumentError, match="there is no preset"):
+        logits(llama, make_prompt_cache(llama, preset="TQ5"), ids(20))
+    with pytest.raises(TypeError):
+        keys, values = make_prompt_cache(llama)[0].update_and_fetch(mx.zeros((1, 2, 4, 64)), mx.zeros((1, 2, 4, 64)))
+        mx.fast.scaled_dot_product_attention(mx.zeros((1, 4, 4, 64)), keys, values, scale=1.0)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""
+SmolLM2-135M in MLX-LM, converted by its own converter: KL divergence from its own cache, greedy text, and a running
+mlx_lm.server with two clients at once.
+"""
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import mlx_lm
+import numpy as np
+import pytest
+import smollm
+from conftest import ROOT
+from mlx_lm.models import cache as stock
+from tiny_mlx import TQ8, divergence, logits
+from turboquant.mlx import make_prompt_cache
+
+N_TOK = 512
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    parent = tmp_path_factory.mktemp("smollm")
+    subprocess.run([sys.executable, smollm.__file__, parent / "hf"], check=True)
+    mlx_lm.convert(str(parent / "hf"), str(parent / "mlx"), dtype="float32")
+    return parent / "mlx"
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(folder):
+    return mlx_lm.load(str(folder))
+
+
+# As in test_real_model.py.
+@pytest.mark.parametrize("options, limit", [(TQ8, 1e-4), ({"preset": "TQ6"}, .0036), ({"preset": "TQ4"}, .0045)])
+def test_divergence(model_and_tokenizer, options, limit):
+    model, tokenizer = model_and_tokenizer
+    tokens = np.array([smollm.novel(tokenizer, N_TOK)])
+    wanted = logits(model, stock.make_prompt_cache(model), tokens, parts=2)
+    found = divergence(wanted, logits(model, make_prompt_cache(model, **options), tokens, parts=2))
+    print(f"{options}: mean KL divergence {found:.6f}")
+    assert 0 < found < limit
+
+
+def test_greedy_text(model_and_tokenizer):
+    """mlx_lm.generate, 100 tokens, the same with the 8-bit formats."""
+    model, tokenizer = model_and_tokenizer
+    prompt = smollm.novel(tokenizer, 200)
+    texts = [mlx_lm.generate(model, tokenizer, prompt, max_tokens=100, prompt_cache=cache)
+             for cache in (stock.make_prompt_cache(model), make_prompt_cache(model, **TQ8))]
+    assert len(texts[0]) > 100 and texts[0] == texts[1]
+
+
+def test_example(folder):
+    command = [sys.executable, ROOT / "examples/mlx_generate.py", folder, "The capital of France is", "--n-tok", "12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and "bytes" in done.stdout
+
+
+def ask(port, words, answers):
+    body = {"messages": [{"role": "user", "content": words}], "max_tokens": 24, "temperature": 0}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=240) as response:
+        answers[words] = json.load(response)["choices"][0]["message"]["content"]
+
+
+def ask_at_once(port, questions):
+    answers = {}
+    threads = [threading.Thread(target=ask, args=(port, words, answers)) for words in questions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def test_server(folder, tmp_path):
+    """Two clients at once, twice: the second time the server finds the prompts' caches. The answers are the same."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = open(tmp_path / "server.log", "w+")
+    command = [sys.executable, "-m", "turboquant.mlx_server", "--kv-preset", "TQ6", "--model", str(folder), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(.5)
+        questions = ["What is the capital of France?", "Name three colours."]
+        first, second = ask_at_once(port, questions), ask_at_once(port, questions)
+        assert set(first) == set(questions), (tmp_path / "server.log").read_text()
+        assert all(len(answer) > 5 for answer in first.values()) and "Paris" in first[questions[0]]
+        assert first == second
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+    assert "30 of 30 layers compressed" in (tmp_path / "server.log").read_text()

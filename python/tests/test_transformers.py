@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""TurboQuantCache in small random models of Transformers, against DynamicCache with the stock attention."""
+import copy
+
+import pytest
+import torch
+import turboquant
+from tiny import F16, TQ8, compressed, divergence, generated, ids, logits, make_model, stock
+from turboquant.transformers import TurboQuantCache
+
+# Of these models' logits, whose standard deviation is some 0.9: the largest difference, and the mean KL divergence. tq4 gives
+# .7 and .003, tq2 2.6 and .04.
+TOLERANCES = {"f16": (.005, 5e-7), "tq8": (.06, 3e-5)}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model("llama")
+
+
+@pytest.mark.parametrize("formats", [F16, TQ8], ids=["f16", "tq8"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_logits(model, formats, parts):
+    input_ids = ids(2, 300)
+    wanted = logits(model, stock(model), input_ids, parts)
+    found = logits(model, compressed(model, **formats), input_ids, parts)
+    largest, mean = TOLERANCES[formats["k_format"]]
+    torch.testing.assert_close(found, wanted, atol=largest, rtol=0)
+    assert divergence(wanted, found) < mean
+
+
+def test_few_bits_are_worse(llama):
+    """So that the tests above cannot pass with a cache that compresses nothing."""
+    input_ids = ids(1, 300)
+    wanted = logits(llama, stock(llama), input_ids)
+    exact = divergence(wanted, logits(llama, compressed(llama, **F16), input_ids))
+    coarse = divergence(wanted, logits(llama, compressed(llama, k_format="tq2", v_format="tq2"), input_ids))
+    assert coarse > 100 * exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    model, input_ids = make_model("llama", dtype), ids(2, 200)
+    wanted = logits(model, stock(model), input_ids)
+    reference = logits(make_model("llama"), stock(make_model("llama")), input_ids)
+    found = logits(model, compressed(model), input_ids)
+    # As near to the float32 model as the stock attention in that type, give or take the codes.
+    assert divergence(reference, found) < 1.5 * divergence(reference, wanted) + 1e-3
+
+
+def test_greedy(model):
+    input_ids = ids(1, 100)
+    assert torch.equal(generated(model, compressed(model, **F16), input_ids), generated(model, stock(model), input_ids))
+
+
+def test_name_of_the_argument_before(llama):
+    input_ids = ids(1, 50)
+    wanted = generated(llama, compressed(llama), input_ids)
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        found = llama.generate(input_ids, past_key_values=compressed(llama), max_new_tokens=24, do_sample=False)
+    assert torch.equal(found, wanted)
+
+
+def test_sampling(llama):
+    input_ids, options = ids(2, 60), {"do_sample": True, "top_k": 5, "temperature": .7}
+    assert torch.equal(generated(llama, compressed(llama, **F16), input_ids, **options),
+                       generated(llama, stock(llama), input_ids, **options))
+
+
+def test_beams(llama):
+    input_ids, options = ids(2, 60), {"num_beams": 3, "num_return_sequences": 2}
+    cache = compressed(llama, **F16)
+    assert torch.equal(generated(llama, cache, input_ids, **options), generated(llama, stock(llama), input_ids, **options))
+    assert cache.store.stats().n_sequences == len(cache.seqs) == 6
+
+
+def test_assisted(llama):
+    """The assistant's guesses are mostly wrong, so that the cache is cropped at each step."""
+    input_ids, assistant = ids(1, 60), make_model("llama", seed=2)
+    cache = compressed(llama, **F16)
+    found = generated(llama, cache, input_ids, assistant_model=assistant)
+    assert torch.equal(found, generated(llama, stock(llama), input_ids))
+    assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == found.shape[1] - 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(llama, side):
+    """Rows of a padded batch get what each gets alone; padding is not stored."""
+    lengths, n = [40, 150, 97], 150
+    input_ids, mask = torch.zeros(3, n, dtype=torch.long), torch.zeros(3, n, dtype=torch.long)
+    alone = []
+    for row, length in enumerate(lengths):
+        tokens = ids(1, length, seed=row)
+        place = slice(n - length, n) if side == "left" else slice(0, length)
+        input_ids[row, place], mask[row, place] = tokens[0], 1
+        alone.append(logits(llama, compressed(llama), tokens)[0])
+    cache = compressed(llama)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    found = logits(llama, cache, input_ids, attention_mask=mask, position_ids=position_ids)
+    for row in range(3):
+        torch.testing.assert_close(found[row][mask[row].bool()], alone[row], atol=2e-3, rtol=0)
+    assert [cache.store.length(seq) for seq in cache.seqs] == lengths and cache.get_seq_length() == n
+
+
+def test_padded_generation(llama):
+    input_ids, mask = ids(3, 80), torch.ones(3, 80, dtype=torch.long)
+    mask[1, :30], mask[2, :55] = 0, 0
+    input_ids[mask == 0] = 0
+    options = {"attention_mask": mask}
+    assert torch.equal(generated(llama, compressed(llama, **F16), input_ids, **options),
+                       generated(llama, stock(llama), input_ids, **options))
+    beams = options | {"num_beams": 2}
+    assert torch.equal(generated(llama, compressed(llama, **F16), input_ids, **beams),
+                       generated(llama, stock(llama), input_ids, **beams))
+
+
+def test_chunked_prefill(llama):
+    input_ids = ids(1, 200)
+    whole = generated(llama, compressed(llama, **F16), input_ids)
+    assert torch.equal(generated(llama, compressed(llama, **F16), input_ids, prefill_chunk_size=48), whole)
+
+
+def test_chunks_change_no_byte(llama):
+    input_ids = ids(1, 300)
+    caches = [compressed(llama, preset="TQ4", k_format=None, v_format=None) for _ in range(2)]
+    logits(llama, caches[0], input_ids)
+    logits(llama, caches[1], input_ids, parts=7)
+    # The first layer's input does not depend on attention, so its keys must be the same.
+    first, second = (cache.store.read(cache.seqs[0], 0)[0] for cache in caches)
+    assert abs(first - second).max() < 1e-5
+
+
+def test_prefix_reuse(llama):
+    """A copy of the prompt's cache for each of two questions; the prompt's pages are shared and unchanged."""
+    prompt, cache = ids(1, 400), compressed(llama, **F16)
+    logits(llama, cache, prompt)
+    for seed, make_copy in ((11, copy.deepcopy), (12, copy.copy)):
+        whole = torch.cat([prompt, ids(1, 20, seed)], dim=1)
+        mine = make_copy(cache)
+        assert cache.store.stats().n_pages_shared > 0
+        assert torch.equal(generated(llama, mine, whole), generated(llama, stock(llama), whole))
+        del mine
+    assert cache.get_seq_length() == 400 and cache.store.stats().n_sequences == 1
+
+
+def test_conversation_goes_on(llama):
+    """A second generate() with the same cache sees the first one's tokens."""
+    cache, reference = compressed(llama, **F16), stock(llama)
+    answer = generated(llama, reference, ids(1, 60), n=10)
+    assert torch.equal(generated(llama, cache, ids(1, 60), n=10), answer)
+    more = torch.cat([answer, ids(1, 15, seed=8)], dim=1)
+    assert torch.equal(generated(llama, cache, more), generated(llama, reference, more))
+
+
+def test_save_and_load(llama, tmp_path):
+    path, cache = tmp_path / "prompt.tqs", compressed(llama)
+    input_ids, mask = ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[1, :50] = 0
+    logits(llama, cache, input_ids, attention_mask=mask)
+    cache.save(path)
+    loaded = TurboQuantCache.load(path, llama.config, max_tok=1 << 16, **TQ8)
+    assert loaded.get_seq_length() == 200 and [loaded.store.length(seq) for seq in loaded.seqs] == [200, 150]
+    more = {"attention_mask": torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], dim=1)}
+    next_ids = ids(2, 5, seed=9)
+    assert torch.equal(logits(llama, loaded, next_ids, **more), logits(llama, cache, next_ids, **more))
+    with pytest.raises(turboquant.SnapshotError):
+        TurboQuantCache.load(path, llama.config, preset="TQ3")
+
+
+def test_rows_of_a_batch(llama):
+    cache, input_ids = compressed(llama), ids(2, 90)
+    alone = logits(llama, cache, input_ids)
+    cache.batch_repeat_interleave(2)
+    assert len(cache.seqs) == 4
+    cache.batch_select_indices(torch.tensor([True, False, False, True]))
+    cache.crop(-1)
+    found = logits(llama, cache, input_ids[:, -1:])
+    torch.testing.assert_close(found[:, 0], alone[:, -1], atol=.05, rtol=0)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.store.stats().n_sequences == 0
+    torch.testing.assert_close(logits(llama, cache, input_ids), alone)
+
+
+def test_windows_are_left_to_transformers():
+    """Layers alternate; those with a window keep stock keys and attention."""
+    types = ["sliding_attention", "full_attention"] * 2
+    model = make_model("qwen2", layer_types=types, sliding_window=32, use_sliding_window=True)
+    input_ids = ids(2, 120)
+    cache = compressed(model, **F16)
+    assert "2 layers compressed, 2 left to Transformers" in repr(cache)
+    found, wanted = generated(model, cache, input_ids), generated(model, stock(model), input_ids)
+    assert torch.equal(found, wanted)
+    assert cache.layers[0].keys.shape[2] == 31 and cache.layers[1].get_seq_length() == found.shape[1] - 1
+    with pytest.raises(turboquant.UnsupportedError, match="left to Transformers"):
+        cache.save("unused.tqs")
+
+
+def test_compiled_model(llama):
+    """torch.compile of the model goes around the cache."""
+    input_ids = ids(1, 70)
+    wanted = logits(llama, compressed(llama), input_ids, parts=2)
+    compiled = torch.compile(llama, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, compressed(llama), input_ids, parts=2), wanted, atol=1e-3, rtol=0)
+
+
+def test_memory(llama):
+    """The bytes are those of the preset, with everything counted: 4 bits and what sinks, ring and tables take."""
+    cache = compressed(llama, preset="TQ4", k_format=None, v_format=None)
+    n_tok = 3000
+    logits(llama, cache, ids(1, n_tok), parts=6)
+    values = n_tok * len(cache.layers) * 2 * llama.config.num_key_value_heads * llama.config.head_dim
+    stats = cache.store.stats()
+    bits = 8 * (stats.n_pages_used * stats.page_bytes + stats.exact_bytes) / values
+    # The last page is not full.
+    assert bits < turboquant.preset("TQ4").bits_per_value(64, 2, n_tok) * (1 + 128 / n_tok) + .1

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""Small random models of Transformers, and generation with and without the cache."""
+import torch
+from transformers import (AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config,
+                          Qwen3Config)
+from turboquant.transformers import TurboQuantCache
+
+SIZES = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": None, "initializer_range": .08}
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}
+# The 8-bit formats, as a preset once was.
+TQ8 = {"k_format": "tq8", "v_format": "tq8"}
+
+
+def make_model(kind="llama", dtype=torch.float32, seed=1, **options):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **options)).to(dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def ids(n_batch, n_tok, seed=3):
+    return torch.randint(2, SIZES["vocab_size"], (n_batch, n_tok), generator=torch.Generator().manual_seed(seed))
+
+
+# Exact but for rounding to FP16.
+F16 = {"k_format": "f16", "v_format": "f16", "k_ref_block": 0}
+
+
+def compressed(model, **options):
+    return TurboQuantCache(config=model.config, **({"max_tok": 1 << 16} | TQ8 | options))
+
+
+def stock(model):
+    return DynamicCache(config=model.config)
+
+
+def use_attention_of(model, cache):
+    model.set_attn_implementation("turboquant" if isinstance(cache, TurboQuantCache) else "sdpa")
+
+
+def generated(model, cache, input_ids, n=24, **options):
+    """Tokens, the prompt's among them; greedy unless options say otherwise."""
+    use_attention_of(model, cache)
+    torch.manual_seed(5)
+    return model.generate(input_ids, cache=cache, max_new_tokens=n, **({"do_sample": False} | options))
+
+
+@torch.no_grad()
+def logits(model, cache, input_ids, parts=1, **options):
+    """Logits of all tokens, given to the model in so many parts."""
+    use_attention_of(model, cache)
+    found, mask = [], options.pop("attention_mask", None)
+    for part in input_ids.tensor_split(parts, dim=1):
+        if mask is not None:
+            options["attention_mask"] = mask[:, : cache.get_seq_length() + part.shape[1]]
+        found.append(model(part, cache=cache, use_cache=True, **options).logits.float())
+    return torch.cat(found, dim=1)
+
+
+def divergence(p_logits, q_logits):
+    """Mean KL divergence of the second from the first, in nats."""
+    p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+"""
+A language model's KV cache in 2 to 4 bits a value, with attention on the compressed bytes.
+
+turboquant.Cache is the cache; turboquant.transformers and turboquant.mlx put it into Transformers and MLX-LM. docs/python.md.
+"""
+from ._library import lib as _lib
+from .buffers import Pointer
+from .cache import Cache, Snapshot, Stats, describe_snapshot
+from .errors import (ArgumentError, CacheFullError, DeviceError, OutOfMemoryError, RangeError, SnapshotError,
+                     TurboQuantError, UnsupportedError)
+from .formats import (SEED_DEFAULT, Codec, Format, Preset, decode, encode, format_info, head_dims, preset, presets)
+
+__version__ = _lib.tq_version_string().decode()
+
+
+def cpu_name() -> str | None:
+    """The instruction set of the kernels: "avx512", "avx2", "neon" or "scalar"; None if TQ_CPU names one that is not here."""
+    name = _lib.tq_cpu_name()
+    return name.decode() if name else None
+
+
+__all__ = [
+    "SEED_DEFAULT", "ArgumentError", "Cache", "CacheFullError", "Codec", "DeviceError", "Format", "OutOfMemoryError", "Pointer",
+    "Preset", "RangeError", "Snapshot", "SnapshotError", "Stats", "TurboQuantError", "UnsupportedError", "cpu_name", "decode",
+    "describe_snapshot", "encode", "format_info", "head_dims", "preset", "presets",
+]

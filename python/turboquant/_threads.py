@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""The pools of threads, one for each number of threads, that all caches of the process share."""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+
+from ._library import Executor, lib
+
+
+class Pool:
+    """tq_pool: one run at a time, so a second thread that comes meanwhile works alone."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._handle = ctypes.c_void_p()
+        lib.tq_pool_create(ctypes.byref(self._handle), n_threads)
+        self._executor = lib.tq_pool_executor(self._handle)
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def executor(self) -> Iterator[ctypes.POINTER(Executor) | None]:
+        """The argument `executor` of a call; None (the caller's thread alone) while another thread uses the pool."""
+        if not self._lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            yield ctypes.byref(self._executor)
+        finally:
+            self._lock.release()
+
+
+_pools: dict[int, Pool] = {}
+_pools_lock = threading.Lock()
+
+
+def pool(n_threads: int) -> Pool:
+    """Lives until the process ends: its threads sleep when idle."""
+    with _pools_lock:
+        if n_threads not in _pools:
+            _pools[n_threads] = Pool(n_threads)
+        return _pools[n_threads]
+
+
+def default_n_threads() -> int:
+    """The processors that this process may use, at most 16: attention is then limited by memory."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, 16))
+
+
+def _forget_after_fork() -> None:
+    """A forked child has none of the threads; their handles are left alone, since freeing them would wait for ever."""
+    global _pools_lock
+    _pools_lock = threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: MIT
+"""tq_cache: sequences of keys and values over compressed pages. docs/cache.md explains; names are those of turboquant.h."""
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _threads
+from ._library import AttendBatch, AttendParams, CacheParams, CacheStats, SnapshotInfo, lib
+from .buffers import address, floats, integers, writable
+from .errors import ArgumentError
+from .formats import SEED_DEFAULT, format_number, preset as find_preset
+
+MAX_TOK_DEFAULT = 1 << 22
+
+
+@dataclass(frozen=True)
+class Stats:
+    """tq_cache_stats: pages, bytes, and seconds. turboquant.h says what each is."""
+
+    n_sequences: int
+    n_pages_used: int
+    n_pages_kept: int
+    n_pages_free: int
+    n_pages_shared: int
+    n_pages_offloaded: int
+    n_offloads: int
+    n_restores: int
+    page_bytes: int
+    exact_bytes: int
+    table_bytes: int
+    allocated_bytes: int
+    n_asked_tok: int
+    n_matched_tok: int
+    n_evicted_pages: int
+    n_copied_pages: int
+    encode_seconds: float
+    attend_seconds: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """tq_snapshot_info: what a file says of itself, and the formats [n_layer] of keys and of values."""
+
+    version: int
+    n_layer: int
+    n_head_kv: int
+    head_dim: int
+    head_dim_v: int
+    page_size: int
+    n_sink: int
+    n_recent: int
+    k_ref_block: int
+    n_sequences: int
+    n_pages: int
+    n_prefixes: int
+    seed: int
+    file_bytes: int
+    page_bytes: int
+    exact_bytes: int
+    k_formats: list[int]
+    v_formats: list[int]
+
+
+def _fields(struct: ctypes.Structure) -> dict[str, Any]:
+    return {name: getattr(struct, name) for name, *_ in struct._fields_ if name != "struct_size"}
+
+
+def _formats_array(names: Sequence[str | int] | None, n_layer: int, what: str) -> ctypes.Array | None:
+    if names is None:
+        return None
+    if len(names) != n_layer:
+        raise ArgumentError(f"{what}: has {len(names)} formats; give one for each of {n_layer} layers")
+    return (ctypes.c_int * n_layer)(*map(format_number, names))
+
+
+class Cache:
+    """
+    Keys and values of many sequences, encoded, in pages from one pool.
+
+    n_layer, n_head_kv, head_dim: the model's shape; head_dim_v if values differ.
+    preset: formats, exact tokens and references; k_format, v_format, n_sink, n_recent and k_ref_block override parts of it,
+    layer_k_formats and layer_v_formats [n_layer] single layers.
+    max_tok: capacity in tokens, all sequences together; memory is taken page by page as it is used. budget_bytes: limit of all
+    that the cache takes from the allocator. offload_folder, offload_bytes: a file for pages beyond it.
+    n_threads: for encoding and attention; by default the processors that this process may use.
+
+    Arrays may be anything with the buffer protocol or DLPack, or a turboquant.Pointer; float32 is not copied.
+    Threads: any number may use one cache, each sequence one at a time. Errors are turboquant.TurboQuantError and its kinds;
+    a call that fails has changed nothing.
+    """
+
+    def __init__(self, n_layer: int, n_head_kv: int, head_dim: int, *, preset: str = "TQ4", head_dim_v: int = 0,
+                 k_format: str | int | None = None, v_format: str | int | None = None, n_sink: int | None = None,
+                 n_recent: int | None = None, k_ref_block: int | None = None,
+                 layer_k_formats: Sequence[str | int] | None = None, layer_v_formats: Sequence[str | int] | None = None,
+                 page_size: int = 128, max_tok: int = MAX_TOK_DEFAULT, budget_bytes: int = 0,
+                 offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0, seed: int = SEED_DEFAULT,
+                 dry_run: bool = False, n_threads: int | None = None) -> None:
+        self._handle = ctypes.c_void_p()
+        params = CacheParams()
+        lib.tq_cache_params_default(ctypes.byref(params))
+        lib.tq_cache_params_set_preset(ctypes.byref(params), lib.tq_preset_get(find_preset(preset).index))
+        params.n_layer, params.n_head_kv, params.head_dim, params.head_dim_v = n_layer, n_head_kv, head_dim, head_dim_v
+        if k_format is not None:
+            params.k_format = format_number(k_format)
+        if v_format is not None:
+            params.v_format = format_number(v_format)
+        for name, value in (("n_sink", n_sink), ("n_recent", n_recent), ("k_ref_block", k_ref_block)):
+            if value is not None:
+                setattr(params, name, value)
+        # ctypes keeps no reference to what a pointer field points to.
+        layer_k = _formats_array(layer_k_formats, n_layer, "layer_k_formats")
+        layer_v = _formats_array(layer_v_formats, n_layer, "layer_v_formats")
+        if layer_k:
+            params.layer_k_formats = layer_k
+        if layer_v:
+            params.layer_v_formats = layer_v
+        if page_size <= 0 or max_tok <= 0:
+            raise ArgumentError(f"page_size is {page_size} and max_tok {max_tok}; give positive numbers")
+        params.page_size, params.n_pages = page_size, -(-max_tok // page_size)
+        params.budget_bytes, params.seed, params.dry_run = budget_bytes, seed, dry_run
+        if offload_folder is not None:
+            params.offload_folder, params.offload_bytes = os.fsencode(offload_folder), offload_bytes
+        lib.tq_cache_create(ctypes.byref(self._handle), ctypes.byref(params))
+        self.n_layer, self.n_head_kv, self.page_size = n_layer, n_head_kv, page_size
+        self.head_dim, self.head_dim_v = head_dim, head_dim_v or head_dim
+        self.k_format, self.v_format = params.k_format, params.v_format
+        self.n_sink, self.n_recent = params.n_sink, params.n_recent
+        self._n_threads = n_threads or _threads.default_n_threads()
+
+    def close(self) -> None:
+        """Free all memory now; otherwise that happens with the object. Any later call raises ArgumentError."""
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        lib.tq_cache_free(handle)
+
+    @property
+    def closed(self) -> bool:
+        return not self._handle
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a turboquant cache can be neither copied nor pickled: fork its sequences (seq_fork), or save() it")
+
+    def _executor(self) -> Any:
+        return _threads.pool(self._n_threads).executor()
+
+    # ---- sequences ----
+
+    def seq_create(self) -> int:
+        """The id of a new, empty sequence. Ids of freed sequences are used again."""
+        seq = ctypes.c_int32()
+        lib.tq_cache_seq_create(self._handle, ctypes.byref(seq))
+        return seq.value
+
+    def seq_fork(self, seq: int) -> int:
+        """The id of a sequence with the content of another, whose pages it shares until they differ."""
+        out = ctypes.c_int32()
+        lib.tq_cache_seq_fork(self._handle, seq, ctypes.byref(out))
+        return out.value
+
+    def seq_free(self, seq: int) -> None:
+        """Its pages go back to the pool; published ones stay findable as long as there is room."""
+        lib.tq_cache_seq_free(self._handle, seq)
+
+    def seq_publish(self, seq: int, tokens: Any) -> None:
+        """Say that the sequence's first tokens are these int32 [n_tok], so that seq_match finds the pages that they fill."""
+        ids = integers(tokens, np.int32, "tokens")
+        lib.tq_cache_seq_publish(self._handle, seq, address(ids), len(ids))
+
+    def seq_match(self, tokens: Any) -> tuple[int, int]:
+        """A new sequence of the published pages that these tokens begin with: its id, and how many tokens it holds."""
+        ids = integers(tokens, np.int32, "tokens")
+        seq, n_matched = ctypes.c_int32(), ctypes.c_int64()
+        lib.tq_cache_seq_match(self._handle, address(ids), len(ids), ctypes.byref(seq), ctypes.byref(n_matched))
+        return seq.value, n_matched.value
+
+    def trim(self, seq: int, n_tok: int) -> None:
+        """Keep the first n_tok tokens of every layer. What was encoded stays encoded."""
+        lib.tq_cache_trim(self._handle, seq, n_tok)
+
+    def length(self, seq: int, layer: int = 0) -> int:
+        """Tokens in one layer of a sequence, or -1 if there is no such sequence or layer."""
+        return lib.tq_cache_length(self._handle, seq, layer)
+
+    # ---- tokens in, attention out ----
+
+    def _rows(self, k: Any, v: Any) -> tuple[np.ndarray, np.ndarray]:
+        keys = floats(k, (None, self.n_head_kv, self.head_dim), "k")
+        return keys, floats(v, (len(keys), self.n_head_kv, self.head_dim_v), "v")
+
+    def _attention(self, q: Any, out: Any, softmax_scale: float | None, softcap: float, sinks: Any, lse: Any
+                   ) -> tuple[AttendParams, np.ndarray, list]:
+        """Parameters of an attention call, its output, and the arrays that must stay alive during the call."""
+        queries = floats(q, (None, None, self.head_dim), "q")
+        n_query, n_head, _ = queries.shape
+        result = writable(out, (n_query, n_head, self.head_dim_v), "out")
+        params = AttendParams()
+        lib.tq_attend_params_default(ctypes.byref(params))
+        params.n_query, params.n_head = n_query, n_head
+        params.q, params.q_token_stride, params.q_head_stride = address(queries), n_head * self.head_dim, self.head_dim
+        params.out, params.out_token_stride = address(result), n_head * self.head_dim_v
+        params.out_head_stride = self.head_dim_v
+        params.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        params.softcap = softcap
+        kept = [queries, result]
+        if sinks is not None:
+            kept.append(floats(sinks, (n_head,), "sinks"))
+            params.sinks = address(kept[-1])
+        if lse is not None:
+            kept.append(writable(lse, (n_query, n_head), "lse"))
+            params.lse = address(kept[-1])
+        return params, result, kept
+
+    def append(self, seq: int, layer: int, k: Any = None, v: Any = None, *, n_tok: int | None = None) -> None:
+        """
+        Append tokens to one layer: k [n_tok, n_head_kv, head_dim], v [n_tok, n_head_kv, head_dim_v]. A dry run takes n_tok
+        alone. Raises ArgumentError (NaN, infinity or above 65504: the text names layer, head and position), CacheFullError.
+        """
+        if k is None and v is None and n_tok is not None:
+            lib.tq_cache_append(self._handle, seq, layer, n_tok, None, None, None)
+            return
+        keys, values = self._rows(k, v)
+        with self._executor() as executor:
+            lib.tq_cache_append(self._handle, seq, layer, len(keys), address(keys), address(values), executor)
+
+    def attend(self, seq: int, layer: int, q: Any, *, causal: bool = False, first_pos: int = 0, window: int = 0,
+               softmax_scale: float | None = None, softcap: float = 0.0, sinks: Any = None, out: Any = None,
+               lse: Any = None) -> np.ndarray:
+        """
+        Attention of q [n_query, n_head, head_dim] over all tokens of one layer of a sequence: float32 [n_query, n_head,
+        head_dim_v], in `out` if given. softmax_scale: head_dim ** -0.5 by default. causal: query i sees positions up to
+        first_pos + i. lse, optional float32 [n_query, n_head], gets the logarithm of the sum of exponentials.
+        """
+        params, result, kept = self._attention(q, out, softmax_scale, softcap, sinks, lse)
+        params.causal, params.first_pos, params.window = causal, first_pos, window
+        with self._executor() as executor:
+            lib.tq_cache_attend(self._handle, seq, layer, ctypes.byref(params), executor)
+        del kept
+        return result
+
+    def prefill(self, seq: int, layer: int, q: Any, k: Any, v: Any, *, softmax_scale: float | None = None,
+                softcap: float = 0.0, sinks: Any = None, out: Any = None, lse: Any = None) -> np.ndarray:
+        """
+        Append tokens and attend with their queries, as if token by token: q [n_tok, n_head, head_dim], k, v as in append.
+        Returns as attend does. The way for prompts, and right for single tokens.
+        """
+        keys, values = self._rows(k, v)
+        params, result, kept = self._attention(q, out, softmax_scale, softcap, sinks, lse)
+        if params.n_query != len(keys):
+            raise ArgumentError(f"q: has {params.n_query} tokens and k {len(keys)}; give a query for each")
+        with self._executor() as executor:
+            lib.tq_cache_prefill(self._handle, seq, layer, len(keys), address(keys), address(values), ctypes.byref(params),
+                                 executor)
+        del kept
+        return result
+
+    def prefill_raw(self, seq: int, layer: int, n_tok: int, k: int, v: int, params: AttendParams) -> None:
+        """prefill on addresses of contiguous float32 memory, which is what adapters of frameworks use; nothing is checked."""
+        with self._executor() as executor:
+            lib.tq_cache_prefill(self._handle, seq, layer, n_tok, k, v, ctypes.byref(params), executor)
+
+    def read(self, seq: int, layer: int, first: int = 0, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Decode tokens [first, first + n): k [n, n_head_kv, head_dim], v [n, n_head_kv, head_dim_v]. For looking at them."""
+        n = self.length(seq, layer) - first if n is None else n
+        k = np.empty((max(n, 0), self.n_head_kv, self.head_dim), np.float32)
+        v = np.empty((max(n, 0), self.n_head_kv, self.head_dim_v), np.float32)
+        lib.tq_cache_read(self._handle, seq, layer, first, n, address(k), address(v))
+        return k, v
+
+    # ---- batches of sequences ----
+
+    def reserve(self, seq: int, n_tok: int) -> None:
+        """Make room for n_tok tokens more in every layer; appending them cannot fail for want of memory then."""
+        lib.tq_cache_reserve(self._handle, seq, n_tok)
+
+    def page_table(self, seq: int) -> np.ndarray:
+        """The pages of a sequence, int32; valid until it is next reserved, appended to, trimmed or freed."""
+        n = ctypes.c_int32()
+        lib.tq_cache_page_table(self._handle, seq, None, 0, ctypes.byref(n))
+        table = np.empty(n.value, np.int32)
+        lib.tq_cache_page_table(self._handle, seq, address(table), n.value, None)
+        return table
+
+    def append_slots(self, layer: int, slot_mapping: Any, k: Any, v: Any) -> None:
+        """Append or replace tokens of several sequences: row i goes to slot page * page_size + offset; negative: nowhere."""
+        keys, values = self._rows(k, v)
+        slots = integers(slot_mapping, np.int64, "slot_mapping")
+        if len(slots) != len(keys):
+            raise ArgumentError(f"slot_mapping: has {len(slots)} slots and k {len(keys)} tokens; give as many")
+        with self._executor() as executor:
+            lib.tq_cache_append_slots(self._handle, layer, len(keys), address(slots), address(keys), address(values),
+                                      executor)
+
+    def attend_batch(self, layer: int, seqs: Any, query_starts: Any, q: Any, *, seq_lens: Any = None, window: int = 0,
+                     softmax_scale: float | None = None, softcap: float = 0.0, sinks: Any = None, out: Any = None,
+                     lse: Any = None) -> np.ndarray:
+        """
+        Causal attention of several sequences. Rows query_starts[i] to query_starts[i + 1] - 1 of q [n_query, n_head, head_dim]
+        are the last positions of sequence seqs[i]. Returns as attend does.
+        """
+        ids, starts = integers(seqs, np.int32, "seqs"), integers(query_starts, np.int64, "query_starts")
+        params, result, kept = self._attention(q, out, softmax_scale, softcap, sinks, lse)
+        if len(starts) != len(ids) + 1 or (len(starts) and starts[-1] != params.n_query):
+            raise ArgumentError(f"query_starts: give {len(ids) + 1} numbers from 0 to {params.n_query}")
+        params.causal, params.window = True, window
+        batch = AttendBatch()
+        lib.tq_attend_batch_default(ctypes.byref(batch))
+        batch.n_seq, batch.seqs, batch.query_starts, batch.params = len(ids), address(ids), address(starts), params
+        if seq_lens is not None:
+            kept.append(integers(seq_lens, np.int64, "seq_lens"))
+            if len(kept[-1]) != len(ids):
+                raise ArgumentError(f"seq_lens: has {len(kept[-1])} numbers; give {len(ids)}")
+            batch.seq_lens = address(kept[-1])
+        with self._executor() as executor:
+            lib.tq_cache_attend_batch(self._handle, layer, ctypes.byref(batch), executor)
+        return result
+
+    # ---- bytes and files ----
+
+    def stats(self) -> Stats:
+        """How the pool stands. allocated_bytes is everything that the cache holds from the allocator now."""
+        raw = CacheStats()
+        lib.tq_cache_get_stats(self._handle, ctypes.byref(raw))
+        return Stats(**_fields(raw))
+
+    def save(self, path: str | os.PathLike, seqs: Any = None) -> None:
+        """Write sequences (by default all, and published prefixes) to a file; the path holds the old file or the new one."""
+        ids = None if seqs is None else integers(seqs, np.int32, "seqs")
+        lib.tq_cache_save(self._handle, os.fsencode(path), address(ids), 0 if ids is None else len(ids))
+
+    def load(self, path: str | os.PathLike) -> list[int]:
+        """Add a file's sequences to this cache, of the same shape and formats; their ids, in the order of saving."""
+        room = describe_snapshot(path).n_sequences
+        seqs, n = np.empty(max(room, 1), np.int32), ctypes.c_int32()
+        lib.tq_cache_load(self._handle, os.fsencode(path), address(seqs), room, ctypes.byref(n))
+        return seqs[: n.value].tolist()
+
+
+def describe_snapshot(path: str | os.PathLike, verify: bool = False) -> Snapshot:
+    """What a snapshot file says of itself; verify checks every hash. Raises SnapshotError."""
+    raw = SnapshotInfo()
+    name = os.fsencode(Path(path))
+    lib.tq_snapshot_describe(ctypes.byref(raw), name, verify, None, 0)
+    formats = (ctypes.c_int * (2 * raw.n_layer))()
+    lib.tq_snapshot_describe(ctypes.byref(raw), name, False, formats, len(formats))
+    return Snapshot(**_fields(raw), k_formats=formats[0::2], v_formats=formats[1::2])

@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: MIT
+"""
+The cache in Hugging Face Transformers: attention of its models over compressed keys and values. docs/python.md.
+
+    model.set_attn_implementation("turboquant")
+    cache = TurboQuantCache(preset="TQ4", config=model.config)
+    model.generate(**inputs, cache=cache)
+
+Both lines belong together. `update` of a Transformers cache returns keys and values to the attention function; this one returns
+handles of the compressed ones, on which any attention but "turboquant" fails, and "turboquant" refuses ordinary tensors.
+
+Padding is not stored: a sequence of the library holds a row's real tokens, and the row's columns say which these are.
+"""
+from __future__ import annotations
+
+import copy
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from . import cache as _cache
+from ._columns import Columns
+from ._library import AttendParams, lib
+from .errors import ArgumentError, UnsupportedError
+
+NAME = "turboquant"
+"""The attention implementation, for model.set_attn_implementation."""
+
+# What Transformers keeps for such layers is small or bounded: it stays as it is.
+_STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv"}
+# Options of attention functions, and what to do about them.
+_UNSUPPORTED = {
+    "softcap": "logit soft-capping",
+    "s_aux": "learned attention sinks",
+    "position_bias": "position biases",
+    "output_attentions": "output_attentions: the weights are never all in memory",
+    "sliding_window": "a sliding window in a layer that the configuration calls full attention",
+}
+
+
+class _Handle:
+    """What `update` returns in place of a tensor. Whoever takes it for one gets the reason, not a wrong result."""
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ArgumentError(f"{what} was asked of keys or values that are compressed: they are for the attention "
+                            f'implementation "{NAME}" alone. Call model.set_attn_implementation("{NAME}"), or pass no '
+                            "TurboQuantCache")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy, pickle and inspect look for
+            raise AttributeError(name)
+        self._refuse(f"`{name}`")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> NoReturn:
+        cls._refuse(None, getattr(function, "__name__", str(function)))
+
+
+class _Compressed(_Handle):
+    """A layer's new rows, not yet appended: [n_batch, n_head_kv, n_tok, head_dim]."""
+
+    def __init__(self, layer: TurboQuantLayer, rows: torch.Tensor) -> None:
+        self.layer, self.rows = layer, rows
+
+
+class _Stock(_Handle):
+    """Keys or values of a layer that is left to Transformers."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class TurboQuantLayer(CacheLayerMixin):
+    """One layer with full attention. `number`: of the library's layers."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, owner: TurboQuantCache, number: int) -> None:
+        super().__init__()
+        # Weak, so that a cache and its memory go when the last user of the cache does.
+        self._owner, self._number = weakref.ref(owner), number
+        self._model_config: Any = None
+        self.n_columns = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the library's cache is there from the beginning."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+               ) -> tuple[_Compressed, _Compressed]:
+        """Handles of the rows. They are appended when the attention that follows brings the queries."""
+        return _Compressed(self, key_states), _Compressed(self, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.n_columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.n_columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _cache(self) -> TurboQuantCache:
+        owner = self._owner()
+        if owner is None:
+            raise ArgumentError("the TurboQuantCache of this layer is gone: keep the cache as long as its layers are used")
+        return owner
+
+    def _check(self, config: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self._model_config is not None and self._model_config is not config:
+            raise ArgumentError("this cache belongs to another model: make a TurboQuantCache for each, or reset() it first")
+        if query.device.type != "cpu":
+            raise UnsupportedError(f"the model is on {query.device}: this cache computes on the CPU. Use model.to('cpu'), or "
+                                   "a cache of Transformers")
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise UnsupportedError("there are no gradients through compressed attention: call the model under "
+                                   "torch.no_grad()")
+        store = self._cache().store
+        wanted = (store.n_head_kv, store.head_dim, store.head_dim_v)
+        found = (keys.shape[1], keys.shape[3], values.shape[3])
+        if wanted != found:
+            raise ArgumentError(f"a layer has {found[0]} KV heads of {found[1]} (keys) and {found[2]} (values), but the "
+                                f"cache was made for {wanted[0]} of {wanted[1]} and {wanted[2]}: pass the model's config")
+        self._model_config = config
+
+    def attend(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+               mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+        """
+        Append the rows and attend with their queries [n_batch, n_head, n_tok, head_dim]: [n_batch, n_tok, n_head, head_dim].
+        mask: None, or bool [n_batch, n_columns + n_tok], where False is padding. A row of padding gives zeros.
+        """
+        self._check(module.config, query, keys, values)
+        owner, n_tok = self._cache(), query.shape[2]
+        kept = owner._begin(self.n_columns, query.shape[0], n_tok, mask)
+        try:
+            # [n_batch, n_tok, head, dim] is how projections leave keys and values, so this copies nothing but half floats.
+            rows = [x.transpose(1, 2).to(torch.float32).contiguous() for x in (keys, values)]
+            out = _attend_rows(owner.store, owner.seqs, self._number, query.to(torch.float32), *rows, kept, scaling)
+        except BaseException:
+            owner._roll_back(self.n_columns)
+            raise
+        self.n_columns += n_tok
+        return out.to(query.dtype)
+
+
+def _attend_rows(store: _cache.Cache, seqs: list[int], number: int, query: torch.Tensor, keys: torch.Tensor,
+                 values: torch.Tensor, kept: np.ndarray | None, scaling: float | None) -> torch.Tensor:
+    """query [n_batch, n_head, n_tok, head_dim], keys and values [n_batch, n_tok, n_head_kv, head_dim], all float32."""
+    n_batch, n_head, n_tok, head_dim = query.shape
+    query = query if query.stride(3) == 1 else query.contiguous()
+    out = (torch.empty if kept is None else torch.zeros)(n_batch, n_tok, n_head, store.head_dim_v)
+    params = AttendParams()
+    lib.tq_attend_params_default(params)
+    params.n_head, params.softmax_scale = n_head, head_dim**-0.5 if scaling is None else scaling
+    params.out_token_stride, params.out_head_stride = n_head * store.head_dim_v, store.head_dim_v
+    for i, seq in enumerate(seqs):
+        q, k, v, result = query[i], keys[i], values[i], out[i]
+        real = None if kept is None or kept[i].all() else torch.from_numpy(kept[i])
+        if real is not None:
+            q, k, v, result = q[:, real], k[real], v[real], torch.empty(int(real.sum()), n_head, store.head_dim_v)
+        if len(k) == 0:
+            continue
+        params.n_query, params.q, params.out = len(k), q.data_ptr(), result.data_ptr()
+        params.q_head_stride, params.q_token_stride = q.stride(0), q.stride(1)
+        store.prefill_raw(seq, number, len(k), k.data_ptr(), v.data_ptr(), params)
+        if real is not None:
+            out[i, real] = result
+    return out
+
+
+class TurboQuantCache(Cache):
+    """
+    A cache of Transformers whose layers of full attention are compressed. Layers with a window or a recurrent state keep
+    what Transformers has for them. Other kinds of layers are refused.
+
+    config: model.config. preset and options: those of turboquant.Cache, as k_format="tq8", v_format="tq8" or
+    layer_k_formats=[...], one for each layer of full attention.
+    For generate(), forward() and pipelines; greedy, sampling, beams, assisted; batches with padding on any side. For one thread
+    at a time. copy.deepcopy shares pages until they differ.
+    """
+
+    def __init__(self, config: Any, preset: str = "TQ4", **options: Any) -> None:
+        self.config = config.get_text_config(decoder=True)
+        layer_types, layer_options = get_layer_types_and_kwargs(self.config)
+        layers: list[Any] = []
+        for i, (layer_type, kwargs) in enumerate(zip(layer_types, layer_options)):
+            if layer_type == "full_attention":
+                layers.append(TurboQuantLayer(self, sum(isinstance(layer, TurboQuantLayer) for layer in layers)))
+            elif layer_type in _STOCK_TYPES:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
+            else:
+                raise UnsupportedError(f"layer {i} of this model is of the kind {layer_type!r}, which this cache does not "
+                                       "have. Use DynamicCache and model.set_attn_implementation('sdpa')")
+        super().__init__(layers=layers)
+        self._compressed = [layer for layer in layers if isinstance(layer, TurboQuantLayer)]
+        if not self._compressed:
+            raise UnsupportedError("no layer of this model has full attention: there is nothing to compress. Use DynamicCache")
+        options.setdefault("n_threads", torch.get_num_threads())
+        self.store = _cache.Cache(len(self._compressed), *_head_shape(self.config), preset=preset, **options)
+        self.seqs: list[int] = []
+        self._columns = Columns()
+
+    def __del__(self) -> None:
+        # When a cycle of references is collected, the store may have been first.
+        if getattr(self, "seqs", None) and not self.store.closed:
+            self._free(self.seqs)
+
+    def __repr__(self) -> str:
+        n_stock = len(self.layers) - len(self._compressed)
+        return (f"TurboQuantCache({len(self._compressed)} layers compressed, {n_stock} left to Transformers, "
+                f"{len(self.seqs)} sequences of {self._columns.n} tokens, {self.nbytes} bytes)")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the compressed layers hold, everything counted; of all copies that share pages."""
+        return self.store.stats().allocated_bytes
+
+    @torch.compiler.disable
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Handles for the attention implementation "turboquant"."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, TurboQuantLayer):
+            return layer.update(key_states, value_states)
+        return tuple(map(_Stock, layer.update(key_states, value_states, *args, **kwargs)))
+
+    # ---- a forward pass ----
+
+    def _begin(self, begin: int, n_batch: int, n_tok: int, mask: torch.Tensor | None) -> np.ndarray | None:
+        """Which of the columns [begin, begin + n_tok) are tokens, bool [n_batch, n_tok]; None: all. A pass's first layer adds
+        them."""
+        if not self.seqs:
+            for _ in range(n_batch):
+                self.seqs.append(self.store.seq_create())
+        if len(self.seqs) != n_batch:
+            raise ArgumentError(f"this cache holds a batch of {len(self.seqs)}, and was given one of {n_batch}: use a new one, "
+                                "batch_repeat_interleave or batch_select_indices")
+        if begin == self._columns.n:
+            tokens = self._columns.extend(n_batch, n_tok, None if mask is None else mask.numpy())
+            try:
+                for row, seq in enumerate(self.seqs):
+                    self.store.reserve(seq, n_tok if tokens is None else int(tokens[row].sum()))
+            except BaseException:
+                self._columns.cut(begin)
+                raise
+        elif begin + n_tok != self._columns.n:
+            raise ArgumentError(f"a layer holds {begin} tokens and others {self._columns.n}: a forward pass was interrupted. "
+                                "reset() the cache and run the prompt again")
+        return self._columns.tokens(begin)
+
+    def _roll_back(self, n: int) -> None:
+        """Keep n columns: what there was before a forward pass that failed."""
+        lengths = self._columns.lengths(len(self.seqs), n)
+        for seq, length in zip(self.seqs, lengths):
+            self.store.trim(seq, length)
+        self._columns.cut(n)
+        for layer in self._compressed:
+            layer.n_columns = min(layer.n_columns, n)
+
+    # ---- what generate() asks for ----
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -tokens_to_remove columns, as Transformers has it: a negative number."""
+        if tokens_to_remove > 0:
+            raise ArgumentError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
+        for layer in self.layers:
+            if not isinstance(layer, TurboQuantLayer):
+                layer.crop(tokens_to_remove)
+        self._roll_back(max(self._columns.n + tokens_to_remove, 0))
+
+    def reset(self) -> None:
+        """Forget all tokens, and which model they were of."""
+        for layer in self.layers:
+            if isinstance(layer, TurboQuantLayer):
+                layer.n_columns, layer._model_config = 0, None
+            else:
+                layer.reset()
+        self._free(self.seqs)
+        self.seqs, self._columns = [], Columns()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row beam_idx[i] was: pages are shared."""
+        self._select(beam_idx.tolist())
+        for layer in self.layers:
+            if not isinstance(layer, TurboQuantLayer):
+                layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([row for row in range(len(self.seqs)) for _ in range(repeats)])
+        for layer in self.layers:
+            if not isinstance(layer, TurboQuantLayer):
+                layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(torch.arange(len(self.seqs))[indices.cpu()].tolist())
+        for layer in self.layers:
+            if not isinstance(layer, TurboQuantLayer):
+                layer.batch_select_indices(indices)
+
+    def _select(self, rows: Sequence[int]) -> None:
+        """A row's first use keeps its sequence, others fork it."""
+        unused, seqs, forks = dict(enumerate(self.seqs)), [], []
+        try:
+            for row in rows:
+                seq = unused.pop(row, None)
+                if seq is None:
+                    seq = self.store.seq_fork(self.seqs[row])
+                    forks.append(seq)
+                seqs.append(seq)
+        except BaseException:
+            self._free(forks)
+            raise
+        self._free(unused.values())
+        self.seqs = seqs
+        self._columns.select(rows)
+
+    def _free(self, seqs: Any) -> None:
+        for seq in seqs:
+            self.store.seq_free(seq)
+
+    def __deepcopy__(self, memo: dict) -> TurboQuantCache:
+        """For prefixes that several conversations begin with: the copy shares the library's pages."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__, seqs=[])
+        memo[id(self)] = other
+        other._columns = copy.deepcopy(self._columns)
+        other.layers = [_copy_layer(layer, other, memo) for layer in self.layers]
+        other._compressed = [layer for layer in other.layers if isinstance(layer, TurboQuantLayer)]
+        for seq in self.seqs:
+            other.seqs.append(self.store.seq_fork(seq))
+        return other
+
+    def __copy__(self) -> TurboQuantCache:
+        """As a deep copy: two caches cannot append to one sequence."""
+        return copy.deepcopy(self)
+
+    # ---- files ----
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Write the cache to a file (docs/snapshot.md), which turboquant.describe_snapshot looks at. Raises UnsupportedError where
+        the file cannot hold everything: layers left to Transformers, and padding that is not on the left.
+        """
+        if len(self._compressed) < len(self.layers):
+            raise UnsupportedError("this model has layers that are left to Transformers, and a snapshot holds compressed "
+                                   "layers alone: run the prompt again instead of saving it")
+        lengths = self._columns.lengths(len(self.seqs), self._columns.n)
+        if not self.seqs or Columns.left_padded(lengths) != self._columns:
+            raise UnsupportedError("only a cache that holds tokens, and whose padding is all on the left with a row that has "
+                                   "none, can be saved")
+        self.store.save(path, self.seqs)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: Any, preset: str = "TQ4", **options: Any) -> TurboQuantCache:
+        """A cache from a file that `save` wrote, with the same preset and options. Raises SnapshotError."""
+        cache = cls(config, preset, **options)
+        cache.seqs = cache.store.load(path)
+        cache._columns = Columns.left_padded([cache.store.length(seq) for seq in cache.seqs])
+        for layer in cache._compressed:
+            layer.n_columns = cache._columns.n
+        return cache
+
+
+def _copy_layer(layer: Any, owner: TurboQuantCache, memo: dict) -> Any:
+    if not isinstance(layer, TurboQuantLayer):
+        return copy.deepcopy(layer, memo)
+    other = copy.copy(layer)
+    other._owner = weakref.ref(owner)
+    return other
+
+
+def _head_shape(config: Any) -> tuple[int, int]:
+    """(n_head_kv, head_dim), as models read their configuration. A layer of another shape is refused when it comes."""
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise UnsupportedError("models with latent attention (kv_lora_rank) are not supported: use DynamicCache")
+    n_head = config.num_attention_heads
+    n_head_kv = getattr(config, "num_key_value_heads", None) or n_head
+    return n_head_kv, getattr(config, "head_dim", None) or config.hidden_size // n_head
+
+
+@torch.compiler.disable
+def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, attention_mask: torch.Tensor | None,
+                      dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any
+                      ) -> tuple[torch.Tensor, None]:
+    """The attention implementation "turboquant", as AttentionInterface calls it."""
+    if isinstance(key, _Stock):
+        return sdpa_attention_forward(module, query, key.tensor, value.tensor, attention_mask, dropout=dropout,
+                                      scaling=scaling, is_causal=is_causal, **kwargs)
+    if not isinstance(key, _Compressed):
+        raise ArgumentError(f'the attention implementation "{NAME}" got ordinary keys: pass cache=TurboQuantCache('
+                            "config=model.config), or call model.set_attn_implementation('sdpa')")
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) not in (None, False):
+            raise UnsupportedError(f"there is no {what}. Use DynamicCache and another attention implementation")
+    if dropout:
+        raise UnsupportedError("there is no dropout in compressed attention: call model.eval()")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise UnsupportedError("this attention is causal alone: use DynamicCache and another attention implementation")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedError(f"a mask of {attention_mask.ndim} dimensions is not supported: give attention_mask as "
+                               "[n_batch, n_tok], with zeros for padding")
+    return key.layer.attend(module, query, key.rows, value.rows, attention_mask, scaling), None
+
+
+def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+                   mask_function: Any = causal_mask_function, attention_mask: torch.Tensor | None = None,
+                   local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """
+    The mask that goes with it, as AttentionMaskInterface calls it: padding as bool [n_batch, n_columns], None without any.
+    Layers left to Transformers, which have a local_size, get the mask of its "sdpa".
+    """
+    if local_size is not None:
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+                         **kwargs)
+    if mask_function is not causal_mask_function:
+        raise UnsupportedError("this model or call adds to the causal mask (packed sequences, blocks, or a mask of its own). "
+                               "Compressed attention cannot: use DynamicCache and another attention implementation")
+    if attention_mask is None or attention_mask.all():
+        return None
+    return attention_mask.to(torch.bool)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)
