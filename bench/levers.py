@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """
-What a lever of the cache's quality is worth, before it is built: a llama model (GGUF, architecture llama) in 32-bit floats, where
-attention reads keys and values that the library's codec has encoded and decoded. Unlike `tq eval` it has no floor, and it knows
-levers that the library has not: means before RoPE, transforms from query and key covariances, sinks and rings of any kind.
+What a lever of the cache's quality is worth, before it is built: a llama model (GGUF, architecture llama) in 32-bit floats,
+where attention reads keys and values that the library's codec has encoded and decoded. Unlike `tq eval` it has no floor, and
+it knows levers that the library has not: means before RoPE, transforms from query and key covariances.
 
     levers.py MODEL.gguf --text FILE [--calibrate FILE] --csv OUT [--tokens 2048] [--only WORD[,WORD...]]
 
@@ -199,7 +199,7 @@ class Attention:
         q_turned, k_turned, out = model.rope(q, positions), model.rope(k, positions), np.empty_like(q)
         for head in range(model.n_head_kv):
             keys, values = k_turned[:, head], v[:, head]
-            queries = q_turned[:, head * group:(head + 1) * group].transpose(1, 0, 2) / np.sqrt(model.head_dim, dtype=np.float32)
+            queries = q_turned[:, head * group:(head + 1) * group].transpose(1, 0, 2) / np.float32(model.head_dim ** 0.5)
             mean = self.mean_of_keys(k[:, head], keys, positions)
             values_mean = block_means(values, 64, 64) if cache.values_mean == "block" else 0
             self.seen[layer, head] = (keys - mean, queries) if cache.transform == "learn" else None
