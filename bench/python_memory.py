@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 """
 Peak memory of a process that runs a Transformers model over a text, with the stock cache and with ours: does memory fall by
-what the cache saves? The model is small and random, but its cache is that of a larger one (64 KiB a token in float32); memory does not
-depend on the values. One process for each cache; CSV. Linux.
+what the cache saves? The model is small and random, but its cache is that of a larger one (64 KiB a token in float32); memory
+does not depend on the values. One process for each cache; CSV. Linux.
 
     build/deps/python-venv/bin/python bench/python_memory.py --csv build/python-memory.csv [--context 4096]
 
