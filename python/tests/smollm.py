@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct from its GGUF by Transformers' own support, and a text for
 
     python smollm.py FOLDER     writes the model there as Hugging Face has it
 
-MLX's tests run that as a process of its own: with PyTorch loaded beside it, MLX 0.32 waited for ever in its own attention.
+MLX's tests run that as a process of its own, so that PyTorch's memory and threads are gone when they begin.
 """
 import sys
 
