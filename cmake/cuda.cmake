@@ -18,8 +18,11 @@ foreach(arch ${TQ_CUDA_ARCHITECTURES})
     list(APPEND tq_cuda_targets -gencode=arch=compute_${number},code=sm_${number})
 endforeach()
 
-if("90a" IN_LIST TQ_CUDA_ARCHITECTURES OR "90a-real" IN_LIST TQ_CUDA_ARCHITECTURES)
-    list(APPEND tq_cuda_flags -DTQ_CUDA_HOPPER) # the kernels that only sm_90a has may be launched
+option(TQ_CUDA_HOPPER "Prefill by the warp-group products of sm_90a: experimental, docs/cuda.md; needs a 90a target" OFF)
+if(TQ_CUDA_HOPPER)
+    list(APPEND tq_cuda_flags -DTQ_CUDA_HOPPER)
+else()
+    list(REMOVE_ITEM tq_cuda_sources ${tq_cuda_dir}/prefill_hopper.cu)
 endif()
 
 set(tq_cuda_objects)

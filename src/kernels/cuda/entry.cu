@@ -97,18 +97,22 @@ static decode_launch find_decode(const tq_device_store &store)
     }
 }
 
-/* Does this device run what was compiled for sm_90a, and was it compiled? */
-static bool has_hopper_kernels()
-{
 #ifdef TQ_CUDA_HOPPER
+static decode_launch find_hopper(int head_dim, int pair)
+{
     int device, major = 0, minor = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 && minor == 0;
-#else
-    return false;
-#endif
+    bool is_hopper = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+                     minor == 0;
+    return is_hopper ? prefill_find_hopper(head_dim, pair) : nullptr;
 }
+#else
+static decode_launch find_hopper(int, int)
+{
+    return nullptr;
+}
+#endif
 
 /* Prefill reads its pages once for 128 rows or more, decode for 8, but decode has splits: the former pays from some rows on. */
 static decode_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
@@ -116,7 +120,7 @@ static decode_launch find_launch(const tq_device_store &store, const tq_cuda_att
     decode_launch prefill = nullptr;
     if (params.n_query * (params.n_head / store.n_head_kv) > TQ_PREFILL_ROWS_MIN) {
         int pair = codes_pair_of(store);
-        if (has_hopper_kernels()) prefill = prefill_find_hopper(store.head_dim, pair);
+        prefill = find_hopper(store.head_dim, pair);
         if (!prefill) prefill = prefill_find(store.head_dim, pair);
     }
     *is_prefill = prefill != nullptr;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What both prefill kernels do with a warp's 16 rows: masks and softmax of the scores of a tile, results at the end. */
+/* What prefill_hopper.cuh does with a warp's 16 rows: masks and softmax of the scores of a tile, results at the end. */
 #ifndef TQ_KERNELS_CUDA_PREFILL_ROWS_CUH
 #define TQ_KERNELS_CUDA_PREFILL_ROWS_CUH
 
