@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The splits of a row to its output: encoded ones are summed in the rotated basis and rotated back once, then the exact one is
+ * added. One SIMD group a row: grid [32, n_rows, n_heads]. Expected bound: latency.
+ */
+namespace tq {
+
+template <int D, typename T>
+inline void combine(const device float *acc, const device float *state, const device uint *signs, attend_params p,
+                    device T *out, uint3 group, int lane)
+{
+    int row = int(group.y), head = int(group.z), n_rows = p.n_query * p.group, n = p.n_splits;
+    ulong first = ulong(head) * (n + 1) * n_rows + row;
+    float largest = lowest_score(), sum = 0.0f, y[D / 32];
+    for (int s = 0; s <= n; s++) largest = fmax(largest, state[2 * (first + s * n_rows)]);
+    for (int k = 0; k < D / 32; k++) y[k] = 0.0f;
+    for (int s = 0; s <= n; s++) {
+        ulong at = first + s * n_rows;
+        float factor = exp2(state[2 * at] - largest);
+        sum += factor * state[2 * at + 1];
+        if (s == n) rotate_back<D>(y, signs, lane);
+        for (int k = 0; k < D / 32; k++) y[k] += factor * acc[at * D + 32 * k + lane];
+    }
+    ulong to = row_offset(p, head, row, D);
+    for (int k = 0; k < D / 32; k++) out[to + 32 * k + lane] = T(y[k] / sum);
+}
+
+} // namespace tq

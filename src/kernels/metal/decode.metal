@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Decode attention. A threadgroup of 8 SIMD groups has up to 8 rows of one KV head (all query heads of a group, and the tokens
+ * of a speculative step) and one split of its tokens; its SIMD groups take blocks of 64 tokens in turns and expand each vector
+ * once for all rows. Keys are never rotated back: queries are rotated, values are summed in the rotated basis, and combine
+ * rotates the sum. The last split is the exact vectors, in the plain basis. Expected bound: device memory, and the sums over
+ * lanes where there are many rows.
+ */
+namespace tq {
+
+constexpr int decode_simdgroups()
+{
+    return 8;
+}
+
+template <int D, int ROWS> struct decode_memory {
+    level_table k_levels, v_levels;
+    float rows[ROWS][D]; /* queries first, then the sum of the SIMD groups' accumulators */
+    float max[8][ROWS], sum[8][ROWS];
+};
+
+struct decode_outputs {
+    device float *acc;   /* [n_heads, n_splits + 1, n_rows, D]: sums of weighted values */
+    device float *state; /* [n_heads, n_splits + 1, n_rows, 2]: the largest score, the sum of weights */
+};
+
+/* One block of encoded tokens, as far as it lies before `end` and rows see it. */
+template <int D, int KF, int VF, int HAS_REF, int ROWS>
+inline void attend_block(thread row_state<D, ROWS> &state, thread const attend_params &p, thread const kv_arrays &kv, int head,
+                         int block, thread const row_limits<ROWS> &limits, int end,
+                         threadgroup const decode_memory<D, ROWS> &shared, int lane)
+{
+    float x[D / 32], ref_score[ROWS], weight[ROWS];
+    for (int r = 0; r < ROWS; r++) ref_score[r] = 0.0f;
+    if (HAS_REF) {
+        ulong at = ulong(head) * (p.capacity / block_tokens()) + block;
+        expand<D, TQ8>(x, kv.refs + at * (D / 4), shared.k_levels, lane);
+        float scale = float(kv.ref_scales[at]);
+        for (int r = 0; r < ROWS; r++) ref_score[r] = scale * dot_lanes<D>(state.q[r], x);
+    }
+    int first = max(block * block_tokens(), p.n_sink), last = min((block + 1) * block_tokens(), end);
+    for (int token = first; token < last; token++) {
+        ulong at = ulong(head) * p.capacity + token;
+        expand<D, KF>(x, kv.k_codes + at * words_of(KF, D), shared.k_levels, lane);
+        float k_scale = float(kv.k_scales[at]), v_scale = float(kv.v_scales[at]);
+        for (int r = 0; r < ROWS; r++) {
+            float score = k_scale * dot_lanes<D>(state.q[r], x) + ref_score[r];
+            weight[r] = token < limits.coded_end[r] ? weigh(state, r, score) * v_scale : 0.0f;
+        }
+        expand<D, VF>(x, kv.v_codes + at * words_of(VF, D), shared.v_levels, lane);
+        for (int r = 0; r < ROWS; r++) add_value(state, r, weight[r], x);
+    }
+}
+
+/* Exact vectors simd, simd + 8, ... */
+template <int D, int ROWS>
+inline void attend_exact(thread row_state<D, ROWS> &state, thread const attend_params &p, thread const kv_arrays &kv, int head,
+                         thread const row_limits<ROWS> &limits, int simd, int lane)
+{
+    float k[D / 32], v[D / 32];
+    for (int index = simd; index < p.n_exact; index += decode_simdgroups()) {
+        int position = exact_position(p, index);
+        ulong at = (ulong(head) * p.exact_capacity + index) * D;
+        load_consecutive<D>(k, kv.k_exact + at, lane);
+        load_consecutive<D>(v, kv.v_exact + at, lane);
+        for (int r = 0; r < ROWS; r++) {
+            float score = dot_lanes<D>(state.q[r], k);
+            if (sees_exact(limits, r, p.n_sink, position)) add_value(state, r, weigh(state, r, score), v);
+        }
+    }
+}
+
+/* The SIMD groups' states to one, and to device memory. out: of this split, its first row. */
+template <int D, int ROWS>
+inline void merge_simdgroups(thread row_state<D, ROWS> &state, threadgroup decode_memory<D, ROWS> &shared, int n_rows,
+                             device float *acc, device float *out_state, int simd, int lane)
+{
+    if (lane == 0) {
+        for (int r = 0; r < ROWS; r++) {
+            shared.max[simd][r] = state.max[r];
+            shared.sum[simd][r] = state.sum[r];
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup); /* and the queries are not needed any more */
+    float largest[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        largest[r] = lowest_score();
+        for (int s = 0; s < decode_simdgroups(); s++) largest[r] = fmax(largest[r], shared.max[s][r]);
+    }
+    for (int turn = 0; turn < decode_simdgroups(); turn++) {
+        if (simd == turn) {
+            for (int r = 0; r < ROWS; r++) {
+                float factor = exp2(state.max[r] - largest[r]);
+                for (int k = 0; k < D / 32; k++) {
+                    int at = D / 32 * lane + k;
+                    shared.rows[r][at] = (turn == 0 ? 0.0f : shared.rows[r][at]) + factor * state.acc[r][k];
+                }
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    for (int r = simd; r < n_rows; r += decode_simdgroups()) {
+        for (int k = 0; k < D / 32; k++) acc[r * D + 32 * k + lane] = shared.rows[r][32 * k + lane];
+        if (lane == 0) {
+            float sum = 0.0f, of_all = lowest_score();
+            for (int s = 0; s < decode_simdgroups(); s++) of_all = fmax(of_all, shared.max[s][r]);
+            for (int s = 0; s < decode_simdgroups(); s++) sum += exp2(shared.max[s][r] - of_all) * shared.sum[s][r];
+            out_state[2 * r] = of_all;
+            out_state[2 * r + 1] = sum;
+        }
+    }
+}
+
+/* Grid [256 * (n_splits + 1), row tiles, n_heads], threadgroups of 256. q: [n_batch, n_head, n_query, D]. */
+template <int D, int KF, int VF, int HAS_REF, int ROWS, typename T>
+inline void decode(const device T *q, kv_arrays kv, attend_params p, decode_outputs out,
+                   threadgroup decode_memory<D, ROWS> &shared, uint3 group, int simd, int lane)
+{
+    int split = int(group.x), first_row = int(group.y) * ROWS, head = int(group.z), all_rows = p.n_query * p.group;
+    int n_rows = min(all_rows - first_row, ROWS);
+    bool is_exact = split == p.n_splits;
+    fill_levels<KF>(shared.k_levels, 32 * simd + lane, 32 * decode_simdgroups());
+    fill_levels<VF>(shared.v_levels, 32 * simd + lane, 32 * decode_simdgroups());
+    for (int r = simd; r < ROWS; r += decode_simdgroups()) { /* rows beyond the last are copies of it */
+        float x[D / 32];
+        load_strided<D>(x, q + row_offset(p, head, min(first_row + r, all_rows - 1), D), lane);
+        if (!is_exact) rotate<D>(x, kv.signs, lane);
+        for (int k = 0; k < D / 32; k++) shared.rows[r][32 * k + lane] = x[k] * p.scale_log2;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    row_state<D, ROWS> state;
+    clear_rows(state);
+    for (int r = 0; r < ROWS; r++) {
+        for (int k = 0; k < D / 32; k++) state.q[r][k] = shared.rows[r][D / 32 * lane + k];
+    }
+    row_limits<ROWS> limits = limits_of<ROWS>(p, first_row);
+    if (is_exact) {
+        attend_exact(state, p, kv, head, limits, simd, lane);
+    } else {
+        int end = limits.coded_end[n_rows - 1];
+        int stop = min((split + 1) * p.split_blocks, (end + block_tokens() - 1) / block_tokens());
+        for (int block = split * p.split_blocks + simd; block < stop; block += decode_simdgroups()) {
+            attend_block<D, KF, VF, HAS_REF>(state, p, kv, head, block, limits, end, shared, lane);
+        }
+    }
+    ulong row = (ulong(head) * (p.n_splits + 1) + split) * all_rows + first_row;
+    merge_simdgroups(state, shared, n_rows, out.acc + row * D, out.state + row * 2, simd, lane);
+}
+
+} // namespace tq

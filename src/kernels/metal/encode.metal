@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Scalar encoders, one vector by one SIMD group, with the arithmetic of src/codec operation by operation: the bytes are the
+ * same as the CPU's. x is strided and rotated already. Expected bound: memory.
+ */
+namespace tq {
+
+template <int FORMAT> inline float centroid(int code)
+{
+    if (FORMAT == TQ4) return lloyd4_centroids[code & 15];
+    return FORMAT == TQ3 ? lloyd3_centroids[code & 7] : lloyd2_centroids[code & 3];
+}
+
+/* The number of boundaries less than z, by halving. */
+template <int FORMAT> inline int nearest_code(float z)
+{
+    int code = 0;
+    for (int half_range = 1 << (bits_of(FORMAT) - 1); half_range > 0; half_range /= 2) {
+        int i = code + half_range - 1;
+        float boundary = FORMAT == TQ4 ? lloyd4_boundaries[i] : FORMAT == TQ3 ? lloyd3_boundaries[i] : lloyd2_boundaries[i];
+        code += boundary < z ? half_range : 0;
+    }
+    return code;
+}
+
+template <int D, int FORMAT> inline float centroid_energy(thread const int (&code)[D / 32])
+{
+    float c[D / 32];
+    for (int k = 0; k < D / 32; k++) c[k] = centroid<FORMAT>(code[k]);
+    return sum_squares<D>(c);
+}
+
+/* Lloyd-Max codes of x; returns the scale. */
+template <int D, int FORMAT> inline half encode_lloyd(thread int (&code)[D / 32], thread const float (&x)[D / 32])
+{
+    constexpr int n = D / 32, bits = bits_of(FORMAT);
+    float ss = sum_squares<D>(x), factor = unit_factor(ss, D);
+    for (int k = 0; k < n; k++) code[k] = nearest_code<FORMAT>(x[k] * factor);
+    float energy = centroid_energy<D, FORMAT>(code);
+    for (int round = 0; round < 8; round++) { /* settling: lloyd.c */
+        if (energy >= settled_min(bits, D) && energy <= settled_max(bits, D)) break;
+        factor = unit_factor(energy, D);
+        for (int k = 0; k < n; k++) code[k] = nearest_code<FORMAT>(centroid<FORMAT>(code[k]) * factor);
+        float next = centroid_energy<D, FORMAT>(code);
+        if (next == energy) break;
+        energy = next;
+    }
+    return scale_from_float(precise::divide(precise::sqrt(ss), precise::sqrt(energy)));
+}
+
+/* 8-bit uniform codes. */
+template <int D> inline half encode_uniform(thread int (&code)[D / 32], thread const float (&x)[D / 32])
+{
+    constexpr int n = D / 32;
+    float ss = sum_squares<D>(x), largest = 0.0f, rounded[n];
+    bool is_zero = unit_factor(ss, D) == 0.0f;
+    for (int k = 0; k < n; k++) largest = fmax(largest, fabs(x[k]));
+    largest = simd_max(largest);
+    float factor = is_zero ? 0.0f : precise::divide(127.0f, largest);
+    for (int k = 0; k < n; k++) {
+        rounded[k] = rint(x[k] * factor);
+        code[k] = int(rounded[k]);
+    }
+    float energy = sum_squares<D>(rounded);
+    return is_zero ? half(0.0f) : scale_from_float(precise::divide(precise::sqrt(ss), precise::sqrt(energy)));
+}
+
+/* Word `word` of a stream of codes: bits [first, first + bits) of each, code i at bit bits * i. */
+inline uint packed_word(threadgroup const uchar *code, int n, int first, int bits, int word)
+{
+    uint packed = 0;
+    for (int i = 32 * word / bits; i < n && bits * i < 32 * word + 32; i++) {
+        int at = bits * i - 32 * word; /* negative where a trellis code straddles words */
+        uint value = uint(code[i]) >> first & ((1u << bits) - 1u);
+        packed |= at < 0 ? value >> -at : value << at;
+    }
+    return packed;
+}
+
+/* The codes of a vector to device memory. */
+template <int D, int FORMAT> inline void store_codes(device uint *to, threadgroup const uchar *code, int lane)
+{
+    for (int word = lane; word < words_of(FORMAT, D); word += 32) {
+        if (FORMAT == TQ3) {
+            to[word] = word < D / 16 ? packed_word(code, D, 0, 2, word) : packed_word(code, D, 2, 1, word - D / 16);
+        } else {
+            to[word] = packed_word(code, D, 0, bits_of(FORMAT), word);
+        }
+    }
+}
+
+/* A reference [D] in the plain basis, strided, to y. */
+template <int D>
+inline void read_reference(thread float (&y)[D / 32], const device uint *codes, half scale, const device uint *signs, int lane)
+{
+    const device int8_t *bytes = (const device int8_t *)codes;
+    for (int k = 0; k < D / 32; k++) y[k] = float(scale) * float(bytes[32 * k + lane]);
+    rotate_back<D>(y, signs, lane);
+}
+
+struct encode_params {
+    int first_row;      /* of rows, the first that is encoded */
+    int first_position; /* its token's */
+    int n_rows;         /* rows of a head */
+    int n_blocks;       /* references of a head */
+    int n_encoded;      /* outputs of a head */
+};
+
+/* The inputs and outputs of an encoder. */
+struct encode_task {
+    const device half *rows;       /* [n_heads, n_rows, D] */
+    const device uint *refs;       /* [n_heads, n_blocks, D / 4] as tq8 */
+    const device half *ref_scales; /* [n_heads, n_blocks] */
+    const device uint *signs;
+    const device encode_params *params;
+    device uint *codes;  /* [n_heads, n_encoded, words] */
+    device half *scales; /* [n_heads, n_encoded] */
+};
+
+/* What is coded of row `i`: the vector less its reference, rotated, strided. */
+template <int D, int HAS_REF>
+inline void load_vector(thread float (&x)[D / 32], thread const encode_task &task, int head, int i, int lane)
+{
+    encode_params p = *task.params;
+    load_strided<D>(x, task.rows + (ulong(head) * p.n_rows + p.first_row + i) * D, lane);
+    if (HAS_REF) {
+        ulong block = ulong(head) * p.n_blocks + (p.first_position + i) / block_tokens();
+        float reference[D / 32];
+        read_reference<D>(reference, task.refs + block * (D / 4), task.ref_scales[block], task.signs, lane);
+        for (int k = 0; k < D / 32; k++) x[k] -= reference[k];
+    }
+    rotate<D>(x, task.signs, lane);
+}
+
+template <int D> struct code_memory {
+    uchar code[D];
+};
+
+/* One threadgroup of 32 threads a vector: grid [32, n_encoded, n_heads]. */
+template <int D, int FORMAT, int HAS_REF>
+inline void encode_scalar(encode_task task, threadgroup code_memory<D> &shared, uint3 group, int lane)
+{
+    int head = int(group.z), i = int(group.y), code[D / 32];
+    float x[D / 32];
+    load_vector<D, HAS_REF>(x, task, head, i, lane);
+    half scale = FORMAT == TQ8 ? encode_uniform<D>(code, x) : encode_lloyd<D, FORMAT == TQ8 ? TQ4 : FORMAT>(code, x);
+    for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    ulong vector = ulong(head) * task.params->n_encoded + i;
+    store_codes<D, FORMAT>(task.codes + vector * words_of(FORMAT, D), shared.code, lane);
+    if (lane == 0) task.scales[vector] = scale;
+}
+
+/*
+ * References of blocks: the mean of n_window rows from starts[i] on, summed in order, as tq8. Grid [32, n_encoded, n_heads];
+ * of the parameters, first_row is the length of the window.
+ */
+template <int D>
+inline void encode_reference(encode_task task, const device int *starts, threadgroup code_memory<D> &shared, uint3 group,
+                             int lane)
+{
+    encode_params p = *task.params;
+    int head = int(group.z), i = int(group.y), n_window = p.first_row, code[D / 32];
+    float x[D / 32];
+    for (int k = 0; k < D / 32; k++) x[k] = 0.0f;
+    for (int row = 0; row < n_window; row++) {
+        const device half *from = task.rows + (ulong(head) * p.n_rows + starts[i] + row) * D;
+        for (int k = 0; k < D / 32; k++) x[k] += float(from[32 * k + lane]);
+    }
+    for (int k = 0; k < D / 32; k++) x[k] = isfinite(x[k]) ? precise::divide(x[k], float(n_window)) : 0.0f;
+    rotate<D>(x, task.signs, lane);
+    half scale = encode_uniform<D>(code, x);
+    for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    ulong vector = ulong(head) * p.n_encoded + i;
+    store_codes<D, TQ8>(task.codes + vector * (D / 4), shared.code, lane);
+    if (lane == 0) task.scales[vector] = scale;
+}
+
+} // namespace tq

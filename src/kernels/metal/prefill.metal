@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Prefill attention: causal, on the same arrays. A threadgroup of 8 SIMD groups has 32 rows of one KV head, 4 a SIMD group, and
+ * walks over all tokens that they see, a tile at a time: the SIMD groups expand a tile of keys and values into threadgroup
+ * memory together, then each attends with its rows. Encoded tokens come first, with rotated queries; then the accumulators are
+ * rotated back, and the exact tokens follow with the queries as they came. Expected bound: arithmetic. Apple's matrix units are
+ * not used yet.
+ */
+namespace tq {
+
+constexpr int prefill_rows()
+{
+    return 4; /* of a SIMD group */
+}
+
+/* Tokens of a tile: what 32 KB of threadgroup memory hold. Divides a block. */
+constexpr int tile_tokens(int head_dim)
+{
+    return head_dim <= 128 ? 16 : 8;
+}
+
+template <int D> struct prefill_memory {
+    level_table k_levels, v_levels;
+    float k[tile_tokens(D)][D], v[tile_tokens(D)][D];
+    float scratch[8][D];
+};
+
+/* The queries of a SIMD group, consecutive; rotated or as they came. */
+template <int D, typename T>
+inline void load_queries(thread row_state<D, 4> &state, const device T *q, thread const attend_params &p,
+                         const device uint *signs, bool is_rotated, int head, int first_row, threadgroup float *scratch,
+                         int lane)
+{
+    for (int r = 0; r < prefill_rows(); r++) {
+        load_strided<D>(state.q[r], q + row_offset(p, head, min(first_row + r, p.n_query * p.group - 1), D), lane);
+        if (is_rotated) rotate<D>(state.q[r], signs, lane);
+        for (int k = 0; k < D / 32; k++) state.q[r][k] *= p.scale_log2;
+        to_consecutive<D>(state.q[r], scratch, lane);
+    }
+}
+
+/* Expand tokens [begin, begin + tile) to the tile, those that exist; a barrier must follow. */
+template <int D, int KF, int VF, int HAS_REF>
+inline void fill_coded_tile(threadgroup prefill_memory<D> &shared, thread const attend_params &p, thread const kv_arrays &kv,
+                            int head, int begin, int simd, int lane)
+{
+    constexpr int n = D / 32;
+    float x[n], reference[n];
+    for (int k = 0; k < n; k++) reference[k] = 0.0f;
+    if (HAS_REF) {
+        ulong at = ulong(head) * (p.capacity / block_tokens()) + begin / block_tokens();
+        expand<D, TQ8>(reference, kv.refs + at * (D / 4), shared.k_levels, lane);
+        for (int k = 0; k < n; k++) reference[k] *= float(kv.ref_scales[at]);
+    }
+    for (int t = simd; t < tile_tokens(D); t += 8) {
+        ulong at = ulong(head) * p.capacity + begin + t; /* within the capacity: it is a multiple of a block */
+        float scale = float(kv.k_scales[at]);
+        expand<D, KF>(x, kv.k_codes + at * words_of(KF, D), shared.k_levels, lane);
+        for (int k = 0; k < n; k++) shared.k[t][n * lane + k] = scale * x[k] + reference[k];
+        scale = float(kv.v_scales[at]);
+        expand<D, VF>(x, kv.v_codes + at * words_of(VF, D), shared.v_levels, lane);
+        for (int k = 0; k < n; k++) shared.v[t][n * lane + k] = scale * x[k];
+    }
+}
+
+template <int D>
+inline void fill_exact_tile(threadgroup prefill_memory<D> &shared, thread const attend_params &p, thread const kv_arrays &kv,
+                            int head, int begin, int simd, int lane)
+{
+    for (int t = simd; t < tile_tokens(D) && begin + t < p.n_exact; t += 8) {
+        ulong at = (ulong(head) * p.exact_capacity + begin + t) * D;
+        for (int k = 0; k < D / 32; k++) {
+            shared.k[t][32 * k + lane] = float(kv.k_exact[at + 32 * k + lane]);
+            shared.v[t][32 * k + lane] = float(kv.v_exact[at + 32 * k + lane]);
+        }
+    }
+}
+
+/* Attend with all rows of the SIMD group to token t of the tile, those for which `sees` has its bit. */
+template <int D>
+inline void attend_token(thread row_state<D, 4> &state, threadgroup const prefill_memory<D> &shared, int t, uint sees, int lane)
+{
+    constexpr int n = D / 32;
+    float k[n], v[n];
+    if (sees == 0) return;
+    for (int i = 0; i < n; i++) {
+        k[i] = shared.k[t][n * lane + i];
+        v[i] = shared.v[t][n * lane + i];
+    }
+    for (int r = 0; r < prefill_rows(); r++) {
+        float score = dot_lanes<D>(state.q[r], k);
+        if (sees >> r & 1u) add_value(state, r, weigh(state, r, score), v);
+    }
+}
+
+/* Grid [256, row tiles, n_heads], threadgroups of 256. q and out: [n_batch, n_head, n_query, D]. */
+template <int D, int KF, int VF, int HAS_REF, typename T>
+inline void prefill(const device T *q, kv_arrays kv, attend_params p, device T *out, threadgroup prefill_memory<D> &shared,
+                    uint3 group, int simd, int lane)
+{
+    constexpr int n = D / 32, rows = prefill_rows(), tile = tile_tokens(D);
+    int head = int(group.z), first_of_group = int(group.y) * 8 * rows, first_row = first_of_group + simd * rows;
+    int n_rows = p.n_query * p.group, last_row = min(first_of_group + 8 * rows, n_rows) - 1;
+    fill_levels<KF>(shared.k_levels, 32 * simd + lane, 256);
+    fill_levels<VF>(shared.v_levels, 32 * simd + lane, 256);
+    row_state<D, rows> state;
+    clear_rows(state);
+    load_queries(state, q, p, kv.signs, true, head, first_row, shared.scratch[simd], lane);
+
+    row_limits<rows> limits = limits_of<rows>(p, first_row);
+    row_limits<1> of_last = limits_of<1>(p, last_row);
+    int end = of_last.coded_end[0];
+    for (int begin = p.n_sink / tile * tile; begin < end; begin += tile) {
+        threadgroup_barrier(mem_flags::mem_threadgroup); /* nobody needs the tile before; at first, the tables are there */
+        fill_coded_tile<D, KF, VF, HAS_REF>(shared, p, kv, head, begin, simd, lane);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (int t = 0; t < tile; t++) {
+            uint sees = 0;
+            for (int r = 0; r < rows; r++) sees |= uint(begin + t >= p.n_sink && begin + t < limits.coded_end[r]) << r;
+            attend_token(state, shared, t, sees, lane);
+        }
+    }
+
+    for (int r = 0; r < rows; r++) {
+        to_strided<D>(state.acc[r], shared.scratch[simd], lane);
+        rotate_back<D>(state.acc[r], kv.signs, lane);
+        to_consecutive<D>(state.acc[r], shared.scratch[simd], lane);
+    }
+    load_queries(state, q, p, kv.signs, false, head, first_row, shared.scratch[simd], lane);
+    for (int begin = 0; begin < p.n_exact; begin += tile) {
+        if (exact_position(p, begin) > of_last.position[0]) break; /* so are all that follow */
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        fill_exact_tile(shared, p, kv, head, begin, simd, lane);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (int t = 0; t < tile && begin + t < p.n_exact; t++) {
+            uint sees = 0;
+            int position = exact_position(p, begin + t);
+            for (int r = 0; r < rows; r++) sees |= uint(sees_exact(limits, r, p.n_sink, position)) << r;
+            attend_token(state, shared, t, sees, lane);
+        }
+    }
+    for (int r = 0; r < rows && first_row + r < n_rows; r++) {
+        device T *to = out + row_offset(p, head, first_row + r, D) + n * lane;
+        for (int k = 0; k < n; k++) to[k] = T(state.acc[r][k] / state.sum[r]);
+    }
+}
+
+} // namespace tq
