@@ -34,15 +34,15 @@ class Kernel(NamedTuple):
 
 
 _ENCODE_FILES = ("common", "tables", "rotate", "encode")
-_ENCODE = ("rows", "refs", "ref_scales", "signs", "params")
-_STORE = ("q", "k_codes", "k_scales", "refs", "ref_scales", "v_codes", "v_scales", "k_exact", "v_exact", "signs", "params")
+_ENCODE = ("rows", "refs", "signs", "params")
+_STORE = ("q", "k_codes", "k_scales", "refs", "v_codes", "v_scales", "k_exact", "v_exact", "signs", "params")
 _ATTEND_FILES = (*_ENCODE_FILES, "trellis", "expand", "attend")
 KERNELS = {
     "encode": Kernel(_ENCODE, ("codes", "scales"), _ENCODE_FILES),
     "trellis": Kernel(_ENCODE, ("codes", "scales"), (*_ENCODE_FILES, "trellis")),
-    "reference": Kernel(("rows", "starts", "signs", "params"), ("codes", "scales"), _ENCODE_FILES),
-    "decode": Kernel(_STORE, ("acc", "state"), (*_ATTEND_FILES, "decode")),
-    "combine": Kernel(("acc", "state", "signs", "params"), ("out",), (*_ATTEND_FILES, "combine")),
+    "reference": Kernel(("rows", "starts", "signs", "params"), ("refs",), _ENCODE_FILES),
+    "decode": Kernel(_STORE, ("partial",), (*_ATTEND_FILES, "decode")),
+    "combine": Kernel(("partial", "signs", "params"), ("out",), (*_ATTEND_FILES, "combine")),
     "prefill": Kernel(_STORE, ("out",), (*_ATTEND_FILES, "prefill")),
 }
 
@@ -114,33 +114,32 @@ def _ints(*values: int) -> mx.array:
     return mx.array(np.array([*values, *[0] * 8], np.int32))
 
 
-class References(NamedTuple):
-    """The references of a layer's keys: uint32 [n_batch, n_head_kv, n_blocks, head_dim / 4], float16 [..., n_blocks]."""
-
-    codes: mx.array
-    scales: mx.array
+def reference_words(head_dim: int) -> int:
+    """uint32 of a reference: its tq8 codes, then a word with its scale."""
+    return words(TQ8, head_dim) + 1
 
 
-def encode_references(rows: mx.array, starts: Sequence[int], window: int, seed: int) -> References:
-    """The means of rows [start, start + window) of float16 [n_batch, n_head_kv, n_rows, head_dim], coded."""
+def encode_references(rows: mx.array, starts: Sequence[int], window: int, seed: int) -> mx.array:
+    """
+    The means of rows [start, start + window) of float16 [n_batch, n_head_kv, n_rows, head_dim], coded: uint32 [n_batch,
+    n_head_kv, n_starts, reference_words].
+    """
     n_batch, n_head_kv, n_rows, head_dim = rows.shape
     n = len(starts)
-    inputs = [rows, _ints(*starts), signs(head_dim, seed), _ints(window, 0, n_rows, 0, n)]
-    shapes = [(n_batch, n_head_kv, n, words(TQ8, head_dim)), (n_batch, n_head_kv, n)]
-    return References(*launcher("reference", [("D", head_dim)], inputs, (SIMD, n, n_batch * n_head_kv), (SIMD, 1, 1), shapes,
-                                [mx.uint32, mx.float16]))
+    inputs = [rows, _ints(*starts), signs(head_dim, seed), _ints(window, n_rows, n)]
+    return launcher("reference", [("D", head_dim)], inputs, (SIMD, n, n_batch * n_head_kv), (SIMD, 1, 1),
+                    [(n_batch, n_head_kv, n, reference_words(head_dim))], [mx.uint32])[0]
 
 
-def encode(fmt: int, rows: mx.array, first: int, n: int, seed: int, position: int = 0, refs: References | None = None
+def encode(fmt: int, rows: mx.array, first: int, n: int, seed: int, position: int = 0, refs: mx.array | None = None
            ) -> tuple[mx.array, mx.array]:
     """
     Rows [first, first + n) of float16 [n_batch, n_head_kv, n_rows, head_dim], the first at `position`, against references if
     given: codes uint32 [n_batch, n_head_kv, n, words], scales float16 [n_batch, n_head_kv, n].
     """
     n_batch, n_head_kv, n_rows, head_dim = rows.shape
-    refs_in = refs if refs is not None else References(mx.zeros(8, mx.uint32), mx.zeros(8, mx.float16))
-    n_blocks = 0 if refs is None else refs.scales.shape[2]
-    inputs = [rows, *refs_in, signs(head_dim, seed), _ints(first, position, n_rows, n_blocks, n)]
+    n_blocks = 0 if refs is None else refs.shape[2]
+    inputs = [rows, mx.zeros(8, mx.uint32) if refs is None else refs, signs(head_dim, seed), _ints(first, position, n_rows, n_blocks, n)]
     template = [("D", head_dim), ("FORMAT", fmt), ("HAS_REF", int(refs is not None))]
     shapes = [(n_batch, n_head_kv, n, words(fmt, head_dim)), (n_batch, n_head_kv, n)]
     codes, scales = launcher("trellis" if fmt >= TT4 else "encode", template, inputs, (SIMD, n, n_batch * n_head_kv),
@@ -153,8 +152,7 @@ class Arrays(NamedTuple):
 
     k_codes: mx.array  # uint32 [.., capacity, words], the capacity a multiple of BLOCK
     k_scales: mx.array  # float16 [.., capacity]
-    refs: mx.array  # uint32 [.., capacity / BLOCK, head_dim / 4]
-    ref_scales: mx.array  # float16 [.., capacity / BLOCK]
+    refs: mx.array  # uint32 [.., capacity / BLOCK, reference_words]
     v_codes: mx.array
     v_scales: mx.array
     k_exact: mx.array  # float16 [.., exact capacity, head_dim]
@@ -197,8 +195,7 @@ def attend(q: mx.array, arrays: Arrays, k_format: int, v_format: int, has_refs: 
         grid = (GROUP, -(-n_rows // PREFILL_ROWS), n_heads)
         return launcher("prefill", template, inputs, grid, (GROUP, 1, 1), [q.shape], [q.dtype])[0]
     rows = -(-n_rows // n_tiles)
-    shapes = [(n_heads, n_splits + 1, n_rows, head_dim), (n_heads, n_splits + 1, n_rows, 2)]
-    acc, state = launcher("decode", [*template, ("ROWS", rows)], inputs, (GROUP * (n_splits + 1), n_tiles, n_heads),
-                          (GROUP, 1, 1), shapes, [mx.float32, mx.float32])
-    return launcher("combine", [("D", head_dim)], [acc, state, rotation, params], (SIMD, n_rows, n_heads), (SIMD, 1, 1),
+    partial = launcher("decode", [*template, ("ROWS", rows)], inputs, (GROUP * (n_splits + 1), n_tiles, n_heads),
+                       (GROUP, 1, 1), [(n_heads, n_splits + 1, n_rows, head_dim + 2)], [mx.float32])[0]
+    return launcher("combine", [("D", head_dim)], [partial, rotation, params], (SIMD, n_rows, n_heads), (SIMD, 1, 1),
                     [q.shape], [q.dtype])[0]

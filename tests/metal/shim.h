@@ -146,7 +146,8 @@ inline machine *&the()
     abort();
 }
 
-inline void wait(wait_kind kind, int line)
+/* Not inlined, like resume: what a caller holds in registers must survive the jumps. */
+__attribute__((noinline)) inline void wait(wait_kind kind, int line)
 {
     coroutine &self = the()->threads[the()->current];
     self.state = kind;
@@ -162,7 +163,7 @@ inline void run_thread()
     }
 }
 
-inline void resume(uint i)
+__attribute__((noinline)) inline void resume(uint i)
 {
     machine &m = *the();
     m.current = i;

@@ -28,13 +28,12 @@ struct attend_params {
 
 /* The arrays of a layer; [n_heads] is sequences times KV heads. */
 struct kv_arrays {
-    const device uint *k_codes;    /* [n_heads, capacity, words] */
-    const device half *k_scales;   /* [n_heads, capacity] */
-    const device uint *refs;       /* [n_heads, capacity / block, D / 4] as tq8 */
-    const device half *ref_scales; /* [n_heads, capacity / block] */
-    const device uint *v_codes;    /* [n_heads, capacity, words] */
-    const device half *v_scales;   /* [n_heads, capacity] */
-    const device half *k_exact;    /* [n_heads, exact_capacity, D] */
+    const device uint *k_codes;  /* [n_heads, capacity, words] */
+    const device half *k_scales; /* [n_heads, capacity] */
+    const device uint *refs;     /* [n_heads, capacity / block, reference_words] */
+    const device uint *v_codes;  /* [n_heads, capacity, words] */
+    const device half *v_scales; /* [n_heads, capacity] */
+    const device half *k_exact;  /* [n_heads, exact_capacity, D] */
     const device half *v_exact;
     const device uint *signs;
 };
@@ -66,6 +65,14 @@ inline int exact_position(thread const attend_params &p, int index)
     return index < p.n_sink ? index : p.first_exact + index - p.n_sink;
 }
 
+/* The reference of the block that `position` lies in. */
+inline const device uint *reference_of(thread const attend_params &p, thread const kv_arrays &kv, int head, int position,
+                                       int head_dim)
+{
+    ulong block = ulong(head) * (p.capacity / block_tokens()) + position / block_tokens();
+    return kv.refs + block * reference_words(head_dim);
+}
+
 /* Where a row's query or output begins: arrays are [n_batch, n_head, n_query, D]. head counts sequences times KV heads. */
 inline ulong row_offset(thread const attend_params &p, int head, int row, int head_dim)
 {
@@ -79,6 +86,12 @@ template <int D, int ROWS> struct row_state {
     float acc[ROWS][D / 32];
     float max[ROWS], sum[ROWS];
 };
+
+/* A row's partial result: the sum of weighted values [D], the largest score, the sum of weights. */
+constexpr int partial_floats(int head_dim)
+{
+    return head_dim + 2;
+}
 
 constexpr float lowest_score()
 {

@@ -6,20 +6,21 @@
 namespace tq {
 
 template <int D, typename T>
-inline void combine(const device float *acc, const device float *state, const device uint *signs, attend_params p,
-                    device T *out, uint3 group, int lane)
+inline void combine(const device float *partial, const device uint *signs, attend_params p, device T *out, uint3 group,
+                    int lane)
 {
     int row = int(group.y), head = int(group.z), n_rows = p.n_query * p.group, n = p.n_splits;
-    ulong first = ulong(head) * (n + 1) * n_rows + row;
+    partial += (ulong(head) * (n + 1) * n_rows + row) * partial_floats(D);
+    ulong stride = ulong(n_rows) * partial_floats(D); /* of a split */
     float largest = lowest_score(), sum = 0.0f, y[D / 32];
-    for (int s = 0; s <= n; s++) largest = fmax(largest, state[2 * (first + s * n_rows)]);
+    for (int s = 0; s <= n; s++) largest = fmax(largest, partial[s * stride + D]);
     for (int k = 0; k < D / 32; k++) y[k] = 0.0f;
     for (int s = 0; s <= n; s++) {
-        ulong at = first + s * n_rows;
-        float factor = exp2(state[2 * at] - largest);
-        sum += factor * state[2 * at + 1];
+        const device float *from = partial + s * stride;
+        float factor = exp2(from[D] - largest);
+        sum += factor * from[D + 1];
         if (s == n) rotate_back<D>(y, signs, lane);
-        for (int k = 0; k < D / 32; k++) y[k] += factor * acc[at * D + 32 * k + lane];
+        for (int k = 0; k < D / 32; k++) y[k] += factor * from[32 * k + lane];
     }
     ulong to = row_offset(p, head, row, D);
     for (int k = 0; k < D / 32; k++) out[to + 32 * k + lane] = T(y[k] / sum);

@@ -38,6 +38,17 @@ constexpr int words_of(int format, int head_dim)
     return head_dim * bits_of(format) / 32;
 }
 
+/* Words of a reference: tq8 codes, then a word with the scale. */
+constexpr int reference_words(int head_dim)
+{
+    return head_dim / 4 + 1;
+}
+
+inline float reference_scale(const device uint *reference, int head_dim)
+{
+    return float(as_type<half>(ushort(reference[head_dim / 4])));
+}
+
 /* Tokens that share a reference, and the unit in which attention is cut. */
 constexpr int block_tokens()
 {

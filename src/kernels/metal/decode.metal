@@ -19,11 +19,6 @@ template <int D, int ROWS> struct decode_memory {
     float max[8][ROWS], sum[8][ROWS];
 };
 
-struct decode_outputs {
-    device float *acc;   /* [n_heads, n_splits + 1, n_rows, D]: sums of weighted values */
-    device float *state; /* [n_heads, n_splits + 1, n_rows, 2]: the largest score, the sum of weights */
-};
-
 /* One block of encoded tokens, as far as it lies before `end` and rows see it. */
 template <int D, int KF, int VF, int HAS_REF, int ROWS>
 inline void attend_block(thread row_state<D, ROWS> &state, thread const attend_params &p, thread const kv_arrays &kv, int head,
@@ -33,9 +28,9 @@ inline void attend_block(thread row_state<D, ROWS> &state, thread const attend_p
     float x[D / 32], ref_score[ROWS], weight[ROWS];
     for (int r = 0; r < ROWS; r++) ref_score[r] = 0.0f;
     if (HAS_REF) {
-        ulong at = ulong(head) * (p.capacity / block_tokens()) + block;
-        expand<D, TQ8>(x, kv.refs + at * (D / 4), shared.k_levels, lane);
-        float scale = float(kv.ref_scales[at]);
+        const device uint *reference = reference_of(p, kv, head, block * block_tokens(), D);
+        expand<D, TQ8>(x, reference, shared.k_levels, lane);
+        float scale = reference_scale(reference, D);
         for (int r = 0; r < ROWS; r++) ref_score[r] = scale * dot_lanes<D>(state.q[r], x);
     }
     int first = max(block * block_tokens(), p.n_sink), last = min((block + 1) * block_tokens(), end);
@@ -70,10 +65,10 @@ inline void attend_exact(thread row_state<D, ROWS> &state, thread const attend_p
     }
 }
 
-/* The SIMD groups' states to one, and to device memory. out: of this split, its first row. */
+/* The SIMD groups' states to one, and to device memory; `out` is this split's first row. */
 template <int D, int ROWS>
 inline void merge_simdgroups(thread row_state<D, ROWS> &state, threadgroup decode_memory<D, ROWS> &shared, int n_rows,
-                             device float *acc, device float *out_state, int simd, int lane)
+                             device float *out, int simd, int lane)
 {
     if (lane == 0) {
         for (int r = 0; r < ROWS; r++) {
@@ -100,20 +95,24 @@ inline void merge_simdgroups(thread row_state<D, ROWS> &state, threadgroup decod
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     for (int r = simd; r < n_rows; r += decode_simdgroups()) {
-        for (int k = 0; k < D / 32; k++) acc[r * D + 32 * k + lane] = shared.rows[r][32 * k + lane];
+        device float *to = out + r * partial_floats(D);
+        for (int k = 0; k < D / 32; k++) to[32 * k + lane] = shared.rows[r][32 * k + lane];
         if (lane == 0) {
             float sum = 0.0f, of_all = lowest_score();
             for (int s = 0; s < decode_simdgroups(); s++) of_all = fmax(of_all, shared.max[s][r]);
             for (int s = 0; s < decode_simdgroups(); s++) sum += exp2(shared.max[s][r] - of_all) * shared.sum[s][r];
-            out_state[2 * r] = of_all;
-            out_state[2 * r + 1] = sum;
+            to[D] = of_all;
+            to[D + 1] = sum;
         }
     }
 }
 
-/* Grid [256 * (n_splits + 1), row tiles, n_heads], threadgroups of 256. q: [n_batch, n_head, n_query, D]. */
+/*
+ * Grid [256 * (n_splits + 1), row tiles, n_heads], threadgroups of 256. q: [n_batch, n_head, n_query, D], partial: [n_heads,
+ * n_splits + 1, n_rows, partial_floats].
+ */
 template <int D, int KF, int VF, int HAS_REF, int ROWS, typename T>
-inline void decode(const device T *q, kv_arrays kv, attend_params p, decode_outputs out,
+inline void decode(const device T *q, kv_arrays kv, attend_params p, device float *partial,
                    threadgroup decode_memory<D, ROWS> &shared, uint3 group, int simd, int lane)
 {
     int split = int(group.x), first_row = int(group.y) * ROWS, head = int(group.z), all_rows = p.n_query * p.group;
@@ -144,7 +143,7 @@ inline void decode(const device T *q, kv_arrays kv, attend_params p, decode_outp
         }
     }
     ulong row = (ulong(head) * (p.n_splits + 1) + split) * all_rows + first_row;
-    merge_simdgroups(state, shared, n_rows, out.acc + row * D, out.state + row * 2, simd, lane);
+    merge_simdgroups(state, shared, n_rows, partial + row * partial_floats(D), simd, lane);
 }
 
 } // namespace tq

@@ -91,10 +91,11 @@ template <int D, int FORMAT> inline void store_codes(device uint *to, threadgrou
 
 /* A reference [D] in the plain basis, strided, to y. */
 template <int D>
-inline void read_reference(thread float (&y)[D / 32], const device uint *codes, half scale, const device uint *signs, int lane)
+inline void read_reference(thread float (&y)[D / 32], const device uint *reference, const device uint *signs, int lane)
 {
-    const device int8_t *bytes = (const device int8_t *)codes;
-    for (int k = 0; k < D / 32; k++) y[k] = float(scale) * float(bytes[32 * k + lane]);
+    const device int8_t *codes = (const device int8_t *)reference;
+    float scale = reference_scale(reference, D);
+    for (int k = 0; k < D / 32; k++) y[k] = scale * float(codes[32 * k + lane]);
     rotate_back<D>(y, signs, lane);
 }
 
@@ -108,9 +109,8 @@ struct encode_params {
 
 /* The inputs and outputs of an encoder. */
 struct encode_task {
-    const device half *rows;       /* [n_heads, n_rows, D] */
-    const device uint *refs;       /* [n_heads, n_blocks, D / 4] as tq8 */
-    const device half *ref_scales; /* [n_heads, n_blocks] */
+    const device half *rows; /* [n_heads, n_rows, D] */
+    const device uint *refs; /* [n_heads, n_blocks, reference_words] */
     const device uint *signs;
     const device encode_params *params;
     device uint *codes;  /* [n_heads, n_encoded, words] */
@@ -126,7 +126,7 @@ inline void load_vector(thread float (&x)[D / 32], thread const encode_task &tas
     if (HAS_REF) {
         ulong block = ulong(head) * p.n_blocks + (p.first_position + i) / block_tokens();
         float reference[D / 32];
-        read_reference<D>(reference, task.refs + block * (D / 4), task.ref_scales[block], task.signs, lane);
+        read_reference<D>(reference, task.refs + block * reference_words(D), task.signs, lane);
         for (int k = 0; k < D / 32; k++) x[k] -= reference[k];
     }
     rotate<D>(x, task.signs, lane);
@@ -151,30 +151,35 @@ inline void encode_scalar(encode_task task, threadgroup code_memory<D> &shared, 
     if (lane == 0) task.scales[vector] = scale;
 }
 
+struct reference_params {
+    int n_window;  /* rows of a mean */
+    int n_rows;    /* rows of a head */
+    int n_encoded; /* outputs of a head */
+};
+
 /*
- * References of blocks: the mean of n_window rows from starts[i] on, summed in order, as tq8. Grid [32, n_encoded, n_heads];
- * of the parameters, first_row is the length of the window.
+ * References of blocks: the mean of n_window rows from starts[i] on, summed in order. rows: [n_heads, n_rows, D], refs:
+ * [n_heads, n_encoded, reference_words]. Grid [32, n_encoded, n_heads].
  */
 template <int D>
-inline void encode_reference(encode_task task, const device int *starts, threadgroup code_memory<D> &shared, uint3 group,
-                             int lane)
+inline void encode_reference(const device half *rows, const device int *starts, const device uint *signs, reference_params p,
+                             device uint *refs, threadgroup code_memory<D> &shared, uint3 group, int lane)
 {
-    encode_params p = *task.params;
-    int head = int(group.z), i = int(group.y), n_window = p.first_row, code[D / 32];
+    int head = int(group.z), i = int(group.y), code[D / 32];
     float x[D / 32];
     for (int k = 0; k < D / 32; k++) x[k] = 0.0f;
-    for (int row = 0; row < n_window; row++) {
-        const device half *from = task.rows + (ulong(head) * p.n_rows + starts[i] + row) * D;
+    for (int row = 0; row < p.n_window; row++) {
+        const device half *from = rows + (ulong(head) * p.n_rows + starts[i] + row) * D;
         for (int k = 0; k < D / 32; k++) x[k] += float(from[32 * k + lane]);
     }
-    for (int k = 0; k < D / 32; k++) x[k] = isfinite(x[k]) ? precise::divide(x[k], float(n_window)) : 0.0f;
-    rotate<D>(x, task.signs, lane);
+    for (int k = 0; k < D / 32; k++) x[k] = isfinite(x[k]) ? precise::divide(x[k], float(p.n_window)) : 0.0f;
+    rotate<D>(x, signs, lane);
     half scale = encode_uniform<D>(code, x);
     for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    ulong vector = ulong(head) * p.n_encoded + i;
-    store_codes<D, TQ8>(task.codes + vector * (D / 4), shared.code, lane);
-    if (lane == 0) task.scales[vector] = scale;
+    device uint *to = refs + (ulong(head) * p.n_encoded + i) * reference_words(D);
+    store_codes<D, TQ8>(to, shared.code, lane);
+    if (lane == 0) to[D / 4] = uint(as_type<ushort>(scale));
 }
 
 } // namespace tq

@@ -48,9 +48,9 @@ inline void fill_coded_tile(threadgroup prefill_memory<D> &shared, thread const 
     float x[n], reference[n];
     for (int k = 0; k < n; k++) reference[k] = 0.0f;
     if (HAS_REF) {
-        ulong at = ulong(head) * (p.capacity / block_tokens()) + begin / block_tokens();
-        expand<D, TQ8>(reference, kv.refs + at * (D / 4), shared.k_levels, lane);
-        for (int k = 0; k < n; k++) reference[k] *= float(kv.ref_scales[at]);
+        const device uint *from = reference_of(p, kv, head, begin, D);
+        expand<D, TQ8>(reference, from, shared.k_levels, lane);
+        for (int k = 0; k < n; k++) reference[k] *= reference_scale(from, D);
     }
     for (int t = simd; t < tile_tokens(D); t += 8) {
         ulong at = ulong(head) * p.capacity + begin + t; /* within the capacity: it is a multiple of a block */

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""
+The Metal kernels against the library, emulated on the CPU (metal_emulator.py). On an Apple machine bench/metal.py runs the
+same tests on the GPU: TQ_METAL_DEVICE=1.
+"""
+import os
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import turboquant
+from metal_store import NUMBERS, SEED, Layer
+from turboquant import metal_kernels as kernels
+
+ON_GPU = os.environ.get("TQ_METAL_DEVICE") == "1"
+if not ON_GPU:
+    import metal_emulator
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setattr(kernels, "launcher", metal_emulator.launch)
+        monkeypatch.setattr(metal_emulator, "order", metal_emulator.ASCENDING)
+
+
+def vectors(rng, head_dim):
+    """Ordinary vectors, outliers, and nothing."""
+    x = rng.standard_normal((16, head_dim))
+    x[1] = 0
+    x[2] *= 1e-4
+    x[3, 5] = 800
+    x[4] *= 3000
+    x[5] = 0
+    x[5, 3] = 7
+    x[6] = 1
+    x[7, ::2] = 65504
+    return x.astype(np.float16)
+
+
+def records(codes, scales):
+    """Of one head, as tq_codec_encode writes them."""
+    parts = [np.array(scales[0, 0]).view(np.uint8).reshape(len(scales[0, 0]), 2), np.array(codes[0, 0]).view(np.uint8)]
+    return np.concatenate(parts, axis=1)
+
+
+# All formats and all head_dims, not all pairs: each is compiled, which takes a second.
+ENCODERS = [(f, 128) for f in NUMBERS] + [("tt4", d) for d in (64, 96, 192, 256)] + [("tq4", 64), ("tq3", 96), ("tq8", 256),
+                                                                                     ("tt3", 96), ("tt2", 64), ("tt2", 256)]
+
+
+@pytest.mark.parametrize("name,head_dim", ENCODERS)
+def test_encoded_bytes(rng, name, head_dim):
+    x = vectors(rng, head_dim)
+    codes, scales = kernels.encode(NUMBERS[name], mx.array(x)[None, None], 1, len(x) - 1, SEED)
+    np.testing.assert_array_equal(records(codes, scales), turboquant.encode(x[1:].astype(np.float32), name))
+
+
+def test_encoding_twice(rng):
+    """Decoded vectors give their bytes again: the encoder's later rounds."""
+    for name in ("tq4", "tt4"):
+        first = turboquant.encode(rng.standard_normal((8, 128)).astype(np.float32), name)
+        again = turboquant.decode(first, name, 128).astype(np.float16)
+        codes, scales = kernels.encode(NUMBERS[name], mx.array(again)[None, None], 0, 8, SEED)
+        np.testing.assert_array_equal(records(codes, scales), first)
+
+
+def test_references(rng):
+    """Means and what is coded against them are the library's bytes."""
+    layer = Layer(rng, "tt4", "tq4", 128, 300, 1, n_recent=32)
+    rows = mx.array(layer.k)[None]
+    starts = [layer.n_sink, *range(64, layer.coded, 64)]
+    refs = kernels.encode_references(rows, starts, 32, SEED)
+    wanted = layer.arrays
+    n = len(starts)
+    assert mx.array_equal(refs, wanted.refs[:, :, :n])
+    codes, scales = kernels.encode(NUMBERS["tt4"], rows, layer.n_sink, layer.coded - layer.n_sink, SEED, layer.n_sink, refs)
+    span = slice(layer.n_sink, layer.coded)
+    assert mx.array_equal(codes, wanted.k_codes[:, :, span]) and mx.array_equal(scales, wanted.k_scales[:, :, span])
+
+
+def check(layer, rng, group, tolerance=2e-4, dtype=mx.float32):
+    q = rng.standard_normal((group * len(layer.k), layer.n_query, layer.head_dim)).astype(np.float32)
+    q = np.array(mx.array(q).astype(dtype).astype(mx.float32))
+    wanted, found = layer.attend(q, .1), layer.kernel_attend(q, .1, dtype)
+    assert np.isfinite(found).all()
+    assert abs(found - wanted).max() < tolerance * abs(wanted).max()
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 3, 63, 64, 65, 128, 129, 196, 1000])
+def test_decode_lengths(rng, length):
+    check(Layer(rng, "tt4", "tt4", 128, length, 1), rng, 2)
+
+
+@pytest.mark.parametrize("formats", [("tq8", "tt4"), ("tt3", "tt2"), ("tq4", "tq4"), ("tq3", "tq2"), ("tq8", "tq8")])
+def test_decode_formats(rng, formats):
+    check(Layer(rng, *formats, 128, 300, 1, has_refs=formats[0] != "tq4"), rng, 2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 192, 256])
+def test_decode_head_dims(rng, head_dim):
+    check(Layer(rng, "tt3", "tq3", head_dim, 300, 2, n_recent=32), rng, 1)
+
+
+@pytest.mark.parametrize("group,n_query", [(1, 1), (1, 4), (3, 1), (4, 2), (5, 1), (5, 3), (6, 1), (7, 1), (8, 1), (2, 8)])
+def test_decode_rows(rng, group, n_query):
+    check(Layer(rng, "tq4", "tq4", 64, 210, n_query, n_recent=16, n_batch=16), rng, group)
+
+
+@pytest.mark.parametrize("n_batch", [1, 16, 64])
+def test_decode_while_tokens_leave(rng, n_batch):
+    """Queries of one call that see different tokens encoded."""
+    layer = Layer(rng, "tq4", "tq4", 64, 200, 6, n_recent=30, n_batch=n_batch)
+    assert n_batch > 1 or len(set(layer.query_ends)) > 1
+    check(layer, rng, 1)
+
+
+def test_decode_with_many_splits(rng):
+    layer = Layer(rng, "tq2", "tq2", 64, 5000, 1, n_head_kv=1, has_refs=False)
+    check(layer, rng, 1)
+
+
+@pytest.mark.parametrize("head_dim,length,n_query,group", [(64, 100, 100, 2), (64, 300, 70, 3), (64, 65, 33, 1),
+                                                           (128, 260, 40, 2), (96, 200, 30, 2), (256, 150, 20, 2)])
+def test_prefill(rng, head_dim, length, n_query, group):
+    check(Layer(rng, "tt4", "tt4", head_dim, length, n_query, n_recent=32), rng, group)
+
+
+@pytest.mark.parametrize("formats", [("tq8", "tt4"), ("tt3", "tt2"), ("tq3", "tq2")])
+def test_prefill_formats(rng, formats):
+    check(Layer(rng, *formats, 64, 200, 40, n_sink=0, n_recent=16, n_batch=1, has_refs=formats[0] == "tq8"), rng, 1)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(mx.float16, 2e-3), (mx.bfloat16, 1e-2)])
+def test_types(rng, dtype, tolerance):
+    check(Layer(rng, "tq4", "tq4", 64, 150, 1), rng, 1, tolerance, dtype)
+    check(Layer(rng, "tq4", "tq4", 64, 150, 40), rng, 1, tolerance, dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the GPU has an order of its own")
+def test_any_order_of_threads(rng, monkeypatch):
+    """The same bits whatever runs first: no barrier is missing."""
+    x = mx.array(vectors(rng, 64))[None, None]
+    decode, prefill = Layer(rng, "tq4", "tq4", 64, 210, 3), Layer(rng, "tq4", "tq4", 64, 150, 40)
+    found = []
+    for order in (metal_emulator.ASCENDING, metal_emulator.DESCENDING, 5, 6):
+        monkeypatch.setattr(metal_emulator, "order", order)
+        q = np.random.default_rng(1).standard_normal((2, 40, 64)).astype(np.float32)
+        found.append([np.array(part).tobytes() for part in (
+            *kernels.encode(NUMBERS["tt4"], x, 0, 8, SEED), *kernels.encode(NUMBERS["tq4"], x, 0, 8, SEED),
+            kernels.encode_references(x, [0, 4], 5, SEED), decode.kernel_attend(q[:, :3], .1), prefill.kernel_attend(q, .1))])
+    assert all(each == found[0] for each in found)
