@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """
-The cache in MLX-LM, on the CPU: attention of its models over compressed keys and values. docs/python.md.
+The cache in MLX-LM: attention of its models over compressed keys and values. docs/python.md. This module has the CPU's cache,
+mlx_metal.py that of Apple GPUs.
 
     cache = turboquant.mlx.make_prompt_cache(model, preset="TQ4")
     mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
@@ -20,7 +21,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models.base as base
@@ -29,7 +30,9 @@ import numpy as np
 
 from . import cache as _cache
 from ._library import AttendParams, lib
+from ._mlx_rows import Rows
 from .errors import ArgumentError, UnsupportedError
+from .mlx_metal import TurboQuantMetalKVCache
 
 # Of a pool, whose sequences are those of all layers. Memory is taken as it is used; the tables of so many pages take some MB.
 MAX_TOK_DEFAULT = 1 << 25
@@ -68,19 +71,6 @@ class _Sequence:
             self.store.seq_free(self.seq)
 
 
-class _Rows:
-    """What update_and_fetch returns in place of an array: rows [n_batch, n_head_kv, n_tok, head_dim], not yet appended."""
-
-    def __init__(self, cache: TurboQuantKVCache, rows: mx.array) -> None:
-        self.cache, self.rows = cache, rows
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # what copy and inspect look for
-            raise AttributeError(name)
-        raise ArgumentError(f"`{name}` was asked of keys or values that are compressed: this model has an attention of its "
-                            "own, which turboquant.mlx does not reach. Use mlx_lm.models.cache.make_prompt_cache")
-
-
 class _State(dict):
     """
     A cache's state, whose arrays are made only for who reads its items: save_prompt_cache does, mx.eval, which MLX-LM calls on
@@ -117,7 +107,7 @@ class TurboQuantKVCache(stock._BaseCache):
         offsets = [length - left for length, left in zip(self._lengths(), self._left)]
         return mx.array(offsets) if self._batched else offsets[0]
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[_Rows, _Rows]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Handles of the rows. They are appended when the attention that follows brings the queries."""
         if self._pending:
             raise ArgumentError("a forward pass was interrupted between a layer's keys and its attention: make a new cache")
@@ -133,7 +123,7 @@ class TurboQuantKVCache(stock._BaseCache):
                                     "to another model. Make a new one")
         self._sequences = [_Sequence(store) if sequence is None else sequence for sequence in self._sequences]
         self._pending = n_tok
-        return _Rows(self, keys), _Rows(self, values)
+        return Rows(self, keys), Rows(self, values)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """
@@ -312,7 +302,7 @@ def _host(x: mx.array) -> np.ndarray:
 def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any,
                                  sinks: mx.array | None = None) -> mx.array:
     """mlx_lm.models.base.scaled_dot_product_attention, for compressed keys and all others."""
-    if not isinstance(keys, _Rows):
+    if not isinstance(keys, Rows):
         return _stock_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     if sinks is not None:
         raise UnsupportedError("this model has learned attention sinks, which compressed attention does not have here: use "
@@ -334,21 +324,30 @@ def _reach_attention(model: Any) -> None:
                                "use mlx_lm.models.cache.make_prompt_cache")
 
 
+def _cache_class() -> type:
+    """The cache for the device that MLX computes on."""
+    if mx.default_device() == mx.cpu:
+        return TurboQuantKVCache
+    if mx.metal.is_available():
+        return TurboQuantMetalKVCache
+    raise UnsupportedError("turboquant.mlx computes on the CPU and on Apple GPUs. Call mx.set_default_device(mx.cpu), or use "
+                           "mlx_lm.models.cache.make_prompt_cache")
+
+
 def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None = None, **options: Any) -> list[Any]:
     """
-    MLX-LM's make_prompt_cache, with a TurboQuantKVCache in place of each plain KVCache; layers with a window or a recurrent
-    state keep what they have. Options are those of turboquant.Cache, as k_format="tq8". What was applied is printed once.
+    MLX-LM's make_prompt_cache, with a compressed cache in place of each plain KVCache; layers with a window or a recurrent state
+    keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="tq8"; on an
+    Apple GPU a TurboQuantMetalKVCache, with those of that. What was applied is printed once.
     """
-    if mx.default_device() != mx.cpu:
-        raise UnsupportedError("turboquant.mlx computes on the CPU. Call mx.set_default_device(mx.cpu), or use "
-                               "mlx_lm.models.cache.make_prompt_cache")
+    kind = _cache_class()
     make = getattr(model, "make_cache", None)
     if getattr(make, "is_turboquant", False):
         caches = make.stock(max_kv_size)
     else:
         caches = stock.make_prompt_cache(model, max_kv_size)
-    applied = [TurboQuantKVCache(preset, **options) if type(cache) is stock.KVCache else cache for cache in caches]
-    n = sum(isinstance(cache, TurboQuantKVCache) for cache in applied)
+    applied = [kind(preset, **options) if type(cache) is stock.KVCache else cache for cache in caches]
+    n = sum(isinstance(cache, kind) for cache in applied)
     if n == 0:
         raise UnsupportedError("none of this model's layers has a plain KVCache: there is nothing to compress")
     _reach_attention(model)
@@ -380,3 +379,4 @@ def install(model: Any, preset: str = "TQ4", **options: Any) -> Any:
 
 # load_prompt_cache looks classes up in that module.
 stock.TurboQuantKVCache = TurboQuantKVCache
+stock.TurboQuantMetalKVCache = TurboQuantMetalKVCache

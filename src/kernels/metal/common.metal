@@ -85,7 +85,7 @@ inline half scale_from_float(float scale)
 /* tq_unit_factor: brings a vector with this sum of squares to mean square 1. */
 inline float unit_factor(float ss, int head_dim)
 {
-    return ss < 0x1p-126f ? 0.0f : precise::divide(precise::sqrt(float(head_dim)), precise::sqrt(ss));
+    return ss < 1.17549435e-38f ? 0.0f : precise::divide(precise::sqrt(float(head_dim)), precise::sqrt(ss));
 }
 
 } // namespace tq

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""TurboQuantMetalKVCache in small random models of MLX-LM, its kernels emulated, against the CPU's cache and MLX-LM's own."""
+import copy
+
+import metal_emulator
+import mlx.core as mx
+import mlx_lm.models.cache as stock
+import numpy as np
+import pytest
+import turboquant
+import turboquant.mlx
+from mlx_lm.generate import generate_step, speculative_generate_step
+from tiny_mlx import TQ8, divergence, ids, logits, make_model
+from turboquant import metal_kernels
+from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, make_prompt_cache
+
+# Every token is encoded as soon as it may be, as the CPU does.
+LIKE_CPU = {"encode_batch": 1, "n_recent": 16}
+SMALL = {"num_hidden_layers": 2}  # the emulation takes a second for some 100,000 pairs of query and key
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    monkeypatch.setattr(metal_kernels, "launcher", metal_emulator.launch)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model("llama", **SMALL)
+
+
+def metal(model, **options):
+    turboquant.mlx._reach_attention(model)
+    return [TurboQuantMetalKVCache(**options) for _ in model.layers]
+
+
+def greedy(model, cache, tokens, n=8, **options):
+    return [int(token) for token, _ in generate_step(mx.array(tokens[0]), model, max_tokens=n, prompt_cache=cache, **options)]
+
+
+@pytest.mark.parametrize("formats", [{}, TQ8, {"k_format": "tq4", "v_format": "tq2", "k_ref_block": 0}],
+                         ids=["TQ4", "tq8", "tq4 tq2"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_like_the_cpu(llama, formats, parts):
+    tokens = ids(100)
+    wanted = logits(llama, make_prompt_cache(llama, n_recent=16, **formats), tokens, parts)
+    found = logits(llama, metal(llama, **LIKE_CPU, **formats), tokens, parts)
+    assert divergence(wanted, found) < 1e-6
+    assert abs(found - wanted).max() < .02
+
+
+def test_one_by_one(llama):
+    """Decoding token by token gives what a prompt at once gives."""
+    tokens = ids(40)
+    wanted = logits(llama, make_prompt_cache(llama, n_recent=16), tokens)
+    assert divergence(wanted, logits(llama, metal(llama, **LIKE_CPU), tokens, parts=40)) < 1e-6
+
+
+def test_batches_are_encoded_later_but_to_the_same_bytes(llama):
+    tokens, coded = ids(150), []
+    for options in (LIKE_CPU, {"n_recent": 16}):
+        cache = metal(llama, **options)
+        logits(llama, cache, tokens, parts=5)
+        coded.append([x[:, :, 4:128] for x in cache[0].state[1:3]])
+        assert cache[0].offset == 150
+    assert all(mx.array_equal(a, b) for a, b in zip(*coded))
+
+
+def test_better_than_nothing(llama):
+    tokens = ids(120)
+    wanted = logits(llama, stock.make_prompt_cache(llama), tokens)
+    assert divergence(wanted, logits(llama, metal(llama, **TQ8, n_recent=16), tokens)) < 5e-5
+    assert divergence(wanted, logits(llama, metal(llama, n_recent=16), tokens)) < 1e-2
+
+
+def test_same_length_batch(llama):
+    tokens = ids(60, n_batch=2)
+    cache = metal(llama, **LIKE_CPU)
+    found = logits(llama, cache, tokens, parts=3)
+    for row in range(2):
+        np.testing.assert_allclose(found[row], logits(llama, metal(llama, **LIKE_CPU), tokens[row:row + 1], 3)[0], atol=1e-4)
+    more = ids(3, seed=8, n_batch=2)
+    alone = [layer.extract(1) for layer in cache]
+    np.testing.assert_allclose(logits(llama, alone, more[1:]), logits(llama, cache, more)[1:], atol=1e-4)
+    for layer in cache:
+        layer.filter(mx.array([0]))
+    assert cache[0].state[1].shape[0] == 1
+
+
+@pytest.mark.parametrize("kept", [2, 70, 90])
+def test_trim(llama, kept):
+    """As the CPU trims: to the sinks, into what is encoded, into what is exact."""
+    tokens, more, found = ids(100), ids(40, seed=5), []
+    for cache in (metal(llama, **LIKE_CPU), make_prompt_cache(llama, n_recent=16)):
+        logits(llama, cache, tokens)
+        assert stock.can_trim_prompt_cache(cache) and stock.trim_prompt_cache(cache, 100 - kept) == 100 - kept
+        found.append(logits(llama, cache, more, parts=2))
+    assert cache[0].offset == kept + 40
+    assert divergence(found[1], found[0]) < 1e-6
+
+
+def test_generation(llama):
+    tokens = ids(60)
+    wanted = greedy(llama, make_prompt_cache(llama, n_recent=16), tokens)
+    assert greedy(llama, metal(llama, **LIKE_CPU), tokens, prefill_step_size=25) == wanted
+    draft = make_model(seed=2, **SMALL)
+    cache = metal(llama, **LIKE_CPU) + metal(draft, **LIKE_CPU)
+    found = [int(token) for token, *_ in speculative_generate_step(
+        mx.array(tokens[0]), llama, draft, max_tokens=8, prompt_cache=cache, num_draft_tokens=3)]
+    assert found == wanted
+
+
+def test_copies_and_files(llama, tmp_path):
+    path, tokens, more = str(tmp_path / "prompt.safetensors"), ids(100), ids(8, seed=9)
+    cache = metal(llama, **LIKE_CPU)
+    logits(llama, cache, tokens)
+    stock.save_prompt_cache(path, cache, {"note": "kept"})
+    loaded, metadata = stock.load_prompt_cache(path, return_metadata=True)
+    assert metadata == {"note": "kept"} and all(type(each) is TurboQuantMetalKVCache for each in loaded)
+    copied = copy.deepcopy(cache)
+    wanted = logits(llama, cache, more)
+    assert np.array_equal(logits(llama, loaded, more), wanted)
+    assert copied[0].offset == 100 and np.array_equal(logits(llama, copied, more), wanted)
+
+
+def zeros(name, template, inputs, grid, threadgroup, shapes, dtypes):
+    return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+
+
+def test_bytes(llama, monkeypatch):
+    """The compressed copy is the only one."""
+    monkeypatch.setattr(metal_kernels, "launcher", zeros)
+    cache = metal(llama, preset="TQ4")
+    for part in np.array_split(ids(1200), 6, axis=1):
+        logits(llama, cache, part)
+    layer = cache[0]
+    exact = 2 * 2 * 2 * 64 * (4 + 64 + 64)
+    assert layer._arrays.k_exact.shape[2] == 4 + 64 + 64
+    room = layer._arrays.k_codes.shape[2]
+    assert layer.nbytes - exact < 1.1 * room * 2 * 2 * 34 and room <= 1200 + metal_kernels.BLOCK + 1024
+    assert not hasattr(layer, "bits") and not hasattr(layer, "merge") and not hasattr(layer, "to_quantized")
+
+
+def test_nothing_is_evaluated(llama, monkeypatch):
+    monkeypatch.setattr(metal_kernels, "launcher", zeros)
+    cache = metal(llama)
+    monkeypatch.setattr(mx, "eval", lambda *arrays: pytest.fail("evaluated"))
+    out = llama(mx.array(ids(200)), cache=cache)
+    out = llama(mx.array(ids(1)), cache=cache)
+    monkeypatch.undo()
+    mx.eval(out)
+
+
+def test_chosen_on_a_gpu(llama, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    with pytest.raises(turboquant.UnsupportedError, match="Apple GPUs"):
+        make_prompt_cache(llama)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert {type(layer) for layer in make_prompt_cache(llama, n_recent=32)} == {TurboQuantMetalKVCache}
+    monkeypatch.undo()
+    assert {type(layer) for layer in make_prompt_cache(llama)} == {TurboQuantKVCache}
+
+
+def test_refusals(llama):
+    keys = mx.zeros((1, 2, 4, 64))
+    for options, words in (({"n_threads": 2}, "no such option"), ({"k_format": "f16"}, "no Metal kernels"),
+                           ({"encode_batch": 48}, "divisor"), ({"k_ref_block": 32}, "blocks of 64"), ({"n_sink": -1}, "negative"),
+                           ({"preset": "TQ5"}, "there is no preset")):
+        with pytest.raises(turboquant.TurboQuantError, match=words):
+            TurboQuantMetalKVCache(**options)
+    cache = TurboQuantMetalKVCache()
+    with pytest.raises(turboquant.UnsupportedError, match="head_dims"):
+        cache.update_and_fetch(mx.zeros((1, 2, 4, 80)), mx.zeros((1, 2, 4, 80)))
+    with pytest.raises(turboquant.UnsupportedError, match="window"):
+        cache.make_mask(5, window_size=3)
+    cache.update_and_fetch(keys, keys)
+    with pytest.raises(turboquant.ArgumentError, match="interrupted"):
+        cache.update_and_fetch(keys, keys)
+    cache.attend(mx.zeros((1, 4, 4, 64)), keys, keys, 1.0)
+    with pytest.raises(turboquant.ArgumentError, match="batch of 1"):
+        cache.update_and_fetch(mx.zeros((2, 2, 4, 64)), mx.zeros((2, 2, 4, 64)))

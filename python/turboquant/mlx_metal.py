@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: MIT
+"""
+The cache in MLX-LM on Apple GPUs: compressed keys and values as MLX arrays, read by the Metal kernels of metal_kernels.py.
+docs/metal.md. Everything is lazy: a layer adds its work to MLX's graph and evaluates nothing.
+
+Tokens stay exact, in float16, until they are no sinks and at least n_recent tokens old; then encode_batch of them are encoded at
+a time. So the exact ones are bounded: n_sink + n_recent + encode_batch, and a prompt's own part while it is attended to.
+"""
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx_lm.models.cache as stock
+
+from . import metal_kernels as kernels
+from ._mlx_rows import Rows
+from .errors import ArgumentError, UnsupportedError
+from .formats import SEED_DEFAULT, format_info, format_number, preset as find_preset
+
+GROW_TOKENS = 1024  # codes get room for so many tokens more at least, or for an eighth more
+
+
+class _Options(NamedTuple):
+    """A preset and what was said in place of parts of it."""
+
+    k_format: int
+    v_format: int
+    n_sink: int
+    n_recent: int
+    has_refs: bool
+    encode_batch: int
+    seed: int
+
+
+def _options(preset: str, k_format: str | int | None = None, v_format: str | int | None = None, n_sink: int | None = None,
+             n_recent: int | None = None, k_ref_block: int | None = None, encode_batch: int = kernels.BLOCK,
+             seed: int = SEED_DEFAULT, **other: Any) -> _Options:
+    """Check options. Raises ArgumentError, and UnsupportedError for what the CPU's cache has and this one has not."""
+    if other:
+        raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, v_format, "
+                               "n_sink, n_recent, k_ref_block, encode_batch and seed")
+    base = find_preset(preset)
+
+    def chosen(value: int | None, of_preset: int) -> int:
+        return of_preset if value is None else value
+
+    formats = [base.k_format if k_format is None else format_number(k_format),
+               base.v_format if v_format is None else format_number(v_format)]
+    for number in formats:
+        if number not in kernels.BITS:
+            names = ", ".join(format_info(known).name for known in kernels.BITS)
+            raise UnsupportedError(f"{format_info(number).name} has no Metal kernels; there are {names}")
+    sink, recent = chosen(n_sink, base.n_sink), chosen(n_recent, base.n_recent)
+    ref_block = chosen(k_ref_block, base.k_ref_block)
+    if sink < 0 or recent < 0:
+        raise ArgumentError(f"n_sink is {sink} and n_recent {recent}; give numbers that are not negative")
+    if encode_batch < 1 or kernels.BLOCK % encode_batch != 0:
+        raise ArgumentError(f"encode_batch is {encode_batch}; give a divisor of {kernels.BLOCK}")
+    if ref_block not in (0, kernels.BLOCK):
+        raise UnsupportedError(f"k_ref_block is {ref_block}; the Metal kernels have blocks of {kernels.BLOCK}, or 0 for none")
+    return _Options(*formats, sink, recent, ref_block > 0 and recent > 0, encode_batch, seed)
+
+
+def _grown(x: mx.array, n: int) -> mx.array:
+    """x [n_batch, n_head_kv, m, ...] with zeros behind, n in all."""
+    return mx.concatenate([x, mx.zeros((*x.shape[:2], n - x.shape[2], *x.shape[3:]), x.dtype)], axis=2)
+
+
+def _written(x: mx.array, rows: mx.array, first: int) -> mx.array:
+    """x [n_batch, n_head_kv, m, ...] with rows from `first` on; in place where nobody else has x."""
+    return mx.slice_update(x, rows, mx.array([first]), axes=[2])
+
+
+class TurboQuantMetalKVCache(stock._BaseCache):
+    """
+    The cache of one layer for sequences of one length, in the place of MLX-LM's KVCache. Options: k_format, v_format, n_sink,
+    n_recent and k_ref_block in place of the preset's; encode_batch, how many tokens are encoded at a time (a divisor of 64);
+    seed.
+
+    There is no `merge`, by which MLX-LM joins requests of different lengths: its server then serves one request at a time.
+    """
+
+    def __init__(self, preset: str = "TQ4", **options: Any) -> None:
+        self._given = {"preset": preset, **options}
+        self._options = _options(**self._given)
+        self._arrays: kernels.Arrays | None = None
+        self._length = self._coded = 0  # tokens; those below _coded are encoded, as far as they are no sinks
+        self._pending = False
+
+    # ---- what the models call ----
+
+    @property
+    def offset(self) -> int:
+        """The position of the next token."""
+        return self._length
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
+        """Handles of the rows. They are appended when the attention that follows brings the queries."""
+        if self._pending:
+            raise ArgumentError("a forward pass was interrupted between a layer's keys and its attention: make a new cache")
+        self._check(keys, values)
+        self._pending = True
+        return Rows(self, keys), Rows(self, values)
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Append the rows and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape. Lazy."""
+        options, n_tok = self._options, keys.shape[2]
+        if queries.shape[1] % keys.shape[1] != 0:
+            raise ArgumentError(f"{queries.shape[1]} query heads do not share {keys.shape[1]} KV heads evenly")
+        if self._arrays is None:
+            self._arrays = self._empty_arrays(keys)
+        begin, n_before = self._first_exact(), self._n_exact()
+        self._keep_exact(n_before, keys.astype(mx.float16), values.astype(mx.float16))
+        length = self._length + n_tok
+        extent = kernels.Extent(length, options.n_sink, options.n_recent, options.encode_batch, self._coded, begin,
+                                n_before + n_tok)
+        end = max(length - options.n_recent, 0) // options.encode_batch * options.encode_batch
+        if end > begin:
+            self._encode(begin, end)
+        out = kernels.attend(queries, self._arrays, options.k_format, options.v_format, options.has_refs, extent, scale,
+                             options.seed)
+        if end > begin:
+            self._forget_exact(end - begin, extent.n_exact)
+            self._coded = end
+        self._length, self._pending = length, False
+        return out
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
+        """None or "causal": there is no mask but causality."""
+        if return_array or window_size is not None:
+            raise UnsupportedError("this model asks for a mask as an array, or for a window, which compressed attention does not "
+                                   "have: use mlx_lm.models.cache.make_prompt_cache")
+        return None if N == 1 else "causal"
+
+    # ---- the arrays ----
+
+    def _check(self, keys: mx.array, values: mx.array) -> None:
+        n_batch, n_head_kv, _, head_dim = keys.shape
+        if head_dim not in kernels.HEAD_DIMS or values.shape[3] != head_dim:
+            raise UnsupportedError(f"keys of {head_dim} and values of {values.shape[3]}: the Metal kernels have head_dims "
+                                   f"{', '.join(map(str, kernels.HEAD_DIMS))}, the same for both")
+        if self._arrays is not None:
+            held = self._arrays.k_exact.shape
+            if (n_batch, n_head_kv, head_dim) != (held[0], held[1], held[3]):
+                raise ArgumentError(f"this cache holds a batch of {held[0]} with {held[1]} KV heads of {held[3]}, and was given "
+                                    f"{n_batch} with {n_head_kv} of {head_dim}: make a new one")
+
+    def _exact_capacity(self) -> int:
+        return self._options.n_sink + self._options.n_recent + self._options.encode_batch
+
+    def _empty_arrays(self, keys: mx.array) -> kernels.Arrays:
+        n_batch, n_head_kv, _, head_dim = keys.shape
+        lead, options = (n_batch, n_head_kv), self._options
+
+        def codes(fmt: int) -> list[mx.array]:
+            return [mx.zeros((*lead, kernels.BLOCK, kernels.words(fmt, head_dim)), mx.uint32),
+                    mx.zeros((*lead, kernels.BLOCK), mx.float16)]
+
+        exact = mx.zeros((*lead, self._exact_capacity(), head_dim), mx.float16)
+        refs = mx.zeros((*lead, 1, kernels.reference_words(head_dim)), mx.uint32)
+        return kernels.Arrays(*codes(options.k_format), refs, *codes(options.v_format), exact, exact)
+
+    def _first_exact(self) -> int:
+        """The position of the exact vector that follows the sinks, and of the first that is not encoded."""
+        return max(self._coded, self._options.n_sink)
+
+    def _n_exact(self) -> int:
+        return min(self._length, self._options.n_sink) + max(self._length - self._first_exact(), 0)
+
+    def _keep_exact(self, n: int, keys: mx.array, values: mx.array) -> None:
+        """Rows behind the n exact ones. A long prompt part makes longer arrays, until its tokens are encoded."""
+        fits = n + keys.shape[2] <= self._arrays.k_exact.shape[2]
+
+        def added(x: mx.array, rows: mx.array) -> mx.array:
+            return _written(x, rows, n) if fits else mx.concatenate([x[:, :, :n], rows], axis=2)
+
+        self._arrays = self._arrays._replace(k_exact=added(self._arrays.k_exact, keys), v_exact=added(self._arrays.v_exact, values))
+
+    def _forget_exact(self, n_coded: int, n_exact: int) -> None:
+        """Drop what was encoded from the exact arrays, which get their usual size again."""
+        n_sink = self._options.n_sink
+
+        def rest(x: mx.array) -> mx.array:
+            kept = mx.concatenate([x[:, :, :n_sink], x[:, :, n_sink + n_coded : n_exact]], axis=2)
+            return _grown(kept, self._exact_capacity())
+
+        self._arrays = self._arrays._replace(k_exact=rest(self._arrays.k_exact), v_exact=rest(self._arrays.v_exact))
+
+    def _encode(self, begin: int, end: int) -> None:
+        """Encode positions [begin, end), which follow the sinks in the exact arrays."""
+        options, arrays = self._options, self._arrays
+        capacity = arrays.k_codes.shape[2]
+        if end > capacity:
+            wanted = max(end, capacity + max(GROW_TOKENS, capacity // 8))
+            n = -(-wanted // kernels.BLOCK) * kernels.BLOCK
+            sizes = {"k_codes": n, "k_scales": n, "refs": n // kernels.BLOCK, "v_codes": n, "v_scales": n}
+            arrays = arrays._replace(**{name: _grown(getattr(arrays, name), size) for name, size in sizes.items()})
+        first = options.n_sink
+        refs = None
+        if options.has_refs:
+            # A block's reference is made with its first token, and stays when the block is trimmed.
+            starts = [begin] if begin == options.n_sink or begin % kernels.BLOCK == 0 else []
+            starts += range(begin // kernels.BLOCK * kernels.BLOCK + kernels.BLOCK, end, kernels.BLOCK)
+            if starts:
+                made = kernels.encode_references(arrays.k_exact, [p - begin + first for p in starts], options.n_recent,
+                                                 options.seed)
+                arrays = arrays._replace(refs=_written(arrays.refs, made, starts[0] // kernels.BLOCK))
+            refs = arrays.refs
+        found = {}
+        for side, fmt, used in (("k", options.k_format, refs), ("v", options.v_format, None)):
+            rows = getattr(arrays, f"{side}_exact")
+            codes, scales = kernels.encode(fmt, rows, first, end - begin, options.seed, begin, used)
+            found[f"{side}_codes"] = _written(getattr(arrays, f"{side}_codes"), codes, begin)
+            found[f"{side}_scales"] = _written(getattr(arrays, f"{side}_scales"), scales, begin)
+        self._arrays = arrays._replace(**found)
+
+    # ---- what generation and the server call ----
+
+    def size(self) -> int:
+        return self._length
+
+    def empty(self) -> bool:
+        return self._length == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, with the room that they have for more."""
+        return sum(x.nbytes for x in self._arrays or [])
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens; how many that were. What is encoded stays encoded."""
+        n = min(n, self._length)
+        self._length -= n
+        self._coded = min(self._coded, self._length)
+        return n
+
+    def filter(self, batch_indices: mx.array | Sequence[int]) -> None:
+        """Keep these rows of the batch."""
+        if self._arrays is not None:
+            indices = mx.array(batch_indices)
+            self._arrays = kernels.Arrays(*(x[indices] for x in self._arrays))
+
+    def extract(self, idx: int) -> TurboQuantMetalKVCache:
+        """One row of the batch as a cache of its own."""
+        other = copy.copy(self)
+        other.filter([idx])
+        return other
+
+    def __deepcopy__(self, memo: dict) -> TurboQuantMetalKVCache:
+        return copy.copy(self)  # no array is ever changed: updates make new ones
+
+    # ---- what save_prompt_cache and load_prompt_cache call ----
+
+    @property
+    def state(self) -> list[str | mx.array]:
+        """What it is, in JSON, and all arrays if there are any; MLX-LM evaluates them after each part of a prompt."""
+        said = json.dumps({"options": self._given, "length": self._length, "coded": self._coded})
+        return [said, *(self._arrays or [])]
+
+    @state.setter
+    def state(self, value: Sequence[str | mx.array]) -> None:
+        said = json.loads(value[0])
+        self.__init__(**said["options"])
+        self._length, self._coded = said["length"], said["coded"]
+        if len(value) > 1:
+            self._arrays = kernels.Arrays(*value[1:])
