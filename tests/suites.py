@@ -182,14 +182,17 @@ def python_suites():
     yield Suite("python/install", counted([*install, example]), timeout=1800)
     # Threads that wait actively for each other take hours where other suites run at the same time.
     environment = {"PYTHONPATH": str(PYTHON_SITE), "TQ_DEPS_DIR": str(DEPS), "HF_HUB_OFFLINE": "1",
-                   "OMP_WAIT_POLICY": "passive"}
+                   "OMP_WAIT_POLICY": "passive", "TQ_METAL_CACHE": str(BUILD / "metal")}
     pytest = [PYTHON_VENV / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     parts = {"core": ["buffers", "cache", "codec", "header"], "transformers": ["transformers", "transformers_refusals"],
-             "real model": ["real_model"], "mlx": ["mlx"], "mlx real model": ["mlx_real_model"], "examples": ["examples"]}
+             "real model": ["real_model"], "mlx": ["mlx"], "mlx real model": ["mlx_real_model"], "examples": ["examples"],
+             "metal kernels": ["metal_kernels"], "mlx metal": ["mlx_metal"]}
     model = DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
     for name, files in parts.items():
-        needs_model = name not in ("core", "transformers", "mlx")
+        needs_model = name not in ("core", "transformers", "mlx") and "metal" not in name
         absent = f"{model} is not there: run `make deps` first" if needs_model and not model.exists() else ""
+        if "metal" in name:
+            absent = needs(os.environ.get("CXX", "g++"))  # which compiles the Metal kernels for the CPU
         command = [*pytest, *(ROOT / f"python/tests/test_{file}.py" for file in files)]
         yield Suite(f"python/{name}", [(command, environment)], python_missing() or absent, timeout=1800)
 

@@ -88,7 +88,12 @@ void tq_region_decommit(void *region, size_t offset, size_t bytes)
 {
     size_t system_page = (size_t)sysconf(_SC_PAGESIZE), begin = (offset + system_page - 1) / system_page * system_page;
     size_t end = (offset + bytes) / system_page * system_page;
-    if (begin < end) madvise((uint8_t *)region + begin, end - begin, MADV_DONTNEED);
+    if (begin >= end) return;
+#if defined(__APPLE__) /* there the advice leaves the pages' content */
+    mmap((uint8_t *)region + begin, end - begin, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+#else
+    madvise((uint8_t *)region + begin, end - begin, MADV_DONTNEED);
+#endif
 }
 
 void tq_alloc_fail_after(long n_ok)

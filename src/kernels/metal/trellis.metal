@@ -60,7 +60,7 @@ inline void run_steps(threadgroup ushort *metric, threadgroup uchar *oldest, thr
         least[1] -= base;
         base = simd_min(min(least[0], least[1])) & ~mask;
         int scaled = z[i] * cost_scale;
-        simdgroup_barrier(mem_flags::mem_threadgroup); /* all have read */
+        simdgroup_barrier(mem_flags::mem_threadgroup); /* all have read: simd_min waits, this orders memory */
         for (int c = 0; c < 8; c++) {
             uint distance = min(uint(abs(scaled - target[c])), worst_metric());
             uint sum = min(least[c / 4] + (distance * distance >> 16), worst_metric());
