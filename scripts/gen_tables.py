@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Write src/codec/tables.c: Lloyd-Max codebooks for N(0,1) and orthonormal Hartley matrices; and src/kernels/metal/tables.metal,
-the same for Metal with the trellises of src/codec/trellis_tables.c.
+"""Write src/codec/tables.c: Lloyd-Max codebooks for N(0,1) and orthonormal Hartley matrices; and the same for Metal, with the
+trellises of src/codec/trellis_tables.c, to src/kernels/metal/tables.metal.
 
     scripts/gen_tables.py            write the files
     scripts/gen_tables.py --check    fail if a file differs from what this script writes

@@ -51,6 +51,22 @@ extern "C" void launch(void **buffers, const int *grid, const int *group, int or
 """
 
 
+def address_space_faults(name, template, in_types, out_types, text=None):
+    """What clang says of a kernel (or of `text` in place of its header) when address spaces are types, as they are in Metal."""
+    kernel = metal_kernels.KERNELS[name]
+    parts = source(name, template, in_types, out_types).split("static void call(")
+    code = parts[0].replace(str(SHIM), str(SHIM.with_name("address_spaces.h")))
+    if text is not None:
+        code = code.replace(metal_kernels.header(name), text)
+    pointers = [f"const device {t} *{n}" for t, n in zip(in_types, kernel.inputs)]
+    pointers += [f"device {t} *{n}" for t, n in zip(out_types, kernel.outputs)]
+    values, arguments = ", ".join(str(value) for _, value in template), ", ".join(kernel.inputs + kernel.outputs)
+    code += f"void instance({', '.join(pointers)})\n{{\n    kernel_function<{values}>({arguments});\n}}\n"
+    command = ["clang++", "--target=aarch64-linux-gnu", "-nostdinc", "-std=c++14", "-fsyntax-only", "-Wall", "-Wextra",
+               "-Wno-unknown-pragmas", "-Wno-unused", "-Wno-undefined-internal", "-x", "c++", "-"]
+    return subprocess.run(command, input=code, capture_output=True, text=True).stderr
+
+
 @functools.cache
 def compiled(text):
     """The function `launch` of a source."""
@@ -73,7 +89,8 @@ def compiled(text):
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-libc.munmap.argtypes, libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 PAGE = 4096
 READ_WRITE, PRIVATE_ANONYMOUS = 3, 0x22
 

@@ -4,6 +4,7 @@ The Metal kernels against the library, emulated on the CPU (metal_emulator.py). 
 same tests on the GPU: TQ_METAL_DEVICE=1.
 """
 import os
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -151,3 +152,22 @@ def test_any_order_of_threads(rng, monkeypatch):
             *kernels.encode(NUMBERS["tt4"], x, 0, 8, SEED), *kernels.encode(NUMBERS["tq4"], x, 0, 8, SEED),
             kernels.encode_references(x, [0, 4], 5, SEED), decode.kernel_attend(q[:, :3], .1), prefill.kernel_attend(q, .1))])
     assert all(each == found[0] for each in found)
+
+
+ENCODER_TYPES = (["half", "uint", "uint", "int"], ["uint", "half"])
+STORE_TYPES = ["uint", "half", "uint", "uint", "half", "half", "half", "uint", "int"]
+
+
+@pytest.mark.skipif(ON_GPU or not shutil.which("clang++"), reason="clang++ is what knows address spaces")
+@pytest.mark.parametrize("name,template,types", [
+    ("encode", [128, 4, 1], ENCODER_TYPES), ("trellis", [96, 10, 1], ENCODER_TYPES),
+    ("reference", [192], (["half", "int", "uint", "int"], ["uint"])),
+    ("decode", [128, 9, 4, 1, 8], (["float", *STORE_TYPES], ["float"])),
+    ("combine", [64], (["float", "uint", "int"], ["half"])), ("prefill", [256, 2, 11, 1], (["half", *STORE_TYPES], ["half"]))])
+def test_address_spaces(name, template, types):
+    names = {1: ["D"], 3: ["D", "FORMAT", "HAS_REF"], 4: ["D", "KF", "VF", "HAS_REF"], 5: ["D", "KF", "VF", "HAS_REF", "ROWS"]}
+    arguments = list(zip(names[len(template)], template))
+    assert metal_emulator.address_space_faults(name, arguments, *types) == ""
+    if name == "decode":
+        wrong = kernels.header(name).replace("threadgroup const level_table &table", "thread const level_table &table")
+        assert "error" in metal_emulator.address_space_faults(name, arguments, *types, wrong)

@@ -139,7 +139,8 @@ def encode(fmt: int, rows: mx.array, first: int, n: int, seed: int, position: in
     """
     n_batch, n_head_kv, n_rows, head_dim = rows.shape
     n_blocks = 0 if refs is None else refs.shape[2]
-    inputs = [rows, mx.zeros(8, mx.uint32) if refs is None else refs, signs(head_dim, seed), _ints(first, position, n_rows, n_blocks, n)]
+    inputs = [rows, mx.zeros(8, mx.uint32) if refs is None else refs, signs(head_dim, seed),
+              _ints(first, position, n_rows, n_blocks, n)]
     template = [("D", head_dim), ("FORMAT", fmt), ("HAS_REF", int(refs is not None))]
     shapes = [(n_batch, n_head_kv, n, words(fmt, head_dim)), (n_batch, n_head_kv, n)]
     codes, scales = launcher("trellis" if fmt >= TT4 else "encode", template, inputs, (SIMD, n, n_batch * n_head_kv),

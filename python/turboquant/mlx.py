@@ -336,9 +336,9 @@ def _cache_class() -> type:
 
 def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None = None, **options: Any) -> list[Any]:
     """
-    MLX-LM's make_prompt_cache, with a compressed cache in place of each plain KVCache; layers with a window or a recurrent state
-    keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="tq8"; on an
-    Apple GPU a TurboQuantMetalKVCache, with those of that. What was applied is printed once.
+    MLX-LM's make_prompt_cache, with a compressed cache in place of each plain KVCache; layers with a window or a recurrent
+    state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="tq8"; on
+    an Apple GPU a TurboQuantMetalKVCache, with those of that. What was applied is printed once.
     """
     kind = _cache_class()
     make = getattr(model, "make_cache", None)

@@ -3,8 +3,8 @@
 The cache in MLX-LM on Apple GPUs: compressed keys and values as MLX arrays, read by the Metal kernels of metal_kernels.py.
 docs/metal.md. Everything is lazy: a layer adds its work to MLX's graph and evaluates nothing.
 
-Tokens stay exact, in float16, until they are no sinks and at least n_recent tokens old; then encode_batch of them are encoded at
-a time. So the exact ones are bounded: n_sink + n_recent + encode_batch, and a prompt's own part while it is attended to.
+Tokens that are no sinks are encoded when n_recent tokens have followed them, encode_batch at a time; until then they are exact,
+in float16. So those are bounded: n_sink + n_recent + encode_batch, and a prompt's own part while it is attended to.
 """
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _options(preset: str, k_format: str | int | None = None, v_format: str | int
              seed: int = SEED_DEFAULT, **other: Any) -> _Options:
     """Check options. Raises ArgumentError, and UnsupportedError for what the CPU's cache has and this one has not."""
     if other:
-        raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, v_format, "
-                               "n_sink, n_recent, k_ref_block, encode_batch and seed")
+        raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, "
+                               "v_format, n_sink, n_recent, k_ref_block, encode_batch and seed")
     base = find_preset(preset)
 
     def chosen(value: int | None, of_preset: int) -> int:
@@ -132,8 +132,8 @@ class TurboQuantMetalKVCache(stock._BaseCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
         """None or "causal": there is no mask but causality."""
         if return_array or window_size is not None:
-            raise UnsupportedError("this model asks for a mask as an array, or for a window, which compressed attention does not "
-                                   "have: use mlx_lm.models.cache.make_prompt_cache")
+            raise UnsupportedError("this model asks for a mask as an array, or for a window, which compressed attention does "
+                                   "not have: use mlx_lm.models.cache.make_prompt_cache")
         return None if N == 1 else "causal"
 
     # ---- the arrays ----

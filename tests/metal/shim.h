@@ -2,8 +2,8 @@
 /*
  * Enough of the Metal Shading Language for g++ and clang++ to compile src/kernels/metal, and a device that runs it: the threads
  * of a threadgroup are coroutines. One runs until it comes to a barrier or an operation of its SIMD group; when all that take
- * part have come, they go on. The order in which they run between such points is the caller's choice, so a missing barrier shows
- * as a result that depends on the order. It is an error if threads wait at different places, or for one that has ended.
+ * part have come, they go on. The order in which they run between such points is the caller's choice, so a missing barrier
+ * shows as a result that depends on the order. It is an error if threads wait at different places, or for one that has ended.
  *
  * Threadgroup memory is filled with NaNs before each threadgroup. Arithmetic is the host's, compiled without contraction.
  */
@@ -80,7 +80,8 @@ struct bfloat16_t {
     }
 };
 
-namespace precise {
+namespace precise
+{
 inline float sqrt(float x)
 {
     return sqrtf(x);
@@ -106,7 +107,8 @@ inline uint min(uint a, uint b)
 
 /* ---- the device ---- */
 
-namespace shim {
+namespace shim
+{
 
 enum { SIMD = 32, THREADS_MAX = 1024, STACK_BYTES = 1 << 16 };
 enum wait_kind { RUNS, WAITS_FOR_SIMD, WAITS_FOR_GROUP, ENDED };
@@ -278,9 +280,9 @@ template <typename T> struct exchange {
 
 } // namespace shim
 
-#define TQ_SHARED(name, ...)                   \
-    static __VA_ARGS__ name;                   \
-    static uint name##_seen;                   \
+#define TQ_SHARED(name, ...) \
+    static __VA_ARGS__ name; \
+    static uint name##_seen; \
     shim::poison(&name, sizeof(name), name##_seen)
 
 #define threadgroup_position_in_grid (shim::the()->group)

@@ -3,7 +3,8 @@
  * The splits of a row to its output: encoded ones are summed in the rotated basis and rotated back once, then the exact one is
  * added. One SIMD group a row: grid [32, n_rows, n_heads]. Expected bound: latency.
  */
-namespace tq {
+namespace tq
+{
 
 template <int D, typename T>
 inline void combine(const device float *partial, const device uint *signs, attend_params p, device T *out, uint3 group,

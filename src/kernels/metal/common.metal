@@ -17,7 +17,8 @@
 #define TQ_SHARED(name, ...) threadgroup __VA_ARGS__ name
 #endif
 
-namespace tq {
+namespace tq
+{
 
 /* tq_format, those that have kernels here. */
 enum format { TQ8 = 2, TQ4 = 3, TQ3 = 4, TQ2 = 5, TT4 = 9, TT3 = 10, TT2 = 11 };

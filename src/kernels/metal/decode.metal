@@ -6,7 +6,8 @@
  * rotates the sum. The last split is the exact vectors, in the plain basis. Expected bound: device memory, and the sums over
  * lanes where there are many rows.
  */
-namespace tq {
+namespace tq
+{
 
 constexpr int decode_simdgroups()
 {

@@ -3,7 +3,8 @@
  * Scalar encoders, one vector by one SIMD group, with the arithmetic of src/codec operation by operation: the bytes are the
  * same as the CPU's. x is strided and rotated already. Expected bound: memory.
  */
-namespace tq {
+namespace tq
+{
 
 template <int FORMAT> inline float centroid(int code)
 {
@@ -112,7 +113,7 @@ struct encode_task {
     const device half *rows; /* [n_heads, n_rows, D] */
     const device uint *refs; /* [n_heads, n_blocks, reference_words] */
     const device uint *signs;
-    const device encode_params *params;
+    encode_params params;
     device uint *codes;  /* [n_heads, n_encoded, words] */
     device half *scales; /* [n_heads, n_encoded] */
 };
@@ -121,7 +122,7 @@ struct encode_task {
 template <int D, int HAS_REF>
 inline void load_vector(thread float (&x)[D / 32], thread const encode_task &task, int head, int i, int lane)
 {
-    encode_params p = *task.params;
+    encode_params p = task.params;
     load_strided<D>(x, task.rows + (ulong(head) * p.n_rows + p.first_row + i) * D, lane);
     if (HAS_REF) {
         ulong block = ulong(head) * p.n_blocks + (p.first_position + i) / block_tokens();
@@ -140,13 +141,14 @@ template <int D> struct code_memory {
 template <int D, int FORMAT, int HAS_REF>
 inline void encode_scalar(encode_task task, threadgroup code_memory<D> &shared, uint3 group, int lane)
 {
+    constexpr int lloyd_format = FORMAT == TQ8 ? TQ4 : FORMAT; /* the branch that is not taken must compile, too */
     int head = int(group.z), i = int(group.y), code[D / 32];
     float x[D / 32];
     load_vector<D, HAS_REF>(x, task, head, i, lane);
-    half scale = FORMAT == TQ8 ? encode_uniform<D>(code, x) : encode_lloyd<D, FORMAT == TQ8 ? TQ4 : FORMAT>(code, x);
+    half scale = FORMAT == TQ8 ? encode_uniform<D>(code, x) : encode_lloyd<D, lloyd_format>(code, x);
     for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    ulong vector = ulong(head) * task.params->n_encoded + i;
+    ulong vector = ulong(head) * task.params.n_encoded + i;
     store_codes<D, FORMAT>(task.codes + vector * words_of(FORMAT, D), shared.code, lane);
     if (lane == 0) task.scales[vector] = scale;
 }

@@ -4,7 +4,8 @@
  * next. Levels times the vector's scale are the vector in the rotated basis; the scale is left to the caller, which applies it
  * to a score or a weight and not to elements.
  */
-namespace tq {
+namespace tq
+{
 
 /* What a code (or a trellis' window) stands for. Lanes look up different entries, so it lies in threadgroup memory. */
 struct level_table {
@@ -38,8 +39,10 @@ inline void expand(thread float (&x)[D / 32], const device uint *codes, threadgr
     ulong string = bits_at(codes, words_of(FORMAT, D), bits * n * lane);
     for (int k = 0; k < n; k++) {
         uint code = uint(string >> (bits * k));
-        if (FORMAT == TQ8) x[k] = float(int8_t(code & 255u));
-        else x[k] = table.level[code & (is_trellis(FORMAT) ? 255u : (1u << bits) - 1u)];
+        if (FORMAT == TQ8)
+            x[k] = float(int8_t(code & 255u));
+        else
+            x[k] = table.level[code & (is_trellis(FORMAT) ? 255u : (1u << bits) - 1u)];
     }
 }
 

@@ -6,7 +6,8 @@
  * rotated back, and the exact tokens follow with the queries as they came. Expected bound: arithmetic. Apple's matrix units are
  * not used yet.
  */
-namespace tq {
+namespace tq
+{
 
 constexpr int prefill_rows()
 {

@@ -3,7 +3,8 @@
  * The rotation of one vector by one SIMD group, strided: steps of the Walsh-Hadamard transform below 32 are exchanges between
  * lanes, the others and the Hartley matrix stay within a lane. D / 32 = m * 2^k with m = 1 or 3.
  */
-namespace tq {
+namespace tq
+{
 
 constexpr int odd_part(int head_dim)
 {

@@ -4,7 +4,8 @@
  * are the same. Lane l owns windows 8 l to 8 l + 7 of the 256. What is kept of each step is the oldest code of each rest's best
  * window, a byte each. Expected bound: arithmetic and the latency of some 1.3 D steps.
  */
-namespace tq {
+namespace tq
+{
 
 constexpr uint worst_metric()
 {
@@ -157,7 +158,7 @@ inline void encode_trellis(encode_task task, threadgroup trellis_memory<D, bits_
         if (energy == last || error > least_share * energy) break;
         factor = precise::divide(precise::sqrt(energy), precise::sqrt(ss));
     }
-    ulong vector = ulong(head) * task.params->n_encoded + i;
+    ulong vector = ulong(head) * task.params.n_encoded + i;
     store_codes<D, FORMAT>(task.codes + vector * words_of(FORMAT, D), shared.code, lane);
     if (lane == 0) {
         float scale = precise::divide(precise::sqrt(ss), precise::sqrt(energy));
