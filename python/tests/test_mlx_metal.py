@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import turboquant
 import turboquant.mlx
-from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 from tiny_mlx import TQ8, divergence, ids, logits, make_model
 from turboquant import metal_kernels
-from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, make_prompt_cache
+from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, install, make_prompt_cache
 
 # Every token is encoded as soon as it may be, as the CPU does.
 LIKE_CPU = {"encode_batch": 1, "n_recent": 16}
@@ -73,18 +73,64 @@ def test_better_than_nothing(llama):
     assert divergence(wanted, logits(llama, metal(llama, n_recent=16), tokens)) < 1e-2
 
 
-def test_same_length_batch(llama):
-    tokens = ids(60, n_batch=2)
-    cache = metal(llama, **LIKE_CPU)
-    found = logits(llama, cache, tokens, parts=3)
-    for row in range(2):
-        np.testing.assert_allclose(found[row], logits(llama, metal(llama, **LIKE_CPU), tokens[row:row + 1], 3)[0], atol=1e-4)
-    more = ids(3, seed=8, n_batch=2)
-    alone = [layer.extract(1) for layer in cache]
-    np.testing.assert_allclose(logits(llama, alone, more[1:]), logits(llama, cache, more)[1:], atol=1e-4)
+def test_batch(llama):
+    """Rows of a batch get what each gets alone, however they came together; filter, extract, merge, extend."""
+    lengths, n_more = [20, 90, 47], 3
+    caches = [metal(llama, **LIKE_CPU) for _ in lengths]
+    for i, n in enumerate(lengths):
+        logits(llama, caches[i], ids(n, seed=i))
+    more = [ids(n_more, seed=10 + i) for i in range(3)]
+    alone = [logits(llama, copy.deepcopy(caches[i]), more[i]) for i in range(3)]
+    batch = [layers[0].merge(layers[:2]) for layers in zip(*caches)]
+    for layer, single in zip(batch, caches[2]):
+        layer.extend(single.merge([single]))
+        assert layer.offset.tolist() == lengths
+        layer.filter(mx.array([2, 0]))
+    found = logits(llama, batch, np.concatenate([more[2], more[0]]))
+    np.testing.assert_allclose(found, np.concatenate([alone[2], alone[0]]), atol=1e-4)
+    row = [layer.extract(1) for layer in batch]
+    assert row[0].offset == lengths[0] + n_more and batch[0].offset.tolist() == [lengths[2] + n_more, lengths[0] + n_more]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(llama, side):
+    lengths, n = [20, 40], 40
+    tokens, alone = np.zeros((2, n), np.int64), []
+    for row, length in enumerate(lengths):
+        real = ids(length, seed=row)
+        tokens[row, n - length:] = real[0]
+        if side == "right":
+            tokens[row] = np.roll(tokens[row], length - n)
+        alone.append(logits(llama, metal(llama, **LIKE_CPU), real)[0])
+    cache, padding = metal(llama, **LIKE_CPU), [n - length for length in lengths]
     for layer in cache:
-        layer.filter(mx.array([0]))
-    assert cache[0].state[1].shape[0] == 1
+        layer.prepare(**({"left_padding": padding} if side == "left" else {"right_padding": padding, "lengths": lengths}))
+    found = logits(llama, cache, tokens, parts=3)
+    for layer in cache:
+        layer.finalize()
+    for row, length in enumerate(lengths):
+        place = slice(n - length, n) if side == "left" else slice(0, length)
+        np.testing.assert_allclose(found[row, place], alone[row], atol=1e-4)
+    assert cache[0].offset.tolist() == lengths
+
+
+def test_batch_generator(llama, monkeypatch):
+    """MLX-LM's continuous batching: requests of different lengths, more than run at once."""
+    monkeypatch.setattr(turboquant.mlx, "_cache_class", lambda: TurboQuantMetalKVCache)
+    install(llama, **LIKE_CPU)
+    try:
+        prompts = [ids(n, seed=n)[0].tolist() for n in (7, 30, 18)]
+        generator = BatchGenerator(llama, completion_batch_size=2, prefill_batch_size=2, prefill_step_size=16)
+        found = {uid: [] for uid in generator.insert(prompts, max_tokens=[4] * 3)}
+        for _ in range(100):
+            for response in generator.next_generated():
+                found[response.uid].append(int(response.token))
+            if all(len(tokens) == 4 for tokens in found.values()):
+                break
+    finally:
+        del llama.make_cache
+    for tokens, prompt in zip(found.values(), prompts):
+        assert tokens == greedy(llama, metal(llama, **LIKE_CPU), np.array([prompt]), n=4)
 
 
 @pytest.mark.parametrize("kept", [2, 70, 90])
@@ -135,10 +181,11 @@ def test_bytes(llama, monkeypatch):
         logits(llama, cache, part)
     layer = cache[0]
     exact = 2 * 2 * 2 * 64 * (4 + 64 + 64)
-    assert layer._arrays.k_exact.shape[2] == 4 + 64 + 64
-    room = layer._arrays.k_codes.shape[2]
+    arrays = layer._sequences[0].arrays
+    assert arrays.k_exact.shape[2] == 4 + 64 + 64
+    room = arrays.k_codes.shape[2]
     assert layer.nbytes - exact < 1.1 * room * 2 * 2 * 34 and room <= 1200 + metal_kernels.BLOCK + 1024
-    assert not hasattr(layer, "bits") and not hasattr(layer, "merge") and not hasattr(layer, "to_quantized")
+    assert not hasattr(layer, "bits") and not hasattr(layer, "to_quantized")
 
 
 def test_nothing_is_evaluated(llama, monkeypatch):

@@ -14,12 +14,11 @@ All caches of one shape and one set of options share a pool, so that batches are
 """
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import numpy as np
 
 from . import cache as _cache
 from ._library import AttendParams, lib
-from ._mlx_rows import Rows
+from ._mlx_batch import BatchCache, Rows
 from .errors import ArgumentError, UnsupportedError
 from .mlx_metal import TurboQuantMetalKVCache
 
@@ -65,6 +64,9 @@ class _Sequence:
     def fork(self) -> _Sequence:
         return _Sequence(self.store, self.store.seq_fork(self.seq))
 
+    def trim(self, length: int) -> None:
+        self.store.trim(self.seq, length)
+
     def __del__(self) -> None:
         # When a cycle of references is collected, the store may have been first.
         if hasattr(self, "seq") and not self.store.closed:
@@ -85,45 +87,23 @@ class _State(dict):
         return self._make().items()
 
 
-class TurboQuantKVCache(stock._BaseCache):
+class TurboQuantKVCache(BatchCache):
     """
-    The cache of one layer for a batch of sequences, in the place of MLX-LM's KVCache and BatchKVCache. Padding is not stored.
-    Options are those of turboquant.Cache, without the shape, which comes with the first keys.
+    The cache of one layer on the CPU. Options are those of turboquant.Cache, without the shape, which comes with the first
+    keys.
     """
 
     def __init__(self, preset: str = "TQ4", **options: Any) -> None:
-        self._options = {"preset": preset, **options}
-        self._sequences: list[_Sequence | None] = [None]  # None: empty
-        self._left = [0]  # padding to come before a row's first token
-        self._to_come: list[int] | None = None  # tokens to come of each row, right padding after them; None: all
-        self._batched = False
-        self._pending = 0
+        super().__init__({"preset": preset, **options})
 
-    # ---- what the models call ----
-
-    @property
-    def offset(self) -> int | mx.array:
-        """The position of the next token; in batches of each row, negative in the padding before it."""
-        offsets = [length - left for length, left in zip(self._lengths(), self._left)]
-        return mx.array(offsets) if self._batched else offsets[0]
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
-        """Handles of the rows. They are appended when the attention that follows brings the queries."""
-        if self._pending:
-            raise ArgumentError("a forward pass was interrupted between a layer's keys and its attention: make a new cache")
-        n_batch, n_head_kv, n_tok, head_dim = keys.shape
-        if n_batch != len(self._sequences) and any(self._lengths()):
-            raise ArgumentError(f"this cache holds a batch of {len(self._sequences)}, and was given one of {n_batch}")
-        if n_batch != len(self._sequences):
-            self._sequences, self._left, self._batched = [None] * n_batch, [0] * n_batch, True
+    def _begin(self, keys: mx.array, values: mx.array) -> None:
+        _, n_head_kv, _, head_dim = keys.shape
         store = _store((n_head_kv, head_dim, values.shape[3]), self._options)
         for sequence in self._sequences:
             if sequence is not None and sequence.store is not store:
                 raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs "
                                     "to another model. Make a new one")
         self._sequences = [_Sequence(store) if sequence is None else sequence for sequence in self._sequences]
-        self._pending = n_tok
-        return Rows(self, keys), Rows(self, values)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """
@@ -139,36 +119,10 @@ class TurboQuantKVCache(stock._BaseCache):
         params.n_head, params.softmax_scale = n_head, scale
         params.q_token_stride, params.q_head_stride = n_head * store.head_dim, store.head_dim
         params.out_token_stride, params.out_head_stride = n_head * store.head_dim_v, store.head_dim_v
-        # A row that fails leaves the others longer; the next forward pass is refused by `_pending`.
-        for i, sequence in enumerate(self._sequences):
-            begin = min(self._left[i], n_tok)
-            n = n_tok - begin if self._to_come is None else min(n_tok - begin, self._to_come[i])
-            if n > 0:
-                params.n_query, params.q, params.out = n, q[i, begin:].ctypes.data, out[i, begin:].ctypes.data
-                store.prefill_raw(sequence.seq, 0, n, k[i, begin:].ctypes.data, v[i, begin:].ctypes.data, params)
-            self._left[i] -= begin
-            if self._to_come is not None:
-                self._to_come[i] -= n
-        self._pending = 0
+        for i, sequence, begin, n in self._take(n_tok):
+            params.n_query, params.q, params.out = n, q[i, begin:].ctypes.data, out[i, begin:].ctypes.data
+            store.prefill_raw(sequence.seq, 0, n, k[i, begin:].ctypes.data, v[i, begin:].ctypes.data, params)
         return mx.array(out).astype(queries.dtype).transpose(0, 2, 1, 3)
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
-        """None or "causal": there is no mask but causality, and padding is not stored."""
-        if return_array or window_size is not None:
-            raise UnsupportedError("this model asks for a mask as an array, or for a window, which compressed attention does "
-                                   "not have: use mlx_lm.models.cache.make_prompt_cache")
-        return None if N == 1 else "causal"
-
-    # ---- what generation and the server call ----
-
-    def _lengths(self) -> list[int]:
-        return [0 if sequence is None else len(sequence) for sequence in self._sequences]
-
-    def size(self) -> int:
-        return max(self._lengths(), default=0)
-
-    def empty(self) -> bool:
-        return self.size() == 0
 
     @property
     def nbytes(self) -> int:
@@ -180,87 +134,6 @@ class TurboQuantKVCache(stock._BaseCache):
                 total += len(sequence.store.page_table(sequence.seq)) * stats.page_bytes
                 total += stats.exact_bytes // stats.n_sequences
         return total
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        """Forget the last n tokens of each row; how many that were."""
-        n = min(n, self.size())
-        for sequence in self._sequences:
-            if sequence is not None:
-                sequence.store.trim(sequence.seq, max(len(sequence) - n, 0))
-        return n
-
-    def prepare(self, *, left_padding: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
-                right_padding: Sequence[int] | None = None) -> None:
-        """Say how what comes is padded: on the left, or with `lengths` tokens and right_padding after them."""
-        if left_padding is not None:
-            if not self.empty():
-                raise ArgumentError("left padding can only be added to an empty cache")
-            self._as_batch(len(left_padding))
-            self._left = [a + b for a, b in zip(self._left, left_padding)]
-        if right_padding is not None and max(right_padding) > 0:
-            if lengths is None:
-                raise ArgumentError("right_padding: give the lengths, too")
-            self._as_batch(len(lengths))
-            self._to_come = list(lengths)
-
-    def finalize(self) -> None:
-        self._to_come = None
-
-    def _as_batch(self, n: int) -> None:
-        if len(self._sequences) != n:
-            if not self.empty():
-                raise ArgumentError(f"this cache holds a batch of {len(self._sequences)}, not of {n}")
-            self._sequences, self._left = [None] * n, [0] * n
-        self._batched = True
-
-    def filter(self, batch_indices: Any) -> None:
-        """Keep these rows."""
-        indices = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
-        used: set[int] = set()
-        sequences = []
-        for i in indices:
-            sequence = self._sequences[i]
-            sequences.append(sequence.fork() if sequence is not None and i in used else sequence)
-            used.add(i)
-        self._sequences, self._left = sequences, [self._left[i] for i in indices]
-
-    def extend(self, other: TurboQuantKVCache) -> None:
-        """Add another cache's rows."""
-        if other._options != self._options:
-            raise ArgumentError(f"caches of {self._options} and {other._options} do not go together in a batch")
-        self._sequences, self._left = self._sequences + other._sequences, self._left + other._left
-        self._batched = True
-
-    def extract(self, idx: int) -> TurboQuantKVCache:
-        """One row as a cache of its own; its pages are shared."""
-        other = self._like([self._sequences[idx]])
-        other._batched = False
-        return other
-
-    @classmethod
-    def merge(cls, caches: Sequence[TurboQuantKVCache]) -> TurboQuantKVCache:
-        """One cache for the rows of all; their pages are shared."""
-        merged = caches[0]._like([])
-        merged._batched = True
-        for cache in caches:
-            merged.extend(cache._like(cache._sequences))
-        return merged
-
-    def _like(self, sequences: Iterable[_Sequence | None]) -> TurboQuantKVCache:
-        """A cache with these options and forks of these sequences."""
-        other = copy.copy(self)
-        other._options = dict(self._options)
-        other._sequences = [None if sequence is None else sequence.fork() for sequence in sequences]
-        other._left, other._to_come, other._pending = [0] * len(other._sequences), None, 0
-        return other
-
-    def __deepcopy__(self, memo: dict) -> TurboQuantKVCache:
-        other = self._like(self._sequences)
-        other._left, other._to_come = list(self._left), copy.copy(self._to_come)
-        return other
 
     # ---- what save_prompt_cache and load_prompt_cache call ----
 

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx_lm.models.cache as stock
 
 from . import metal_kernels as kernels
-from ._mlx_rows import Rows
+from ._mlx_batch import BatchCache
 from .errors import ArgumentError, UnsupportedError
 from .formats import SEED_DEFAULT, format_info, format_number, preset as find_preset
 
@@ -75,86 +74,49 @@ def _written(x: mx.array, rows: mx.array, first: int) -> mx.array:
     return mx.slice_update(x, rows, mx.array([first]), axes=[2])
 
 
-class TurboQuantMetalKVCache(stock._BaseCache):
-    """
-    The cache of one layer for sequences of one length, in the place of MLX-LM's KVCache. Options: k_format, v_format, n_sink,
-    n_recent and k_ref_block in place of the preset's; encode_batch, how many tokens are encoded at a time (a divisor of 64);
-    seed.
+class _Sequence:
+    """One sequence: its arrays, n_batch = 1, which are replaced and never changed, so that copies may share them."""
 
-    There is no `merge`, by which MLX-LM joins requests of different lengths: its server then serves one request at a time.
-    """
+    def __init__(self, options: _Options, n_head_kv: int, head_dim: int) -> None:
+        self._options, self.shape = options, (n_head_kv, head_dim)
+        self.arrays = self._empty_arrays()
+        self.length = self.coded = 0  # tokens; those below `coded` are encoded, as far as they are no sinks
 
-    def __init__(self, preset: str = "TQ4", **options: Any) -> None:
-        self._given = {"preset": preset, **options}
-        self._options = _options(**self._given)
-        self._arrays: kernels.Arrays | None = None
-        self._length = self._coded = 0  # tokens; those below _coded are encoded, as far as they are no sinks
-        self._pending = False
+    def __len__(self) -> int:
+        return self.length
 
-    # ---- what the models call ----
+    def fork(self) -> _Sequence:
+        return copy.copy(self)
 
-    @property
-    def offset(self) -> int:
-        """The position of the next token."""
-        return self._length
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
-        """Handles of the rows. They are appended when the attention that follows brings the queries."""
-        if self._pending:
-            raise ArgumentError("a forward pass was interrupted between a layer's keys and its attention: make a new cache")
-        self._check(keys, values)
-        self._pending = True
-        return Rows(self, keys), Rows(self, values)
+    def trim(self, length: int) -> None:
+        """What is encoded stays encoded."""
+        self.length, self.coded = length, min(self.coded, length)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-        """Append the rows and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape. Lazy."""
+        """Append keys and values [1, n_head_kv, n_tok, head_dim] and attend with queries [1, n_head, n_tok, head_dim]."""
         options, n_tok = self._options, keys.shape[2]
-        if queries.shape[1] % keys.shape[1] != 0:
-            raise ArgumentError(f"{queries.shape[1]} query heads do not share {keys.shape[1]} KV heads evenly")
-        if self._arrays is None:
-            self._arrays = self._empty_arrays(keys)
         begin, n_before = self._first_exact(), self._n_exact()
         self._keep_exact(n_before, keys.astype(mx.float16), values.astype(mx.float16))
-        length = self._length + n_tok
-        extent = kernels.Extent(length, options.n_sink, options.n_recent, options.encode_batch, self._coded, begin,
+        length = self.length + n_tok
+        extent = kernels.Extent(length, options.n_sink, options.n_recent, options.encode_batch, self.coded, begin,
                                 n_before + n_tok)
         end = max(length - options.n_recent, 0) // options.encode_batch * options.encode_batch
         if end > begin:
             self._encode(begin, end)
-        out = kernels.attend(queries, self._arrays, options.k_format, options.v_format, options.has_refs, extent, scale,
+        out = kernels.attend(queries, self.arrays, options.k_format, options.v_format, options.has_refs, extent, scale,
                              options.seed)
         if end > begin:
             self._forget_exact(end - begin, extent.n_exact)
-            self._coded = end
-        self._length, self._pending = length, False
+            self.coded = end
+        self.length = length
         return out
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
-        """None or "causal": there is no mask but causality."""
-        if return_array or window_size is not None:
-            raise UnsupportedError("this model asks for a mask as an array, or for a window, which compressed attention does "
-                                   "not have: use mlx_lm.models.cache.make_prompt_cache")
-        return None if N == 1 else "causal"
-
-    # ---- the arrays ----
-
-    def _check(self, keys: mx.array, values: mx.array) -> None:
-        n_batch, n_head_kv, _, head_dim = keys.shape
-        if head_dim not in kernels.HEAD_DIMS or values.shape[3] != head_dim:
-            raise UnsupportedError(f"keys of {head_dim} and values of {values.shape[3]}: the Metal kernels have head_dims "
-                                   f"{', '.join(map(str, kernels.HEAD_DIMS))}, the same for both")
-        if self._arrays is not None:
-            held = self._arrays.k_exact.shape
-            if (n_batch, n_head_kv, head_dim) != (held[0], held[1], held[3]):
-                raise ArgumentError(f"this cache holds a batch of {held[0]} with {held[1]} KV heads of {held[3]}, and was given "
-                                    f"{n_batch} with {n_head_kv} of {head_dim}: make a new one")
 
     def _exact_capacity(self) -> int:
         return self._options.n_sink + self._options.n_recent + self._options.encode_batch
 
-    def _empty_arrays(self, keys: mx.array) -> kernels.Arrays:
-        n_batch, n_head_kv, _, head_dim = keys.shape
-        lead, options = (n_batch, n_head_kv), self._options
+    def _empty_arrays(self) -> kernels.Arrays:
+        n_head_kv, head_dim = self.shape
+        lead, options = (1, n_head_kv), self._options
 
         def codes(fmt: int) -> list[mx.array]:
             return [mx.zeros((*lead, kernels.BLOCK, kernels.words(fmt, head_dim)), mx.uint32),
@@ -166,19 +128,19 @@ class TurboQuantMetalKVCache(stock._BaseCache):
 
     def _first_exact(self) -> int:
         """The position of the exact vector that follows the sinks, and of the first that is not encoded."""
-        return max(self._coded, self._options.n_sink)
+        return max(self.coded, self._options.n_sink)
 
     def _n_exact(self) -> int:
-        return min(self._length, self._options.n_sink) + max(self._length - self._first_exact(), 0)
+        return min(self.length, self._options.n_sink) + max(self.length - self._first_exact(), 0)
 
     def _keep_exact(self, n: int, keys: mx.array, values: mx.array) -> None:
         """Rows behind the n exact ones. A long prompt part makes longer arrays, until its tokens are encoded."""
-        fits = n + keys.shape[2] <= self._arrays.k_exact.shape[2]
+        fits = n + keys.shape[2] <= self.arrays.k_exact.shape[2]
 
         def added(x: mx.array, rows: mx.array) -> mx.array:
             return _written(x, rows, n) if fits else mx.concatenate([x[:, :, :n], rows], axis=2)
 
-        self._arrays = self._arrays._replace(k_exact=added(self._arrays.k_exact, keys), v_exact=added(self._arrays.v_exact, values))
+        self.arrays = self.arrays._replace(k_exact=added(self.arrays.k_exact, keys), v_exact=added(self.arrays.v_exact, values))
 
     def _forget_exact(self, n_coded: int, n_exact: int) -> None:
         """Drop what was encoded from the exact arrays, which get their usual size again."""
@@ -188,11 +150,11 @@ class TurboQuantMetalKVCache(stock._BaseCache):
             kept = mx.concatenate([x[:, :, :n_sink], x[:, :, n_sink + n_coded : n_exact]], axis=2)
             return _grown(kept, self._exact_capacity())
 
-        self._arrays = self._arrays._replace(k_exact=rest(self._arrays.k_exact), v_exact=rest(self._arrays.v_exact))
+        self.arrays = self.arrays._replace(k_exact=rest(self.arrays.k_exact), v_exact=rest(self.arrays.v_exact))
 
     def _encode(self, begin: int, end: int) -> None:
         """Encode positions [begin, end), which follow the sinks in the exact arrays."""
-        options, arrays = self._options, self._arrays
+        options, arrays = self._options, self.arrays
         capacity = arrays.k_codes.shape[2]
         if end > capacity:
             wanted = max(end, capacity + max(GROW_TOKENS, capacity // 8))
@@ -216,58 +178,72 @@ class TurboQuantMetalKVCache(stock._BaseCache):
             codes, scales = kernels.encode(fmt, rows, first, end - begin, options.seed, begin, used)
             found[f"{side}_codes"] = _written(getattr(arrays, f"{side}_codes"), codes, begin)
             found[f"{side}_scales"] = _written(getattr(arrays, f"{side}_scales"), scales, begin)
-        self._arrays = arrays._replace(**found)
+        self.arrays = arrays._replace(**found)
 
-    # ---- what generation and the server call ----
 
-    def size(self) -> int:
-        return self._length
+class TurboQuantMetalKVCache(BatchCache):
+    """
+    The cache of one layer on an Apple GPU. Options: k_format, v_format, n_sink, n_recent and k_ref_block in place of the
+    preset's; encode_batch, how many tokens are encoded at a time (a divisor of 64); seed. Each sequence of a batch has launches
+    of its own.
+    """
 
-    def empty(self) -> bool:
-        return self._length == 0
+    def __init__(self, preset: str = "TQ4", **options: Any) -> None:
+        super().__init__({"preset": preset, **options})
+        self._chosen = _options(**self._options)
+
+    def _begin(self, keys: mx.array, values: mx.array) -> None:
+        _, n_head_kv, _, head_dim = keys.shape
+        if head_dim not in kernels.HEAD_DIMS or values.shape[3] != head_dim:
+            raise UnsupportedError(f"keys of {head_dim} and values of {values.shape[3]}: the Metal kernels have head_dims "
+                                   f"{', '.join(map(str, kernels.HEAD_DIMS))}, the same for both")
+        for sequence in self._sequences:
+            if sequence is not None and sequence.shape != (n_head_kv, head_dim):
+                raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs "
+                                    "to another model. Make a new one")
+        self._sequences = [_Sequence(self._chosen, n_head_kv, head_dim) if sequence is None else sequence
+                           for sequence in self._sequences]
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """
+        Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape,
+        zeros where there is padding. Lazy.
+        """
+        n_batch, n_head, n_tok, _ = queries.shape
+        if n_head % keys.shape[1] != 0:
+            raise ArgumentError(f"{n_head} query heads do not share {keys.shape[1]} KV heads evenly")
+        found = [mx.zeros((1, *queries.shape[1:]), queries.dtype)] * n_batch
+        for i, sequence, begin, n in self._take(n_tok):
+            part = (slice(i, i + 1), slice(None), slice(begin, begin + n))
+            out = sequence.attend(queries[part], keys[part], values[part], scale)
+            found[i] = out if n == n_tok else mx.pad(out, [(0, 0), (0, 0), (begin, n_tok - begin - n), (0, 0)])
+        return found[0] if n_batch == 1 else mx.concatenate(found, axis=0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, with the room that they have for more."""
-        return sum(x.nbytes for x in self._arrays or [])
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        """Forget the last n tokens; how many that were. What is encoded stays encoded."""
-        n = min(n, self._length)
-        self._length -= n
-        self._coded = min(self._coded, self._length)
-        return n
-
-    def filter(self, batch_indices: mx.array | Sequence[int]) -> None:
-        """Keep these rows of the batch."""
-        if self._arrays is not None:
-            indices = mx.array(batch_indices)
-            self._arrays = kernels.Arrays(*(x[indices] for x in self._arrays))
-
-    def extract(self, idx: int) -> TurboQuantMetalKVCache:
-        """One row of the batch as a cache of its own."""
-        other = copy.copy(self)
-        other.filter([idx])
-        return other
-
-    def __deepcopy__(self, memo: dict) -> TurboQuantMetalKVCache:
-        return copy.copy(self)  # no array is ever changed: updates make new ones
+        """Bytes of all arrays, with the room that they have for more. Arrays that copies share count in each."""
+        return sum(x.nbytes for sequence in self._sequences if sequence is not None for x in sequence.arrays)
 
     # ---- what save_prompt_cache and load_prompt_cache call ----
 
     @property
     def state(self) -> list[str | mx.array]:
-        """What it is, in JSON, and all arrays if there are any; MLX-LM evaluates them after each part of a prompt."""
-        said = json.dumps({"options": self._given, "length": self._length, "coded": self._coded})
-        return [said, *(self._arrays or [])]
+        """What it is, in JSON, and the arrays of all sequences; MLX-LM evaluates them after each part of a prompt."""
+        held = [None if sequence is None else [sequence.length, sequence.coded, *sequence.shape]
+                for sequence in self._sequences]
+        said = json.dumps({"options": self._options, "batched": self._batched, "sequences": held})
+        return [said, *(x for sequence in self._sequences if sequence is not None for x in sequence.arrays)]
 
     @state.setter
     def state(self, value: Sequence[str | mx.array]) -> None:
-        said = json.loads(value[0])
+        said, arrays = json.loads(value[0]), iter(value[1:])
         self.__init__(**said["options"])
-        self._length, self._coded = said["length"], said["coded"]
-        if len(value) > 1:
-            self._arrays = kernels.Arrays(*value[1:])
+        self._batched, self._sequences = said["batched"], []
+        for held in said["sequences"]:
+            sequence = None
+            if held is not None:
+                sequence = _Sequence(self._chosen, *held[2:])
+                sequence.length, sequence.coded = held[:2]
+                sequence.arrays = kernels.Arrays(*(next(arrays) for _ in kernels.Arrays._fields))
+            self._sequences.append(sequence)
+        self._left = [0] * len(self._sequences)

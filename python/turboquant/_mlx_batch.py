@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""What the caches of MLX-LM on the CPU and on Apple GPUs share: a batch of sequences of different lengths, and its padding."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn, Protocol
+
+import mlx.core as mx
+import mlx_lm.models.cache as stock
+
+from .errors import ArgumentError, UnsupportedError
+
+
+class Held(Protocol):
+    """One sequence of one layer."""
+
+    def __len__(self) -> int: ...
+    def fork(self) -> Held: ...
+    def trim(self, length: int) -> None: ...
+
+
+class Rows:
+    """What update_and_fetch returns in place of an array: rows [n_batch, n_head_kv, n_tok, head_dim], not yet appended."""
+
+    def __init__(self, cache: BatchCache, rows: mx.array) -> None:
+        self.cache, self.rows = cache, rows
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what copy and inspect look for
+            raise AttributeError(name)
+        raise ArgumentError(f"`{name}` was asked of keys or values that are compressed: this model has an attention of its "
+                            "own, which turboquant.mlx does not reach. Use mlx_lm.models.cache.make_prompt_cache")
+
+
+class BatchCache(stock._BaseCache):
+    """
+    The cache of one layer for a batch of sequences, in the place of MLX-LM's KVCache and BatchKVCache. Padding is not stored.
+    Who inherits it has `attend`, `state`, `nbytes`, and `_begin`, which makes the sequences of rows that have none.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._sequences: list[Any] = [None]  # Held; None: empty
+        self._left = [0]  # padding to come before a row's first token
+        self._to_come: list[int] | None = None  # tokens to come of each row, right padding after them; None: all
+        self._batched = False
+        self._pending = 0
+
+    def _begin(self, keys: mx.array, values: mx.array) -> None:
+        """Make the sequences that are missing. Raises if those that are there hold keys of another shape."""
+        raise NotImplementedError
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]."""
+        raise NotImplementedError
+
+    # ---- what the models call ----
+
+    @property
+    def offset(self) -> int | mx.array:
+        """The position of the next token; in batches of each row, negative in the padding before it."""
+        offsets = [length - left for length, left in zip(self._lengths(), self._left)]
+        return mx.array(offsets) if self._batched else offsets[0]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
+        """Handles of the rows. They are appended when the attention that follows brings the queries."""
+        if self._pending:
+            raise ArgumentError("a forward pass was interrupted between a layer's keys and its attention: make a new cache")
+        n_batch, _, n_tok, _ = keys.shape
+        if n_batch != len(self._sequences) and any(self._lengths()):
+            raise ArgumentError(f"this cache holds a batch of {len(self._sequences)}, and was given one of {n_batch}")
+        if n_batch != len(self._sequences):
+            self._sequences, self._left, self._batched = [None] * n_batch, [0] * n_batch, True
+        self._begin(keys, values)
+        self._pending = n_tok
+        return Rows(self, keys), Rows(self, values)
+
+    def _take(self, n_tok: int) -> Iterator[tuple[int, Any, int, int]]:
+        """
+        (row, sequence, first token, number of tokens) of the next n_tok tokens, without padding. A row that fails leaves the
+        others longer; the next forward pass is refused by `_pending`.
+        """
+        for i, sequence in enumerate(self._sequences):
+            begin = min(self._left[i], n_tok)
+            n = n_tok - begin if self._to_come is None else min(n_tok - begin, self._to_come[i])
+            if n > 0:
+                yield i, sequence, begin, n
+            self._left[i] -= begin
+            if self._to_come is not None:
+                self._to_come[i] -= n
+        self._pending = 0
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
+        """None or "causal": there is no mask but causality, and padding is not stored."""
+        if return_array or window_size is not None:
+            raise UnsupportedError("this model asks for a mask as an array, or for a window, which compressed attention does "
+                                   "not have: use mlx_lm.models.cache.make_prompt_cache")
+        return None if N == 1 else "causal"
+
+    # ---- what generation and the server call ----
+
+    def _lengths(self) -> list[int]:
+        return [0 if sequence is None else len(sequence) for sequence in self._sequences]
+
+    def size(self) -> int:
+        return max(self._lengths(), default=0)
+
+    def empty(self) -> bool:
+        return self.size() == 0
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens of each row; how many that were."""
+        n = min(n, self.size())
+        for sequence in self._sequences:
+            if sequence is not None:
+                sequence.trim(max(len(sequence) - n, 0))
+        return n
+
+    def prepare(self, *, left_padding: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
+                right_padding: Sequence[int] | None = None) -> None:
+        """Say how what comes is padded: on the left, or with `lengths` tokens and right_padding after them."""
+        if left_padding is not None:
+            if not self.empty():
+                raise ArgumentError("left padding can only be added to an empty cache")
+            self._as_batch(len(left_padding))
+            self._left = [a + b for a, b in zip(self._left, left_padding)]
+        if right_padding is not None and max(right_padding) > 0:
+            if lengths is None:
+                raise ArgumentError("right_padding: give the lengths, too")
+            self._as_batch(len(lengths))
+            self._to_come = list(lengths)
+
+    def finalize(self) -> None:
+        self._to_come = None
+
+    def _as_batch(self, n: int) -> None:
+        if len(self._sequences) != n:
+            if not self.empty():
+                raise ArgumentError(f"this cache holds a batch of {len(self._sequences)}, not of {n}")
+            self._sequences, self._left = [None] * n, [0] * n
+        self._batched = True
+
+    def filter(self, batch_indices: Any) -> None:
+        """Keep these rows."""
+        indices = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
+        used: set[int] = set()
+        sequences = []
+        for i in indices:
+            sequence = self._sequences[i]
+            sequences.append(sequence.fork() if sequence is not None and i in used else sequence)
+            used.add(i)
+        self._sequences, self._left = sequences, [self._left[i] for i in indices]
+
+    def extend(self, other: BatchCache) -> None:
+        """Add another cache's rows."""
+        if other._options != self._options:
+            raise ArgumentError(f"caches of {self._options} and {other._options} do not go together in a batch")
+        self._sequences, self._left = self._sequences + other._sequences, self._left + other._left
+        self._batched = True
+
+    def extract(self, idx: int) -> BatchCache:
+        """One row as a cache of its own; its pages are shared."""
+        other = self._like([self._sequences[idx]])
+        other._batched = False
+        return other
+
+    @classmethod
+    def merge(cls, caches: Sequence[BatchCache]) -> BatchCache:
+        """One cache for the rows of all; their pages are shared."""
+        merged = caches[0]._like([])
+        merged._batched = True
+        for cache in caches:
+            merged.extend(cache._like(cache._sequences))
+        return merged
+
+    def _like(self, sequences: Iterable[_Sequence | None]) -> BatchCache:
+        """A cache with these options and forks of these sequences."""
+        other = copy.copy(self)
+        other._options = dict(self._options)
+        other._sequences = [None if sequence is None else sequence.fork() for sequence in sequences]
+        other._left, other._to_come, other._pending = [0] * len(other._sequences), None, 0
+        return other
+
+    def __deepcopy__(self, memo: dict) -> BatchCache:
+        other = self._like(self._sequences)
+        other._left, other._to_come = list(self._left), copy.copy(self._to_come)
+        return other
