@@ -35,15 +35,19 @@ inline void attend_block(thread row_state<D, ROWS> &state, thread const attend_p
         for (int r = 0; r < ROWS; r++) ref_score[r] = scale * dot_lanes<D>(state.q[r], x);
     }
     int first = max(block * block_tokens(), p.n_sink), last = min((block + 1) * block_tokens(), end);
+    ulong at = ulong(head) * p.capacity + first;
+    const device uint *k_codes = kv.k_codes + at * words_of(KF, D), *v_codes = kv.v_codes + at * words_of(VF, D);
+    const device half *k_scales = kv.k_scales + at, *v_scales = kv.v_scales + at;
     for (int token = first; token < last; token++) {
-        ulong at = ulong(head) * p.capacity + token;
-        expand<D, KF>(x, kv.k_codes + at * words_of(KF, D), shared.k_levels, lane);
-        float k_scale = float(kv.k_scales[at]), v_scale = float(kv.v_scales[at]);
+        float k_scale = float(*k_scales++), v_scale = float(*v_scales++);
+        expand<D, KF>(x, k_codes, shared.k_levels, lane);
+        k_codes += words_of(KF, D);
         for (int r = 0; r < ROWS; r++) {
             float score = k_scale * dot_lanes<D>(state.q[r], x) + ref_score[r];
             weight[r] = token < limits.coded_end[r] ? weigh(state, r, score) * v_scale : 0.0f;
         }
-        expand<D, VF>(x, kv.v_codes + at * words_of(VF, D), shared.v_levels, lane);
+        expand<D, VF>(x, v_codes, shared.v_levels, lane);
+        v_codes += words_of(VF, D);
         for (int r = 0; r < ROWS; r++) add_value(state, r, weight[r], x);
     }
 }
