@@ -91,7 +91,7 @@ inline ulong row_offset(thread const attend_params &p, int head, int row, int he
 template <int D, int ROWS> struct row_state {
     float q[ROWS][D / 32]; /* times softmax scale and log2(e) */
     float acc[ROWS][D / 32];
-    float max[ROWS], sum[ROWS];
+    float max[ROWS], sum[ROWS]; /* the sum is of this lane's tokens alone */
 };
 
 /* A row's partial result: the sum of weighted values [D], the largest score, the sum of weights. */
@@ -114,16 +114,20 @@ template <int D, int ROWS> inline void clear_rows(thread row_state<D, ROWS> &sta
     }
 }
 
-/* Take a score into a row's softmax: returns the weight of its value. */
-template <int D, int ROWS> inline float weigh(thread row_state<D, ROWS> &state, int r, float score)
+/*
+ * Take the scores of up to 32 tokens, one a lane, into a row's softmax, if the row sees them; returns the weight of the lane's
+ * token. So exponentials and maxima cost once for 32 tokens.
+ */
+template <int D, int ROWS> inline float weigh(thread row_state<D, ROWS> &state, int r, float score, bool sees)
 {
-    if (score > state.max[r]) {
-        float factor = exp2(state.max[r] - score);
-        state.max[r] = score;
+    float largest = simd_max(sees ? score : lowest_score());
+    if (largest > state.max[r]) {
+        float factor = exp2(state.max[r] - largest);
+        state.max[r] = largest;
         state.sum[r] *= factor;
         for (int k = 0; k < D / 32; k++) state.acc[r][k] *= factor;
     }
-    float weight = exp2(score - state.max[r]);
+    float weight = sees ? exp2(score - state.max[r]) : 0.0f;
     state.sum[r] += weight;
     return weight;
 }

@@ -20,52 +20,81 @@ template <int D, int ROWS> struct decode_memory {
     float max[8][ROWS], sum[8][ROWS];
 };
 
+/* Up to 32 encoded tokens from `first` on, all in one block. ref_score: what the block's reference adds to each row's scores.
+ */
+template <int D, int KF, int VF, int ROWS>
+inline void attend_tokens(thread row_state<D, ROWS> &state, thread const attend_params &p, thread const kv_arrays &kv, int head,
+                          int first, int n, thread const row_limits<ROWS> &limits, thread const float (&ref_score)[ROWS],
+                          threadgroup const decode_memory<D, ROWS> &shared, int lane)
+{
+    float x[D / 32], score[ROWS];
+    ulong at = ulong(head) * p.capacity + first;
+    const device uint *codes = kv.k_codes + at * words_of(KF, D);
+    for (int r = 0; r < ROWS; r++) score[r] = 0.0f;
+    for (int t = 0; t < n; t++, codes += words_of(KF, D)) {
+        expand<D, KF>(x, codes, shared.k_levels, lane);
+        for (int r = 0; r < ROWS; r++) {
+            float sum = dot_lanes<D>(state.q[r], x);
+            score[r] = lane == t ? sum : score[r];
+        }
+    }
+    float k_scale = lane < n ? float(kv.k_scales[at + lane]) : 0.0f, v_scale = lane < n ? float(kv.v_scales[at + lane]) : 0.0f;
+    for (int r = 0; r < ROWS; r++) {
+        bool sees = lane < n && first + lane < limits.coded_end[r];
+        score[r] = weigh(state, r, k_scale * score[r] + ref_score[r], sees) * v_scale; /* a weight from here on */
+    }
+    codes = kv.v_codes + at * words_of(VF, D);
+    for (int t = 0; t < n; t++, codes += words_of(VF, D)) {
+        expand<D, VF>(x, codes, shared.v_levels, lane);
+        for (int r = 0; r < ROWS; r++) add_value(state, r, simd_shuffle(score[r], ushort(t)), x);
+    }
+}
+
 /* One block of encoded tokens, as far as it lies before `end` and rows see it. */
 template <int D, int KF, int VF, int HAS_REF, int ROWS>
 inline void attend_block(thread row_state<D, ROWS> &state, thread const attend_params &p, thread const kv_arrays &kv, int head,
                          int block, thread const row_limits<ROWS> &limits, int end,
                          threadgroup const decode_memory<D, ROWS> &shared, int lane)
 {
-    float x[D / 32], ref_score[ROWS], weight[ROWS];
+    float ref_score[ROWS];
     for (int r = 0; r < ROWS; r++) ref_score[r] = 0.0f;
     if (HAS_REF) {
+        float x[D / 32];
         const device uint *reference = reference_of(p, kv, head, block * block_tokens(), D);
         expand<D, TQ8>(x, reference, shared.k_levels, lane);
         float scale = reference_scale(reference, D);
         for (int r = 0; r < ROWS; r++) ref_score[r] = scale * dot_lanes<D>(state.q[r], x);
     }
-    int first = max(block * block_tokens(), p.n_sink), last = min((block + 1) * block_tokens(), end);
-    ulong at = ulong(head) * p.capacity + first;
-    const device uint *k_codes = kv.k_codes + at * words_of(KF, D), *v_codes = kv.v_codes + at * words_of(VF, D);
-    const device half *k_scales = kv.k_scales + at, *v_scales = kv.v_scales + at;
-    for (int token = first; token < last; token++) {
-        float k_scale = float(*k_scales++), v_scale = float(*v_scales++);
-        expand<D, KF>(x, k_codes, shared.k_levels, lane);
-        k_codes += words_of(KF, D);
-        for (int r = 0; r < ROWS; r++) {
-            float score = k_scale * dot_lanes<D>(state.q[r], x) + ref_score[r];
-            weight[r] = token < limits.coded_end[r] ? weigh(state, r, score) * v_scale : 0.0f;
-        }
-        expand<D, VF>(x, v_codes, shared.v_levels, lane);
-        v_codes += words_of(VF, D);
-        for (int r = 0; r < ROWS; r++) add_value(state, r, weight[r], x);
+    int last = min((block + 1) * block_tokens(), end);
+    for (int first = max(block * block_tokens(), p.n_sink); first < last; first += 32) {
+        attend_tokens<D, KF, VF>(state, p, kv, head, first, min(last - first, 32), limits, ref_score, shared, lane);
     }
 }
 
-/* Exact vectors simd, simd + 8, ... */
+/* The exact vectors, in runs of up to 32 that the SIMD groups take in turns. */
 template <int D, int ROWS>
 inline void attend_exact(thread row_state<D, ROWS> &state, thread const attend_params &p, thread const kv_arrays &kv, int head,
                          thread const row_limits<ROWS> &limits, int simd, int lane)
 {
-    float k[D / 32], v[D / 32];
-    for (int index = simd; index < p.n_exact; index += decode_simdgroups()) {
-        int position = exact_position(p, index);
-        ulong at = (ulong(head) * p.exact_capacity + index) * D;
-        load_consecutive<D>(k, kv.k_exact + at, lane);
-        load_consecutive<D>(v, kv.v_exact + at, lane);
+    int run = min((p.n_exact + decode_simdgroups() - 1) / decode_simdgroups(), 32);
+    for (int first = simd * run; first < p.n_exact; first += decode_simdgroups() * run) {
+        float x[D / 32], score[ROWS];
+        int n = min(run, p.n_exact - first), position = exact_position(p, first + lane);
+        ulong at = (ulong(head) * p.exact_capacity + first) * D;
+        for (int r = 0; r < ROWS; r++) score[r] = 0.0f;
+        for (int t = 0; t < n; t++) {
+            load_consecutive<D>(x, kv.k_exact + at + t * D, lane);
+            for (int r = 0; r < ROWS; r++) {
+                float sum = dot_lanes<D>(state.q[r], x);
+                score[r] = lane == t ? sum : score[r];
+            }
+        }
         for (int r = 0; r < ROWS; r++) {
-            float score = dot_lanes<D>(state.q[r], k);
-            if (sees_exact(limits, r, p.n_sink, position)) add_value(state, r, weigh(state, r, score), v);
+            score[r] = weigh(state, r, score[r], lane < n && sees_exact(limits, r, p.n_sink, position));
+        }
+        for (int t = 0; t < n; t++) {
+            load_consecutive<D>(x, kv.v_exact + at + t * D, lane);
+            for (int r = 0; r < ROWS; r++) add_value(state, r, simd_shuffle(score[r], ushort(t)), x);
         }
     }
 }
@@ -75,10 +104,11 @@ template <int D, int ROWS>
 inline void merge_simdgroups(thread row_state<D, ROWS> &state, threadgroup decode_memory<D, ROWS> &shared, int n_rows,
                              device float *out, int simd, int lane)
 {
-    if (lane == 0) {
-        for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < ROWS; r++) {
+        float sum = simd_sum(state.sum[r]);
+        if (lane == 0) {
             shared.max[simd][r] = state.max[r];
-            shared.sum[simd][r] = state.sum[r];
+            shared.sum[simd][r] = sum;
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup); /* and the queries are not needed any more */

@@ -77,20 +77,25 @@ inline void fill_exact_tile(threadgroup prefill_memory<D> &shared, thread const 
     }
 }
 
-/* Attend with all rows of the SIMD group to token t of the tile, those for which `sees` has its bit. */
+/* Attend with all rows of the SIMD group to the first n tokens of the tile; bit r of `sees`: row r sees the lane's token. */
 template <int D>
-inline void attend_token(thread row_state<D, 4> &state, threadgroup const prefill_memory<D> &shared, int t, uint sees, int lane)
+inline void attend_tile(thread row_state<D, 4> &state, threadgroup const prefill_memory<D> &shared, int n, uint sees, int lane)
 {
-    constexpr int n = D / 32;
-    float k[n], v[n];
-    if (sees == 0) return;
-    for (int i = 0; i < n; i++) {
-        k[i] = shared.k[t][n * lane + i];
-        v[i] = shared.v[t][n * lane + i];
+    constexpr int n_lane = D / 32;
+    float x[n_lane], score[prefill_rows()];
+    if (simd_max(sees) == 0) return;
+    for (int r = 0; r < prefill_rows(); r++) score[r] = 0.0f;
+    for (int t = 0; t < n; t++) {
+        for (int k = 0; k < n_lane; k++) x[k] = shared.k[t][n_lane * lane + k];
+        for (int r = 0; r < prefill_rows(); r++) {
+            float sum = dot_lanes<D>(state.q[r], x);
+            score[r] = lane == t ? sum : score[r];
+        }
     }
-    for (int r = 0; r < prefill_rows(); r++) {
-        float score = dot_lanes<D>(state.q[r], k);
-        if (sees >> r & 1u) add_value(state, r, weigh(state, r, score), v);
+    for (int r = 0; r < prefill_rows(); r++) score[r] = weigh(state, r, score[r], (sees >> r & 1u) != 0);
+    for (int t = 0; t < n; t++) {
+        for (int k = 0; k < n_lane; k++) x[k] = shared.v[t][n_lane * lane + k];
+        for (int r = 0; r < prefill_rows(); r++) add_value(state, r, simd_shuffle(score[r], ushort(t)), x);
     }
 }
 
@@ -115,11 +120,12 @@ inline void prefill(const device T *q, kv_arrays kv, attend_params p, device T *
         threadgroup_barrier(mem_flags::mem_threadgroup); /* nobody needs the tile before; at first, the tables are there */
         fill_coded_tile<D, KF, VF, HAS_REF>(shared, p, kv, head, begin, simd, lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (int t = 0; t < tile; t++) {
-            uint sees = 0;
-            for (int r = 0; r < rows; r++) sees |= uint(begin + t >= p.n_sink && begin + t < limits.coded_end[r]) << r;
-            attend_token(state, shared, t, sees, lane);
+        uint sees = 0;
+        int position = begin + lane, n_tokens = min(tile, end - begin);
+        for (int r = 0; r < rows; r++) {
+            sees |= uint(lane < n_tokens && position >= p.n_sink && position < limits.coded_end[r]) << r;
         }
+        attend_tile(state, shared, n_tokens, sees, lane);
     }
 
     for (int r = 0; r < rows; r++) {
@@ -133,16 +139,18 @@ inline void prefill(const device T *q, kv_arrays kv, attend_params p, device T *
         threadgroup_barrier(mem_flags::mem_threadgroup);
         fill_exact_tile(shared, p, kv, head, begin, simd, lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (int t = 0; t < tile && begin + t < p.n_exact; t++) {
-            uint sees = 0;
-            int position = exact_position(p, begin + t);
-            for (int r = 0; r < rows; r++) sees |= uint(sees_exact(limits, r, p.n_sink, position)) << r;
-            attend_token(state, shared, t, sees, lane);
+        uint sees = 0;
+        int position = exact_position(p, begin + lane), n_tokens = min(tile, p.n_exact - begin);
+        for (int r = 0; r < rows; r++) {
+            sees |= uint(lane < n_tokens && sees_exact(limits, r, p.n_sink, position)) << r;
         }
+        attend_tile(state, shared, n_tokens, sees, lane);
     }
-    for (int r = 0; r < rows && first_row + r < n_rows; r++) {
+    for (int r = 0; r < rows; r++) {
+        float sum = simd_sum(state.sum[r]);
+        if (first_row + r >= n_rows) break;
         device T *to = out + row_offset(p, head, first_row + r, D) + n * lane;
-        for (int k = 0; k < n; k++) to[k] = T(state.acc[r][k] / state.sum[r]);
+        for (int k = 0; k < n; k++) to[k] = T(state.acc[r][k] / sum);
     }
 }
 
