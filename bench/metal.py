@@ -33,9 +33,10 @@ CACHES = {"TQ6": (kernels.TQ8, kernels.TT4, True), "TQ4": (kernels.TT4, kernels.
 
 
 def run_tests():
-    """The tests of the kernels, with the GPU in place of the emulation."""
+    """The tests of the kernels and of the cache, with the GPU in place of the emulation."""
     environment = os.environ | {"TQ_METAL_DEVICE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", ROOT / "python/tests/test_metal_kernels.py"]
+    tests = [ROOT / f"python/tests/test_{name}.py" for name in ("metal_kernels", "mlx_metal")]
+    command = [sys.executable, "-m", "pytest", "-q", *tests]
     if subprocess.run(command, env=environment, cwd=ROOT).returncode:
         sys.exit("the kernels are wrong on this GPU: no speed is measured. Please report the output above.")
 

@@ -21,7 +21,7 @@ FOLDER = Path(os.environ.get("TQ_METAL_CACHE", Path(tempfile.gettempdir()) / f"t
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.uint32: "uint", mx.int32: "int"}
 CONSTANT_BELOW = 8  # elements: MLX passes smaller inputs in another address space, which the kernels do not take
-ASCENDING, DESCENDING = 0, 1  # orders in which threads run; any other number is a seed
+ASCENDING, DESCENDING, AHEAD_ASCENDING, AHEAD_DESCENDING = range(4)  # shim.h's orders of threads; more are seeds
 
 order = ASCENDING
 

@@ -186,7 +186,7 @@ def attend(q: mx.array, arrays: Arrays, k_format: int, v_format: int, has_refs: 
     n_splits = max(1, min(GROUPS_WANTED // max(n_heads * n_tiles, 1), -(-n_blocks // (GROUP // SIMD)), SPLITS_MAX))
     split_blocks = -(-n_blocks // n_splits)
     scale_log2 = struct.unpack("i", struct.pack("f", softmax_scale * 1.4426950408889634))[0]
-    params = _ints(n_query, group, n_head_kv, extent.length, extent.n_sink, extent.n_recent, extent.n_batch, extent.coded,
+    params = _ints(n_query, group, extent.length, extent.n_sink, extent.n_recent, extent.n_batch, extent.coded,
                    arrays.k_codes.shape[2], extent.first_exact, extent.n_exact, arrays.k_exact.shape[2], n_splits, split_blocks,
                    scale_log2)
     rotation = signs(head_dim, seed)

@@ -190,31 +190,56 @@ inline bool release(uint begin, uint end, wait_kind kind)
     return true;
 }
 
-/* order: 0 ascending, 1 descending, else a seed. */
+/* How threads take turns: all as far as their next wait, or one SIMD group as far as the next barrier of all. More are seeds.
+ */
+enum order { ASCENDING, DESCENDING, AHEAD_ASCENDING, AHEAD_DESCENDING };
+
+/* Run the threads of sequence[begin, end) that can; returns how many ended. */
+inline uint run_some(const uint *sequence, uint begin, uint end)
+{
+    machine &m = *the();
+    uint n_ended = 0;
+    for (uint i = begin; i < end; i++) {
+        if (m.threads[sequence[i]].state != RUNS) continue;
+        resume(sequence[i]);
+        n_ended += m.threads[sequence[i]].state == ENDED;
+    }
+    return n_ended;
+}
+
+inline void shuffle(uint *sequence)
+{
+    machine &m = *the();
+    for (uint i = m.n_threads - 1; i > 0; i--) {
+        m.random = m.random * 6364136223846793005u + 1442695040888963407u;
+        uint j = uint(m.random >> 33) % (i + 1), other = sequence[j];
+        sequence[j] = sequence[i];
+        sequence[i] = other;
+    }
+}
+
 inline void run_threadgroup(int order)
 {
     machine &m = *the();
     uint sequence[THREADS_MAX], n_ended = 0;
+    bool is_ahead = order == AHEAD_ASCENDING || order == AHEAD_DESCENDING;
     for (uint i = 0; i < m.n_threads; i++) {
         m.threads[i].state = RUNS;
         m.threads[i].n_operations = 0;
-        sequence[i] = order == 1 ? m.n_threads - 1 - i : i;
+        sequence[i] = order == DESCENDING || order == AHEAD_DESCENDING ? m.n_threads - 1 - i : i;
     }
     m.fresh++;
     while (n_ended < m.n_threads) {
-        for (uint i = m.n_threads - 1; order > 1 && i > 0; i--) {
-            m.random = m.random * 6364136223846793005u + 1442695040888963407u;
-            uint j = uint(m.random >> 33) % (i + 1), other = sequence[j];
-            sequence[j] = sequence[i];
-            sequence[i] = other;
+        if (order > AHEAD_DESCENDING) shuffle(sequence);
+        bool moved = false;
+        for (uint i = 0; i < m.n_threads; i += SIMD) {
+            uint first = sequence[i] / SIMD * SIMD; /* of the SIMD group, where the sequence is not shuffled */
+            do {
+                n_ended += run_some(sequence, i, i + SIMD);
+            } while (is_ahead && release(first, first + SIMD, WAITS_FOR_SIMD));
         }
-        for (uint i = 0; i < m.n_threads; i++) {
-            if (m.threads[sequence[i]].state != RUNS) continue;
-            resume(sequence[i]);
-            n_ended += m.threads[sequence[i]].state == ENDED;
-        }
-        bool moved = release(0, m.n_threads, WAITS_FOR_GROUP);
         for (uint i = 0; i < m.n_threads; i += SIMD) moved |= release(i, i + SIMD, WAITS_FOR_SIMD);
+        moved |= release(0, m.n_threads, WAITS_FOR_GROUP);
         if (!moved && n_ended < m.n_threads) fail("threads wait for others that do not come", m.threads[m.current].line);
     }
 }

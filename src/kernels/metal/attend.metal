@@ -12,8 +12,7 @@ namespace tq
 struct attend_params {
     int n_query; /* tokens */
     int group;   /* query heads of a KV head */
-    int n_head_kv;
-    int length; /* tokens of a sequence, the queries' own included */
+    int length;  /* tokens of a sequence, the queries' own included */
     int n_sink;
     int n_recent;
     int n_batch;        /* tokens that are encoded at a time */
@@ -27,10 +26,10 @@ struct attend_params {
     float scale_log2;   /* softmax scale times log2(e) */
 };
 
-/* The same, as they come: 15 words. */
+/* The same, as they come: 14 words. */
 inline attend_params attend_params_of(const device int *x)
 {
-    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], as_type<float>(x[14])};
+    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], as_type<float>(x[13])};
 }
 
 /* The arrays of a layer; [n_heads] is sequences times KV heads. */
