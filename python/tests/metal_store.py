@@ -74,8 +74,8 @@ class Layer:
         exact = [np.concatenate([x[:, self.exact], np.full_like(x[:, :3], np.nan)], axis=1) for x in (self.k, self.v)]
         return kernels.Arrays(*plane(parts[0]), mx.array(refs)[None], *plane(parts[1]), *(mx.array(x)[None] for x in exact))
 
-    def attend(self, q, scale):
-        """q [n_head, n_query, head_dim]: the same in float64."""
+    def attend(self, q, scale, sinks=None):
+        """q [n_head, n_query, head_dim]: the same in float64. sinks [n_head]: learned ones."""
         n_head_kv = len(self.k)
         group, out = len(q) // n_head_kv, np.zeros(q.shape)
         for head in range(len(q)):
@@ -86,10 +86,10 @@ class Layer:
                                 for plain, coded in ((self.k, self.k_decoded), (self.v, self.v_decoded)))
                 s = scale * (keys.astype(np.float64) @ q[head, i].astype(np.float64))
                 p = np.exp(s - s.max())
-                out[head, i] = p @ values / p.sum()
+                out[head, i] = p @ values / (p.sum() + (0 if sinks is None else np.exp(sinks[head] - s.max())))
         return out
 
-    def kernel_attend(self, q, scale, dtype=mx.float32):
+    def kernel_attend(self, q, scale, dtype=mx.float32, sinks=None):
         out = kernels.attend(mx.array(q)[None].astype(dtype), self.arrays, *(NUMBERS[f] for f in self.formats), self.has_refs,
-                             self.extent, scale, SEED)
+                             self.extent, scale, SEED, None if sinks is None else mx.array(sinks))
         return np.array(out[0].astype(mx.float32))

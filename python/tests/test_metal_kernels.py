@@ -137,6 +137,15 @@ def test_prefill_formats(rng, formats):
     check(Layer(rng, *formats, 64, 200, 40, n_sink=0, n_recent=16, n_batch=1, has_refs=formats[0] == "tq8"), rng, 1)
 
 
+@pytest.mark.parametrize("n_query", [1, 40])
+def test_learned_sinks(rng, n_query):
+    layer = Layer(rng, "tq4", "tq4", 64, 150, n_query)
+    q, sinks = rng.standard_normal((4, n_query, 64)).astype(np.float32), np.float32([-50, 0, 3, 9])
+    wanted, found = layer.attend(q, .1, sinks), layer.kernel_attend(q, .1, sinks=sinks)
+    assert abs(found - wanted).max() < 2e-4 * abs(wanted).max()
+    assert abs(wanted - layer.attend(q, .1))[2:].max() > .01
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(mx.float16, 2e-3), (mx.bfloat16, 1e-2)])
 def test_types(rng, dtype, tolerance):
     check(Layer(rng, "tq4", "tq4", 64, 150, 1), rng, 1, tolerance, dtype)
@@ -167,7 +176,8 @@ STORE_TYPES = ["uint", "half", "uint", "uint", "half", "half", "half", "uint", "
     ("encode", [128, 4, 1], ENCODER_TYPES), ("trellis", [96, 10, 1], ENCODER_TYPES),
     ("reference", [192], (["half", "int", "uint", "int"], ["uint"])),
     ("decode", [128, 9, 4, 1, 8], (["float", *STORE_TYPES], ["float"])),
-    ("combine", [64], (["float", "uint", "int"], ["half"])), ("prefill", [256, 2, 11, 1], (["half", *STORE_TYPES], ["half"]))])
+    ("combine", [64], (["float", "uint", "float", "int"], ["half"])),
+    ("prefill", [256, 2, 11, 1], (["half", *STORE_TYPES, "float"], ["half"]))])
 def test_address_spaces(name, template, types):
     names = {1: ["D"], 3: ["D", "FORMAT", "HAS_REF"], 4: ["D", "KF", "VF", "HAS_REF"], 5: ["D", "KF", "VF", "HAS_REF", "ROWS"]}
     arguments = list(zip(names[len(template)], template))

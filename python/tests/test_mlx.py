@@ -40,6 +40,28 @@ def test_logits(model, formats, parts):
     assert divergence(wanted, found) < mean
 
 
+def test_learned_sinks():
+    """Of gpt-oss, large enough to change what the model says; every other layer has a window and stays as it is."""
+    model, tokens = make_model("gpt_oss"), ids(200, n_batch=2)
+    for i, layer in enumerate(model.layers):
+        layer.self_attn.sinks = 2 + mx.random.normal((4,), key=mx.random.key(i))
+    wanted = logits(model, stock.make_prompt_cache(model), tokens, 3)
+    found = logits(model, make_prompt_cache(model, **F16), tokens, 3)
+    assert abs(found - wanted).max() < TOLERANCES["f16"][0]
+
+
+def test_formats_layer_by_layer(llama):
+    caches = make_prompt_cache(llama, v_format="tq8", layer_k_formats=["f16", "tq8", "tq4"])
+    logits(llama, caches, ids(100))
+    stores = [cache._sequences[0].store for cache in caches]
+    assert len(set(map(id, stores))) == 3
+    # A key takes 128, 66 and 34 bytes of 2 heads.
+    page_bytes = [store.stats().page_bytes for store in stores]
+    assert page_bytes[0] > page_bytes[1] > page_bytes[2]
+    with pytest.raises(turboquant.ArgumentError, match="2 formats, but 3 layers"):
+        make_prompt_cache(llama, layer_v_formats=["tq8", "tq4"])
+
+
 def test_few_bits_are_worse(llama):
     tokens = ids(300)
     wanted = logits(llama, stock.make_prompt_cache(llama), tokens)

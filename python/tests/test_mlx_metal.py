@@ -63,6 +63,20 @@ def test_like_the_cpu(llama, formats, parts):
     assert abs(found - wanted).max() < .02
 
 
+def test_learned_sinks():
+    """Of gpt-oss; every other layer has a window and stays as it is."""
+    model, tokens = make_model("gpt_oss"), ids(40)
+    for i, layer in enumerate(model.layers):
+        layer.self_attn.sinks = 2 + mx.random.normal((4,), key=mx.random.key(i))
+    found = []
+    for kind in (TurboQuantKVCache, TurboQuantMetalKVCache):
+        turboquant.mlx._reach_attention(model)
+        options = {"n_recent": 16} if kind is TurboQuantKVCache else LIKE_CPU
+        cache = [kind(**options) if type(layer) is stock.KVCache else layer for layer in stock.make_prompt_cache(model)]
+        found.append(logits(model, cache, tokens, 3))
+    assert divergence(*found) < LIMIT
+
+
 def test_one_by_one(llama):
     """Decoding token by token gives what a prompt at once gives."""
     tokens = ids(40)

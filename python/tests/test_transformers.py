@@ -34,6 +34,34 @@ def test_logits(model, formats, parts):
     assert divergence(wanted, found) < mean
 
 
+@pytest.fixture(scope="module", params=["gemma2", "gpt_oss"])
+def odd_logits_model(request):
+    """Layers with a window in turns with full attention, and logits that are capped, or have learned sinks, to an extent that
+    changes what the model says."""
+    if request.param == "gemma2":
+        return make_model("gemma2", sliding_window=64, attn_logit_softcapping=1.0)
+    model = make_model("gpt_oss", sliding_window=64, num_local_experts=4, num_experts_per_tok=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.normal_(2, 1)
+    return model
+
+
+@pytest.mark.parametrize("n_padding", [0, 30])
+def test_capped_logits_and_sinks(odd_logits_model, n_padding):
+    model, input_ids, mask = odd_logits_model, ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[0, :n_padding] = 0
+    wanted = logits(model, stock(model), input_ids, 3, attention_mask=mask)
+    found = logits(model, compressed(model, **F16), input_ids, 3, attention_mask=mask)
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=TOLERANCES["f16"][0], rtol=0)
+
+
+def test_capped_logits_and_sinks_greedy(odd_logits_model):
+    input_ids = ids(1, 100)
+    assert torch.equal(generated(odd_logits_model, compressed(odd_logits_model, **F16), input_ids),
+                       generated(odd_logits_model, stock(odd_logits_model), input_ids))
+
+
 def test_few_bits_are_worse(llama):
     """So that the tests above cannot pass with a cache that compresses nothing."""
     input_ids = ids(1, 300)

@@ -40,12 +40,6 @@ def test_dropout():
         logits(model, compressed(model), ids(1, 20))
 
 
-def test_softcap():
-    model = make_model("gemma2", sliding_window=64)
-    with pytest.raises((turboquant.UnsupportedError, ValueError), match="soft"):
-        logits(model, compressed(model), ids(1, 20))
-
-
 def test_weights(llama):
     with pytest.raises(turboquant.UnsupportedError, match="output_attentions"):
         logits(llama, compressed(llama), ids(1, 20), output_attentions=True)

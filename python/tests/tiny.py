@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Small random models of Transformers, and generation with and without the cache."""
 import torch
-from transformers import (AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config,
-                          Qwen3Config)
+from transformers import (AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig,
+                          Qwen2Config, Qwen3Config)
 from turboquant.transformers import TurboQuantCache
 
 SIZES = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": None, "initializer_range": .08}
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig,
+           "gpt_oss": GptOssConfig}
 # The 8-bit formats, as a preset once was.
 TQ8 = {"k_format": "tq8", "v_format": "tq8"}
 
@@ -37,7 +38,8 @@ def stock(model):
 
 
 def use_attention_of(model, cache):
-    model.set_attn_implementation("turboquant" if isinstance(cache, TurboQuantCache) else "sdpa")
+    stock_attention = "sdpa" if model._supports_sdpa else "eager"
+    model.set_attn_implementation("turboquant" if isinstance(cache, TurboQuantCache) else stock_attention)
 
 
 def generated(model, cache, input_ids, n=24, **options):

@@ -17,6 +17,9 @@ def make_model(kind="llama", seed=1, dtype=mx.float32, **options):
     sizes = SIZES | {"model_type": kind} | options
     if kind == "qwen3":
         sizes |= {"head_dim": 64, "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": True}
+    elif kind == "gpt_oss":
+        sizes |= {"head_dim": 64, "num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        sizes["sliding_window"] = 64
     else:
         sizes |= {"hidden_size": 256}
     model = module.Model(module.ModelArgs.from_dict(sizes))

@@ -51,8 +51,12 @@ class BatchCache(stock._BaseCache):
         """Make the sequences that are missing. Raises if those that are there hold keys of another shape."""
         raise NotImplementedError
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-        """Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]."""
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
+               ) -> mx.array:
+        """
+        Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]. sinks [n_head]:
+        learned logits of the denominator alone.
+        """
         raise NotImplementedError
 
     # ---- what the models call ----

@@ -36,14 +36,15 @@ class Kernel(NamedTuple):
 _ENCODE_FILES = ("common", "tables", "rotate", "encode")
 _ENCODE = ("rows", "refs", "signs", "params")
 _STORE = ("q", "k_codes", "k_scales", "refs", "v_codes", "v_scales", "k_exact", "v_exact", "signs", "params")
+NO_SINK = -1e30
 _ATTEND_FILES = (*_ENCODE_FILES, "trellis", "expand", "attend")
 KERNELS = {
     "encode": Kernel(_ENCODE, ("codes", "scales"), _ENCODE_FILES),
     "trellis": Kernel(_ENCODE, ("codes", "scales"), (*_ENCODE_FILES, "trellis")),
     "reference": Kernel(("rows", "starts", "signs", "params"), ("refs",), _ENCODE_FILES),
     "decode": Kernel(_STORE, ("partial",), (*_ATTEND_FILES, "decode")),
-    "combine": Kernel(("partial", "signs", "params"), ("out",), (*_ATTEND_FILES, "combine")),
-    "prefill": Kernel(_STORE, ("out",), (*_ATTEND_FILES, "prefill")),
+    "combine": Kernel(("partial", "signs", "sinks", "params"), ("out",), (*_ATTEND_FILES, "combine")),
+    "prefill": Kernel((*_STORE, "sinks"), ("out",), (*_ATTEND_FILES, "prefill")),
 }
 
 
@@ -172,9 +173,19 @@ class Extent(NamedTuple):
     n_exact: int
 
 
+def _sinks_of_heads(sinks: mx.array | None, n_batch: int, n_head: int) -> mx.array:
+    """In base 2, float32 [n_batch * n_head] and padding; ones that weigh nothing if there are none."""
+    if sinks is None:
+        return mx.full((n_batch * n_head + 8,), NO_SINK, mx.float32)
+    return mx.concatenate([mx.tile(sinks.astype(mx.float32) * 1.4426950408889634, n_batch), mx.zeros(8)])
+
+
 def attend(q: mx.array, arrays: Arrays, k_format: int, v_format: int, has_refs: bool, extent: Extent, softmax_scale: float,
-           seed: int) -> mx.array:
-    """Causal attention of q [n_batch, n_head, n_query, head_dim], the last positions of a sequence: the same shape."""
+           seed: int, sinks: mx.array | None = None) -> mx.array:
+    """
+    Causal attention of q [n_batch, n_head, n_query, head_dim], the last positions of a sequence: the same shape. sinks
+    [n_head]: learned logits that count in the softmax's denominator alone.
+    """
     n_batch, n_head, n_query, head_dim = q.shape
     n_head_kv = arrays.k_exact.shape[1]
     group, n_rows = n_head // n_head_kv, n_query * (n_head // n_head_kv)
@@ -190,13 +201,13 @@ def attend(q: mx.array, arrays: Arrays, k_format: int, v_format: int, has_refs: 
                    arrays.k_codes.shape[2], extent.first_exact, extent.n_exact, arrays.k_exact.shape[2], n_splits, split_blocks,
                    scale_log2)
     rotation = signs(head_dim, seed)
-    inputs = [q, *arrays, rotation, params]
+    inputs, of_heads = [q, *arrays, rotation, params], _sinks_of_heads(sinks, n_batch, n_head)
     template = [("D", head_dim), ("KF", k_format), ("VF", v_format), ("HAS_REF", int(has_refs))]
     if n_rows > 2 * rows_max:
         grid = (GROUP, -(-n_rows // PREFILL_ROWS), n_heads)
-        return launcher("prefill", template, inputs, grid, (GROUP, 1, 1), [q.shape], [q.dtype])[0]
+        return launcher("prefill", template, [*inputs, of_heads], grid, (GROUP, 1, 1), [q.shape], [q.dtype])[0]
     rows = -(-n_rows // n_tiles)
     partial = launcher("decode", [*template, ("ROWS", rows)], inputs, (GROUP * (n_splits + 1), n_tiles, n_heads),
                        (GROUP, 1, 1), [(n_heads, n_splits + 1, n_rows, head_dim + 2)], [mx.float32])[0]
-    return launcher("combine", [("D", head_dim)], [partial, rotation, params], (SIMD, n_rows, n_heads), (SIMD, 1, 1),
+    return launcher("combine", [("D", head_dim)], [partial, rotation, of_heads, params], (SIMD, n_rows, n_heads), (SIMD, 1, 1),
                     [q.shape], [q.dtype])[0]

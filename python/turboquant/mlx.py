@@ -105,10 +105,11 @@ class TurboQuantKVCache(BatchCache):
                                     "to another model. Make a new one")
         self._sequences = [_Sequence(store) if sequence is None else sequence for sequence in self._sequences]
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
+               ) -> mx.array:
         """
         Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape.
-        Computes at once, whatever was lazy.
+        sinks [n_head]: learned logits of the denominator alone. Computes at once, whatever was lazy.
         """
         n_batch, n_head, n_tok, _ = queries.shape
         q, k, v = (_host(x) for x in (queries, keys, values))
@@ -119,6 +120,9 @@ class TurboQuantKVCache(BatchCache):
         params.n_head, params.softmax_scale = n_head, scale
         params.q_token_stride, params.q_head_stride = n_head * store.head_dim, store.head_dim
         params.out_token_stride, params.out_head_stride = n_head * store.head_dim_v, store.head_dim_v
+        if sinks is not None:
+            sinks = np.array(sinks.astype(mx.float32))
+            params.sinks = sinks.ctypes.data
         for i, sequence, begin, n in self._take(n_tok):
             params.n_query, params.q, params.out = n, q[i, begin:].ctypes.data, out[i, begin:].ctypes.data
             store.prefill_raw(sequence.seq, 0, n, k[i, begin:].ctypes.data, v[i, begin:].ctypes.data, params)
@@ -177,12 +181,9 @@ def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cach
     """mlx_lm.models.base.scaled_dot_product_attention, for compressed keys and all others."""
     if not isinstance(keys, Rows):
         return _stock_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
-    if sinks is not None:
-        raise UnsupportedError("this model has learned attention sinks, which compressed attention does not have here: use "
-                               "mlx_lm.models.cache.make_prompt_cache")
     if mask is not None and not (isinstance(mask, str) and mask == "causal"):
         raise UnsupportedError("a mask as an array: compressed attention is causal alone, and knows padding from the cache")
-    return keys.cache.attend(queries, keys.rows, values.rows, scale)
+    return keys.cache.attend(queries, keys.rows, values.rows, scale, sinks)
 
 
 def _reach_attention(model: Any) -> None:
@@ -195,6 +196,20 @@ def _reach_attention(model: Any) -> None:
     if reached == [base]:
         raise UnsupportedError(f"{type(model).__module__} has an attention of its own, which turboquant.mlx does not reach: "
                                "use mlx_lm.models.cache.make_prompt_cache")
+
+
+def _options_of_layers(options: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Of n layers: layer_k_formats and layer_v_formats become each layer's k_format and v_format."""
+    common = {name: value for name, value in options.items() if name not in ("layer_k_formats", "layer_v_formats")}
+    layers = [dict(common) for _ in range(n)]
+    for side in "kv":
+        formats = options.get(f"layer_{side}_formats") or []
+        if formats and len(formats) != n:
+            raise ArgumentError(f"layer_{side}_formats has {len(formats)} formats, but {n} layers are compressed: give one for "
+                                "each of these")
+        for layer, name in zip(layers, formats):
+            layer[f"{side}_format"] = name
+    return layers
 
 
 def _cache_class() -> type:
@@ -211,7 +226,8 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     """
     MLX-LM's make_prompt_cache, with a compressed cache in place of each plain KVCache; layers with a window or a recurrent
     state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="tq8"; on
-    an Apple GPU a TurboQuantMetalKVCache, with those of that. What was applied is printed once.
+    an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
+    for each compressed layer. What was applied is printed once.
     """
     kind = _cache_class()
     make = getattr(model, "make_cache", None)
@@ -219,10 +235,11 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
         caches = make.stock(max_kv_size)
     else:
         caches = stock.make_prompt_cache(model, max_kv_size)
-    applied = [kind(preset, **options) if type(cache) is stock.KVCache else cache for cache in caches]
-    n = sum(isinstance(cache, kind) for cache in applied)
+    n = sum(type(cache) is stock.KVCache for cache in caches)
     if n == 0:
         raise UnsupportedError("none of this model's layers has a plain KVCache: there is nothing to compress")
+    of_layers = iter(_options_of_layers(options, n))
+    applied = [kind(preset, **next(of_layers)) if type(cache) is stock.KVCache else cache for cache in caches]
     _reach_attention(model)
     said = ", ".join(f"{name}={value}" for name, value in {"preset": preset, **options}.items())
     what = f"turboquant: {n} of {len(caches)} layers compressed ({said}), {len(caches) - n} left to MLX-LM"

@@ -92,7 +92,7 @@ class _Sequence:
         """What is encoded stays encoded."""
         self.length, self.coded = length, min(self.coded, length)
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         """Append keys and values [1, n_head_kv, n_tok, head_dim] and attend with queries [1, n_head, n_tok, head_dim]."""
         options, n_tok = self._options, keys.shape[2]
         begin, n_before = self._first_exact(), self._n_exact()
@@ -104,7 +104,7 @@ class _Sequence:
         if end > begin:
             self._encode(begin, end)
         out = kernels.attend(queries, self.arrays, options.k_format, options.v_format, options.has_refs, extent, scale,
-                             options.seed)
+                             options.seed, sinks)
         if end > begin:
             self._forget_exact(end - begin, extent.n_exact)
             self.coded = end
@@ -204,10 +204,11 @@ class TurboQuantMetalKVCache(BatchCache):
         self._sequences = [_Sequence(self._chosen, n_head_kv, head_dim) if sequence is None else sequence
                            for sequence in self._sequences]
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
+               ) -> mx.array:
         """
         Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape,
-        zeros where there is padding. Lazy.
+        zeros where there is padding. sinks [n_head]: learned logits of the denominator alone. Lazy.
         """
         n_batch, n_head, n_tok, _ = queries.shape
         if n_head % keys.shape[1] != 0:
@@ -215,7 +216,7 @@ class TurboQuantMetalKVCache(BatchCache):
         found = [mx.zeros((1, *queries.shape[1:]), queries.dtype)] * n_batch
         for i, sequence, begin, n in self._take(n_tok):
             part = (slice(i, i + 1), slice(None), slice(begin, begin + n))
-            out = sequence.attend(queries[part], keys[part], values[part], scale)
+            out = sequence.attend(queries[part], keys[part], values[part], scale, sinks)
             found[i] = out if n == n_tok else mx.pad(out, [(0, 0), (0, 0), (begin, n_tok - begin - n), (0, 0)])
         return found[0] if n_batch == 1 else mx.concatenate(found, axis=0)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -38,8 +39,6 @@ NAME = "turboquant"
 _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv"}
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
-    "softcap": "logit soft-capping",
-    "s_aux": "learned attention sinks",
     "position_bias": "position biases",
     "output_attentions": "output_attentions: the weights are never all in memory",
     "sliding_window": "a sliding window in a layer that the configuration calls full attention",
@@ -133,10 +132,12 @@ class TurboQuantLayer(CacheLayerMixin):
         self._model_config = config
 
     def attend(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-               mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+               mask: torch.Tensor | None, scaling: float | None, softcap: float | None = None,
+               sinks: torch.Tensor | None = None) -> torch.Tensor:
         """
         Append the rows and attend with their queries [n_batch, n_head, n_tok, head_dim]: [n_batch, n_tok, n_head, head_dim].
         mask: None, or bool [n_batch, n_columns + n_tok], where False is padding. A row of padding gives zeros.
+        softcap: logits become softcap * tanh(logit / softcap). sinks [n_head]: logits of the denominator alone.
         """
         self._check(module.config, query, keys, values)
         owner, n_tok = self._cache(), query.shape[2]
@@ -144,7 +145,11 @@ class TurboQuantLayer(CacheLayerMixin):
         try:
             # [n_batch, n_tok, head, dim] is how projections leave keys and values, so this copies nothing but half floats.
             rows = [x.transpose(1, 2).to(torch.float32).contiguous() for x in (keys, values)]
-            out = _attend_rows(owner.store, owner.seqs, self._number, query.to(torch.float32), *rows, kept, scaling)
+            params = _attend_params(query.shape[1], query.shape[3] ** -0.5 if scaling is None else scaling, softcap)
+            if sinks is not None:
+                sinks = sinks.detach().to(torch.float32).contiguous()
+                params.sinks = sinks.data_ptr()
+            out = _attend_rows(owner.store, owner.seqs, self._number, query.to(torch.float32), *rows, kept, params)
         except BaseException:
             owner._roll_back(self.n_columns)
             raise
@@ -152,15 +157,19 @@ class TurboQuantLayer(CacheLayerMixin):
         return out.to(query.dtype)
 
 
-def _attend_rows(store: _cache.Cache, seqs: list[int], number: int, query: torch.Tensor, keys: torch.Tensor,
-                 values: torch.Tensor, kept: np.ndarray | None, scaling: float | None) -> torch.Tensor:
-    """query [n_batch, n_head, n_tok, head_dim], keys and values [n_batch, n_tok, n_head_kv, head_dim], all float32."""
-    n_batch, n_head, n_tok, head_dim = query.shape
-    query = query if query.stride(3) == 1 else query.contiguous()
-    out = (torch.empty if kept is None else torch.zeros)(n_batch, n_tok, n_head, store.head_dim_v)
+def _attend_params(n_head: int, scaling: float, softcap: float | None) -> AttendParams:
     params = AttendParams()
     lib.tq_attend_params_default(params)
-    params.n_head, params.softmax_scale = n_head, head_dim**-0.5 if scaling is None else scaling
+    params.n_head, params.softmax_scale, params.softcap = n_head, scaling, softcap or 0
+    return params
+
+
+def _attend_rows(store: _cache.Cache, seqs: list[int], number: int, query: torch.Tensor, keys: torch.Tensor,
+                 values: torch.Tensor, kept: np.ndarray | None, params: AttendParams) -> torch.Tensor:
+    """query [n_batch, n_head, n_tok, head_dim], keys and values [n_batch, n_tok, n_head_kv, head_dim], all float32."""
+    n_batch, n_head, n_tok, _ = query.shape
+    query = query if query.stride(3) == 1 else query.contiguous()
+    out = (torch.empty if kept is None else torch.zeros)(n_batch, n_tok, n_head, store.head_dim_v)
     params.out_token_stride, params.out_head_stride = n_head * store.head_dim_v, store.head_dim_v
     for i, seq in enumerate(seqs):
         q, k, v, result = query[i], keys[i], values[i], out[i]
@@ -386,14 +395,26 @@ def _head_shape(config: Any) -> tuple[int, int]:
     return n_head_kv, getattr(config, "head_dim", None) or config.hidden_size // n_head
 
 
+def _stock_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                     mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+    """For layers left to Transformers: its "sdpa", or the model's own "eager" where logits are capped or have sinks."""
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    if mask is None:  # what sdpa_mask leaves out: plain causality
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    del kwargs["is_causal"]
+    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+
 @torch.compiler.disable
 def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, attention_mask: torch.Tensor | None,
                       dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any
                       ) -> tuple[torch.Tensor, None]:
     """The attention implementation "turboquant", as AttentionInterface calls it."""
     if isinstance(key, _Stock):
-        return sdpa_attention_forward(module, query, key.tensor, value.tensor, attention_mask, dropout=dropout,
-                                      scaling=scaling, is_causal=is_causal, **kwargs)
+        return _stock_attention(module, query, key.tensor, value.tensor, attention_mask, dropout=dropout, scaling=scaling,
+                                is_causal=is_causal, **kwargs)
     if not isinstance(key, _Compressed):
         raise ArgumentError(f'the attention implementation "{NAME}" got ordinary keys: pass cache=TurboQuantCache('
                             "config=model.config), or call model.set_attn_implementation('sdpa')")
@@ -407,7 +428,8 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, va
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedError(f"a mask of {attention_mask.ndim} dimensions is not supported: give attention_mask as "
                                "[n_batch, n_tok], with zeros for padding")
-    return key.layer.attend(module, query, key.rows, value.rows, attention_mask, scaling), None
+    return key.layer.attend(module, query, key.rows, value.rows, attention_mask, scaling, kwargs.get("softcap"),
+                            kwargs.get("s_aux")), None
 
 
 def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,

@@ -63,6 +63,19 @@ static inline void kv_fill(kv_random *random, float *x, int64_t n)
     }
 }
 
+/* Run a model (cache_model.h, store_model.h) on n inputs of random bytes. */
+static inline void kv_run_models(void (*run)(const uint8_t *, size_t, const tq_executor *), int n, size_t n_bytes,
+                                 const tq_executor *executor, uint64_t seed)
+{
+    kv_random random = {.state = seed};
+    uint8_t data[512];
+    KV_CHECK(n_bytes <= sizeof data);
+    for (int i = 0; i < kv_runs(n); i++) {
+        for (size_t j = 0; j < n_bytes; j++) data[j] = (uint8_t)kv_below(&random, 256);
+        run(data, n_bytes, executor);
+    }
+}
+
 static inline void *kv_calloc(size_t n, size_t size)
 {
     void *p = calloc(n > 0 ? n : 1, size);

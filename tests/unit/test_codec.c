@@ -14,18 +14,10 @@
 #include "base/half.h"
 #include "codec/codec.h"
 #include "codec/trellis.h"
+#include "last_message.h"
 #include "vectors.h"
 
 enum { D = TQ_HEAD_DIM_MAX, BYTES_MAX = 2 * D + 4 };
-
-static char last_message[512];
-
-static void keep_message(void *user, tq_log_level level, const char *message)
-{
-    (void)user;
-    (void)level;
-    snprintf(last_message, sizeof(last_message), "%s", message);
-}
 
 static tq_codec *make_codec(tq_format format, int32_t head_dim, uint64_t seed)
 {

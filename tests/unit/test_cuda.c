@@ -16,16 +16,7 @@
 #include "kernels/cuda/layout.h"
 #include "kernels/cuda/levels.h"
 #include "kernels/cuda/split.h"
-#include "turboquant.h"
-
-static char last_message[512];
-
-static void keep_message(void *user, tq_log_level level, const char *message)
-{
-    (void)user;
-    (void)level;
-    snprintf(last_message, sizeof last_message, "%s", message);
-}
+#include "last_message.h"
 
 static const int32_t head_dims[] = {64, 96, 128, 192, 256}, all_bits[] = {8, 4, 3, 2};
 

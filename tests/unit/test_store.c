@@ -10,18 +10,9 @@
 #include "base/alloc.h"
 #include "cache/store.h"
 #include "store_model.h"
+#include "last_message.h"
 
-#define N_MODEL_RUNS 120
-#define MODEL_BYTES 300
-
-static char last_message[512];
-
-static void keep_message(void *user, tq_log_level level, const char *message)
-{
-    (void)user;
-    (void)level;
-    snprintf(last_message, sizeof last_message, "%s", message);
-}
+enum { N_MODEL_RUNS = 120, MODEL_BYTES = 300 };
 
 static tq_store_params small_params(void)
 {
@@ -47,20 +38,10 @@ static tq_store *open_small(void **memory, size_t *bytes)
     return store;
 }
 
-static void run_models(const tq_executor *executor, uint64_t seed)
-{
-    kv_random random = {.state = seed};
-    uint8_t data[MODEL_BYTES];
-    for (int run = 0, n_runs = kv_runs(N_MODEL_RUNS); run < n_runs; run++) {
-        for (size_t i = 0; i < sizeof data; i++) data[i] = (uint8_t)kv_below(&random, 256);
-        store_model_run(data, sizeof data, executor);
-    }
-}
-
 static void test_random_operations(void **state)
 {
     (void)state;
-    run_models(NULL, 1);
+    kv_run_models(store_model_run, N_MODEL_RUNS, MODEL_BYTES, NULL, 1);
 }
 
 static void test_random_operations_on_threads(void **state)
@@ -69,7 +50,7 @@ static void test_random_operations_on_threads(void **state)
     tq_pool *pool;
     assert_int_equal(tq_pool_create(&pool, 3), TQ_OK);
     tq_executor executor = tq_pool_executor(pool);
-    run_models(&executor, 2);
+    kv_run_models(store_model_run, N_MODEL_RUNS, MODEL_BYTES, &executor, 2);
     tq_pool_free(pool);
 }
 

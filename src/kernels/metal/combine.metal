@@ -7,8 +7,8 @@ namespace tq
 {
 
 template <int D, typename T>
-inline void combine(const device float *partial, const device uint *signs, attend_params p, device T *out, uint3 group,
-                    int lane)
+inline void combine(const device float *partial, const device uint *signs, const device float *sinks, attend_params p,
+                    device T *out, uint3 group, int lane)
 {
     int row = int(group.y), head = int(group.z), n_rows = p.n_query * p.group, n = p.n_splits;
     partial += (ulong(head) * (n + 1) * n_rows + row) * partial_floats(D);
@@ -23,6 +23,7 @@ inline void combine(const device float *partial, const device uint *signs, atten
         if (s == n) rotate_back<D>(y, signs, lane);
         for (int k = 0; k < D / 32; k++) y[k] += factor * from[32 * k + lane];
     }
+    sum += exp2(sinks[head * p.group + row % p.group] - largest);
     ulong to = row_offset(p, head, row, D);
     for (int k = 0; k < D / 32; k++) out[to + 32 * k + lane] = T(y[k] / sum);
 }

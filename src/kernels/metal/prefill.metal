@@ -101,8 +101,8 @@ inline void attend_tile(thread row_state<D, 4> &state, threadgroup const prefill
 
 /* Grid [256, row tiles, n_heads], threadgroups of 256. q and out: [n_batch, n_head, n_query, D]. */
 template <int D, int KF, int VF, int HAS_REF, typename T>
-inline void prefill(const device T *q, kv_arrays kv, attend_params p, device T *out, threadgroup prefill_memory<D> &shared,
-                    uint3 group, int simd, int lane)
+inline void prefill(const device T *q, kv_arrays kv, const device float *sinks, attend_params p, device T *out,
+                    threadgroup prefill_memory<D> &shared, uint3 group, int simd, int lane)
 {
     constexpr int n = D / 32, rows = prefill_rows(), tile = tile_tokens(D);
     int head = int(group.z), first_of_group = int(group.y) * 8 * rows, first_row = first_of_group + simd * rows;
@@ -149,6 +149,7 @@ inline void prefill(const device T *q, kv_arrays kv, attend_params p, device T *
     for (int r = 0; r < rows; r++) {
         float sum = simd_sum(state.sum[r]);
         if (first_row + r >= n_rows) break;
+        sum += exp2(sinks[head * p.group + (first_row + r) % p.group] - state.max[r]);
         device T *to = out + row_offset(p, head, first_row + r, D) + n * lane;
         for (int k = 0; k < n; k++) to[k] = T(state.acc[r][k] / sum);
     }
