@@ -45,7 +45,8 @@ install: all  ## to PREFIX (/usr/local)
 
 .PHONY: clean
 clean:  ## delete the builds, keep build/deps
-	rm -rf build/release build/asan build/tsan build/fuzz build/aarch64 build/wheel build/python-site build/python-clean
+	rm -rf build/release build/asan build/tsan build/fuzz build/aarch64 build/wheel build/python-site build/python-clean \
+	  build/metal
 
 .PHONY: deps
 deps:  ## packages, an unpatched llama.cpp, the model and the texts, cached in build/deps

@@ -182,7 +182,7 @@ def python_suites():
     yield Suite("python/install", counted([*install, example]), timeout=1800)
     # Threads that wait actively for each other take hours where other suites run at the same time.
     environment = {"PYTHONPATH": str(PYTHON_SITE), "TQ_DEPS_DIR": str(DEPS), "HF_HUB_OFFLINE": "1",
-                   "OMP_WAIT_POLICY": "passive", "TQ_METAL_CACHE": str(BUILD / "metal")}
+                   "OMP_WAIT_POLICY": "passive"}
     pytest = [PYTHON_VENV / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     parts = {"core": ["buffers", "cache", "codec", "header"], "transformers": ["transformers", "transformers_refusals"],
              "real model": ["real_model"], "mlx": ["mlx"], "mlx real model": ["mlx_real_model"], "examples": ["examples"],

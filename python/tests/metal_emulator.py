@@ -9,15 +9,14 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from turboquant import metal_kernels
 
-SHIM = Path(__file__).resolve().parent.parent.parent / "tests" / "metal" / "shim.h"
-FOLDER = Path(os.environ.get("TQ_METAL_CACHE", Path(tempfile.gettempdir()) / f"turboquant-metal-{os.getuid()}"))
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHIM, FOLDER = ROOT / "tests/metal/shim.h", ROOT / "build/metal"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.uint32: "uint", mx.int32: "int"}
 CONSTANT_BELOW = 8  # elements: MLX passes smaller inputs in another address space, which the kernels do not take
