@@ -341,12 +341,13 @@ static void *run_thread(void *arg)
 {
     thread_run *run = arg;
     int32_t seq;
-    KV_CHECK(tq_cache_seq_create(run->cache, &seq) == TQ_OK);
+    tq_status status;
+    /* The others may have all the memory pinned for a moment, here and below. */
+    while ((status = tq_cache_seq_create(run->cache, &seq)) == TQ_ERR_FULL) continue;
+    KV_CHECK(status == TQ_OK);
     for (int i = 0; i < N_STEPS; i++) {
-        /* The others may have all the memory pinned for a moment. */
         for (int32_t layer = 0; layer < 2; layer++) {
             const float *from = rows + (i * CHUNK + run->number) * ROW;
-            tq_status status;
             while ((status = tq_cache_append(run->cache, seq, layer, CHUNK, from, from, NULL)) == TQ_ERR_FULL) continue;
             KV_CHECK(status == TQ_OK);
         }
