@@ -181,7 +181,7 @@ class BatchCache(stock._BaseCache):
             merged.extend(cache._like(cache._sequences))
         return merged
 
-    def _like(self, sequences: Iterable[_Sequence | None]) -> BatchCache:
+    def _like(self, sequences: Iterable[Held | None]) -> BatchCache:
         """A cache with these options and forks of these sequences."""
         other = copy.copy(self)
         other._options = dict(self._options)
