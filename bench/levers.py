@@ -30,17 +30,17 @@ from tools.eval import llama  # noqa: E402
 class Codec:
     """encode, then decode, by the library's public functions."""
 
-    library = None
+    shared = None  # libturboquant.so
 
     def __init__(self, name, head_dim):
-        if Codec.library is None:
-            Codec.library = ctypes.CDLL(str(ROOT / "build/release/libturboquant.so"))
+        if Codec.shared is None:
+            Codec.shared = ctypes.CDLL(str(ROOT / "build/release/libturboquant.so"))
         self.head_dim = head_dim
         self.handle = ctypes.c_void_p()
         number = ctypes.c_int()
-        self.check(self.library.tq_format_from_name(ctypes.byref(number), name.encode()))
-        self.check(self.library.tq_codec_create(ctypes.byref(self.handle), number, ctypes.c_int32(head_dim),
-                                                ctypes.c_uint64(0x7475726271756e74)))
+        self.check(self.shared.tq_format_from_name(ctypes.byref(number), name.encode()))
+        self.check(self.shared.tq_codec_create(ctypes.byref(self.handle), number, ctypes.c_int32(head_dim),
+                                               ctypes.c_uint64(0x7475726271756e74)))
 
     @staticmethod
     def check(status):
@@ -52,8 +52,8 @@ class Codec:
         x = np.ascontiguousarray(x, np.float32)
         n, out = ctypes.c_int64(len(x)), np.empty_like(x)
         room = ctypes.create_string_buffer(x.nbytes + 16 * len(x))  # no format takes more than a float a value and its scales
-        self.check(self.library.tq_codec_encode(self.handle, x.ctypes.data_as(ctypes.c_void_p), n, room))
-        self.check(self.library.tq_codec_decode(self.handle, room, n, out.ctypes.data_as(ctypes.c_void_p)))
+        self.check(self.shared.tq_codec_encode(self.handle, x.ctypes.data_as(ctypes.c_void_p), n, room))
+        self.check(self.shared.tq_codec_decode(self.handle, room, n, out.ctypes.data_as(ctypes.c_void_p)))
         return out
 
 
