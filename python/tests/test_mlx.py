@@ -7,8 +7,8 @@ import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
 import turboquant
-from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
-from tiny_mlx import F16, TQ8, divergence, ids, logits, make_model
+from mlx_lm.generate import generate_step, speculative_generate_step
+from tiny_mlx import F16, TQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits, make_model
 from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
 
 # As in test_transformers.py; tq2 gives .02.
@@ -119,69 +119,28 @@ def test_trim_and_copies(llama):
     assert stock.trim_prompt_cache(other, 1000) == 300 and other[0].empty()
 
 
+def exact(model):
+    return make_prompt_cache(model, **F16)
+
+
 def test_merge_filter_extract_extend(llama):
-    """Rows of a batch get what each gets alone, however they came together."""
-    lengths, n_more = [40, 150, 97], 8
-    caches = [make_prompt_cache(llama, **F16) for _ in lengths]
-    for i, n in enumerate(lengths):
-        logits(llama, caches[i], ids(n, seed=i))
-    more = [ids(n_more, seed=10 + i) for i in range(3)]
-    alone = [logits(llama, copy.deepcopy(caches[i]), more[i]) for i in range(3)]
-    layers = range(len(caches[0]))
-    batch = [caches[0][layer].merge([caches[i][layer] for i in (0, 1)]) for layer in layers]
-    single = [caches[2][layer].merge([caches[2][layer]]) for layer in layers]
-    for layer in layers:
-        batch[layer].extend(single[layer])
-        assert batch[layer].offset.tolist() == lengths
-        batch[layer].filter(mx.array([2, 0]))
-    found = logits(llama, batch, np.concatenate([more[2], more[0]]))
-    np.testing.assert_allclose(found, np.concatenate([alone[2], alone[0]]), atol=1e-4)
-    row = [batch[layer].extract(1) for layer in layers]
-    assert row[0].offset == lengths[0] + n_more
-    again = logits(llama, row, more[1])
-    assert np.isfinite(again).all() and batch[0].offset.tolist() == [lengths[2] + n_more, lengths[0] + n_more]
+    check_batch(llama, exact, [40, 150, 97], 8, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(llama, side):
-    lengths, n = [40, 64, 50], 64
-    tokens = np.zeros((3, n), np.int64)
-    alone = []
-    for row, length in enumerate(lengths):
-        real = ids(length, seed=row)
-        tokens[row, n - length :] = real[0]
-        if side == "right":
-            tokens[row] = np.roll(tokens[row], length - n)
-        alone.append(logits(llama, make_prompt_cache(llama, **F16), real)[0])
-    cache, padding = make_prompt_cache(llama, **F16), [n - length for length in lengths]
-    for layer in cache:
-        layer.prepare(**({"left_padding": padding} if side == "left" else {"right_padding": padding, "lengths": lengths}))
-    found = logits(llama, cache, tokens, parts=3)
-    for layer in cache:
-        layer.finalize()
-    for row, length in enumerate(lengths):
-        place = slice(n - length, n) if side == "left" else slice(0, length)
-        np.testing.assert_allclose(found[row, place], alone[row], atol=1e-4)
-    assert cache[0].offset.tolist() == lengths and cache[0].size() == n
+    check_padding(llama, exact, [40, 64, 50], side, atol=1e-4)
 
 
 def test_batch_generator(llama):
-    """MLX-LM's continuous batching: requests of different lengths, more than run at once."""
+    """Requests of different lengths, more than run at once."""
+    prompts = [ids(n, seed=n)[0].tolist() for n in (7, 60, 33, 90)]
     install(llama, **F16)
     try:
-        prompts = [ids(n, seed=n)[0].tolist() for n in (7, 60, 33, 90)]
-        generator = BatchGenerator(llama, completion_batch_size=2, prefill_batch_size=2, prefill_step_size=16)
-        uids = generator.insert(prompts, max_tokens=[10] * 4)
-        found = {uid: [] for uid in uids}
-        for _ in range(400):
-            for response in generator.next_generated():
-                found[response.uid].append(int(response.token))
-            if all(len(tokens) == 10 for tokens in found.values()):
-                break
-        for uid, prompt in zip(uids, prompts):
-            assert found[uid] == greedy(llama, stock_caches(llama), np.array([prompt]), n=10)
+        found = generated_in_batches(llama, prompts, 10)
     finally:
         del llama.make_cache
+    assert found == [greedy(llama, stock_caches(llama), np.array([prompt]), n=10) for prompt in prompts]
 
 
 def stock_caches(model):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import turboquant
 import turboquant.mlx
-from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
-from tiny_mlx import TQ8, divergence, ids, logits, make_model
+from mlx_lm.generate import generate_step, speculative_generate_step
+from tiny_mlx import TQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits, make_model
 from turboquant import metal_kernels
 from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, install, make_prompt_cache
 
@@ -101,64 +101,29 @@ def test_better_than_nothing(llama):
     assert divergence(wanted, logits(llama, metal(llama, n_recent=16), tokens)) < 1e-2
 
 
+def like_cpu(model):
+    return metal(model, **LIKE_CPU)
+
+
 def test_batch(llama):
-    """Rows of a batch get what each gets alone, however they came together; filter, extract, merge, extend."""
-    lengths, n_more = [20, 90, 47], 3
-    caches = [metal(llama, **LIKE_CPU) for _ in lengths]
-    for i, n in enumerate(lengths):
-        logits(llama, caches[i], ids(n, seed=i))
-    more = [ids(n_more, seed=10 + i) for i in range(3)]
-    alone = [logits(llama, copy.deepcopy(caches[i]), more[i]) for i in range(3)]
-    batch = [layers[0].merge(layers[:2]) for layers in zip(*caches)]
-    for layer, single in zip(batch, caches[2]):
-        layer.extend(single.merge([single]))
-        assert layer.offset.tolist() == lengths
-        layer.filter(mx.array([2, 0]))
-    found = logits(llama, batch, np.concatenate([more[2], more[0]]))
-    np.testing.assert_allclose(found, np.concatenate([alone[2], alone[0]]), atol=ATOL)
-    row = [layer.extract(1) for layer in batch]
-    assert row[0].offset == lengths[0] + n_more and batch[0].offset.tolist() == [lengths[2] + n_more, lengths[0] + n_more]
+    check_batch(llama, like_cpu, [20, 90, 47], 3, ATOL)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(llama, side):
-    lengths, n = [20, 40], 40
-    tokens, alone = np.zeros((2, n), np.int64), []
-    for row, length in enumerate(lengths):
-        real = ids(length, seed=row)
-        tokens[row, n - length:] = real[0]
-        if side == "right":
-            tokens[row] = np.roll(tokens[row], length - n)
-        alone.append(logits(llama, metal(llama, **LIKE_CPU), real)[0])
-    cache, padding = metal(llama, **LIKE_CPU), [n - length for length in lengths]
-    for layer in cache:
-        layer.prepare(**({"left_padding": padding} if side == "left" else {"right_padding": padding, "lengths": lengths}))
-    found = logits(llama, cache, tokens, parts=3)
-    for layer in cache:
-        layer.finalize()
-    for row, length in enumerate(lengths):
-        place = slice(n - length, n) if side == "left" else slice(0, length)
-        np.testing.assert_allclose(found[row, place], alone[row], atol=ATOL)
-    assert cache[0].offset.tolist() == lengths
+    check_padding(llama, like_cpu, [20, 40], side, ATOL)
 
 
 def test_batch_generator(llama, monkeypatch):
-    """MLX-LM's continuous batching: requests of different lengths, more than run at once."""
+    """Requests of different lengths, more than run at once."""
     monkeypatch.setattr(turboquant.mlx, "_cache_class", lambda: TurboQuantMetalKVCache)
+    prompts = [ids(n, seed=n)[0].tolist() for n in (7, 30, 18)]
     install(llama, **LIKE_CPU)
     try:
-        prompts = [ids(n, seed=n)[0].tolist() for n in (7, 30, 18)]
-        generator = BatchGenerator(llama, completion_batch_size=2, prefill_batch_size=2, prefill_step_size=16)
-        found = {uid: [] for uid in generator.insert(prompts, max_tokens=[4] * 3)}
-        for _ in range(100):
-            for response in generator.next_generated():
-                found[response.uid].append(int(response.token))
-            if all(len(tokens) == 4 for tokens in found.values()):
-                break
+        found = generated_in_batches(llama, prompts, 4)
     finally:
         del llama.make_cache
-    for tokens, prompt in zip(found.values(), prompts):
-        assert tokens == greedy(llama, metal(llama, **LIKE_CPU), np.array([prompt]), n=4)
+    assert found == [greedy(llama, like_cpu(llama), np.array([prompt]), n=4) for prompt in prompts]
 
 
 @pytest.mark.parametrize("kept", [2, 70, 90])

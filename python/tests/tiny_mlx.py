@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Small random models of MLX-LM."""
+import copy
 import importlib
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
+from mlx_lm.generate import BatchGenerator
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 192, "num_attention_heads": 4,
          "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 211}
@@ -47,3 +49,58 @@ def divergence(p_logits, q_logits):
     """Mean KL divergence of the second from the first, in nats."""
     p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (np.float64(p_logits), np.float64(q_logits)))
     return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def check_batch(model, make_cache, lengths, n_more, atol):
+    """Three rows get in a batch what each gets alone, however they came together; filter, extract, merge, extend."""
+    caches = [make_cache(model) for _ in lengths]
+    for i, n in enumerate(lengths):
+        logits(model, caches[i], ids(n, seed=i))
+    more = [ids(n_more, seed=10 + i) for i in range(3)]
+    alone = [logits(model, copy.deepcopy(caches[i]), more[i]) for i in range(3)]
+    batch = [layers[0].merge(layers[:2]) for layers in zip(*caches)]
+    for layer, single in zip(batch, caches[2]):
+        layer.extend(single.merge([single]))
+        assert layer.offset.tolist() == lengths
+        layer.filter(mx.array([2, 0]))
+    found = logits(model, batch, np.concatenate([more[2], more[0]]))
+    np.testing.assert_allclose(found, np.concatenate([alone[2], alone[0]]), atol=atol)
+    row = [layer.extract(1) for layer in batch]
+    assert row[0].offset == lengths[0] + n_more
+    assert np.isfinite(logits(model, row, more[1])).all()
+    assert batch[0].offset.tolist() == [lengths[2] + n_more, lengths[0] + n_more]
+
+
+def check_padding(model, make_cache, lengths, side, atol):
+    """Rows of a batch get with padding on that side what each gets alone."""
+    n = max(lengths)
+    tokens, alone = np.zeros((len(lengths), n), np.int64), []
+    for row, length in enumerate(lengths):
+        real = ids(length, seed=row)
+        tokens[row, n - length:] = real[0]
+        if side == "right":
+            tokens[row] = np.roll(tokens[row], length - n)
+        alone.append(logits(model, make_cache(model), real)[0])
+    cache, padding = make_cache(model), [n - length for length in lengths]
+    for layer in cache:
+        layer.prepare(**({"left_padding": padding} if side == "left" else {"right_padding": padding, "lengths": lengths}))
+    found = logits(model, cache, tokens, parts=3)
+    for layer in cache:
+        layer.finalize()
+    for row, length in enumerate(lengths):
+        place = slice(n - length, n) if side == "left" else slice(0, length)
+        np.testing.assert_allclose(found[row, place], alone[row], atol=atol)
+    assert cache[0].offset.tolist() == lengths and cache[0].size() == n
+
+
+def generated_in_batches(model, prompts, n):
+    """n tokens for each prompt by MLX-LM's continuous batching, two at a time, with the caches that the model makes."""
+    generator = BatchGenerator(model, completion_batch_size=2, prefill_batch_size=2, prefill_step_size=16)
+    uids = generator.insert(prompts, max_tokens=[n] * len(prompts))
+    found = {uid: [] for uid in uids}
+    for _ in range(400):
+        for response in generator.next_generated():
+            found[response.uid].append(int(response.token))
+        if all(len(tokens) == n for tokens in found.values()):
+            break
+    return [found[uid] for uid in uids]
