@@ -38,7 +38,8 @@ static exact_range range_of(const tq_attend_plan *plan, const tq_kv_view *view, 
 {
     int32_t first = find_exact(view, part->col_begin), last = first;
     while (last < view->n_exact && view->exact[last].column < part->col_end) last++;
-    return (exact_range){view, part, view->exact + first, last - first, plan->group};
+    const tq_exact_entry *entries = last > first ? view->exact + first : NULL;
+    return (exact_range){view, part, entries, last - first, plan->group};
 }
 
 /* For how many of the part's rows, from the first on, entry i is exact. */

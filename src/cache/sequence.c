@@ -252,6 +252,7 @@ void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pa
 /* n pages into the table behind its n_pages entries, pinned. */
 static tq_status acquire_pages(tq_cache *cache, tq_sequence *sequence, int64_t n)
 {
+    if (n == 0) return TQ_OK; /* there may be no table yet */
     int32_t *pages = sequence->page_table + sequence->n_pages;
     for (int64_t i = 0; i < n; i++) {
         tq_status status = tq_page_pool_acquire(&cache->pool, &pages[i]);
