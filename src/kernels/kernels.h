@@ -57,6 +57,10 @@ typedef struct tq_kernels {
     void (*row_mask_f16)(float *s, int64_t n, float scale, const uint16_t *mask, float slope);
     /* x[i] = the nearest FP16 value as bits, round to nearest even. Bit-exact. */
     void (*half_from_float)(const float *x, int64_t n, uint16_t *h);
+    /* A calibrated key, y = L^T x, and calibrated queries q [n, head_dim], y = L^-1 q: codec/transform.h. The first is
+     * bit-exact. */
+    void (*transform_key)(const uint16_t *l, int32_t head_dim, const float *x, float *y);
+    void (*transform_query)(const uint16_t *l, int32_t head_dim, const float *q, int64_t n, float *y);
     /* Is every |x[i]| <= 65504 (so neither NaN nor infinity)? */
     bool (*all_finite)(const float *x, int64_t n);
 } tq_kernels;

@@ -3,7 +3,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "base/half.h"
 #include "checkkern.h"
+#include "codec/transform.h"
 
 static const float *row(const env *e)
 {
@@ -111,6 +113,55 @@ void setup_half(env *e)
 void run_half(env *e, const tq_kernels *kernels, int which)
 {
     kernels->half_from_float(row(e), e->shape.n, (uint16_t *)(void *)e->out[which][0].data);
+}
+
+/* A triangular matrix in in[1], well conditioned at any head_dim, and vectors of a sane size in in[0]. */
+static void setup_transform(env *e, int64_t n)
+{
+    if (e->shape.head_dim > TQ_HEAD_DIM_MAX) e->shape.head_dim = TQ_HEAD_DIM_MAX; /* the driver has wider vectors for others */
+    int32_t head_dim = e->shape.head_dim;
+    float *x = input_floats(e, 0, n * head_dim);
+    for (int64_t i = 0; i < n * head_dim; i++) x[i] = e->shape.generator == GEN_ZERO ? 0.0f : 10.0f * random_normal(e);
+    size_t n_values = tq_transform_row(head_dim);
+    uint16_t *l = take_input(e, 1, n_values * sizeof *l, sizeof *l);
+    memset(l, 0, n_values * sizeof *l);
+    for (int32_t i = 0; i < head_dim; i++) {
+        uint16_t *values = l + tq_transform_row(i);
+        for (int32_t j = 0; j < i; j++) values[j] = tq_bfloat_from_float(0.3f * random_normal(e) / sqrtf((float)head_dim));
+        values[i] = tq_bfloat_from_float(0.5f + 1.5f * random_uniform(e));
+    }
+    take_output(e, 0, (size_t)(n * head_dim) * sizeof(float), sizeof(float));
+}
+
+static const uint16_t *matrix(const env *e)
+{
+    return (const uint16_t *)(const void *)e->in[1].data;
+}
+
+void setup_transform_key(env *e)
+{
+    setup_transform(e, 1);
+}
+
+void run_transform_key(env *e, const tq_kernels *kernels, int which)
+{
+    kernels->transform_key(matrix(e), e->shape.head_dim, row(e), output_floats(e, which, 0));
+}
+
+/* An error of one value goes on into those after it, so all are relative to the largest sum. */
+void setup_transform_query(env *e)
+{
+    setup_transform(e, e->shape.n_row);
+    int64_t n = e->shape.n_row * e->shape.head_dim;
+    double largest = 0.0;
+    for (int64_t i = 0; i < n; i++) largest = fmax(largest, fabs((double)row(e)[i]));
+    for (int64_t i = 0; i < n; i++) e->norm[i] = 4.0 * largest;
+    e->has_norms = true;
+}
+
+void run_transform_query(env *e, const tq_kernels *kernels, int which)
+{
+    kernels->transform_query(matrix(e), e->shape.head_dim, row(e), e->shape.n_row, output_floats(e, which, 0));
 }
 
 /* One bad value in most cases, anywhere in the row. */

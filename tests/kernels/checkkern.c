@@ -35,6 +35,8 @@ static const op ops[] = {
     {"row_softcap",     PLAIN_OP(row_softcap),     false, 2e-6, 2e-6, setup_row_softcap, reset_row, run_row_softcap},
     {"row_mask_f16",    PLAIN_OP(row_mask_f16),    false, 1e-6, 1e-6, setup_row_mask, reset_row, run_row_mask},
     {"half_from_float", PLAIN_OP(half_from_float), false, 0,    0,    setup_half, NULL, run_half},
+    {"transform_key",   PLAIN_OP(transform_key),   true,  0,    0,    setup_transform_key, NULL, run_transform_key},
+    {"transform_query", PLAIN_OP(transform_query), true,  1e-5, 1e-5, setup_transform_query, NULL, run_transform_query},
     {"all_finite",      PLAIN_OP(all_finite),      false, 0,    0,    setup_all_finite, NULL, run_all_finite},
 };
 // clang-format on

@@ -89,6 +89,10 @@ void setup_row_mask(env *e);
 void run_row_mask(env *e, const tq_kernels *kernels, int which);
 void setup_half(env *e);
 void run_half(env *e, const tq_kernels *kernels, int which);
+void setup_transform_key(env *e);
+void run_transform_key(env *e, const tq_kernels *kernels, int which);
+void setup_transform_query(env *e);
+void run_transform_query(env *e, const tq_kernels *kernels, int which);
 void setup_all_finite(env *e);
 void run_all_finite(env *e, const tq_kernels *kernels, int which);
 

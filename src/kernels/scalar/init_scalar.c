@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "base/half.h"
+#include "codec/transform.h"
 #include "kernels/scalar/scalar.h"
 
 void tq_score_f32_scalar(const float *y, int32_t width, int64_t n, const float *q, int64_t n_row, float *s, int64_t s_stride)
@@ -83,5 +84,7 @@ void tq_kernels_init_scalar(tq_kernels *kernels)
     kernels->row_softcap = row_softcap_scalar;
     kernels->row_mask_f16 = row_mask_f16_scalar;
     kernels->half_from_float = half_from_float_scalar;
+    kernels->transform_key = tq_transform_key;
+    kernels->transform_query = tq_transform_query;
     kernels->all_finite = all_finite_scalar;
 }

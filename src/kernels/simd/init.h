@@ -31,5 +31,7 @@ void TQ_ISA(kernels_init)(tq_kernels *kernels)
     kernels->row_softcap = TQ_ISA(row_softcap);
     kernels->row_mask_f16 = TQ_ISA(row_mask_f16);
     kernels->half_from_float = TQ_ISA(half_from_float);
+    kernels->transform_key = TQ_ISA(transform_key);
+    kernels->transform_query = TQ_ISA(transform_query);
     kernels->all_finite = TQ_ISA(all_finite);
 }

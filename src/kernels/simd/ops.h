@@ -35,4 +35,6 @@ float TQ_ISA(row_exp)(float *s, int64_t n, float max);
 void TQ_ISA(row_softcap)(float *s, int64_t n, float cap);
 void TQ_ISA(row_mask_f16)(float *s, int64_t n, float scale, const uint16_t *mask, float slope);
 void TQ_ISA(half_from_float)(const float *x, int64_t n, uint16_t *h);
+void TQ_ISA(transform_key)(const uint16_t *l, int32_t head_dim, const float *x, float *y);
+void TQ_ISA(transform_query)(const uint16_t *l, int32_t head_dim, const float *q, int64_t n, float *y);
 bool TQ_ISA(all_finite)(const float *x, int64_t n);
