@@ -62,8 +62,8 @@ typedef enum tq_status {
     TQ_ERR_DEVICE = -13, /* a call of the device's driver failed; the log has its text */
     /* files */
     TQ_ERR_IO = -20,       /* a file could not be read or written; the log has the system's reason */
-    TQ_ERR_CORRUPT = -21,  /* a file is damaged, cut off, or no snapshot */
-    TQ_ERR_MISMATCH = -22, /* a snapshot of another version, or of a cache of another shape */
+    TQ_ERR_CORRUPT = -21,  /* a file is damaged, cut off, or of another kind */
+    TQ_ERR_MISMATCH = -22, /* a file of another version, or a snapshot of a cache of another shape */
     /* unsupported */
     TQ_ERR_HEAD_DIM = -30, /* a head_dim that has no rotation; tq_head_dim_list() names those that have one */
     TQ_ERR_FORMAT = -31,   /* an unknown format or preset */
@@ -200,6 +200,23 @@ typedef struct tq_attend_params {
 } tq_attend_params;
 TQ_API void tq_attend_params_default(tq_attend_params *params);
 
+/* ---- calibration --------------------------------------------------------------------------------------------------- */
+
+/*
+ * What `tq calibrate` learnt of one model: for each layer and KV head a transform that keys go through before they are coded,
+ * and queries the other way, so that the error of coding falls where attention feels it least (docs/calibrate.md). Read once,
+ * used by any number of stores and caches, and never changed: any thread may use it. It must live longer than they do.
+ */
+typedef struct tq_calibration tq_calibration;
+/* Read a file. Errors: ARGUMENT, IO, CORRUPT, MISMATCH (another version), MEMORY. */
+TQ_API TQ_NODISCARD tq_status tq_calibration_load(tq_calibration **out, const char *path);
+TQ_API void tq_calibration_free(tq_calibration *calibration);
+/* The name of the model that it was learnt from; "" for NULL. */
+TQ_API const char *tq_calibration_model(const tq_calibration *calibration);
+/* The memory that it takes, and what one layer's transforms take of it; 0 if there are none. */
+TQ_API size_t tq_calibration_bytes(const tq_calibration *calibration);
+TQ_API size_t tq_calibration_layer_bytes(const tq_calibration *calibration, int32_t layer);
+
 /* ---- store --------------------------------------------------------------------------------------------------------- */
 
 /*
@@ -228,6 +245,12 @@ typedef struct tq_store_params {
      * smaller): learnt once per head, when the first slot is encoded, from the ring and from the queries of tq_store_settle.
      */
     bool balance;
+    /*
+     * Optional, for keys in an encoded format: this layer's transforms, in place of the channels' factors. Read as long as the
+     * store is open. SHAPE, if the layer has another shape there.
+     */
+    const tq_calibration *calibration;
+    int32_t layer;
     uint64_t seed;
     const char *label; /* optional, copied: names the store in messages, as "layer 3 keys" */
 } tq_store_params;
@@ -336,6 +359,7 @@ typedef struct tq_cache_params {
      */
     const char *offload_folder;
     size_t offload_bytes;
+    const tq_calibration *calibration; /* optional, of keys: as tq_store_params.calibration, all layers */
     uint64_t seed;
     bool dry_run; /* no vectors: pages, bytes, prefixes and refusals are those of a cache with them, in next to no memory */
 } tq_cache_params;

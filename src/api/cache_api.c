@@ -7,6 +7,7 @@
 #include "api/checks.h"
 #include "base/alloc.h"
 #include "base/log.h"
+#include "cache/calibration.h"
 #include "cache/cache.h"
 #include "cache/slots.h"
 
@@ -89,6 +90,11 @@ static tq_status check_params(const tq_cache_params *params)
     if (params->n_sink > params->page_size) {
         tq_log(TQ_LOG_ERROR, WHO ": n_sink %d is above page_size %d", (int)params->n_sink, (int)params->page_size);
         return TQ_ERR_ARGUMENT;
+    }
+    if (params->calibration && params->calibration->n_layer != params->n_layer) {
+        tq_log(TQ_LOG_ERROR, WHO ": the calibration (of %s) has %d layers, not %d: it is of another model",
+               params->calibration->model, (int)params->calibration->n_layer, (int)params->n_layer);
+        return TQ_ERR_SHAPE;
     }
     TQ_TRY(check_head_dim(params->head_dim));
     if (params->head_dim_v != 0) TQ_TRY(check_head_dim(params->head_dim_v));

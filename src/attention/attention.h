@@ -80,12 +80,18 @@ typedef struct tq_kv_view {
     tq_page_view pages;
     /* Optional [n_head_kv, head_dim]: pages hold value j of head h times tq_channel_factor(channel_steps[h * head_dim + j]). */
     const int8_t *channel_steps;
+    /* Optional, in place of those: pages hold what tq_transform_key makes of head h's vectors with the h-th of these matrices.
+     */
+    const uint16_t *transforms;
     const tq_codec *exact_codec; /* F16 at the same head_dim */
     const uint8_t *exact_data;   /* head h's vectors at exact_data + h * exact_head_stride_bytes, FP16 */
     size_t exact_head_stride_bytes;
     const tq_exact_entry *exact; /* strictly ascending by column */
     int32_t n_exact;
 } tq_kv_view;
+
+/* x [n, head_dim] of one head, as coded, back to what it was. */
+void tq_from_basis(const tq_kv_view *view, int32_t head, int64_t n, float *x);
 
 /*
  * The operation behind tq_store_attend and tq_cache_attend. Arguments were checked by the caller. Errors: MEMORY, before

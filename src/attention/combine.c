@@ -4,6 +4,8 @@
 
 #include <math.h>
 
+#include "codec/transform.h"
+
 static void scale_row(float *x, int32_t n, float factor)
 {
     for (int32_t i = 0; i < n; i++) x[i] *= factor;
@@ -63,16 +65,22 @@ static float denominator(float max, float sum, const float *sink, float *lse)
     return factor / sum;
 }
 
+void tq_from_basis(const tq_kv_view *view, int32_t head, int64_t n, float *x)
+{
+    int32_t head_dim = view->codec->head_dim;
+    for (int64_t i = 0; i < n; i++) {
+        float *vector = x + i * head_dim;
+        if (view->channel_steps) tq_scale_channels(view->channel_steps + (size_t)head * (size_t)head_dim, -1, head_dim, vector);
+        if (view->transforms) tq_transform_inverse(tq_transform_of_head(view->transforms, head, head_dim), head_dim, vector);
+    }
+}
+
 void tq_finish_tile(const tq_attend_plan *plan, const tq_attend_tile *tile, tq_partial partial, float *finished)
 {
     const tq_attend_params *params = plan->params;
     const tq_codec *codec = plan->values->codec;
     plan->kernels->format[codec->traits->format].finish(codec, partial.encoded, tile->n_row, finished);
-    if (plan->values->channel_steps) {
-        const int8_t *steps = plan->values->channel_steps + (size_t)tile->head * (size_t)plan->head_dim_v;
-        for (int32_t i = 0; i < tile->n_row; i++)
-            tq_scale_channels(steps, -1, plan->head_dim_v, finished + (size_t)i * (size_t)plan->head_dim_v);
-    }
+    tq_from_basis(plan->values, tile->head, tile->n_row, finished);
     for (int32_t i = 0; i < tile->n_row; i++) {
         int64_t token = tq_row_token(plan, tile->row_begin + i);
         int32_t head = tq_row_head(plan, tile->head, tile->row_begin + i);

@@ -8,6 +8,11 @@
 #include <math.h>
 #include <string.h>
 
+#include "codec/transform.h"
+
+/* Queries transformed at a time: they go through the stack. */
+#define QUERIES_AT_A_TIME 4
+
 static void rescale(const tq_attend_plan *plan, tq_partial partial, int32_t i, float factor)
 {
     float *acc = partial.encoded + (size_t)i * (size_t)plan->width_v;
@@ -69,11 +74,21 @@ static bool visible_part(const tq_attend_plan *plan, const tq_attend_tile *tile,
     return !plan->params->mask || tq_mask_trim(plan, tile->head, c0, c1, begin, end);
 }
 
-/* To the working basis, against the channels' factors. */
+/* To the working basis, against the channels' factors or the transform of keys. */
 static void prepare_queries(const tq_attend_plan *plan, const tq_attend_tile *tile, tq_attend_scratch *scratch)
 {
     const tq_codec *codec = plan->keys->codec;
     const tq_format_kernels *format = &plan->kernels->format[codec->traits->format];
+    if (plan->keys->transforms) {
+        const uint16_t *matrix = tq_transform_of_head(plan->keys->transforms, tile->head, plan->head_dim);
+        for (int32_t i = 0, n; i < tile->n_row; i += n) {
+            _Alignas(64) float q[QUERIES_AT_A_TIME * TQ_HEAD_DIM_MAX];
+            n = tile->n_row - i < QUERIES_AT_A_TIME ? tile->n_row - i : QUERIES_AT_A_TIME;
+            plan->kernels->transform_query(matrix, plan->head_dim, scratch->q + (size_t)i * (size_t)plan->head_dim, n, q);
+            format->prepare(codec, q, plan->head_dim, n, scratch->q_working + (size_t)i * (size_t)plan->width_k);
+        }
+        return;
+    }
     if (!plan->keys->channel_steps) {
         format->prepare(codec, scratch->q, plan->head_dim, tile->n_row, scratch->q_working);
         return;

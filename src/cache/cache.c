@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/alloc.h"
+#include "cache/calibration.h"
 #include "base/log.h"
 
 #define ALIGN_BYTES 64
@@ -58,6 +59,9 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
     if (family != TQ_FAMILY_EXACT) {
         side->n_sink = params->n_sink;
         side->n_recent = params->n_recent;
+        if (is_k && params->calibration) {
+            TQ_TRY(tq_calibration_find(params->calibration, layer, params->n_head_kv, head_dim, "cache", &side->transforms));
+        }
     }
     size_t ref_bytes = 0;
     if (is_k && params->k_ref_block > 0 && side->n_recent > 0 && family != TQ_FAMILY_PROD) {
@@ -136,6 +140,7 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     cache->n_recent = params->n_recent;
     cache->k_ref_block = params->k_ref_block;
     cache->seed = params->seed;
+    cache->calibration_hash = params->calibration ? params->calibration->hash : 0;
     tq_status status = cache_init(cache, params);
     if (status != TQ_OK) {
         tq_cache_destroy(cache);
@@ -220,6 +225,7 @@ tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int
     return (tq_kv_view){
         .codec = side->codec,
         .pages = tq_cache_pages(cache, sequence, side),
+        .transforms = side->transforms,
         .exact_codec = side->exact_codec,
         .exact_data = tq_sequence_exact(sequence, side),
         .exact_head_stride_bytes = side->exact_head_stride_bytes,

@@ -28,6 +28,7 @@ enum { TQ_SIDE_K = 0, TQ_SIDE_V = 1, TQ_N_SIDES = 2 };
 
 typedef struct tq_cache_side {
     const tq_codec *codec, *exact_codec, *ref_codec; /* ref_codec NULL: no references */
+    const uint16_t *transforms;                      /* of the calibration, or NULL */
     int32_t n_sink, n_recent, ref_block;
     size_t page_offset_bytes, head_stride_bytes;        /* within a page */
     size_t exact_offset_bytes, exact_head_stride_bytes; /* within a sequence's exact data */
@@ -61,8 +62,8 @@ typedef struct tq_sequence {
 struct tq_cache {
     const tq_kernels *kernels;
     int32_t n_layer, n_head_kv, page_size;
-    int32_t n_sink, n_recent, k_ref_block; /* as asked for; sides have what they need */
-    uint64_t seed;
+    int32_t n_sink, n_recent, k_ref_block;         /* as asked for; sides have what they need */
+    uint64_t seed, calibration_hash;               /* the latter 0: none */
     tq_codec *codecs[TQ_N_SIDES][TQ_FORMAT_COUNT]; /* NULL where no layer needs it */
     tq_cache_side *sides;                          /* [n_layer, TQ_N_SIDES] */
     size_t exact_bytes;                            /* of one sequence */
@@ -100,7 +101,8 @@ static inline uint8_t *tq_sequence_exact(const tq_sequence *sequence, const tq_c
 }
 
 /* cache.c */
-/* Errors: ARGUMENT if a size overflows; FULL if the budget holds no page; FORMAT, HEAD_DIM, MEMORY. */
+/* Errors: ARGUMENT if a size overflows; FULL if the budget holds no page; FORMAT, HEAD_DIM, MEMORY, SHAPE (the calibration's).
+ */
 tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq_kernels *kernels);
 void tq_cache_destroy(tq_cache *cache);
 static inline void tq_cache_lock(tq_cache *cache)

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/threads.h"
+#include "codec/transform.h"
 
 /* Vectors handled at a time. */
 #define GROUP_MAX 4
@@ -54,7 +55,7 @@ static int32_t group_length(const tq_rows_in *in, const tq_encode_job *jobs, int
     return n;
 }
 
-/* The reference of a column in the plain basis. */
+/* The reference of a column, in the basis that is coded. */
 static void read_reference(const tq_kernels *kernels, const tq_page_view *pages, const tq_codec *codec, int32_t head,
                            int64_t column, float *x)
 {
@@ -64,14 +65,24 @@ static void read_reference(const tq_kernels *kernels, const tq_page_view *pages,
     format->finish(pages->ref_codec, working, 1, x);
 }
 
+void tq_rows_to_basis(const tq_rows_in *in, int32_t head, int32_t n, float *x)
+{
+    int32_t head_dim = in->codec->head_dim;
+    for (int32_t i = 0; i < n; i++) {
+        float *vector = x + i * head_dim;
+        if (in->channel_steps) tq_scale_channels(in->channel_steps + (size_t)head * (size_t)head_dim, 1, head_dim, vector);
+        if (!in->transforms) continue;
+        _Alignas(64) float plain[TQ_HEAD_DIM_MAX];
+        memcpy(plain, vector, (size_t)head_dim * sizeof *plain);
+        in->kernels->transform_key(tq_transform_of_head(in->transforms, head, head_dim), head_dim, plain, vector);
+    }
+}
+
 /* x [n, head_dim], the columns from `column` on, to what is coded of them. */
 static void to_coded(const tq_rows_in *in, int32_t head, int64_t column, int32_t n, float *x)
 {
     int32_t head_dim = in->codec->head_dim;
-    if (in->channel_steps) {
-        const int8_t *steps = in->channel_steps + (size_t)head * (size_t)head_dim;
-        for (int32_t i = 0; i < n; i++) tq_scale_channels(steps, 1, head_dim, x + i * head_dim);
-    }
+    tq_rows_to_basis(in, head, n, x);
     if (!in->pages.ref_codec) return;
     _Alignas(64) float reference[TQ_HEAD_DIM_MAX];
     read_reference(in->kernels, &in->pages, in->codec, head, column, reference);
@@ -140,7 +151,7 @@ void tq_rows_set_reference(const tq_rows_in *in, int32_t head, int64_t column, c
     int32_t head_dim = in->codec->head_dim;
     float mean[TQ_HEAD_DIM_MAX];
     tq_window_mean(window, head, head_dim, mean);
-    if (in->channel_steps) tq_scale_channels(in->channel_steps + (size_t)head * (size_t)head_dim, 1, head_dim, mean);
+    tq_rows_to_basis(in, head, 1, mean);
     const tq_codec *codec = in->pages.ref_codec;
     tq_block reference = tq_page_view_refs(&in->pages, in->codec, head, column);
     in->kernels->format[codec->traits->format].encode(codec, mean, head_dim, 1, reference);
@@ -159,9 +170,7 @@ static void read_encoded(const tq_kernels *kernels, const tq_kv_view *view, int3
         read_reference(kernels, &view->pages, view->codec, head, column, reference);
         for (int64_t i = 0; i < n * head_dim; i++) x[i] += reference[i % head_dim];
     }
-    if (!view->channel_steps) return;
-    const int8_t *steps = view->channel_steps + (size_t)head * (size_t)head_dim;
-    for (int64_t i = 0; i < n; i++) tq_scale_channels(steps, -1, head_dim, x + i * head_dim);
+    tq_from_basis(view, head, n, x);
 }
 
 void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_head_kv, int64_t first, int64_t n, float *rows,

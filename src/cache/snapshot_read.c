@@ -105,7 +105,7 @@ static tq_status check_shape(const loader *l)
     if (same) return TQ_OK;
     tq_log(TQ_LOG_ERROR,
            "snapshot: of a cache with %d layers, %d KV heads, head_dim %d and %d, page_size %d, n_sink %d, n_recent %d, "
-           "k_ref_block %d, or with other formats or another seed: load it into a cache created like it",
+           "k_ref_block %d, or with other formats, another seed or another calibration: load it into a cache created like it",
            (int)h->n_layer, (int)h->n_head_kv, (int)h->head_dim, (int)h->head_dim_v, (int)h->page_size, (int)h->n_sink,
            (int)h->n_recent, (int)h->k_ref_block);
     return TQ_ERR_MISMATCH;

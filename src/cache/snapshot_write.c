@@ -27,7 +27,7 @@ void tq_snapshot_header_of(const tq_cache *cache, tq_snapshot_header *out)
     memcpy(out->magic, TQ_SNAPSHOT_MAGIC, sizeof out->magic);
     out->version = TQ_SNAPSHOT_VERSION;
     out->header_bytes = sizeof *out;
-    out->seed = cache->seed;
+    out->seed = cache->seed ^ cache->calibration_hash;
     out->page_bytes = cache->pool.page_bytes;
     out->exact_bytes = cache->exact_bytes;
     out->n_layer = cache->n_layer;

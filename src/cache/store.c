@@ -7,6 +7,7 @@
 
 #include "base/alloc.h"
 #include "base/log.h"
+#include "cache/calibration.h"
 
 #define SECTION_ALIGN 64
 
@@ -77,6 +78,11 @@ tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const t
         status =
             tq_store_layout_init(&store->layout, store->codec.traits->family, params, tq_codec_vector_bytes(&store->codec));
     }
+    const char *label = params->label ? params->label : "store";
+    if (status == TQ_OK && params->calibration && store->codec.traits->family != TQ_FAMILY_EXACT) {
+        status = tq_calibration_find(params->calibration, params->layer, params->n_head_kv, params->head_dim, label,
+                                     &store->transforms);
+    }
     if (status != TQ_OK) {
         tq_store_detach(store);
         return status;
@@ -86,7 +92,7 @@ tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const t
     store->n_slots = params->n_slots;
     store->memory = memory;
     store->encoded = store->memory + store->layout.encoded_offset;
-    snprintf(store->label, sizeof store->label, "%s", params->label ? params->label : "store");
+    snprintf(store->label, sizeof store->label, "%s", label);
     *out = store;
     return TQ_OK;
 }
@@ -150,6 +156,7 @@ tq_kv_view tq_store_view(const tq_store *store, const tq_exact_entry *exact, int
                   .ref_block = layout->ref_block},
         .channel_steps =
             tq_store_header_of(store)->channels == TQ_CHANNELS_BALANCED && layout->balance ? tq_store_steps(store) : NULL,
+        .transforms = store->transforms,
         .exact_codec = &store->exact_codec,
         .exact_data = store->memory + layout->exact_data_offset,
         .exact_head_stride_bytes = layout->exact_head_stride_bytes,

@@ -42,6 +42,7 @@ struct tq_store {
     const tq_kernels *kernels;
     tq_codec codec, exact_codec, ref_codec;
     tq_store_layout layout;
+    const uint16_t *transforms; /* of the calibration, or NULL */
     int32_t n_head_kv;
     int64_t n_slots;
     uint8_t *memory;
@@ -70,7 +71,7 @@ static inline float *tq_store_errors(const tq_store *store)
 /* store.c */
 /* Errors: ARGUMENT if the size overflows. */
 tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_store_params *params, size_t vector_bytes);
-/* Errors: FORMAT, HEAD_DIM, MEMORY. */
+/* Errors: FORMAT, HEAD_DIM, MEMORY, SHAPE (the calibration's). */
 tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const tq_kernels *kernels, void *memory);
 void tq_store_detach(tq_store *store);
 /* Put an entry where the order by column wants it, instead of one of the same column if there is any; returns the new number.
@@ -96,7 +97,7 @@ int32_t tq_store_ring_next(const tq_store *store);
 int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
 
 /* store_learn.c: what a store learns from its first tokens. */
-/* Add the first query tokens to the energies, until there are enough. */
+/* Add the first query tokens to the energies, until there are enough; transformed, if keys are. */
 void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries);
 /* Decide the channels' factors and estimate the errors, if that is not done yet. A window of nothing decides for none. */
 void tq_store_freeze_channels(tq_store *store, const tq_window *window);

@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What a store learns from its first tokens: the factors of its channels, once, and the reference vector of each block, when
- * the first slot of the block is encoded. Both are functions of the order of writes alone, not of how they were batched.
+ * What a store learns from its first tokens: the factors of its channels, once (unless a calibration has transforms, which do
+ * more), and the reference vector of each block, when the first slot of the block is encoded. Both are functions of the order
+ * of writes alone, not of how they were batched.
  */
 #include <math.h>
 
 #include "cache/store.h"
+#include "codec/transform.h"
 
 /* Factors must promise to lower the error of the logits by this much in energy; else they cost more than they bring. */
 #define GAIN_MIN 4.0
@@ -21,11 +23,17 @@ void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries)
     tq_store_header *header = tq_store_header_of(store);
     if (!store->layout.balance || header->channels != TQ_CHANNELS_OPEN) return;
     int32_t head_dim = store->codec.head_dim, group = queries->n_head / store->n_head_kv;
+    _Alignas(64) float transformed[TQ_HEAD_DIM_MAX];
     int32_t wanted = store->layout.n_sink + store->layout.n_recent;
     for (int64_t i = 0; i < queries->n_query && header->n_queries < wanted; i++, header->n_queries++) {
         for (int32_t head = 0; head < queries->n_head; head++) {
             const float *q = queries->q + i * queries->q_token_stride + head * queries->q_head_stride;
             float *energy = tq_store_energies(store) + (size_t)(head / group) * (size_t)head_dim;
+            if (store->transforms) {
+                const uint16_t *matrix = tq_transform_of_head(store->transforms, head / group, head_dim);
+                store->kernels->transform_query(matrix, head_dim, q, 1, transformed);
+                q = transformed;
+            }
             for (int32_t j = 0; j < head_dim; j++) energy[j] += q[j] * q[j] / (float)group;
         }
     }
@@ -108,7 +116,9 @@ static double window_error(const tq_store *store, int32_t head, const tq_window 
     const tq_codec *codec = &store->codec;
     const tq_format_kernels *format = &store->kernels->format[codec->traits->format];
     int32_t head_dim = codec->head_dim;
-    const int8_t *steps = tq_store_view(store, NULL, 0).channel_steps;
+    tq_kv_view view = tq_store_view(store, NULL, 0);
+    tq_rows_in in = {
+        .kernels = store->kernels, .codec = codec, .channel_steps = view.channel_steps, .transforms = view.transforms};
     _Alignas(64) float mean[TQ_HEAD_DIM_MAX], x[TQ_HEAD_DIM_MAX], decoded[TQ_HEAD_DIM_MAX], working[TQ_WIDTH_MAX];
     uint8_t codes[TQ_CODE_BYTES_MAX];
     uint16_t scales[TQ_SCALES_MAX];
@@ -119,7 +129,7 @@ static double window_error(const tq_store *store, int32_t head, const tq_window 
         if (store->layout.ref_block > 0) {
             for (int32_t j = 0; j < head_dim; j++) x[j] -= mean[j];
         }
-        if (steps) tq_scale_channels(steps + (size_t)head * (size_t)head_dim, 1, head_dim, x);
+        tq_rows_to_basis(&in, head, 1, x);
         format->encode(codec, x, head_dim, 1, (tq_block){.codes = codes, .scales = scales});
         format->expand(codec, (tq_block){.codes = codes, .scales = scales}, 1, working);
         format->finish(codec, working, 1, decoded);
@@ -153,7 +163,7 @@ void tq_store_freeze_channels(tq_store *store, const tq_window *window)
     if (header->channels != TQ_CHANNELS_OPEN) return;
     header->channels = TQ_CHANNELS_PLAIN;
     if (!store->layout.balance || window->n == 0) return;
-    for (int32_t head = 0; head < store->n_head_kv; head++) {
+    for (int32_t head = 0; head < store->n_head_kv && !store->transforms; head++) {
         int8_t *steps = tq_store_steps(store) + (size_t)head * (size_t)store->codec.head_dim;
         if (balance_head(store, head, window, steps)) header->channels = TQ_CHANNELS_BALANCED;
     }

@@ -50,6 +50,7 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
                              .exact_codec = &store->exact_codec,
                              .pages = view.pages,
                              .channel_steps = view.channel_steps,
+                             .transforms = view.transforms,
                              .exact_data = store->memory + store->layout.exact_data_offset,
                              .exact_head_stride_bytes = store->layout.exact_head_stride_bytes,
                              .n_head_kv = store->n_head_kv,

@@ -11,7 +11,7 @@
 
 #include "base/alloc.h"
 #include "cache/cache.h"
-#include "kv_test.h"
+#include "make_calibration.h"
 
 enum { CACHE_MODEL_SEQUENCES = 4, CACHE_MODEL_LAYERS = 2, CACHE_MODEL_TOKENS = 512, CACHE_MODEL_APPEND = 100 };
 
@@ -32,6 +32,7 @@ typedef struct cache_model {
     tq_cache_params params;
     tq_format formats[2][CACHE_MODEL_LAYERS];
     tq_codec *codecs[2][CACHE_MODEL_LAYERS], *ref_codec;
+    tq_calibration *calibration; /* or NULL */
     int32_t head_dim[2];
     tq_cache *cache;
     kv_random random;
@@ -94,6 +95,7 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
             KV_CHECK(tq_codec_create(&m->codecs[side][layer], m->formats[side][layer], m->head_dim[side], p->seed) == TQ_OK);
         }
     }
+    if (kv_take(input, 2)) p->calibration = m->calibration = make_calibration(&m->random, p->n_layer, p->n_head_kv, 64);
     p->layer_k_formats = m->formats[0];
     p->layer_v_formats = m->formats[1];
     KV_CHECK(tq_cache_create(&m->cache, p) == TQ_OK);
@@ -124,6 +126,7 @@ static inline void cache_model_deinit(cache_model *m)
     KV_CHECK(stats.n_pages_used == 0 && stats.exact_bytes == 0 && m->cache->pool.n_pinned == 0);
     for (int32_t i = 0; i < m->params.n_pages; i++) KV_CHECK(m->cache->pool.pages[i].n_pins == 0);
     tq_cache_free(m->cache);
+    tq_calibration_free(m->calibration);
     tq_codec_free(m->ref_codec);
     for (int32_t side = 0; side < 2; side++) {
         free(m->rows[side]);
@@ -170,6 +173,27 @@ static inline int64_t cache_model_longest(const cache_model *m, const cache_mode
     return longest;
 }
 
+/* x [64] of one head to the basis that is coded. */
+static inline void cache_model_to_basis(const uint16_t *matrix, float *x)
+{
+    float plain[64];
+    if (!matrix) return;
+    memcpy(plain, x, sizeof plain);
+    tq_transform_key(matrix, 64, plain, x);
+}
+
+/* A key [64] through the codec, against a reference or NULL. */
+static inline void cache_model_code(const tq_codec *codec, const uint16_t *matrix, const float *ref, float *x)
+{
+    uint8_t bytes[2 * 64 + 4];
+    cache_model_to_basis(matrix, x);
+    for (int32_t j = 0; ref && j < 64; j++) x[j] -= ref[j];
+    KV_CHECK(tq_codec_encode(codec, x, 1, bytes) == TQ_OK);
+    KV_CHECK(tq_codec_decode(codec, bytes, 1, x) == TQ_OK);
+    for (int32_t j = 0; ref && j < 64; j++) x[j] += ref[j];
+    if (matrix) tq_transform_inverse(matrix, 64, x);
+}
+
 /* What position p of a side reads as once it is encoded; `begins`: if it begins a block, take the block's reference first. */
 static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, int32_t layer, int32_t side, int64_t p,
                                       bool begins)
@@ -177,33 +201,31 @@ static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, i
     cache_model_side *own = &s->sides[layer][side];
     int64_t row_floats = cache_model_row(m, side), page_size = m->params.page_size, n_recent = m->params.n_recent;
     tq_format format = m->formats[side][layer];
+    const tq_codec *codec = m->codecs[side][layer];
     float *row = own->values + p * row_floats;
-    bool product = format >= TQ_FORMAT_TQ4_PROD && format <= TQ_FORMAT_TQ2_PROD;
-    if (side == 1 || m->params.k_ref_block == 0 || n_recent == 0 || product || format <= TQ_FORMAT_BF16) {
-        kv_round_trip(m->codecs[side][layer], m->head_dim[side], row, m->params.n_head_kv, row);
+    if (side == 1 || format <= TQ_FORMAT_BF16) {
+        kv_round_trip(codec, m->head_dim[side], row, m->params.n_head_kv, row);
         return;
     }
-    int64_t block = p - p % page_size % m->params.k_ref_block;
+    const uint16_t *matrices = m->calibration ? m->calibration->values + m->calibration->layers[layer].first : NULL;
+    bool product = format >= TQ_FORMAT_TQ4_PROD && format <= TQ_FORMAT_TQ2_PROD;
+    bool has_ref = m->params.k_ref_block > 0 && n_recent > 0 && !product;
+    int64_t block = has_ref ? p - p % page_size % m->params.k_ref_block : 0;
     float *ref = own->refs + block * row_floats;
-    if (begins && (p == block || p == m->params.n_sink)) {
+    if (has_ref && begins && (p == block || p == m->params.n_sink)) {
         for (int64_t j = 0; j < row_floats; j++) {
             ref[j] = 0;
             for (int64_t i = 0; i < n_recent; i++) ref[j] += row[i * row_floats + j];
             ref[j] /= (float)n_recent;
         }
-        uint8_t bytes[64 + 2];
         for (int32_t head = 0; head < m->params.n_head_kv; head++) {
-            KV_CHECK(tq_codec_encode(m->ref_codec, ref + head * 64, 1, bytes) == TQ_OK);
-            KV_CHECK(tq_codec_decode(m->ref_codec, bytes, 1, ref + head * 64) == TQ_OK);
+            cache_model_to_basis(matrices ? tq_transform_of_head(matrices, head, 64) : NULL, ref + head * 64);
+            cache_model_code(m->ref_codec, NULL, NULL, ref + head * 64);
         }
     }
     for (int32_t head = 0; head < m->params.n_head_kv; head++) {
-        uint8_t bytes[2 * 64 + 4];
-        float *x = row + head * 64, *r = ref + head * 64;
-        for (int32_t j = 0; j < 64; j++) x[j] -= r[j];
-        KV_CHECK(tq_codec_encode(m->codecs[0][layer], x, 1, bytes) == TQ_OK);
-        KV_CHECK(tq_codec_decode(m->codecs[0][layer], bytes, 1, x) == TQ_OK);
-        for (int32_t j = 0; j < 64; j++) x[j] += r[j];
+        cache_model_code(codec, matrices ? tq_transform_of_head(matrices, head, 64) : NULL, has_ref ? ref + head * 64 : NULL,
+                         row + head * 64);
     }
 }
 

@@ -710,6 +710,8 @@ int main(void)
     kv_random random = {.state = 5};
     kv_fill(&random, rows, sizeof rows / sizeof rows[0]);
     const struct CMUnitTest tests[] = {
+        /* First: what the others leave behind decides how malloc rounds. */
+        cmocka_unit_test(test_many_sequences_share_a_prefix),
         cmocka_unit_test(test_random_operations),
         cmocka_unit_test(test_random_operations_on_threads),
         cmocka_unit_test(test_pages_and_statistics),
@@ -720,7 +722,6 @@ int main(void)
         cmocka_unit_test(test_failing_prefill),
         cmocka_unit_test(test_prefixes_are_kept_and_given_up),
         cmocka_unit_test(test_equal_prefixes_are_one),
-        cmocka_unit_test(test_many_sequences_share_a_prefix),
         cmocka_unit_test(test_budget_holds),
         cmocka_unit_test(test_threads_agree_with_one),
         cmocka_unit_test(test_prefill_is_token_by_token),

@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: MIT */
+/* tq_calibration_*: argument checks in front of cache/calibration.c. */
+#include "cache/calibration.h"
+
+#include "codec/transform.h"
+
+tq_status tq_calibration_load(tq_calibration **out, const char *path)
+{
+    return out && path ? tq_calibration_read(out, path) : TQ_ERR_ARGUMENT;
+}
+
+void tq_calibration_free(tq_calibration *calibration)
+{
+    tq_calibration_close(calibration);
+}
+
+const char *tq_calibration_model(const tq_calibration *calibration)
+{
+    return calibration ? calibration->model : "";
+}
+
+size_t tq_calibration_bytes(const tq_calibration *calibration)
+{
+    return calibration ? calibration->bytes : 0;
+}
+
+size_t tq_calibration_layer_bytes(const tq_calibration *calibration, int32_t layer)
+{
+    if (!calibration || layer < 0 || layer >= calibration->n_layer) return 0;
+    const tq_calibration_layer *found = &calibration->layers[layer];
+    return sizeof(uint16_t) * (size_t)found->n_head_kv * tq_transform_row(found->head_dim);
+}
