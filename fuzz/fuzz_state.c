@@ -207,7 +207,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     tq_ggml_host.ggml_fp32_to_fp16_row = fp32_to_fp16;
     tq_ggml_host.ggml_backend_buffer_init = buffer_init;
     tq_ggml_host.ggml_nbytes = nbytes;
-    ENSURE(tq_ggml_device_init(&device, tq_preset_get(0), &options) == TQ_OK);
+    ENSURE(tq_ggml_device_init(&device, tq_preset_get(0), &options, NULL) == TQ_OK);
     fixture f;
     make_fixture(&f, &device);
     while (size > 0) run_operation(&f, &data, &size);

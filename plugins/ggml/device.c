@@ -27,6 +27,7 @@ static void backend_free(ggml_backend_t backend)
 {
     tq_ggml_worker *worker = backend->context;
     tq_ggml_report_finish(&worker->report, worker->device->options->report);
+    tq_ggml_observer_close(&worker->observer);
     tq_ggml_stages_free(&worker->stages);
     if (worker->cpu) tq_ggml_host.ggml_backend_free(worker->cpu);
     tq_ggml_threads_free(&worker->threads);
@@ -228,16 +229,18 @@ static tq_status describe(tq_ggml_device *device)
     if (status == TQ_OK) status = tq_format_describe(&v, preset->v_format, HEAD_DIM);
     if (status != TQ_OK) return status;
     snprintf(device->description, sizeof device->description,
-             "KV cache with keys %s, values %s, first %d and last %d tokens exact: %.2f bits per value%s", k.name, v.name,
-             (int)preset->n_sink, (int)preset->n_recent, bits,
+             "KV cache with keys %s%s, values %s, first %d and last %d tokens exact: %.2f bits per value%s", k.name,
+             device->calibration ? " (calibrated)" : "", v.name, (int)preset->n_sink, (int)preset->n_recent, bits,
              device->options->max_exact_layer >= 0 ? ", some layers exact" : "");
     return TQ_OK;
 }
 
-tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options)
+tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options,
+                              const tq_calibration *calibration)
 {
     out->preset = *preset;
     out->options = options;
+    out->calibration = calibration;
     if (options->has_k_format) out->preset.k_format = options->k_format;
     if (options->has_v_format) out->preset.v_format = options->v_format;
     if (options->has_n_sink) out->preset.n_sink = options->n_sink;

@@ -14,6 +14,7 @@
 typedef struct tq_ggml_device {
     tq_preset preset; /* with what TQ_GGML overrides */
     const tq_ggml_options *options;
+    const tq_calibration *calibration; /* NULL: none */
     char description[192];
     char kv_buft_name[32];
     struct ggml_backend_device device;
@@ -28,7 +29,8 @@ typedef struct tq_ggml_device {
 } tq_ggml_device;
 
 /* Fill *out for one preset. Errors: what tq_store_bytes says of the formats and counts. */
-tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options);
+tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options,
+                              const tq_calibration *calibration);
 
 /* The devices' registry is the one that lists all of them: entry.c. */
 size_t tq_ggml_device_count(void);

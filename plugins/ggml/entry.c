@@ -20,6 +20,7 @@
 static tq_ggml_device devices[TQ_GGML_DEVICES_MAX];
 static size_t n_devices;
 static tq_ggml_options options;
+static tq_calibration *calibration; /* NULL: none */
 
 size_t tq_ggml_device_count(void)
 {
@@ -120,12 +121,22 @@ static bool check_host(void)
 
 /* ---- devices ---- */
 
+/* The library has said why, if it fails. */
+static bool load_calibration(void)
+{
+    if (!options.calibration[0]) return true;
+    tq_status status = tq_calibration_load(&calibration, options.calibration);
+    if (status != TQ_OK)
+        tq_ggml_log(TQ_LOG_ERROR, "not loaded: calibration=%s: %s", options.calibration, tq_status_string(status));
+    return status == TQ_OK;
+}
+
 static bool make_devices(void)
 {
     n_devices = 0;
     for (int32_t i = 0; i < tq_preset_count() && n_devices < TQ_GGML_DEVICES_MAX; i++) {
         const tq_preset *preset = tq_preset_get(i);
-        tq_status status = tq_ggml_device_init(&devices[n_devices], preset, &options);
+        tq_status status = tq_ggml_device_init(&devices[n_devices], preset, &options, calibration);
         if (status != TQ_OK) {
             tq_ggml_log(TQ_LOG_ERROR, "not loaded: device %s: %s", preset->name, tq_status_string(status));
             return false;
@@ -157,8 +168,10 @@ TQ_API ggml_backend_reg_t ggml_backend_init(void)
         tq_ggml_log(TQ_LOG_ERROR, "not loaded: %s", tq_status_string(TQ_ERR_CPU));
         return NULL;
     }
-    if (!make_devices() || !check_host()) {
+    if (!load_calibration() || !make_devices() || !check_host()) {
         n_devices = 0;
+        tq_calibration_free(calibration);
+        calibration = NULL;
         return NULL;
     }
     return &devices[0].reg;

@@ -112,6 +112,8 @@ static void fill_params(tq_store_params *params, const tq_ggml_device *device, i
     params->n_recent = device->preset.n_recent;
     params->ref_block = is_value ? 0 : device->preset.k_ref_block;
     params->balance = !is_value && device->preset.k_balance;
+    params->calibration = is_value ? NULL : device->calibration;
+    params->layer = layer;
     if (tq_ggml_options_is_exact(device->options, layer)) params->format = TQ_FORMAT_F16;
     params->head_dim = head_dim;
     params->n_head_kv = (int32_t)(n_embd / head_dim);
@@ -130,6 +132,12 @@ static size_t store_bytes(const tq_store_params *params)
     return tq_store_bytes(&bytes, params) == TQ_OK ? pad(bytes, STORE_ALIGN) : 0;
 }
 
+/* The layer's part of the calibration counts with its keys. */
+static size_t table_bytes(const tq_ggml_device *device, int32_t layer, bool is_value)
+{
+    return is_value ? 0 : tq_calibration_layer_bytes(device->calibration, layer);
+}
+
 size_t tq_ggml_kv_estimate(const tq_ggml_device *device, const struct ggml_tensor *t)
 {
     int32_t layer, n, known = recall(t);
@@ -143,10 +151,10 @@ size_t tq_ggml_kv_estimate(const tq_ggml_device *device, const struct ggml_tenso
         tq_store_params params;
         fill_params(&params, device, layer, is_value, t->ne[0], t->ne[1], head_dims[i]);
         size_t bytes = store_bytes(&params);
-        if (head_dims[i] == known) return bytes * (size_t)t->ne[2];
+        if (head_dims[i] == known) return bytes * (size_t)t->ne[2] + table_bytes(device, layer, is_value);
         if (bytes > largest) largest = bytes;
     }
-    return largest * (size_t)t->ne[2];
+    return largest == 0 ? 0 : largest * (size_t)t->ne[2] + table_bytes(device, layer, is_value);
 }
 
 /* ---- which tensors are ours ---- */
@@ -233,7 +241,7 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size
     }
     kv->n_head_kv = params.n_head_kv;
     kv->format = params.format;
-    kv->bytes = (size_t)kv->n_stream * kv->store_bytes;
+    kv->bytes = (size_t)kv->n_stream * kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
     kv->head_dim = head_dim;
     tq_ggml_kv_buffer_update(kv);
     return true;
@@ -262,7 +270,8 @@ void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format)
     munmap(kv->memory, kv->mapped_bytes);
     kv->stores[0] = kv->raised;
     kv->memory = kv->raised_memory;
-    kv->bytes = kv->store_bytes = kv->mapped_bytes = kv->raised_bytes;
+    kv->store_bytes = kv->mapped_bytes = kv->raised_bytes;
+    kv->bytes = kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
     kv->format = format;
     tq_ggml_kv_buffer_update(kv);
 }

@@ -8,6 +8,7 @@
 
 #include "guard.h"
 #include "kv_tensor.h"
+#include "observe.h"
 #include "stages.h"
 #include "threads.h"
 
@@ -17,6 +18,7 @@ typedef struct tq_ggml_worker {
     tq_ggml_threads threads;
     tq_ggml_stages stages;
     tq_ggml_report report;
+    tq_ggml_observer observer;
     int64_t *slots; /* scratch, grown as needed */
     size_t n_slots;
     float *alibi_slopes;

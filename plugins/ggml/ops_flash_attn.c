@@ -125,6 +125,8 @@ static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_at
     const tq_executor *executor = &worker->threads.executor;
     tq_status status = tq_ggml_guard_settle(&worker->report, keys, stream, p, executor);
     if (status == TQ_OK) status = tq_ggml_stage_settle(values, stream, NULL, executor);
+    if (status == TQ_OK && keys->device->options->observe[0])
+        status = tq_ggml_observe(&worker->observer, keys, stream, a->keys.n_slots, p);
     if (status != TQ_OK) return status;
     p->key_stage = tq_ggml_stage_of(keys, stream, p->n_query);
     p->value_stage = tq_ggml_stage_of(values, stream, p->n_query);

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VALUE_MAX 256 /* of one key=value */
+#define VALUE_MAX TQ_GGML_VALUE_MAX
 
 typedef struct error_text {
     char *text;
@@ -198,12 +198,27 @@ static bool parse_guard(tq_ggml_options *options, const char *value, error_text 
     return fail(error, "guard", value, "give one of raise, warn, refuse, off");
 }
 
-static bool parse_report(tq_ggml_options *options, const char *value, error_text *error)
+static bool parse_path(char out[VALUE_MAX], const char *key, const char *value, error_text *error)
 {
     size_t n = strlen(value);
-    if (n == 0 || n >= sizeof options->report) return fail(error, "report", value, "give a file's path");
-    memcpy(options->report, value, n + 1);
+    if (n == 0 || n >= VALUE_MAX) return fail(error, key, value, "give a file's path");
+    memcpy(out, value, n + 1);
     return true;
+}
+
+static bool parse_report(tq_ggml_options *options, const char *value, error_text *error)
+{
+    return parse_path(options->report, "report", value, error);
+}
+
+static bool parse_calibration(tq_ggml_options *options, const char *value, error_text *error)
+{
+    return parse_path(options->calibration, "calibration", value, error);
+}
+
+static bool parse_observe(tq_ggml_options *options, const char *value, error_text *error)
+{
+    return parse_path(options->observe, "observe", value, error);
 }
 
 static const option_key keys[] = {
@@ -213,10 +228,12 @@ static const option_key keys[] = {
     {"recent", "N", parse_recent},
     {"ref", "N", parse_ref},
     {"balance", "on|off", parse_balance},
+    {"calibration", "FILE", parse_calibration},
     {"exact", "LAYER[-LAYER][+...]", parse_exact},
     {"head_dim", "N", parse_head_dim},
     {"guard", "raise|warn|refuse|off", parse_guard},
     {"report", "FILE", parse_report},
+    {"observe", "FILE", parse_observe},
     {"log", "LEVEL", parse_log},
 };
 enum { N_KEYS = sizeof keys / sizeof keys[0] };
