@@ -3,12 +3,14 @@
 import copy
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import turboquant
 
 N_HEAD, N_HEAD_KV, HEAD_DIM = 6, 2, 64
+CALIBRATION = Path(__file__).parents[2] / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
 
 
 def make(n_layer=2, **options):
@@ -144,6 +146,37 @@ def test_formats_of_layers(rng):
         errors.append([float(((x - k) ** 2).mean()) for x in cache.read(seq, layer)])
     assert errors[0][0] < 1e-3 < .01 < errors[1][0]
     assert errors[0][1] < 1e-6 < errors[1][1]
+
+
+def test_calibration(rng, tmp_path):
+    calibration = turboquant.Calibration(CALIBRATION)
+    assert calibration.model == "golden" and calibration.nbytes > CALIBRATION.stat().st_size
+    plain, by_path, shared = make(3), make(3, calibration=CALIBRATION), make(3, calibration=calibration)
+    del calibration  # caches hold it
+    k, v, q = vectors(rng, 300), vectors(rng, 300), vectors(rng, 3, N_HEAD)
+    for cache in (plain, by_path, shared):
+        assert cache.seq_create() == 0
+        for layer in range(3):
+            cache.append(0, layer, k, v)
+    for layer in range(3):
+        keys = [cache.read(0, layer)[0] for cache in (plain, by_path, shared)]
+        assert (keys[0] == keys[1]).all() == (layer == 1)
+        np.testing.assert_array_equal(keys[1], keys[2])
+        np.testing.assert_allclose(shared.attend(0, layer, q), attention(q, *shared.read(0, layer)), atol=1e-4)
+    shared.save(tmp_path / "x.tqs")
+    assert by_path.load(tmp_path / "x.tqs") == [1]
+    with pytest.raises(turboquant.SnapshotError, match="another calibration"):
+        plain.load(tmp_path / "x.tqs")
+
+
+def test_calibration_refusals(tmp_path):
+    with pytest.raises(turboquant.ArgumentError, match="golden.*3 layers, not 2: it is of another model"):
+        make(2, calibration=CALIBRATION)
+    with pytest.raises(OSError):
+        make(3, calibration=tmp_path / "missing.tqcal")
+    (tmp_path / "cut.tqcal").write_bytes(CALIBRATION.read_bytes()[:-1])
+    with pytest.raises(turboquant.TurboQuantError, match="damaged, cut off"):
+        turboquant.Calibration(tmp_path / "cut.tqcal")
 
 
 def test_dry_run():

@@ -63,8 +63,8 @@ class CacheParams(ctypes.Structure):
         ("head_dim_v", c_int32), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int),
         ("layer_k_formats", POINTER(ctypes.c_int)), ("layer_v_formats", POINTER(ctypes.c_int)), ("page_size", c_int32),
         ("n_pages", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("k_ref_block", c_int32),
-        ("budget_bytes", c_size_t), ("offload_folder", c_char_p), ("offload_bytes", c_size_t), ("seed", c_uint64),
-        ("dry_run", c_bool),
+        ("budget_bytes", c_size_t), ("offload_folder", c_char_p), ("offload_bytes", c_size_t),
+        ("calibration", c_void_p), ("seed", c_uint64), ("dry_run", c_bool),
     ]
 
 
@@ -102,6 +102,7 @@ _FALLIBLE = {
     "tq_codec_encode": [c_void_p, c_void_p, c_int64, c_void_p],
     "tq_codec_decode": [c_void_p, c_void_p, c_int64, c_void_p],
     "tq_preset_bits_per_value": [POINTER(c_double), POINTER(Preset), c_int32, c_int32, c_int64],
+    "tq_calibration_load": [POINTER(c_void_p), c_char_p],
     "tq_cache_create": [POINTER(c_void_p), POINTER(CacheParams)],
     "tq_cache_seq_create": [c_void_p, POINTER(c_int32)],
     "tq_cache_seq_fork": [c_void_p, c_int32, POINTER(c_int32)],
@@ -129,6 +130,9 @@ _OTHER = {
     "tq_head_dim_list": (POINTER(c_int32), [POINTER(c_int32)]),
     "tq_preset_count": (c_int32, []),
     "tq_preset_get": (POINTER(Preset), [c_int32]),
+    "tq_calibration_free": (None, [c_void_p]),
+    "tq_calibration_model": (c_char_p, [c_void_p]),
+    "tq_calibration_bytes": (c_size_t, [c_void_p]),
     "tq_attend_params_default": (None, [POINTER(AttendParams)]),
     "tq_attend_batch_default": (None, [POINTER(AttendBatch)]),
     "tq_cache_params_default": (None, [POINTER(CacheParams)]),

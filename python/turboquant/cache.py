@@ -80,6 +80,30 @@ def _formats_array(names: Sequence[str | int] | None, n_layer: int, what: str) -
     return (ctypes.c_int * n_layer)(*map(format_number, names))
 
 
+class Calibration:
+    """
+    What `tq calibrate` learnt of a model (docs/calibrate.md), read from its file: for Cache(calibration=...), any number of
+    them. Its order of channels must be that of the keys: Transformers and MLX-LM turn two halves of a head where llama.cpp, for
+    models of architecture llama, turns neighbours; `tq calibrate --order halves` makes a file for those.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self._handle = ctypes.c_void_p()
+        lib.tq_calibration_load(ctypes.byref(self._handle), os.fsencode(path))
+
+    @property
+    def model(self) -> str:
+        return lib.tq_calibration_model(self._handle).decode(errors="replace")
+
+    @property
+    def nbytes(self) -> int:
+        return lib.tq_calibration_bytes(self._handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            lib.tq_calibration_free(self._handle)
+
+
 class Cache:
     """
     Keys and values of many sequences, encoded, in pages from one pool.
@@ -89,6 +113,7 @@ class Cache:
     layer_k_formats and layer_v_formats [n_layer] single layers.
     max_tok: capacity in tokens, all sequences together; memory is taken page by page as it is used. budget_bytes: limit of all
     that the cache takes from the allocator. offload_folder, offload_bytes: a file for pages beyond it.
+    calibration: of all n_layer layers; a path or a Calibration.
     n_threads: for encoding and attention; by default the processors that this process may use.
 
     Arrays may be anything with the buffer protocol or DLPack, or a turboquant.Pointer; float32 is not copied.
@@ -101,8 +126,9 @@ class Cache:
                  n_recent: int | None = None, k_ref_block: int | None = None,
                  layer_k_formats: Sequence[str | int] | None = None, layer_v_formats: Sequence[str | int] | None = None,
                  page_size: int = 128, max_tok: int = MAX_TOK_DEFAULT, budget_bytes: int = 0,
-                 offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0, seed: int = SEED_DEFAULT,
-                 dry_run: bool = False, n_threads: int | None = None) -> None:
+                 offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0,
+                 calibration: str | os.PathLike | Calibration | None = None, seed: int = SEED_DEFAULT, dry_run: bool = False,
+                 n_threads: int | None = None) -> None:
         self._handle = ctypes.c_void_p()
         params = CacheParams()
         lib.tq_cache_params_default(ctypes.byref(params))
@@ -128,6 +154,10 @@ class Cache:
         params.budget_bytes, params.seed, params.dry_run = budget_bytes, seed, dry_run
         if offload_folder is not None:
             params.offload_folder, params.offload_bytes = os.fsencode(offload_folder), offload_bytes
+        # The library reads it as long as the cache lives.
+        self.calibration = Calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
+        if self.calibration is not None:
+            params.calibration = self.calibration._handle
         lib.tq_cache_create(ctypes.byref(self._handle), ctypes.byref(params))
         self.n_layer, self.n_head_kv, self.page_size = n_layer, n_head_kv, page_size
         self.head_dim, self.head_dim_v = head_dim, head_dim_v or head_dim

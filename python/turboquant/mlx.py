@@ -200,6 +200,8 @@ def _reach_attention(model: Any) -> None:
 
 def _options_of_layers(options: dict[str, Any], n: int) -> list[dict[str, Any]]:
     """Of n layers: layer_k_formats and layer_v_formats become each layer's k_format and v_format."""
+    if options.get("calibration") is not None:
+        raise UnsupportedError("calibration: the caches of single layers that MLX-LM wants have none yet; leave it out")
     common = {name: value for name, value in options.items() if name not in ("layer_k_formats", "layer_v_formats")}
     layers = [dict(common) for _ in range(n)]
     for side in "kv":
