@@ -19,7 +19,7 @@ file(RELATIVE_PATH tq_plugin_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTA
 file(RELATIVE_PATH tq_packages_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBEXECDIR}/turboquant)
 target_compile_definitions(tq PRIVATE _XOPEN_SOURCE=700 TQ_PLUGIN_FROM_BIN="${tq_plugin_from_bin}"
                                       TQ_PACKAGES_FROM_BIN="${tq_packages_from_bin}")
-install(DIRECTORY tools/eval tools/simulate DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant
+install(DIRECTORY tools/calibrate tools/eval tools/simulate DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant
         FILES_MATCHING PATTERN "*.py" PATTERN "*.html")
 target_link_libraries(tq PRIVATE turboquant_static tq_flags PkgConfig::CJSON m ${CMAKE_DL_LIBS})
 

@@ -63,9 +63,10 @@ fi
 
 if [ $install = no ] || [ "$level" = build ]; then exit 0; fi
 
-# matplotlib, Jinja2 and tqdm are tq eval's, the first two also tq cache simulate's; gguf and numpy only make test models.
-wanted="matplotlib==3.11.2 jinja2==3.1.6 tqdm==4.70.1"
-if [ "$level" = test ]; then wanted="$wanted gguf==0.19.0 numpy==2.2.6"; fi
+# matplotlib, Jinja2 and tqdm are tq eval's, the first two also tq cache simulate's; tqdm, numpy and xxhash are tq calibrate's;
+# gguf only makes test models.
+wanted="matplotlib==3.11.2 jinja2==3.1.6 tqdm==4.70.1 numpy==2.2.6 xxhash==4.1.0"
+if [ "$level" = test ]; then wanted="$wanted gguf==0.19.0"; fi
 stamp=$deps/venv/.installed
 if [ ! -x "$deps/venv/bin/pip" ]; then
     mkdir -p "$deps"

@@ -122,6 +122,7 @@ def native_suites():
     yield Suite("units/tsan", units("tsan", SLOW))
     yield Suite("library", [python("tests/api/test_library.py")])
     yield Suite("tq", [python("tests/api/test_tq.py"), python("tests/api/test_simulate.py")])
+    yield Suite("calibrate", [python("tests/api/test_calibrate.py")])
     examples = programs("release", "examples", "example_*")
     if examples:
         yield Suite("examples", counted([([path], {}) for path in examples]))

@@ -7,6 +7,7 @@ SmolLM2-135M-Instruct from its GGUF by Transformers' own support, and a text for
 MLX's tests run that as a process of its own, so that PyTorch's memory and threads are gone when they begin.
 """
 import sys
+from pathlib import Path
 
 from conftest import DEPS
 
@@ -37,6 +38,14 @@ def export(folder):
 def novel(tokenizer, n_tok):
     """The first tokens of a novel, a list."""
     return tokenizer.encode((DEPS / "text" / "austen.txt").read_text()[: 8 * n_tok])[:n_tok]
+
+
+def calibrate(n_tok):
+    """The words of a `tq calibrate` that learns from the first tokens of the novel, without its output."""
+    llama_bin, root = DEPS / "llama-bin", Path(__file__).parents[2]
+    assert (llama_bin / "llama-perplexity").exists(), f"llama.cpp is not in {llama_bin}: run `make deps` first"
+    return [root / "build/release/tq", "calibrate", DEPS / "models" / FILE, "--text", DEPS / "text" / "austen.txt", "--context",
+            str(n_tok), "--chunks", "1", "--llama-bin", llama_bin]
 
 
 if __name__ == "__main__":

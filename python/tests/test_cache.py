@@ -165,7 +165,7 @@ def test_calibration(rng, tmp_path):
         np.testing.assert_allclose(shared.attend(0, layer, q), attention(q, *shared.read(0, layer)), atol=1e-4)
     shared.save(tmp_path / "x.tqs")
     assert by_path.load(tmp_path / "x.tqs") == [1]
-    with pytest.raises(turboquant.SnapshotError, match="another calibration"):
+    with pytest.raises(turboquant.SnapshotError, match="another shape"):
         plain.load(tmp_path / "x.tqs")
 
 

@@ -22,6 +22,6 @@ def cpu_name() -> str | None:
 
 __all__ = [
     "SEED_DEFAULT", "ArgumentError", "Cache", "CacheFullError", "Calibration", "Codec", "DeviceError", "Format",
-    "OutOfMemoryError", "Pointer", "Preset", "RangeError", "Snapshot", "SnapshotError", "Stats", "TurboQuantError", "UnsupportedError", "cpu_name", "decode",
-    "describe_snapshot", "encode", "format_info", "head_dims", "preset", "presets",
+    "OutOfMemoryError", "Pointer", "Preset", "RangeError", "Snapshot", "SnapshotError", "Stats", "TurboQuantError",
+    "UnsupportedError", "cpu_name", "decode", "describe_snapshot", "encode", "format_info", "head_dims", "preset", "presets",
 ]

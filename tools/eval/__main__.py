@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
 """tq eval: how much of a model's output each KV cache changes, at how many bits."""
 import argparse
-import os
 import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -15,9 +13,10 @@ try:
 except ImportError as error:
     sys.exit(f"tq eval: {error}. `make deps` installs what it needs; or: pip install matplotlib jinja2 tqdm, and name that "
              "Python in TQ_PYTHON")
-from .llama import (F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, Setup, commit, describe_model, list_devices,
-                    machine, version)
+from .llama import (F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, commit, describe_model, list_devices, machine,
+                    version)
 from .needle import Needles
+from .options import add_options, make_setup, stop_by_signal
 from .quality import Quality
 from .work import Work
 
@@ -49,9 +48,7 @@ def parse_arguments(argv):
     parser.add_argument("--work", type=Path, metavar="DIR", help="where results wait, to go on after an interruption "
                         "(OUT.work of the first output, or tq-eval.work)")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="(all)")
-    parser.add_argument("--llama-bin", type=Path, metavar="DIR", help="llama.cpp's programs (TQ_LLAMA_BIN, build/deps, PATH)")
-    parser.add_argument("--plugin", type=Path, metavar="FILE", help="libggml-turboquant.so (TQ_PLUGIN, build/release)")
+    add_options(parser)
     args = parser.parse_args(argv)
     args.context, args.needle = numbers(parser, args.context, 256), numbers(parser, args.needle, 512)
     args.presets = split_presets(args.presets)
@@ -80,31 +77,8 @@ def fail(message):
     sys.exit(f"tq eval: {message}")
 
 
-def find_llama_bin(given):
-    places = [given] if given else [os.environ.get("TQ_LLAMA_BIN"), ROOT / "build/deps/llama-bin"]
-    for place in filter(None, places):
-        if (Path(place) / "llama-perplexity").exists():
-            return Path(place)
-    found = shutil.which("llama-perplexity")
-    if given or not found:
-        fail("llama-perplexity was not found; `make deps` builds it, or give llama.cpp's folder of programs by --llama-bin")
-    return Path(found).parent
-
-
-def find_plugin(given):
-    for place in filter(None, [given, os.environ.get("TQ_PLUGIN"), ROOT / "build/release/libggml-turboquant.so"]):
-        if Path(place).exists():
-            return Path(place).resolve()
-        if place in (given, os.environ.get("TQ_PLUGIN")):
-            fail(f"there is no plug-in {place}")
-    fail("libggml-turboquant.so was not found; `make all` builds it, or name it by --plugin")
-
-
 def check(args, setup, model):
     """All that can be told before the first measurement."""
-    for path in (args.model, *args.text):
-        if not path.is_file():
-            fail(f"there is no file {path}")
     for name in args.baselines:
         if not Cache(name).is_stock:
             fail(f"there is no baseline '{name}'; give some of {', '.join(STOCK_TYPES)}, or KEYS/VALUES")
@@ -228,20 +202,13 @@ def collect(args, evaluation, groups, needles):
             "failed": evaluation.failed}
 
 
-def stop(_signal, _frame):
-    raise KeyboardInterrupt
-
-
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = parse_arguments(words)
     args.words = words
-    signal.signal(signal.SIGTERM, stop)
-    for path in (args.model, *args.text):
-        if not path.is_file():
-            fail(f"there is no file {path}")
-    setup = Setup(find_llama_bin(args.llama_bin), find_plugin(args.plugin), args.model, args.threads)
+    stop_by_signal()
     try:
+        setup = make_setup(args)
         model = describe_model(setup)
         check(args, setup, model)
         groups, needles = plan(args)

@@ -136,12 +136,17 @@ def started(command, variables, output, errors):
             process.wait()
 
 
-def run_command(command, variables=None):
-    """Run to the end, whatever the status, and take the process's own peak of resident memory."""
+def run_command(command, variables=None, meanwhile=None):
+    """
+    Run to the end, whatever the status, and take the process's own peak of resident memory. meanwhile(process) is called while
+    it runs; what that raises ends the process.
+    """
     variables = variables or {}
     begin = time.monotonic()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         with started(command, variables, output, errors) as process:
+            if meanwhile:
+                meanwhile(process)
             # wait4 gives this child's usage; getrusage(RUSAGE_CHILDREN) would give the largest of all children so far.
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -151,10 +156,10 @@ def run_command(command, variables=None):
                         usage.ru_maxrss * 1024, time.monotonic() - begin, shown(command, variables))
 
 
-def run_tool(setup, cache, tool, arguments, *plugin_options):
-    """Run a llama.cpp tool on the model with this cache."""
+def run_tool(setup, cache, tool, arguments, *plugin_options, meanwhile=None):
+    """Run a llama.cpp tool on the model with this cache; meanwhile is run_command's."""
     command = [setup.llama_bin / f"llama-{tool}", "-m", setup.model, *arguments, *cache.options(setup)]
-    done = run_command(command, cache.variables(setup, *plugin_options))
+    done = run_command(command, cache.variables(setup, *plugin_options), meanwhile)
     if done.status:
         raise done.fail(f"ended with {done.status}")
     return done

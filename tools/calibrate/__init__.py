@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""tq calibrate; docs/calibrate.md."""

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+"""What tq eval and tq calibrate alike take from the command line: threads, llama.cpp's programs and the plug-in."""
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from .llama import ROOT, LlamaError, Setup
+
+
+def add_options(parser):
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="(all)")
+    parser.add_argument("--llama-bin", type=Path, metavar="DIR", help="llama.cpp's programs (TQ_LLAMA_BIN, build/deps, PATH)")
+    parser.add_argument("--plugin", type=Path, metavar="FILE", help="libggml-turboquant.so (TQ_PLUGIN, build/release)")
+
+
+def find_llama_bin(given):
+    places = [given] if given else [os.environ.get("TQ_LLAMA_BIN"), ROOT / "build/deps/llama-bin"]
+    for place in filter(None, places):
+        if (Path(place) / "llama-perplexity").exists():
+            return Path(place)
+    found = shutil.which("llama-perplexity")
+    if given or not found:
+        raise LlamaError("llama-perplexity was not found; `make deps` builds it, or give llama.cpp's folder of programs by "
+                         "--llama-bin")
+    return Path(found).parent
+
+
+def find_plugin(given):
+    for place in filter(None, [given, os.environ.get("TQ_PLUGIN"), ROOT / "build/release/libggml-turboquant.so"]):
+        if Path(place).exists():
+            return Path(place).resolve()
+        if place in (given, os.environ.get("TQ_PLUGIN")):
+            raise LlamaError(f"there is no plug-in {place}")
+    raise LlamaError("libggml-turboquant.so was not found; `make all` builds it, or name it by --plugin")
+
+
+def make_setup(args):
+    """The Setup of arguments that name a model and texts, which must be there."""
+    for path in (args.model, *args.text):
+        if not path.is_file():
+            raise LlamaError(f"there is no file {path}")
+    return Setup(find_llama_bin(args.llama_bin), find_plugin(args.plugin), args.model, args.threads)
+
+
+def stop_by_signal():
+    """Let SIGTERM end the program as Ctrl-C does."""
+    def stop(_signal, _frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
