@@ -297,7 +297,15 @@ static void test_equal_prefixes_are_one(void **state)
     tq_cache_free(cache);
 }
 
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__clang__)
+#define SANITIZES_MEMORY (__has_feature(address_sanitizer) || __has_feature(thread_sanitizer))
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZES_MEMORY 1
+#else
+#define SANITIZES_MEMORY 0
+#endif
+
+#if defined(__GLIBC__) && !SANITIZES_MEMORY
 #define COUNTS_MEMORY
 /* What malloc has handed out. */
 static size_t allocated_now(void)
