@@ -3,12 +3,13 @@
 """
 What a lever of the cache's quality is worth, before it is built: a llama model (GGUF, architecture llama) in 32-bit floats,
 where attention reads keys and values that the library's codec has encoded and decoded. Unlike `tq eval` it has no floor, and
-it knows levers that the library has not: means before RoPE, transforms from query and key covariances.
+it knows levers that the library has not: means before RoPE, transforms from plain query and key covariances.
 
-    levers.py MODEL.gguf --text FILE [--calibrate FILE] --csv OUT [--tokens 2048] [--only WORD[,WORD...]]
+    levers.py MODEL.gguf --text FILE [--calibrate FILE...] --csv OUT [--tokens 2048] [--only WORD[,WORD...]]
 
 A row is the mean KL divergence of the next-token distribution from that with exact keys and values, over the second half of
-the tokens. Transforms come from the same text (an oracle, which bounds what calibration can win) or from --calibrate's.
+the tokens. Transforms come from the same text (an oracle, which bounds what calibration can win) or from --calibrate's; from
+plain second moments of keys and queries, or, as `tq calibrate` learns them, weighted by the attention that coded keys get.
 Needs the release build and llama.cpp (`make run` makes both), for the codec and the tokenizer.
 """
 import argparse
@@ -23,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tools.eval import llama  # noqa: E402
+sys.path.insert(0, str(ROOT / "tools"))
+from calibrate.transform import balance, coded_columns, weighted_moments  # noqa: E402
+from eval import llama  # noqa: E402
 
 
 class Codec:
@@ -66,10 +68,11 @@ class Cache:
     recent: int = 64
     mean: str = "block"  # of keys: none, block, first (64 tokens), slow (first, slow pairs alone), pre-rope (first), block-of-N
     values_mean: str = "none"  # or block
-    transform: str = "none"  # or own (oracle), start (learnt from the first 512 tokens), other (--calibrate's text)
+    transform: str = "none"  # or own (oracle), start (learnt from the first 512 tokens), other (--calibrate's), *-weighted
     exact_layers: int = 0  # at either end, with tt4
 
 
+TRANSFORMS = ("none", "own", "other", "start", "own-weighted", "other-weighted")
 LEVERS = {
     "ring": [Cache(recent=n) for n in (0, 8, 16, 32, 64, 128)],
     "sinks": [Cache(sinks=n) for n in (0, 1, 2, 4, 8, 16)],
@@ -77,8 +80,8 @@ LEVERS = {
               ("none", "first", "slow", "pre-rope", "block", "block-of-8", "block-of-16", "block-of-32")],
     "values-mean": [Cache(), Cache(values_mean="block")],
     "parts": [Cache("tt4", "tt4"), Cache("tt4", "f32"), Cache("f32", "tt4")],
-    "transform-tt3": [Cache(transform=t, mean=mean) for mean in ("none", "block") for t in ("none", "own", "other", "start")],
-    "transform-tt2": [Cache("tt2", "tt2", transform=t) for t in ("none", "own", "other", "start")],
+    "transform-tt3": [Cache(transform=t, mean=mean) for mean in ("none", "block") for t in TRANSFORMS],
+    "transform-tt2": [Cache("tt2", "tt2", transform=t) for t in TRANSFORMS],
     "boundary": [Cache(), Cache(exact_layers=1)],
 }
 START = 512  # tokens from which `start` learns
@@ -137,18 +140,10 @@ def block_means(x, block, of_first):
     return np.repeat(means, block, axis=0)[:len(x)]
 
 
-def balance(keys, queries):
-    """
-    The symmetric A for which keys A k and queries A^-1 q have the same second moments. It minimizes E[(q . e)^2] when e is
-    the error of a codec that spreads its error evenly, as a rotation makes it do: E |A k|^2 E |A^-1 q|^2 is least there.
-    """
-    def power(matrix, exponent):
-        values, vectors = np.linalg.eigh(matrix)
-        return (vectors * np.maximum(values, 1e-6 * values.max()) ** exponent) @ vectors.T
-
-    k, q = (np.cov(x.astype(np.float64).T, bias=True) + np.outer(x.mean(0), x.mean(0)) for x in (keys, queries))
-    root, inverse = power(k, 0.5), power(k, -0.5)
-    return power(inverse @ power(root @ q @ root, 0.5) @ inverse, 0.5)
+def second_moments(x):
+    """E[x x^T] of x [n, head_dim]."""
+    x = x.astype(np.float64)
+    return x.T @ x / len(x)
 
 
 class Attention:
@@ -156,7 +151,7 @@ class Attention:
 
     def __init__(self, model, cache, codecs, moments=None):
         self.model, self.cache, self.codecs, self.moments = model, cache, codecs, moments
-        self.seen = {}  # (layer, head): (keys, queries) after RoPE and means, when moments are to be learnt
+        self.seen = {}  # (layer, head, whether weighted): sums of second moments, when they are to be learnt
 
     def stored(self, layer, name, x):
         if 0 < self.cache.exact_layers and not self.cache.exact_layers <= layer < self.model.n_layer - self.cache.exact_layers:
@@ -176,17 +171,31 @@ class Attention:
             mean = np.where(np.repeat(64 * self.model.rope_base ** (-np.arange(0, len(mean), 2) / len(mean)) < 1, 2), mean, 0)
         return np.broadcast_to(mean, keys.shape)
 
-    def transform(self, layer, head, keys, queries):
+    def learn(self, queries, keys, centered, weighted):
+        """Second moments of a KV head's keys without their means and of its queries, for balance."""
+        if not weighted:
+            return second_moments(centered), second_moments(queries.reshape(-1, keys.shape[1]))
+        visible = np.tri(len(keys), dtype=bool)
+        return weighted_moments(queries, keys, centered, visible, coded_columns(visible, self.cache.sinks, self.cache.recent))
+
+    def transform(self, layer, head, queries, keys, centered):
         """(A, A^-1) of this KV head, or None."""
-        if self.cache.transform == "none":
+        kind, _, weighted = self.cache.transform.partition("-")
+        if kind == "none":
             return None
-        if self.cache.transform == "own":
-            pair = keys, queries
-        elif self.cache.transform == "start":
-            pair = keys[:START], queries[:, :START]
+        if kind == "learn":
+            for is_weighted in (False, True):
+                new = self.learn(queries, keys, centered, is_weighted)
+                known = self.seen.get((layer, head, is_weighted), (0, 0))
+                self.seen[layer, head, is_weighted] = known[0] + new[0], known[1] + new[1]
+            return None
+        if kind == "own":
+            pair = self.learn(queries, keys, centered, weighted)
+        elif kind == "start":
+            pair = self.learn(queries[:, :START], keys[:START], centered[:START], weighted)
         else:
-            pair = self.moments[layer, head]
-        matrix = balance(pair[0], pair[1].reshape(-1, keys.shape[1]))
+            pair = self.moments[layer, head, bool(weighted)]
+        matrix = balance(*pair)
         return matrix.astype(np.float32), np.linalg.inv(matrix).astype(np.float32)
 
     def __call__(self, layer, q, k, v):
@@ -202,8 +211,7 @@ class Attention:
             queries = q_turned[:, head * group:(head + 1) * group].transpose(1, 0, 2) / np.float32(model.head_dim ** 0.5)
             mean = self.mean_of_keys(k[:, head], keys, positions)
             values_mean = block_means(values, 64, 64) if cache.values_mean == "block" else 0
-            self.seen[layer, head] = (keys - mean, queries) if cache.transform == "learn" else None
-            pair = self.transform(layer, head, keys - mean, queries) if cache.transform != "learn" else None
+            pair = self.transform(layer, head, queries, keys, keys - mean)
             rest = (keys - mean) @ pair[0] if pair else keys - mean
             decoded = self.stored(layer, cache.keys, rest)
             k_stored = mean + (decoded @ pair[1] if pair else decoded)
@@ -233,7 +241,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibrate", type=Path, help="another text, to learn transforms from")
+    parser.add_argument("--calibrate", type=Path, nargs="+", help="other texts, to learn transforms from")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--only", default=",".join(LEVERS), help="of " + ", ".join(LEVERS))
@@ -245,7 +253,7 @@ def main():
     if args.tokens < 2 * START:
         parser.error(f"--tokens is at least {2 * START}")
     rows = [(lever, cache) for lever in args.only.split(",") for cache in LEVERS[lever]
-            if cache.transform != "other" or args.calibrate]
+            if not cache.transform.startswith("other") or args.calibrate]
 
     model = Model(args.model)
     codecs = {name: Codec(name, model.head_dim) for name in ("tt4", "tt3", "tt2")}
@@ -253,12 +261,13 @@ def main():
     exact = Cache("f32", "f32", mean="none")
     expected = log_softmax(model.run(tokens, Attention(model, exact, codecs)))
     moments = {}
-    if any(cache.transform == "other" for _, cache in rows):
-        other = tokenize(args, args.calibrate)
-        for mean in {cache.mean for _, cache in rows if cache.transform == "other"}:
-            attention = Attention(model, replace(exact, mean=mean, transform="learn"), codecs)
+    means = {cache.mean for _, cache in rows if cache.transform.startswith("other")}
+    others = [tokenize(args, path) for path in args.calibrate] if means else []
+    for mean in means:
+        attention = Attention(model, replace(exact, mean=mean, transform="learn"), codecs)
+        for other in others:
             model.run(other, attention)
-            moments[mean] = attention.seen
+        moments[mean] = attention.seen
 
     fields = ["lever", *Cache.__dataclass_fields__, "kld_mean", "same_top_1", "text", "tokens", "commit", "command"]
     known = {}  # a cache stands in several levers
