@@ -46,23 +46,22 @@ def test_eight_bits(model_and_tokenizer, reference):
 
 
 def test_calibration(model_and_tokenizer, reference, tmp_path):
-    """Learnt in llama.cpp, from the same text, which makes the gain sure: in the order of Transformers' channels it helps."""
+    """
+    Learnt in llama.cpp, from the same text, which makes the gain sure: a third of the divergence is left. In the order of
+    llama.cpp's channels there is no gain.
+    """
     model, _ = model_and_tokenizer
     input_ids, wanted = reference
+    path = tmp_path / "halves.tqcal"
+    subprocess.run([*smollm.calibrate(N_TOK), "--order", "halves", "-o", path], check=True, capture_output=True)
 
     def found(**options):
         cache = compressed(model, preset="TQ2", k_format="tt2", v_format="tq8", **options)
         return divergence(wanted, logits(model, cache, input_ids, parts=2))
 
-    def learnt(order):
-        path = tmp_path / f"{order}.tqcal"
-        subprocess.run([*smollm.calibrate(N_TOK), "--order", order, "-o", path], check=True, capture_output=True)
-        return path
-
-    plain, halves, same = found(), found(calibration=learnt("halves")), found(calibration=learnt("same"))
-    print(f"tt2 keys: {plain:.5f}, calibrated {halves:.5f}, in the wrong order {same:.5f}")
-    assert halves < .85 * plain
-    assert same > 1.1 * halves
+    plain, calibrated = found(), found(calibration=path)
+    print(f"tt2 keys: {plain:.5f}, calibrated {calibrated:.5f}")
+    assert calibrated < .6 * plain
 
 
 def test_greedy_text(model_and_tokenizer):
