@@ -466,10 +466,10 @@ typedef struct tq_cache_stats {
     size_t page_bytes;                                /* encoded bytes of one page */
     size_t exact_bytes;                               /* sinks and rings of all sequences */
     size_t table_bytes;                               /* page tables and sequence records */
-    size_t allocated_bytes;                           /* everything that the cache holds from the allocator now */
-    int64_t n_asked_tok, n_matched_tok;               /* of all tq_cache_seq_match so far */
-    int64_t n_evicted_pages, n_copied_pages;          /* published pages given up; pages copied before a write */
-    double encode_seconds, attend_seconds;            /* spent in appending and attending, summed over calling threads */
+    size_t allocated_bytes;                  /* all that the cache holds from the allocator now, its calibration with it */
+    int64_t n_asked_tok, n_matched_tok;      /* of all tq_cache_seq_match so far */
+    int64_t n_evicted_pages, n_copied_pages; /* published pages given up; pages copied before a write */
+    double encode_seconds, attend_seconds;   /* spent in appending and attending, summed over calling threads */
 } tq_cache_stats;
 TQ_API TQ_NODISCARD tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats *out);
 

@@ -140,7 +140,7 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     cache->n_recent = params->n_recent;
     cache->k_ref_block = params->k_ref_block;
     cache->seed = params->seed;
-    cache->calibration_hash = params->calibration ? params->calibration->hash : 0;
+    cache->calibration = params->calibration;
     tq_status status = cache_init(cache, params);
     if (status != TQ_OK) {
         tq_cache_destroy(cache);
@@ -253,7 +253,7 @@ void tq_cache_count(const tq_cache *cache, tq_cache_stats *out)
         .n_restores = pool->n_restores,
         .page_bytes = pool->page_bytes,
         .table_bytes = (size_t)cache->n_sequences * sizeof *cache->sequences,
-        .allocated_bytes = cache->budget.used,
+        .allocated_bytes = cache->budget.used + (cache->calibration ? cache->calibration->bytes : 0),
         .n_evicted_pages = cache->n_evicted,
         .n_copied_pages = cache->n_copied,
         .n_asked_tok = cache->n_asked_tok,

@@ -62,8 +62,9 @@ typedef struct tq_sequence {
 struct tq_cache {
     const tq_kernels *kernels;
     int32_t n_layer, n_head_kv, page_size;
-    int32_t n_sink, n_recent, k_ref_block;         /* as asked for; sides have what they need */
-    uint64_t seed, calibration_hash;               /* the latter 0: none */
+    int32_t n_sink, n_recent, k_ref_block; /* as asked for; sides have what they need */
+    uint64_t seed;
+    const tq_calibration *calibration;             /* NULL: none */
     tq_codec *codecs[TQ_N_SIDES][TQ_FORMAT_COUNT]; /* NULL where no layer needs it */
     tq_cache_side *sides;                          /* [n_layer, TQ_N_SIDES] */
     size_t exact_bytes;                            /* of one sequence */

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cache/calibration.h"
 #include "base/alloc.h"
 #include "base/file.h"
 #include "base/hash.h"
@@ -27,7 +28,7 @@ void tq_snapshot_header_of(const tq_cache *cache, tq_snapshot_header *out)
     memcpy(out->magic, TQ_SNAPSHOT_MAGIC, sizeof out->magic);
     out->version = TQ_SNAPSHOT_VERSION;
     out->header_bytes = sizeof *out;
-    out->seed = cache->seed ^ cache->calibration_hash;
+    out->seed = cache->seed ^ (cache->calibration ? cache->calibration->hash : 0);
     out->page_bytes = cache->pool.page_bytes;
     out->exact_bytes = cache->exact_bytes;
     out->n_layer = cache->n_layer;

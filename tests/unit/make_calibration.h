@@ -18,6 +18,7 @@ static inline tq_calibration *make_calibration(kv_random *random, int32_t n_laye
     c->layers = tq_alloc_zero((size_t)n_layer * sizeof *c->layers);
     c->values = tq_alloc_zero((size_t)n_layer * per_layer * sizeof *c->values);
     KV_CHECK(c->layers && c->values);
+    c->bytes = sizeof *c + (size_t)n_layer * (sizeof *c->layers + per_layer * sizeof *c->values);
     for (int32_t layer = 0; layer < n_layer; layer++) {
         c->layers[layer] = (tq_calibration_layer){n_head_kv, head_dim, (size_t)layer * per_layer};
         for (int32_t head = 0; head < n_head_kv; head++) {

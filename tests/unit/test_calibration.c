@@ -255,6 +255,10 @@ static void test_cache_and_snapshot(void **state)
     assert_int_equal(tq_cache_create(&cache, &with), TQ_OK);
     assert_int_equal(tq_cache_create(&same, &with), TQ_OK);
     assert_int_equal(tq_cache_create(&plain, &without), TQ_OK);
+    tq_cache_stats calibrated, usual;
+    assert_int_equal(tq_cache_get_stats(cache, &calibrated), TQ_OK);
+    assert_int_equal(tq_cache_get_stats(plain, &usual), TQ_OK);
+    assert_int_equal(calibrated.allocated_bytes, usual.allocated_bytes + tq_calibration_bytes(c));
     assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
     for (int32_t layer = 0; layer < 2; layer++) assert_int_equal(tq_cache_append(cache, seq, layer, N_TOK, k, v, NULL), TQ_OK);
     static float k_read[2][N_TOK * ROW], v_read[2][N_TOK * ROW];
