@@ -119,6 +119,7 @@ void run_half(env *e, const tq_kernels *kernels, int which)
 static void setup_transform(env *e, int64_t n)
 {
     if (e->shape.head_dim > TQ_HEAD_DIM_MAX) e->shape.head_dim = TQ_HEAD_DIM_MAX; /* the driver has wider vectors for others */
+    e->shape.n = 1; /* a call is one piece of work, whatever its rows: the benchmark divides by this */
     int32_t head_dim = e->shape.head_dim;
     float *x = input_floats(e, 0, n * head_dim);
     for (int64_t i = 0; i < n * head_dim; i++) x[i] = e->shape.generator == GEN_ZERO ? 0.0f : 10.0f * random_normal(e);

@@ -249,7 +249,7 @@ static void bench_entry(const char *isa, const op *o, const tq_kernels *referenc
         shape s = {format, BENCH_HEAD_DIM, n, bench_rows[i], 0, GEN_NORMAL, PLACE_START};
         state.random = opt.seed;
         start_shape(o, &s, i_head_dim);
-        timing scalar = measure(o, reference, n), t = measure(o, kernels, n);
+        timing scalar = measure(o, reference, state.shape.n), t = measure(o, kernels, state.shape.n);
         printf(opt.csv ? "%s,%s,%s,%d,%lld,%.3f,%.3f,%.2f\n"
                        : "%-8s %-16s %-5s head_dim %d  n_row %2lld  min %9.3f  median %9.3f ns  %7.2f x scalar\n",
                isa, o->name, o->has_format ? format_name(format) : "-", BENCH_HEAD_DIM, (long long)s.n_row, t.min, t.median,
