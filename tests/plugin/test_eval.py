@@ -98,6 +98,16 @@ class Waiting(unittest.TestCase):
             work.path(Cache("TQ4")).write_text('{"kld": ')
             self.assertIsNone(work.load(Cache("TQ4")))
 
+    def test_another_calibration_of_the_same_name(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "model.tqcal"
+            path.write_bytes(b"one")
+            work, cache = Work(folder, []), Cache(f"TQ4:k=tt2,calibration={path}")
+            work.save(cache, {"kld": 1})
+            self.assertEqual(work.load(cache), {"kld": 1})
+            path.write_bytes(b"two")
+            self.assertIsNone(work.load(cache))
+
 
 class Runs(unittest.TestCase):
     def setUp(self):

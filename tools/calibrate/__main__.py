@@ -18,7 +18,7 @@ except ImportError as error:
     sys.exit(f"tq calibrate: {error}. `make deps` installs what it needs; or: pip install numpy tqdm xxhash, and name that "
              "Python in TQ_PYTHON")
 from eval.llama import LlamaError, commit, describe_model, list_devices, machine, shown, version
-from eval.options import add_options, make_setup, stop_by_signal
+from eval.options import add_options, begin, make_setup
 
 from .observe import EXACT, observe
 from .transform import center_blocks, coded_columns, solve, to_halves, weighted_moments
@@ -162,10 +162,7 @@ def run(args):
 
 
 def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(words)
-    args.words = words
-    stop_by_signal()
+    args = begin(parse_arguments, argv)
     try:
         run(args)
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ except ImportError as error:
 from .llama import (F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, commit, describe_model, list_devices, machine,
                     version)
 from .needle import Needles
-from .options import add_options, make_setup, stop_by_signal
+from .options import add_options, begin, make_setup
 from .quality import Quality
 from .work import Work
 
@@ -203,10 +203,7 @@ def collect(args, evaluation, groups, needles):
 
 
 def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(words)
-    args.words = words
-    stop_by_signal()
+    args = begin(parse_arguments, argv)
     try:
         setup = make_setup(args)
         model = describe_model(setup)

@@ -57,6 +57,12 @@ class Cache:
     def plugin_options(self):
         return self.name.partition(":")[2]
 
+    @property
+    def files(self):
+        """What the plug-in reads besides its options."""
+        named = re.findall(r"(?:^|,)calibration=([^,]+)", self.plugin_options)
+        return [Path(path) for path in named if Path(path).is_file()]
+
     def options(self, setup):
         """Options of all tools."""
         common = ["-fa", "off" if self.name.endswith(NO_FLASH) else "on", "-t", str(setup.threads)]

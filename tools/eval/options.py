@@ -3,9 +3,19 @@
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 from .llama import ROOT, LlamaError, Setup
+
+
+def begin(parse_arguments, argv):
+    """The parsed arguments, with the words that they came from. From now on a signal ends the command as Ctrl-C does."""
+    words = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(words)
+    args.words = words
+    stop_by_signal()
+    return args
 
 
 def add_options(parser):

@@ -23,7 +23,8 @@ def fingerprint(path):
 def plain(value):
     """What a measurement depends on, for JSON: files by what is in them."""
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        files = getattr(value, "files", [])
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)} | ({"files": plain(files)} if files else {})
     if isinstance(value, Path):
         return fingerprint(value)
     if isinstance(value, (tuple, list)):
