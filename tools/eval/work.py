@@ -23,8 +23,9 @@ def fingerprint(path):
 def plain(value):
     """What a measurement depends on, for JSON: files by what is in them."""
     if is_dataclass(value):
-        files = getattr(value, "files", [])
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)} | ({"files": plain(files)} if files else {})
+        known = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        files = plain(getattr(value, "files", []))
+        return {**known, "files": files} if files else known
     if isinstance(value, Path):
         return fingerprint(value)
     if isinstance(value, (tuple, list)):
