@@ -158,6 +158,11 @@ static void test_splits(void **state)
                     assert_in_range(used, 1, cut.splits_allowed);
                     assert_true((int64_t)used * per_split >= n);
                     assert_true(n == 0 || (int64_t)(used - 1) * per_split < n); /* no split is empty */
+                    if (!tq_exact_apart(n, cut.splits_allowed)) continue;
+                    /* One is left for exact tokens, and the others are no longer by more than those take. */
+                    int32_t fewer = cut.splits_allowed - 1, longer = tq_split_records(n, fewer, cut.split_records_min);
+                    assert_in_range(tq_splits_used(n, fewer, cut.split_records_min), 1, fewer);
+                    assert_in_range(longer, per_split, per_split + TQ_EXACT_AS_RECORDS);
                 }
             }
         }

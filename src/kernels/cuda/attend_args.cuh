@@ -21,7 +21,7 @@ struct attend_args {
     uint32_t page_magic; /* record / records_per_page is the upper half of record * page_magic, unless that is one per page */
     int64_t page_bytes;  /* of all KV heads */
     tq_device_rotation rotation;
-    int8_t windows[2][256]; /* of keys' and values' trellises */
+    __align__(4) int8_t windows[2][256]; /* of keys' and values' trellises */
     /* The call. */
     const void *q;
     void *out;
@@ -128,8 +128,9 @@ __device__ __forceinline__ void measure_tile(tile_id &tile, const attend_args &a
     int end = min(visible_to(tile, args, tile.last_token).y, tile.coded_end);
     int first = begin / TQ_RECORD_TOKENS, last = (end + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
     int n_records = end > begin ? last - first : 0;
-    int per_split = tq_split_records(n_records, args.splits_allowed, args.split_records_min);
-    tile.n_splits = tq_splits_used(n_records, args.splits_allowed, args.split_records_min);
+    int apart = tile.n_exact > 0 && tq_exact_apart(n_records, args.splits_allowed); /* the last split has them alone */
+    int per_split = tq_split_records(n_records, args.splits_allowed - apart, args.split_records_min);
+    tile.n_splits = tq_splits_used(n_records, args.splits_allowed - apart, args.split_records_min) + apart;
     tile.record_begin = first + tile.split * per_split;
     tile.record_end = min(tile.record_begin + per_split, first + n_records);
 }

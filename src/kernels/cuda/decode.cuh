@@ -15,10 +15,20 @@
 #ifndef TQ_KERNELS_CUDA_DECODE_CUH
 #define TQ_KERNELS_CUDA_DECODE_CUH
 
+#include <type_traits>
+
 #include "kernels/cuda/attend_args.cuh"
 #include "kernels/cuda/exact.cuh"
 #include "kernels/cuda/expand.cuh"
 #include "kernels/cuda/trellis_codes.cuh"
+
+/* One trellis for keys and values is looked up in pairs, where accumulators leave room for the table. */
+template <class K, class V, int D> constexpr bool has_pairs()
+{
+    return K::is_trellis && V::is_trellis && K::bits == V::bits && D <= 128;
+}
+template <class K, class V, int D>
+using decode_tables = std::conditional_t<has_pairs<K, V, D>(), pair_tables<K::bits>, window_tables<K, V>>;
 
 /* Everything about a kernel that is known when it is compiled. */
 template <class K, class V, int D, int N_WARPS> struct decode_shape {
@@ -28,13 +38,13 @@ template <class K, class V, int D, int N_WARPS> struct decode_shape {
     static constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits;
     static constexpr int record_bytes = key_bytes + value_bytes + 2 * TQ_RECORD_SCALE_BYTES;
     /* 16 warps with one record of 4 KB each keep the memory busy; more on their way only add latency. */
-    static constexpr int n_stages = record_bytes * 16 <= 56 * 1024 ? 2 : 1;
+    static constexpr int n_stages = record_bytes * 16 <= 56 * 1024 && !has_pairs<K, V, D>() ? 2 : 1;
     using queue = warp_queue<n_stages, record_bytes>;
     static constexpr int row_floats = D + 4; /* spreads rows over the banks */
     static constexpr int merge_bytes = 4 * n_warps * TQ_TILE_ROWS * row_floats;
     static constexpr int queue_bytes = n_warps * n_stages * (record_bytes + 8);
     static constexpr int work_bytes = queue_bytes > merge_bytes ? queue_bytes : merge_bytes;
-    static constexpr int shared_bytes = work_bytes + window_tables<K, V>::bytes;
+    static constexpr int shared_bytes = work_bytes + decode_tables<K, V, D>::bytes;
 };
 
 template <int D, int N_WARPS> struct decode_shared {
@@ -96,9 +106,9 @@ __device__ __forceinline__ void load_scales(float (&scales)[8], const uint8_t *f
 }
 
 /* s[8]: the scores of row g and tokens 8 t to 8 t + 7, in base 2. */
-template <class K, int D>
+template <class K, int D, class T>
 __device__ __forceinline__ void score_record(float (&s)[8], const query_operand<D> &q, const uint8_t *plane,
-                                             const float (&key_scales)[8], const window_table &table, int lane)
+                                             const float (&key_scales)[8], const T &table, int lane)
 {
     constexpr int n_words = D * K::bits / 32; /* of a string */
     uint32_t words[n_words];
@@ -149,9 +159,9 @@ template <int D> __device__ __forceinline__ void raise_maximum(warp_accumulator<
 }
 
 /* acc += values times weights; weights[i] are those of tokens 8 t + 2 i, 8 t + 2 i + 1 and row g. */
-template <class V, int D>
+template <class V, int D, class T>
 __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8_t *plane, const uint32_t (&weights)[4],
-                                           const window_table &table, int lane)
+                                           const T &table, int lane)
 {
     constexpr int n_words = D * V::bits / 32, per_pair = D / 32;
     uint32_t words[n_words];
@@ -184,7 +194,7 @@ __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8
 template <class K, class V, int D>
 __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const query_operand<D> &q, const uint8_t *record,
                                               int record_index, const record_bounds &bounds, const attend_args &args,
-                                              const window_tables<K, V> &tables, int lane)
+                                              const decode_tables<K, V, D> &tables, int lane)
 {
     constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits;
     int t = lane & 3;
@@ -254,7 +264,7 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
     const uint8_t *next_from = from[N];
 
     if (threadIdx.x < 16 * TQ_TILE_ROWS) prepare_query<D>(shared.queries, query, args);
-    const window_tables<K, V> tables(work + shape::work_bytes, lane);
+    const decode_tables<K, V, D> tables(work + shape::work_bytes, lane);
     tables.fill(work + shape::work_bytes, args.windows);
     if (threadIdx.x == 0) shared.next_record = tile.record_begin + (N + 1) * shape::n_warps;
     __syncthreads();

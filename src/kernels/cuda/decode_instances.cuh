@@ -19,13 +19,17 @@ cudaError_t launch_blocks(const attend_args &args, uint32_t n_seq, cudaStream_t 
     return cudaGetLastError();
 }
 
-/* Accumulators of head_dims above 128 leave no registers for 16 warps. */
+/* Accumulators of head_dims above 128 leave no registers for 16 warps; tables of pairs no room for a second block. */
 template <class K, class V, int D> cudaError_t launch_decode(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
 {
-    if constexpr (D <= 128) {
-        if (!args.small_blocks) return launch_blocks<K, V, D, 16>(args, n_seq, stream);
+    if constexpr (D > 128) {
+        return launch_blocks<K, V, D, 8>(args, n_seq, stream);
+    } else if constexpr (has_pairs<K, V, D>()) {
+        return launch_blocks<K, V, D, 16>(args, n_seq, stream);
+    } else {
+        return args.small_blocks ? launch_blocks<K, V, D, 8>(args, n_seq, stream)
+                                 : launch_blocks<K, V, D, 16>(args, n_seq, stream);
     }
-    return launch_blocks<K, V, D, 8>(args, n_seq, stream);
 }
 
 #define TQ_DECODE_CASE(D, K, V) TQ_PAIR_CASE(launch_decode, D, K, V)

@@ -78,4 +78,14 @@ TQ_HD int32_t tq_splits_used(int32_t n_records, int32_t splits_allowed, int32_t 
     return splits < 1 ? 1 : splits;
 }
 
+/* Sinks and ring take a block as long as some 40 records. */
+#define TQ_EXACT_AS_RECORDS 40
+
+/* Should exact tokens have a split of their own, beside the others, rather than be done before the records of the last one? So
+ * it is where that takes longer than the records of one split that the others then share. */
+TQ_HD bool tq_exact_apart(int32_t n_records, int32_t splits_allowed)
+{
+    return splits_allowed > 1 && n_records < TQ_EXACT_AS_RECORDS * splits_allowed * (splits_allowed - 1);
+}
+
 #endif

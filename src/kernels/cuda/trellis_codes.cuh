@@ -1,8 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Trellis codes to values. Each value is read through a window of 8 bits that begins with its own code, and a table of 256
- * bytes says what the window stands for. The table stands in shared memory once for every bank, so that 32 lanes look up 32
- * windows in one cycle: an entry is a word with the value as FP16 in the lower half and 128 + value in the third byte.
+ * bytes says what the window stands for. It stands in shared memory in one of two forms:
+ *
+ *   window_table  once for every bank, so that 32 lanes look up 32 windows in one cycle: an entry is a word with the value as
+ *                 FP16 in the lower half and 128 + value in the third byte
+ *   pair_table    two values at once, by the 8 + BITS bits of their two windows: half the look-ups and instructions, in 128 KB,
+ *                 which is 32, 16 or 8 copies at 2, 3 or 4 bits, so at 3 and 4 bits some lanes wait for each other. An entry is
+ *                 two FP16 numbers 1024 + 128 + value, whose lower bytes are 128 + value
  */
 #ifndef TQ_KERNELS_CUDA_TRELLIS_CODES_CUH
 #define TQ_KERNELS_CUDA_TRELLIS_CODES_CUH
@@ -48,6 +53,93 @@ __device__ __forceinline__ uint32_t look_up(const window_table &table, uint32_t 
     return *reinterpret_cast<const uint32_t *>(table.lane_base + offset);
 }
 
+template <int BITS> struct pair_table {
+    static constexpr int bytes = 128 * 1024, n_entries = 256 << BITS, n_copies = bytes / 4 / n_entries;
+    static constexpr int shift = n_copies == 32 ? 7 : n_copies == 16 ? 6 : 5; /* of an entry's number to its offset */
+    const uint8_t *lane_base;
+    /* Lane l holds windows 8 l to 8 l + 7, and all have what they want by shuffles: it takes no barrier. */
+    __device__ __forceinline__ static void fill(uint8_t *memory, const int8_t *windows)
+    {
+        const int lane = threadIdx.x & 31;
+        const uint32_t *words = reinterpret_cast<const uint32_t *>(windows) + 2 * lane;
+        const uint32_t low = words[0] ^ 0x80808080u, high = words[1] ^ 0x80808080u; /* 128 + value */
+        auto value = [&](int window) {
+            uint32_t a = __shfl_sync(~0u, low, window / 8), b = __shfl_sync(~0u, high, window / 8);
+            return (window & 4 ? b : a) >> 8 * (window & 3) & 0xffu;
+        };
+        for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) {
+            int entry = i / (n_copies / 4);
+            uint32_t two = 0x64006400u | value(entry & 255) | value(entry >> BITS) << 16;
+            reinterpret_cast<uint4 *>(memory)[i] = make_uint4(two, two, two, two);
+        }
+    }
+};
+
+/* The values of bits [bit, bit + 8) and [bit + BITS, bit + BITS + 8) of two words. */
+template <int BITS>
+__device__ __forceinline__ uint32_t look_up(const pair_table<BITS> &table, uint32_t low, uint32_t high, int bit)
+{
+    constexpr int shift = pair_table<BITS>::shift;
+    constexpr uint32_t mask = (uint32_t)(pair_table<BITS>::n_entries - 1) << shift;
+    uint32_t offset = (bit < shift ? low << (shift - bit) : __funnelshift_r(low, high, bit - shift)) & mask;
+    return *reinterpret_cast<const uint32_t *>(table.lane_base + offset);
+}
+
+/* The table of a kernel whose keys and values are the same trellis, where there is room for pairs. */
+template <int BITS> struct pair_tables {
+    static constexpr int bytes = pair_table<BITS>::bytes;
+    pair_table<BITS> key, value;
+    __device__ __forceinline__ pair_tables(const uint8_t *memory, int lane)
+        : key{memory + 4 * (lane % pair_table<BITS>::n_copies)}, value(key)
+    {
+    }
+    __device__ __forceinline__ static void fill(uint8_t *memory, const int8_t (&windows)[2][256])
+    {
+        pair_table<BITS>::fill(memory, windows[0]);
+    }
+};
+
+/* Four values from bit `bit` of a chunk on, as bytes 128 + value. */
+template <int BITS, int N>
+__device__ __forceinline__ uint32_t four_keys(const uint32_t (&chunk)[N], int bit, const window_table &table)
+{
+    uint32_t entry[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++, bit += BITS) entry[k] = look_up(table, chunk[bit / 32], chunk[bit / 32 + 1], bit % 32);
+    return permute(permute(entry[0], entry[1], 0x62), permute(entry[2], entry[3], 0x62), 0x5410);
+}
+
+template <int BITS, int N>
+__device__ __forceinline__ uint32_t four_keys(const uint32_t (&chunk)[N], int bit, const pair_table<BITS> &table)
+{
+    uint32_t first = look_up(table, chunk[bit / 32], chunk[bit / 32 + 1], bit % 32);
+    bit += 2 * BITS;
+    return permute(first, look_up(table, chunk[bit / 32], chunk[bit / 32 + 1], bit % 32), 0x6420);
+}
+
+/* Two values of each of two chunks: FP16, pair[h] has the h-th of a and of b. */
+template <int BITS, int N>
+__device__ __forceinline__ void two_values(uint32_t (&pair)[2], const uint32_t (&a)[N], const uint32_t (&b)[N], int bit,
+                                           const window_table &table)
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++, bit += BITS) {
+        int w = bit / 32;
+        pair[h] = permute(look_up(table, a[w], a[w + 1], bit % 32), look_up(table, b[w], b[w + 1], bit % 32), 0x5410);
+    }
+}
+
+template <int BITS, int N>
+__device__ __forceinline__ void two_values(uint32_t (&pair)[2], const uint32_t (&a)[N], const uint32_t (&b)[N], int bit,
+                                           const pair_table<BITS> &table)
+{
+    const __half2 bias = __float2half2_rn(1024.0f + 128.0f);
+    int w = bit / 32;
+    uint32_t x = look_up(table, a[w], a[w + 1], bit % 32), y = look_up(table, b[w], b[w + 1], bit % 32);
+    pair[0] = as_bits(__hsub2(as_half2(permute(x, y, 0x5410)), bias));
+    pair[1] = as_bits(__hsub2(as_half2(permute(x, y, 0x7632)), bias));
+}
+
 template <int BITS> struct trellis_codes {
     static constexpr int bits = BITS;
     static constexpr bool is_trellis = true;
@@ -55,9 +147,9 @@ template <int BITS> struct trellis_codes {
 
     /* 8 dimensions at a time: bytes[2 k] and bytes[2 k + 1] are those of dimensions t D / 4 + 8 k on, of this lane's token
      * j. */
-    template <int D>
-    __device__ __forceinline__ static void key_bytes(uint32_t (&bytes)[D / 16], const uint32_t *words, int j,
-                                                     const window_table &table, int lane)
+    template <int D, class T>
+    __device__ __forceinline__ static void key_bytes(uint32_t (&bytes)[D / 16], const uint32_t *words, int j, const T &table,
+                                                     int lane)
     {
         constexpr int n_bits = D / 4 * BITS, n_words = (n_bits + 31) / 32;
         uint32_t chunk[n_words + 1];
@@ -72,15 +164,7 @@ template <int BITS> struct trellis_codes {
         chunk[n_words] = next;
         if (n_bits % 32 != 0) chunk[n_words - 1] = (chunk[n_words - 1] & 0xffffu) | next << 16;
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            uint32_t entry[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                int bit = BITS * (4 * i + k);
-                entry[k] = look_up(table, chunk[bit / 32], chunk[bit / 32 + 1], bit % 32);
-            }
-            bytes[i] = permute(permute(entry[0], entry[1], 0x62), permute(entry[2], entry[3], 0x62), 0x5410);
-        }
+        for (int i = 0; i < D / 16; i++) bytes[i] = four_keys<BITS>(chunk, 4 * BITS * i, table);
     }
 
     /* Byte `byte` of the string. */
@@ -107,9 +191,8 @@ template <int BITS> struct trellis_codes {
     }
 
     /* use(x, pair): for each x < D / 16, pair[k][h] is dimension 2 x + h of this lane's pair i + k of tokens. */
-    template <int D, typename Use>
-    __device__ __forceinline__ static void value_pairs(const uint32_t *words, int i, const window_table &table, int lane,
-                                                       const Use &use)
+    template <int D, class T, typename Use>
+    __device__ __forceinline__ static void value_pairs(const uint32_t *words, int i, const T &table, int lane, const Use &use)
     {
         constexpr int n_bytes = D / 8 * BITS / 8, n_words = n_bytes / 4 + 1;
         uint32_t firsts = 0, chunk[4][n_words + 1];
@@ -127,16 +210,8 @@ template <int BITS> struct trellis_codes {
 #pragma unroll
         for (int x = 0; x < D / 16; x++) {
             uint32_t pair[2][2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int bit = BITS * (2 * x + h), w = bit / 32;
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    uint32_t a = look_up(table, chunk[2 * k][w], chunk[2 * k][w + 1], bit % 32);
-                    uint32_t b = look_up(table, chunk[2 * k + 1][w], chunk[2 * k + 1][w + 1], bit % 32);
-                    pair[k][h] = permute(a, b, 0x5410);
-                }
-            }
+            two_values<BITS>(pair[0], chunk[0], chunk[1], 2 * BITS * x, table);
+            two_values<BITS>(pair[1], chunk[2], chunk[3], 2 * BITS * x, table);
             use(x, pair);
         }
     }
