@@ -195,10 +195,29 @@ static void accumulate_references(const tq_attend_plan *plan, const tq_kv_view *
     plan->kernels->format[codec->traits->format].accumulate(codec, refs, i_ref, sums, TILE_REFS_MAX, n_row, acc);
 }
 
-void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, const float *q, const float *q_working,
-                      float *scores, float *expanded)
+/* Add q . R(p) b to the scores of columns [begin, end), s[row * stride + column - begin]. */
+static void score_bias(const tq_attend_plan *plan, int32_t head, int64_t begin, int64_t end, const float *q_bias, int32_t n_row,
+                       float *turns, float *s)
 {
     const tq_kv_view *keys = plan->keys;
+    _Alignas(64) float add[TQ_TILE_ROWS_MAX * TQ_TURNS_MAX];
+    for (int64_t c = begin, n; c < end; c += n) {
+        n = end - c < TQ_TURNS_MAX ? end - c : TQ_TURNS_MAX;
+        tq_key_bias_turns(keys->bias, head, keys->positions + c, (int32_t)n, turns);
+        plan->kernels->score_f32(turns, plan->bias_width, n, q_bias, n_row, add, TQ_TURNS_MAX);
+        for (int32_t row = 0; row < n_row; row++) {
+            float *to = s + row * (int64_t)plan->tile_cols + (c - begin);
+            for (int64_t i = 0; i < n; i++) to[i] += add[row * TQ_TURNS_MAX + i];
+        }
+    }
+}
+
+void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, const tq_attend_scratch *scratch, int32_t i_row)
+{
+    const tq_kv_view *keys = plan->keys;
+    const float *q = scratch->q + (size_t)i_row * (size_t)plan->head_dim;
+    const float *q_working = scratch->q_working + (size_t)i_row * (size_t)plan->width_k;
+    float *scores = scratch->scores;
     exact_range range = range_of(plan, keys, part);
     int64_t begin, end, stride = plan->tile_cols;
     encoded_part(&range, &begin, &end);
@@ -206,14 +225,18 @@ void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, cons
         next = page_end(keys, c, end);
         float *s = scores + (c - part->col_begin);
         if (plan->expand_keys) {
-            expand_columns(plan, keys, part, c, next, expanded);
-            plan->kernels->score_f32(expanded, plan->width_k, next - c, q_working, part->n_row, s, stride);
+            expand_columns(plan, keys, part, c, next, scratch->expanded);
+            plan->kernels->score_f32(scratch->expanded, plan->width_k, next - c, q_working, part->n_row, s, stride);
             continue;
         }
         tq_block block = columns_block(keys, part, c, next);
         plan->kernels->format[keys->codec->traits->format].score(keys->codec, block, next - c, q_working, part->n_row, s,
                                                                  stride);
         if (keys->pages.ref_codec) score_references(plan, keys, part->head, c, next, q_working, part->n_row, s, stride);
+    }
+    if (keys->bias) {
+        score_bias(plan, part->head, begin, end, scratch->q_bias + (size_t)i_row * (size_t)plan->bias_width, part->n_row,
+                   scratch->turns, scores + (begin - part->col_begin));
     }
     const tq_format_kernels *exact = &plan->kernels->format[keys->exact_codec->traits->format];
     for (int32_t i = 0, n; i < range.n; i += n) {
