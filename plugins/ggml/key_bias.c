@@ -63,11 +63,10 @@ static const struct ggml_tensor *find_weight(const tq_ggml_kv_tensor *kv, const 
 static const int32_t probe_positions[] = {1, 16, 256, 4096};
 enum { N_PROBES = sizeof probe_positions / sizeof probe_positions[0] };
 
-static void members(const struct ggml_tensor *rope, int32_t i, int32_t *first, int32_t *second)
+static void members(bool interleaved, int32_t n_pairs, int32_t i, int32_t *first, int32_t *second)
 {
-    bool interleaved = rope->op_params[2] == GGML_ROPE_TYPE_NORMAL;
     *first = interleaved ? 2 * i : i;
-    *second = interleaved ? 2 * i + 1 : i + rope->op_params[1] / 2;
+    *second = interleaved ? 2 * i + 1 : i + n_pairs;
 }
 
 /* angles and sizes [n_rope / 2]: what RoPE does to the pairs, measured on vectors that are 1 in the first of each. */
@@ -75,16 +74,17 @@ static bool measure(const struct ggml_tensor *rope, double *angles, double *size
 {
     int32_t n_pairs = rope->op_params[1] / 2, first, second, pos[N_PROBES];
     size_t head_dim = (size_t)rope->ne[0], n = (size_t)n_pairs * head_dim;
+    bool interleaved = rope->op_params[2] == GGML_ROPE_TYPE_NORMAL;
     float *x = calloc(N_PROBES * n, sizeof *x);
     ggml_backend_t cpu = x ? tq_ggml_cpu_start() : NULL;
     for (size_t i = 0; x && i < N_PROBES * (size_t)n_pairs; i++) {
-        members(rope, (int32_t)(i % (size_t)n_pairs), &first, &second);
+        members(interleaved, n_pairs, (int32_t)(i % (size_t)n_pairs), &first, &second);
         x[i * head_dim + (size_t)first] = 1.0f;
     }
     memcpy(pos, probe_positions, sizeof pos);
     bool ok = cpu && tq_ggml_cpu_rope(cpu, rope, x, (int64_t)head_dim, n_pairs, pos, N_PROBES) == GGML_STATUS_SUCCESS;
     for (int32_t i = 0; ok && i < n_pairs; i++) {
-        members(rope, i, &first, &second);
+        members(interleaved, n_pairs, i, &first, &second);
         angles[i] = 0;
         for (size_t j = 0; j < N_PROBES; j++) {
             const float *y = x + j * n + (size_t)i * head_dim;
@@ -117,22 +117,23 @@ static bool fill(tq_ggml_key_bias *bias, const struct ggml_tensor *rope, const f
     int32_t n_pairs = rope->op_params[1] / 2, first, second;
     bias->head_dim = (int32_t)rope->ne[0];
     memcpy(bias->values, weight, (size_t)n_embd * sizeof *weight);
-    double *sizes = malloc((size_t)n_pairs * sizeof *sizes);
-    bool ok = sizes && measure(rope, bias->angles, sizes);
-    for (int64_t head = 0; ok && head < n_embd / bias->head_dim; head++) {
-        float *values = bias->values + head * bias->head_dim;
-        for (int32_t i = 0; i < n_pairs; i++) {
-            members(rope, i, &first, &second);
-            values[first] *= (float)sizes[i];
-            values[second] *= (float)sizes[i];
-        }
-    }
-    free(sizes);
     tq_key_bias_params_default(&bias->params);
     bias->params.bias = bias->values;
     bias->params.angles = bias->angles;
     bias->params.n_rope = 2 * n_pairs;
     bias->params.interleaved = rope->op_params[2] == GGML_ROPE_TYPE_NORMAL;
+    double *sizes = malloc((size_t)n_pairs * sizeof *sizes);
+    bool ok = sizes && measure(rope, bias->angles, sizes);
+    for (int64_t head = 0; ok && head < n_embd / bias->head_dim; head++) {
+        float *values = bias->values + head * bias->head_dim;
+        for (int32_t i = 0; i < n_pairs; i++) {
+            members(bias->params.interleaved, n_pairs, i, &first, &second);
+            values[first] *= (float)sizes[i];
+            values[second] *= (float)sizes[i];
+            bias->energy += (double)values[first] * (double)values[first] + (double)values[second] * (double)values[second];
+        }
+    }
+    free(sizes);
     return ok;
 }
 
@@ -190,4 +191,60 @@ const int32_t *tq_ggml_key_bias_positions(tq_ggml_worker *worker, const tq_ggml_
     positions->n = n;
     for (int64_t i = 0; i < n; i++) positions->data[i] = is_known ? ((const int32_t *)pos->data)[i] : -1;
     return positions->data;
+}
+
+/* ---- restored states ---- */
+
+#define FITS 0.75 /* of the bias' energy, that a row loses with it */
+
+/* By how much a row's energy falls if the bias at a position is taken from it. */
+static double gain(const tq_ggml_key_bias *bias, int64_t n_embd, const float *row, int64_t position)
+{
+    int32_t n_pairs = bias->params.n_rope / 2, first, second;
+    double product = 0;
+    for (int32_t i = 0; i < n_pairs; i++) {
+        members(bias->params.interleaved, n_pairs, i, &first, &second);
+        double cosine = cos((double)position * bias->angles[i]), sine = sin((double)position * bias->angles[i]);
+        double along = 0, across = 0;
+        for (int64_t head = 0; head < n_embd; head += bias->head_dim) {
+            const float *b = bias->values + head, *x = row + head;
+            along += (double)x[first] * (double)b[first] + (double)x[second] * (double)b[second];
+            across += (double)x[second] * (double)b[first] - (double)x[first] * (double)b[second];
+        }
+        product += along * cosine + across * sine;
+    }
+    return 2 * product - bias->energy;
+}
+
+/* Keep the better of *best and one more position. */
+static void consider(const tq_ggml_kv_tensor *kv, const float *row, int64_t position, double *best_gain, int64_t *best)
+{
+    if (position < 0) return;
+    double g = gain(kv->key_bias, kv->n_embd, row, position);
+    if (g <= *best_gain) return;
+    *best_gain = g;
+    *best = position;
+}
+
+void tq_ggml_key_bias_guess(tq_ggml_kv_tensor *kv, int64_t stream, int64_t first_slot, const float *rows, int64_t n,
+                            int32_t *positions)
+{
+    tq_ggml_key_bias *bias = kv->key_bias;
+    double enough = FITS * bias->energy;
+    bool may_search = true;
+    for (int64_t i = 0; i < n; i++) {
+        const float *row = rows + i * kv->n_embd;
+        double best_gain = 0;
+        int64_t best = -1;
+        consider(kv, row, bias->next_position, &best_gain, &best);
+        if (best_gain < enough) {
+            consider(kv, row, tq_store_position(kv->stores[stream], first_slot + i), &best_gain, &best);
+            consider(kv, row, first_slot + i, &best_gain, &best);
+            consider(kv, row, 0, &best_gain, &best);
+        }
+        for (int64_t p = 0; p < kv->n_slots && may_search && best_gain < enough; p++) consider(kv, row, p, &best_gain, &best);
+        may_search = may_search && best_gain >= enough;
+        positions[i] = best > INT32_MAX ? -1 : (int32_t)best;
+        bias->next_position = best < 0 ? -1 : best + 1;
+    }
 }

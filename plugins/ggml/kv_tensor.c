@@ -236,6 +236,10 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size
     }
     tq_store_params params;
     fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, head_dim);
+    if (kv->key_bias && kv->key_bias->head_dim != head_dim) {
+        tq_ggml_key_bias_free(kv->key_bias);
+        kv->key_bias = NULL;
+    }
     params.positions = kv->key_bias != NULL;
     tq_status status = open_stores(kv, &params);
     if (status != TQ_OK) {
