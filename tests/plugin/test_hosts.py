@@ -29,8 +29,8 @@ class Hosts(TestCase):
                 self.check(tiny_model(arch), "TQ4", "--max-kl", "2e-5", TQ_GGML=PLAIN)
 
     def test_every_shape_quantized(self):
-        # qwen2's keys have large biases, which make random attention look at few tokens each: values of 4 bits show there as they
-        # are. gpt-oss chooses experts: where two are nearly as good, any error may take the other.
+        # qwen2's keys have large biases, which make random attention look at few tokens each: there the values' error shows in
+        # full. gpt-oss chooses experts: where two are nearly as good, any error may take the other.
         options = {"qwen2": {"TQ_GGML": "v=f16"}}
         bounds = {"gpt-oss": ("--max-kl", "0.3")}
         for arch in ARCHS:
