@@ -303,6 +303,8 @@ TQ_API void tq_key_bias_params_default(tq_key_bias_params *params);
  * positions; or slots were coded without this bias), SHAPE (n_rope), MEMORY; then nothing changed.
  */
 TQ_API TQ_NODISCARD tq_status tq_store_set_key_bias(tq_store *store, const tq_key_bias_params *params);
+/* The memory that the store's copy takes beside the store's own; 0 if there is none. */
+TQ_API size_t tq_store_key_bias_bytes(const tq_store *store);
 /*
  * The positions [n] of slots [n] that are about to be written, staged or updated; each is kept until the slot's next. A slot <
  * 0 is skipped; a position < 0 is none, and then the bias stays in what is coded. Errors: ARGUMENT, RANGE; then nothing is set.

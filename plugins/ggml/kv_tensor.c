@@ -248,7 +248,8 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size
     }
     kv->n_head_kv = params.n_head_kv;
     kv->format = params.format;
-    kv->bytes = (size_t)kv->n_stream * kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
+    kv->bytes = (size_t)kv->n_stream * (kv->store_bytes + tq_store_key_bias_bytes(kv->stores[0])) +
+                table_bytes(kv->device, kv->layer, kv->is_value);
     kv->head_dim = head_dim;
     tq_ggml_kv_buffer_update(kv);
     return true;
@@ -283,7 +284,7 @@ void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format)
     kv->stores[0] = kv->raised;
     kv->memory = kv->raised_memory;
     kv->store_bytes = kv->mapped_bytes = kv->raised_bytes;
-    kv->bytes = kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
+    kv->bytes = kv->store_bytes + tq_store_key_bias_bytes(kv->stores[0]) + table_bytes(kv->device, kv->layer, kv->is_value);
     kv->format = format;
     tq_ggml_kv_buffer_update(kv);
 }

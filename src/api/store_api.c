@@ -265,6 +265,11 @@ tq_status tq_store_set_key_bias(tq_store *store, const tq_key_bias_params *param
     return TQ_OK;
 }
 
+size_t tq_store_key_bias_bytes(const tq_store *store)
+{
+    return store && store->bias ? store->bias->bytes : 0;
+}
+
 tq_status tq_store_set_positions(tq_store *store, const int64_t *slots, int64_t n, const int32_t *positions)
 {
     if (!store || n < 0 || (n > 0 && (!slots || !positions))) return TQ_ERR_ARGUMENT;

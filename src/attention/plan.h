@@ -29,7 +29,8 @@ typedef struct tq_attend_scratch {
     float *q;         /* [tile_rows, head_dim], times softmax_scale */
     float *q_working; /* [tile_rows, width of the keys' codec] */
     float *q_bias;    /* [tile_rows, bias_width], if keys have a bias */
-    float *turns;     /* [TQ_TURNS_MAX, bias_width], if keys have a bias */
+    float *turned;    /* [tile_rows, bias_width], likewise */
+    float *turns;     /* [TQ_TURNS, bias_width], likewise */
     float *scores;    /* [tile_rows, tile_cols], then probabilities */
     float *expanded;  /* [tile_cols, the larger width] */
     float *finished;  /* [tile_rows, head_dim of the values] */

@@ -8,7 +8,6 @@
 
 #include "base/alloc.h"
 #include "base/hash.h"
-#include "codec/codec.h"
 
 /* The part of the bias' energy that may stay in what is coded. */
 #define LEFT_OUT_MAX 1e-4
@@ -16,7 +15,7 @@
 #define TWO_PI 6.283185307179586
 
 typedef struct pair {
-    double energy, angle;
+    double energy, turns;
     float b0, b1;
     int32_t first, second;
 } pair;
@@ -27,7 +26,7 @@ static pair pair_of(const tq_key_bias_params *params, const float *bias, int32_t
     int32_t half = params->n_rope / 2;
     pair p = {.first = 2 * i, .second = 2 * i + 1};
     if (i < half) {
-        p.angle = params->angles[i];
+        p.turns = remainder(params->angles[i], TWO_PI) / TWO_PI; /* positions are whole numbers */
         if (!params->interleaved) {
             p.first = i;
             p.second = i + half;
@@ -85,7 +84,8 @@ static tq_key_bias *allocate(int32_t n_head_kv, int32_t head_dim, int32_t n_pair
     size_t n = (size_t)n_head_kv * (size_t)n_pairs, total = 0;
     size_t self = take(&total, 1, sizeof(tq_key_bias)), first = take(&total, n, sizeof(int32_t));
     size_t second = take(&total, n, sizeof(int32_t)), b0 = take(&total, n, sizeof(float));
-    size_t b1 = take(&total, n, sizeof(float)), angles = take(&total, n, sizeof(double));
+    size_t b1 = take(&total, n, sizeof(float)), turns = take(&total, n, sizeof(double));
+    size_t table = take(&total, 2 * n * (TQ_TURNS + 1), sizeof(float));
     uint8_t *memory = tq_alloc_zero(total);
     if (!memory) return NULL;
     tq_key_bias *bias = (tq_key_bias *)(void *)(memory + self);
@@ -96,7 +96,9 @@ static tq_key_bias *allocate(int32_t n_head_kv, int32_t head_dim, int32_t n_pair
                           .second = (int32_t *)(void *)(memory + second),
                           .b0 = (float *)(void *)(memory + b0),
                           .b1 = (float *)(void *)(memory + b1),
-                          .angles = (double *)(void *)(memory + angles)};
+                          .turns = (double *)(void *)(memory + turns),
+                          .table = (float *)(void *)(memory + table),
+                          .bytes = total};
     return bias;
 }
 
@@ -107,8 +109,24 @@ static uint64_t hash_of(const tq_key_bias *bias)
     hash = tq_hash(bias->second, n * sizeof *bias->second, hash);
     hash = tq_hash(bias->b0, n * sizeof *bias->b0, hash);
     hash = tq_hash(bias->b1, n * sizeof *bias->b1, hash);
-    hash = tq_hash(bias->angles, n * sizeof *bias->angles, hash);
+    hash = tq_hash(bias->turns, n * sizeof *bias->turns, hash);
     return hash ? hash : 1;
+}
+
+/* Reduced in double: a float has no digits left for the angle of a far position. */
+static void turn(double turns, int32_t position, float *cosine, float *sine)
+{
+    double n = (double)position * turns;
+    float reduced = (float)((n - (double)(int64_t)n) * TWO_PI);
+    *cosine = cosf(reduced);
+    *sine = sinf(reduced);
+}
+
+/* The turns of one head and position. */
+static void turn_all(const tq_key_bias *bias, int32_t head, int32_t position, float *to)
+{
+    int32_t n = bias->n_pairs;
+    for (int32_t j = 0; j < n; j++) turn(bias->turns[head * n + j], position, &to[j], &to[n + j]);
 }
 
 tq_status tq_key_bias_create(tq_key_bias **out, const tq_key_bias_params *params, int32_t n_head_kv, int32_t head_dim)
@@ -124,8 +142,12 @@ tq_status tq_key_bias_create(tq_key_bias **out, const tq_key_bias_params *params
             bias->second[at] = pairs[j].second;
             bias->b0[at] = pairs[j].b0;
             bias->b1[at] = pairs[j].b1;
-            bias->angles[at] = pairs[j].angle;
+            bias->turns[at] = pairs[j].turns;
         }
+    }
+    for (int32_t head = 0; head < n_head_kv; head++) {
+        float *table = bias->table + (size_t)head * (TQ_TURNS + 1) * 2 * (size_t)bias->n_pairs;
+        for (int32_t i = 0; i <= TQ_TURNS; i++) turn_all(bias, head, i, table + (size_t)i * 2 * (size_t)bias->n_pairs);
     }
     bias->hash = hash_of(bias);
     *out = bias;
@@ -137,21 +159,12 @@ void tq_key_bias_free(tq_key_bias *bias)
     tq_free(bias);
 }
 
-/* Reduced in double: a float has no digits left for the angle of a far position. */
-static void turn(double angle, int32_t mark, float *cosine, float *sine)
-{
-    double turns = (double)(mark - 1) * angle / TWO_PI;
-    float reduced = (float)((turns - rint(turns)) * TWO_PI);
-    *cosine = cosf(reduced);
-    *sine = sinf(reduced);
-}
-
 void tq_key_bias_add(const tq_key_bias *bias, int32_t head, int32_t mark, float sign, float *x)
 {
     if (mark <= 0) return;
     for (int32_t j = head * bias->n_pairs; j < (head + 1) * bias->n_pairs; j++) {
         float cosine, sine, b0 = sign * bias->b0[j], b1 = sign * bias->b1[j];
-        turn(bias->angles[j], mark, &cosine, &sine);
+        turn(bias->turns[j], mark - 1, &cosine, &sine);
         x[bias->first[j]] += b0 * cosine - b1 * sine;
         x[bias->second[j]] += b0 * sine + b1 * cosine;
     }
@@ -172,31 +185,69 @@ void tq_key_bias_query(const tq_key_bias *bias, int32_t head, const float *q, in
     }
 }
 
-/* One position on from `from`. */
-static void step_turns(int32_t n, const float *step, const float *from, float *to)
+/* What two turns make together. */
+static void add_turns(int32_t n, const float *a, const float *b, float *to)
 {
     for (int32_t j = 0; j < n; j++) {
-        to[j] = from[j] * step[j] - from[n + j] * step[n + j];
-        to[n + j] = from[n + j] * step[j] + from[j] * step[n + j];
+        float cosine = a[j] * b[j] - a[n + j] * b[n + j], sine = a[n + j] * b[j] + a[j] * b[n + j];
+        to[j] = cosine;
+        to[n + j] = sine;
+    }
+}
+
+void tq_key_turns_move(tq_key_turns *turns, const tq_key_bias *bias, int32_t head, int32_t mark)
+{
+    int32_t n = bias->n_pairs;
+    if (turns->mark > 0 && mark - TQ_TURNS == turns->mark)
+        add_turns(n, turns->values, tq_key_bias_table(bias, head) + TQ_TURNS * 2 * n, turns->values);
+    else if (turns->mark != mark)
+        turn_all(bias, head, mark - 1, turns->values);
+    turns->mark = mark;
+}
+
+bool tq_key_bias_is_run(const int32_t *marks, int32_t n)
+{
+    if (marks[0] <= 0 || marks[0] > INT32_MAX - n) return false;
+    bool is_run = true;
+    for (int32_t i = 0; i < n; i++) is_run &= marks[i] == marks[0] + i;
+    return is_run;
+}
+
+void tq_key_bias_turn_query(const tq_key_bias *bias, const tq_key_turns *turns, const float *coefficients, int64_t n_row,
+                            float *turned)
+{
+    int32_t n = bias->n_pairs;
+    const float *cosine = turns->values, *sine = turns->values + n;
+    for (int64_t row = 0; row < n_row; row++) {
+        const float *a = coefficients + row * 2 * n, *b = a + n;
+        float *to = turned + row * 2 * n;
+        for (int32_t j = 0; j < n; j++) {
+            to[j] = a[j] * cosine[j] + b[j] * sine[j];
+            to[n + j] = b[j] * cosine[j] - a[j] * sine[j];
+        }
     }
 }
 
 void tq_key_bias_turns(const tq_key_bias *bias, int32_t head, const int32_t *marks, int32_t n, float *turns)
 {
-    int32_t n_pairs = bias->n_pairs;
-    const double *angles = bias->angles + head * n_pairs;
-    _Alignas(64) float step[TQ_HEAD_DIM_MAX];
-    bool has_step = false;
+    /* Where sequences share slots in turns, a few starts serve all of their columns. */
+    enum { N_STARTS = 4 };
+    tq_key_turns starts[N_STARTS];
+    for (int32_t i = 0; i < N_STARTS; i++) starts[i].mark = 0;
+    int32_t width = 2 * bias->n_pairs, oldest = 0;
     for (int32_t i = 0; i < n; i++) {
-        float *to = turns + (size_t)i * 2 * (size_t)n_pairs;
+        float *to = turns + (size_t)i * (size_t)width;
         if (marks[i] <= 0) {
-            memset(to, 0, 2 * (size_t)n_pairs * sizeof *to);
-        } else if (i > 0 && marks[i - 1] > 0 && marks[i] - 1 == marks[i - 1]) {
-            for (int32_t j = 0; j < n_pairs && !has_step; j++) turn(angles[j], 2, &step[j], &step[n_pairs + j]);
-            has_step = true;
-            step_turns(n_pairs, step, to - 2 * n_pairs, to);
-        } else {
-            for (int32_t j = 0; j < n_pairs; j++) turn(angles[j], marks[i], &to[j], &to[n_pairs + j]);
+            memset(to, 0, (size_t)width * sizeof *to);
+            continue;
         }
+        int32_t rest = (marks[i] - 1) % TQ_TURNS, start = marks[i] - rest, found = 0;
+        while (found < N_STARTS && starts[found].mark != start) found++;
+        if (found == N_STARTS) {
+            found = oldest;
+            oldest = (oldest + 1) % N_STARTS;
+            tq_key_turns_move(&starts[found], bias, head, start);
+        }
+        add_turns(bias->n_pairs, starts[found].values, tq_key_bias_table(bias, head) + rest * width, to);
     }
 }

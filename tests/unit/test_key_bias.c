@@ -11,7 +11,7 @@
 #include "kv_test.h"
 #include "last_message.h"
 
-enum { HEAD_DIM = 64, N_HEAD_KV = 2, ROW = HEAD_DIM * N_HEAD_KV, N_ROPE = 48, N_SLOTS = 300 };
+enum { HEAD_DIM = 64, N_HEAD_KV = 2, ROW = HEAD_DIM * N_HEAD_KV, N_ROPE = 48, N_SLOTS = 300, N_MARKS = 64 };
 
 static void assert_message_has(const char *label, const char *words)
 {
@@ -68,13 +68,30 @@ static double dot_turns(const tq_key_bias *bias, const float *a, const float *b)
     return sum;
 }
 
+/* Runs of positions through the table give what each position's own turns do. */
+static void check_run(const tq_key_bias *bias, const float *coefficients, int head, int32_t mark, double *products)
+{
+    float turned[HEAD_DIM];
+    tq_key_turns start;
+    start.mark = 0;
+    for (int i = 0; i < N_MARKS; i += TQ_TURNS) {
+        tq_key_turns_move(&start, bias, head, mark + i);
+        tq_key_bias_turn_query(bias, &start, coefficients, 1, turned);
+        for (int j = 0; j < TQ_TURNS; j++)
+            products[i + j] = dot_turns(bias, turned, tq_key_bias_table(bias, head) + j * 2 * bias->n_pairs);
+    }
+}
+
 static void check_maths(const tq_key_bias *bias, const model_bias *m, kv_random *random, const int32_t *marks, int32_t n)
 {
-    float q[2 * HEAD_DIM], coefficients[2 * HEAD_DIM], turns[TQ_TURNS_MAX * HEAD_DIM];
+    float q[2 * HEAD_DIM], coefficients[2 * HEAD_DIM], turns[N_MARKS * HEAD_DIM];
     for (int head = 0; head < N_HEAD_KV; head++) {
         kv_fill(random, q, 2 * HEAD_DIM);
         tq_key_bias_query(bias, head, q, 2, coefficients);
         tq_key_bias_turns(bias, head, marks, n, turns);
+        double products[N_MARKS];
+        bool is_run = tq_key_bias_is_run(marks, n);
+        if (is_run) check_run(bias, coefficients, head, marks[0], products);
         for (int32_t i = 0; i < n; i++) {
             double expected[HEAD_DIM] = {0};
             if (marks[i] > 0) turned_bias(m, head, marks[i] - 1, expected);
@@ -86,6 +103,7 @@ static void check_maths(const tq_key_bias *bias, const model_bias *m, kv_random 
                 for (int j = 0; j < HEAD_DIM; j++) product += (double)q[row * HEAD_DIM + j] * expected[j];
                 double got = dot_turns(bias, coefficients + row * 2 * bias->n_pairs, turns + i * 2 * bias->n_pairs);
                 assert_true(fabs(got - product) < 3e-4);
+                assert_true(!is_run || row > 0 || fabs(products[i] - product) < 3e-4);
             }
         }
     }
@@ -103,18 +121,19 @@ static void test_definition(void **state)
         tq_key_bias *bias;
         assert_int_equal(tq_key_bias_create(&bias, &m.params, N_HEAD_KV, HEAD_DIM), TQ_OK);
         assert_int_equal(bias->n_pairs, HEAD_DIM / 2);
-        int32_t marks[TQ_TURNS_MAX];
+        int32_t marks[N_MARKS];
         static const int32_t starts[] = {1, 2, 777, 131000, 16000000};
         for (size_t i = 0; i < sizeof starts / sizeof starts[0]; i++) {
-            for (int j = 0; j < TQ_TURNS_MAX; j++) marks[j] = starts[i] + j;
-            check_maths(bias, &m, &random, marks, TQ_TURNS_MAX);
+            for (int j = 0; j < N_MARKS; j++) marks[j] = starts[i] + j;
+            check_maths(bias, &m, &random, marks, N_MARKS);
         }
-        for (int j = 0; j < TQ_TURNS_MAX; j++) marks[j] = (int32_t)kv_below(&random, 5000);
+        for (int j = 0; j < N_MARKS; j++) marks[j] = (int32_t)kv_below(&random, 5000);
         for (int j = 20; j < 30; j++) marks[j] = 0;
         for (int j = 31; j < 50; j++) marks[j] = marks[30] + j - 30;
         marks[50] = -5; /* as only damaged memory has it */
         marks[51] = INT32_MIN;
-        check_maths(bias, &m, &random, marks, TQ_TURNS_MAX);
+        assert_false(tq_key_bias_is_run(marks, N_MARKS));
+        check_maths(bias, &m, &random, marks, N_MARKS);
         tq_key_bias_free(bias);
     }
 }
@@ -133,7 +152,7 @@ static void test_small_pairs_are_left_out(void **state)
     assert_int_equal(bias->first[0], 3);
     assert_int_equal(bias->second[0], 3 + N_ROPE / 2);
     assert_int_equal(bias->first[8], 60);
-    assert_true(bias->angles[8] == 0.0);
+    assert_true(bias->turns[8] == 0.0);
     tq_key_bias_free(bias);
     memset(m.values, 0, sizeof m.values);
     assert_int_equal(tq_key_bias_create(&bias, &m.params, N_HEAD_KV, HEAD_DIM), TQ_OK);
