@@ -9,6 +9,7 @@
 #include "log.h"
 
 #define TWO_PI 6.283185307179586
+#define FP16_MAX 65504.0f
 
 /* ---- the graph ---- */
 
@@ -134,6 +135,8 @@ static bool fill(tq_ggml_key_bias *bias, const struct ggml_tensor *rope, const f
         }
     }
     free(sizes);
+    /* Keys that are not finite are refused where they are written. */
+    for (int64_t i = 0; i < n_embd; i++) ok = ok && fabsf(bias->values[i]) <= FP16_MAX;
     return ok;
 }
 
