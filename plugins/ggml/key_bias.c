@@ -198,7 +198,8 @@ const int32_t *tq_ggml_key_bias_positions(tq_ggml_worker *worker, const tq_ggml_
 
 /* ---- restored states ---- */
 
-#define FITS 0.75 /* of the bias' energy, that a row loses with it */
+#define FITS 0.75       /* of the bias' energy, that a row loses with it */
+#define DECIDES_MIN 0.5 /* of a row's energy: a bias that has less of it does not tell its position */
 
 /* By how much a row's energy falls if the bias at a position is taken from it. */
 static double gain(const tq_ggml_key_bias *bias, int64_t n_embd, const float *row, int64_t position)
@@ -237,8 +238,14 @@ void tq_ggml_key_bias_guess(tq_ggml_kv_tensor *kv, int64_t stream, int64_t first
     bool may_search = true;
     for (int64_t i = 0; i < n; i++) {
         const float *row = rows + i * kv->n_embd;
-        double best_gain = 0;
+        double best_gain = 0, energy = 0;
         int64_t best = -1;
+        for (int64_t j = 0; j < kv->n_embd; j++) energy += (double)row[j] * (double)row[j];
+        if (bias->energy < DECIDES_MIN * energy) {
+            /* Hardly matters; but runs are what attention is fast at. */
+            positions[i] = (int32_t)(first_slot + i);
+            continue;
+        }
         consider(kv, row, bias->next_position, &best_gain, &best);
         if (best_gain < enough) {
             consider(kv, row, tq_store_position(kv->stores[stream], first_slot + i), &best_gain, &best);
