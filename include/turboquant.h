@@ -245,6 +245,8 @@ typedef struct tq_store_params {
      * smaller): learnt once per head, when the first slot is encoded, from the ring and from the queries of tq_store_settle.
      */
     bool balance;
+    /* Keep a position with each slot (4 bytes), for tq_store_set_key_bias. An exact format needs none and keeps none. */
+    bool positions;
     /*
      * Optional, for keys in an encoded format: this layer's transforms, in place of the channels' factors. Read as long as the
      * store is open. SHAPE, if the layer has another shape there.
@@ -280,6 +282,37 @@ TQ_API TQ_NODISCARD tq_status tq_store_read(const tq_store *store, int64_t first
                                             int64_t row_stride);
 /* How many slots are exact now. */
 TQ_API int32_t tq_store_n_exact(const tq_store *store);
+/*
+ * A bias of keys that RoPE turns: k = R(p) (W x + b). It says nothing of the token, and where it is large (Qwen2) it costs a
+ * format all its precision. With it known, what is coded of a key is k - R(p) b, and attention adds q . R(p) b to the score:
+ * exact whatever bias, angles and positions are, so what is not quite the model's own costs precision alone. R(p) turns pairs
+ * of values, (x0, x1) to (x0 cos - x1 sin, x0 sin + x1 cos), by p times the pair's angle.
+ */
+typedef struct tq_key_bias_params {
+    size_t struct_size;
+    const float *bias;    /* [n_head_kv, head_dim], finite; times the factor, if any, that RoPE multiplies keys with */
+    const double *angles; /* [n_rope / 2], radians per position, finite */
+    int32_t n_rope;       /* the first n_rope values of a head turn; even, at most head_dim */
+    bool interleaved;     /* pair i is values 2i and 2i + 1; else i and i + n_rope / 2 */
+} tq_key_bias_params;
+TQ_API void tq_key_bias_params_default(tq_key_bias_params *params);
+/*
+ * Give a store of keys with tq_store_params.positions its bias, which is copied, before anything is coded. It belongs to the
+ * open store, not to its memory: whoever opens that again, or a copy of it, gives the same bias again. A store in an exact
+ * format takes it and does nothing. Such a store's values cannot be attended to: it is keys alone. Errors: ARGUMENT (no
+ * positions; or slots were coded without this bias), SHAPE (n_rope), MEMORY; then nothing changed.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_set_key_bias(tq_store *store, const tq_key_bias_params *params);
+/* The memory that the store's copy takes beside the store's own; 0 if there is none. */
+TQ_API size_t tq_store_key_bias_bytes(const tq_store *store);
+/*
+ * The positions [n] of slots [n] that are about to be written, staged or updated; each is kept until the slot's next. A slot <
+ * 0 is skipped; a position < 0 is none, and then the bias stays in what is coded. Errors: ARGUMENT, RANGE; then nothing is set.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_set_positions(tq_store *store, const int64_t *slots, int64_t n,
+                                                     const int32_t *positions);
+/* The position of a slot, or -1: none is known. */
+TQ_API int64_t tq_store_position(const tq_store *store, int64_t slot);
 /*
  * A stage keeps the exact rows of one batch until the batch has attended. A token is then seen exact by all queries for which
  * it is among the last n_recent tokens, no matter how many are written at once: prefill gives what decoding token by token

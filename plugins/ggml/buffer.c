@@ -188,10 +188,11 @@ static void log_binding(const kv_buffer *kvs, size_t bytes)
     tq_format_info k = {.name = "?"}, v = {.name = "?"};
     const tq_ggml_kv_tensor *first = kvs->tensors[0];
     double n_values = 0;
-    int n_exact = 0;
+    int n_exact = 0, n_biases = 0;
     for (size_t i = 0; i < kvs->n; i++) {
         const tq_ggml_kv_tensor *kv = kvs->tensors[i];
         n_values += (double)kv->n_embd * (double)kv->n_slots * (double)kv->n_stream;
+        n_biases += kv->key_bias != NULL;
         n_exact += !kv->is_value && tq_ggml_options_is_exact(kvs->device->options, kv->layer);
     }
     if (tq_format_describe(&k, preset->k_format, first->head_dim) != TQ_OK ||
@@ -203,6 +204,7 @@ static void log_binding(const kv_buffer *kvs, size_t bytes)
         "cells, %lld streams; %.2f MiB, %.3f bits per value with everything counted",
         preset->name, k.name, v.name, (int)preset->n_sink, (int)preset->n_recent, n_exact, (int)first->head_dim,
         (long long)first->n_slots, (long long)first->n_stream, (double)bytes / 1048576, 8 * (double)bytes / n_values);
+    if (n_biases > 0) tq_ggml_log(TQ_LOG_INFO, "%s: key biases of %d layers are kept apart", preset->name, n_biases);
 }
 
 void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv)

@@ -32,6 +32,7 @@ static void backend_free(ggml_backend_t backend)
     if (worker->cpu) tq_ggml_host.ggml_backend_free(worker->cpu);
     tq_ggml_threads_free(&worker->threads);
     free(worker->slots);
+    free(worker->positions.data);
     free(worker->alibi_slopes);
     free(worker);
     free(backend);

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "key_bias.h"
 #include "kv_tensor.h"
 #include "log.h"
 #include "stages.h"
@@ -108,6 +109,12 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
     for (int64_t i = 0; i < p->n_rows; i++) slots[i] = p->first_slot + i;
     if (p->bytes == (size_t)p->n_rows * row_bytes(kv)) {
         tq_ggml_host.ggml_fp16_to_fp32_row(halves, rows, p->n_rows * kv->n_embd);
+        if (kv->key_bias) {
+            int32_t positions[CHUNK_ROWS_MAX];
+            tq_ggml_key_bias_guess(kv, p->stream, p->first_slot, rows, p->n_rows, positions);
+            tq_status status = tq_store_set_positions(store, slots, p->n_rows, positions);
+            if (status != TQ_OK) return status;
+        }
         return tq_store_write(store, slots, p->n_rows, rows, kv->n_embd, NULL);
     }
     tq_status status = tq_store_read(store, p->first_slot, 1, rows, kv->n_embd);

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include "buffer.h"
+#include "key_bias.h"
 #include "log.h"
 #include "stages.h"
 
@@ -218,6 +219,7 @@ static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
         if (kv->n_stream > 1) snprintf(label + n, sizeof label - (size_t)n, " of stream %lld", (long long)i);
         params->label = label;
         tq_status status = tq_store_open(&kv->stores[i], params, kv->memory + (size_t)i * kv->store_bytes, kv->store_bytes);
+        if (status == TQ_OK && kv->key_bias) status = tq_store_set_key_bias(kv->stores[i], &kv->key_bias->params);
         if (status == TQ_OK) continue;
         tq_ggml_kv_release(kv);
         return status;
@@ -234,6 +236,11 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size
     }
     tq_store_params params;
     fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, head_dim);
+    if (kv->key_bias && kv->key_bias->head_dim != head_dim) {
+        tq_ggml_key_bias_free(kv->key_bias);
+        kv->key_bias = NULL;
+    }
+    params.positions = kv->key_bias != NULL;
     tq_status status = open_stores(kv, &params);
     if (status != TQ_OK) {
         snprintf(why, why_bytes, "%s", tq_status_string(status));
@@ -241,7 +248,8 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size
     }
     kv->n_head_kv = params.n_head_kv;
     kv->format = params.format;
-    kv->bytes = (size_t)kv->n_stream * kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
+    kv->bytes = (size_t)kv->n_stream * (kv->store_bytes + tq_store_key_bias_bytes(kv->stores[0])) +
+                table_bytes(kv->device, kv->layer, kv->is_value);
     kv->head_dim = head_dim;
     tq_ggml_kv_buffer_update(kv);
     return true;
@@ -252,6 +260,7 @@ tq_status tq_ggml_kv_open_raised(tq_ggml_kv_tensor *kv, tq_format format, tq_sto
     tq_store_params params;
     fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, kv->head_dim);
     params.format = format;
+    params.positions = kv->key_bias != NULL;
     char label[64];
     snprintf(label, sizeof label, "layer %d %s", (int)kv->layer, kv->is_value ? "values" : "keys");
     params.label = label;
@@ -259,6 +268,10 @@ tq_status tq_ggml_kv_open_raised(tq_ggml_kv_tensor *kv, tq_format format, tq_sto
     kv->raised_memory = map_pages(kv->raised_bytes);
     if (!kv->raised_memory) return TQ_ERR_MEMORY;
     tq_status status = tq_store_open(&kv->raised, &params, kv->raised_memory, kv->raised_bytes);
+    if (status == TQ_OK && kv->key_bias) {
+        status = tq_store_set_key_bias(kv->raised, &kv->key_bias->params);
+        if (status != TQ_OK) tq_store_close(kv->raised);
+    }
     if (status != TQ_OK) munmap(kv->raised_memory, kv->raised_bytes);
     *out = kv->raised;
     return status;
@@ -271,7 +284,7 @@ void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format)
     kv->stores[0] = kv->raised;
     kv->memory = kv->raised_memory;
     kv->store_bytes = kv->mapped_bytes = kv->raised_bytes;
-    kv->bytes = kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
+    kv->bytes = kv->store_bytes + tq_store_key_bias_bytes(kv->stores[0]) + table_bytes(kv->device, kv->layer, kv->is_value);
     kv->format = format;
     tq_ggml_kv_buffer_update(kv);
 }
@@ -354,6 +367,8 @@ void tq_ggml_kv_release(tq_ggml_kv_tensor *kv)
     if (kv->memory) munmap(kv->memory, kv->mapped_bytes);
     kv->memory = NULL;
     kv->mapped_bytes = 0;
+    tq_ggml_key_bias_free(kv->key_bias);
+    kv->key_bias = NULL;
 }
 
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv)

@@ -18,7 +18,8 @@ typedef struct tq_ggml_kv_tensor {
     int32_t layer;
     bool is_value;
     int64_t n_embd, n_slots, n_stream;
-    size_t bytes; /* of all streams' stores; an estimate until bound */
+    struct tq_ggml_key_bias *key_bias; /* found before binding, or NULL: key_bias.h */
+    size_t bytes;                      /* of all streams' stores; an estimate until bound */
     /* From here on zero until bound. */
     int32_t head_dim, n_head_kv;
     tq_format format;

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "log.h"
+#include "cpu_rope.h"
 #include "ops.h"
 
 #define CHUNK_SLOTS 64
@@ -34,33 +34,6 @@ bool tq_ggml_rope_supported(tq_ggml_device *device, const struct ggml_tensor *op
     return ok || tq_ggml_kv_refuse(kv, "a graph turns it with RoPE in a shape that is not all of its cells");
 }
 
-/* Turn x [n_rope, n_head_kv, n] by pos [n] with the operation's own parameters. */
-static enum ggml_status rope_on_cpu(tq_ggml_worker *worker, const shift *s, float *x, int32_t *pos, int64_t n)
-{
-    const tq_ggml_host_table *host = &tq_ggml_host;
-    const struct ggml_tensor *factors = s->op->src[2];
-    struct ggml_init_params init = {8 * host->ggml_tensor_overhead() + host->ggml_graph_overhead(), NULL, true};
-    struct ggml_context *context = host->ggml_init(init);
-    if (!context) return GGML_STATUS_ALLOC_FAILED;
-    struct ggml_tensor *a = host->ggml_new_tensor_3d(context, GGML_TYPE_F32, s->n_rope, s->kv->n_head_kv, n);
-    struct ggml_tensor *b = host->ggml_new_tensor_1d(context, GGML_TYPE_I32, n), *c = NULL;
-    a->data = x;
-    b->data = pos;
-    if (factors) {
-        c = host->ggml_new_tensor_1d(context, GGML_TYPE_F32, factors->ne[0]);
-        c->data = factors->data;
-    }
-    struct ggml_tensor *y =
-        host->ggml_rope_ext_inplace(context, a, b, c, (int)s->n_rope, 0, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
-    memcpy(y->op_params, s->op->op_params, sizeof y->op_params);
-    y->data = x;
-    struct ggml_cgraph *graph = host->ggml_new_graph(context);
-    host->ggml_build_forward_expand(graph, y);
-    enum ggml_status status = host->ggml_backend_graph_compute(worker->cpu, graph);
-    host->ggml_free(context);
-    return status;
-}
-
 /* Between rows of all values [n, n_embd] and the values that turn [n, n_head_kv, n_rope]. */
 static void gather(const shift *s, const float *rows, int64_t n, float *x)
 {
@@ -74,6 +47,17 @@ static void scatter(const shift *s, float *rows, int64_t n, const float *x)
         memcpy(rows + i * s->kv->head_dim + s->first, x + i * s->n_rope, (size_t)s->n_rope * sizeof *x);
 }
 
+/* What has no position gets none. */
+static bool move_positions(tq_store *store, const int64_t *slots, const int32_t *shifts, int64_t n)
+{
+    int32_t positions[CHUNK_SLOTS];
+    for (int64_t i = 0; i < n; i++) {
+        int64_t position = tq_store_position(store, slots[i]);
+        positions[i] = position < 0 || position + shifts[i] > INT32_MAX ? -1 : (int32_t)(position + shifts[i]);
+    }
+    return tq_store_set_positions(store, slots, n, positions) == TQ_OK;
+}
+
 /* Shift up to CHUNK_SLOTS slots of one stream. */
 static enum ggml_status shift_slots(tq_ggml_worker *worker, const shift *s, int64_t stream, const int64_t *slots, int32_t *pos,
                                     int64_t n, float *rows, float *x)
@@ -84,9 +68,10 @@ static enum ggml_status shift_slots(tq_ggml_worker *worker, const shift *s, int6
         if (tq_store_read(store, slots[i], 1, rows + i * n_embd, n_embd) != TQ_OK) return GGML_STATUS_FAILED;
     }
     gather(s, rows, n, x);
-    enum ggml_status status = rope_on_cpu(worker, s, x, pos, n);
+    enum ggml_status status = tq_ggml_cpu_rope(worker->cpu, s->op, x, s->n_rope, s->kv->n_head_kv, pos, n);
     if (status != GGML_STATUS_SUCCESS) return status;
     scatter(s, rows, n, x);
+    if (!move_positions(store, slots, pos, n)) return GGML_STATUS_FAILED;
     bool ok = tq_store_update(store, slots, n, rows, n_embd, &worker->threads.executor) == TQ_OK;
     return ok ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
@@ -110,30 +95,13 @@ static enum ggml_status shift_stream(tq_ggml_worker *worker, const shift *s, int
     return GGML_STATUS_SUCCESS;
 }
 
-static bool start_cpu(tq_ggml_worker *worker)
-{
-    if (worker->cpu) return true;
-    ggml_backend_dev_t cpu = tq_ggml_host.ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    worker->cpu = cpu ? tq_ggml_host.ggml_backend_dev_init(cpu, NULL) : NULL;
-    if (!worker->cpu) {
-        tq_ggml_log(TQ_LOG_ERROR, "context shift: there is no CPU backend to turn keys with");
-        return false;
-    }
-    /* The rows are few: more threads would wait for each other. */
-    typedef void (*set_n_threads_fn)(ggml_backend_t, int);
-    set_n_threads_fn set_n_threads;
-    *(void **)(void *)&set_n_threads = tq_ggml_host.ggml_backend_reg_get_proc_address(
-        tq_ggml_host.ggml_backend_dev_backend_reg(cpu), "ggml_backend_set_n_threads");
-    if (set_n_threads) set_n_threads(worker->cpu, 1);
-    return true;
-}
-
 enum ggml_status tq_ggml_rope(tq_ggml_worker *worker, const struct ggml_tensor *op)
 {
     bool is_dummy;
     shift s = {.kv = tq_ggml_kv_of(worker->device, op, &is_dummy), .op = op, .n_rope = op->src[0]->ne[0]};
     if (!s.kv || !s.kv->stores) return GGML_STATUS_FAILED;
-    if (tq_ggml_stage_settle_all(s.kv) != TQ_OK || !start_cpu(worker)) return GGML_STATUS_FAILED;
+    if (!worker->cpu) worker->cpu = tq_ggml_cpu_start();
+    if (!worker->cpu || tq_ggml_stage_settle_all(s.kv) != TQ_OK) return GGML_STATUS_FAILED;
     s.first = (int64_t)(tq_ggml_root_offset(op->src[0]) / sizeof(ggml_fp16_t));
     float *rows = malloc(2 * CHUNK_SLOTS * (size_t)s.kv->n_embd * sizeof *rows);
     if (!rows) return GGML_STATUS_ALLOC_FAILED;

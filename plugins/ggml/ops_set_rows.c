@@ -3,6 +3,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "key_bias.h"
 #include "log.h"
 #include "ops.h"
 
@@ -33,6 +34,7 @@ bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor
         rows->nb[0] != sizeof(float) || rows->nb[1] % sizeof(float) != 0 || rows->ne[2] != 1 || rows->ne[3] != 1 ||
         (index->type != GGML_TYPE_I64 && index->type != GGML_TYPE_I32))
         return tq_ggml_kv_refuse(kv, "a graph writes to it in a shape that is not whole rows of floats");
+    tq_ggml_key_bias_find(kv, op);
     return true;
 }
 
@@ -62,6 +64,8 @@ enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tens
     const struct ggml_tensor *rows = op->src[0];
     int64_t n = rows->ne[1], row_stride = (int64_t)(rows->nb[1] / sizeof(float));
     int64_t first = (int64_t)(tq_ggml_root_offset(op) / ((size_t)kv->n_embd * sizeof(ggml_fp16_t)));
+    const int32_t *positions = kv->key_bias ? tq_ggml_key_bias_positions(worker, kv, op) : NULL;
+    if (kv->key_bias && !positions) return GGML_STATUS_ALLOC_FAILED;
     const int64_t *numbers = row_numbers(worker, op, first);
     if (!numbers) return GGML_STATUS_ALLOC_FAILED;
     for (int64_t i = 0; i < n; i++) {
@@ -82,7 +86,7 @@ enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tens
         }
         tq_status status =
             tq_ggml_stage_rows(&worker->stages, kv, stream, slots, end - begin, (const float *)rows->data + begin * row_stride,
-                               row_stride, &worker->threads.executor);
+                               row_stride, positions ? positions + begin : NULL, &worker->threads.executor);
         /* The library has logged the layer, head and slot. */
         if (status != TQ_OK) return status == TQ_ERR_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
     }

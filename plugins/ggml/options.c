@@ -137,6 +137,12 @@ static bool parse_balance(tq_ggml_options *options, const char *value, error_tex
     return options->balance || strcmp(value, "off") == 0 || fail(error, "balance", value, "give on or off");
 }
 
+static bool parse_bias(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->key_bias = strcmp(value, "on") == 0;
+    return options->key_bias || strcmp(value, "off") == 0 || fail(error, "bias", value, "give on or off");
+}
+
 /* LAYER[-LAYER], joined by +. */
 static bool parse_exact(tq_ggml_options *options, const char *value, error_text *error)
 {
@@ -228,6 +234,7 @@ static const option_key keys[] = {
     {"recent", "N", parse_recent},
     {"ref", "N", parse_ref},
     {"balance", "on|off", parse_balance},
+    {"bias", "on|off", parse_bias},
     {"calibration", "FILE", parse_calibration},
     {"exact", "LAYER[-LAYER][+...]", parse_exact},
     {"head_dim", "N", parse_head_dim},
@@ -265,7 +272,7 @@ static bool parse_item(tq_ggml_options *options, const char *item, uint32_t *see
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes)
 {
     error_text to = {error, error_bytes};
-    tq_ggml_options options = {.log_level = TQ_LOG_INFO, .max_exact_layer = -1};
+    tq_ggml_options options = {.key_bias = true, .log_level = TQ_LOG_INFO, .max_exact_layer = -1};
     uint32_t seen = 0;
     const char *p = text ? text : "";
     while (*p) {

@@ -21,6 +21,7 @@ typedef struct tq_ggml_options {
     int32_t n_sink, n_recent;
     int32_t ref_block;
     bool balance;
+    bool key_bias;    /* keep biases of keys apart */
     int32_t head_dim; /* 0: not given */
     tq_log_level log_level;
     tq_ggml_guard guard;

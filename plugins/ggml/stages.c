@@ -33,11 +33,12 @@ static tq_status find_free(tq_ggml_stages *stages, tq_ggml_stage **out)
 }
 
 tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int64_t stream, const int64_t *slots, int64_t n,
-                             const float *rows, int64_t row_stride, const tq_executor *executor)
+                             const float *rows, int64_t row_stride, const int32_t *positions, const tq_executor *executor)
 {
     /* Two writes before an attention: the first has nobody left who sees its rows as they come in. */
     tq_status status = tq_ggml_stage_settle(kv, stream, NULL, executor);
     tq_ggml_stage *s = kv->stages[stream];
+    if (status == TQ_OK && positions) status = tq_store_set_positions(kv->stores[stream], slots, n, positions);
     if (status == TQ_OK && !s) status = find_free(stages, &s);
     if (status == TQ_OK) status = tq_store_stage(kv->stores[stream], s->stage, slots, n, rows, row_stride);
     if (status != TQ_OK) return status;

@@ -21,9 +21,9 @@ typedef struct tq_ggml_stages {
     size_t n;
 } tq_ggml_stages;
 
-/* Stage rows for one stream of a tensor. Errors: those of tq_store_stage. */
+/* Stage rows for one stream of a tensor; with positions [n] if it has a key bias. Errors: those of tq_store_stage. */
 tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int64_t stream, const int64_t *slots, int64_t n,
-                             const float *rows, int64_t row_stride, const tq_executor *executor);
+                             const float *rows, int64_t row_stride, const int32_t *positions, const tq_executor *executor);
 /* Write the rows that wait for a stream, if any. queries may be NULL. */
 tq_status tq_ggml_stage_settle(tq_ggml_kv_tensor *kv, int64_t stream, const tq_attend_params *queries,
                                const tq_executor *executor);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_store_*: argument checks in front of cache/store.c. */
+#include <math.h>
 #include <string.h>
 
 #include "api/checks.h"
@@ -214,6 +215,84 @@ tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_pa
     return TQ_OK;
 }
 
+void tq_key_bias_params_default(tq_key_bias_params *params)
+{
+    if (params) *params = (tq_key_bias_params){.struct_size = sizeof *params};
+}
+
+static tq_status check_bias(const tq_store *store, const tq_key_bias_params *params)
+{
+    int32_t head_dim = store->codec.head_dim, n_rope = params->n_rope;
+    if (params->struct_size != sizeof *params || !params->bias || (n_rope > 0 && !params->angles)) {
+        tq_log(TQ_LOG_ERROR, "%s: a key bias lacks struct_size, bias or angles", store->label);
+        return TQ_ERR_ARGUMENT;
+    }
+    if (n_rope < 0 || n_rope % 2 != 0 || n_rope > head_dim) {
+        tq_log(TQ_LOG_ERROR, "%s: a key bias of n_rope %d: give an even number up to %d", store->label, (int)n_rope,
+               (int)head_dim);
+        return TQ_ERR_SHAPE;
+    }
+    for (int32_t i = 0; i < n_rope / 2; i++) {
+        if (isfinite(params->angles[i])) continue;
+        tq_log(TQ_LOG_ERROR, "%s: angle %d of a key bias is not finite", store->label, (int)i);
+        return TQ_ERR_ARGUMENT;
+    }
+    int32_t head = tq_check_row(store->kernels, params->bias, store->n_head_kv, head_dim);
+    if (head < 0) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "%s: head %d of a key bias holds NaN, infinity, or a magnitude above 65504", store->label, (int)head);
+    return TQ_ERR_ARGUMENT;
+}
+
+tq_status tq_store_set_key_bias(tq_store *store, const tq_key_bias_params *params)
+{
+    if (!store || !params) return TQ_ERR_ARGUMENT;
+    TQ_TRY(check_bias(store, params));
+    if (store->codec.traits->family == TQ_FAMILY_EXACT) return TQ_OK;
+    if (!store->layout.positions) {
+        tq_log(TQ_LOG_ERROR, "%s: it keeps no positions for a key bias; set tq_store_params.positions", store->label);
+        return TQ_ERR_ARGUMENT;
+    }
+    tq_key_bias *bias;
+    TQ_TRY(tq_key_bias_create(&bias, params, store->n_head_kv, store->codec.head_dim));
+    const tq_store_header *header = tq_store_header_of(store);
+    if (header->channels != TQ_CHANNELS_OPEN && header->bias_hash != bias->hash) {
+        tq_log(TQ_LOG_ERROR, "%s: slots were coded without this key bias; give it to an empty store", store->label);
+        tq_key_bias_free(bias);
+        return TQ_ERR_ARGUMENT;
+    }
+    tq_key_bias_free(store->bias);
+    store->bias = bias;
+    return TQ_OK;
+}
+
+size_t tq_store_key_bias_bytes(const tq_store *store)
+{
+    return store && store->bias ? store->bias->bytes : 0;
+}
+
+tq_status tq_store_set_positions(tq_store *store, const int64_t *slots, int64_t n, const int32_t *positions)
+{
+    if (!store || n < 0 || (n > 0 && (!slots || !positions))) return TQ_ERR_ARGUMENT;
+    for (int64_t i = 0; i < n; i++) {
+        if (slots[i] < store->n_slots) continue;
+        tq_log(TQ_LOG_ERROR, "%s: the position of slot %lld is out of range; there are %lld slots", store->label,
+               (long long)slots[i], (long long)store->n_slots);
+        return TQ_ERR_RANGE;
+    }
+    int32_t *to = tq_store_positions(store);
+    for (int64_t i = 0; i < n && to; i++) {
+        if (slots[i] >= 0) to[slots[i]] = positions[i] < 0 || positions[i] == INT32_MAX ? 0 : positions[i] + 1;
+    }
+    return TQ_OK;
+}
+
+int64_t tq_store_position(const tq_store *store, int64_t slot)
+{
+    if (!store || slot < 0 || slot >= store->n_slots || !store->layout.positions) return -1;
+    int32_t mark = tq_store_positions(store)[slot];
+    return mark > 0 ? mark - 1 : -1;
+}
+
 bool tq_store_logit_error(const tq_store *store, float *out)
 {
     if (!store || !out || !store->layout.balance || !tq_store_header_of(store)->has_errors) return false;
@@ -269,6 +348,10 @@ tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t 
         tq_log(TQ_LOG_ERROR, "%s: attend: n_col is %lld, but there are %lld slots", keys->label, (long long)n_col,
                (long long)keys->n_slots);
         return TQ_ERR_RANGE;
+    }
+    if (values->bias) {
+        tq_log(TQ_LOG_ERROR, "%s: attend: its slots are coded without their key bias, so they cannot be values", values->label);
+        return TQ_ERR_ARGUMENT;
     }
     TQ_TRY(tq_check_attend(keys->label, params, keys->n_head_kv, values->codec.head_dim));
 

@@ -28,6 +28,9 @@ typedef struct tq_partial {
 typedef struct tq_attend_scratch {
     float *q;         /* [tile_rows, head_dim], times softmax_scale */
     float *q_working; /* [tile_rows, width of the keys' codec] */
+    float *q_bias;    /* [tile_rows, bias_width], if keys have a bias */
+    float *turned;    /* [tile_rows, bias_width], likewise */
+    float *turns;     /* [TQ_TURNS, bias_width], likewise */
     float *scores;    /* [tile_rows, tile_cols], then probabilities */
     float *expanded;  /* [tile_cols, the larger width] */
     float *finished;  /* [tile_rows, head_dim of the values] */
@@ -41,6 +44,7 @@ typedef struct tq_attend_plan {
     int32_t n_head_kv, group;
     int32_t head_dim, head_dim_v, out_dim;
     int32_t width_k, width_v;
+    int32_t bias_width; /* of what a query meets the keys' bias with; 0: there is none */
     int64_t n_col;
     int64_t window; /* 0 if it hides nothing */
     int64_t n_row;  /* of one KV head */
@@ -94,11 +98,10 @@ typedef struct tq_tile_part {
 } tq_tile_part;
 
 /*
- * columns.c. q [n_row, head_dim] and q_working [n_row, width] to scores [n_row, tile_cols]; and the probabilities p of the same
- * shape times the values, added to the accumulators. p is zero afterwards where columns are exact.
+ * columns.c. The queries of the part's rows, from row i_row of the tile on, to scores [n_row, tile_cols]; and the probabilities
+ * p of the same shape times the values, added to the accumulators. p is zero afterwards where columns are exact.
  */
-void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, const float *q, const float *q_working,
-                      float *scores, float *expanded);
+void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, const tq_attend_scratch *scratch, int32_t i_row);
 void tq_accumulate_columns(const tq_attend_plan *plan, const tq_tile_part *part, float *p, float *acc, float *acc_exact,
                            float *expanded);
 

@@ -113,6 +113,7 @@ static void gather_queries(const tq_attend_plan *plan, const tq_attend_tile *til
         for (int32_t j = 0; j < plan->head_dim; j++) to[j] = q[j] * params->softmax_scale;
     }
     prepare_queries(plan, tile, scratch);
+    if (plan->keys->bias) tq_key_bias_query(plan->keys->bias, tile->head, scratch->q, tile->n_row, scratch->q_bias);
 }
 
 static void clear_partial(const tq_attend_plan *plan, int32_t n_row, tq_partial partial)
@@ -130,8 +131,7 @@ static void attend_columns(const tq_attend_plan *plan, const tq_attend_tile *til
 {
     int32_t i0 = (int32_t)(row_begin - tile->row_begin);
     tq_tile_part part = {tile->head, c0, c1, row_begin, (int32_t)(row_end - row_begin), tile->col_end};
-    tq_score_columns(plan, &part, scratch->q + (size_t)i0 * (size_t)plan->head_dim,
-                     scratch->q_working + (size_t)i0 * (size_t)plan->width_k, scratch->scores, scratch->expanded);
+    tq_score_columns(plan, &part, scratch, i0);
     for (int32_t i = 0; i < part.n_row; i++) {
         softmax_row(plan, tile, i0 + i, c0, c1, scratch->scores + (size_t)i * (size_t)plan->tile_cols, out);
     }

@@ -185,6 +185,8 @@ static void replay_vector(const tq_stage *stage, tq_store *to, int64_t slot, int
 void tq_stage_replay(tq_stage *stage, tq_store *to, const tq_executor *executor)
 {
     const tq_store *from = stage->store;
+    if (from->layout.positions && to->layout.positions)
+        memcpy(tq_store_positions(to), tq_store_positions(from), (size_t)from->n_slots * sizeof(int32_t));
     /* Sinks stand first in the list, ascending by column; then what the ring took, in its order. */
     for (int32_t i = 0; i < stage->n_exact && stage->exact[i].column < from->layout.n_sink; i++) {
         replay_vector(stage, to, stage->exact[i].column, stage->exact[i].index, executor);

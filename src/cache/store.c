@@ -31,9 +31,11 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
         layout.n_sink = params->n_sink;
         layout.n_recent = params->n_recent;
         layout.balance = params->balance;
+        layout.positions = params->positions;
         layout.ref_block = params->n_recent > 0 && family != TQ_FAMILY_PROD ? params->ref_block : 0;
     }
     size_t head_dim = (size_t)params->head_dim, n_channels, steps_bytes = 0, energies_bytes = 0, errors_bytes = 0;
+    size_t positions_bytes = layout.positions ? align_section((size_t)params->n_slots * sizeof(int32_t)) : 0;
     TQ_TRY(multiply(head_dim, (size_t)params->n_head_kv, &n_channels));
     if (layout.balance) {
         steps_bytes = align_section(n_channels * sizeof(int8_t));
@@ -55,7 +57,8 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
     layout.steps_offset = sizeof(tq_store_header);
     layout.energies_offset = layout.steps_offset + steps_bytes;
     layout.errors_offset = layout.energies_offset + energies_bytes;
-    layout.exact_ids_offset = layout.errors_offset + errors_bytes;
+    layout.positions_offset = layout.errors_offset + errors_bytes;
+    layout.exact_ids_offset = layout.positions_offset + positions_bytes;
     layout.exact_data_offset = layout.exact_ids_offset + align_section(n_exact * sizeof(int32_t));
     layout.encoded_offset = layout.exact_data_offset + align_section(exact_bytes);
     layout.bytes = layout.encoded_offset + encoded_bytes;
@@ -102,6 +105,7 @@ void tq_store_detach(tq_store *store)
     tq_codec_deinit(&store->ref_codec);
     tq_codec_deinit(&store->exact_codec);
     tq_codec_deinit(&store->codec);
+    tq_key_bias_free(store->bias);
     tq_free(store);
 }
 
@@ -157,6 +161,8 @@ tq_kv_view tq_store_view(const tq_store *store, const tq_exact_entry *exact, int
         .channel_steps =
             tq_store_header_of(store)->channels == TQ_CHANNELS_BALANCED && layout->balance ? tq_store_steps(store) : NULL,
         .transforms = store->transforms,
+        .bias = store->bias,
+        .positions = tq_store_positions(store),
         .exact_codec = &store->exact_codec,
         .exact_data = store->memory + layout->exact_data_offset,
         .exact_head_stride_bytes = layout->exact_head_stride_bytes,

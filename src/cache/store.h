@@ -7,6 +7,7 @@
  *   steps       int8 [n_head_kv, head_dim]: the channels' factors (if the store balances)
  *   energies    float [n_head_kv, head_dim]: sums of squares of the first queries (if the store balances)
  *   errors      float [n_head_kv]: the logits' error, root mean square (if the store balances)
+ *   positions   int32 [n_slots]: position + 1 of each slot, 0 for none (if the store keeps them)
  *   exact ids   int32 [n_sink + n_recent]: slot + 1 of each exact entry, 0 for none; entry s < n_sink is slot s
  *   exact data  FP16 [n_head_kv, n_sink + n_recent, head_dim]
  *   encoded     [n_head_kv] head pages of n_slots, with their references
@@ -23,7 +24,8 @@ typedef struct tq_store_header {
     int32_t channels;  /* tq_store_channels */
     int32_t n_queries; /* query tokens in the energies, at most n_sink + n_recent */
     int32_t has_errors;
-    int32_t reserved[12];
+    uint64_t bias_hash; /* of the key bias that slots are coded without, 0 for none; set with channels */
+    int32_t reserved[10];
 } tq_store_header;
 _Static_assert(sizeof(tq_store_header) == 64, "the exact ids begin at the next 64-byte boundary");
 
@@ -33,8 +35,9 @@ enum tq_store_channels { TQ_CHANNELS_OPEN = 0, TQ_CHANNELS_PLAIN = 1, TQ_CHANNEL
 typedef struct tq_store_layout {
     int32_t n_sink, n_recent; /* as the format needs them */
     int32_t ref_block;        /* likewise; 0: no references */
-    bool balance;
-    size_t steps_offset, energies_offset, errors_offset, exact_ids_offset, exact_data_offset, encoded_offset, bytes;
+    bool balance, positions;
+    size_t steps_offset, energies_offset, errors_offset, positions_offset, exact_ids_offset, exact_data_offset, encoded_offset;
+    size_t bytes;
     size_t exact_head_stride_bytes, encoded_head_stride_bytes;
 } tq_store_layout;
 
@@ -43,6 +46,7 @@ struct tq_store {
     tq_codec codec, exact_codec, ref_codec;
     tq_store_layout layout;
     const uint16_t *transforms; /* of the calibration, or NULL */
+    tq_key_bias *bias;          /* of keys, owned, or NULL */
     int32_t n_head_kv;
     int64_t n_slots;
     uint8_t *memory;
@@ -66,6 +70,13 @@ static inline float *tq_store_energies(const tq_store *store)
 static inline float *tq_store_errors(const tq_store *store)
 {
     return (float *)(void *)(store->memory + store->layout.errors_offset);
+}
+
+/* [n_slots] position + 1, or 0; NULL if the store keeps none. */
+static inline int32_t *tq_store_positions(const tq_store *store)
+{
+    if (!store->layout.positions) return NULL;
+    return (int32_t *)(void *)(store->memory + store->layout.positions_offset);
 }
 
 /* store.c */

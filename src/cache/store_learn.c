@@ -162,6 +162,7 @@ void tq_store_freeze_channels(tq_store *store, const tq_window *window)
     tq_store_header *header = tq_store_header_of(store);
     if (header->channels != TQ_CHANNELS_OPEN) return;
     header->channels = TQ_CHANNELS_PLAIN;
+    header->bias_hash = store->bias ? store->bias->hash : 0;
     if (!store->layout.balance || window->n == 0) return;
     for (int32_t head = 0; head < store->n_head_kv && !store->transforms; head++) {
         int8_t *steps = tq_store_steps(store) + (size_t)head * (size_t)store->codec.head_dim;

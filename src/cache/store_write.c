@@ -51,6 +51,8 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
                              .pages = view.pages,
                              .channel_steps = view.channel_steps,
                              .transforms = view.transforms,
+                             .bias = view.bias,
+                             .positions = view.positions,
                              .exact_data = store->memory + store->layout.exact_data_offset,
                              .exact_head_stride_bytes = store->layout.exact_head_stride_bytes,
                              .n_head_kv = store->n_head_kv,
@@ -67,7 +69,7 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
     batch->max_column = -1;
 }
 
-/* The ring as the batch has left it so far, oldest first. */
+/* The ring as the batch has left it so far, oldest first, without the keys' bias. */
 static void read_window(const void *context, int32_t i, int32_t head, float *x)
 {
     const write_batch *batch = context;
@@ -80,6 +82,8 @@ static void read_window(const void *context, int32_t i, int32_t head, float *x)
         tq_row_half(&batch->in, batch->from[entry], head, half);
     }
     tq_half_expand(&batch->in, half, 1, x);
+    int64_t slot = (int64_t)batch->ids[entry] - 1;
+    if (slot >= 0) tq_rows_subtract_bias(&batch->in, head, slot, x);
 }
 
 /* What has to be known before a slot is encoded. The ring is full then, since the slot is about to leave it. */

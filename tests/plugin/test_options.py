@@ -53,7 +53,7 @@ class Options(TestCase):
                                ("exact=3-1", "layers counted from 0"), ("exact=0+", "layers counted from 0"),
                                ("exact=5000", "layers counted from 0"), ("head_dim=48", "64, 80, 96"),
                                ("log=loud", "error, warning, info"), ("ref=8", "16 to 1024"), ("ref=x", "16 to 1024"),
-                               ("balance=yes", "on or off"),
+                               ("balance=yes", "on or off"), ("bias=1", "on or off"),
                                ("guard=on", "raise, warn, refuse, off"), ("report=", "a file's path"),
                                ("k=tq4,k=tq8", "given twice")):
             with self.subTest(text):
@@ -83,9 +83,9 @@ class Options(TestCase):
 
     def test_the_guard(self):
         # 2 bits without references or factors: qwen2's keys with their biases are beyond them.
-        def answer(guard):
+        def answer(guard, key_bias="off"):
             return complete(tiny_model("qwen2"), "-c", "256", "-f", self.long_prompt(), "-n", "4",
-                            TQ_GGML=f"k=tq2,ref=0,guard={guard}")
+                            TQ_GGML=f"k=tq2,ref=0,bias={key_bias},guard={guard}")
 
         self.assertEqual(answer("off").lines("guard:"), [])
         warned = answer("warn")
@@ -97,6 +97,24 @@ class Options(TestCase):
         refused = answer("refuse")
         self.assertNotEqual(refused.status, 0)
         self.assert_line(refused, "guard: layer 0: tq2 moves its logits by", "refused")
+
+    def test_key_biases_are_kept_apart(self):
+        def answer(model, options):
+            result = complete(tiny_model(model), "-c", "4096", "-f", self.long_prompt(), "-n", "4", TQ_GGML=options)
+            self.assert_ok(result)
+            bits = float(re.search(r"([\d.]+) bits per value", result.lines("turboquant: TQ4 holds the KV cache")[0])[1])
+            return result, bits
+
+        kept, bits = answer("qwen2", "k=tq3,guard=warn")
+        self.assert_line(kept, "turboquant: TQ4: key biases of 4 layers are kept apart")
+        self.assertEqual(kept.lines("guard:"), [])
+        # Beyond 3 bits otherwise. Of 256 values a cell has 4 bytes of its position, and a layer some 10 KiB of tables.
+        coded, bits_without = answer("qwen2", "k=tq3,guard=warn,bias=off")
+        self.assertEqual(coded.lines("kept apart"), [])
+        self.assert_line(coded, "turboquant: guard: layer 0: tq3 moves its logits by")
+        self.assertAlmostEqual(bits - bits_without, 32 / 256 + 8 * 10240 / 256 / 4096, delta=0.01)
+        self.assertEqual(answer("qwen2", "exact=0-2")[0].lines("kept apart")[0].split("biases of ")[1][:1], "1")
+        self.assertEqual(answer("llama", "bias=on")[0].lines("kept apart"), [])
 
     def long_prompt(self):
         path = self.directory / "prompt"

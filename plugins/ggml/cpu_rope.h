@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: MIT */
+/* RoPE on a few vectors by the CPU backend's own operation: all its variants stay its business. */
+#ifndef TQ_GGML_CPU_ROPE_H
+#define TQ_GGML_CPU_ROPE_H
+
+#include "host.h"
+
+/* The CPU backend with one thread, or NULL, which is logged. Free it with ggml_backend_free. */
+ggml_backend_t tq_ggml_cpu_start(void);
+/* Turn x [n, n_head, n_value] in place by pos [n], with the parameters and frequency factors of a ROPE operation. */
+enum ggml_status tq_ggml_cpu_rope(ggml_backend_t cpu, const struct ggml_tensor *op, float *x, int64_t n_value, int64_t n_head,
+                                  int32_t *pos, int64_t n);
+
+#endif
