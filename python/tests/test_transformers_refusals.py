@@ -3,7 +3,7 @@
 import pytest
 import torch
 import turboquant
-from tiny import CACHE, F16, compressed, ids, logits, make_model, stock, use_attention_of
+from tiny import CACHE, F16, ON_DEVICE, compressed, ids, logits, make_model, stock, use_attention_of
 from turboquant.transformers import TurboQuantCache
 from transformers import LlamaConfig
 
@@ -98,11 +98,12 @@ def test_full_cache_holds_what_it_held(llama):
     cache = compressed(llama, max_tok=256)
     logits(llama, cache, ids(1, 200))
     with pytest.raises(turboquant.CacheFullError):
-        logits(llama, cache, ids(1, 100))
+        logits(llama, cache, ids(1, 150))
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 200
     assert logits(llama, cache, ids(1, 10)).isfinite().all()
 
 
+@pytest.mark.skipif(ON_DEVICE, reason="devices tell of such keys at the next pass: test_cuda.py")
 def test_failing_layer_is_rolled_back():
     """A layer in the middle makes an infinite key: the layers before it forget the tokens again."""
     model = make_model("llama")

@@ -58,7 +58,9 @@ def stock(model):
 
 
 def use_attention_of(model, cache):
-    stock_attention = "sdpa" if model._supports_sdpa else "eager"
+    # Some versions say that "sdpa" caps logits.
+    caps = getattr(model.config, "attn_logit_softcapping", None) is not None
+    stock_attention = "sdpa" if model._supports_sdpa and not caps else "eager"
     model.set_attn_implementation("turboquant" if isinstance(cache, TurboQuantCache) else stock_attention)
 
 

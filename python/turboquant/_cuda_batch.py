@@ -54,21 +54,25 @@ class Batch:
         self.exact_slots = torch.zeros_like(self.lens)
         self.page_table = torch.full((n_rows, 1), -1, dtype=torch.int32, device=self.device)
         self.workspace = empty_bytes(0, self.device)
-        self.is_stale = True  # the sequences are others, or have changed beside append
         self.is_capturing = False
-        self.is_torn = False  # a layer has appended a part of its rows, and then failed
         self._offsets = torch.arange(CHUNK_MAX, device=self.device)
         self._zeros = torch.zeros(CHUNK_MAX, dtype=torch.int32, device=self.device)
         self._parts: list[_Part] = []
         self._is_whole = True
         self._kept: np.ndarray | None = None
         self._workspace_bytes: dict[tuple[int, int, int, int], int] = {}
-        # What n_not_finite was at the last pass that the device has begun.
-        self._n_not_finite = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self.forget()
         self._append, self._attend = CudaAppendParams(), CudaAttendParams()
         lib.tq_cuda_append_params_default(ctypes.byref(self._append))
         lib.tq_cuda_attend_params_default(ctypes.byref(self._attend))
         self._append_ref, self._attend_ref = ctypes.byref(self._append), ctypes.byref(self._attend)
+
+    def forget(self) -> None:
+        """The sequences are gone."""
+        self.is_stale = True  # the sequences are others, or have changed beside append
+        self.is_torn = False  # a layer has appended a part of its rows, and then failed
+        # What n_not_finite was at the last pass that the device has begun. A new one: a copy may be on its way to the old.
+        self._n_not_finite = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
 
     @property
     def nbytes(self) -> int:

@@ -368,6 +368,7 @@ class TurboQuantCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -tokens_to_remove columns, as Transformers has it: a negative number."""
+        tokens_to_remove = int(tokens_to_remove)  # some versions give a tensor
         if tokens_to_remove > 0:
             raise ArgumentError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
         for layer in self.layers:
@@ -385,7 +386,7 @@ class TurboQuantCache(Cache):
         self._free(self.seqs)
         self.seqs, self._columns = [], Columns()
         if self._batch is not None:
-            self._batch.is_stale, self._batch.is_torn = True, False
+            self._batch.forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row beam_idx[i] was: pages are shared."""
