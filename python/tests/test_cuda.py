@@ -370,6 +370,12 @@ def test_torn_pass(llama, monkeypatch):
     logits(llama, cache, ids(1, 5))
 
 
+def capture(batch):
+    """In place of Batch.look: as if the stream were captured."""
+    batch.is_capturing = True
+    return True
+
+
 def test_replays(llama):
     """A captured step does not count; replayed() does. Here the captured step runs, as its first replay would."""
     input_ids, cache, plain = ids(2, 90), compressed(llama, max_tokens=200), compressed(llama, max_tokens=200)
@@ -377,12 +383,7 @@ def test_replays(llama):
         logits(llama, each, input_ids)
         logits(llama, each, ids(2, 1, seed=1))
     batch, look = cache._batch, cache._batch.look
-
-    def capture():
-        batch.is_capturing = True
-        return True
-
-    batch.look = capture
+    batch.look = lambda: capture(batch)
     found = logits(llama, cache, ids(2, 1, seed=2))
     batch.look = look
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 91
@@ -394,16 +395,28 @@ def test_replays(llama):
         cache.replayed(200)
 
 
+def test_capture_after_padding(llama):
+    """The cache knows of the padding: a captured step passes no mask."""
+    input_ids, mask = ids(2, 90), torch.ones(2, 90, dtype=torch.long, device=DEVICE)
+    mask[1, :40] = 0
+    cache = compressed(llama, max_tokens=200)
+    logits(llama, cache, input_ids, attention_mask=mask)
+    with pytest.raises(turboquant.ArgumentError, match="pass the whole mask"):
+        logits(llama, cache, ids(2, 1))
+    more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long, device=DEVICE)], dim=1)
+    logits(llama, cache, ids(2, 1), attention_mask=more)
+    batch, look = cache._batch, cache._batch.look
+    batch.look = lambda: capture(batch)
+    logits(llama, cache, ids(2, 1))
+    batch.look = look
+    cache.replayed()
+    assert [cache.store.length(seq) for seq in cache.seqs] == [92, 52] and cache.get_seq_length() == 92
+
+
 def test_capture_needs_what_is_reserved(llama):
     cache = compressed(llama)
     logits(llama, cache, ids(1, 128))
-    batch = cache._batch
-
-    def capture():
-        batch.is_capturing = True
-        return True
-
-    batch.look = capture
+    cache._batch.look = lambda: capture(cache._batch)
     with pytest.raises(turboquant.ArgumentError, match="max_tokens=.*before"):
         logits(llama, cache, ids(1, 100))
     assert cache.get_seq_length() == 128

@@ -76,7 +76,6 @@ class Layer:
 
     def settle(self, keys: torch.Tensor, kept: np.ndarray | None) -> None:
         """Learn the mean from the first pass's keys [n_batch, n_tok, n_head_kv, head_dim], those that are tokens."""
-        self.has_settled = True
         if kept is not None:
             keys = keys[torch.from_numpy(kept).to(keys.device)][None]
         if keys.shape[0] * keys.shape[1] >= MEAN_TOKENS_MIN:

@@ -174,7 +174,7 @@ class Batch:
         while chunk > 1 and self._bytes(n_rows, chunk, n_head) > WORKSPACE_MAX:
             chunk = 1 << (chunk - 1).bit_length() - 1  # the next smaller power of two
         needed = max(self._bytes(n_rows, n, n_head) for n in {chunk, n_tok % chunk or chunk})
-        if needed > len(self.workspace):
+        if needed > self.workspace.numel():
             self._refuse_capture("more scratch is needed")
             self.workspace = empty_bytes(0, self.device)  # so that there are never two
             self.workspace = empty_bytes(needed, self.device).zero_()
@@ -205,20 +205,16 @@ class Batch:
         if query.dtype not in DTYPES:
             raise UnsupportedError(f"the model computes in {query.dtype}; CUDA kernels take float32, float16 and bfloat16")
         layer = self.store.layers[number]
-        n_head = query.shape[1]
-        query, keys, values = (x.transpose(1, 2).to(query.dtype) for x in (query, keys, values))
+        if not query.dtype == keys.dtype == values.dtype:
+            keys, values = keys.to(query.dtype), values.to(query.dtype)
+        query, keys, values = query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         # A constant in all keys adds one to all logits of a query, which the softmax takes out again: but not where they are
         # capped, or compared with a sink's.
-        if not layer.has_settled:
-            if self.store.has_means and not softcap and sinks is None:
-                layer.settle(keys, self._kept)
-            layer.has_settled = True
-        if layer.key_mean is not None:
-            keys = keys - layer.key_mean
+        keys = self._shifted(layer, keys, not softcap and sinks is None)
         out = (torch.empty if self._is_whole else torch.zeros)(*query.shape[:3], self.store.head_dim_v, dtype=query.dtype,
                                                                device=self.device)
         params = self._attend
-        params.softmax_scale, params.softcap, params.n_head = scaling, softcap or 0, n_head
+        params.softmax_scale, params.softcap, params.n_head = scaling, softcap or 0, query.shape[2]
         params.sinks = None if sinks is None else sinks.data_ptr()
         self.is_torn = True
         with use(self.device):
@@ -237,6 +233,23 @@ class Batch:
         self.is_torn = False
         return out
 
+    def append(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The first half of attend, for a pass without padding."""
+        layer = self.store.layers[number]
+        keys, values = self._shifted(layer, keys.transpose(1, 2), True), values.transpose(1, 2)
+        with use(self.device):
+            for part in self._parts:
+                for step in part.steps:
+                    self._append_step(layer, part, step, keys[:, step.begin: step.end], values[:, step.begin: step.end])
+
+    def _shifted(self, layer: Layer, keys: torch.Tensor, may_shift: bool) -> torch.Tensor:
+        """Keys [n_rows, n_tok, n_head_kv, head_dim] without the mean that the first pass has."""
+        if not layer.has_settled:
+            layer.has_settled = True
+            if self.store.has_means and may_shift:
+                layer.settle(keys, self._kept)
+        return keys if layer.key_mean is None else keys - layer.key_mean
+
     def _attend_part(self, layer: Layer, part: _Part, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                      out: torch.Tensor) -> None:
         for step in part.steps:
@@ -252,33 +265,28 @@ class Batch:
     def _step(self, layer: Layer, part: _Part, step: _Step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
               out: torch.Tensor) -> None:
         """All [n_rows, tokens of the step, head, head_dim]; `out` is contiguous."""
+        self._append_step(layer, part, step, keys, values)
+        query, q_stride = _token_stride(query, False)
+        a, p = self._append, self._attend
+        p.n_seq, p.n_query, p.dtype, p.q, p.out = part.n_rows, step.end - step.begin, a.dtype, query.data_ptr(), out.data_ptr()
+        p.q_token_stride, p.q_head_stride = q_stride, query.stride(2)
+        p.page_table, p.page_table_stride, p.exact_slots = a.page_table, a.page_table_stride, a.exact_slots
+        p.seq_lens, p.max_seq_len = step.lens.data_ptr(), self.capacity
+        p.workspace, p.workspace_bytes = self.workspace.data_ptr(), self.workspace.numel()
+        lib.tq_cuda_attend(layer.ref, self._attend_ref, stream(self.device))
+
+    def _append_step(self, layer: Layer, part: _Part, step: _Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         keys, row_stride = _token_stride(keys, True)
         values, value_stride = _token_stride(values, True)
         if row_stride != value_stride:
             keys, values, row_stride = keys.contiguous(), values.contiguous(), 0
-        query, q_stride = _token_stride(query, False)
-        on, dtype = stream(self.device), DTYPES[query.dtype]
-        table, table_stride = self.page_table.data_ptr(), self.page_table.stride(0)
-        slots = self.exact_slots.data_ptr()
-        if part.row:
-            table += 4 * part.row * table_stride
-            slots += 4 * part.row
-        n_tok = step.end - step.begin
-
-        a = self._append
-        a.n_tok, a.dtype, a.k, a.v, a.row_stride = part.n_rows * n_tok, dtype, keys.data_ptr(), values.data_ptr(), row_stride
+        a, table_stride = self._append, self.page_table.stride(0)
+        a.n_tok, a.dtype, a.row_stride = part.n_rows * (step.end - step.begin), DTYPES[keys.dtype], row_stride
+        a.k, a.v, a.n_not_finite = keys.data_ptr(), values.data_ptr(), self.store.n_not_finite.data_ptr()
         a.slot_mapping, a.seq_ids, a.positions = step.slots.data_ptr(), step.seq_ids.data_ptr(), step.positions.data_ptr()
-        a.page_table, a.page_table_stride, a.exact_slots = table, table_stride, slots
-        a.n_not_finite = self.store.n_not_finite.data_ptr()
-        lib.tq_cuda_append(layer.ref, self._append_ref, on)
-
-        p = self._attend
-        p.n_seq, p.n_query, p.dtype, p.q, p.out = part.n_rows, n_tok, dtype, query.data_ptr(), out.data_ptr()
-        p.q_token_stride, p.q_head_stride = q_stride, query.stride(2)
-        p.page_table, p.page_table_stride, p.exact_slots = table, table_stride, slots
-        p.seq_lens, p.max_seq_len = step.lens.data_ptr(), self.capacity
-        p.workspace, p.workspace_bytes = self.workspace.data_ptr(), len(self.workspace)
-        lib.tq_cuda_attend(layer.ref, self._attend_ref, on)
+        a.page_table = self.page_table.data_ptr() + 4 * part.row * table_stride
+        a.page_table_stride, a.exact_slots = table_stride, self.exact_slots.data_ptr() + 4 * part.row
+        lib.tq_cuda_append(layer.ref, self._append_ref, stream(self.device))
 
 
 def _token_stride(x: torch.Tensor, heads_together: bool) -> tuple[torch.Tensor, int]:

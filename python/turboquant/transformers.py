@@ -153,13 +153,14 @@ class TurboQuantLayer(CacheLayerMixin):
                 rows = [x.transpose(1, 2).to(torch.float32).contiguous() for x in (keys, values)]
                 params = _attend_params(query.shape[1], scaling, softcap, sinks)
                 out = _attend_rows(owner.store, owner.seqs, self._number, query.to(torch.float32), *rows, kept, params)
+                out = out.to(query.dtype)
         except BaseException:
             owner._roll_back(self.n_columns)
             raise
         self.n_columns += n_tok
         if self is owner._compressed[-1]:
             owner._end(n_tok)
-        return out.to(query.dtype)
+        return out
 
 
 def _attend_params(n_head: int, scaling: float, softcap: float | None, sinks: torch.Tensor | None) -> AttendParams:
