@@ -143,10 +143,12 @@ class DeviceStore:
         keys = layer_k_formats or [chosen.k_format if k_format is None else k_format] * n_layer
         values = layer_v_formats or [chosen.v_format if v_format is None else v_format] * n_layer
         with use(device):
-            self.layers = [Layer(self._struct(k, v), device) for k, v in zip(keys, values)]
-            self.variants = list({(layer.struct.k_format, layer.struct.v_format): layer for layer in self.layers}.values())
-            for layer in self.variants:
-                self._refuse_without_kernel(layer)
+            structs = [self._struct(k, v) for k, v in zip(keys, values)]
+            for struct in {(struct.k_format, struct.v_format): struct for struct in structs}.values():
+                self._refuse_without_kernel(struct)
+            self.layers = [Layer(struct, device) for struct in structs]
+        # A layer of each pair of formats.
+        self.variants = list({(layer.struct.k_format, layer.struct.v_format): layer for layer in self.layers}.values())
         self.n_pages = 1  # the library wants some
         self._refs = [0]
         self._free_pages = [0]
@@ -165,9 +167,9 @@ class DeviceStore:
         struct.n_sink, struct.n_recent, struct.seed = self.n_sink, self.n_recent, self._seed
         return struct
 
-    def _refuse_without_kernel(self, layer: Layer) -> None:
+    def _refuse_without_kernel(self, struct: CudaStore) -> None:
         """Attend to an empty sequence: the library knows whether it can."""
-        struct, params = CudaStore.from_buffer_copy(layer.struct), CudaAttendParams()
+        struct, params = CudaStore.from_buffer_copy(struct), CudaAttendParams()
         lib.tq_cuda_attend_params_default(ctypes.byref(params))
         scratch = empty_bytes(1 << 20, self.device).zero_()
         struct.n_pages = struct.n_exact_slots = 1
@@ -181,8 +183,8 @@ class DeviceStore:
         except UnsupportedError as error:
             names = [format_info(number, self.head_dim).name for number in (struct.k_format, struct.v_format)]
             raise UnsupportedError(
-                f"keys in {names[0]} with values in {names[1]} have no CUDA kernel ({error}). At head_dim {self.head_dim} "
-                f"there are, keys/values: {_KERNELS.get(self.head_dim, 'none')}. Name a pair, as "
+                f"keys in {names[0]} with values in {names[1]} cannot be on a CUDA device ({error}). At head_dim "
+                f"{self.head_dim} there are, keys/values: {_KERNELS.get(self.head_dim, 'none')}. Name a pair, as "
                 'k_format="tq4", v_format="tq4"', error.status) from error
 
     # ---- sequences ----

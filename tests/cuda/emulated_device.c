@@ -338,7 +338,9 @@ static tq_status import_pages(const tq_device_store *s, const int32_t *pages, in
     return TQ_OK;
 }
 
-__attribute__((visibility("default"))) const tq_device_table *tq_device_table_get(void)
+__attribute__((visibility("default"))) const tq_device_table *tq_device_table_get(void);
+
+const tq_device_table *tq_device_table_get(void)
 {
     static const tq_device_table table = {TQ_DEVICE_ABI, describe,   append,       attend,
                                           splits,        copy_pages, export_pages, import_pages};
