@@ -100,6 +100,8 @@ class Batch:
         if self.is_torn:
             raise ArgumentError("a forward pass was interrupted within a layer: reset() the cache and run the prompt again")
         store.check_finite(int(self._n_not_finite[0]))
+        if store.max_tokens is None:
+            self._refuse_capture("its cache grows")
         counts = [n_tok] * self.n_rows if kept is None else kept.sum(axis=1).tolist()
         if not store.is_ready(seqs, counts):
             self._refuse_capture("a page is needed")
