@@ -23,7 +23,7 @@ from cuda_device import Cache, Library
 PAGE = 64
 POOL_TOKENS = 524288  # of one layer: 553 MB at 4 bits
 DECODE = [(1, 4096), (1, 32768), (1, 131072), (8, 32768), (16, 32768), (64, 8192)]
-PAIRS = ["tq4", "tq3", "tq2", "tq8/tq4", "tq8", "tt4", "tt3", "tt2"]
+PAIRS = ["tq4", "tq3", "tq2", "tq8/tq4", "tq8", "tq8/tt4", "tt4", "tt3", "tt3/tt2", "tt2"]
 TORCH = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -155,7 +155,7 @@ def bench_prefill(library, rows):
             found[name] = time_graph([lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)], 2, 3)
     for name, us in found.items():
         rows.add("prefill", f"torch {name} bf16", n_head, head_dim, "4096 of 65536", us, operations, min(found.values()))
-    for pair in ("tq4", "tq3", "tq8/tq4"):
+    for pair in ("tq4", "tq3", "tq8/tq4", "tt4", "tt3"):
         names = (pair.split("/") * 2)[:2]
         cache = Cache(library, *names, head_dim, n_head_kv, PAGE, length // PAGE)
         cache.fill()

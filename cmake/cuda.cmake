@@ -18,8 +18,8 @@ foreach(arch ${TQ_CUDA_ARCHITECTURES})
     list(APPEND tq_cuda_targets -gencode=arch=compute_${number},code=sm_${number})
 endforeach()
 
-option(TQ_CUDA_HOPPER "Prefill by the warp-group products of sm_90a: experimental, docs/cuda.md; needs a 90a target" OFF)
-if(TQ_CUDA_HOPPER)
+# Prefill by the warp-group products of Hopper, which the feature set 90a alone has.
+if(TQ_CUDA_ARCHITECTURES MATCHES "90a")
     list(APPEND tq_cuda_flags -DTQ_CUDA_HOPPER)
 else()
     list(REMOVE_ITEM tq_cuda_sources ${tq_cuda_dir}/prefill_hopper.cu)

@@ -229,8 +229,10 @@ def cuda_suites():
     environment = {"TQ_CUDA_LIBRARY": str(BUILD / "release/libturboquant-cuda.so")}
     yield Suite("cuda/device", [([program], environment)], device_missing(), optional=True)
     checker = device_missing() or needs("compute-sanitizer")
-    for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "5", program, "--quick"]
+    # racecheck does not follow barriers in shared memory, by which the warp groups of prefill_hopper.cuh wait for each other.
+    for tool, options in (("memcheck", []), ("racecheck", ["--kernel-name-exclude", "kernel_substring=prefill_hopper"])):
+        command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "1", "--print-limit", "5", program,
+                   "--quick"]
         yield Suite(f"cuda/{tool}", counted([(command, environment)]), checker, optional=True)
     yield Suite("cuda/compile", [python("tests/cuda/check_compile.py", TQ_NVCC=str(nvcc()))],
                 "" if nvcc() else "nvcc not installed", optional=True)

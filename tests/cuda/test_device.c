@@ -3,6 +3,7 @@
  * libturboquant-cuda.so against the CPU's specification. Skips itself, counted, where there is no device. --quick: fewer and
  * shorter cases, for the memory and race checkers. --only NAME: one group of tests.
  */
+#define _POSIX_C_SOURCE 200809L /* setenv */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,27 +54,30 @@ static setup plain(tq_format k, tq_format v, int32_t head_dim)
                    .lens = lens};
 }
 
-/* Every kernel that there is. */
+/* Every pair that there is. */
+static const struct {
+    int32_t head_dim;
+    tq_format k, v;
+} pairs[] = {
+    {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
+    {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3},
+    {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
+    {128, TQ_FORMAT_TT3, TQ_FORMAT_TT3}, {128, TQ_FORMAT_TT2, TQ_FORMAT_TT2}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TT4},
+    {128, TQ_FORMAT_TT3, TQ_FORMAT_TT2}, {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
+    {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
+    {64, TQ_FORMAT_TT4, TQ_FORMAT_TT4},  {64, TQ_FORMAT_TT3, TQ_FORMAT_TT3},  {64, TQ_FORMAT_TT2, TQ_FORMAT_TT2},
+    {64, TQ_FORMAT_TQ8, TQ_FORMAT_TT4},  {64, TQ_FORMAT_TT3, TQ_FORMAT_TT2},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
+    {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},  {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
+    {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2},
+    {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
+    {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3}, {256, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {256, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
+    {256, TQ_FORMAT_TT4, TQ_FORMAT_TT4}, {256, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
+};
+enum { N_PAIRS = sizeof pairs / sizeof pairs[0] };
+
 static void test_pairs(void)
 {
-    static const struct {
-        int32_t head_dim;
-        tq_format k, v;
-    } pairs[] = {
-        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
-        {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3},
-        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
-        {128, TQ_FORMAT_TT3, TQ_FORMAT_TT3}, {128, TQ_FORMAT_TT2, TQ_FORMAT_TT2}, {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
-        {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2},
-        {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TT4, TQ_FORMAT_TT4},  {64, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
-        {64, TQ_FORMAT_TT2, TQ_FORMAT_TT2},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
-        {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
-        {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
-        {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3},
-        {256, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {256, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {256, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
-        {256, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
-    };
-    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+    for (size_t i = 0; i < N_PAIRS; i++) {
         if (quick && i % 3 != 0) continue;
         run("pair", plain(pairs[i].k, pairs[i].v, pairs[i].head_dim), 100 + i);
     }
@@ -103,16 +107,16 @@ static void test_many(void)
     static const struct {
         int32_t head_dim;
         tq_format k, v;
-    } pairs[] = {{128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
-                 {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TT3}, {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
-                 {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
-                 {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}};
+    } many[] = {{128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
+                {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TT3}, {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
+                {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
+                {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}};
     static const int64_t lens[] = {1100, 1203};
     static const int32_t rings[] = {0, 37, 64};
-    for (int i = 0; i < (int)(sizeof pairs / sizeof pairs[0]); i++) {
+    for (int i = 0; i < (int)(sizeof many / sizeof many[0]); i++) {
         for (int r = 0; r < 3; r++) {
             if (quick && (i + r) % 4 != 0) continue;
-            setup s = plain(pairs[i].k, pairs[i].v, pairs[i].head_dim);
+            setup s = plain(many[i].k, many[i].v, many[i].head_dim);
             s.lens = lens, s.n_seq = 2, s.n_head_kv = 8, s.first_batch = 1050;
             s.n_recent = rings[r], s.n_sink = r == 0 ? 0 : 4, s.outliers = r > 0;
             s.dtype = (tq_dtype)((i + r) % 2);
@@ -154,37 +158,25 @@ static void test_random(void)
     }
 }
 
-/* Enough query rows for the prefill kernels, at the end of a past or with none. */
+/* Enough query rows for the prefill kernels, at the end of a past or with none: those of the device's architecture, and those
+ * of every one, which only some pairs have. */
 static void test_prefill(void)
 {
-    static const struct {
-        int32_t head_dim;
-        tq_format k, v;
-    } pairs[] = {
-        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
-        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
-        {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
-        {128, TQ_FORMAT_TT3, TQ_FORMAT_TT3}, {128, TQ_FORMAT_TT2, TQ_FORMAT_TT2}, {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
-        {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2},
-        {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TT4, TQ_FORMAT_TT4},  {64, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
-        {64, TQ_FORMAT_TT2, TQ_FORMAT_TT2},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
-        {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
-        {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
-        {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3},
-        {256, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {256, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {256, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
-        {256, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
-    };
     static const int64_t lens[] = {90, 611, 333};
-    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
-        setup s = plain(pairs[i].k, pairs[i].v, pairs[i].head_dim);
-        if (quick && i % 5 != 0) continue;
-        s.lens = lens, s.n_seq = 3, s.n_query = 90 + 7 * (int32_t)(i % 10), s.group = 1 + (int32_t)i % 5;
-        if (i % 3 == 1) s.window = 100;
-        if (i % 3 == 2) s.sinks = true, s.softcap = 3.0f;
-        if (i == 4) s.n_sink = s.n_recent = 0;
-        if (i == 5) s.dtype = TQ_DTYPE_BF16, s.n_recent = 200, s.page_size = 96;
-        run("prefill", s, 600 + i);
+    for (int portable = 0; portable < 2; portable++) {
+        if (portable) setenv("TQ_CUDA_PORTABLE", "1", 1);
+        for (size_t i = 0; i < N_PAIRS; i++) {
+            setup s = plain(pairs[i].k, pairs[i].v, pairs[i].head_dim);
+            if (quick && i % 5 != 0) continue;
+            s.lens = lens, s.n_seq = 3, s.n_query = 90 + 7 * (int32_t)(i % 10), s.group = 1 + (int32_t)i % 5;
+            if (i % 3 == 1) s.window = 100;
+            if (i % 3 == 2) s.sinks = true, s.softcap = 3.0f;
+            if (i == 4) s.n_sink = s.n_recent = 0;
+            if (i == 5) s.dtype = TQ_DTYPE_BF16, s.n_recent = 200, s.page_size = 96;
+            run(portable ? "portable prefill" : "prefill", s, 600 + i);
+        }
     }
+    unsetenv("TQ_CUDA_PORTABLE");
 }
 
 /* Long enough for many splits of a tile. */

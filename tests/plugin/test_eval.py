@@ -180,7 +180,7 @@ class Runs(unittest.TestCase):
                              "--html", self.folder / "out.html")
         self.assertEqual(done.returncode, 0, done.stderr)
         needle = json.loads(out.read_text())["needle"]
-        self.assertEqual([row["name"] for row in needle], ["f16", "TQ4"])
+        self.assertEqual([row["name"] for row in needle], ["f16", "f16 -fa off", "TQ4"])
         self.assertEqual([(cell["depth"], cell["n_needles"]) for cell in needle[0]["cells"]], [(0, 1), (1, 1), (0.5, 3)])
         self.assertGreater(sum(cell["score"] for cell in needle[0]["cells"]), 0)
 

@@ -100,15 +100,11 @@ def check(args, setup, model):
 def plan(args):
     """The measurements: groups of Quality, a group for each text and context, and Needles."""
     caches = [Cache(name) for name in [*args.baselines, *args.presets]]
-    groups = []
-    for text in args.text:
-        for n_ctx in args.context:
-            every = [F16, F16_NO_FLASH, *(cache for cache in caches if cache != F16)]
-            groups.append([Quality(cache, text, n_ctx, args.chunks) for cache in every])
+    every = [F16, F16_NO_FLASH, *(cache for cache in caches if cache != F16)]
+    groups = [[Quality(cache, text, n_ctx, args.chunks) for cache in every] for text in args.text for n_ctx in args.context]
     needles = []
     if args.needle:
-        needles = [Needles(cache, args.text[0], tuple(args.needle), args.needle_depths)
-                   for cache in [F16, *(cache for cache in caches if cache != F16)]]
+        needles = [Needles(cache, args.text[0], tuple(args.needle), args.needle_depths) for cache in every]
     return groups, needles
 
 

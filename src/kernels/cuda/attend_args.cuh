@@ -18,10 +18,10 @@ struct attend_args {
     const __half *exact;
     int32_t n_pages, n_head_kv, n_sink, n_recent;
     int32_t records_per_page;
-    uint32_t page_magic;  /* record / records_per_page is the upper half of record * page_magic, unless that is one per page */
-    int64_t page_bytes;   /* of all KV heads */
+    uint32_t page_magic; /* record / records_per_page is the upper half of record * page_magic, unless that is one per page */
+    int64_t page_bytes;  /* of all KV heads */
     tq_device_rotation rotation;
-    int8_t windows[256]; /* of the trellis, if there is one */
+    int8_t windows[2][256]; /* of keys' and values' trellises */
     /* The call. */
     const void *q;
     void *out;
@@ -34,9 +34,9 @@ struct attend_args {
     bool seq_lens_are_64;
     const int32_t *exact_slots; /* or NULL: sequence i has slot i */
     int32_t n_query, n_head, group;
-    uint32_t n_row_tiles; /* of a KV head */
+    uint32_t n_row_tiles;                    /* of a KV head */
     float scale_log2, cap_log2, cap_inverse; /* of scores in base 2; cap_log2 0: none */
-    int32_t window; /* 0: none */
+    int32_t window;                          /* 0: none */
     const float *sinks;
     int32_t splits_allowed, split_records_min;
     bool deterministic, small_blocks;

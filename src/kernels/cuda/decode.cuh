@@ -34,8 +34,7 @@ template <class K, class V, int D, int N_WARPS> struct decode_shape {
     static constexpr int merge_bytes = 4 * n_warps * TQ_TILE_ROWS * row_floats;
     static constexpr int queue_bytes = n_warps * n_stages * (record_bytes + 8);
     static constexpr int work_bytes = queue_bytes > merge_bytes ? queue_bytes : merge_bytes;
-    static constexpr int table_bytes = K::is_trellis || V::is_trellis ? TQ_WINDOW_TABLE_BYTES : 0;
-    static constexpr int shared_bytes = work_bytes + table_bytes;
+    static constexpr int shared_bytes = work_bytes + window_tables<K, V>::bytes;
 };
 
 template <int D, int N_WARPS> struct decode_shared {
@@ -185,14 +184,14 @@ __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8
 template <class K, class V, int D>
 __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const query_operand<D> &q, const uint8_t *record,
                                               int record_index, const record_bounds &bounds, const attend_args &args,
-                                              const window_table &table, int lane)
+                                              const window_tables<K, V> &tables, int lane)
 {
     constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits;
     int t = lane & 3;
     const uint8_t *scales = record + key_bytes + value_bytes;
     float key_scales[8], s[8];
     load_scales(key_scales, scales, t);
-    score_record<K, D>(s, q, record, key_scales, table, lane);
+    score_record<K, D>(s, q, record, key_scales, tables.key, lane);
     if (args.cap_log2 > 0.0f) {
 #pragma unroll
         for (int i = 0; i < 8; i++) s[i] = cap_score(s[i], args);
@@ -220,7 +219,7 @@ __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const qu
         }
         weights[i] = as_bits(__floats2half2_rn(p0, p1));
     }
-    add_values<V, D>(acc, record + key_bytes, weights, table, lane);
+    add_values<V, D>(acc, record + key_bytes, weights, tables.value, lane);
 }
 
 /* The records of this block's split, each warp some of them. query: load_query's, of the first 8 half warps. */
@@ -246,14 +245,17 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
 #pragma unroll
     for (int i = 0; i < N; i++) {
         waiting[i] = next;
-        if (next < tile.record_end) queue.fill(i, from[i], lane);
-        else queue.skip();
+        if (next < tile.record_end)
+            queue.fill(i, from[i], lane);
+        else
+            queue.skip();
         next += shape::n_warps;
     }
     const uint8_t *next_from = from[N];
 
     if (threadIdx.x < 16 * TQ_TILE_ROWS) prepare_query<D>(shared.queries, query, args);
-    const window_table table = fill_window_table<shape::table_bytes>(work + shape::work_bytes, args.windows);
+    const window_tables<K, V> tables(work + shape::work_bytes, lane);
+    tables.fill(work + shape::work_bytes, args.windows);
     if (threadIdx.x == 0) shared.next_record = tile.record_begin + (N + 1) * shape::n_warps;
     __syncthreads();
     if (tile.n_exact > 0 && tile.split == tile.n_splits - 1) { /* while the first records are on their way */
@@ -267,7 +269,7 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
 #pragma unroll 1
     while (waiting[0] < tile.record_end) {
         queue.wait(stage, phase);
-        attend_record<K, V, D>(acc, q, queue.stages + stage * shape::record_bytes, waiting[0], bounds, args, table, lane);
+        attend_record<K, V, D>(acc, q, queue.stages + stage * shape::record_bytes, waiting[0], bounds, args, tables, lane);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i + 1 < N; i++) waiting[i] = waiting[i + 1];

@@ -4,10 +4,7 @@
 decode_launch decode_find_192(int pair)
 {
     switch (pair) {
-        TQ_SCALAR_PAIR(192, 8, 8);
-        TQ_SCALAR_PAIR(192, 8, 4);
-        TQ_SCALAR_PAIR(192, 4, 4);
-        TQ_SCALAR_PAIR(192, 4, 2);
+        TQ_PAIRS_192(TQ_DECODE_CASE)
     default:
         return nullptr;
     }

@@ -4,9 +4,7 @@
 decode_launch decode_find_96(int pair)
 {
     switch (pair) {
-        TQ_SCALAR_PAIR(96, 8, 8);
-        TQ_SCALAR_PAIR(96, 8, 4);
-        TQ_SCALAR_PAIR(96, 4, 4);
+        TQ_PAIRS_96(TQ_DECODE_CASE)
     default:
         return nullptr;
     }

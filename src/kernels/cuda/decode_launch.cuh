@@ -29,7 +29,7 @@ decode_launch decode_find_96(int pair);
 decode_launch decode_find_128(int pair);
 decode_launch decode_find_192(int pair);
 decode_launch decode_find_256(int pair);
-/* The same for prefill; the second's kernels run on sm_90 alone, and are there if TQ_CUDA_HOPPER is set. */
+/* The same for prefill; the second's kernels run on sm_90 alone, and are there in builds for sm_90a. */
 decode_launch prefill_find(int head_dim, int pair);
 decode_launch prefill_find_hopper(int head_dim, int pair);
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* The table of libturboquant-cuda.so: from checked parameters to launches, and CUDA's errors to statuses with their text. */
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels/cuda/append.cuh"
@@ -97,22 +98,21 @@ static decode_launch find_decode(const tq_device_store &store)
     }
 }
 
-#ifdef TQ_CUDA_HOPPER
+/* Kernels that sm_90 alone has, unless the environment asks for those of every architecture, as their tests do. */
 static decode_launch find_hopper(int head_dim, int pair)
 {
+#ifdef TQ_CUDA_HOPPER
     int device, major = 0, minor = 0;
     bool is_hopper = cudaGetDevice(&device) == cudaSuccess &&
                      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
                      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
                      minor == 0;
-    return is_hopper ? prefill_find_hopper(head_dim, pair) : nullptr;
-}
+    if (is_hopper && !getenv("TQ_CUDA_PORTABLE")) return prefill_find_hopper(head_dim, pair);
 #else
-static decode_launch find_hopper(int, int)
-{
+    (void)head_dim, (void)pair;
+#endif
     return nullptr;
 }
-#endif
 
 /* Prefill reads its pages once for 128 rows or more, decode for 8, but decode has splits: the former pays from some rows on. */
 static decode_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
@@ -146,10 +146,11 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     args.n_sink = store.n_sink, args.n_recent = store.n_recent;
     args.records_per_page = store.page_size / TQ_RECORD_TOKENS;
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
-    args.page_bytes = (int64_t)tq_record_bytes(plane_of(store, false), plane_of(store, true)) * args.records_per_page *
-                      store.n_head_kv;
+    args.page_bytes =
+        (int64_t)tq_record_bytes(plane_of(store, false), plane_of(store, true)) * args.records_per_page * store.n_head_kv;
     args.rotation = store.rotation;
-    memcpy(args.windows, store.key.is_trellis ? store.key.windows : store.value.windows, sizeof args.windows);
+    memcpy(args.windows[0], store.key.windows, sizeof args.windows[0]);
+    memcpy(args.windows[1], store.value.windows, sizeof args.windows[1]);
 }
 
 static tq_status attend(const tq_device_store *store, const tq_cuda_attend_params *params, void *stream, char *message)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-#include "kernels/cuda/decode_launch.cuh"
+#include "kernels/cuda/pairs.cuh"
 #include "kernels/cuda/prefill.cuh"
 
 template <class K, class V, int D>
@@ -14,26 +14,24 @@ static cudaError_t launch_prefill(const attend_args &args, uint32_t n_seq, cudaS
     return cudaGetLastError();
 }
 
-#define TQ_PREFILL_PAIR(D, KEY, VALUE)                                 \
-    case codes_pair(codes_kind(KEY, false), codes_kind(VALUE, false)): \
-        return launch_prefill<scalar_codes<KEY>, scalar_codes<VALUE>, D>
+#define TQ_PREFILL_CASE(D, K, V) TQ_PAIR_CASE(launch_prefill, D, K, V)
 
 decode_launch prefill_find(int head_dim, int pair)
 {
     if (head_dim == 128) {
         switch (pair) {
-            TQ_PREFILL_PAIR(128, 8, 8);
-            TQ_PREFILL_PAIR(128, 8, 4);
-            TQ_PREFILL_PAIR(128, 4, 4);
-            TQ_PREFILL_PAIR(128, 4, 3);
-            TQ_PREFILL_PAIR(128, 3, 3);
-            TQ_PREFILL_PAIR(128, 2, 2);
+            TQ_PREFILL_CASE(128, s8, s8)
+            TQ_PREFILL_CASE(128, s8, s4)
+            TQ_PREFILL_CASE(128, s4, s4)
+            TQ_PREFILL_CASE(128, s4, s3)
+            TQ_PREFILL_CASE(128, s3, s3)
+            TQ_PREFILL_CASE(128, s2, s2)
         }
     } else if (head_dim == 64) {
         switch (pair) {
-            TQ_PREFILL_PAIR(64, 8, 8);
-            TQ_PREFILL_PAIR(64, 8, 4);
-            TQ_PREFILL_PAIR(64, 4, 4);
+            TQ_PREFILL_CASE(64, s8, s8)
+            TQ_PREFILL_CASE(64, s8, s4)
+            TQ_PREFILL_CASE(64, s4, s4)
         }
     }
     return nullptr;

@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/attend_args.cuh"
 #include "kernels/cuda/expand.cuh"
+#include "kernels/cuda/prefill_rows.cuh"
 
 #define TQ_PREFILL_ROWS 128
 
@@ -128,39 +129,27 @@ template <int D>
 __device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_id &id, const attend_args &args, int i)
 {
     const int lane16 = threadIdx.x & 15;
-    const int64_t head_halves = (int64_t)(args.n_sink + args.n_recent) * D, side = args.n_head_kv * head_halves;
-    const int64_t slot = args.exact_slots ? args.exact_slots[id.sequence] : id.sequence;
-    const __half *keys = args.exact + slot * 2 * side + id.head * head_halves;
+    const exact_finder finder(id, args, D);
     for (int k = threadIdx.x / 16; k < 2 * TQ_RECORD_TOKENS; k += prefill_threads / 16) {
         int token = k / 2, e = TQ_RECORD_TOKENS * i + token;
         float x[D / 16] = {};
-        int position = -1;
         if (e < id.n_exact) {
-            position = e < id.n_sink ? e : id.coded_end + (e - id.n_sink);
-            int entry = e < id.n_sink ? e : args.n_sink + (position - args.n_sink) % args.n_recent;
-            load_strided(x, keys + (k % 2) * side + (int64_t)entry * D + lane16);
+            load_strided(x, finder.keys + (k % 2) * finder.side + (int64_t)finder.entry(args, id, e) * D + lane16);
         }
         rotate<D>(x, args.rotation, lane16);
         __half *to = k % 2 ? tile.values[token] : tile.keys[token];
 #pragma unroll
         for (int n = 0; n < D / 16; n++) to[16 * n + lane16] = __float2half_rn(x[n]);
-        if (lane16 == 0) tile.positions[token] = position;
+        if (lane16 == 0) tile.positions[token] = e < id.n_exact ? finder.position(id, e) : -1;
     }
 }
 
-/* The rows of one warp: rows g and g + 8 of its 16. */
-template <int D> struct prefill_mma_rows {
-    float out[D / 8][4];
-    float max[2], sum[2];
-    int2 visible[2];
-};
-
+/* A tile for the 16 rows of one warp; out: their sums of values. */
 template <int D>
-__device__ __forceinline__ void attend_tile(prefill_mma_rows<D> &rows, const prefill_tile<D> &tile, const __half *queries,
-                                            const attend_args &args, bool whole, int lane)
+__device__ __forceinline__ void attend_tile(float (&out)[D / 8][4], prefill_rows &rows, const prefill_tile<D> &tile,
+                                            const __half *queries, const attend_args &args, bool whole, int lane)
 {
-    const int t = lane & 3;
-    float s[4][4];
+    float s[4][4], factors[2];
 #pragma unroll
     for (int n = 0; n < 4; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
 #pragma unroll
@@ -175,61 +164,18 @@ __device__ __forceinline__ void attend_tile(prefill_mma_rows<D> &rows, const pre
 #pragma unroll
         for (int n = 0; n < 4; n++) mma_half(s[n], q1[0], q1[1], q1[2], q1[3], m[n][2], m[n][3]);
     }
-    if (args.cap_log2 > 0.0f) {
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[n][i] = cap_score(s[n][i], args);
-        }
-    }
-    if (!whole) {
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int position = tile.positions[8 * n + 2 * t + (i & 1)];
-                int2 visible = rows.visible[i / 2];
-                if (position < visible.x || position >= visible.y) s[n][i] = -INFINITY;
-            }
-        }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float largest = rows.max[half];
-#pragma unroll
-        for (int n = 0; n < 4; n++) largest = fmaxf(largest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-        if (__any_sync(~0u, largest > rows.max[half] + 5.0f)) { /* rare after the first tiles */
-            float factor = exp2_approx(rows.max[half] - largest);
-            rows.max[half] = largest;
-            rows.sum[half] *= factor;
-#pragma unroll
-            for (int x = 0; x < D / 8; x++) rows.out[x][2 * half] *= factor, rows.out[x][2 * half + 1] *= factor;
-        }
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; i++) {
-                s[n][i] = exp2_approx(s[n][i] - rows.max[half]);
-                rows.sum[half] += s[n][i];
-            }
-        }
-    }
+    mask_scores(s, rows, tile.positions, args, whole, lane);
+    if (weigh_scores(s, rows, factors)) scale_rows(out, factors);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         uint32_t p[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int n = 2 * k + i / 2, half = i % 2;
-            p[i] = as_bits(__floats2half2_rn(s[n][2 * half], s[n][2 * half + 1]));
-        }
+        pack_weights(p, s, k);
 #pragma unroll
         for (int x = 0; x < D / 8; x += 2) {
             uint32_t m[4];
             load_matrices_transposed(m, &tile.values[16 * k + (lane & 15)][8 * x + (lane >> 4) * 8]);
-            mma_half(rows.out[x], p[0], p[1], p[2], p[3], m[0], m[1]);
-            mma_half(rows.out[x + 1], p[0], p[1], p[2], p[3], m[2], m[3]);
+            mma_half(out[x], p[0], p[1], p[2], p[3], m[0], m[1]);
+            mma_half(out[x + 1], p[0], p[1], p[2], p[3], m[2], m[3]);
         }
     }
 }
@@ -253,38 +199,19 @@ __device__ __forceinline__ void prefill_queries(prefill_shared<D> &shared, const
 
 /* Results through shared memory, rotated back and written, one half warp a row. */
 template <int D>
-__device__ __forceinline__ void prefill_finish(prefill_mma_rows<D> &rows, prefill_shared<D> &shared, const tile_id &id,
-                                               const attend_args &args, int warp, int lane)
+__device__ __forceinline__ void prefill_finish(const float (&out)[D / 8][4], const prefill_rows &rows,
+                                               prefill_shared<D> &shared, const tile_id &id, const attend_args &args, int warp,
+                                               int lane)
 {
     const int g = lane >> 2, t = lane & 3;
     __syncthreads();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sum = rows.sum[half];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
         int row = 16 * warp + 8 * half + g;
-        float share = 0.0f;
-        if (row < id.n_rows) {
-            row_place place = place_of(id, args, row);
-            float max = rows.max[half];
-            if (args.sinks) {
-                float sink = args.sinks[place.head] * 1.4426950408889634f, larger = fmaxf(max, sink);
-                share = sum > 0.0f ? exp2f(max - larger) : 0.0f;
-                sum = sum * exp2f(max - larger) + exp2f(sink - larger);
-                max = larger;
-            } else {
-                share = sum > 0.0f ? 1.0f : 0.0f;
-            }
-            share = share > 0.0f ? share / sum : 0.0f;
-            if (args.lse && t == 0) {
-                float lse = sum > 0.0f ? (max + log2f(sum)) / 1.4426950408889634f : -INFINITY;
-                args.lse[place.token * args.n_head + place.head] = lse;
-            }
-        }
+        float share = finish_row(rows, half, row, id, args, lane);
 #pragma unroll
         for (int x = 0; x < D / 8; x++) {
-            float2 pair = make_float2(rows.out[x][2 * half] * share, rows.out[x][2 * half + 1] * share);
+            float2 pair = make_float2(out[x][2 * half] * share, out[x][2 * half + 1] * share);
             *reinterpret_cast<float2 *>(&shared.rows[row][8 * x + 2 * t]) = pair;
         }
     }
@@ -317,15 +244,10 @@ __global__ void __launch_bounds__(prefill_threads, 2) prefill_kernel(const __gri
     measure_tile(id, args, length_of(args, id.sequence)); /* one split: all records */
 
     prefill_queries(shared, id, args);
-    prefill_mma_rows<D> rows;
+    prefill_rows rows = open_rows(id, args, 16 * warp, lane);
+    float out[D / 8][4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        rows.max[half] = -1e30f, rows.sum[half] = 0.0f;
-        int row = min(16 * warp + 8 * half + (lane >> 2), id.n_rows - 1);
-        rows.visible[half] = visible_to(id, args, token_of(id.first_row + row, args));
-    }
-#pragma unroll
-    for (int x = 0; x < D / 8; x++) rows.out[x][0] = rows.out[x][1] = rows.out[x][2] = rows.out[x][3] = 0.0f;
+    for (int x = 0; x < D / 8; x++) out[x][0] = out[x][1] = out[x][2] = out[x][3] = 0.0f;
     __syncthreads();
 
     const record_finder<record_bytes> finder(id, args);
@@ -336,7 +258,7 @@ __global__ void __launch_bounds__(prefill_threads, 2) prefill_kernel(const __gri
         int begin = (id.record_begin + i) * TQ_RECORD_TOKENS, end = begin + TQ_RECORD_TOKENS;
         return i < n_records && begin >= max(last.x, id.coded_begin) && end <= min(first.y, id.coded_end);
     };
-    raw_part<K, V, D> raw; /* of the next record: on its way while this one is worked on */
+    raw_part<K, V, D> raw;             /* of the next record: on its way while this one is worked on */
     const uint8_t *raw_from = nullptr; /* of the one after */
     auto load = [&](int i) {
         if (i < n_records) raw.load(raw_from, warp, lane);
@@ -363,10 +285,10 @@ __global__ void __launch_bounds__(prefill_threads, 2) prefill_kernel(const __gri
     for (int i = 0; i < n_tiles; i++) {
         if (i + 1 < n_tiles) expand(i + 1);
         load(i + 2);
-        attend_tile<D>(rows, shared.work.tiles[i & 1], shared.work.queries[16 * warp], args, is_whole(i), lane);
+        attend_tile<D>(out, rows, shared.work.tiles[i & 1], shared.work.queries[16 * warp], args, is_whole(i), lane);
         __syncthreads();
     }
-    prefill_finish<D>(rows, shared, id, args, warp, lane);
+    prefill_finish<D>(out, rows, shared, id, args, warp, lane);
 }
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-#include "kernels/cuda/decode_launch.cuh"
+#include "kernels/cuda/pairs.cuh"
 #include "kernels/cuda/prefill_hopper.cuh"
 
 template <class K, class V, int D>
@@ -14,63 +14,29 @@ static cudaError_t launch_prefill(const attend_args &args, uint32_t n_seq, cudaS
     return cudaGetLastError();
 }
 
-#define TQ_SCALAR_PAIR(D, KEY, VALUE)                                  \
-    case codes_pair(codes_kind(KEY, false), codes_kind(VALUE, false)): \
-        return launch_prefill<scalar_codes<KEY>, scalar_codes<VALUE>, D>
-#define TQ_TRELLIS_PAIR(D, BITS)                                     \
-    case codes_pair(codes_kind(BITS, true), codes_kind(BITS, true)): \
-        return launch_prefill<trellis_codes<BITS>, trellis_codes<BITS>, D>
+#define TQ_HOPPER_CASE(D, K, V) TQ_PAIR_CASE(launch_prefill, D, K, V)
 
 decode_launch prefill_find_hopper(int head_dim, int pair)
 {
     if (head_dim == 64) {
         switch (pair) {
-            TQ_SCALAR_PAIR(64, 8, 8);
-            TQ_SCALAR_PAIR(64, 8, 4);
-            TQ_SCALAR_PAIR(64, 4, 4);
-            TQ_SCALAR_PAIR(64, 4, 2);
-            TQ_SCALAR_PAIR(64, 2, 2);
-            TQ_TRELLIS_PAIR(64, 4);
-            TQ_TRELLIS_PAIR(64, 3);
-            TQ_TRELLIS_PAIR(64, 2);
+            TQ_PAIRS_64(TQ_HOPPER_CASE)
         }
     } else if (head_dim == 96) {
         switch (pair) {
-            TQ_SCALAR_PAIR(96, 8, 8);
-            TQ_SCALAR_PAIR(96, 8, 4);
-            TQ_SCALAR_PAIR(96, 4, 4);
+            TQ_PAIRS_96(TQ_HOPPER_CASE)
         }
     } else if (head_dim == 128) {
         switch (pair) {
-            TQ_SCALAR_PAIR(128, 8, 8);
-            TQ_SCALAR_PAIR(128, 8, 4);
-            TQ_SCALAR_PAIR(128, 4, 4);
-            TQ_SCALAR_PAIR(128, 4, 3);
-            TQ_SCALAR_PAIR(128, 4, 2);
-            TQ_SCALAR_PAIR(128, 3, 3);
-            TQ_SCALAR_PAIR(128, 3, 2);
-            TQ_SCALAR_PAIR(128, 2, 2);
-            TQ_TRELLIS_PAIR(128, 4);
-            TQ_TRELLIS_PAIR(128, 3);
-            TQ_TRELLIS_PAIR(128, 2);
+            TQ_PAIRS_128(TQ_HOPPER_CASE)
         }
     } else if (head_dim == 192) {
         switch (pair) {
-            TQ_SCALAR_PAIR(192, 8, 8);
-            TQ_SCALAR_PAIR(192, 8, 4);
-            TQ_SCALAR_PAIR(192, 4, 4);
-            TQ_SCALAR_PAIR(192, 4, 2);
+            TQ_PAIRS_192(TQ_HOPPER_CASE)
         }
     } else if (head_dim == 256) {
         switch (pair) {
-            TQ_SCALAR_PAIR(256, 8, 8);
-            TQ_SCALAR_PAIR(256, 8, 4);
-            TQ_SCALAR_PAIR(256, 4, 4);
-            TQ_SCALAR_PAIR(256, 4, 3);
-            TQ_SCALAR_PAIR(256, 3, 3);
-            TQ_SCALAR_PAIR(256, 2, 2);
-            TQ_TRELLIS_PAIR(256, 4);
-            TQ_TRELLIS_PAIR(256, 3);
+            TQ_PAIRS_256(TQ_HOPPER_CASE)
         }
     }
     return nullptr;

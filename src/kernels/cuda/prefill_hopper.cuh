@@ -2,9 +2,10 @@
 /*
  * Prefill on sm_90a: many query rows over a compressed past, through products of warp groups. A thread block has 128 rows (64
  * at head_dim 256; query tokens x heads of a group) of one KV head of one sequence. Two warp groups expand: records come by
- * bulk copies, and their codes become FP16 tiles of 128 tokens (64 above head_dim 128), keys and values times their scales, in
- * the rotated basis. Each takes every second tile, so that there are enough warps to hide the latency of their arithmetic. The
- * other groups have 64 rows each and multiply (FlashAttention's loop), so that one's softmax runs beside the other's products.
+ * bulk copies, and their codes become FP16 tiles of 128 tokens (64 above head_dim 128 and where there is no room), keys and
+ * values times their scales, in the rotated basis. Each takes every second tile, so that there are enough warps to hide the
+ * latency of their arithmetic. The other groups have 64 rows each and multiply (FlashAttention's loop), so that one's softmax
+ * runs beside the other's products.
  *
  * Operands want 16-byte chunks of 8 numbers along the depth, and a lane's codes in a record are just that: 8 dimensions of a
  * key, 8 tokens of a value. Dimensions are permuted so that eight lanes' chunks never share banks: keys and queries in the same
@@ -20,24 +21,29 @@
 #include "kernels/cuda/trellis_codes.cuh"
 
 template <class K, class V, int D> struct hopper_shape {
-    static constexpr int table_bytes = K::is_trellis || V::is_trellis ? TQ_WINDOW_TABLE_BYTES : 0;
+    static constexpr int table_bytes = window_tables<K, V>::bytes;
     /* Warp groups that expand, each every second tile, and that multiply. */
     static constexpr int n_expanders = 2, n_groups = D <= 192 ? 2 : 1;
     static constexpr int n_rows = 64 * n_groups, n_threads = 128 * (n_expanders + n_groups);
-    static constexpr int n_tokens = D <= 128 ? 128 : 64, n_records = n_tokens / TQ_RECORD_TOKENS;
     static constexpr int depth = (D + 63) / 64 * 64; /* of scores, and rows of values: whole panels */
     static constexpr int record_bytes = 4 * D * (K::bits + V::bits) + 2 * TQ_RECORD_SCALE_BYTES;
     /* Multiples of 8 that use the 65536 registers up. */
     static constexpr int multiply_registers = D <= 192 ? 176 : 240, expand_registers = D <= 192 ? 80 : 128;
 
-    static constexpr int query_bytes = 2 * n_rows * depth, side_bytes = 2 * n_tokens * depth;
-    static constexpr int n_buffers = 2;
-    static constexpr int tile_bytes = n_buffers * 2 * side_bytes;
-    static constexpr int fixed_bytes = query_bytes + tile_bytes + table_bytes + 1024;
+    static constexpr int query_bytes = 2 * n_rows * depth, n_buffers = 2, limit = 226 * 1024;
+    /* Of a block whose tiles have so many tokens and whose expanders have a queue of so many tiles. */
+    static constexpr int bytes_of(int tokens, int queue)
+    {
+        return query_bytes + n_buffers * 4 * tokens * depth + table_bytes + 1024 +
+               n_expanders * queue * tokens / TQ_RECORD_TOKENS * record_bytes;
+    }
+    static constexpr int n_tokens = D <= 128 && bytes_of(128, 1) <= limit ? 128 : 64;
+    static constexpr int n_records = n_tokens / TQ_RECORD_TOKENS;
+    static constexpr int side_bytes = 2 * n_tokens * depth, tile_bytes = n_buffers * 2 * side_bytes;
     static constexpr int queue_bytes = n_records * record_bytes;
-    static constexpr int n_queue = fixed_bytes + 2 * n_expanders * queue_bytes <= 226 * 1024 ? 2 : 1; /* of an expander */
-    static constexpr int shared_bytes = fixed_bytes + n_expanders * n_queue * queue_bytes;
-    static_assert(shared_bytes <= 226 * 1024, "a block has 227 KB, and its barriers take some");
+    static constexpr int n_queue = bytes_of(n_tokens, 2) <= limit ? 2 : 1; /* of an expander */
+    static constexpr int shared_bytes = bytes_of(n_tokens, n_queue);
+    static_assert(shared_bytes <= limit, "a block has 227 KB, and its barriers take some");
 };
 
 #ifdef TQ_HOPPER
@@ -45,16 +51,22 @@ template <class K, class V, int D> struct hopper_shape {
 /* Shared memory, in this order; then 1024 bytes of positions. */
 template <class S> struct hopper_shared {
     uint8_t *queries, *tiles, *table, *queue;
-    int *positions;                       /* [n_buffers, n_tokens] */
-    uint64_t *filled, *free, *arrived;    /* of the buffers; of the queues */
+    int *positions;                    /* [n_buffers, n_tokens] */
+    uint64_t *filled, *free, *arrived; /* of the buffers; of the queues */
     __device__ __forceinline__ explicit hopper_shared(uint8_t *memory)
         : queries(memory), tiles(queries + S::query_bytes), table(tiles + S::tile_bytes), queue(table + S::table_bytes)
     {
         static_assert(S::n_buffers * S::n_tokens * 4 <= 1024, "positions fit the tail");
         positions = reinterpret_cast<int *>(queue + S::n_expanders * S::n_queue * S::queue_bytes);
     }
-    __device__ __forceinline__ uint8_t *keys(int buffer) const { return tiles + buffer * 2 * S::side_bytes; }
-    __device__ __forceinline__ uint8_t *values(int buffer) const { return keys(buffer) + S::side_bytes; }
+    __device__ __forceinline__ uint8_t *keys(int buffer) const
+    {
+        return tiles + buffer * 2 * S::side_bytes;
+    }
+    __device__ __forceinline__ uint8_t *values(int buffer) const
+    {
+        return keys(buffer) + S::side_bytes;
+    }
 };
 
 /* Dimension dim of row `row` of keys or queries that stand in panels of n_rows: byte offset. Lane t's octet k is chunk
@@ -206,7 +218,7 @@ __device__ __forceinline__ __half2 scales_within(__half2 scales, float step, int
 /* One side of a record, whose first position is `first`, to its place in a tile; one warp. */
 template <class K, class V, int D>
 __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int place, bool is_value, const uint8_t *record,
-                                            int first, int begin, int end, const window_table &table, int lane)
+                                            int first, int begin, int end, const window_tables<K, V> &tables, int lane)
 {
     using S = hopper_shape<K, V, D>;
     constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits;
@@ -221,7 +233,7 @@ __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int 
             int position = first + 8 * t + 2 * i;
             scales[i] = scales_within(as_half2(pairs[i]), V::step, position, position + 1, begin, end);
         }
-        expand_values<V, D>(values, S::depth, place * TQ_RECORD_TOKENS, record + key_bytes, scales, table, lane);
+        expand_values<V, D>(values, S::depth, place * TQ_RECORD_TOKENS, record + key_bytes, scales, tables.value, lane);
     } else {
         uint4 v = reinterpret_cast<const uint4 *>(from)[g >> 1];
         const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
@@ -231,7 +243,7 @@ __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int 
             __half2 twice = as_half2(permute(pairs[j], 0, g & 1 ? 0x3232 : 0x1010));
             scales[j] = scales_within(twice, K::step, position, position, begin, end);
         }
-        expand_keys<K, D>(keys, S::n_tokens, place * TQ_RECORD_TOKENS, record, scales, table, lane);
+        expand_keys<K, D>(keys, S::n_tokens, place * TQ_RECORD_TOKENS, record, scales, tables.key, lane);
     }
 }
 
@@ -272,7 +284,7 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<K,
     const record_finder<S::record_bytes> finder(id, args);
     /* Positions that records bring; a last tile's places beyond hold what was there before. */
     const int coded_begin = id.coded_begin, coded_end = min(id.coded_end, id.record_end * TQ_RECORD_TOKENS);
-    const window_table table = {shared.table + 4 * lane};
+    const window_tables<K, V> tables(shared.table, lane);
 
     /* Warp 0 fills the queue: lane r brings record r of a tile, whose address it has looked up one fill before. */
     uint8_t *const queue = shared.queue + group * S::n_queue * S::queue_bytes;
@@ -312,7 +324,7 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<K,
                 int place = part % S::n_records;
                 expand_side<K, V, D>(keys, values, place, part >= S::n_records,
                                      queue + slot * S::queue_bytes + place * S::record_bytes, first + place * TQ_RECORD_TOKENS,
-                                     coded_begin, coded_end, table, lane);
+                                     coded_begin, coded_end, tables, lane);
             }
         } else {
             expand_exact_tile<D, S>(keys, values, positions, id, args, i - n_coded);
@@ -380,6 +392,7 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
         products_commit();
         products_wait<0>();
         keep_sums(out);
+        __syncwarp(); /* all lanes have read their positions */
         if (lane == 0) barrier_arrive(shared.free + buffer);
     }
 
@@ -414,8 +427,7 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
 }
 
 /* Rotated queries in base 2, one half warp a row. */
-template <class S, int D>
-__device__ __forceinline__ void write_queries(uint8_t *to, const tile_id &id, const attend_args &args)
+template <class S, int D> __device__ __forceinline__ void write_queries(uint8_t *to, const tile_id &id, const attend_args &args)
 {
     const int lane16 = threadIdx.x & 15;
     for (int row = threadIdx.x / 16; row < S::n_rows; row += S::n_threads / 16) {
@@ -467,7 +479,7 @@ __global__ void __launch_bounds__(hopper_shape<K, V, D>::n_threads, 1)
         }
         __syncthreads();
     }
-    fill_window_table<S::table_bytes>(shared.table, args.windows);
+    window_tables<K, V>::fill(shared.table, args.windows);
     write_queries<S, D>(shared.queries, id, args);
     show_to_products();
     __syncthreads();

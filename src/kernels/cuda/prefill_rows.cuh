@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What prefill_hopper.cuh does with a warp's 16 rows: masks and softmax of the scores of a tile, results at the end. */
+/* What both prefills do with a warp's 16 rows: masks and softmax of the scores of a tile, results at the end. */
 #ifndef TQ_KERNELS_CUDA_PREFILL_ROWS_CUH
 #define TQ_KERNELS_CUDA_PREFILL_ROWS_CUH
 
@@ -51,8 +51,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[N][4], const prefill_rows
 
 /* Scores to weights, online. The maximum is raised where a score exceeds it by more than 5, which is rare; true if it was for
  * some row of the warp: then scale_rows must bring what was summed before to the new one. */
-template <int N>
-__device__ __forceinline__ bool weigh_scores(float (&s)[N][4], prefill_rows &rows, float (&factors)[2])
+template <int N> __device__ __forceinline__ bool weigh_scores(float (&s)[N][4], prefill_rows &rows, float (&factors)[2])
 {
     bool raised = false;
 #pragma unroll

@@ -15,18 +15,31 @@ struct window_table {
     const uint8_t *lane_base; /* of this lane's bank */
 };
 
-/* The whole block; a barrier must follow before the first look-up. BYTES 0: no table, nothing happens. */
-template <int BYTES> __device__ __forceinline__ window_table fill_window_table(uint8_t *memory, const int8_t *windows)
+__device__ __forceinline__ void fill_window_table(uint8_t *memory, const int8_t *windows)
 {
-    if constexpr (BYTES > 0) {
-        for (int i = threadIdx.x; i < 256 * 32; i += blockDim.x) {
-            int value = windows[i / 32];
-            uint32_t half_bits = __half_as_ushort(__int2half_rn(value));
-            reinterpret_cast<uint32_t *>(memory)[i] = half_bits | (uint32_t)(value + 128) << 16;
-        }
+    for (int i = threadIdx.x; i < 256 * 32; i += blockDim.x) {
+        int value = windows[i / 32];
+        uint32_t half_bits = __half_as_ushort(__int2half_rn(value));
+        reinterpret_cast<uint32_t *>(memory)[i] = half_bits | (uint32_t)(value + 128) << 16;
     }
-    return {memory + 4 * (threadIdx.x & 31)};
 }
+
+/* The tables of a kernel: none, one, or one for keys and one for values that are trellises of different bits. */
+template <class K, class V> struct window_tables {
+    static constexpr bool has_key = K::is_trellis, has_value = V::is_trellis && !(has_key && K::bits == V::bits);
+    static constexpr int bytes = (has_key + has_value) * TQ_WINDOW_TABLE_BYTES;
+    window_table key, value;
+    __device__ __forceinline__ window_tables(const uint8_t *memory, int lane)
+        : key{memory + 4 * lane}, value{memory + (has_key && has_value ? TQ_WINDOW_TABLE_BYTES : 0) + 4 * lane}
+    {
+    }
+    /* The whole block; a barrier must follow before the first look-up. windows: of keys, of values. */
+    __device__ __forceinline__ static void fill(uint8_t *memory, const int8_t (&windows)[2][256])
+    {
+        if constexpr (has_key) fill_window_table(memory, windows[0]);
+        if constexpr (has_value) fill_window_table(memory + (has_key ? TQ_WINDOW_TABLE_BYTES : 0), windows[1]);
+    }
+};
 
 /* Bits [bit, bit + 8) of two words, lowest first, as an offset into the table. */
 __device__ __forceinline__ uint32_t look_up(const window_table &table, uint32_t low, uint32_t high, int bit)
