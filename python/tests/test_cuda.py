@@ -12,6 +12,7 @@ import torch
 import turboquant
 from tiny import BACKEND, DEVICE, ON_DEVICE, TQ8, compressed, generated, ids, logits, make_model, same_tokens
 from transformers import LlamaConfig
+from turboquant._cuda_batch import WORKSPACE_MAX, Batch
 from turboquant.transformers import TurboQuantCache, attention_forward
 
 if not ON_DEVICE:
@@ -192,13 +193,39 @@ def test_other_strides():
 @pytest.mark.parametrize("padding", [None, [0, 33]])
 def test_chunks(monkeypatch, padding):
     """Where scratch is short a prompt is appended in parts, each of which attends before the next."""
-    monkeypatch.setattr("turboquant._cuda_batch.WORKSPACE_MAX", 20000)
     cache = Checked(np.random.default_rng(2), n_recent=200, **TQ8)
+    real = Batch._bytes
+    # As on a device that needs much for each token, whatever this one needs.
+    monkeypatch.setattr(Batch, "_bytes", lambda batch, n_rows, n_query, n_head: max(real(batch, n_rows, n_query, n_head),
+                                                                                    n_query * (WORKSPACE_MAX // 32)))
     cache.run(2, 150, padding=padding)
     assert max(len(part.steps) for part in cache.cache._batch._parts) > 3
     cache.check()
     cache.run(2, 1)
     cache.check()
+
+
+@pytest.mark.parametrize("formats", [TQ8, {"preset": "TQ3"}, {"preset": "TQ4"}], ids=["tq8", "TQ3", "TQ4"])
+def test_cuts_change_no_byte(formats):
+    """What is held does not depend on the passes and chunks that the same rows came in."""
+    rng, held = np.random.default_rng(6), []
+    rows = torch.from_numpy(rng.standard_normal((2, 2, N_HEAD_KV, 300, HEAD_DIM)).astype(np.float32)).to(DEVICE)
+    query = torch.from_numpy(rng.standard_normal((2, N_HEAD, 300, HEAD_DIM)).astype(np.float32)).to(DEVICE)
+    for parts in (1, 7):
+        cache = TurboQuantCache(config=CONFIG, k_ref_block=0, **formats)
+        for part in torch.arange(300).tensor_split(parts):
+            cut = slice(int(part[0]), int(part[-1]) + 1)
+            for layer in range(N_LAYER):
+                attention_forward(Checked.module, query[:, :, cut], *cache.update(*rows[:, :, :, cut], layer), None)
+        held.append([cache.store.read(seq, layer) for seq in cache.seqs for layer in range(N_LAYER)])
+    np.testing.assert_array_equal(*held)
+
+
+def test_calls_of_different_shapes():
+    """Scratch that a step of decoding has used is used by a call of more query rows, whose counters are elsewhere."""
+    cache = Checked(np.random.default_rng(8), **TQ8)
+    for n_tok in (1200, 1, 20, 1, 9, 1, 70):
+        cache.run(2, n_tok)
 
 
 def test_mean_of_keys():
@@ -276,12 +303,36 @@ def test_reset_forgets_everything(llama):
     assert torch.equal(logits(llama, cache, ids(2, 150)), first)
 
 
-@pytest.mark.parametrize("preset", ["TQ2", "TQ6"])
-def test_pairs_without_a_kernel(llama, preset):
-    cache = TurboQuantCache(config=llama.config, preset=preset)
-    with pytest.raises(turboquant.UnsupportedError, match=r'no kernel.*tt3/tt3.*k_format="tq4", v_format="tq4"'):
-        logits(llama, cache, ids(1, 10))
-    assert cache.get_seq_length() == 0
+def run_rows(head_dim, **options):
+    """A pass of rows of a head_dim through a cache."""
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim,
+                         hidden_size=2 * head_dim)
+    cache, rows = TurboQuantCache(config=config, **options), torch.randn(1, 1, 40, head_dim, device=DEVICE)
+    try:
+        attention_forward(types.SimpleNamespace(config=config), rows.expand(1, 2, 40, head_dim), *cache.update(rows, rows, 0),
+                          None)
+    finally:
+        assert cache.get_seq_length() in (0, 40)
+    return cache
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("preset", ["TQ6", "TQ4", "TQ3", "TQ2"])
+def test_presets(preset, head_dim):
+    assert run_rows(head_dim, preset=preset).get_seq_length() == 40
+
+
+@pytest.mark.parametrize("head_dim, options", [(64, {"k_format": "tq4", "v_format": "tq8"}),
+                                               (256, {"k_format": "tt3", "v_format": "tt2"})])
+def test_pairs_without_a_kernel(head_dim, options):
+    with pytest.raises(turboquant.UnsupportedError, match=r'no kernel.*tq4/tq2|tt3/tt3.*k_format="tq4", v_format="tq4"'):
+        run_rows(head_dim, **options)
+
+
+def test_presets_at_another_head_dim():
+    with pytest.raises(turboquant.TurboQuantError):
+        run_rows(96, preset="TQ3")
+    assert run_rows(96, k_format="tq4", v_format="tq4").get_seq_length() == 40
 
 
 def test_formats_without_a_layout(llama):
@@ -394,6 +445,55 @@ def test_replays(llama):
     assert torch.equal(logits(llama, cache, ids(2, 3, seed=4)), logits(llama, plain, ids(2, 3, seed=4)))
     with pytest.raises(turboquant.CacheFullError):
         cache.replayed(200)
+
+
+def test_crop_after_replays(llama):
+    """The pass that was captured is over: what is removed then is removed on the device, too."""
+    input_ids, steps, found = ids(2, 150), ids(2, 10, seed=2), []
+    for captured in (False, True):
+        cache = compressed(llama, max_tokens=300)
+        logits(llama, cache, input_ids)
+        logits(llama, cache, ids(2, 1, seed=1))
+        batch, look = cache._batch, cache._batch.look
+        for step in steps.split(1, dim=1):
+            if captured:
+                batch.look = lambda: capture(batch)
+            logits(llama, cache, step)
+            if captured:
+                batch.look = look
+                cache.replayed()
+        assert cache.get_seq_length() == 161
+        cache.crop(-3)
+        if captured:
+            with pytest.raises(turboquant.ArgumentError, match="capture anew"):
+                cache.replayed()
+        found.append(logits(llama, cache, steps[:, -3:]))
+        assert batch.lens.tolist() == [161, 161] == [cache.store.length(seq) for seq in cache.seqs]
+    assert torch.equal(*found)
+
+
+def test_failing_capture(llama):
+    """It leaves lengths and pages as they were: also where it failed between layers, and the cache is cropped afterwards."""
+    cache = compressed(llama, max_tokens=300)
+    logits(llama, cache, ids(1, 150))
+    logits(llama, cache, ids(1, 1, seed=1))
+    batch, look = cache._batch, cache._batch.look
+    n_pages = len(cache.store._sequences[cache.seqs[0]].pages)
+    mlp = llama.model.layers[2].mlp
+    for owner, name in ((batch, "attend"), (mlp, "forward")):
+        lens, kept = batch.lens.clone(), getattr(owner, name)
+        batch.look = lambda: capture(batch)
+        setattr(owner, name, lambda *arguments, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(llama, cache, ids(1, 1, seed=2))
+        batch.look = look
+        delattr(owner, name)
+        batch.lens.copy_(lens)  # which a captured pass has not changed
+        assert getattr(owner, name) == kept
+    assert len(cache.store._sequences[cache.seqs[0]].pages) == n_pages
+    cache.crop(-2)  # the token that nobody has said to be none, and another
+    assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 150
+    assert [layer.n_columns for layer in cache._compressed] == [150] * 4
 
 
 def test_capture_after_padding(llama):

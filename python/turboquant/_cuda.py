@@ -26,9 +26,9 @@ PAGE_SIZE = 64
 MEAN_TOKENS_MIN = 32
 # docs/cuda.md, "What there is".
 _KERNELS = {
-    64: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq2, tq2/tq2, tt4/tt4, tt3/tt3, tt2/tt2",
+    64: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq2, tq2/tq2, tq8/tt4, tt4/tt4, tt3/tt3, tt3/tt2, tt2/tt2",
     96: "tq8/tq8, tq8/tq4, tq4/tq4",
-    128: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq3, tq4/tq2, tq3/tq3, tq3/tq2, tq2/tq2, tt4/tt4, tt3/tt3, tt2/tt2",
+    128: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq3, tq4/tq2, tq3/tq3, tq3/tq2, tq2/tq2, tq8/tt4, tt4/tt4, tt3/tt3, tt3/tt2, tt2/tt2",
     192: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq2",
     256: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq3, tq3/tq3, tq2/tq2, tt4/tt4, tt3/tt3",
 }

@@ -18,7 +18,8 @@ from .errors import ArgumentError, UnsupportedError
 
 # Tokens of a row that are appended before their queries attend, at most: a part of a prompt.
 CHUNK_MAX = 4096
-# A chunk is smaller where kernels would need more scratch than this: those without a kernel for prompts do.
+# A chunk is smaller where kernels would need more scratch than this. Pairs without a kernel for prompts do, which no pair is on
+# Hopper: the library says how much a call needs on this device.
 WORKSPACE_MAX = 64 << 20
 # Query rows of a KV head that a call takes.
 _ROWS_MAX = 65536
@@ -53,8 +54,8 @@ class Batch:
         self.lens = torch.zeros(n_rows, dtype=torch.int32, device=self.device)
         self.exact_slots = torch.zeros_like(self.lens)
         self.page_table = torch.full((n_rows, 1), -1, dtype=torch.int32, device=self.device)
-        self.workspace = empty_bytes(0, self.device)
-        self.is_capturing = False
+        # Of steps of decoding by all rows, which CUDA graphs keep; and of all other calls.
+        self._workspaces = {True: empty_bytes(0, self.device), False: empty_bytes(0, self.device)}
         self._offsets = torch.arange(CHUNK_MAX, device=self.device)
         self._zeros = torch.zeros(CHUNK_MAX, dtype=torch.int32, device=self.device)
         self._parts: list[_Part] = []
@@ -71,12 +72,14 @@ class Batch:
         """The sequences are gone."""
         self.is_stale = True  # the sequences are others, or have changed beside append
         self.is_torn = False  # a layer has appended a part of its rows, and then failed
+        self.is_capturing = False
         # What n_not_finite was at the last pass that the device has begun. A new one: a copy may be on its way to the old.
         self._n_not_finite = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.row_ids, self.lens, self.exact_slots, self.page_table, self.workspace, self._offsets, self._zeros)
+        tensors = (self.row_ids, self.lens, self.exact_slots, self.page_table, *self._workspaces.values(), self._offsets,
+                   self._zeros)
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
@@ -175,12 +178,24 @@ class Batch:
         chunk = min(n_tok, CHUNK_MAX, _ROWS_MAX // group)
         while chunk > 1 and self._bytes(n_rows, chunk, n_head) > WORKSPACE_MAX:
             chunk = 1 << (chunk - 1).bit_length() - 1  # the next smaller power of two
-        needed = max(self._bytes(n_rows, n, n_head) for n in {chunk, n_tok % chunk or chunk})
-        if needed > self.workspace.numel():
-            self._refuse_capture("more scratch is needed")
-            self.workspace = empty_bytes(0, self.device)  # so that there are never two
-            self.workspace = empty_bytes(needed, self.device).zero_()
+        for n in {chunk, n_tok % chunk or chunk}:
+            is_decoding, needed = self._is_decoding(n_rows, n), self._bytes(n_rows, n, n_head)
+            if needed > self._workspaces[is_decoding].numel():
+                self._refuse_capture("more scratch is needed")
+                self._workspaces[is_decoding] = empty_bytes(0, self.device)  # so that there are never two
+                self._workspaces[is_decoding] = empty_bytes(needed, self.device).zero_()
         return chunk
+
+    def _is_decoding(self, n_rows: int, n_query: int) -> bool:
+        return n_query == 1 and n_rows == self.n_rows
+
+    def _workspace(self, n_rows: int, n_query: int, n_head: int) -> torch.Tensor:
+        """A call leaves its counters zero; but where one of another shape has its own, there may be results of this one."""
+        is_decoding = self._is_decoding(n_rows, n_query)
+        workspace = self._workspaces[is_decoding]
+        if not is_decoding:
+            workspace[: self._bytes(n_rows, n_query, n_head)].zero_()
+        return workspace
 
     def _bytes(self, n_rows: int, n_query: int, n_head: int) -> int:
         key = (n_rows, n_query, n_head, self.capacity)
@@ -274,7 +289,8 @@ class Batch:
         p.q_token_stride, p.q_head_stride = q_stride, query.stride(2)
         p.page_table, p.page_table_stride, p.exact_slots = a.page_table, a.page_table_stride, a.exact_slots
         p.seq_lens, p.max_seq_len = step.lens.data_ptr(), self.capacity
-        p.workspace, p.workspace_bytes = self.workspace.data_ptr(), self.workspace.numel()
+        workspace = self._workspace(part.n_rows, step.end - step.begin, query.shape[2])
+        p.workspace, p.workspace_bytes = workspace.data_ptr(), workspace.numel()
         lib.tq_cuda_attend(layer.ref, self._attend_ref, stream(self.device))
 
     def _append_step(self, layer: Layer, part: _Part, step: _Step, keys: torch.Tensor, values: torch.Tensor) -> None:

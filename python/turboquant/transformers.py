@@ -159,7 +159,7 @@ class TurboQuantLayer(CacheLayerMixin):
             raise
         self.n_columns += n_tok
         if self is owner._compressed[-1]:
-            owner._end(n_tok)
+            owner._end(self.n_columns - n_tok)
         return out
 
 
@@ -325,37 +325,44 @@ class TurboQuantCache(Cache):
         mask = None if kept is None else np.pad(kept, ((0, 0), (0, n_tok)), constant_values=True)
         return self._columns.extend(len(self.seqs), n_tok, mask)
 
-    def _end(self, n_tok: int) -> None:
-        """The last layer has attended. What a CUDA graph has captured did not happen; replayed() says when it does."""
+    def _end(self, begin: int) -> None:
+        """The last layer has attended, in a pass that began at this column. What a CUDA graph has captured did not happen;
+        replayed() says when it does."""
         if self._batch is not None and self._batch.is_capturing:
-            self._count(-n_tok)
-            self._columns.cut(self._columns.n - n_tok)
+            self._forget_capture(begin)
 
-    def _count(self, n_tok: int) -> None:
+    def _forget_capture(self, n: int) -> None:
+        """The host alone has counted what comes after n columns: the device's lengths and pages are as they were."""
+        self._batch.is_capturing = False
+        for seq, length in zip(self.seqs, self._columns.lengths(len(self.seqs), n)):
+            self.store.advance(seq, length - self.store.length(seq))
+        self._columns.cut(n)
         for layer in self._compressed:
-            layer.n_columns += n_tok
-        for seq in self.seqs:
-            self.store.advance(seq, n_tok)
+            layer.n_columns = min(layer.n_columns, n)
 
     def replayed(self, n_tok: int = 1) -> None:
         """Say that a CUDA graph of a step was replayed, which appended n_tok tokens to each row."""
         if self._batch is None:
             raise ArgumentError("replayed() is for CUDA graphs of a model with this cache, which has seen none")
-        if not self.store.is_ready(self.seqs, [n_tok] * len(self.seqs)):
+        if self._batch.is_stale or not self.store.is_ready(self.seqs, [n_tok] * len(self.seqs)):
             raise ArgumentError("the graph was captured before its cache was copied, cropped or reordered, and has written "
                                 "what others use: reset() the cache; run a step, and capture anew, after such a change")
         self._extend(n_tok)
-        self._count(n_tok)
+        for layer in self._compressed:
+            layer.n_columns += n_tok
+        for seq in self.seqs:
+            self.store.advance(seq, n_tok)
 
     def _roll_back(self, n: int) -> None:
         """Keep n columns: what there was before a forward pass that failed."""
+        if self._batch is not None and self._batch.is_capturing:  # a captured pass has failed, here or where nobody told us
+            self._forget_capture(min(layer.n_columns for layer in self._compressed))
+            if n == self._columns.n:
+                return
         lengths = self._columns.lengths(len(self.seqs), n)
         if self._batch is None:
             for seq, length in zip(self.seqs, lengths):
                 self.store.trim(seq, length)
-        elif self._batch.is_capturing:
-            for seq, length in zip(self.seqs, lengths):
-                self.store.advance(seq, length - self.store.length(seq))
         else:
             held = [self._columns.lengths(len(self.seqs), layer.n_columns) for layer in self._compressed]
             for row, (seq, length) in enumerate(zip(self.seqs, lengths)):

@@ -264,14 +264,49 @@ static tq_status attend_sequence(const context *c, const tq_cuda_attend_params *
     return TQ_OK;
 }
 
+/* The pairs of pairs.cuh, as digits: bits of keys and of values, and 0 before a trellis format's. */
+static bool has_kernel(const tq_device_store *s)
+{
+    static const struct {
+        int32_t head_dim;
+        const char *pairs;
+    } kernels[] = {
+        {64, " 8/8 8/4 4/4 4/2 2/2 8/04 04/04 03/03 03/02 02/02 "},
+        {96, " 8/8 8/4 4/4 "},
+        {128, " 8/8 8/4 4/4 4/3 4/2 3/3 3/2 2/2 8/04 04/04 03/03 03/02 02/02 "},
+        {192, " 8/8 8/4 4/4 4/2 "},
+        {256, " 8/8 8/4 4/4 4/3 3/3 2/2 04/04 03/03 "},
+    };
+    char pair[32];
+    snprintf(pair, sizeof pair, " %s%d/%s%d ", s->key.is_trellis ? "0" : "", s->key.bits, s->value.is_trellis ? "0" : "",
+             s->value.bits);
+    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
+        if (kernels[i].head_dim == s->head_dim) return strstr(kernels[i].pairs, pair) != NULL;
+    }
+    return false;
+}
+
+/* Counters are zero before a call and after it; where another call may have its own, this one leaves something else. */
+static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
+{
+    size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv);
+    size_t n_counters = (size_t)p->n_seq * (size_t)s->n_head_kv * ((n_rows + 7) / 8) * 128;
+    uint8_t *bytes = p->workspace;
+    for (size_t i = 0; i < n_counters; i++) {
+        if (bytes[i]) return fail(message, "attend: the workspace's counters are not zero");
+    }
+    memset(bytes + n_counters, 0xff, p->workspace_bytes - n_counters);
+    return TQ_OK;
+}
+
 static tq_status attend(const tq_device_store *s, const tq_cuda_attend_params *p, void *stream, char *message)
 {
     (void)stream;
-    bool any_trellis = s->key.is_trellis || s->value.is_trellis;
-    if (any_trellis && (s->key.is_trellis != s->value.is_trellis || s->key.bits != s->value.bits)) {
+    if (!has_kernel(s)) {
         snprintf(message, TQ_DEVICE_MESSAGE, "attend: there is no kernel for this pair of formats (docs/cuda.md)");
         return TQ_ERR_FORMAT;
     }
+    TQ_TRY(use_workspace(s, p, message));
     context c = open_context(s);
     size_t n = (size_t)p->max_seq_len * (size_t)s->head_dim + 1;
     float *rows[2] = {malloc(n * sizeof(float)), malloc(n * sizeof(float))};
@@ -294,7 +329,7 @@ static tq_status describe(tq_cuda_info *out, char *message)
 static tq_status splits(int32_t *out, const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
 {
     (void)s, (void)message;
-    *out = p->n_query > 1 ? 4 : 1; /* so that prompts are cut as on a device without a prefill kernel */
+    *out = p->n_query > 1 ? 4 : 2; /* so that prompts are cut as on a device without a prefill kernel */
     return TQ_OK;
 }
 
