@@ -39,6 +39,18 @@ if(tq_checkkern_sources)
     add_test(NAME checkkern COMMAND checkkern)
 endif()
 
+# In place of libturboquant-cuda.so, for the Python package's tests on machines without a device.
+if(NOT CMAKE_CROSSCOMPILING)
+    add_library(turboquant_cuda_emulated MODULE tests/cuda/emulated_device.c)
+    set_target_properties(turboquant_cuda_emulated PROPERTIES OUTPUT_NAME turboquant-cuda-emulated C_VISIBILITY_PRESET hidden
+                          LIBRARY_OUTPUT_DIRECTORY ${tq_test_dir}/cuda)
+    target_include_directories(turboquant_cuda_emulated PRIVATE src)
+    target_link_libraries(turboquant_cuda_emulated PRIVATE turboquant_static tq_flags Threads::Threads m)
+    if(NOT APPLE)
+        target_link_options(turboquant_cuda_emulated PRIVATE -Wl,--exclude-libs,ALL)
+    endif()
+endif()
+
 # fuzz/standalone.h gives a target its own main() where there is no libFuzzer. Two targets are about the plug-in.
 set(tq_plugin_fuzz_targets fuzz_options fuzz_state)
 file(GLOB tq_fuzz_targets CONFIGURE_DEPENDS fuzz/fuzz_*.c)

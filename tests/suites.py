@@ -202,6 +202,13 @@ def python_suites():
             absent = needs(os.environ.get("CXX", "g++"))  # which compiles the Metal kernels for the CPU
         command = [*pytest, *(ROOT / f"python/tests/test_{file}.py" for file in files)]
         yield Suite(f"python/{name}", [(command, environment)], python_missing() or absent, timeout=1800)
+    # TurboQuantCache as on a GPU, on a device in host memory, and the benchmark that drives whole models.
+    emulated = {"TQ_TEST_BACKEND": "emulated", "TURBOQUANT_LIBRARY": str(BUILD / "release/libturboquant.so"),
+                "TQ_CUDA_LIBRARY": str(BUILD / "release/tests/cuda/libturboquant-cuda-emulated.so")}
+    files = (ROOT / f"python/tests/test_{file}.py" for file in ("cuda", "transformers", "transformers_refusals"))
+    headline = [PYTHON_VENV / "bin/python", ROOT / "bench/headline.py", "--tiny"]
+    yield Suite("python/cuda emulated", [([*pytest, *files], environment | emulated),
+                                         *counted([(headline, environment | emulated)])], python_missing(), timeout=1800)
 
 
 def nvcc():

@@ -43,7 +43,7 @@ def test_structs_name_all_members():
     text = without_comments()
     for name, struct in _library.STRUCTS.items():
         body = re.search(r"\{([^{}]*)\} " + name + ";", text).group(1)
-        declared = re.findall(r"(\w+)(?=\s*[,;\)])", re.sub(r"\(int?[^;]*?\)\(|\(\*(\w+)\)\([^)]*\)", r"\1", body))
+        declared = re.findall(r"(\w+)(?=(?:\[\d+\])?\s*[,;\)])", re.sub(r"\(int?[^;]*?\)\(|\(\*(\w+)\)\([^)]*\)", r"\1", body))
         assert [field for field, *_ in struct._fields_] == declared, name
 
 

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: MIT
 """TurboQuantCache in small random models of Transformers, against DynamicCache with the stock attention."""
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import turboquant
-from tiny import F16, TQ8, compressed, divergence, generated, ids, logits, make_model, stock
+from tiny import (BACKEND, CACHE, DEVICE, F16, NO_MEANS, ON_DEVICE, TQ8, compressed, divergence, generated, ids, logits,
+                  make_model, same_tokens, stock)
 from turboquant.transformers import TurboQuantCache
 
 # Of these models' logits, whose standard deviation is some 0.9: the largest difference, and the mean KL divergence. tq4 gives
-# .7 and .003, tq2 2.6 and .04.
+# .7 and .003, tq2 2.6 and .04. On devices a prompt's queries see tokens coded that were recent when those came, and GPUs
+# multiply in half precision.
 TOLERANCES = {"f16": (.005, 5e-7), "tq8": (.06, 3e-5)}
+if ON_DEVICE:
+    TOLERANCES["tq8"] = (.1, 6e-5)
+if BACKEND == "cuda":
+    TOLERANCES["f16"] = (.02, 1e-5)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -49,7 +56,7 @@ def odd_logits_model(request):
 
 @pytest.mark.parametrize("n_padding", [0, 30])
 def test_capped_logits_and_sinks(odd_logits_model, n_padding):
-    model, input_ids, mask = odd_logits_model, ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    model, input_ids, mask = odd_logits_model, ids(2, 200), torch.ones(2, 200, dtype=torch.long, device=DEVICE)
     mask[0, :n_padding] = 0
     wanted = logits(model, stock(model), input_ids, 3, attention_mask=mask)
     found = logits(model, compressed(model, **F16), input_ids, 3, attention_mask=mask)
@@ -58,7 +65,7 @@ def test_capped_logits_and_sinks(odd_logits_model, n_padding):
 
 def test_capped_logits_and_sinks_greedy(odd_logits_model):
     input_ids = ids(1, 100)
-    assert torch.equal(generated(odd_logits_model, compressed(odd_logits_model, **F16), input_ids),
+    assert same_tokens(odd_logits_model, generated(odd_logits_model, compressed(odd_logits_model, **F16), input_ids),
                        generated(odd_logits_model, stock(odd_logits_model), input_ids))
 
 
@@ -83,27 +90,29 @@ def test_half_precision(dtype):
 
 def test_greedy(model):
     input_ids = ids(1, 100)
-    assert torch.equal(generated(model, compressed(model, **F16), input_ids), generated(model, stock(model), input_ids))
+    assert same_tokens(model, generated(model, compressed(model, **F16), input_ids),
+                       generated(model, stock(model), input_ids))
 
 
 def test_name_of_the_argument_before(llama):
     input_ids = ids(1, 50)
     wanted = generated(llama, compressed(llama), input_ids)
-    with pytest.warns(FutureWarning, match="past_key_values"):
+    with pytest.warns(FutureWarning, match="past_key_values") if CACHE == "cache" else nullcontext():
         found = llama.generate(input_ids, past_key_values=compressed(llama), max_new_tokens=24, do_sample=False)
     assert torch.equal(found, wanted)
 
 
 def test_sampling(llama):
     input_ids, options = ids(2, 60), {"do_sample": True, "top_k": 5, "temperature": .7}
-    assert torch.equal(generated(llama, compressed(llama, **F16), input_ids, **options),
+    assert same_tokens(llama, generated(llama, compressed(llama, **F16), input_ids, **options),
                        generated(llama, stock(llama), input_ids, **options))
 
 
 def test_beams(llama):
     input_ids, options = ids(2, 60), {"num_beams": 3, "num_return_sequences": 2}
     cache = compressed(llama, **F16)
-    assert torch.equal(generated(llama, cache, input_ids, **options), generated(llama, stock(llama), input_ids, **options))
+    assert same_tokens(llama, generated(llama, cache, input_ids, **options),
+                       generated(llama, stock(llama), input_ids, **options))
     assert cache.store.stats().n_sequences == len(cache.seqs) == 6
 
 
@@ -112,7 +121,7 @@ def test_assisted(llama):
     input_ids, assistant = ids(1, 60), make_model("llama", seed=2)
     cache = compressed(llama, **F16)
     found = generated(llama, cache, input_ids, assistant_model=assistant)
-    assert torch.equal(found, generated(llama, stock(llama), input_ids))
+    assert same_tokens(llama, found, generated(llama, stock(llama), input_ids))
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == found.shape[1] - 1
 
 
@@ -120,14 +129,14 @@ def test_assisted(llama):
 def test_padding_changes_nothing(llama, side):
     """Rows of a padded batch get what each gets alone; padding is not stored."""
     lengths, n = [40, 150, 97], 150
-    input_ids, mask = torch.zeros(3, n, dtype=torch.long), torch.zeros(3, n, dtype=torch.long)
+    input_ids, mask = torch.zeros(2, 3, n, dtype=torch.long, device=DEVICE)
     alone = []
     for row, length in enumerate(lengths):
         tokens = ids(1, length, seed=row)
         place = slice(n - length, n) if side == "left" else slice(0, length)
         input_ids[row, place], mask[row, place] = tokens[0], 1
-        alone.append(logits(llama, compressed(llama), tokens)[0])
-    cache = compressed(llama)
+        alone.append(logits(llama, compressed(llama, **NO_MEANS), tokens)[0])
+    cache = compressed(llama, **NO_MEANS)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     found = logits(llama, cache, input_ids, attention_mask=mask, position_ids=position_ids)
     for row in range(3):
@@ -136,42 +145,46 @@ def test_padding_changes_nothing(llama, side):
 
 
 def test_padded_generation(llama):
-    input_ids, mask = ids(3, 80), torch.ones(3, 80, dtype=torch.long)
+    input_ids, mask = ids(3, 80), torch.ones(3, 80, dtype=torch.long, device=DEVICE)
     mask[1, :30], mask[2, :55] = 0, 0
     input_ids[mask == 0] = 0
     options = {"attention_mask": mask}
-    assert torch.equal(generated(llama, compressed(llama, **F16), input_ids, **options),
+    assert same_tokens(llama, generated(llama, compressed(llama, **F16), input_ids, **options),
                        generated(llama, stock(llama), input_ids, **options))
     beams = options | {"num_beams": 2}
-    assert torch.equal(generated(llama, compressed(llama, **F16), input_ids, **beams),
+    assert same_tokens(llama, generated(llama, compressed(llama, **F16), input_ids, **beams),
                        generated(llama, stock(llama), input_ids, **beams))
 
 
 def test_chunked_prefill(llama):
     input_ids = ids(1, 200)
     whole = generated(llama, compressed(llama, **F16), input_ids)
-    assert torch.equal(generated(llama, compressed(llama, **F16), input_ids, prefill_chunk_size=48), whole)
+    assert same_tokens(llama, generated(llama, compressed(llama, **F16), input_ids, prefill_chunk_size=48), whole)
 
 
 def test_chunks_change_no_byte(llama):
     input_ids = ids(1, 300)
-    caches = [compressed(llama, preset="TQ4", k_format=None, v_format=None) for _ in range(2)]
+    caches = [compressed(llama, preset="TQ4", k_format=None, v_format=None, **NO_MEANS) for _ in range(2)]
     logits(llama, caches[0], input_ids)
     logits(llama, caches[1], input_ids, parts=7)
     # The first layer's input does not depend on attention, so its keys must be the same.
     first, second = (cache.store.read(cache.seqs[0], 0)[0] for cache in caches)
-    assert abs(first - second).max() < 1e-5
+    if BACKEND == "cuda":  # which rounds products of another shape otherwise, so that a few vectors get other codes
+        assert abs(first - second).mean() < .005
+    else:
+        assert abs(first - second).max() < 1e-5
 
 
 def test_prefix_reuse(llama):
     """A copy of the prompt's cache for each of two questions; the prompt's pages are shared and unchanged."""
-    prompt, cache = ids(1, 400), compressed(llama, **F16)
+    # On devices pages hold what has left the ring: some of it must be coded.
+    prompt, cache = ids(1, 400), compressed(llama, **(TQ8 | {"n_recent": 200} if ON_DEVICE else F16))
     logits(llama, cache, prompt)
     for seed, make_copy in ((11, copy.deepcopy), (12, copy.copy)):
         whole = torch.cat([prompt, ids(1, 20, seed)], dim=1)
         mine = make_copy(cache)
         assert cache.store.stats().n_pages_shared > 0
-        assert torch.equal(generated(llama, mine, whole), generated(llama, stock(llama), whole))
+        assert same_tokens(llama, generated(llama, mine, whole), generated(llama, stock(llama), whole))
         del mine
     assert cache.get_seq_length() == 400 and cache.store.stats().n_sequences == 1
 
@@ -180,20 +193,21 @@ def test_conversation_goes_on(llama):
     """A second generate() with the same cache sees the first one's tokens."""
     cache, reference = compressed(llama, **F16), stock(llama)
     answer = generated(llama, reference, ids(1, 60), n=10)
-    assert torch.equal(generated(llama, cache, ids(1, 60), n=10), answer)
+    assert same_tokens(llama, generated(llama, cache, ids(1, 60), n=10), answer)
     more = torch.cat([answer, ids(1, 15, seed=8)], dim=1)
-    assert torch.equal(generated(llama, cache, more), generated(llama, reference, more))
+    assert same_tokens(llama, generated(llama, cache, more), generated(llama, reference, more))
 
 
+@pytest.mark.skipif(ON_DEVICE, reason="snapshots are of the CPU's caches")
 def test_save_and_load(llama, tmp_path):
     path, cache = tmp_path / "prompt.tqs", compressed(llama)
-    input_ids, mask = ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    input_ids, mask = ids(2, 200), torch.ones(2, 200, dtype=torch.long, device=DEVICE)
     mask[1, :50] = 0
     logits(llama, cache, input_ids, attention_mask=mask)
     cache.save(path)
     loaded = TurboQuantCache.load(path, llama.config, max_tok=1 << 16, **TQ8)
     assert loaded.get_seq_length() == 200 and [loaded.store.length(seq) for seq in loaded.seqs] == [200, 150]
-    more = {"attention_mask": torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], dim=1)}
+    more = {"attention_mask": torch.cat([mask, torch.ones(2, 5, dtype=torch.long, device=DEVICE)], dim=1)}
     next_ids = ids(2, 5, seed=9)
     assert torch.equal(logits(llama, loaded, next_ids, **more), logits(llama, cache, next_ids, **more))
     with pytest.raises(turboquant.SnapshotError):
@@ -222,9 +236,9 @@ def test_windows_are_left_to_transformers():
     cache = compressed(model, **F16)
     assert "2 layers compressed, 2 left to Transformers" in repr(cache)
     found, wanted = generated(model, cache, input_ids), generated(model, stock(model), input_ids)
-    assert torch.equal(found, wanted)
+    assert same_tokens(model, found, wanted)
     assert cache.layers[0].keys.shape[2] == 31 and cache.layers[1].get_seq_length() == found.shape[1] - 1
-    with pytest.raises(turboquant.UnsupportedError, match="left to Transformers"):
+    with pytest.raises(turboquant.UnsupportedError, match="left to Transformers|in the memory of"):
         cache.save("unused.tqs")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import turboquant
-from tiny import F16, compressed, ids, logits, make_model, stock, use_attention_of
+from tiny import CACHE, F16, ON_DEVICE, compressed, ids, logits, make_model, stock, use_attention_of
 from turboquant.transformers import TurboQuantCache
 from transformers import LlamaConfig
 
@@ -18,7 +18,7 @@ def test_cache_without_attention(llama, implementation):
     cache = compressed(llama)
     llama.set_attn_implementation(implementation)
     with pytest.raises(turboquant.ArgumentError, match='set_attn_implementation."turboquant".'):
-        llama.generate(ids(1, 20), cache=cache, max_new_tokens=2)
+        llama.generate(ids(1, 20), max_new_tokens=2, **{CACHE: cache})
 
 
 def test_attention_without_cache(llama):
@@ -31,7 +31,7 @@ def test_gradients(llama):
     cache = compressed(llama)
     use_attention_of(llama, cache)
     with pytest.raises(turboquant.UnsupportedError, match="no_grad"):
-        llama(ids(1, 20), cache=cache)
+        llama(ids(1, 20), **{CACHE: cache})
 
 
 def test_dropout():
@@ -53,9 +53,9 @@ def test_masks(llama):
     with pytest.raises(turboquant.ArgumentError, match="Pass|pass the whole mask"), torch.no_grad():
         mask = torch.ones(1, 21, dtype=torch.long)
         mask[0, 3] = 0
-        llama(ids(1, 1), cache=cache, attention_mask=mask)
+        llama(ids(1, 1), **{CACHE: cache}, attention_mask=mask)
     with pytest.raises(turboquant.ArgumentError, match=r"give \[1, 21\]"), torch.no_grad():
-        llama(ids(1, 1), cache=cache, attention_mask=torch.zeros(1, 5, dtype=torch.long))
+        llama(ids(1, 1), **{CACHE: cache}, attention_mask=torch.zeros(1, 5, dtype=torch.long))
     assert cache.get_seq_length() == 20
 
 
@@ -98,11 +98,12 @@ def test_full_cache_holds_what_it_held(llama):
     cache = compressed(llama, max_tok=256)
     logits(llama, cache, ids(1, 200))
     with pytest.raises(turboquant.CacheFullError):
-        logits(llama, cache, ids(1, 100))
+        logits(llama, cache, ids(1, 150))
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 200
     assert logits(llama, cache, ids(1, 10)).isfinite().all()
 
 
+@pytest.mark.skipif(ON_DEVICE, reason="devices tell of such keys at the next pass: test_cuda.py")
 def test_failing_layer_is_rolled_back():
     """A layer in the middle makes an infinite key: the layers before it forget the tokens again."""
     model = make_model("llama")

@@ -1,9 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Small random models of Transformers, and generation with and without the cache."""
+"""
+Small random models of Transformers, and generation with and without the cache. TQ_TEST_BACKEND says where the cache is: cpu;
+emulated, on tests/cuda's device in host memory; or cuda, with the models.
+"""
+import os
+
 import torch
+import transformers
 from transformers import (AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig,
                           Qwen2Config, Qwen3Config)
+import turboquant.transformers
 from turboquant.transformers import TurboQuantCache
+
+BACKEND = os.environ.get("TQ_TEST_BACKEND", "cpu")
+ON_DEVICE = BACKEND != "cpu"
+DEVICE = "cuda" if BACKEND == "cuda" else "cpu"
+if BACKEND == "emulated":
+    turboquant.transformers._DEVICE_TYPES.add("cpu")
+# What models of this version of Transformers call the argument.
+CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17) else "past_key_values"
 
 SIZES = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
@@ -16,20 +31,25 @@ TQ8 = {"k_format": "tq8", "v_format": "tq8"}
 
 def make_model(kind="llama", dtype=torch.float32, seed=1, **options):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **options)).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **options)).to(DEVICE, dtype).eval()
     model.generation_config.eos_token_id = None
     return model
 
 
 def ids(n_batch, n_tok, seed=3):
-    return torch.randint(2, SIZES["vocab_size"], (n_batch, n_tok), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(2, SIZES["vocab_size"], (n_batch, n_tok), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 # Exact but for rounding to FP16.
+EXACT = {"n_recent": 508}
+# On a device the first pass gives one mean of all keys, so what a cache holds depends on how a prompt was cut into passes.
+NO_MEANS = {"k_ref_block": 0} if ON_DEVICE else {}
 F16 = {"k_format": "f16", "v_format": "f16", "k_ref_block": 0}
 
 
 def compressed(model, **options):
+    if ON_DEVICE and options.get("k_format") == "f16":  # which there is not: exact as long as there is room
+        options |= TQ8 | EXACT
     return TurboQuantCache(config=model.config, **({"max_tok": 1 << 16} | TQ8 | options))
 
 
@@ -38,7 +58,9 @@ def stock(model):
 
 
 def use_attention_of(model, cache):
-    stock_attention = "sdpa" if model._supports_sdpa else "eager"
+    # Some versions say that "sdpa" caps logits.
+    caps = getattr(model.config, "attn_logit_softcapping", None) is not None
+    stock_attention = "sdpa" if model._supports_sdpa and not caps else "eager"
     model.set_attn_implementation("turboquant" if isinstance(cache, TurboQuantCache) else stock_attention)
 
 
@@ -46,7 +68,7 @@ def generated(model, cache, input_ids, n=24, **options):
     """Tokens, the prompt's among them; greedy unless options say otherwise."""
     use_attention_of(model, cache)
     torch.manual_seed(5)
-    return model.generate(input_ids, cache=cache, max_new_tokens=n, **({"do_sample": False} | options))
+    return model.generate(input_ids, max_new_tokens=n, **{CACHE: cache}, **({"do_sample": False} | options))
 
 
 @torch.no_grad()
@@ -57,7 +79,7 @@ def logits(model, cache, input_ids, parts=1, **options):
     for part in input_ids.tensor_split(parts, dim=1):
         if mask is not None:
             options["attention_mask"] = mask[:, : cache.get_seq_length() + part.shape[1]]
-        found.append(model(part, cache=cache, use_cache=True, **options).logits.float())
+        found.append(model(part, use_cache=True, **{CACHE: cache}, **options).logits.float())
     return torch.cat(found, dim=1)
 
 
@@ -65,3 +87,23 @@ def divergence(p_logits, q_logits):
     """Mean KL divergence of the second from the first, in nats."""
     p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@torch.no_grad()
+def same_tokens(model, found, wanted):
+    """
+    Are generated tokens the same? Where a GPU has computed, a row may go another way at a token that the stock cache finds
+    nearly as likely as its own.
+    """
+    if torch.equal(found, wanted) or BACKEND != "cuda":
+        return torch.equal(found, wanted)
+    use_attention_of(model, None)
+    for mine, other in zip(found, wanted):
+        differ = (mine != other).nonzero()
+        if len(differ):
+            at = int(differ[0])
+            first = int((other != SIZES["pad_token_id"]).nonzero()[0])
+            scores = model(other[None, first:at]).logits[0, -1].float()
+            if scores[other[at]] - scores[mine[at]] > .05:
+                return False
+    return found.shape == wanted.shape

@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import threading
-from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
 from .errors import of_status
@@ -87,10 +87,49 @@ class SnapshotInfo(ctypes.Structure):
     ]
 
 
+class CudaInfo(ctypes.Structure):
+    _fields_ = [
+        ("name", c_char * 64), ("compute_major", c_int32), ("compute_minor", c_int32), ("n_multiprocessors", c_int32),
+        ("driver_version", c_int32), ("runtime_version", c_int32), ("memory_bytes", c_size_t),
+    ]
+
+
+class CudaStore(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int), ("head_dim", c_int32),
+        ("n_head_kv", c_int32), ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("seed", c_uint64),
+        ("n_pages", c_int64), ("n_exact_slots", c_int64), ("pages", c_void_p), ("exact", c_void_p),
+    ]
+
+
+class CudaSizes(ctypes.Structure):
+    _fields_ = [("page_bytes", c_size_t), ("exact_bytes", c_size_t), ("canonical_bytes", c_size_t)]
+
+
+class CudaAppendParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t), ("n_tok", c_int64), ("dtype", ctypes.c_int), ("k", c_void_p), ("v", c_void_p),
+        ("row_stride", c_int64), ("slot_mapping", c_void_p), ("seq_ids", c_void_p), ("positions", c_void_p),
+        ("page_table", c_void_p), ("page_table_stride", c_int64), ("exact_slots", c_void_p), ("n_not_finite", c_void_p),
+    ]
+
+
+class CudaAttendParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t), ("n_seq", c_int32), ("n_query", c_int32), ("n_head", c_int32), ("dtype", ctypes.c_int),
+        ("q", c_void_p), ("out", c_void_p), ("q_token_stride", c_int64), ("q_head_stride", c_int64),
+        ("out_token_stride", c_int64), ("out_head_stride", c_int64), ("lse", c_void_p), ("page_table", c_void_p),
+        ("page_table_stride", c_int64), ("seq_lens", c_void_p), ("seq_lens_are_64", c_bool), ("max_seq_len", c_int64),
+        ("exact_slots", c_void_p), ("softmax_scale", c_float), ("softcap", c_float), ("window", c_int64),
+        ("sinks", c_void_p), ("deterministic", c_bool), ("workspace", c_void_p), ("workspace_bytes", c_size_t),
+    ]
+
+
 STRUCTS = {
     "tq_format_info": FormatInfo, "tq_preset": Preset, "tq_executor": Executor, "tq_attend_params": AttendParams,
     "tq_attend_batch": AttendBatch, "tq_cache_params": CacheParams, "tq_cache_stats": CacheStats,
-    "tq_snapshot_info": SnapshotInfo,
+    "tq_snapshot_info": SnapshotInfo, "tq_cuda_info": CudaInfo, "tq_cuda_store": CudaStore, "tq_cuda_sizes": CudaSizes,
+    "tq_cuda_append_params": CudaAppendParams, "tq_cuda_attend_params": CudaAttendParams,
 }
 
 # Arrays go as addresses: whoever calls keeps the array alive and has checked its type and shape.
@@ -122,6 +161,14 @@ _FALLIBLE = {
     "tq_cache_save": [c_void_p, c_char_p, c_void_p, c_int32],
     "tq_cache_load": [c_void_p, c_char_p, c_void_p, c_int32, POINTER(c_int32)],
     "tq_snapshot_describe": [POINTER(SnapshotInfo), c_char_p, c_bool, POINTER(ctypes.c_int), c_int32],
+    "tq_cuda_describe": [POINTER(CudaInfo)],
+    "tq_cuda_sizes_get": [POINTER(CudaSizes), POINTER(CudaStore)],
+    "tq_cuda_append": [POINTER(CudaStore), POINTER(CudaAppendParams), c_void_p],
+    "tq_cuda_workspace_bytes": [POINTER(c_size_t), POINTER(CudaStore), POINTER(CudaAttendParams)],
+    "tq_cuda_attend": [POINTER(CudaStore), POINTER(CudaAttendParams), c_void_p],
+    "tq_cuda_pages_copy": [POINTER(CudaStore), c_void_p, c_void_p, c_int64, c_void_p],
+    "tq_cuda_pages_export": [POINTER(CudaStore), c_void_p, c_int64, c_void_p, c_void_p],
+    "tq_cuda_pages_import": [POINTER(CudaStore), c_void_p, c_int64, c_void_p, c_void_p],
 }
 _OTHER = {
     "tq_version_string": (c_char_p, []),
@@ -137,6 +184,9 @@ _OTHER = {
     "tq_attend_batch_default": (None, [POINTER(AttendBatch)]),
     "tq_cache_params_default": (None, [POINTER(CacheParams)]),
     "tq_cache_params_set_preset": (None, [POINTER(CacheParams), POINTER(Preset)]),
+    "tq_cuda_store_default": (None, [POINTER(CudaStore)]),
+    "tq_cuda_append_params_default": (None, [POINTER(CudaAppendParams)]),
+    "tq_cuda_attend_params_default": (None, [POINTER(CudaAttendParams)]),
     "tq_cache_length": (c_int64, [c_void_p, c_int32, c_int32]),
     "tq_codec_free": (None, [c_void_p]),
     "tq_cache_free": (None, [c_void_p]),

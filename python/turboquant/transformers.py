@@ -37,6 +37,8 @@ NAME = "turboquant"
 
 # What Transformers keeps for such layers is small or bounded: it stays as it is.
 _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv"}
+# Kinds of torch devices that have tq_cuda_*'s functions.
+_DEVICE_TYPES = {"cuda"}
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
@@ -117,12 +119,10 @@ class TurboQuantLayer(CacheLayerMixin):
     def _check(self, config: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._model_config is not None and self._model_config is not config:
             raise ArgumentError("this cache belongs to another model: make a TurboQuantCache for each, or reset() it first")
-        if query.device.type != "cpu":
-            raise UnsupportedError(f"the model is on {query.device}: this cache computes on the CPU. Use model.to('cpu'), or "
-                                   "a cache of Transformers")
         if torch.is_grad_enabled() and query.requires_grad:
             raise UnsupportedError("there are no gradients through compressed attention: call the model under "
                                    "torch.no_grad()")
+        self._cache()._use(query.device)
         store = self._cache().store
         wanted = (store.n_head_kv, store.head_dim, store.head_dim_v)
         found = (keys.shape[1], keys.shape[3], values.shape[3])
@@ -141,26 +141,33 @@ class TurboQuantLayer(CacheLayerMixin):
         """
         self._check(module.config, query, keys, values)
         owner, n_tok = self._cache(), query.shape[2]
-        kept = owner._begin(self.n_columns, query.shape[0], n_tok, mask)
+        kept = owner._begin(self.n_columns, query, mask)
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        if sinks is not None:
+            sinks = sinks.detach().to(torch.float32).contiguous()
         try:
-            # [n_batch, n_tok, head, dim] is how projections leave keys and values, so this copies nothing but half floats.
-            rows = [x.transpose(1, 2).to(torch.float32).contiguous() for x in (keys, values)]
-            params = _attend_params(query.shape[1], query.shape[3] ** -0.5 if scaling is None else scaling, softcap)
-            if sinks is not None:
-                sinks = sinks.detach().to(torch.float32).contiguous()
-                params.sinks = sinks.data_ptr()
-            out = _attend_rows(owner.store, owner.seqs, self._number, query.to(torch.float32), *rows, kept, params)
+            if owner._batch is not None:
+                out = owner._batch.attend(self._number, query, keys, values, scaling, softcap, sinks)
+            else:
+                # [n_batch, n_tok, head, dim] is how projections leave keys and values, so this copies but half floats.
+                rows = [x.transpose(1, 2).to(torch.float32).contiguous() for x in (keys, values)]
+                params = _attend_params(query.shape[1], scaling, softcap, sinks)
+                out = _attend_rows(owner.store, owner.seqs, self._number, query.to(torch.float32), *rows, kept, params)
+                out = out.to(query.dtype)
         except BaseException:
             owner._roll_back(self.n_columns)
             raise
         self.n_columns += n_tok
-        return out.to(query.dtype)
+        if self is owner._compressed[-1]:
+            owner._end(self.n_columns - n_tok)
+        return out
 
 
-def _attend_params(n_head: int, scaling: float, softcap: float | None) -> AttendParams:
+def _attend_params(n_head: int, scaling: float, softcap: float | None, sinks: torch.Tensor | None) -> AttendParams:
     params = AttendParams()
     lib.tq_attend_params_default(params)
     params.n_head, params.softmax_scale, params.softcap = n_head, scaling, softcap or 0
+    params.sinks = None if sinks is None else sinks.data_ptr()
     return params
 
 
@@ -193,13 +200,17 @@ class TurboQuantCache(Cache):
 
     config: model.config. preset and options: those of turboquant.Cache, as k_format="tq8", v_format="tq8" or
     layer_k_formats=[...], one for each layer of full attention.
+    max_tokens: reserve memory for so many tokens of each row at first; on a CUDA device, where CUDA graphs need it, more are
+    refused then.
     For generate(), forward() and pipelines; greedy, sampling, beams, assisted; batches with padding on any side. For one thread
-    at a time. copy.deepcopy shares pages until they differ.
+    at a time. copy.deepcopy shares pages until they differ. The memory is the CPU's, or the model's CUDA device's.
     """
 
-    def __init__(self, config: Any, preset: str = "TQ4", **options: Any) -> None:
+    def __init__(self, config: Any, preset: str = "TQ4", max_tokens: int | None = None, **options: Any) -> None:
         self.config = config.get_text_config(decoder=True)
         layer_types, layer_options = get_layer_types_and_kwargs(self.config)
+        if isinstance(layer_options, dict):  # Transformers before 5.18: the same for all
+            layer_options = [layer_options] * len(layer_types)
         layers: list[Any] = []
         for i, (layer_type, kwargs) in enumerate(zip(layer_types, layer_options)):
             if layer_type == "full_attention":
@@ -213,10 +224,13 @@ class TurboQuantCache(Cache):
         self._compressed = [layer for layer in layers if isinstance(layer, TurboQuantLayer)]
         if not self._compressed:
             raise UnsupportedError("no layer of this model has full attention: there is nothing to compress. Use DynamicCache")
-        options.setdefault("n_threads", torch.get_num_threads())
-        self.store = _cache.Cache(len(self._compressed), *_head_shape(self.config), preset=preset, **options)
+        self._options, self._max_tokens = {"preset": preset, "n_threads": torch.get_num_threads()} | options, max_tokens
+        # Of the CPU until a tensor on another device comes. Memory is taken when it is used.
+        self.store: Any = _cache.Cache(len(self._compressed), *_head_shape(self.config), **self._options)
         self.seqs: list[int] = []
         self._columns = Columns()
+        self._device: torch.device | None = None
+        self._batch: Any = None  # _cuda_batch.Batch, where store is a _cuda.DeviceStore
 
     def __del__(self) -> None:
         # When a cycle of references is collected, the store may have been first.
@@ -231,7 +245,7 @@ class TurboQuantCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the compressed layers hold, everything counted; of all copies that share pages."""
-        return self.store.stats().allocated_bytes
+        return self.store.stats().allocated_bytes + (self._batch.nbytes if self._batch is not None else 0)
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -243,18 +257,58 @@ class TurboQuantCache(Cache):
 
     # ---- a forward pass ----
 
-    def _begin(self, begin: int, n_batch: int, n_tok: int, mask: torch.Tensor | None) -> np.ndarray | None:
-        """Which of the columns [begin, begin + n_tok) are tokens, bool [n_batch, n_tok]; None: all. A pass's first layer adds
-        them."""
-        if not self.seqs:
+    def _use(self, device: torch.device) -> None:
+        """All layers are on one device, the first one's."""
+        if device == self._device:
+            return
+        if self._device is not None:
+            raise UnsupportedError(f"this cache is on {self._device}, and a layer on {device}: it keeps to one device. Load "
+                                   'the model on one, as with device_map={"": 0}, and make a new cache for it')
+        if device.type in _DEVICE_TYPES:
+            if self.seqs:
+                raise UnsupportedError(f"the model is on {device}, and this cache was loaded into the CPU's memory: use "
+                                       "model.to('cpu'), or run the prompt again with a new cache")
+            from ._cuda import DeviceStore
+
+            store = DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim,
+                                max_tokens=self._max_tokens, **self._options)
+            self.store.close()
+            self.store = store
+        elif device.type != "cpu":
+            raise UnsupportedError(f"the model is on {device}: this cache computes on the CPU and on CUDA devices. Use "
+                                   "model.to('cpu'), or a cache of Transformers")
+        self._device = device
+
+    def _open(self, n_batch: int) -> None:
+        """Sequences for a new batch."""
+        if self._device is None or self._device.type not in _DEVICE_TYPES:
             for _ in range(n_batch):
                 self.seqs.append(self.store.seq_create())
+                self.store.reserve(self.seqs[-1], self._max_tokens or 0)
+            return
+        self.seqs = self.store.seq_create(n_batch)
+
+    def _begin(self, begin: int, query: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray | None:
+        """Which of the columns [begin, begin + n_tok) of a layer's queries [n_batch, n_head, n_tok, head_dim] are tokens, bool
+        [n_batch, n_tok]; None: all. A pass's first layer adds them."""
+        n_batch, n_head, n_tok, _ = query.shape
+        if not self.seqs:
+            self._open(n_batch)
         if len(self.seqs) != n_batch:
             raise ArgumentError(f"this cache holds a batch of {len(self.seqs)}, and was given one of {n_batch}: use a new one, "
                                 "batch_repeat_interleave or batch_select_indices")
         if begin == self._columns.n:
-            tokens = self._columns.extend(n_batch, n_tok, None if mask is None else mask.numpy())
+            if self._device.type in _DEVICE_TYPES and (self._batch is None or self._batch.n_rows != n_batch):
+                from ._cuda_batch import Batch
+
+                self._batch = Batch(self.store, n_batch)
+            is_captured = self._batch is not None and self._batch.look()
+            tokens = self._extend(n_tok) if is_captured and mask is None else self._columns.extend(
+                n_batch, n_tok, None if mask is None else mask.cpu().numpy())
             try:
+                if self._batch is not None:
+                    self._batch.begin(self.seqs, n_tok, tokens, n_head)
+                    return tokens
                 for row, seq in enumerate(self.seqs):
                     self.store.reserve(seq, n_tok if tokens is None else int(tokens[row].sum()))
             except BaseException:
@@ -265,11 +319,55 @@ class TurboQuantCache(Cache):
                                 "reset() the cache and run the prompt again")
         return self._columns.tokens(begin)
 
+    def _extend(self, n_tok: int) -> np.ndarray | None:
+        """Add columns without padding, whatever there was before."""
+        kept = self._columns.kept
+        mask = None if kept is None else np.pad(kept, ((0, 0), (0, n_tok)), constant_values=True)
+        return self._columns.extend(len(self.seqs), n_tok, mask)
+
+    def _end(self, begin: int) -> None:
+        """The last layer has attended, in a pass that began at this column. What a CUDA graph has captured did not happen;
+        replayed() says when it does."""
+        if self._batch is not None and self._batch.is_capturing:
+            self._forget_capture(begin)
+
+    def _forget_capture(self, n: int) -> None:
+        """The host alone has counted what comes after n columns: the device's lengths and pages are as they were."""
+        self._batch.is_capturing = False
+        for seq, length in zip(self.seqs, self._columns.lengths(len(self.seqs), n)):
+            self.store.advance(seq, length - self.store.length(seq))
+        self._columns.cut(n)
+        for layer in self._compressed:
+            layer.n_columns = min(layer.n_columns, n)
+
+    def replayed(self, n_tok: int = 1) -> None:
+        """Say that a CUDA graph of a step was replayed, which appended n_tok tokens to each row."""
+        if self._batch is None:
+            raise ArgumentError("replayed() is for CUDA graphs of a model with this cache, which has seen none")
+        if self._batch.is_stale or not self.store.is_ready(self.seqs, [n_tok] * len(self.seqs)):
+            raise ArgumentError("the graph was captured before its cache was copied, cropped or reordered, and has written "
+                                "what others use: reset() the cache; run a step, and capture anew, after such a change")
+        self._extend(n_tok)
+        for layer in self._compressed:
+            layer.n_columns += n_tok
+        for seq in self.seqs:
+            self.store.advance(seq, n_tok)
+
     def _roll_back(self, n: int) -> None:
         """Keep n columns: what there was before a forward pass that failed."""
+        if self._batch is not None and self._batch.is_capturing:  # a captured pass has failed, here or where nobody told us
+            self._forget_capture(min(layer.n_columns for layer in self._compressed))
+            if n == self._columns.n:
+                return
         lengths = self._columns.lengths(len(self.seqs), n)
-        for seq, length in zip(self.seqs, lengths):
-            self.store.trim(seq, length)
+        if self._batch is None:
+            for seq, length in zip(self.seqs, lengths):
+                self.store.trim(seq, length)
+        else:
+            held = [self._columns.lengths(len(self.seqs), layer.n_columns) for layer in self._compressed]
+            for row, (seq, length) in enumerate(zip(self.seqs, lengths)):
+                self.store.trim(seq, length, [of_layer[row] for of_layer in held])
+            self._batch.is_stale = True
         self._columns.cut(n)
         for layer in self._compressed:
             layer.n_columns = min(layer.n_columns, n)
@@ -278,6 +376,7 @@ class TurboQuantCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -tokens_to_remove columns, as Transformers has it: a negative number."""
+        tokens_to_remove = int(tokens_to_remove)  # some versions give a tensor
         if tokens_to_remove > 0:
             raise ArgumentError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
         for layer in self.layers:
@@ -294,6 +393,8 @@ class TurboQuantCache(Cache):
                 layer.reset()
         self._free(self.seqs)
         self.seqs, self._columns = [], Columns()
+        if self._batch is not None:
+            self._batch.forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row beam_idx[i] was: pages are shared."""
@@ -330,6 +431,8 @@ class TurboQuantCache(Cache):
         self._free(unused.values())
         self.seqs = seqs
         self._columns.select(rows)
+        if self._batch is not None:
+            self._batch.is_stale = True
 
     def _free(self, seqs: Any) -> None:
         for seq in seqs:
@@ -338,7 +441,7 @@ class TurboQuantCache(Cache):
     def __deepcopy__(self, memo: dict) -> TurboQuantCache:
         """For prefixes that several conversations begin with: the copy shares the library's pages."""
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__, seqs=[])
+        other.__dict__.update(self.__dict__, seqs=[], _batch=None)
         memo[id(self)] = other
         other._columns = copy.deepcopy(self._columns)
         other.layers = [_copy_layer(layer, other, memo) for layer in self.layers]
@@ -358,6 +461,9 @@ class TurboQuantCache(Cache):
         Write the cache to a file (docs/snapshot.md), which turboquant.describe_snapshot looks at. Raises UnsupportedError where
         the file cannot hold everything: layers left to Transformers, and padding that is not on the left.
         """
+        if self._device is not None and self._device.type in _DEVICE_TYPES:
+            raise UnsupportedError(f"this cache is in the memory of {self._device}, and snapshots are of the CPU's caches: run "
+                                   "the prompt on the CPU to save it")
         if len(self._compressed) < len(self.layers):
             raise UnsupportedError("this model has layers that are left to Transformers, and a snapshot holds compressed "
                                    "layers alone: run the prompt again instead of saving it")
@@ -402,7 +508,7 @@ def _stock_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if mask is None:  # what sdpa_mask leaves out: plain causality
         mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
-    mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
     del kwargs["is_causal"]
     return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
 

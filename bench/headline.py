@@ -1,0 +1,472 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""
+Whole models on one GPU, decoding at long context with a BF16 cache and with ours: tokens/s, the cache's memory by the
+allocator's peak, and the longest context that the card holds.
+
+The models are Qwen2.5-32B and Qwen2.5-7B by their configurations, with random BF16 weights: neither speed nor memory depends on
+the values. Contexts are filled with random keys and values, not by prefill. Each step runs as a CUDA graph, so that the host
+does not count; replays of all caches take turns, and the median is reported. The baseline is a preallocated BF16 cache, of
+which torch's attention reads exactly the tokens that there are, by its flash or its cuDNN kernels, whichever is faster.
+
+    headline.py --csv out.csv --json out.json [--only 32b,7b,longest] [--caches TQ3,tq4/tq3,tq3/tq3]
+
+On PYTHONPATH: python; TURBOQUANT_LIBRARY and TQ_CUDA_LIBRARY name the libraries. --tiny tries the script itself, with a small
+model on the CPU and an emulated device as TQ_CUDA_LIBRARY: its numbers mean nothing.
+"""
+import argparse
+import csv
+import gc
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+import turboquant.transformers
+from turboquant._cuda_batch import Batch
+from turboquant.transformers import TurboQuantCache
+
+COMMON = {"max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+          "use_sliding_window": False, "vocab_size": 152064}
+MODELS = {
+    "32b": ("Qwen2.5-32B", COMMON | {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 40,
+                                     "num_key_value_heads": 8, "intermediate_size": 27648}),
+    "7b": ("Qwen2.5-7B", COMMON | {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+                                   "num_key_value_heads": 4, "intermediate_size": 18944}),
+}
+TINY = COMMON | {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+                 "intermediate_size": 128, "vocab_size": 256}
+# Batch and context.
+SIZES = {"32b": [(1, 4096), (1, 16384), (1, 32768)], "7b": [(1, 32768), (8, 32768), (16, 32768)]}
+TINY_SIZES = {"32b": [(1, 200)], "7b": [(2, 130)]}
+CONTEXT_STEP, TINY_CONTEXT_STEP = 4096, 64
+ROOM = 128  # tokens beyond the context: every replay of ours appends one
+FILL_TOKENS = 8192  # rows of one layer in one piece
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+CACHE = "cache" if "cache" in inspect.signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"
+# What the card must have left for activations, scratch and graphs, in searching the longest context.
+MARGIN_BYTES = 1 << 30
+
+
+def say(*words):
+    print(*words, file=sys.stderr, flush=True)
+
+
+class Machine:
+    """The GPU, or the CPU of a trial."""
+
+    def __init__(self, tiny):
+        self.tiny = tiny
+        self.device = torch.device("cpu") if tiny else torch.device("cuda", torch.cuda.current_device())
+        if tiny:
+            turboquant.transformers._DEVICE_TYPES.add("cpu")
+
+    @property
+    def name(self):
+        if self.tiny:
+            return "a trial on the CPU, with an emulated device"
+        gib = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+        return (f"{torch.cuda.get_device_name(self.device)} ({gib:.0f} GiB), CUDA {torch.version.cuda}, "
+                f"torch {torch.__version__}, transformers {transformers.__version__}")
+
+    def synchronize(self):
+        if not self.tiny:
+            torch.cuda.synchronize()
+
+    def clean(self):
+        gc.collect()
+        if not self.tiny:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def allocated(self):
+        return 0 if self.tiny else torch.cuda.memory_allocated()
+
+    def reset_peak(self):
+        if not self.tiny:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self):
+        return 0 if self.tiny else torch.cuda.max_memory_allocated()
+
+    def free(self):
+        """Bytes that can be allocated now, for a trial an amount that ends soon."""
+        return MARGIN_BYTES + (1 << 20) if self.tiny else torch.cuda.mem_get_info()[0]
+
+
+# ---- the baseline ----
+
+
+class PlainLayer(CacheLayerMixin):
+    """BF16 keys and values [n_batch, n_head_kv, room, head_dim], of which `length` are there. A step writes behind them, and
+    always at the same place: replays cost what the first does."""
+
+    is_sliding = False
+
+    def __init__(self, n_batch, n_head_kv, room, head_dim, dtype, device):
+        super().__init__()
+        self.keys, self.values = (torch.empty(n_batch, n_head_kv, room, head_dim, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
+
+    def lazy_initialization(self, key_states, value_states):
+        """The buffers are there."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        n = self.length + key_states.shape[2]
+        self.keys[:, :, self.length: n] = key_states
+        self.values[:, :, self.length: n] = value_states
+        return self.keys[:, :, :n], self.values[:, :, :n]
+
+    def get_mask_sizes(self, query_length):
+        return self.length + query_length, 0
+
+    def get_seq_length(self):
+        return self.length
+
+    def get_max_length(self):
+        return self.keys.shape[2]
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """One query token of each sequence sees everything: no mask."""
+    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("headline_plain", plain_attention)
+
+
+# ---- caches under test ----
+
+
+class Plain:
+    """A context in BF16; name: of torch's kernels."""
+
+    attention = "headline_plain"
+
+    def __init__(self, machine, config, backend):
+        self.machine, self.config, self.backend, self.name = machine, config, backend, f"bf16 {backend}"
+
+    def token_bytes(self):
+        c = self.config
+        return 4 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads)
+
+    def fixed_bytes(self):
+        return self.token_bytes()
+
+    def open(self, n_batch, context, filled):
+        c, device = self.config, self.machine.device
+        shape = (n_batch, c.num_key_value_heads, context + 1, c.hidden_size // c.num_attention_heads, torch.bfloat16, device)
+        self.cache = Cache(layers=[PlainLayer(*shape) for _ in range(c.num_hidden_layers)])
+        for layer in self.cache.layers:
+            layer.length = context
+            for rows in (layer.keys, layer.values):
+                rows.normal_() if filled else rows.zero_()
+
+    def around(self):
+        return sdpa_kernel(BACKENDS[self.backend])
+
+
+class Ours:
+    """Ours; name: a preset, or formats of keys and values."""
+
+    attention = "turboquant"
+
+    def __init__(self, machine, config, name):
+        self.machine, self.config, self.name = machine, config, name
+        self.options = {"preset": name} if "/" not in name else dict(zip(("k_format", "v_format"), name.split("/")))
+
+    def make(self, max_tokens):
+        cache = TurboQuantCache(config=self.config, max_tokens=max_tokens, **self.options)
+        cache._use(self.machine.device)
+        return cache
+
+    def token_bytes(self):
+        store = self.make(ROOM).store
+        return store.stats().page_bytes / store.page_size
+
+    def fixed_bytes(self):
+        store = self.make(ROOM).store
+        store.seq_create()
+        return store.stats().allocated_bytes + ROOM * store.stats().page_bytes // store.page_size
+
+    def open(self, n_batch, context, filled):
+        """All layers hold the same rows: one is encoded, and its pages are copied."""
+        self.cache = cache = self.make(context + ROOM)
+        c, store = self.config, cache.store
+        cache._open(n_batch)
+        cache._batch = batch = Batch(store, n_batch)
+        # Tokens of all sequences; pages need not hold anything sound where the time of a step is not asked for.
+        chunk = max(FILL_TOKENS // n_batch, 1) if filled else context
+        for begin in range(0, context, chunk):
+            n = min(chunk, context - begin)
+            if filled:
+                shape = (n_batch, n, c.num_key_value_heads, store.head_dim)
+                keys, values = (torch.randn(shape, dtype=torch.bfloat16, device=self.machine.device).transpose(1, 2)
+                                for _ in range(2))
+                batch.begin(cache.seqs, n, None, c.num_attention_heads)
+                batch.append(0, keys, values)
+            else:
+                store.reserve(cache.seqs, [n] * n_batch)
+                for seq in cache.seqs:
+                    store.advance(seq, n)
+        cache._extend(context)
+        for number, (layer, stored) in enumerate(zip(cache._compressed, store.layers)):
+            layer.n_columns = context
+            if not filled:
+                stored.pages.zero_()
+                store._exact[number].zero_()
+            elif number > 0:
+                stored.pages.copy_(store.layers[0].pages)
+                store._exact[number].copy_(store._exact[0])
+            stored.key_mean, stored.has_settled = store.layers[0].key_mean, True
+
+    def around(self):
+        return torch.no_grad()
+
+
+class Step:
+    """A decode step of a model with an open cache; captured, where there is a GPU."""
+
+    def __init__(self, machine, model, tested, n_batch, context, captured=True):
+        self.machine, self.tested = machine, tested
+        token = torch.randint(model.config.vocab_size, (n_batch, 1), device=machine.device)
+        position = torch.full((n_batch, 1), context, device=machine.device)
+
+        def run():
+            model.set_attn_implementation(tested.attention)
+            with torch.no_grad(), tested.around():
+                model(input_ids=token, position_ids=position, use_cache=True, logits_to_keep=1, **{CACHE: tested.cache})
+
+        self.run, self.graph = run, None
+        if machine.tiny or not captured:
+            run()
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            run()
+
+    def milliseconds(self):
+        """Of one step."""
+        if self.graph is None:
+            begin = time.perf_counter()
+            self.run()
+            return (time.perf_counter() - begin) * 1000
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+# ---- measurements ----
+
+
+def make_model(machine, config):
+    """Random weights, made where they are."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = Qwen2ForCausalLM(config)
+    finally:
+        torch.set_default_dtype(previous)
+    model = model.to_empty(device=machine.device).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1) if "norm" in name else weight.normal_(std=.02)
+    with machine.device:  # buffers have no content either
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    return model
+
+
+class Bench:
+    HEADER = ["model", "what", "cache", "batch", "context", "ms_per_step", "tokens_per_s", "speed_up", "cache_mib",
+              "peak_mib", "expected_mib", "memory_ratio", "weights_mib"]
+
+    def __init__(self, machine, arguments):
+        self.machine, self.arguments, self.rows = machine, arguments, []
+        self.n_replays = 3 if machine.tiny else arguments.replays
+
+    def add(self, **values):
+        row = {name: values.get(name, "") for name in self.HEADER}
+        row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+        self.rows.append(row)
+        print(",".join(map(str, row.values())), flush=True)
+
+    def config(self, key):
+        return Qwen2Config(**(TINY if self.machine.tiny else MODELS[key][1]), pad_token_id=None)
+
+    def tested(self, config):
+        backends = ["math"] if self.machine.tiny else ["flash", "cudnn"]
+        return [*(Plain(self.machine, config, name) for name in backends),
+                *(Ours(self.machine, config, name) for name in self.arguments.caches.split(","))]
+
+    def speed(self, key, model, weights):
+        for n_batch, context in (TINY_SIZES if self.machine.tiny else SIZES)[key]:
+            rows, waiting = [], self.tested(model.config)
+            while waiting:
+                found, waiting = self.take_turns(model, waiting, n_batch, context)
+                rows += found
+            plain = [row for row in rows if row["cache"].startswith("bf16")]
+            best = min((row["ms_per_step"] for row in plain), default=None)
+            for row in rows:
+                row |= {"model": MODELS[key][0], "batch": n_batch, "context": context, "weights_mib": weights / 2**20}
+                if best is not None:
+                    row |= {"speed_up": best / row["ms_per_step"], "memory_ratio": plain[0]["cache_mib"] / row["cache_mib"]
+                            if row["cache_mib"] else ""}
+                self.add(what="decode", **row)
+
+    def take_turns(self, model, tested, n_batch, context):
+        """Rows of as many caches as fit beside each other, and those that are left. One that does not fit alone is left out."""
+        machine, open_steps, rows, step = self.machine, [], [], None
+        for i, one in enumerate(tested):
+            say(f"{one.name}: {n_batch} x {context}")
+            machine.clean()
+            before = machine.allocated()
+            machine.reset_peak()
+            try:
+                one.open(n_batch, context, filled=True)
+                held = machine.allocated() - before
+                step = Step(machine, model, one, n_batch, context)
+            except torch.OutOfMemoryError:
+                one.cache = step = None
+                machine.clean()
+                if open_steps:
+                    break
+                say(f"{one.name}: {n_batch} x {context} does not fit")
+                return rows, tested[1:]
+            except RuntimeError as error:  # torch has not every kernel for every shape
+                if not isinstance(one, Plain):
+                    raise
+                say(f"{one.name}: {str(error).splitlines()[0]}")
+                one.cache = step = None
+                continue
+            rows.append({"cache": one.name, "cache_mib": held / 2**20, "peak_mib": (machine.peak() - before) / 2**20,
+                         "expected_mib": n_batch * context * one.token_bytes() / 2**20})
+            open_steps.append(step)
+        else:
+            i = len(tested)
+        times = [[step.milliseconds() for step in open_steps] for _ in range(self.n_replays + 3)][3:]
+        for row, *of_step in zip(rows, *times):
+            row["ms_per_step"] = statistics.median(of_step)
+            row["tokens_per_s"] = n_batch * 1000 / row["ms_per_step"]
+        for one in tested[:i]:
+            one.cache = None
+        del open_steps, step
+        machine.clean()
+        return rows, tested[i:]
+
+    def longest(self, key, model, weights):
+        """By arithmetic, and proved by a step at that length; less, if that does not fit."""
+        machine, size = self.machine, TINY_CONTEXT_STEP if self.machine.tiny else CONTEXT_STEP
+        lengths = {}
+        for one in self.tested(model.config):
+            if isinstance(one, Plain) and one.backend == "flash":
+                continue  # both have the same memory
+            per_token, fixed = one.token_bytes(), one.fixed_bytes()
+            machine.clean()
+            context = int((machine.free() - MARGIN_BYTES - fixed) / per_token) // size * size
+            while context > 0:
+                say(f"{one.name}: 1 x {context}")
+                before = machine.allocated()
+                machine.reset_peak()
+                try:
+                    one.open(1, context, filled=False)
+                    held = machine.allocated() - before
+                    Step(machine, model, one, 1, context, captured=False)
+                    machine.synchronize()
+                    break
+                except torch.OutOfMemoryError:
+                    context -= size
+                finally:
+                    one.cache = None
+                    machine.clean()
+            lengths[one.name] = context
+            if context > 0:
+                plain = next(iter(lengths.values()))
+                self.add(model=MODELS[key][0], what="longest context", cache=one.name, batch=1, context=context,
+                         cache_mib=held / 2**20, peak_mib=(machine.peak() - before) / 2**20,
+                         expected_mib=context * per_token / 2**20, memory_ratio=context / plain if plain else "",
+                         weights_mib=weights / 2**20)
+            else:
+                say(f"{one.name}: does not fit")
+
+    def model(self, key):
+        say(f"{MODELS[key][0]}: making weights")
+        before = self.machine.allocated()
+        try:
+            model = make_model(self.machine, self.config(key))
+        except torch.OutOfMemoryError:
+            say(f"{MODELS[key][0]}: does not fit")
+            return None, 0
+        return model, self.machine.allocated() - before
+
+    def run(self, only):
+        torch.manual_seed(1)
+        print(",".join(self.HEADER), flush=True)
+        for key in MODELS:
+            if not {key, "longest"} & only or (key not in only and key != "32b"):
+                continue
+            model, weights = self.model(key)
+            if model is not None and key in only:
+                self.speed(key, model, weights)
+            if model is not None and key == "32b" and "longest" in only:
+                self.longest(key, model, weights)
+            del model
+            self.machine.clean()
+
+
+def commit_here():
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv")
+    parser.add_argument("--json")
+    parser.add_argument("--only", default="32b,7b,longest", help="longest: of the 32b model")
+    parser.add_argument("--caches", default="TQ3,tq4/tq3,tq3/tq3", help="presets, or formats of keys/values")
+    parser.add_argument("--replays", type=int, default=30, help="of each step, of which the median counts; at least 20")
+    parser.add_argument("--commit", help="what to write as the commit; by default what git says")
+    parser.add_argument("--tiny", action="store_true", help="a trial of the script on the CPU")
+    arguments = parser.parse_args()
+    if not 20 <= arguments.replays <= ROOM - 10:
+        parser.error(f"--replays: give 20 to {ROOM - 10}")
+    machine = Machine(arguments.tiny)
+    say(machine.name)
+    bench, begin = Bench(machine, arguments), time.perf_counter()
+    bench.run(set(arguments.only.split(",")))
+    about = {"command": " ".join(["python3", *sys.argv]), "commit": arguments.commit or commit_here(), "machine": machine.name}
+    if arguments.csv:
+        with open(arguments.csv, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*Bench.HEADER, *about])
+            writer.writerows([*row.values(), *about.values()] for row in bench.rows)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(about | {"rows": bench.rows}, indent=1) + "\n")
+    say(f"{time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A CUDA device in host memory, for tests of what drives one: libturboquant-cuda.so's table of functions, where device pointers
+ * are host pointers, a call is done when it returns, and a page holds the format's own bytes. Encoding is the codec's,
+ * attention is in double precision, and what a device would quietly survive (a page id out of range) is an error. One thread.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/half.h"
+#include "base/log.h"
+#include "codec/codec.h"
+#include "kernels/cuda/device.h"
+
+typedef struct side {
+    tq_codec *codec;
+    size_t codes; /* bytes of a vector without its scale */
+    size_t begin; /* of its head page within a KV head's */
+} side;
+
+typedef struct context {
+    const tq_device_store *store;
+    side sides[2];
+    size_t head_bytes; /* keys and values of one KV head in a page */
+} context;
+
+static tq_status fail(char *message, const char *what)
+{
+    snprintf(message, TQ_DEVICE_MESSAGE, "%s", what);
+    return TQ_ERR_DEVICE;
+}
+
+static tq_format format_of(const tq_device_format *format)
+{
+    static const tq_format scalar[] = {[8] = TQ_FORMAT_TQ8, [4] = TQ_FORMAT_TQ4, [3] = TQ_FORMAT_TQ3, [2] = TQ_FORMAT_TQ2};
+    static const tq_format trellis[] = {[4] = TQ_FORMAT_TT4, [3] = TQ_FORMAT_TT3, [2] = TQ_FORMAT_TT2};
+    return (format->is_trellis ? trellis : scalar)[format->bits];
+}
+
+/* The codec of a format with the signs that the store brings; kept from call to call. */
+static tq_codec *codec_of(tq_format format, const tq_device_store *store)
+{
+    static tq_codec *codecs[TQ_FORMAT_COUNT];
+    tq_codec *codec = codecs[format];
+    if (!codec || codec->head_dim != store->head_dim) {
+        tq_codec_free(codec);
+        codecs[format] = NULL;
+        if (tq_codec_create(&codec, format, store->head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
+        codecs[format] = codec;
+    }
+    for (int32_t round = 0; round < store->rotation.n_rounds; round++) {
+        for (int32_t i = 0; i < store->head_dim; i++) {
+            codec->rotation.signs[round][i] = store->rotation.signs[round][i / 32] >> i % 32 & 1u ? -1.0f : 1.0f;
+        }
+    }
+    return codec;
+}
+
+static context open_context(const tq_device_store *store)
+{
+    context c = {.store = store};
+    for (int i = 0; i < 2; i++) {
+        c.sides[i].codec = codec_of(format_of(i ? &store->value : &store->key), store);
+        c.sides[i].codes = c.sides[i].codec->code_bytes;
+        c.sides[i].begin = c.head_bytes;
+        c.head_bytes += (size_t)store->page_size * (c.sides[i].codes + 2);
+    }
+    return c;
+}
+
+static size_t page_bytes(const context *c)
+{
+    return c->head_bytes * (size_t)c->store->n_head_kv;
+}
+
+static uint8_t *head_page(const context *c, int64_t page, int32_t head, int i_side)
+{
+    return c->store->pages + (size_t)page * page_bytes(c) + (size_t)head * c->head_bytes + c->sides[i_side].begin;
+}
+
+static void encode(const context *c, int64_t page, int32_t offset, int32_t head, int i_side, const float *x)
+{
+    uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
+    if (tq_codec_encode(c->sides[i_side].codec, x, 1, record) != TQ_OK) abort();
+    size_t codes = c->sides[i_side].codes;
+    uint8_t *base = head_page(c, page, head, i_side);
+    memcpy(base + (size_t)offset * codes, record + 2, codes);
+    memcpy(base + (size_t)c->store->page_size * codes + 2 * (size_t)offset, record, 2);
+}
+
+static void decode(const context *c, int64_t page, int32_t offset, int32_t head, int i_side, float *x)
+{
+    uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
+    size_t codes = c->sides[i_side].codes;
+    const uint8_t *base = head_page(c, page, head, i_side);
+    memcpy(record + 2, base + (size_t)offset * codes, codes);
+    memcpy(record, base + (size_t)c->store->page_size * codes + 2 * (size_t)offset, 2);
+    if (tq_codec_decode(c->sides[i_side].codec, record, 1, x) != TQ_OK) abort();
+}
+
+static float load(const void *from, tq_dtype dtype, int64_t i)
+{
+    if (dtype == TQ_DTYPE_F32) return ((const float *)from)[i];
+    uint16_t bits = ((const uint16_t *)from)[i];
+    return dtype == TQ_DTYPE_F16 ? tq_half_to_float(bits) : tq_bfloat_to_float(bits);
+}
+
+static void save(void *to, tq_dtype dtype, int64_t i, float x)
+{
+    if (dtype == TQ_DTYPE_F32)
+        ((float *)to)[i] = x;
+    else
+        ((uint16_t *)to)[i] = dtype == TQ_DTYPE_F16 ? tq_half_from_float(x) : tq_bfloat_from_float(x);
+}
+
+static uint16_t *exact_vector(const context *c, int64_t slot, int i_side, int32_t head, int32_t entry)
+{
+    const tq_device_store *s = c->store;
+    return s->exact + (((slot * 2 + i_side) * s->n_head_kv + head) * (s->n_sink + s->n_recent) + entry) * s->head_dim;
+}
+
+static int32_t entry_of(const tq_device_store *s, int64_t position)
+{
+    return (int32_t)(position < s->n_sink ? position : s->n_sink + (position - s->n_sink) % s->n_recent);
+}
+
+/* A row of the batch as FP16; counts it if it has what FP16 cannot hold. */
+static void load_row(const tq_device_store *s, const tq_cuda_append_params *p, int64_t token, int32_t head, int i_side,
+                     uint16_t *half)
+{
+    bool bad = false;
+    for (int32_t i = 0; i < s->head_dim; i++) {
+        float x = load(i_side ? p->v : p->k, p->dtype, token * p->row_stride + head * s->head_dim + i);
+        if (!(fabsf(x) <= 65504.0f)) {
+            bad = true;
+            x = x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f;
+        }
+        half[i] = tq_half_from_float(x);
+    }
+    if (bad && p->n_not_finite) ++*p->n_not_finite;
+}
+
+/* What a token does: the place of what is encoded, itself or what leaves the ring; and its entry, -1 if it is not kept exact.
+ */
+typedef struct task {
+    int64_t page;
+    int32_t offset, entry;
+    bool encodes, from_ring;
+    int64_t exact_slot;
+} task;
+
+static tq_status task_of(task *out, const tq_device_store *s, const tq_cuda_append_params *p, int64_t i, char *message)
+{
+    *out = (task){.entry = -1};
+    int64_t slot = p->slot_mapping[i], position = slot;
+    const int32_t *table = NULL;
+    if (s->n_sink + s->n_recent > 0) {
+        position = p->positions[i] - s->n_recent;
+        table = p->page_table + p->seq_ids[i] * p->page_table_stride;
+        out->exact_slot = p->exact_slots ? p->exact_slots[p->seq_ids[i]] : p->seq_ids[i];
+        if (out->exact_slot < 0 || out->exact_slot >= s->n_exact_slots) return fail(message, "append: no such exact slot");
+        if (p->positions[i] < s->n_sink || s->n_recent > 0) out->entry = entry_of(s, p->positions[i]);
+        if (position < s->n_sink) return TQ_OK;
+        out->from_ring = s->n_recent > 0;
+    }
+    out->encodes = true;
+    out->offset = (int32_t)(position % s->page_size);
+    out->page = table ? table[position / s->page_size] : position / s->page_size;
+    if (out->page < 0 || out->page >= s->n_pages) return fail(message, "append: no such page");
+    return TQ_OK;
+}
+
+static tq_status append(const tq_device_store *s, const tq_cuda_append_params *p, void *stream, char *message)
+{
+    (void)stream;
+    context c = open_context(s);
+    for (int64_t i = 0; i < p->n_tok; i++) {
+        if (p->slot_mapping[i] < 0) continue;
+        task t;
+        TQ_TRY(task_of(&t, s, p, i, message));
+        for (int i_side = 0; i_side < 2; i_side++) {
+            for (int32_t head = 0; head < s->n_head_kv; head++) {
+                uint16_t row[TQ_DEVICE_HEAD_DIM_MAX], *entry = NULL;
+                load_row(s, p, i, head, i_side, row);
+                if (t.entry >= 0) entry = exact_vector(&c, t.exact_slot, i_side, head, t.entry);
+                float x[TQ_DEVICE_HEAD_DIM_MAX]; /* the token that leaves the ring stands where this one goes */
+                for (int32_t k = 0; k < s->head_dim; k++) x[k] = tq_half_to_float(t.from_ring ? entry[k] : row[k]);
+                if (t.encodes) encode(&c, t.page, t.offset, head, i_side, x);
+                if (entry) memcpy(entry, row, (size_t)s->head_dim * sizeof *row);
+            }
+        }
+    }
+    return TQ_OK;
+}
+
+/* Keys or values of one KV head of one sequence, float [length, head_dim]. */
+static tq_status read_sequence(float *out, const context *c, const tq_cuda_attend_params *p, int32_t seq, int64_t length,
+                               int32_t head, int i_side, char *message)
+{
+    const tq_device_store *s = c->store;
+    int64_t slot = p->exact_slots ? p->exact_slots[seq] : seq;
+    for (int64_t position = 0; position < length; position++) {
+        float *x = out + position * s->head_dim;
+        if (position < s->n_sink || position >= length - s->n_recent) {
+            if (slot < 0 || slot >= s->n_exact_slots) return fail(message, "attend: no such exact slot");
+            const uint16_t *half = exact_vector(c, slot, i_side, head, entry_of(s, position));
+            for (int32_t i = 0; i < s->head_dim; i++) x[i] = tq_half_to_float(half[i]);
+            continue;
+        }
+        int32_t page = p->page_table[seq * p->page_table_stride + position / s->page_size];
+        if (page < 0 || page >= s->n_pages) return fail(message, "attend: no such page");
+        decode(c, page, (int32_t)(position % s->page_size), head, i_side, x);
+    }
+    return TQ_OK;
+}
+
+/* One query row over the columns [begin, end). */
+static void attend_row(const tq_device_store *s, const tq_cuda_attend_params *p, int64_t token, int32_t head, const float *keys,
+                       const float *values, int64_t begin, int64_t end, double *logits)
+{
+    double max = p->sinks ? (double)p->sinks[head] : -INFINITY, sum = 0, out[TQ_DEVICE_HEAD_DIM_MAX] = {0};
+    for (int64_t column = begin; column < end; column++) {
+        double dot = 0;
+        for (int32_t i = 0; i < s->head_dim; i++) {
+            float q = load(p->q, p->dtype, token * p->q_token_stride + head * p->q_head_stride + i);
+            dot += (double)q * (double)keys[column * s->head_dim + i];
+        }
+        dot *= (double)p->softmax_scale;
+        if (p->softcap > 0) dot = (double)p->softcap * tanh(dot / (double)p->softcap);
+        logits[column] = dot;
+        max = fmax(max, dot);
+    }
+    for (int64_t column = begin; column < end; column++) {
+        double weight = exp(logits[column] - max);
+        sum += weight;
+        for (int32_t i = 0; i < s->head_dim; i++) out[i] += weight * (double)values[column * s->head_dim + i];
+    }
+    if (p->sinks) sum += exp((double)p->sinks[head] - max);
+    for (int32_t i = 0; i < s->head_dim; i++) {
+        float x = sum > 0 ? (float)(out[i] / sum) : 0.0f;
+        save(p->out, p->dtype, token * p->out_token_stride + head * p->out_head_stride + i, x);
+    }
+    if (p->lse) p->lse[token * p->n_head + head] = sum > 0 ? (float)(max + log(sum)) : -INFINITY;
+}
+
+static tq_status attend_sequence(const context *c, const tq_cuda_attend_params *p, int32_t seq, float *rows[2], double *logits,
+                                 char *message)
+{
+    const tq_device_store *s = c->store;
+    int64_t length = p->seq_lens_are_64 ? ((const int64_t *)p->seq_lens)[seq] : ((const int32_t *)p->seq_lens)[seq];
+    if (length < 0 || length > p->max_seq_len) return fail(message, "attend: a sequence is longer than max_seq_len");
+    int32_t group = p->n_head / s->n_head_kv;
+    for (int32_t head_kv = 0; head_kv < s->n_head_kv; head_kv++) {
+        for (int i = 0; i < 2; i++) TQ_TRY(read_sequence(rows[i], c, p, seq, length, head_kv, i, message));
+        for (int32_t i = 0; i < p->n_query; i++) {
+            int64_t end = length - p->n_query + i + 1, begin = p->window > 0 && end > p->window ? end - p->window : 0;
+            for (int32_t head = head_kv * group; head < (head_kv + 1) * group; head++) {
+                attend_row(s, p, (int64_t)seq * p->n_query + i, head, rows[0], rows[1], begin, end, logits);
+            }
+        }
+    }
+    return TQ_OK;
+}
+
+/* The pairs of pairs.cuh, as digits: bits of keys and of values, and 0 before a trellis format's. */
+static bool has_kernel(const tq_device_store *s)
+{
+    static const struct {
+        int32_t head_dim;
+        const char *pairs;
+    } kernels[] = {
+        {64, " 8/8 8/4 4/4 4/2 2/2 8/04 04/04 03/03 03/02 02/02 "},
+        {96, " 8/8 8/4 4/4 "},
+        {128, " 8/8 8/4 4/4 4/3 4/2 3/3 3/2 2/2 8/04 04/04 03/03 03/02 02/02 "},
+        {192, " 8/8 8/4 4/4 4/2 "},
+        {256, " 8/8 8/4 4/4 4/3 3/3 2/2 04/04 03/03 "},
+    };
+    char pair[32];
+    snprintf(pair, sizeof pair, " %s%d/%s%d ", s->key.is_trellis ? "0" : "", s->key.bits, s->value.is_trellis ? "0" : "",
+             s->value.bits);
+    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
+        if (kernels[i].head_dim == s->head_dim) return strstr(kernels[i].pairs, pair) != NULL;
+    }
+    return false;
+}
+
+/* Counters are zero before a call and after it; where another call may have its own, this one leaves something else. */
+static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
+{
+    size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv);
+    size_t n_counters = (size_t)p->n_seq * (size_t)s->n_head_kv * ((n_rows + 7) / 8) * 128;
+    uint8_t *bytes = p->workspace;
+    for (size_t i = 0; i < n_counters; i++) {
+        if (bytes[i]) return fail(message, "attend: the workspace's counters are not zero");
+    }
+    memset(bytes + n_counters, 0xff, p->workspace_bytes - n_counters);
+    return TQ_OK;
+}
+
+static tq_status attend(const tq_device_store *s, const tq_cuda_attend_params *p, void *stream, char *message)
+{
+    (void)stream;
+    if (!has_kernel(s)) {
+        snprintf(message, TQ_DEVICE_MESSAGE, "attend: there is no kernel for this pair of formats (docs/cuda.md)");
+        return TQ_ERR_FORMAT;
+    }
+    TQ_TRY(use_workspace(s, p, message));
+    context c = open_context(s);
+    size_t n = (size_t)p->max_seq_len * (size_t)s->head_dim + 1;
+    float *rows[2] = {malloc(n * sizeof(float)), malloc(n * sizeof(float))};
+    double *logits = malloc(n * sizeof(double));
+    tq_status status = TQ_OK;
+    for (int32_t seq = 0; seq < p->n_seq && status == TQ_OK; seq++) {
+        status = attend_sequence(&c, p, seq, rows, logits, message);
+    }
+    free(rows[0]), free(rows[1]), free(logits);
+    return status;
+}
+
+static tq_status describe(tq_cuda_info *out, char *message)
+{
+    (void)message;
+    *out = (tq_cuda_info){.name = "emulated", .n_multiprocessors = 1};
+    return TQ_OK;
+}
+
+static tq_status splits(int32_t *out, const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
+{
+    (void)s, (void)message;
+    *out = p->n_query > 1 ? 4 : 2; /* so that prompts are cut as on a device without a prefill kernel */
+    return TQ_OK;
+}
+
+static tq_status copy_pages(const tq_device_store *s, const int32_t *from, const int32_t *to, int64_t n, void *stream,
+                            char *message)
+{
+    (void)stream;
+    context c = open_context(s);
+    size_t bytes = page_bytes(&c);
+    for (int64_t i = 0; i < n; i++) {
+        if (from[i] < 0 || from[i] >= s->n_pages || to[i] < 0 || to[i] >= s->n_pages) {
+            return fail(message, "pages_copy: no such page");
+        }
+        memcpy(s->pages + (size_t)to[i] * bytes, s->pages + (size_t)from[i] * bytes, bytes);
+    }
+    return TQ_OK;
+}
+
+static tq_status export_pages(const tq_device_store *s, const int32_t *pages, int64_t n, void *bytes, void *stream,
+                              char *message)
+{
+    (void)stream;
+    context c = open_context(s);
+    for (int64_t i = 0; i < n; i++) {
+        if (pages[i] < 0 || pages[i] >= s->n_pages) return fail(message, "pages_export: no such page");
+        memcpy((uint8_t *)bytes + (size_t)i * page_bytes(&c), s->pages + (size_t)pages[i] * page_bytes(&c), page_bytes(&c));
+    }
+    return TQ_OK;
+}
+
+static tq_status import_pages(const tq_device_store *s, const int32_t *pages, int64_t n, const void *bytes, void *stream,
+                              char *message)
+{
+    (void)stream;
+    context c = open_context(s);
+    for (int64_t i = 0; i < n; i++) {
+        if (pages[i] < 0 || pages[i] >= s->n_pages) return fail(message, "pages_import: no such page");
+        memcpy(s->pages + (size_t)pages[i] * page_bytes(&c), (const uint8_t *)bytes + (size_t)i * page_bytes(&c),
+               page_bytes(&c));
+    }
+    return TQ_OK;
+}
+
+__attribute__((visibility("default"))) const tq_device_table *tq_device_table_get(void);
+
+const tq_device_table *tq_device_table_get(void)
+{
+    static const tq_device_table table = {TQ_DEVICE_ABI, describe,   append,       attend,
+                                          splits,        copy_pages, export_pages, import_pages};
+    return &table;
+}
