@@ -654,8 +654,8 @@ typedef struct tq_cuda_attend_params {
     /* Results are repeated bit for bit, and do not depend on what else is in the batch or on max_seq_len. Costs some speed. */
     bool deterministic;
     /* tq_cuda_workspace_bytes of scratch; its first bytes must be zero before its first use, which zeroing all of it once sees
-     * to: each call leaves them zero. A call with other n_seq, n_query or n_head counts elsewhere, where results of this one may
-     * lie: give it a workspace of its own, or zero it anew. Calls that may run at the same time need one each. */
+     * to: each call leaves them zero. A call with other n_seq, n_query or n_head counts elsewhere, where results of this one
+     * may lie: give it a workspace of its own, or zero it anew. Calls that may run at the same time need one each. */
     void *workspace;
     size_t workspace_bytes;
 } tq_cuda_attend_params;
