@@ -100,17 +100,16 @@ static void to_coded(const tq_rows_in *in, int32_t head, int64_t column, int32_t
 static void encode_group(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n, int32_t head)
 {
     size_t head_dim = (size_t)in->codec->head_dim;
-    _Alignas(64) uint16_t half[GROUP_MAX * TQ_HEAD_DIM_MAX];
     _Alignas(64) float x[GROUP_MAX * TQ_HEAD_DIM_MAX];
     for (int32_t i = 0; i < n; i++) {
-        uint16_t *to = half + (size_t)i * head_dim;
+        _Alignas(64) uint16_t half[TQ_HEAD_DIM_MAX];
         if (jobs[i].row >= 0) {
-            tq_row_half(in, jobs[i].row, head, to);
+            tq_row_half(in, jobs[i].row, head, half);
         } else {
-            memcpy(to, tq_exact_vector(in, head, jobs[i].exact_index), head_dim * sizeof *to);
+            memcpy(half, tq_exact_vector(in, head, jobs[i].exact_index), head_dim * sizeof *half);
         }
+        tq_half_expand(in, half, 1, x + (size_t)i * head_dim);
     }
-    tq_half_expand(in, half, n, x);
     to_coded(in, head, jobs[0].column, n, x);
     tq_block block = tq_page_view_block(&in->pages, in->codec, head, jobs[0].column);
     in->kernels->format[in->codec->traits->format].encode(in->codec, x, (int64_t)head_dim, n, block);
