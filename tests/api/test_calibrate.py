@@ -386,7 +386,8 @@ class Command(WithStandIn):
     def test_interrupt(self):
         self.write(make_record(1, 0)[0], mode="hangs")
         process = subprocess.Popen([str(word) for word in self.command()], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, env=self.environment)
+                                   text=True, env=self.environment,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job ignores it
         self.addCleanup(process.kill)
         pid_file = self.bin / "pid"
         deadline = time.monotonic() + SECONDS
