@@ -39,7 +39,7 @@ class Cache:
     """A pool of pages, filled with encoded random vectors, every page once."""
 
     def __init__(self, library, k_format, v_format, head_dim, n_head_kv, page_size, n_pages, n_sink=0, n_recent=0, n_seq=0):
-        self.library = library
+        self.api = library
         self.store = store = library.filled(library.types.CudaStore, "tq_cuda_store_default")
         store.k_format, store.v_format = map(library.format_number, (k_format, v_format))
         store.head_dim, store.n_head_kv, store.page_size, store.n_pages = head_dim, n_head_kv, page_size, n_pages
@@ -52,12 +52,12 @@ class Cache:
 
     def append(self, k, v, slots):
         """k, v [n_tok, n_head_kv, head_dim], slots int64 [n_tok]; without sinks and ring."""
-        params = self.library.filled(self.library.types.CudaAppendParams, "tq_cuda_append_params_default")
+        params = self.api.filled(self.api.types.CudaAppendParams, "tq_cuda_append_params_default")
         params.n_tok, params.dtype = k.shape[0], DTYPES[k.dtype]
         params.k, params.v, params.slot_mapping = k.data_ptr(), v.data_ptr(), slots.data_ptr()
         plain = type(self.store).from_buffer_copy(self.store)
         plain.n_sink = plain.n_recent = 0
-        self.library.loaded.tq_cuda_append(ctypes.byref(plain), ctypes.byref(params), stream())
+        self.api.loaded.tq_cuda_append(ctypes.byref(plain), ctypes.byref(params), stream())
 
     def fill(self):
         store, chunk = self.store, 16384
@@ -71,7 +71,7 @@ class Cache:
 
     def attend_params(self, q, out, page_table, seq_lens, max_seq_len, n_query=1, deterministic=False):
         """Parameters with a workspace of their own; the tensors must outlive them."""
-        params = self.library.filled(self.library.types.CudaAttendParams, "tq_cuda_attend_params_default")
+        params = self.api.filled(self.api.types.CudaAttendParams, "tq_cuda_attend_params_default")
         params.n_seq, params.n_query, params.n_head = page_table.shape[0], n_query, q.shape[-2]
         params.dtype, params.q, params.out = DTYPES[q.dtype], q.data_ptr(), out.data_ptr()
         params.page_table, params.page_table_stride = page_table.data_ptr(), page_table.stride(0)
@@ -79,10 +79,10 @@ class Cache:
         params.softmax_scale = self.store.head_dim ** -0.5
         params.deterministic = deterministic
         n_bytes = c_size_t()
-        self.library.loaded.tq_cuda_workspace_bytes(ctypes.byref(n_bytes), ctypes.byref(self.store), ctypes.byref(params))
+        self.api.loaded.tq_cuda_workspace_bytes(ctypes.byref(n_bytes), ctypes.byref(self.store), ctypes.byref(params))
         params.tensors = (q, out, page_table, seq_lens, torch.zeros(n_bytes.value, dtype=torch.uint8, device="cuda"))
         params.workspace, params.workspace_bytes = params.tensors[-1].data_ptr(), n_bytes.value
         return params
 
     def attend(self, params):
-        self.library.loaded.tq_cuda_attend(ctypes.byref(self.store), ctypes.byref(params), stream())
+        self.api.loaded.tq_cuda_attend(ctypes.byref(self.store), ctypes.byref(params), stream())
