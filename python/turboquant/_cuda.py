@@ -24,14 +24,6 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PAGE_SIZE = 64
 # Keys of a first pass of fewer tokens give no mean: the first token's is unlike all others.
 MEAN_TOKENS_MIN = 32
-# docs/cuda.md, "What there is".
-_KERNELS = {
-    64: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq2, tq2/tq2, tq8/tt4, tt4/tt4, tt3/tt3, tt3/tt2, tt2/tt2",
-    96: "tq8/tq8, tq8/tq4, tq4/tq4",
-    128: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq3, tq4/tq2, tq3/tq3, tq3/tq2, tq2/tq2, tq8/tt4, tt4/tt4, tt3/tt3, tt3/tt2, tt2/tt2",
-    192: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq2",
-    256: "tq8/tq8, tq8/tq4, tq4/tq4, tq4/tq3, tq3/tq3, tq2/tq2, tt4/tt4, tt3/tt3",
-}
 _REFUSED = {
     "calibration": "kernels know no transforms of keys",
     "offload_folder": "pages stay in the device's memory",
@@ -183,8 +175,7 @@ class DeviceStore:
         except UnsupportedError as error:
             names = [format_info(number, self.head_dim).name for number in (struct.k_format, struct.v_format)]
             raise UnsupportedError(
-                f"keys in {names[0]} with values in {names[1]} cannot be on a CUDA device ({error}). At head_dim "
-                f"{self.head_dim} there are, keys/values: {_KERNELS.get(self.head_dim, 'none')}. Name a pair, as "
+                f"keys in {names[0]} with values in {names[1]} cannot be on a CUDA device ({error}). Name a pair, as "
                 'k_format="tq4", v_format="tq4"', error.status) from error
 
     # ---- sequences ----

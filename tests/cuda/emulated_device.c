@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "codec/codec.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/pairs.h"
 
 typedef struct side {
     tq_codec *codec;
@@ -264,26 +265,12 @@ static tq_status attend_sequence(const context *c, const tq_cuda_attend_params *
     return TQ_OK;
 }
 
-/* The pairs of pairs.cuh, as digits: bits of keys and of values, and 0 before a trellis format's. */
 static bool has_kernel(const tq_device_store *s)
 {
-    static const struct {
-        int32_t head_dim;
-        const char *pairs;
-    } kernels[] = {
-        {64, " 8/8 8/4 4/4 4/2 2/2 8/04 04/04 03/03 03/02 02/02 "},
-        {96, " 8/8 8/4 4/4 "},
-        {128, " 8/8 8/4 4/4 4/3 4/2 3/3 3/2 2/2 8/04 04/04 03/03 03/02 02/02 "},
-        {192, " 8/8 8/4 4/4 4/2 "},
-        {256, " 8/8 8/4 4/4 4/3 3/3 2/2 04/04 03/03 "},
-    };
-    char pair[32];
-    snprintf(pair, sizeof pair, " %s%d/%s%d ", s->key.is_trellis ? "0" : "", s->key.bits, s->value.is_trellis ? "0" : "",
-             s->value.bits);
-    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
-        if (kernels[i].head_dim == s->head_dim) return strstr(kernels[i].pairs, pair) != NULL;
-    }
-    return false;
+    char pair[16];
+    snprintf(pair, sizeof pair, " t%c%d/t%c%d ", s->key.is_trellis ? 't' : 'q', (int)s->key.bits,
+             s->value.is_trellis ? 't' : 'q', (int)s->value.bits);
+    return strstr(tq_pair_names(s->head_dim), pair) != NULL;
 }
 
 /* Counters are zero before a call and after it; where another call may have its own, this one leaves something else. */
@@ -303,7 +290,8 @@ static tq_status attend(const tq_device_store *s, const tq_cuda_attend_params *p
 {
     (void)stream;
     if (!has_kernel(s)) {
-        snprintf(message, TQ_DEVICE_MESSAGE, "attend: there is no kernel for this pair of formats (docs/cuda.md)");
+        snprintf(message, TQ_DEVICE_MESSAGE, "attend: no kernel for this pair of formats at head_dim %d; there are:%s",
+                 (int)s->head_dim, tq_pair_names(s->head_dim));
         return TQ_ERR_FORMAT;
     }
     TQ_TRY(use_workspace(s, p, message));

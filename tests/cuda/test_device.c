@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "device_test.h"
+#include "kernels/cuda/pairs.h"
 
 static bool quick;
 
@@ -23,6 +24,13 @@ static const char *name_of(tq_format format)
 {
     tq_format_info info;
     return tq_format_describe(&info, format, 128) == TQ_OK ? info.name : "?";
+}
+
+static tq_format format_of(const char *name)
+{
+    tq_format format = TQ_FORMAT_F16;
+    CHECK(tq_format_from_name(&format, name) == TQ_OK, "format %s", name);
+    return format;
 }
 
 static void run(const char *what, setup s, uint64_t seed)
@@ -55,31 +63,18 @@ static setup plain(tq_format k, tq_format v, int32_t head_dim)
 }
 
 /* Every pair that there is. */
+#define PAIR(D, K, V) {D, #K, #V},
 static const struct {
     int32_t head_dim;
-    tq_format k, v;
-} pairs[] = {
-    {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
-    {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3},
-    {128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TT4, TQ_FORMAT_TT4},
-    {128, TQ_FORMAT_TT3, TQ_FORMAT_TT3}, {128, TQ_FORMAT_TT2, TQ_FORMAT_TT2}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TT4},
-    {128, TQ_FORMAT_TT3, TQ_FORMAT_TT2}, {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},
-    {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
-    {64, TQ_FORMAT_TT4, TQ_FORMAT_TT4},  {64, TQ_FORMAT_TT3, TQ_FORMAT_TT3},  {64, TQ_FORMAT_TT2, TQ_FORMAT_TT2},
-    {64, TQ_FORMAT_TQ8, TQ_FORMAT_TT4},  {64, TQ_FORMAT_TT3, TQ_FORMAT_TT2},  {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
-    {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4},  {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},  {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
-    {192, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {192, TQ_FORMAT_TQ4, TQ_FORMAT_TQ2},
-    {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}, {256, TQ_FORMAT_TQ8, TQ_FORMAT_TQ4}, {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
-    {256, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3}, {256, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {256, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2},
-    {256, TQ_FORMAT_TT4, TQ_FORMAT_TT4}, {256, TQ_FORMAT_TT3, TQ_FORMAT_TT3},
-};
+    const char *k, *v;
+} pairs[] = {TQ_PAIRS_128(PAIR) TQ_PAIRS_64(PAIR) TQ_PAIRS_96(PAIR) TQ_PAIRS_192(PAIR) TQ_PAIRS_256(PAIR)};
 enum { N_PAIRS = sizeof pairs / sizeof pairs[0] };
 
 static void test_pairs(void)
 {
     for (size_t i = 0; i < N_PAIRS; i++) {
         if (quick && i % 3 != 0) continue;
-        run("pair", plain(pairs[i].k, pairs[i].v, pairs[i].head_dim), 100 + i);
+        run("pair", plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim), 100 + i);
     }
 }
 
@@ -166,7 +161,7 @@ static void test_prefill(void)
     for (int portable = 0; portable < 2; portable++) {
         if (portable) setenv("TQ_CUDA_PORTABLE", "1", 1);
         for (size_t i = 0; i < N_PAIRS; i++) {
-            setup s = plain(pairs[i].k, pairs[i].v, pairs[i].head_dim);
+            setup s = plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim);
             if (quick && i % 5 != 0) continue;
             s.lens = lens, s.n_seq = 3, s.n_query = 90 + 7 * (int32_t)(i % 10), s.group = 1 + (int32_t)i % 5;
             if (i % 3 == 1) s.window = 100;

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/decode_launch.cuh"
+#include "kernels/cuda/pairs.h"
 
 static tq_status fail(char *message, const char *what, cudaError_t error)
 {
@@ -159,9 +160,9 @@ static tq_status attend(const tq_device_store *store, const tq_cuda_attend_param
     decode_launch launch = find_launch(*store, *params, &is_prefill);
     if (!launch) {
         snprintf(message, TQ_DEVICE_MESSAGE,
-                 "attend: there is no kernel for keys of %d bits%s with values of %d bits%s at head_dim %d (docs/cuda.md)",
-                 store->key.bits, store->key.is_trellis ? " (trellis)" : "", store->value.bits,
-                 store->value.is_trellis ? " (trellis)" : "", store->head_dim);
+                 "attend: no kernel for keys in t%c%d and values in t%c%d at head_dim %d; there are:%s",
+                 store->key.is_trellis ? 't' : 'q', store->key.bits, store->value.is_trellis ? 't' : 'q', store->value.bits,
+                 store->head_dim, tq_pair_names(store->head_dim));
         return TQ_ERR_FORMAT;
     }
     attend_args args = {};

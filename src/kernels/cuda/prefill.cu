@@ -20,18 +20,18 @@ decode_launch prefill_find(int head_dim, int pair)
 {
     if (head_dim == 128) {
         switch (pair) {
-            TQ_PREFILL_CASE(128, s8, s8)
-            TQ_PREFILL_CASE(128, s8, s4)
-            TQ_PREFILL_CASE(128, s4, s4)
-            TQ_PREFILL_CASE(128, s4, s3)
-            TQ_PREFILL_CASE(128, s3, s3)
-            TQ_PREFILL_CASE(128, s2, s2)
+            TQ_PREFILL_CASE(128, tq8, tq8)
+            TQ_PREFILL_CASE(128, tq8, tq4)
+            TQ_PREFILL_CASE(128, tq4, tq4)
+            TQ_PREFILL_CASE(128, tq4, tq3)
+            TQ_PREFILL_CASE(128, tq3, tq3)
+            TQ_PREFILL_CASE(128, tq2, tq2)
         }
     } else if (head_dim == 64) {
         switch (pair) {
-            TQ_PREFILL_CASE(64, s8, s8)
-            TQ_PREFILL_CASE(64, s8, s4)
-            TQ_PREFILL_CASE(64, s4, s4)
+            TQ_PREFILL_CASE(64, tq8, tq8)
+            TQ_PREFILL_CASE(64, tq8, tq4)
+            TQ_PREFILL_CASE(64, tq4, tq4)
         }
     }
     return nullptr;
