@@ -91,6 +91,45 @@ static inline void *kv_aligned(size_t bytes)
     return p;
 }
 
+/* A store of that shape with 2 sinks and a ring of 16. */
+static inline tq_store_params kv_store_params(tq_format format, int32_t head_dim, int32_t n_head_kv, int64_t n_slots)
+{
+    tq_store_params p;
+    tq_store_params_default(&p);
+    p.format = format;
+    p.head_dim = head_dim;
+    p.n_head_kv = n_head_kv;
+    p.n_slots = n_slots;
+    p.n_sink = 2;
+    p.n_recent = 16;
+    return p;
+}
+
+/* An empty store; the memory is freed when it is closed. */
+static inline tq_store *kv_open_store(const tq_store_params *p, void **memory)
+{
+    size_t bytes;
+    tq_store *store;
+    KV_CHECK(tq_store_bytes(&bytes, p) == TQ_OK);
+    *memory = kv_aligned(bytes);
+    KV_CHECK(tq_store_open(&store, p, *memory, bytes) == TQ_OK);
+    return store;
+}
+
+/* n_query tokens of n_head heads, q and out [n_query, n_head, head_dim]. */
+static inline tq_attend_params kv_attend_params(int64_t n_query, int32_t n_head, int32_t head_dim, const float *q, float *out)
+{
+    tq_attend_params p;
+    tq_attend_params_default(&p);
+    p.n_query = n_query;
+    p.n_head = n_head;
+    p.q = q;
+    p.out = out;
+    p.q_token_stride = p.out_token_stride = (int64_t)n_head * head_dim;
+    p.q_head_stride = p.out_head_stride = head_dim;
+    return p;
+}
+
 /* A call that may fail once for want of memory, as tq_alloc_fail_after wants it; counts that in n_failed. */
 #define KV_EVENTUALLY(call)                 \
     do {                                    \

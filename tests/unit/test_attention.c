@@ -59,22 +59,13 @@ static tq_pool *pool;
 
 static tq_store *open_store(const shape *s, bool is_k, void **memory)
 {
-    tq_store_params p;
-    tq_store_params_default(&p);
-    p.format = is_k ? s->k_format : s->v_format;
-    p.head_dim = is_k ? s->head_dim : s->head_dim_v;
-    p.n_head_kv = s->n_head_kv;
-    p.n_slots = s->n_col + 7;
+    tq_store_params p =
+        kv_store_params(is_k ? s->k_format : s->v_format, is_k ? s->head_dim : s->head_dim_v, s->n_head_kv, s->n_col + 7);
     p.n_sink = s->n_sink;
     p.n_recent = s->n_recent;
     p.ref_block = s->ref_block;
     p.balance = s->balance;
-    size_t bytes;
-    assert_int_equal(tq_store_bytes(&bytes, &p), TQ_OK);
-    *memory = kv_aligned(bytes);
-    tq_store *store;
-    assert_int_equal(tq_store_open(&store, &p, *memory, bytes), TQ_OK);
-    return store;
+    return kv_open_store(&p, memory);
 }
 
 /* Fill the columns in order but for some that are written again at the end, so that exact columns are scattered. */

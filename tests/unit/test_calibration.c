@@ -85,40 +85,16 @@ static void test_dot_products_and_keys_survive(void **state)
 
 static tq_store_params store_params(tq_format format, const tq_calibration *c)
 {
-    tq_store_params p;
-    tq_store_params_default(&p);
-    p.format = format;
-    p.head_dim = HEAD_DIM;
-    p.n_head_kv = N_HEAD_KV;
-    p.n_slots = N_TOK;
-    p.n_sink = 2;
-    p.n_recent = 16;
+    tq_store_params p = kv_store_params(format, HEAD_DIM, N_HEAD_KV, N_TOK);
     p.ref_block = 64;
     p.label = "layer 1 keys";
     p.calibration = c;
     return p;
 }
 
-static tq_store *open_store(const tq_store_params *p, void **memory)
-{
-    size_t bytes;
-    tq_store *store;
-    assert_int_equal(tq_store_bytes(&bytes, p), TQ_OK);
-    *memory = kv_aligned(bytes);
-    assert_int_equal(tq_store_open(&store, p, *memory, bytes), TQ_OK);
-    return store;
-}
-
 static tq_attend_params attention(void)
 {
-    tq_attend_params p;
-    tq_attend_params_default(&p);
-    p.q = q;
-    p.out = out;
-    p.n_query = N_QUERY;
-    p.n_head = N_HEAD;
-    p.q_token_stride = p.out_token_stride = N_HEAD * HEAD_DIM;
-    p.q_head_stride = p.out_head_stride = HEAD_DIM;
+    tq_attend_params p = kv_attend_params(N_QUERY, N_HEAD, HEAD_DIM, q, out);
     p.softmax_scale = 0.125f;
     return p;
 }
@@ -144,7 +120,7 @@ static void test_store(void **state)
         void *k_memory, *v_memory;
         tq_store_params p = store_params(cases[i].format, c), of_values = store_params(TQ_FORMAT_TQ8, NULL);
         p.layer = 1;
-        tq_store *keys = open_store(&p, &k_memory), *values = open_store(&of_values, &v_memory);
+        tq_store *keys = kv_open_store(&p, &k_memory), *values = kv_open_store(&of_values, &v_memory);
         assert_int_equal(tq_store_write(keys, slots, N_TOK, k, ROW, NULL), TQ_OK);
         assert_int_equal(tq_store_write(values, slots, N_TOK, v, ROW, NULL), TQ_OK);
         static float k_read[N_TOK * ROW], v_read[N_TOK * ROW];
@@ -179,7 +155,7 @@ static void test_store_takes_its_layer(void **state)
         void *memory;
         tq_store_params p = store_params(i < 2 ? TQ_FORMAT_TQ4 : TQ_FORMAT_F16, c);
         p.layer = i % 2;
-        tq_store *store = open_store(&p, &memory);
+        tq_store *store = kv_open_store(&p, &memory);
         assert_int_equal(tq_store_write(store, slots, N_TOK, k, ROW, NULL), TQ_OK);
         assert_int_equal(tq_store_read(store, 0, N_TOK, read[i], ROW), TQ_OK);
         tq_store_close(store);
@@ -199,7 +175,7 @@ static void test_error_is_estimated(void **state)
     tq_store_params p = store_params(TQ_FORMAT_TT2, c);
     p.balance = true;
     void *memory;
-    tq_store *store = open_store(&p, &memory);
+    tq_store *store = kv_open_store(&p, &memory);
     tq_stage *stage;
     tq_attend_params queries = attention();
     float estimate[N_HEAD_KV];

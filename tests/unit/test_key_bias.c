@@ -164,14 +164,7 @@ static void test_small_pairs_are_left_out(void **state)
 
 static tq_store_params store_params(tq_format format)
 {
-    tq_store_params p;
-    tq_store_params_default(&p);
-    p.format = format;
-    p.head_dim = HEAD_DIM;
-    p.n_head_kv = N_HEAD_KV;
-    p.n_slots = N_SLOTS;
-    p.n_sink = 2;
-    p.n_recent = 16;
+    tq_store_params p = kv_store_params(format, HEAD_DIM, N_HEAD_KV, N_SLOTS);
     p.ref_block = 32;
     p.balance = true;
     p.positions = true;
@@ -181,11 +174,7 @@ static tq_store_params store_params(tq_format format)
 
 static tq_store *open_store(const tq_store_params *p, const model_bias *bias, void **memory)
 {
-    size_t bytes;
-    tq_store *store;
-    assert_int_equal(tq_store_bytes(&bytes, p), TQ_OK);
-    *memory = kv_aligned(bytes);
-    assert_int_equal(tq_store_open(&store, p, *memory, bytes), TQ_OK);
+    tq_store *store = kv_open_store(p, memory);
     if (bias) assert_int_equal(tq_store_set_key_bias(store, &bias->params), TQ_OK);
     return store;
 }
@@ -270,23 +259,17 @@ static void check_attention(const tq_store *keys, const tq_store *values, kv_ran
     assert_int_equal(tq_store_read(values, 0, N_SLOTS, v, ROW), TQ_OK);
     kv_decoded kv = {k, v, N_HEAD_KV, HEAD_DIM, HEAD_DIM, n_col};
     for (int64_t n_query = 1; n_query <= 41; n_query += 20) {
-        tq_attend_params p;
-        tq_attend_params_default(&p);
-        p.n_query = n_query;
-        p.n_head = 2 * N_HEAD_KV;
+        size_t n = (size_t)(n_query * 2 * ROW);
+        float *q = kv_calloc(n, sizeof *q), *out = kv_calloc(n, sizeof *out);
+        kv_fill(random, q, (int64_t)n);
+        tq_attend_params p = kv_attend_params(n_query, 2 * N_HEAD_KV, HEAD_DIM, q, out);
         p.causal = n_query > 1;
         p.first_pos = n_col - n_query;
         p.softmax_scale = 0.02f;
-        p.q_head_stride = p.out_head_stride = HEAD_DIM;
-        p.q_token_stride = p.out_token_stride = 2 * ROW;
-        float *q = kv_calloc((size_t)(n_query * 2 * ROW), sizeof *q);
-        kv_fill(random, q, n_query * 2 * ROW);
-        p.q = q;
-        p.out = kv_calloc((size_t)(n_query * 2 * ROW), sizeof *p.out);
         assert_int_equal(tq_store_attend(keys, values, n_col, &p, executor), TQ_OK);
         assert_true(kv_matches_reference(&kv, &p));
         free(q);
-        free(p.out);
+        free(out);
     }
     free(k);
     free(v);
@@ -467,14 +450,7 @@ static void test_refusals(void **state)
     /* Keys without their bias are no values. */
     assert_int_equal(tq_store_set_key_bias(store, &m.params), TQ_OK);
     float q[ROW] = {0}, out[ROW];
-    tq_attend_params attend;
-    tq_attend_params_default(&attend);
-    attend.n_query = 1;
-    attend.n_head = N_HEAD_KV;
-    attend.q = q;
-    attend.out = out;
-    attend.q_head_stride = attend.out_head_stride = HEAD_DIM;
-    attend.softmax_scale = 1.0f;
+    tq_attend_params attend = kv_attend_params(1, N_HEAD_KV, HEAD_DIM, q, out);
     assert_int_equal(tq_store_attend(store, store, 1, &attend, NULL), TQ_ERR_ARGUMENT);
     assert_message_has("layer 3 keys", "cannot be values");
     assert_int_equal(tq_store_attend(store, plain, 1, &attend, NULL), TQ_OK);

@@ -16,13 +16,7 @@ enum { N_MODEL_RUNS = 120, MODEL_BYTES = 300 };
 
 static tq_store_params small_params(void)
 {
-    tq_store_params p;
-    tq_store_params_default(&p);
-    p.format = TQ_FORMAT_TQ4;
-    p.head_dim = 64;
-    p.n_head_kv = 2;
-    p.n_slots = 64;
-    p.n_sink = 2;
+    tq_store_params p = kv_store_params(TQ_FORMAT_TQ4, 64, 2, 64);
     p.n_recent = 4;
     p.label = "layer 3 keys";
     return p;
@@ -31,11 +25,8 @@ static tq_store_params small_params(void)
 static tq_store *open_small(void **memory, size_t *bytes)
 {
     tq_store_params p = small_params();
-    tq_store *store;
     assert_int_equal(tq_store_bytes(bytes, &p), TQ_OK);
-    *memory = kv_aligned(*bytes);
-    assert_int_equal(tq_store_open(&store, &p, *memory, *bytes), TQ_OK);
-    return store;
+    return kv_open_store(&p, memory);
 }
 
 static void test_random_operations(void **state)
