@@ -605,6 +605,16 @@ typedef struct tq_cuda_sizes {
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM (there is no device layout for these; the log says what there is). */
 TQ_API TQ_NODISCARD tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *store);
 
+/*
+ * An append has two halves. A token pushes another one out of the ring, which is encoded; then it takes that one's place. The
+ * first half takes longer and needs nothing of the new token, so it may run long before, on another stream.
+ */
+typedef enum tq_cuda_append_half {
+    TQ_CUDA_APPEND_BOTH = 0,
+    TQ_CUDA_APPEND_ENCODE = 1, /* k and v may be NULL where no sequence gets more than n_recent tokens */
+    TQ_CUDA_APPEND_STORE = 2,  /* writes the exact tokens; the other half must be done with the same tokens */
+} tq_cuda_append_half;
+
 typedef struct tq_cuda_append_params {
     size_t struct_size;
     int64_t n_tok;
@@ -626,6 +636,10 @@ typedef struct tq_cuda_append_params {
     /* Optional int32: incremented for each vector with NaN, infinity or a magnitude above 65504. NaN is stored as 0, the others
      * as the largest FP16 number. */
     int32_t *n_not_finite;
+    /* Optional float [n_head_kv, head_dim]: subtracted from every key first. A constant in all keys adds one to all scores of a
+     * query, which its softmax takes out again (but not where scores are capped or compared with a learned sink's). */
+    const float *k_mean;
+    tq_cuda_append_half half; /* other than BOTH: with a ring alone */
 } tq_cuda_append_params;
 TQ_API void tq_cuda_append_params_default(tq_cuda_append_params *params);
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE. */
@@ -653,6 +667,9 @@ typedef struct tq_cuda_attend_params {
     const float *sinks; /* optional float [n_head]: learned sink logits */
     /* Results are repeated bit for bit, and do not depend on what else is in the batch or on max_seq_len. Costs some speed. */
     bool deterministic;
+    /* The call before on this stream is the tq_cuda_append, or its STORE half, of the newest token: kernels may then begin
+     * beside it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
+    bool follows_append;
     /* tq_cuda_workspace_bytes of scratch; its first bytes must be zero before its first use, which zeroing all of it once sees
      * to: each call leaves them zero. A call with other n_seq, n_query or n_head counts elsewhere, where results of this one
      * may lie: give it a workspace of its own, or zero it anew. Calls that may run at the same time need one each. */

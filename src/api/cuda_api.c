@@ -190,7 +190,12 @@ tq_status tq_cuda_append(const tq_cuda_store *store, const tq_cuda_append_params
     if (copy.n_tok < 0 || copy.n_tok > INT32_MAX / store->n_head_kv) return bad("append: n_tok is out of range");
     if (copy.n_tok == 0) return TQ_OK;
     if (!is_dtype(copy.dtype)) return bad("append: unknown dtype");
-    if (!copy.k || !copy.v || !copy.slot_mapping) return bad("append: k, v or slot_mapping is NULL");
+    if (!copy.slot_mapping) return bad("append: slot_mapping is NULL");
+    if (copy.half != TQ_CUDA_APPEND_BOTH && copy.half != TQ_CUDA_APPEND_ENCODE && copy.half != TQ_CUDA_APPEND_STORE) {
+        return bad("append: unknown half");
+    }
+    if (copy.half != TQ_CUDA_APPEND_BOTH && store->n_recent == 0) return bad("append: there are halves with a ring alone");
+    if (copy.half != TQ_CUDA_APPEND_ENCODE && (!copy.k || !copy.v)) return bad("append: k or v is NULL");
     if (copy.row_stride == 0) copy.row_stride = row;
     if (copy.row_stride < row || copy.row_stride > COUNT_MAX) return bad("append: row_stride is less than a row");
     if (store->n_sink + store->n_recent > 0 && (!copy.seq_ids || !copy.positions || !copy.page_table)) {

@@ -15,13 +15,13 @@
 enum { N_HEAD_KV = 2, GROUP = 4, HEAD_DIM = 128, PAGE_SIZE = 64, WIDTH = N_HEAD_KV * HEAD_DIM };
 enum { ROW_BYTES = WIDTH * 2, OUT_FLOATS = WIDTH * GROUP };
 
-/* One sequence of tq4 on the device, one token and one query at a time. */
+/* One sequence on the device, one token and one query at a time. */
 typedef struct engine {
     tq_cuda_store store;
     tq_cuda_sizes sizes;
     tq_cuda_append_params append;
     tq_cuda_attend_params attend;
-    void *k, *v, *slot, *length;
+    void *k, *v, *slot, *length, *position;
 } engine;
 
 static void fill_random(uint16_t *rows, size_t n, uint64_t seed)
@@ -54,6 +54,18 @@ static void engine_open(engine *e, void *pages, int64_t n_pages, const int32_t *
     e->attend.workspace = device_alloc(e->attend.workspace_bytes, 0);
 }
 
+/* Sinks and a ring, before the first step. */
+static void engine_add_ring(engine *e, int32_t n_sink, int32_t n_recent)
+{
+    const int32_t sequence = 0;
+    e->store.n_sink = n_sink, e->store.n_recent = n_recent, e->store.n_exact_slots = 1;
+    CHECK(tq_cuda_sizes_get(&e->sizes, &e->store) == TQ_OK, "sizes");
+    e->store.exact = device_alloc(e->sizes.exact_bytes, 0xff);
+    e->position = device_alloc(sizeof(int64_t), 0);
+    e->append.positions = e->position, e->append.seq_ids = device_copy_of(&sequence, sizeof sequence);
+    e->append.page_table = e->attend.page_table, e->append.page_table_stride = e->attend.page_table_stride;
+}
+
 static bool put(void *device, const void *host, size_t bytes)
 {
     return cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice) == cudaSuccess;
@@ -66,7 +78,7 @@ static void engine_set_token(engine *e, const int32_t *table, int64_t position)
     fill_random(&rows[0][0], 2 * WIDTH, 1000 + (uint64_t)position);
     int64_t slot = (int64_t)table[position / PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE, length = position + 1;
     CHECK(put(e->k, rows[0], ROW_BYTES) && put(e->v, rows[1], ROW_BYTES) && put(e->slot, &slot, sizeof slot) &&
-              put(e->length, &length, sizeof length),
+              put(e->length, &length, sizeof length) && (!e->position || put(e->position, &position, sizeof position)),
           "copies to the device");
 }
 
@@ -137,6 +149,59 @@ void test_graph(void)
     cudaGraphExecDestroy(exec), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
     free(expected);
     device_free_all();
+}
+
+/* A step whose append is in halves, the first on a stream of its own, with attention that begins beside the second. */
+static void engine_step_in_halves(engine *e, cudaStream_t stream, cudaStream_t side)
+{
+    cudaEvent_t begun, encoded;
+    CHECK(cudaEventCreate(&begun) == cudaSuccess && cudaEventCreate(&encoded) == cudaSuccess, "events");
+    CHECK(cudaEventRecord(begun, stream) == cudaSuccess && cudaStreamWaitEvent(side, begun, 0) == cudaSuccess, "fork");
+    tq_cuda_append_params half = e->append;
+    half.half = TQ_CUDA_APPEND_ENCODE, half.k = half.v = NULL;
+    CHECK(tq_cuda_append(&e->store, &half, side) == TQ_OK, "encode");
+    CHECK(cudaEventRecord(encoded, side) == cudaSuccess && cudaStreamWaitEvent(stream, encoded, 0) == cudaSuccess, "join");
+    half = e->append, half.half = TQ_CUDA_APPEND_STORE;
+    CHECK(tq_cuda_append(&e->store, &half, stream) == TQ_OK, "store");
+    e->attend.follows_append = true;
+    CHECK(tq_cuda_attend(&e->store, &e->attend, stream) == TQ_OK, "attend");
+    cudaEventDestroy(begun), cudaEventDestroy(encoded);
+}
+
+void test_halves(void)
+{
+    static const tq_format formats[] = {TQ_FORMAT_TQ4, TQ_FORMAT_TT3};
+    for (int f = 0; f < 2; f++) {
+        device_test("append in halves beside attention, format %d", (int)formats[f]);
+        engine e[2];
+        cudaStream_t stream, side;
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK(cudaStreamCreate(&stream) == cudaSuccess && cudaStreamCreate(&side) == cudaSuccess, "streams");
+        for (int i = 0; i < 2; i++) {
+            tq_cuda_store_default(&e[i].store);
+            e[i].store.n_head_kv = N_HEAD_KV;
+            CHECK(tq_cuda_sizes_get(&e[i].sizes, &e[i].store) == TQ_OK, "sizes"); /* tq4's pages are the larger */
+            engine_open(&e[i], device_alloc(N_TABLE * e[i].sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
+            e[i].store.k_format = e[i].store.v_format = formats[f];
+            engine_add_ring(&e[i], 4, 16);
+        }
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess, "begin of the capture");
+        engine_step_in_halves(&e[1], stream, side);
+        CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "end of the capture");
+        CHECK(cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess, "instantiate");
+        for (int64_t i = 0; i < N_STEPS; i++) {
+            uint16_t expected[OUT_FLOATS], out[OUT_FLOATS];
+            for (int j = 0; j < 2; j++) engine_set_token(&e[j], low_pages, i);
+            engine_step(&e[0], NULL);
+            engine_read(&e[0], expected);
+            CHECK(cudaGraphLaunch(exec, stream) == cudaSuccess, "launch");
+            engine_read(&e[1], out);
+            CHECK(memcmp(out, expected, sizeof out) == 0, "token %d differs", (int)i);
+        }
+        cudaGraphExecDestroy(exec), cudaGraphDestroy(graph), cudaStreamDestroy(stream), cudaStreamDestroy(side);
+        device_free_all();
+    }
 }
 
 /* Pages on both sides of 2^32 bytes and at the very end of a pool of 40 GB. */

@@ -212,12 +212,13 @@ void model_append(model *m)
     int64_t *slots = malloc((size_t)room * sizeof(int64_t)), *positions = malloc((size_t)room * sizeof(int64_t));
     int32_t *seqs = malloc((size_t)room * sizeof(int32_t));
     for (bool first = true; left > 0; first = false) {
-        int64_t n = 0;
+        int64_t n = 0, longest = 0;
         for (int32_t seq = 0; seq < s->n_seq; seq++) {
             int64_t rest = s->lens[seq] - done[seq], most = first ? rest / 2 : tq_random_next(&m->random) % 4 ? 3 : 200;
             int64_t take = most > 0 ? (int64_t)(tq_random_next(&m->random) % (uint64_t)(most + 1)) : 0;
             if (first && s->first_batch > 0) take = s->first_batch;
             if (rest < 200 || take > rest) take = rest;
+            if (take > longest) longest = take;
             for (int64_t i = 0; i < take; i++, n++) {
                 int64_t position = done[seq]++;
                 memcpy(k + (size_t)n * width, m->rows[0] + row_of(m, seq, position, 0), width * sizeof(float));
@@ -234,6 +235,10 @@ void model_append(model *m)
             memset(v + (size_t)n * width, 0xff, width * sizeof(float));
             slots[n] = -1, positions[n] = -1, seqs[n] = -1;
         }
+        float *mean = malloc(width * sizeof *mean); /* halves, so that adding and subtracting them is exact */
+        for (size_t i = 0; i < width; i++) mean[i] = 0.5f * (float)((int)(i % 3) - 1);
+        bool shifts = m->s.dtype != TQ_DTYPE_F16;
+        for (size_t i = 0; shifts && i < (size_t)n * width; i++) k[i] += mean[i % width];
         int32_t zero = 0, n_bad;
         tq_cuda_append_params p;
         tq_cuda_append_params_default(&p);
@@ -245,6 +250,14 @@ void model_append(model *m)
         p.seq_ids = device_copy_of(seqs, (size_t)n * sizeof(int32_t));
         p.page_table = m->device_page_table, p.page_table_stride = m->max_pages;
         p.n_not_finite = device_copy_of(&zero, sizeof zero);
+        if (shifts) p.k_mean = device_copy_of(mean, width * sizeof *mean);
+        free(mean);
+        if (longest <= s->n_recent && s->n_recent > 0) {
+            tq_cuda_append_params half = p;
+            half.half = TQ_CUDA_APPEND_ENCODE, half.k = half.v = NULL;
+            CHECK(tq_cuda_append(&m->store, &half, NULL) == TQ_OK, "encode");
+            p.half = TQ_CUDA_APPEND_STORE;
+        }
         CHECK(tq_cuda_append(&m->store, &p, NULL) == TQ_OK, "append");
         device_read(&n_bad, p.n_not_finite, sizeof n_bad);
         CHECK(n_bad == 0, "append: %d vectors are not finite", (int)n_bad);

@@ -66,6 +66,7 @@ void model_close(model *m);
 
 /* device_engine.c */
 void test_graph(void);
+void test_halves(void);
 void test_large(void);
 void test_full_memory(void);
 void test_snapshot(void);

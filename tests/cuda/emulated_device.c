@@ -134,6 +134,7 @@ static void load_row(const tq_device_store *s, const tq_cuda_append_params *p, i
     bool bad = false;
     for (int32_t i = 0; i < s->head_dim; i++) {
         float x = load(i_side ? p->v : p->k, p->dtype, token * p->row_stride + head * s->head_dim + i);
+        if (!i_side && p->k_mean) x -= p->k_mean[head * s->head_dim + i];
         if (!(fabsf(x) <= 65504.0f)) {
             bad = true;
             x = x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f;
@@ -181,15 +182,18 @@ static tq_status append(const tq_device_store *s, const tq_cuda_append_params *p
         if (p->slot_mapping[i] < 0) continue;
         task t;
         TQ_TRY(task_of(&t, s, p, i, message));
+        if (p->half != TQ_CUDA_APPEND_BOTH && i >= s->n_recent && p->seq_ids[i - s->n_recent] == p->seq_ids[i]) {
+            return fail(message, "append: the emulated device has no halves where a batch is longer than the ring");
+        }
         for (int i_side = 0; i_side < 2; i_side++) {
             for (int32_t head = 0; head < s->n_head_kv; head++) {
-                uint16_t row[TQ_DEVICE_HEAD_DIM_MAX], *entry = NULL;
-                load_row(s, p, i, head, i_side, row);
+                uint16_t row[TQ_DEVICE_HEAD_DIM_MAX] = {0}, *entry = NULL;
+                if (p->half != TQ_CUDA_APPEND_ENCODE) load_row(s, p, i, head, i_side, row);
                 if (t.entry >= 0) entry = exact_vector(&c, t.exact_slot, i_side, head, t.entry);
                 float x[TQ_DEVICE_HEAD_DIM_MAX]; /* the token that leaves the ring stands where this one goes */
                 for (int32_t k = 0; k < s->head_dim; k++) x[k] = tq_half_to_float(t.from_ring ? entry[k] : row[k]);
-                if (t.encodes) encode(&c, t.page, t.offset, head, i_side, x);
-                if (entry) memcpy(entry, row, (size_t)s->head_dim * sizeof *row);
+                if (t.encodes && p->half != TQ_CUDA_APPEND_STORE) encode(&c, t.page, t.offset, head, i_side, x);
+                if (entry && p->half != TQ_CUDA_APPEND_ENCODE) memcpy(entry, row, (size_t)s->head_dim * sizeof *row);
             }
         }
     }

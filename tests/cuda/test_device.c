@@ -282,6 +282,7 @@ int main(int argc, char **argv)
         {"long", test_long, true},
         {"deterministic", test_deterministic, false},
         {"graph", test_graph, false},
+        {"halves", test_halves, false},
         {"snapshot", test_snapshot, false},
         {"full_memory", test_full_memory, true},
         {"large", test_large, true},

@@ -153,16 +153,19 @@ static void test_splits(void **state)
                 if (!deterministic && tiles[t] <= 132)
                     assert_true(cut.splits_allowed == 1 || cut.splits_allowed * tiles[t] <= 132);
                 for (int32_t n = 0; n <= records[r] && n < 5000; n += 1 + n / 3) {
-                    int32_t per_split = tq_split_records(n, cut.splits_allowed, cut.split_records_min);
-                    int32_t used = tq_splits_used(n, cut.splits_allowed, cut.split_records_min);
-                    assert_in_range(used, 1, cut.splits_allowed);
-                    assert_true((int64_t)used * per_split >= n);
-                    assert_true(n == 0 || (int64_t)(used - 1) * per_split < n); /* no split is empty */
-                    if (!tq_exact_apart(n, cut.splits_allowed)) continue;
-                    /* One is left for exact tokens, and the others are no longer by more than those take. */
-                    int32_t fewer = cut.splits_allowed - 1, longer = tq_split_records(n, fewer, cut.split_records_min);
-                    assert_in_range(tq_splits_used(n, fewer, cut.split_records_min), 1, fewer);
-                    assert_in_range(longer, per_split, per_split + TQ_EXACT_AS_RECORDS);
+                    tq_tile_cut plain = tq_tile_cut_of(n, false, cut.splits_allowed, cut.split_records_min);
+                    assert_in_range(plain.n_splits, 1, cut.splits_allowed);
+                    assert_true((int64_t)plain.n_splits * plain.records >= n);
+                    assert_true(n == 0 || (int64_t)(plain.n_splits - 1) * plain.records < n); /* no split is empty */
+                    tq_tile_cut exact = tq_tile_cut_of(n, true, cut.splits_allowed, cut.split_records_min);
+                    int64_t before = (int64_t)(exact.n_splits - 1) * exact.records, last = n > before ? n - before : 0;
+                    assert_in_range(exact.n_splits, 1, cut.splits_allowed);
+                    assert_true((int64_t)exact.n_splits * exact.records >= n);
+                    assert_true(exact.n_splits < 2 || before - exact.records < n); /* none but the last is empty */
+                    /* The longest split is no longer than the plain cut's by more than exact tokens take, and the last one,
+                     * which has them, is not the longest, unless they are all that it has. */
+                    assert_in_range(exact.records, plain.records, plain.records + TQ_EXACT_AS_RECORDS);
+                    if (exact.n_splits > 1 && last > 0) assert_true(last + TQ_EXACT_AS_RECORDS <= exact.records);
                 }
             }
         }

@@ -7,6 +7,7 @@
  */
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/encode.cuh"
+#include "kernels/cuda/overlap.cuh"
 
 constexpr int encode_threads = 128;
 
@@ -66,6 +67,7 @@ __global__ void store_exact_kernel(const __grid_constant__ tq_device_store store
     int64_t token = blockIdx.x / store.n_head_kv;
     int32_t head = blockIdx.x % store.n_head_kv;
     const bool is_value = blockIdx.y;
+    let_next_kernel_begin(); /* attention, which waits for this one before it reads what is exact */
     if (p.slot_mapping[token] < 0) return;
     int32_t seq = p.seq_ids[token];
     int64_t position = p.positions[token];
@@ -84,7 +86,7 @@ __global__ void store_exact_kernel(const __grid_constant__ tq_device_store store
     for (int i = threadIdx.x; i < store.head_dim; i += blockDim.x) {
         float x[1];
         load_strided(x, is_value ? p.v : p.k, p.dtype, base + i);
-        to[i] = to_half(x[0], bad);
+        to[i] = to_half(x[0] - mean_of(p, is_value, head * store.head_dim + i), bad);
     }
     if (p.n_not_finite && __syncthreads_or(bad) && threadIdx.x == 0) atomicAdd(p.n_not_finite, 1);
 }
@@ -121,9 +123,12 @@ static cudaError_t encode_few(const tq_device_store &store, const tq_cuda_append
 
 cudaError_t append_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
 {
-    cudaError_t error = encode_many_has(store, p) ? encode_many(store, p, stream) : encode_few(store, p, stream);
-    if (error == cudaSuccess) error = encode_trellis_rows(store, p, stream);
-    if (error != cudaSuccess || store.n_sink + store.n_recent == 0) return error;
+    if (p.half != TQ_CUDA_APPEND_STORE) {
+        cudaError_t error = encode_many_has(store, p) ? encode_many(store, p, stream) : encode_few(store, p, stream);
+        if (error == cudaSuccess) error = encode_trellis_rows(store, p, stream);
+        if (error != cudaSuccess) return error;
+    }
+    if (p.half == TQ_CUDA_APPEND_ENCODE || store.n_sink + store.n_recent == 0) return cudaSuccess;
     store_exact_kernel<<<dim3((unsigned)(p.n_tok * store.n_head_kv), 2), 64, 0, stream>>>(store, p);
     return cudaGetLastError();
 }

@@ -51,7 +51,7 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
         task.page = p.page_table[seq * p.page_table_stride + position / store.page_size];
         task.offset = (int32_t)(position % store.page_size);
     }
-    task.exists = task.page >= 0 && task.page < store.n_pages;
+    task.exists = task.page >= 0 && task.page < store.n_pages && (task.row < 0 || p.k);
     return task;
 }
 
@@ -67,6 +67,12 @@ __device__ __forceinline__ __half to_half(float x, bool &bad)
     if (fabsf(x) <= 65504.0f) return __float2half_rn(x);
     bad = true;
     return __float2half_rn(x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f);
+}
+
+/* What is subtracted from element i of a row of the batch, which is one of n_head_kv * head_dim. */
+__device__ __forceinline__ float mean_of(const tq_cuda_append_params &p, bool is_value, int32_t i)
+{
+    return is_value || !p.k_mean ? 0.0f : p.k_mean[i];
 }
 
 /* Elements lane16, lane16 + 16, ... of the vector to encode, rounded to FP16. Batch rows are checked where the batch is stored
@@ -86,7 +92,9 @@ __device__ __forceinline__ void load_vector(float (&x)[D / 16], const tq_device_
     int64_t base = task.row * p.row_stride + head * D;
     load_strided(x, is_value ? p.v : p.k, p.dtype, base + lane16);
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) x[k] = __half2float(to_half(x[k], bad));
+    for (int k = 0; k < D / 16; k++) {
+        x[k] = __half2float(to_half(x[k] - mean_of(p, is_value, head * D + 16 * k + lane16), bad));
+    }
     if (p.n_not_finite && (__ballot_sync(half_mask(), bad) & half_mask()) && lane16 == 0) atomicAdd(p.n_not_finite, 1);
 }
 

@@ -39,7 +39,7 @@ struct attend_args {
     int32_t window;                          /* 0: none */
     const float *sinks;
     int32_t splits_allowed, split_records_min;
-    bool deterministic, small_blocks;
+    bool deterministic, small_blocks, follows_append;
     float *partials;
     uint32_t *counters;
 };
@@ -128,11 +128,10 @@ __device__ __forceinline__ void measure_tile(tile_id &tile, const attend_args &a
     int end = min(visible_to(tile, args, tile.last_token).y, tile.coded_end);
     int first = begin / TQ_RECORD_TOKENS, last = (end + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
     int n_records = end > begin ? last - first : 0;
-    int apart = tile.n_exact > 0 && tq_exact_apart(n_records, args.splits_allowed); /* the last split has them alone */
-    int per_split = tq_split_records(n_records, args.splits_allowed - apart, args.split_records_min);
-    tile.n_splits = tq_splits_used(n_records, args.splits_allowed - apart, args.split_records_min) + apart;
-    tile.record_begin = first + tile.split * per_split;
-    tile.record_end = min(tile.record_begin + per_split, first + n_records);
+    tq_tile_cut cut = tq_tile_cut_of(n_records, tile.n_exact > 0, args.splits_allowed, args.split_records_min);
+    tile.n_splits = cut.n_splits;
+    tile.record_begin = first + tile.split * cut.records;
+    tile.record_end = min(tile.record_begin + cut.records, first + n_records);
 }
 
 __device__ __forceinline__ int64_t length_of(const attend_args &args, int32_t sequence)

@@ -20,6 +20,7 @@
 #include "kernels/cuda/attend_args.cuh"
 #include "kernels/cuda/exact.cuh"
 #include "kernels/cuda/expand.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/trellis_codes.cuh"
 
 /* One trellis for keys and values is looked up in pairs, where accumulators leave room for the table. */
@@ -268,6 +269,7 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
     tables.fill(work + shape::work_bytes, args.windows);
     if (threadIdx.x == 0) shared.next_record = tile.record_begin + (N + 1) * shape::n_warps;
     __syncthreads();
+    wait_for_kernel_before(); /* so that this one never ends first, either */
     if (tile.n_exact > 0 && tile.split == tile.n_splits - 1) { /* while the first records are on their way */
         attend_exact<D, shape::n_threads>(shared.exact, shared.queries, tile, args);
     }

@@ -9,7 +9,7 @@
 
 #include "turboquant.h"
 
-#define TQ_DEVICE_ABI 1
+#define TQ_DEVICE_ABI 2
 #define TQ_DEVICE_HEAD_DIM_MAX 256
 #define TQ_DEVICE_EXACT_MAX 512 /* sinks and ring of a sequence: their scores are kept in shared memory */
 #define TQ_DEVICE_MESSAGE 256

@@ -344,15 +344,17 @@ __device__ __forceinline__ bool all_finite(uint4 v)
     return (as_bits(sum) & 0x7fff7fffu) == 0;
 }
 
-/* 8 numbers as halves; `bad` is set where FP16 cannot hold one. */
-__device__ __noinline__ uint4 converted(const void *rows, tq_dtype dtype, int64_t first, bool &bad)
+/* 8 numbers, from element `first` of the batch and `in_token` of a token on, as halves; `bad` is set where FP16 cannot hold
+ * one. */
+__device__ __noinline__ uint4 converted(const tq_cuda_append_params &p, bool is_value, int64_t first, int32_t in_token,
+                                        bool &bad)
 {
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         float x[1];
-        load_strided(x, rows, dtype, first + i);
-        uint32_t bits = __half_as_ushort(to_half(x[0], bad));
+        load_strided(x, is_value ? p.v : p.k, p.dtype, first + i);
+        uint32_t bits = __half_as_ushort(to_half(x[0] - mean_of(p, is_value, in_token + i), bad));
         words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
@@ -371,6 +373,7 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_devi
                                        : exact_index(store, task.exact_slot, is_value, head, task.entry);
     const uint32_t exists = __ballot_sync(~0u, task.exists), in_batch = __ballot_sync(~0u, task.row >= 0);
     const void *batch = is_value ? p.v : p.k;
+    const bool is_plain = p.dtype == TQ_DTYPE_F16 && (is_value || !p.k_mean);
     uint4 pieces[per_row];
 #pragma unroll
     for (int i = 0; i < per_row; i++) {
@@ -379,7 +382,7 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_devi
         bool is_batch = in_batch >> row & 1u;
         const __half *from = static_cast<const __half *>(is_batch ? batch : store.exact) + first;
         pieces[i] = make_uint4(0, 0, 0, 0);
-        if ((exists >> row & 1u) && !(is_batch && p.dtype != TQ_DTYPE_F16)) {
+        if ((exists >> row & 1u) && !(is_batch && !is_plain)) {
             pieces[i] = __ldg(reinterpret_cast<const uint4 *>(from));
         }
     }
@@ -390,8 +393,8 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_devi
         int64_t first = __shfl_sync(~0u, mine, row) + 8 * at;
         bool is_bad = false, is_batch = in_batch >> row & 1u;
         uint4 v = pieces[i];
-        if ((exists >> row & 1u) && is_batch && (p.dtype != TQ_DTYPE_F16 || !all_finite(v))) {
-            v = converted(batch, p.dtype, first, is_bad);
+        if ((exists >> row & 1u) && is_batch && (!is_plain || !all_finite(v))) {
+            v = converted(p, is_value, first, head * D + 8 * at, is_bad);
         }
         *reinterpret_cast<uint4 *>(rows[row] + 16 * at) = v;
         if (is_bad) bad_rows |= 1u << row;

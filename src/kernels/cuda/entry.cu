@@ -128,6 +128,14 @@ static decode_launch find_launch(const tq_device_store &store, const tq_cuda_att
     return prefill ? prefill : find_decode(store);
 }
 
+/* Kernels can begin beside the one before them from sm_90 on (overlap.cuh). */
+static bool can_overlap()
+{
+    int device, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 static tq_status splits(int32_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message)
 {
     tq_decode_cut cut = {};
@@ -189,6 +197,7 @@ static tq_status attend(const tq_device_store *store, const tq_cuda_attend_param
     args.window = (int32_t)(params->window < INT32_MAX ? params->window : 0);
     args.sinks = params->sinks;
     args.deterministic = params->deterministic;
+    args.follows_append = params->follows_append && !is_prefill && store->n_sink + store->n_recent > 0 && can_overlap();
     /* Counters first: their place does not depend on how the partial results are cut. */
     int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * args.n_row_tiles;
     args.counters = static_cast<uint32_t *>(params->workspace);

@@ -62,30 +62,29 @@ TQ_HD tq_decode_cut tq_decode_cut_of(int64_t n_row_tiles, int64_t n_records_max,
     return cut;
 }
 
-/* Records of each split of a row tile that has n_records. */
-TQ_HD int32_t tq_split_records(int32_t n_records, int32_t splits_allowed, int32_t records_min)
-{
-    int32_t records =
-        splits_allowed == 1 ? n_records : (int32_t)((uint32_t)(n_records + splits_allowed - 1) / (uint32_t)splits_allowed);
-    return records < records_min ? records_min : records;
-}
-
-/* Splits that a row tile really has, at least 1. */
-TQ_HD int32_t tq_splits_used(int32_t n_records, int32_t splits_allowed, int32_t records_min)
-{
-    int32_t records = tq_split_records(n_records, splits_allowed, records_min), splits = 1;
-    if (splits_allowed > 1) splits = (int32_t)((uint32_t)(n_records + records - 1) / (uint32_t)records);
-    return splits < 1 ? 1 : splits;
-}
+/* How the records of one row tile are cut: `records` for each split but the last, which has what is left. */
+typedef struct tq_tile_cut {
+    int32_t n_splits, records;
+} tq_tile_cut;
 
 /* Sinks and ring take a block as long as some 40 records. */
 #define TQ_EXACT_AS_RECORDS 40
 
-/* Should exact tokens have a split of their own, beside the others, rather than be done before the records of the last one? So
- * it is where that takes longer than the records of one split that the others then share. */
-TQ_HD bool tq_exact_apart(int32_t n_records, int32_t splits_allowed)
+/*
+ * has_exact: the last split has the exact tokens, too, and fewer records for it; or none, where they take longer than the
+ * records of one split that the others then share. At least one split, and no split but the last is empty.
+ */
+TQ_HD tq_tile_cut tq_tile_cut_of(int32_t n_records, bool has_exact, int32_t splits_allowed, int32_t records_min)
 {
-    return splits_allowed > 1 && n_records < TQ_EXACT_AS_RECORDS * splits_allowed * (splits_allowed - 1);
+    tq_tile_cut cut = {1, n_records};
+    if (splits_allowed == 1) return cut; /* divisions are slow on a device */
+    int32_t apart = has_exact && n_records < TQ_EXACT_AS_RECORDS * splits_allowed * (splits_allowed - 1);
+    uint32_t n = (uint32_t)(n_records + (has_exact && !apart ? TQ_EXACT_AS_RECORDS : 0));
+    uint32_t allowed = (uint32_t)(splits_allowed - apart), records = (n + allowed - 1) / allowed;
+    if (records < (uint32_t)records_min) records = (uint32_t)records_min;
+    cut.n_splits = (int32_t)((n + records - 1) / records) + apart, cut.records = (int32_t)records;
+    if (cut.n_splits < 1) cut.n_splits = 1;
+    return cut;
 }
 
 #endif

@@ -164,11 +164,11 @@ __device__ __forceinline__ float search(T &shared, const lane_windows<BITS> &win
 template <int D, int BITS>
 __global__ void __launch_bounds__(32 * trellis_warps) encode_trellis_kernel(const __grid_constant__ tq_device_store store,
                                                                             const __grid_constant__ tq_cuda_append_params p,
-                                                                            int side)
+                                                                            int first_side)
 {
     extern __shared__ __align__(16) uint8_t memory[];
     __shared__ int8_t values[256];
-    const bool is_value = side;
+    const bool is_value = first_side + blockIdx.y;
     const tq_device_format &format = is_value ? store.value : store.key;
     for (int i = threadIdx.x; i < 256; i += blockDim.x) values[i] = format.windows[i];
     __syncthreads();
@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(32 * trellis_warps) encode_trellis_kernel(cons
 }
 
 template <int D, int BITS>
-static cudaError_t launch_side(const tq_device_store &store, const tq_cuda_append_params &p, int side, cudaStream_t stream)
+static cudaError_t launch_sides(const tq_device_store &store, const tq_cuda_append_params &p, int first, int n,
+                                cudaStream_t stream)
 {
     constexpr int bytes = trellis_warps * (int)sizeof(trellis_shared<D, BITS>);
     cudaError_t error =
@@ -228,31 +229,34 @@ static cudaError_t launch_side(const tq_device_store &store, const tq_cuda_appen
     if (error != cudaSuccess) return error;
     int64_t n_items = p.n_tok * store.n_head_kv;
     unsigned n_blocks = (unsigned)((n_items + trellis_warps - 1) / trellis_warps);
-    encode_trellis_kernel<D, BITS><<<n_blocks, 32 * trellis_warps, bytes, stream>>>(store, p, side);
+    encode_trellis_kernel<D, BITS><<<dim3(n_blocks, n), 32 * trellis_warps, bytes, stream>>>(store, p, first);
     return cudaGetLastError();
 }
 
 template <int D>
-static cudaError_t launch_bits(const tq_device_store &store, const tq_cuda_append_params &p, int side, cudaStream_t stream)
+static cudaError_t launch_bits(const tq_device_store &store, const tq_cuda_append_params &p, int first, int n,
+                               cudaStream_t stream)
 {
-    switch ((side ? store.value : store.key).bits) {
+    switch ((first ? store.value : store.key).bits) {
     case 4:
-        return launch_side<D, 4>(store, p, side, stream);
+        return launch_sides<D, 4>(store, p, first, n, stream);
     case 3:
-        return launch_side<D, 3>(store, p, side, stream);
+        return launch_sides<D, 3>(store, p, first, n, stream);
     default:
-        return launch_side<D, 2>(store, p, side, stream);
+        return launch_sides<D, 2>(store, p, first, n, stream);
     }
 }
 
 cudaError_t encode_trellis_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
 {
-    for (int side = 0; side < 2; side++) {
+    const bool is_same = store.key.is_trellis && store.value.is_trellis && store.key.bits == store.value.bits;
+    const int n = is_same ? 2 : 1; /* sides of a launch */
+    for (int side = 0; side < 2; side += n) {
         if (!(side ? store.value : store.key).is_trellis) continue;
-        cudaError_t error = store.head_dim == 64    ? launch_bits<64>(store, p, side, stream)
-                            : store.head_dim == 128 ? launch_bits<128>(store, p, side, stream)
-                            : store.head_dim == 192 ? launch_bits<192>(store, p, side, stream)
-                                                    : launch_bits<256>(store, p, side, stream);
+        cudaError_t error = store.head_dim == 64    ? launch_bits<64>(store, p, side, n, stream)
+                            : store.head_dim == 128 ? launch_bits<128>(store, p, side, n, stream)
+                            : store.head_dim == 192 ? launch_bits<192>(store, p, side, n, stream)
+                                                    : launch_bits<256>(store, p, side, n, stream);
         if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
