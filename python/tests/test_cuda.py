@@ -12,6 +12,7 @@ import torch
 import turboquant
 from tiny import BACKEND, DEVICE, ON_DEVICE, TQ8, compressed, generated, ids, logits, make_model, same_tokens
 from transformers import LlamaConfig
+from turboquant import _cuda_batch
 from turboquant._cuda_batch import WORKSPACE_MAX, Batch
 from turboquant.transformers import TurboQuantCache, attention_forward
 
@@ -237,6 +238,34 @@ def test_mean_of_keys():
     np.testing.assert_allclose(mean.cpu().numpy(), rows.mean(axis=0), atol=1e-5)
     cache.run(2, 40)
     assert torch.equal(cache.cache.store.layers[1].key_mean, mean)
+
+
+@pytest.mark.skipif(BACKEND != "emulated", reason="a real device does nothing while a graph is captured")
+def test_captured_passes_encode_first(monkeypatch):
+    """What leaves the ring is encoded for all layers before the first stores its new tokens. The emulated device runs at once
+    what a graph would keep, so each pass is captured and replayed in one."""
+    cache = Checked(np.random.default_rng(5), max_tokens=400, **TQ8)
+    cache.run(2, 120)
+    cache.run(2, 1)
+    halves, append, end = [], _cuda_batch.lib.tq_cuda_append, cache.cache._end
+
+    def recorded_append(store, params, stream):
+        halves.append(params._obj.half)
+        append(store, params, stream)
+
+    def end_and_replay(begin):
+        n_tok = cache.cache._columns.n - begin
+        end(begin)
+        cache.cache.replayed(n_tok)
+
+    monkeypatch.setattr(_cuda_batch, "is_capturing", lambda device: True)
+    monkeypatch.setattr(_cuda_batch.lib, "tq_cuda_append", recorded_append)
+    cache.cache._end = end_and_replay
+    for n_tok in (1, 1, 5, 64, 1):
+        cache.run(2, n_tok)
+        assert halves == [1] * N_LAYER + [2] * N_LAYER
+        halves.clear()
+    cache.check()
 
 
 @pytest.mark.parametrize("options", [{"k_ref_block": 0}, {"softcap": 5.0}, {"s_aux": torch.ones(N_HEAD)}])

@@ -48,7 +48,7 @@ class DeviceStats:
 
 
 class Layer:
-    """A layer's struct and the pages behind it; key_mean [n_head_kv, head_dim] is subtracted from all its keys."""
+    """A layer's struct and the pages behind it; key_mean, float32 [n_head_kv, head_dim], is subtracted from all its keys."""
 
     def __init__(self, struct: CudaStore, device: torch.device) -> None:
         self.struct, self.ref, self.device = struct, ctypes.byref(struct), device
@@ -71,7 +71,7 @@ class Layer:
         if kept is not None:
             keys = keys[torch.from_numpy(kept).to(keys.device)][None]
         if keys.shape[0] * keys.shape[1] >= MEAN_TOKENS_MIN:
-            self.key_mean = keys.mean((0, 1), dtype=torch.float32).to(keys.dtype)
+            self.key_mean = keys.mean((0, 1), dtype=torch.float32)
 
 
 @dataclass
@@ -96,6 +96,11 @@ def use(device: torch.device) -> Any:
 
 def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def new_stream(device: torch.device) -> Any:
+    """A stream beside the current one; None where there are none."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def is_capturing(device: torch.device) -> bool:

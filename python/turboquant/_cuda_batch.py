@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ._cuda import DTYPES, DeviceStore, Layer, empty_bytes, is_capturing, stream, to_device, use
+from ._cuda import DTYPES, DeviceStore, Layer, empty_bytes, is_capturing, new_stream, stream, to_device, use
 from ._library import CudaAppendParams, CudaAttendParams, lib
 from .errors import ArgumentError, UnsupportedError
 
@@ -23,6 +23,8 @@ CHUNK_MAX = 4096
 WORKSPACE_MAX = 64 << 20
 # Query rows of a KV head that a call takes.
 _ROWS_MAX = 65536
+# tq_cuda_append_half.
+_BOTH, _ENCODE, _STORE = range(3)
 
 
 class _Step(NamedTuple):
@@ -58,6 +60,9 @@ class Batch:
         self._workspaces = {True: empty_bytes(0, self.device), False: empty_bytes(0, self.device)}
         self._offsets = torch.arange(CHUNK_MAX, device=self.device)
         self._zeros = torch.zeros(CHUNK_MAX, dtype=torch.int32, device=self.device)
+        self._side = new_stream(self.device)
+        # Layers of this pass whose first half of the append is on its way, and the events behind it.
+        self._encoded: dict[Layer, Any] = {}
         self._parts: list[_Part] = []
         self._is_whole = True
         self._kept: np.ndarray | None = None
@@ -120,6 +125,9 @@ class Batch:
             self._n_not_finite.copy_(store.n_not_finite, non_blocking=True)
         self._kept = kept
         self._cut(counts, n_tok, n_head)
+        self._encoded.clear()
+        if self.is_capturing and self._is_whole and n_tok <= store.n_recent:
+            self._encode_first()
         for seq, n in zip(seqs, counts):
             store.advance(seq, n)
 
@@ -148,6 +156,22 @@ class Batch:
             self._parts = [self._part(row, 1, columns[row], count, n_head) for row, count in enumerate(counts) if count]
             advance = to_device(counts, np.int32, self.device)
         self.lens.add_(advance)
+
+    def _encode_first(self) -> None:
+        """
+        What the pass pushes out of the rings stands there already: encode it for all layers now, on a stream of its own, so
+        that no layer but the first waits for it. Not outside of graphs, where launches hold the host up.
+        """
+        part = self._parts[0]
+        self._set_places(part, part.steps[0])
+        a = self._append
+        a.half, a.k, a.v, a.k_mean = _ENCODE, None, None, None
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with use(self.device):
+            for layer in self.store.layers:
+                lib.tq_cuda_append(layer.ref, self._append_ref, 0 if self._side is None else self._side.cuda_stream)
+                self._encoded[layer] = None if self._side is None else self._side.record_event()
 
     def _part(self, row: int, n_rows: int, tokens: torch.Tensor | None, n_tok: int, n_head: int) -> _Part:
         chunk = self._chunk(n_rows, n_tok, n_head)
@@ -227,7 +251,7 @@ class Batch:
         query, keys, values = query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         # A constant in all keys adds one to all logits of a query, which the softmax takes out again: but not where they are
         # capped, or compared with a sink's.
-        keys = self._shifted(layer, keys, not softcap and sinks is None)
+        self._settle(layer, keys, not softcap and sinks is None)
         out = (torch.empty if self._is_whole else torch.zeros)(*query.shape[:3], self.store.head_dim_v, dtype=query.dtype,
                                                                device=self.device)
         params = self._attend
@@ -253,19 +277,19 @@ class Batch:
     def append(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The first half of attend, for a pass without padding."""
         layer = self.store.layers[number]
-        keys, values = self._shifted(layer, keys.transpose(1, 2), True), values.transpose(1, 2)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        self._settle(layer, keys, True)
         with use(self.device):
             for part in self._parts:
                 for step in part.steps:
                     self._append_step(layer, part, step, keys[:, step.begin: step.end], values[:, step.begin: step.end])
 
-    def _shifted(self, layer: Layer, keys: torch.Tensor, may_shift: bool) -> torch.Tensor:
-        """Keys [n_rows, n_tok, n_head_kv, head_dim] without the mean that the first pass has."""
+    def _settle(self, layer: Layer, keys: torch.Tensor, may_shift: bool) -> None:
+        """The mean that all keys lose is that of the first pass's, [n_rows, n_tok, n_head_kv, head_dim]."""
         if not layer.has_settled:
             layer.has_settled = True
             if self.store.has_means and may_shift:
                 layer.settle(keys, self._kept)
-        return keys if layer.key_mean is None else keys - layer.key_mean
 
     def _attend_part(self, layer: Layer, part: _Part, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                      out: torch.Tensor) -> None:
@@ -282,14 +306,15 @@ class Batch:
     def _step(self, layer: Layer, part: _Part, step: _Step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
               out: torch.Tensor) -> None:
         """All [n_rows, tokens of the step, head, head_dim]; `out` is contiguous."""
-        self._append_step(layer, part, step, keys, values)
         query, q_stride = _token_stride(query, False)
+        workspace = self._workspace(part.n_rows, step.end - step.begin, query.shape[2])
+        self._append_step(layer, part, step, keys, values)  # nothing is launched between this and attention
         a, p = self._append, self._attend
         p.n_seq, p.n_query, p.dtype, p.q, p.out = part.n_rows, step.end - step.begin, a.dtype, query.data_ptr(), out.data_ptr()
         p.q_token_stride, p.q_head_stride = q_stride, query.stride(2)
         p.page_table, p.page_table_stride, p.exact_slots = a.page_table, a.page_table_stride, a.exact_slots
         p.seq_lens, p.max_seq_len = step.lens.data_ptr(), self.capacity
-        workspace = self._workspace(part.n_rows, step.end - step.begin, query.shape[2])
+        p.follows_append = True
         p.workspace, p.workspace_bytes = workspace.data_ptr(), workspace.numel()
         lib.tq_cuda_attend(layer.ref, self._attend_ref, stream(self.device))
 
@@ -298,13 +323,24 @@ class Batch:
         values, value_stride = _token_stride(values, True)
         if row_stride != value_stride:
             keys, values, row_stride = keys.contiguous(), values.contiguous(), 0
-        a, table_stride = self._append, self.page_table.stride(0)
-        a.n_tok, a.dtype, a.row_stride = part.n_rows * (step.end - step.begin), DTYPES[keys.dtype], row_stride
+        self._set_places(part, step)
+        a = self._append
+        a.dtype, a.row_stride = DTYPES[keys.dtype], row_stride
         a.k, a.v, a.n_not_finite = keys.data_ptr(), values.data_ptr(), self.store.n_not_finite.data_ptr()
+        a.k_mean, a.half = None if layer.key_mean is None else layer.key_mean.data_ptr(), _BOTH
+        if layer in self._encoded:
+            a.half, encoded = _STORE, self._encoded.pop(layer)
+            if encoded is not None:
+                torch.cuda.current_stream(self.device).wait_event(encoded)
+        lib.tq_cuda_append(layer.ref, self._append_ref, stream(self.device))
+
+    def _set_places(self, part: _Part, step: _Step) -> None:
+        """Where the tokens of a step go."""
+        a, table_stride = self._append, self.page_table.stride(0)
+        a.n_tok = part.n_rows * (step.end - step.begin)
         a.slot_mapping, a.seq_ids, a.positions = step.slots.data_ptr(), step.seq_ids.data_ptr(), step.positions.data_ptr()
         a.page_table = self.page_table.data_ptr() + 4 * part.row * table_stride
         a.page_table_stride, a.exact_slots = table_stride, self.exact_slots.data_ptr() + 4 * part.row
-        lib.tq_cuda_append(layer.ref, self._append_ref, stream(self.device))
 
 
 def _token_stride(x: torch.Tensor, heads_together: bool) -> tuple[torch.Tensor, int]:

@@ -111,6 +111,7 @@ class CudaAppendParams(ctypes.Structure):
         ("struct_size", c_size_t), ("n_tok", c_int64), ("dtype", ctypes.c_int), ("k", c_void_p), ("v", c_void_p),
         ("row_stride", c_int64), ("slot_mapping", c_void_p), ("seq_ids", c_void_p), ("positions", c_void_p),
         ("page_table", c_void_p), ("page_table_stride", c_int64), ("exact_slots", c_void_p), ("n_not_finite", c_void_p),
+        ("k_mean", c_void_p), ("half", ctypes.c_int),
     ]
 
 
@@ -121,7 +122,8 @@ class CudaAttendParams(ctypes.Structure):
         ("out_token_stride", c_int64), ("out_head_stride", c_int64), ("lse", c_void_p), ("page_table", c_void_p),
         ("page_table_stride", c_int64), ("seq_lens", c_void_p), ("seq_lens_are_64", c_bool), ("max_seq_len", c_int64),
         ("exact_slots", c_void_p), ("softmax_scale", c_float), ("softcap", c_float), ("window", c_int64),
-        ("sinks", c_void_p), ("deterministic", c_bool), ("workspace", c_void_p), ("workspace_bytes", c_size_t),
+        ("sinks", c_void_p), ("deterministic", c_bool), ("follows_append", c_bool), ("workspace", c_void_p),
+        ("workspace_bytes", c_size_t),
     ]
 
 
