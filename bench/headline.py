@@ -9,12 +9,17 @@ the values. Contexts are filled with random keys and values, not by prefill. Eac
 does not count; replays of all caches take turns, and the median is reported. The baseline is a preallocated BF16 cache, of
 which torch's attention reads exactly the tokens that there are, by its flash or its cuDNN kernels, whichever is faster.
 
-    headline.py --csv out.csv --json out.json [--only 32b,7b,longest] [--caches TQ3,tq4/tq3,tq3/tq3]
+"decode" is Transformers' model as it is. Its norms, rotations and activations are dozens of small kernels, which take as long
+beside either cache; "decode, compiled" has them fused by torch.compile, for all caches alike.
+
+    headline.py --csv out.csv --json out.json [--only 32b,7b,longest] [--caches TQ3,tq4/tq3,tq3/tq3] [--modes decode,compiled]
+                [--profile kernels.csv]
 
 On PYTHONPATH: python; TURBOQUANT_LIBRARY and TQ_CUDA_LIBRARY name the libraries. --tiny tries the script itself, with a small
 model on the CPU and an emulated device as TQ_CUDA_LIBRARY: its numbers mean nothing.
 """
 import argparse
+import contextlib
 import csv
 import gc
 import inspect
@@ -28,6 +33,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+import transformers.models.qwen2.modeling_qwen2 as qwen2
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -235,6 +241,20 @@ class Ours:
         return torch.no_grad()
 
 
+@contextlib.contextmanager
+def compiled_pieces():
+    """Norms, rotations and MLPs through torch.compile; their products of matrices stay cuBLAS's."""
+    pieces = [(qwen2.Qwen2RMSNorm, "forward"), (qwen2.Qwen2MLP, "forward"), (qwen2, "apply_rotary_pos_emb")]
+    stock = [getattr(owner, name) for owner, name in pieces]
+    for (owner, name), function in zip(pieces, stock):
+        setattr(owner, name, torch.compile(function, dynamic=False))
+    try:
+        yield
+    finally:
+        for (owner, name), function in zip(pieces, stock):
+            setattr(owner, name, function)
+
+
 class Step:
     """A decode step of a model with an open cache; captured, where there is a GPU."""
 
@@ -276,6 +296,14 @@ class Step:
         end.synchronize()
         return begin.elapsed_time(end)
 
+    def kernels(self):
+        """(name, launches, microseconds of all of them) of one replay's kernels, the longest first."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.graph.replay()
+            torch.cuda.synchronize()
+        found = [(event.key, event.count, event.self_device_time_total) for event in profile.key_averages()]
+        return sorted(found, key=lambda kernel: -kernel[2])
+
 
 # ---- measurements ----
 
@@ -304,7 +332,7 @@ class Bench:
               "peak_mib", "expected_mib", "memory_ratio", "weights_mib"]
 
     def __init__(self, machine, arguments):
-        self.machine, self.arguments, self.rows = machine, arguments, []
+        self.machine, self.arguments, self.rows, self.kernels = machine, arguments, [], []
         self.n_replays = 3 if machine.tiny else arguments.replays
 
     def add(self, **values):
@@ -321,11 +349,11 @@ class Bench:
         return [*(Plain(self.machine, config, name) for name in backends),
                 *(Ours(self.machine, config, name) for name in self.arguments.caches.split(","))]
 
-    def speed(self, key, model, weights):
+    def speed(self, key, model, weights, what):
         for n_batch, context in (TINY_SIZES if self.machine.tiny else SIZES)[key]:
             rows, waiting = [], self.tested(model.config)
             while waiting:
-                found, waiting = self.take_turns(model, waiting, n_batch, context)
+                found, waiting = self.take_turns(model, waiting, n_batch, context, what)
                 rows += found
             plain = [row for row in rows if row["cache"].startswith("bf16")]
             best = min((row["ms_per_step"] for row in plain), default=None)
@@ -334,9 +362,9 @@ class Bench:
                 if best is not None:
                     row |= {"speed_up": best / row["ms_per_step"], "memory_ratio": plain[0]["cache_mib"] / row["cache_mib"]
                             if row["cache_mib"] else ""}
-                self.add(what="decode", **row)
+                self.add(what=what, **row)
 
-    def take_turns(self, model, tested, n_batch, context):
+    def take_turns(self, model, tested, n_batch, context, what):
         """Rows of as many caches as fit beside each other, and those that are left. One that does not fit alone is left out."""
         machine, open_steps, rows, step = self.machine, [], [], None
         for i, one in enumerate(tested):
@@ -370,6 +398,9 @@ class Bench:
         for row, *of_step in zip(rows, *times):
             row["ms_per_step"] = statistics.median(of_step)
             row["tokens_per_s"] = n_batch * 1000 / row["ms_per_step"]
+        if self.arguments.profile and not machine.tiny:
+            for row, kernels in zip(rows, [one.kernels() for one in open_steps]):
+                self.kernels += [(len(model.model.layers), what, row["cache"], n_batch, context, *kernel) for kernel in kernels]
         for one in tested[:i]:
             one.cache = None
         del open_steps, step
@@ -429,7 +460,12 @@ class Bench:
                 continue
             model, weights = self.model(key)
             if model is not None and key in only:
-                self.speed(key, model, weights)
+                modes = self.arguments.modes.split(",")
+                if "decode" in modes:
+                    self.speed(key, model, weights, "decode")
+                if "compiled" in modes:
+                    with compiled_pieces():
+                        self.speed(key, model, weights, "decode, compiled")
             if model is not None and key == "32b" and "longest" in only:
                 self.longest(key, model, weights)
             del model
@@ -447,7 +483,9 @@ def main():
     parser.add_argument("--json")
     parser.add_argument("--only", default="32b,7b,longest", help="longest: of the 32b model")
     parser.add_argument("--caches", default="TQ3,tq4/tq3,tq3/tq3", help="presets, or formats of keys/values")
+    parser.add_argument("--modes", default="decode,compiled", help="of the model beside the cache")
     parser.add_argument("--replays", type=int, default=30, help="of each step, of which the median counts; at least 20")
+    parser.add_argument("--profile", help="a CSV file for the times of each step's kernels")
     parser.add_argument("--commit", help="what to write as the commit; by default what git says")
     parser.add_argument("--tiny", action="store_true", help="a trial of the script on the CPU")
     arguments = parser.parse_args()
@@ -463,6 +501,11 @@ def main():
             writer = csv.writer(file)
             writer.writerow([*Bench.HEADER, *about])
             writer.writerows([*row.values(), *about.values()] for row in bench.rows)
+    if arguments.profile:
+        with open(arguments.profile, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["layers", "what", "cache", "batch", "context", "kernel", "launches", "microseconds"])
+            writer.writerows(bench.kernels)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(about | {"rows": bench.rows}, indent=1) + "\n")
     say(f"{time.perf_counter() - begin:.0f} s")
