@@ -105,7 +105,8 @@ static void test_many(void)
     } many[] = {{128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
                 {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TT3}, {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
                 {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
-                {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8}};
+                {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {64, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3},  {96, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3},
+                {96, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}};
     static const int64_t lens[] = {1100, 1203};
     static const int32_t rings[] = {0, 37, 64};
     for (int i = 0; i < (int)(sizeof many / sizeof many[0]); i++) {
@@ -208,21 +209,21 @@ static void test_deterministic(void)
 }
 
 /* Bytes to pages and back, and copies. */
-static void test_pages(void)
+static void test_pages_of(int32_t head_dim, int n_formats)
 {
     static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
                                         TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
-    for (size_t i = 0; i < sizeof formats / sizeof formats[0]; i++) {
-        device_test("pages: import, copy, export of %s", name_of(formats[i]));
+    for (int i = 0; i < n_formats; i++) {
+        device_test("pages: import, copy, export of %s, head_dim %d", name_of(formats[i]), head_dim);
         tq_cuda_store store;
         tq_cuda_sizes sizes;
         tq_cuda_store_default(&store);
-        store.k_format = formats[i], store.v_format = formats[(i + 1) % 7];
+        store.k_format = formats[i], store.v_format = formats[(i + 1) % n_formats], store.head_dim = head_dim;
         store.n_head_kv = 3, store.page_size = 96, store.n_pages = 6;
         CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
         size_t bytes = 2 * sizes.canonical_bytes;
         uint8_t *in = malloc(bytes), *out = malloc(bytes);
-        tq_random random = tq_random_stream(i, 9);
+        tq_random random = tq_random_stream((uint64_t)i, 9);
         for (size_t k = 0; k < bytes; k++) in[k] = (uint8_t)tq_random_next(&random);
         store.pages = device_alloc(6 * sizes.page_bytes, 0xff);
         static const int32_t first[] = {4, 1}, second[] = {0, 5};
@@ -236,6 +237,12 @@ static void test_pages(void)
         free(in), free(out);
         device_free_all();
     }
+}
+
+static void test_pages(void)
+{
+    test_pages_of(64, 7), test_pages_of(128, 7), test_pages_of(192, 7), test_pages_of(256, 7);
+    test_pages_of(96, 4); /* trellises have no layout there */
 }
 
 /* What FP16 cannot hold is counted and kept within it. */

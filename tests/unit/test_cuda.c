@@ -29,11 +29,8 @@ static void check_plane(tq_plane plane)
     memset(owner, -1, (size_t)n_bytes);
     for (int32_t token = 0; token < TQ_RECORD_TOKENS; token++) {
         for (int32_t dim = 0; dim < plane.head_dim; dim++) {
-            tq_code_place place = tq_code_place_of(plane, token, dim);
             for (int32_t b = 0; b < plane.bits; b++, n_bits++) {
-                int32_t bit = tq_code_bit(plane, place, b);
-                assert_in_range(bit, 0, 8 * tq_plane_string_bytes(plane) - 1);
-                int32_t byte = tq_plane_offset(plane, place.lane, bit / 8);
+                int32_t bit = tq_code_bit(plane, token, dim, b), byte = bit / 8;
                 assert_in_range(byte, 0, n_bytes - 1);
                 assert_int_equal(used[byte] >> (bit % 8) & 1, 0);
                 assert_true(owner[byte] < 0 || owner[byte] == token);
@@ -77,7 +74,7 @@ static void test_layout(void **state)
             }
         }
     }
-    assert_int_equal(n_planes, 2 * (16 + 12));
+    assert_int_equal(n_planes, 2 * (20 + 12));
 }
 
 /* A page has as many bytes on the device as in the format's own arrangement: nothing is padded. */
@@ -198,8 +195,10 @@ static void test_store_is_checked(void **state)
     store.k_format = TQ_FORMAT_F16;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
     assert_non_null(strstr(last_message, "f16"));
-    store.k_format = TQ_FORMAT_TQ3, store.head_dim = 64;
+    store.k_format = TQ_FORMAT_TT3, store.head_dim = 96;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
+    store.k_format = store.v_format = TQ_FORMAT_TQ3;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
     store.head_dim = 576;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
     store.head_dim = 80;

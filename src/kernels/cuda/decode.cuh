@@ -113,7 +113,7 @@ __device__ __forceinline__ void score_record(float (&s)[8], const query_operand<
 {
     constexpr int n_words = D * K::bits / 32; /* of a string */
     uint32_t words[n_words];
-    load_string(words, plane, lane);
+    load_codes<K, D, false>(words, plane, lane);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         int32_t c[4] = {q.start_high, q.start_high, q.start_low, q.start_low};
@@ -126,7 +126,7 @@ __device__ __forceinline__ void score_record(float (&s)[8], const query_operand<
 #pragma unroll
             for (int k = 0; k < D / 32; k++) {
                 uint32_t low, high;
-                K::octet(words, j * (D / 32) + k, low, high);
+                K::template octet<D>(words, j * (D / 32) + k, low, high);
                 mma_bytes(c, q.a[k], low, high);
             }
         }
@@ -166,7 +166,7 @@ __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8
 {
     constexpr int n_words = D * V::bits / 32, per_pair = D / 32;
     uint32_t words[n_words];
-    load_string(words, plane, lane);
+    load_codes<V, D, true>(words, plane, lane);
     if constexpr (V::is_trellis) {
 #pragma unroll
         for (int s = 0; s < 2; s++) {
@@ -180,8 +180,8 @@ __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8
 #pragma unroll
             for (int k = 0; k < per_pair; k++) {
                 uint32_t low0, high0, low1, high1;
-                V::octet(words, 2 * s * per_pair + k, low0, high0);
-                V::octet(words, (2 * s + 1) * per_pair + k, low1, high1);
+                V::template octet<D>(words, 2 * s * per_pair + k, low0, high0);
+                V::template octet<D>(words, (2 * s + 1) * per_pair + k, low1, high1);
                 mma_half(acc.c[2 * k], half_pair<0>(low0), half_pair<1>(low0), half_pair<0>(low1), half_pair<1>(low1),
                          weights[2 * s], weights[2 * s + 1]);
                 mma_half(acc.c[2 * k + 1], half_pair<0>(high0), half_pair<1>(high0), half_pair<0>(high1), half_pair<1>(high1),

@@ -23,11 +23,9 @@ static cudaError_t launch_bits(const tq_device_store &store, const tq_cuda_appen
     case 4:
         return launch_side<D, 4, IS_VALUE>(store, p, stream);
     case 3:
-        if constexpr (D == 128) return launch_side<D, 3, IS_VALUE>(store, p, stream);
-        return cudaErrorInvalidValue;
+        return launch_side<D, 3, IS_VALUE>(store, p, stream);
     default:
-        if constexpr (D % 64 == 0) return launch_side<D, 2, IS_VALUE>(store, p, stream);
-        return cudaErrorInvalidValue;
+        return launch_side<D, 2, IS_VALUE>(store, p, stream);
     }
 }
 

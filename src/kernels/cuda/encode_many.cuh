@@ -238,36 +238,97 @@ template <int D> __device__ __forceinline__ __half encode_uniform_vector(uint32_
     return is_zero ? __half(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy.total())));
 }
 
+/* What one vector has of the lanes' strings: words of groups (or the same bits of a value), then tails, a key's four of 8 or 16
+ * bits, or a value's bytes. One group a lane, where groups have tails. */
+template <int BITS, int D> struct vector_shape {
+    static constexpr tq_plane plane = {BITS, D, false, false};
+    static constexpr tq_octet_group group = tq_octet_group_of(plane);
+    static constexpr int n_words = tq_plane_words(plane), lane_words = n_words / 4;
+    static constexpr int tails_begin = 4 * n_words, tail_bits = group.tail_bits;
+    /* Words of a lane that can be stored together. */
+    static constexpr int vector_words = tq_plane_vector_bytes(plane) / 4;
+    static constexpr int at_once = vector_words == 4 && lane_words % 4 == 0   ? 4
+                                   : vector_words >= 2 && lane_words % 2 == 0 ? 2
+                                                                              : 1;
+    static_assert(tail_bits == 0 || D / 32 == group.octets, "one group a lane");
+};
+
 /*
  * From words of 8 nibbles (or 4 bytes) in the order of dimensions to the words of a key's string, or the same bits of a
  * value: layout.h's octets, shared words included.
  */
-template <int BITS, int D, bool IS_VALUE, int N>
-__device__ __forceinline__ void share_words(uint32_t (&out)[D * BITS / 32], const uint32_t (&in)[N])
+template <int BITS, int D, bool IS_VALUE, int M, int N>
+__device__ __forceinline__ void share_words(uint32_t (&out)[M], const uint32_t (&in)[N])
 {
+    using shape = vector_shape<BITS, D>;
+    constexpr int octets = shape::group.octets, words = shape::group.words, tail_bits = shape::tail_bits;
+    static_assert(M == shape::n_words, "");
     if constexpr (BITS == 8 || BITS == 4) {
 #pragma unroll
-        for (int i = 0; i < D * BITS / 32; i++) out[i] = in[i];
-    } else if constexpr (!IS_VALUE) { /* an octet a word: four make three, or two make one */
-        constexpr int octets = BITS == 3 ? 4 : 2, words = BITS == 3 ? 3 : 1;
+        for (int i = 0; i < M; i++) out[i] = in[i];
+    } else if constexpr (!IS_VALUE) { /* an octet a word */
 #pragma unroll
-        for (int i = 0; i < D / 8 / octets; i++) {
+        for (int i = 0; i < M / words; i++) {
             const uint32_t *o = in + i * octets;
 #pragma unroll
             for (int w = 0; w < words; w++) {
-                out[i * words + w] = BITS == 3 ? o[w] | (o[3] >> w & 0x11111111u) << 3 : o[0] | o[1] << 2;
+                out[i * words + w] =
+                    BITS == 3 ? o[w] | (o[octets - 1] >> (tail_bits + w) & 0x11111111u) << 3 : o[0] | o[1] << 2;
             }
         }
     } else { /* half an octet 16 bits */
-        constexpr int octets = BITS == 3 ? 4 : 2, units = BITS == 3 ? 3 : 1;
 #pragma unroll
-        for (int i = 0; i < D / 4 / octets; i++) {
+        for (int i = 0; i < 2 * M / words; i++) {
 #pragma unroll
-            for (int w = 0; w < units; w++) {
+            for (int w = 0; w < words; w++) {
                 auto unit = [&](int u) { return in[(i * octets + u) / 2] >> (i * octets + u) % 2 * 16 & 0xffffu; };
-                uint32_t bits = BITS == 3 ? unit(w) | (unit(3) >> w & 0x1111u) << 3 : unit(0) | unit(1) << 2;
-                int u = i * units + w;
+                uint32_t bits = unit(0) | unit(1) << 2;
+                if (BITS == 3) bits = unit(w) | (unit(octets - 1) >> (tail_bits + w) & 0x1111u) << 3;
+                int u = i * words + w;
                 out[u / 2] = u % 2 ? out[u / 2] | bits << 16 : bits;
+            }
+        }
+    }
+}
+
+/* The tails of a vector, given the same words of nibbles. */
+template <int BITS, int D, bool IS_VALUE, int N>
+__device__ __forceinline__ void store_tails(uint8_t *plane, int token, const uint32_t (&in)[N])
+{
+    using shape = vector_shape<BITS, D>;
+    constexpr tq_plane where = {BITS, D, IS_VALUE, false};
+    constexpr int octets = shape::group.octets, tail_bits = shape::tail_bits;
+    const int j = token / 2 % 4;
+    if constexpr (!IS_VALUE) {
+        const int g = 2 * (token / 8) + token % 2;
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            uint32_t last = in[t * octets + octets - 1], x = last & 0x11111111u;
+            uint8_t *to = plane + tq_plane_offset(where, 4 * g + t, shape::tails_begin + tail_bits * j);
+            if constexpr (tail_bits == 2) {
+                *reinterpret_cast<uint16_t *>(to) = (uint16_t)((last & 0x3333u) | (last >> 16 & 0x3333u) << 2);
+            } else {
+                *to = (uint8_t)(x | x >> 7 | x >> 14 | x >> 21);
+            }
+        }
+    } else {
+        const int t = token / 8, s = token % 2;
+        auto last = [&](int g) {
+            int u = g * octets + octets - 1;
+            return in[u / 2] >> u % 2 * 16;
+        };
+        if constexpr (tail_bits == 2) {
+#pragma unroll
+            for (int g = 0; g < 8; g++) {
+                uint32_t x = last(g);
+                plane[tq_plane_offset(where, 4 * g + t, shape::tails_begin + 2 * j + s)] =
+                    (uint8_t)((x & 0x33u) | (x >> 8 & 0x33u) << 2);
+            }
+        } else {
+#pragma unroll
+            for (int g = 0; g < 8; g += 2) {
+                auto bits = [&](int owner) { return (last(owner) & 0x11u) | (last(owner) >> 6 & 0x44u); };
+                plane[tq_plane_offset(where, 4 * (g + s) + t, shape::tails_begin + j)] = (uint8_t)(bits(g) | bits(g + 1) << 1);
             }
         }
     }
@@ -285,14 +346,14 @@ template <int N> __device__ __forceinline__ void store_words(uint8_t *to, const 
     }
 }
 
-template <int BITS, int D>
-__device__ __forceinline__ void store_key(uint8_t *plane, int token, const uint32_t (&words)[D * BITS / 32])
+template <int BITS, int D, int N>
+__device__ __forceinline__ void store_key(uint8_t *plane, int token, const uint32_t (&words)[N])
 {
     constexpr tq_plane shape = {BITS, D, false, false};
-    constexpr int lane_words = D * BITS / 128, at_once = lane_words % 4 == 0 ? 4 : lane_words % 2 == 0 ? 2 : 1;
+    constexpr int lane_words = N / 4, at_once = vector_shape<BITS, D>::at_once;
     const int g = 2 * (token / 8) + token % 2, j = token / 2 % 4;
 #pragma unroll
-    for (int i = 0; i < D * BITS / 32; i += at_once) {
+    for (int i = 0; i < N; i += at_once) {
         int y = 4 * (j * lane_words + i % lane_words);
         store_words<at_once>(plane + tq_plane_offset(shape, 4 * g + i / lane_words, y), words + i);
     }
@@ -300,15 +361,14 @@ __device__ __forceinline__ void store_key(uint8_t *plane, int token, const uint3
 
 /* A value's bits to a plane whose words it shares with the token beside it. in_pairs: that one is the next lane's (or, for odd
  * tokens, the one before's), so each of the two lanes writes half of both tokens' words; else bytes are written. */
-template <int BITS, int D>
-__device__ __forceinline__ void store_value(uint8_t *plane, int token, const uint32_t (&words)[D * BITS / 32], bool exists,
-                                            bool in_pairs)
+template <int BITS, int D, int N>
+__device__ __forceinline__ void store_value(uint8_t *plane, int token, const uint32_t (&words)[N], bool exists, bool in_pairs)
 {
     constexpr tq_plane shape = {BITS, D, true, false};
-    constexpr int n = D * BITS / 32, lane_words = D * BITS / 128;
+    constexpr int n = N, lane_words = N / 4;
     const int t = token / 8, pair = token / 2 % 4;
     if (in_pairs) {
-        constexpr int at_once = lane_words % 4 == 0 ? 4 : lane_words % 2 == 0 ? 2 : 1;
+        constexpr int at_once = vector_shape<BITS, D>::at_once;
         const bool odd = token % 2;
         uint32_t both[n];
 #pragma unroll
@@ -428,17 +488,20 @@ __global__ void __launch_bounds__(many_threads, 3)
 
     float x[D];
     rotated_row<D>(x, shared, store.rotation);
-    uint32_t words[D * BITS / 32];
+    using shape = vector_shape<BITS, D>;
+    uint32_t words[shape::n_words], nibbles[D / 8]; /* 8 bits have no nibbles */
     __half scale;
     if constexpr (BITS == 8) {
         scale = encode_uniform_vector<D>(words, x);
     } else {
-        uint32_t nibbles[D / 8];
         scale = encode_lloyd_vector<D>(nibbles, x, shared, format);
         share_words<BITS, D, IS_VALUE>(words, nibbles);
     }
     const slot_place place = place_of_slot(store, task.page, task.offset, head);
     uint8_t *plane = codes_of(store, place, IS_VALUE);
+    if constexpr (shape::tail_bits > 0) {
+        if (task.exists) store_tails<BITS, D, IS_VALUE>(plane, place.token, nibbles);
+    }
     if constexpr (IS_VALUE) {
         const int64_t other_page = __shfl_xor_sync(~0u, task.page, 1);
         const int32_t other_offset = __shfl_xor_sync(~0u, task.offset, 1);

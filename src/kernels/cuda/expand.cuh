@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Codes to bytes, in registers. A format becomes a type with the bits of a code, the step of its levels, and octets(): octet o
- * of the words at hand as two registers of 4 bytes, each 128 plus the level.
+ * Codes to bytes, in registers. A format becomes a type with the bits of a code, the step of its levels, and octet(): octet o
+ * of a string, or of as many words as whole columns of it have, as two registers of 4 bytes, each 128 plus the level.
  *
  * Levels are integers of 7 bits and a sign: for Lloyd-Max the centroids in steps that make all of them nearly whole numbers,
  * found by search. They are off by 0.3 % of a value's standard deviation at 4 bits, 0.1 % at 3 and 0.03 % at 2 (BF16 rounds by
@@ -12,6 +12,7 @@
 #ifndef TQ_KERNELS_CUDA_EXPAND_CUH
 #define TQ_KERNELS_CUDA_EXPAND_CUH
 
+#include "kernels/cuda/layout.h"
 #include "kernels/cuda/levels.h"
 #include "kernels/cuda/mma.cuh"
 
@@ -20,12 +21,20 @@ __host__ __device__ constexpr uint32_t four_bytes(int a, int b, int c, int d)
     return (uint32_t)(a & 255) | (uint32_t)(b & 255) << 8 | (uint32_t)(c & 255) << 16 | (uint32_t)(d & 255) << 24;
 }
 
+/* A group's tail of 2 bits, in the lower half. */
+template <int D, int BITS> __device__ __forceinline__ uint32_t tail_of(const uint32_t *words, int i_group)
+{
+    constexpr int n_words = tq_plane_words({BITS, D, false, false});
+    return words[n_words + i_group / 2] >> 16 * (i_group % 2);
+}
+
 template <int BITS> struct scalar_codes;
 
 template <> struct scalar_codes<8> {
     static constexpr int bits = 8;
     static constexpr bool is_trellis = false;
     static constexpr float step = 1.0f;
+    template <int D>
     __device__ __forceinline__ static void octet(const uint32_t *words, int o, uint32_t &low, uint32_t &high)
     {
         low = words[2 * o] ^ 0x80808080u;
@@ -37,6 +46,7 @@ template <> struct scalar_codes<4> {
     static constexpr int bits = 4;
     static constexpr bool is_trellis = false;
     static constexpr float step = TQ_LEVEL_STEP_4;
+    template <int D>
     __device__ __forceinline__ static void octet(const uint32_t *words, int o, uint32_t &low, uint32_t &high)
     {
         constexpr int r[8] = TQ_LEVELS_4;
@@ -52,16 +62,31 @@ template <> struct scalar_codes<3> {
     static constexpr int bits = 3;
     static constexpr bool is_trellis = false;
     static constexpr float step = TQ_LEVEL_STEP_3;
+    template <int D>
     __device__ __forceinline__ static void octet(const uint32_t *words, int o, uint32_t &low, uint32_t &high)
     {
         constexpr int r[4] = TQ_LEVELS_3;
         constexpr uint32_t down = four_bytes(128 - r[3], 128 - r[2], 128 - r[1], 128 - r[0]);
         constexpr uint32_t up = four_bytes(128 + r[0], 128 + r[1], 128 + r[2], 128 + r[3]);
-        const uint32_t *w = words + o / 4 * 3;
-        uint32_t selectors = o % 4 < 3 ? w[o % 4] & 0x77777777u
-                                       : (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+        constexpr tq_octet_group group = tq_octet_group_of({bits, D, false, false});
+        const int i_group = o / group.octets, octet = o % group.octets;
+        const uint32_t *w = words + i_group * group.words;
+        uint32_t selectors = w[octet < group.words ? octet : 0], upper;
+        if (octet < group.words) {
+            selectors &= 0x77777777u, upper = selectors >> 16;
+        } else if (group.tail_bits == 0) {
+            selectors = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+            upper = selectors >> 16;
+        } else if (group.tail_bits == 1) { /* arranged by load_codes */
+            uint32_t tails = words[4 * group.words] >> i_group;
+            selectors = (tails & 0x11111111u) | (w[0] >> 2 & 0x22222222u) | (w[1] >> 1 & 0x44444444u);
+            upper = selectors >> 16;
+        } else {
+            uint32_t tail = tail_of<D, bits>(words, i_group);
+            selectors = (tail & 0x3333u) | (w[0] >> 1 & 0x4444u), upper = (tail >> 2 & 0x3333u) | (w[0] >> 17 & 0x4444u);
+        }
         low = permute(down, up, selectors);
-        high = permute(down, up, selectors >> 16);
+        high = permute(down, up, upper);
     }
 };
 
@@ -69,13 +94,22 @@ template <> struct scalar_codes<2> {
     static constexpr int bits = 2;
     static constexpr bool is_trellis = false;
     static constexpr float step = TQ_LEVEL_STEP_2;
+    template <int D>
     __device__ __forceinline__ static void octet(const uint32_t *words, int o, uint32_t &low, uint32_t &high)
     {
         constexpr int r[2] = TQ_LEVELS_2;
         constexpr uint32_t table = four_bytes(128 - r[1], 128 - r[0], 128 + r[0], 128 + r[1]);
-        uint32_t selectors = words[o / 2] >> 2 * (o % 2) & 0x33333333u;
-        low = permute(table, 0, selectors);
-        high = permute(table, 0, selectors >> 16);
+        constexpr tq_octet_group group = tq_octet_group_of({bits, D, false, false});
+        const int i_group = o / group.octets, octet = o % group.octets;
+        if (octet < 2) {
+            uint32_t selectors = words[i_group] >> 2 * octet & 0x33333333u;
+            low = permute(table, 0, selectors);
+            high = permute(table, 0, selectors >> 16);
+        } else {
+            uint32_t tail = tail_of<D, bits>(words, i_group);
+            low = permute(table, 0, tail & 0x3333u);
+            high = permute(table, 0, tail >> 2 & 0x3333u);
+        }
     }
 };
 
@@ -97,6 +131,32 @@ template <int N> __device__ __forceinline__ void load_string(uint32_t (&words)[N
     } else {
 #pragma unroll
         for (int i = 0; i < N; i++) words[i] = reinterpret_cast<const uint32_t *>(plane)[32 * i + lane];
+    }
+}
+
+/* The tails of 1 bit of a string, byte k of a word, to bit k of the nibbles that they are of. */
+template <bool IS_VALUE> __device__ __forceinline__ uint32_t spread_tails(uint32_t tails, int lane)
+{
+    if (IS_VALUE) { /* the lane of the other g holds this one's bits of the tokens of its own parity */
+        uint32_t other = __shfl_xor_sync(~0u, tails, 4);
+        const bool odd = lane & 4;
+        tails = odd ? (other >> 1 & 0x55555555u) | (tails & 0xaaaaaaaau) : (tails & 0x55555555u) | (other << 1 & 0xaaaaaaaau);
+    }
+    uint32_t moved = (tails ^ tails >> 14) & 0x0000ccccu; /* bits 16 and 2 of their numbers change places */
+    tails ^= moved ^ moved << 14;
+    moved = (tails ^ tails >> 7) & 0x00aa00aau; /* bits 8 and 1 */
+    return tails ^ moved ^ moved << 7;
+}
+
+/* A lane's string as octet() wants it. */
+template <class C, int D, bool IS_VALUE>
+__device__ __forceinline__ void load_codes(uint32_t (&words)[D * C::bits / 32], const uint8_t *plane, int lane)
+{
+    load_string(words, plane, lane);
+    constexpr tq_plane shape = {C::bits, D, IS_VALUE, C::is_trellis};
+    if constexpr (!C::is_trellis && tq_octet_group_of(shape).tail_bits == 1) {
+        uint32_t &tails = words[tq_plane_words(shape)];
+        tails = spread_tails<IS_VALUE>(tails, lane);
     }
 }
 

@@ -15,9 +15,19 @@
  *     keys     octet j * (head_dim / 32) + k, nibble n: token 8 (g / 2) + 2 j + g % 2, dimension t * head_dim / 4 + 8 k + n
  *     values   octet i * (head_dim / 32) + k, nibble n: token 8 t + 2 i + (n / 2) % 2,
  *                                                       dimension g * head_dim / 8 + 4 k + n % 2 + 2 (n / 4)
- * 4-bit octets are a word each. Two 2-bit octets share a word: the second is in the upper half of each nibble. Four 3-bit
- * octets share three words: the fourth lends its bit b to the top of word b's nibbles. 8-bit octets are two words of bytes. A
- * token's codes have bytes of their own everywhere, so tokens can be written at the same time.
+ * 8-bit octets are two words of bytes. Narrower ones form *groups* of octets of one token (keys) or pair (values), as large as
+ * divides head_dim / 32:
+ *     4 bits   1 octet: its word
+ *     3 bits   4 octets: 3 words, the nibbles of the first three. The last lends its bit b to the top of word b's nibbles
+ *              2 octets (head_dim 64, 192): the first's word with the last's bit 2 on top, and a tail of 2 bits a code
+ *              3 octets (head_dim 96): the first two's words with the last's bits 1 and 2 on top, and a tail of 1 bit a code
+ *     2 bits   2 octets: 1 word, the second in the upper half of each nibble
+ *              3 octets (head_dim 96): the same word, and a tail of the third, 2 bits a code
+ * A string has the words of all groups first, then their tails. A tail of 2 bits is 16: nibble m has codes m and, above it,
+ * m + 4. A tail of 1 bit is 8: bit 4 (n % 2) + 2 (n / 4) + n / 2 % 2 is nibble n's, so that two steps put four tails to the
+ * nibbles of a word. With values, n / 2 % 2 is the token's: there lanes 4 g + t of g = 2 i and 2 i + 1 exchange bits, and the
+ * one with g % 2 = token % 2 holds both lanes' (a lane alone has but half a byte of a token here).
+ * A token's codes have bytes of their own everywhere, so tokens can be written at the same time.
  *
  * In a trellis plane a string is a row of *chunks*, bits of the circle in order: keys, for each j, the chunk of dimensions
  * t * head_dim / 4 on of the token above; values, for each i < 8, dimensions g * head_dim / 8 on of token 8 t + i.
@@ -31,7 +41,7 @@
 #include <stdint.h>
 
 #ifdef __CUDACC__
-#define TQ_HD __host__ __device__ __forceinline__
+#define TQ_HD __host__ __device__ __forceinline__ constexpr
 #else
 #define TQ_HD static inline
 #endif
@@ -45,12 +55,13 @@ typedef struct tq_plane {
     bool is_value, is_trellis;
 } tq_plane;
 
-/* Is there a layout for it? Where four octets share words, they must be one token's. */
+/* Is there a layout for it? Where octets share words, they must be one token's. */
 TQ_HD bool tq_plane_exists(tq_plane plane)
 {
+    int32_t n_octets = plane.head_dim / 32; /* of a token or pair */
     if (plane.head_dim % 32 != 0) return false;
-    if (plane.is_trellis) return plane.head_dim % 64 == 0;
-    return plane.head_dim % (plane.bits == 3 ? 128 : plane.bits == 2 ? 64 : 32) == 0;
+    if (plane.is_trellis) return n_octets % 2 == 0;
+    return plane.bits >= 4 || n_octets % 2 == 0 || n_octets % 3 == 0;
 }
 
 TQ_HD int32_t tq_plane_string_bytes(tq_plane plane)
@@ -83,7 +94,7 @@ typedef struct tq_code_place {
 
 TQ_HD tq_code_place tq_code_place_of(tq_plane plane, int32_t token, int32_t dim)
 {
-    tq_code_place place;
+    tq_code_place place = {0, 0, 0};
     int32_t per_group = plane.head_dim / 32, pair = token / 2 % 4;
     if (plane.is_value) {
         int32_t g = dim / (plane.head_dim / 8), r = dim % 4;
@@ -99,21 +110,54 @@ TQ_HD tq_code_place tq_code_place_of(tq_plane plane, int32_t token, int32_t dim)
     return place;
 }
 
-/* Bit `bit` of that code: which bit of the lane's string. */
-TQ_HD int32_t tq_code_bit(tq_plane plane, tq_code_place place, int32_t bit)
+/* Octets that share words, those words, and the bits of each code of the last octet that stand in a tail. */
+typedef struct tq_octet_group {
+    int32_t octets, words, tail_bits;
+} tq_octet_group;
+
+TQ_HD tq_octet_group tq_octet_group_of(tq_plane plane)
 {
-    int32_t octet = place.octet, nibble = place.nibble;
-    switch (plane.bits) {
-    case 8:
-        return 64 * octet + 8 * nibble + bit;
-    case 4:
-        return 32 * octet + 4 * nibble + bit;
-    case 3:
-        if (octet % 4 < 3) return 32 * (3 * (octet / 4) + octet % 4) + 4 * nibble + bit;
-        return 32 * (3 * (octet / 4) + bit) + 4 * nibble + 3;
-    default:
-        return 32 * (octet / 2) + 4 * nibble + 2 * (octet % 2) + bit;
+    tq_octet_group group = {1, 1, 0};
+    int32_t n_octets = plane.head_dim / 32;
+    if (plane.bits == 8) group.words = 2;
+    if (plane.bits == 3) {
+        group.octets = n_octets % 4 == 0 ? 4 : n_octets % 2 == 0 ? 2 : 3;
+        group.words = group.octets - 1;
     }
+    if (plane.bits == 2) group.octets = n_octets % 2 == 0 ? 2 : 3;
+    group.tail_bits = group.octets * plane.bits - 4 * group.words;
+    return group;
+}
+
+/* The words of groups in a lane's string; tails follow. */
+TQ_HD int32_t tq_plane_words(tq_plane plane)
+{
+    tq_octet_group group = tq_octet_group_of(plane);
+    return plane.head_dim / 8 / group.octets * group.words;
+}
+
+/* Bit `bit` of a code: which bit of the plane. */
+TQ_HD int32_t tq_code_bit(tq_plane plane, int32_t token, int32_t dim, int32_t bit)
+{
+    tq_code_place place = tq_code_place_of(plane, token, dim);
+    tq_octet_group group = tq_octet_group_of(plane);
+    int32_t i_group = place.octet / group.octets, octet = place.octet % group.octets, n = place.nibble;
+    int32_t at = 32 * group.words * i_group, tail = 32 * tq_plane_words(plane) + 8 * group.tail_bits * i_group;
+    bool is_last = octet == group.octets - 1;
+    if (plane.bits == 8) {
+        at += 8 * n + bit;
+    } else if (is_last && bit < group.tail_bits && group.tail_bits == 2) {
+        at = tail + 4 * (n % 4) + 2 * (n / 4) + bit;
+    } else if (is_last && bit < group.tail_bits) {
+        int32_t third = n / 2 % 2, odd = place.lane / 4 % 2;
+        if (plane.is_value) place.lane += 4 * (third - odd), third = odd;
+        at = tail + 4 * (n % 2) + 2 * (n / 4) + third;
+    } else if (is_last && plane.bits == 3) {
+        at += 32 * (bit - group.tail_bits) + 4 * n + 3;
+    } else {
+        at += (plane.bits == 2 ? 2 : 32) * octet + 4 * n + bit;
+    }
+    return 8 * tq_plane_offset(plane, place.lane, at / 8) + at % 8;
 }
 
 /* Byte `byte` of a token's circle of trellis codes, from the start of the plane. */

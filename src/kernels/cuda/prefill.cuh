@@ -90,7 +90,7 @@ template <class K, class V, int D> struct raw_part {
 #pragma unroll
             for (int k = 0; k < D / 32; k++) {
                 uint32_t low, high;
-                K::octet(words, k, low, high);
+                K::template octet<D>(words, k, low, high);
                 to[k] = make_uint4(scaled_pair<0x4140>(low, scale), scaled_pair<0x4342>(low, scale),
                                    scaled_pair<0x4140>(high, scale), scaled_pair<0x4342>(high, scale));
             }
@@ -102,7 +102,7 @@ template <class K, class V, int D> struct raw_part {
 #pragma unroll
             for (int k = 0; k < D / 32; k++) {
                 uint32_t low, high;
-                V::octet(words, k, low, high);
+                V::template octet<D>(words, k, low, high);
                 to0[k] = make_uint2(scaled_pair<0x4140>(low, scale0), scaled_pair<0x4140>(high, scale0));
                 to1[k] = make_uint2(scaled_pair<0x4342>(low, scale1), scaled_pair<0x4342>(high, scale1));
             }

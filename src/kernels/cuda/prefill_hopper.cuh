@@ -90,11 +90,11 @@ __device__ __forceinline__ int value_offset(int row, int depth, int token)
 }
 
 /* Words of a plane that make up column c of each of a lane's four tokens (keys) or pairs (values); n_octets octets of each. */
-template <int BITS, int D> struct plane_columns {
-    static constexpr int part_bytes = D * BITS / 32;
+template <class C, int D, bool IS_VALUE> struct plane_columns {
+    static constexpr int part_bytes = D * C::bits / 32;
     static constexpr bool in_vectors = part_bytes % 16 == 0;
     static constexpr int n = in_vectors ? part_bytes / 16 : 1, n_octets = D / 32 / n;
-    static constexpr int n_words = in_vectors ? 16 : D * BITS / 32;
+    static constexpr int n_words = in_vectors ? 16 : D * C::bits / 32;
     __device__ __forceinline__ static void load(uint32_t (&words)[n_words], const uint8_t *plane, int c, int lane)
     {
         if constexpr (in_vectors) {
@@ -104,7 +104,7 @@ template <int BITS, int D> struct plane_columns {
                 words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
             }
         } else {
-            load_string(words, plane, lane);
+            load_codes<C, D, IS_VALUE>(words, plane, lane);
         }
     }
 };
@@ -137,7 +137,7 @@ __device__ __forceinline__ void expand_keys(uint8_t *tile, int n_rows, int first
             for (int k = 0; k < D / 32; k++) put_octet(chunk_of(j, k), bytes[2 * k], bytes[2 * k + 1], scales[j]);
         }
     } else {
-        using columns = plane_columns<K::bits, D>;
+        using columns = plane_columns<K, D, false>;
 #pragma unroll
         for (int c = 0; c < columns::n; c++) {
             uint32_t words[columns::n_words];
@@ -147,7 +147,7 @@ __device__ __forceinline__ void expand_keys(uint8_t *tile, int n_rows, int first
 #pragma unroll
                 for (int o = 0; o < columns::n_octets; o++) {
                     uint32_t low, high;
-                    K::octet(words, j * columns::n_octets + o, low, high);
+                    K::template octet<D>(words, j * columns::n_octets + o, low, high);
                     put_octet(chunk_of(j, c * columns::n_octets + o), low, high, scales[j]);
                 }
             }
@@ -179,7 +179,7 @@ __device__ __forceinline__ void expand_values(uint8_t *tile, int depth, int firs
             });
         }
     } else {
-        using columns = plane_columns<V::bits, D>;
+        using columns = plane_columns<V, D, true>;
 #pragma unroll
         for (int c = 0; c < columns::n; c++) {
             uint32_t words[columns::n_words];
@@ -188,7 +188,7 @@ __device__ __forceinline__ void expand_values(uint8_t *tile, int depth, int firs
             for (int o = 0; o < columns::n_octets; o++) {
                 uint32_t low[4], high[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) V::octet(words, i * columns::n_octets + o, low[i], high[i]);
+                for (int i = 0; i < 4; i++) V::template octet<D>(words, i * columns::n_octets + o, low[i], high[i]);
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
                     const uint32_t(&bytes)[4] = r < 2 ? low : high;

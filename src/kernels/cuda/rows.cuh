@@ -43,37 +43,52 @@ __device__ __forceinline__ __half *scale_of(const tq_device_store &store, const 
 
 /* Nibble of a word of codes of 4 bits or fewer. octets: the codes of octet 0 of the word's group, `stride` codes from one octet
  * to the next; word: which of the group's words. */
-template <int BITS> __device__ __forceinline__ uint32_t nibble_of(const uint8_t *octets, int stride, int word)
+template <int BITS>
+__device__ __forceinline__ uint32_t nibble_of(const uint8_t *octets, int stride, int word, tq_octet_group group)
 {
     if (BITS == 4) return octets[0];
     if (BITS == 2) return octets[0] | octets[stride] << 2;
-    return octets[word * stride] | (octets[3 * stride] >> word & 1u) << 3;
+    return octets[word * stride] | (octets[(group.octets - 1) * stride] >> (group.tail_bits + word) & 1u) << 3;
 }
 
-/* Octets that share words, and the words that they share. */
-template <int BITS> struct octet_group {
-    static constexpr int octets = BITS == 4 ? 1 : BITS == 3 ? 4 : 2;
-    static constexpr int words = BITS == 3 ? 3 : 1;
-};
+/* A byte of a tail of 2 bits (two codes and the two `high` further on) or 1 bit (the four `third` further on, too). */
+__device__ __forceinline__ uint8_t tail_byte(const uint8_t *codes, int tail_bits, int high, int third)
+{
+    uint32_t byte = 0;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const uint8_t *code = codes + n / 2 + n % 2 * high;
+        byte |= (tail_bits == 2 ? code[0] & 3u : (code[0] & 1u) | (code[third] & 1u) << 1) << 2 * n;
+    }
+    return (uint8_t)byte;
+}
 
 template <int BITS>
 __device__ __forceinline__ void store_key_codes(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *codes, int lane16)
 {
     shape.bits = BITS, shape.is_trellis = false, shape.is_value = false; /* known to the compiler */
-    const int row_words = shape.head_dim * BITS / 32, lane_words = row_words / 4;
+    const tq_octet_group group = tq_octet_group_of(shape);
+    const int lane_groups = shape.head_dim / 32 / group.octets, lane_words = lane_groups * group.words;
     const int g = 2 * (token / 8) + token % 2, j = token / 2 % 4;
-    for (int i = lane16; i < row_words; i += 16) {
+    for (int i = lane16; i < 4 * lane_words; i += 16) {
         int t = i / lane_words, w = i % lane_words;
         uint32_t word = 0;
         if (BITS == 8) {
             word = reinterpret_cast<const uint32_t *>(codes)[i];
         } else {
-            using group = octet_group<BITS>;
-            const uint8_t *first = codes + t * (shape.head_dim / 4) + w / group::words * group::octets * 8;
+            const uint8_t *first = codes + t * (shape.head_dim / 4) + w / group.words * group.octets * 8;
 #pragma unroll
-            for (int n = 0; n < 8; n++) word |= nibble_of<BITS>(first + n, 8, w % group::words) << 4 * n;
+            for (int n = 0; n < 8; n++) word |= nibble_of<BITS>(first + n, 8, w % group.words, group) << 4 * n;
         }
         *reinterpret_cast<uint32_t *>(plane + tq_plane_offset(shape, 4 * g + t, 4 * (j * lane_words + w))) = word;
+    }
+    if (BITS == 8 || BITS == 4 || group.tail_bits == 0) return;
+    const int lane_bytes = lane_groups * group.tail_bits;
+    for (int i = lane16; i < 4 * lane_bytes; i += 16) {
+        int t = i / lane_bytes, b = i % lane_bytes;
+        const uint8_t *last = codes + t * (shape.head_dim / 4) + (b / group.tail_bits * group.octets + group.octets - 1) * 8;
+        int y = 4 * tq_plane_words(shape) + j * lane_bytes + b;
+        plane[tq_plane_offset(shape, 4 * g + t, y)] = tail_byte(last + b % group.tail_bits * 2, group.tail_bits, 4, 2);
     }
 }
 
@@ -82,23 +97,33 @@ __device__ __forceinline__ void store_value_codes(uint8_t *plane, tq_plane shape
                                                   int lane16)
 {
     shape.bits = BITS, shape.is_trellis = false, shape.is_value = true;
-    const int row_words = shape.head_dim * BITS / 16, lane_words = row_words / 8; /* that hold some of the token's bytes */
+    const tq_octet_group group = tq_octet_group_of(shape);
+    const int lane_groups = shape.head_dim / 32 / group.octets, lane_words = lane_groups * group.words;
     const int t = token / 8, pair = token / 2 % 4, s = token % 2;
-    for (int i = lane16; i < row_words; i += 16) {
+    for (int i = lane16; i < 8 * lane_words; i += 16) { /* words that hold some of the token's bytes */
         int g = i / lane_words, w = i % lane_words, y = 4 * (pair * lane_words + w);
         const uint8_t *dims = codes + g * (shape.head_dim / 8);
         if (BITS == 8) {
             uint8_t *to = plane + tq_plane_offset(shape, 4 * g + t, y) + 2 * s;
             to[0] = dims[2 * w], to[1] = dims[2 * w + 1];
         } else {
-            using group = octet_group<BITS>;
-            const uint8_t *first = dims + w / group::words * group::octets * 4;
+            const uint8_t *first = dims + w / group.words * group.octets * 4;
             uint32_t nibbles[4];
 #pragma unroll
-            for (int r = 0; r < 4; r++) nibbles[r] = nibble_of<BITS>(first + r, 4, w % group::words);
+            for (int r = 0; r < 4; r++) nibbles[r] = nibble_of<BITS>(first + r, 4, w % group.words, group);
             uint8_t *to = plane + tq_plane_offset(shape, 4 * g + t, y) + s;
             to[0] = (uint8_t)(nibbles[0] | nibbles[1] << 4), to[2] = (uint8_t)(nibbles[2] | nibbles[3] << 4);
         }
+    }
+    if (BITS == 8 || BITS == 4 || group.tail_bits == 0) return;
+    const int per_byte = group.tail_bits == 2 ? 1 : 2; /* lanes that have a byte together */
+    for (int i = lane16; i < 8 / per_byte * lane_groups; i += 16) {
+        int g = per_byte * (i / lane_groups), u = i % lane_groups;
+        const uint8_t *last = codes + g * (shape.head_dim / 8) + (u * group.octets + group.octets - 1) * 4;
+        int y = 4 * tq_plane_words(shape) + group.tail_bits * (pair * lane_groups + u);
+        if (per_byte == 1) y += s;
+        else g += s;
+        plane[tq_plane_offset(shape, 4 * g + t, y)] = tail_byte(last, group.tail_bits, 2, shape.head_dim / 8);
     }
 }
 
@@ -141,11 +166,10 @@ __device__ __forceinline__ void load_row(uint8_t *codes, const uint8_t *plane, t
         return;
     }
     for (int dim = lane16; dim < shape.head_dim; dim += 16) {
-        tq_code_place place = tq_code_place_of(shape, token, dim);
         uint32_t code = 0;
         for (int b = 0; b < shape.bits; b++) {
-            int32_t bit = tq_code_bit(shape, place, b);
-            code |= (plane[tq_plane_offset(shape, place.lane, bit / 8)] >> bit % 8 & 1u) << b;
+            int32_t bit = tq_code_bit(shape, token, dim, b);
+            code |= (plane[bit / 8] >> bit % 8 & 1u) << b;
         }
         codes[dim] = (uint8_t)code;
     }
