@@ -5,12 +5,18 @@
 template <int D, int BITS, bool IS_VALUE>
 static cudaError_t launch_side(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
 {
-    constexpr int bytes = (int)sizeof(many_shared<D>), warps = many_threads / 32;
+    constexpr int bytes = (int)sizeof(many_shared<D>);
     auto kernel = encode_many_kernel<D, BITS, IS_VALUE>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    int64_t n_items = (p.n_tok + 31) / 32 * store.n_head_kv;
-    kernel<<<(unsigned)((n_items + warps - 1) / warps), many_threads, bytes, stream>>>(store, p);
+    int device, n_multiprocessors = 1;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    int64_t n_blocks = (p.n_tok + many_threads / 4 - 1) / (many_threads / 4); /* of a KV head */
+    int64_t at_once = (many_blocks * n_multiprocessors + store.n_head_kv - 1) / store.n_head_kv;
+    dim3 grid((unsigned)(n_blocks < at_once ? n_blocks : at_once), (unsigned)store.n_head_kv);
+    kernel<<<grid, many_threads, bytes, stream>>>(store, p);
     return cudaGetLastError();
 }
 

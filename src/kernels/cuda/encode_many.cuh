@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Scalar encoders for many tokens at once: one vector a thread, so that no step of the transform and no sum needs an exchange
- * between lanes; 32 consecutive tokens of one KV head a warp, which are a record where slots are in order. The arithmetic is
- * that of src/codec operation by operation, and sums go in the order of docs/formats.md, so the codes are the same bits.
- * Rows come through shared memory, where 16 lanes bring one together. Expected bound: instruction issue, some 17 a number.
+ * Scalar encoders for many tokens at once: four lanes a vector, 8 consecutive tokens of one KV head a warp, four such runs
+ * after each other, which are a record where slots are in order. The arithmetic is that of src/codec operation by operation,
+ * and sums go in the order of docs/formats.md, so the codes are the same bits.
+ *
+ * Rows come in pieces of 8 numbers, whose first three steps of the Walsh-Hadamard transform need no exchange. Through shared
+ * memory they get to where all else needs next to none: lane t of a vector has elements t, t + 4, t + 8, ... Codes go back the
+ * same way, a byte each, and a lane stores what its namesake in the record's strings has: a quarter of the dimensions. Expected
+ * bound: instruction issue, some 22 a number.
  */
 #ifndef TQ_KERNELS_CUDA_ENCODE_MANY_CUH
 #define TQ_KERNELS_CUDA_ENCODE_MANY_CUH
@@ -12,28 +16,42 @@
 #include "kernels/cuda/encode.cuh"
 #include "kernels/cuda/mma.cuh"
 
-constexpr int many_threads = 128;
+constexpr int many_threads = 256, many_blocks = 4; /* of a multiprocessor */
 
 /* A code is found by the quarter that z lies in: quarters have at most one boundary each (a unit test holds the codebooks
  * against that). |z| is at most sqrt(head_dim), the norm of the whole vector. */
 constexpr int quarters_below = 48, n_quarters = 96;
 
+/* A vector in shared memory: floats, and later bytes from its beginning. Gaps let 8 pieces be stored, and 8 vectors be read, at
+ * once without bank conflicts. */
+template <int D> struct many_row {
+    __host__ __device__ static constexpr int at(int i)
+    {
+        return i + i / 32 * 4;
+    }
+    static constexpr int floats = D + D / 8 + (D == 96 ? 8 : 4);
+    __align__(16) float x[floats];
+    __device__ __forceinline__ uint8_t *bytes()
+    {
+        return reinterpret_cast<uint8_t *>(x);
+    }
+};
+
 template <int D> struct many_shared {
-    static constexpr int row_bytes = 2 * D + 16; /* spreads rows over the banks */
-    __align__(16) uint8_t rows[many_threads][row_bytes];
-    uint32_t sign_pairs[2][D / 2];      /* of dimensions 2 i and 2 i + 1, as the sign bits of two halves */
-    float boundary[n_quarters];         /* in this quarter, or infinity */
-    uint32_t code_below[n_quarters];    /* 4 times the code below that boundary */
+    many_row<D> rows[many_threads / 4];
+    __align__(16) uint32_t sign_pairs[D / 2]; /* of dimensions 2 i and 2 i + 1, as the sign bits of two halves */
+    float boundary[n_quarters];               /* in this quarter, or infinity */
+    uint32_t code_below[n_quarters];          /* 4 times the code below that boundary */
     float centroid[16], square[16];
 };
 
-template <int D> __device__ __forceinline__ void fill_tables(many_shared<D> &shared, const tq_device_store &store,
-                                                             const tq_device_format &format)
+template <int D>
+__device__ __forceinline__ void fill_tables(many_shared<D> &shared, const tq_device_store &store,
+                                            const tq_device_format &format)
 {
-    for (int i = threadIdx.x; i < D; i += many_threads) {
-        int round = i / (D / 2), pair = i % (D / 2);
-        uint32_t two = store.rotation.signs[round][pair / 16] >> pair % 16 * 2 & 3u;
-        shared.sign_pairs[round][pair] = (two & 1u) << 15 | (two & 2u) << 30;
+    if (threadIdx.x < D / 2) {
+        uint32_t two = store.rotation.signs[0][threadIdx.x / 16] >> threadIdx.x % 16 * 2 & 3u;
+        shared.sign_pairs[threadIdx.x] = (two & 1u) << 15 | (two & 2u) << 30;
     }
     const int n_boundaries = (1 << format.bits) - 1;
     if (format.bits < 8 && threadIdx.x < n_quarters) {
@@ -41,8 +59,10 @@ template <int D> __device__ __forceinline__ void fill_tables(many_shared<D> &sha
         uint32_t below = 0;
         for (int b = 0; b < n_boundaries; b++) {
             float at = format.boundaries[b];
-            if (at < from) below++;
-            else if (at < from + 0.25f) boundary = at;
+            if (at < from)
+                below++;
+            else if (at < from + 0.25f)
+                boundary = at;
         }
         shared.boundary[threadIdx.x] = boundary, shared.code_below[threadIdx.x] = 4 * below;
     }
@@ -59,39 +79,41 @@ __device__ __forceinline__ uint32_t shared_word(uint32_t address)
     return x;
 }
 
-/* Sums in the order of tq_sum_squares: number i goes to part i % 16, parts to one by halves. */
+/* Sums in the order of tq_sum_squares: number i goes to part i % 16, parts to one by halves. Lane t has numbers 4 k + t, which
+ * are those of parts t, t + 4, t + 8 and t + 12. */
 struct ordered_sum {
-    float part[16] = {};
-    __device__ __forceinline__ void add(int i, float x) { part[i % 16] = __fadd_rn(part[i % 16], x); }
+    float part[4] = {};
+    __device__ __forceinline__ void add(int k, float x)
+    {
+        part[k % 4] = __fadd_rn(part[k % 4], x);
+    }
     __device__ __forceinline__ float total() const
     {
-        float x[16];
-#pragma unroll
-        for (int i = 0; i < 16; i++) x[i] = part[i];
-#pragma unroll
-        for (int width = 8; width > 0; width /= 2) {
-#pragma unroll
-            for (int i = 0; i < width; i++) x[i] = __fadd_rn(x[i], x[i + width]);
-        }
-        return x[0];
+        float sum = __fadd_rn(__fadd_rn(part[0], part[2]), __fadd_rn(part[1], part[3]));
+        sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
+        return __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
     }
 };
 
-/* Walsh-Hadamard of each chunk, Hartley across them, scale: transform() of rotate.cuh with all elements in one thread. */
-template <int D> __device__ __forceinline__ void transform_vector(float (&x)[D], const tq_device_rotation &rotation)
+/* Steps of the Walsh-Hadamard transform from `first` on, for elements that are `apart` from one of x to the next. */
+template <int N> __device__ __forceinline__ void butterflies(float (&x)[N], int first, int end, int apart)
 {
-    using shape = head_shape<D>;
 #pragma unroll
-    for (int stride = 1; stride < shape::pow2; stride *= 2) {
+    for (int stride = first / apart; stride < end / apart; stride *= 2) {
 #pragma unroll
-        for (int k = 0; k < D; k++) {
+        for (int k = 0; k < N; k++) {
             if (k & stride) continue;
             float a = x[k], b = x[k + stride];
             x[k] = __fadd_rn(a, b), x[k + stride] = __fsub_rn(a, b);
         }
     }
-    if constexpr (shape::m == 3) {
-        constexpr int chunk = D / 3;
+}
+
+/* What follows the Walsh-Hadamard transform of each chunk: Hartley across them, scale. */
+template <int D> __device__ __forceinline__ void finish_transform(float (&x)[D / 4], const tq_device_rotation &rotation)
+{
+    if constexpr (head_shape<D>::m == 3) {
+        constexpr int chunk = D / 12;
 #pragma unroll
         for (int k = 0; k < chunk; k++) {
             float a = x[k], b = x[k + chunk], c = x[k + 2 * chunk];
@@ -103,40 +125,38 @@ template <int D> __device__ __forceinline__ void transform_vector(float (&x)[D],
         }
     }
 #pragma unroll
-    for (int k = 0; k < D; k++) x[k] = __fmul_rn(x[k], rotation.scale);
+    for (int k = 0; k < D / 4; k++) x[k] = __fmul_rn(x[k], rotation.scale);
 }
 
-/* A thread's row, rotated. */
+/* A lane's elements of its vector, whose pieces have had steps 1, 2 and 4; rotated. */
 template <int D>
-__device__ __forceinline__ void rotated_row(float (&x)[D], const many_shared<D> &shared, const tq_device_rotation &rotation)
+__device__ __forceinline__ void rotated_elements(float (&x)[D / 4], const many_row<D> &row, const tq_device_rotation &rotation)
 {
-    const uint4 *row = reinterpret_cast<const uint4 *>(shared.rows[threadIdx.x]);
-    const uint4 *signs = reinterpret_cast<const uint4 *>(shared.sign_pairs[0]);
+    using shape = head_shape<D>;
+    const int t = threadIdx.x & 3;
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-        uint4 v = row[i], s = signs[i];
-        uint32_t words[4] = {v.x ^ s.x, v.y ^ s.y, v.z ^ s.z, v.w ^ s.w};
+    for (int k = 0; k < D / 4; k++) x[k] = row.x[many_row<D>::at(4 * k) + t];
+    butterflies(x, 8, shape::pow2, 4);
+    finish_transform<D>(x, rotation);
+    if constexpr (shape::n_rounds == 2) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            float2 pair = __half22float2(as_half2(words[k]));
-            x[8 * i + 2 * k] = pair.x, x[8 * i + 2 * k + 1] = pair.y;
+        for (int k = 0; k < D / 4; k++) {
+            uint32_t sign = rotation.signs[1][k / 8] >> t << (31 - 4 * (k % 8)) & 0x80000000u;
+            x[k] = __uint_as_float(__float_as_uint(x[k]) ^ sign);
         }
-    }
-    transform_vector<D>(x, rotation);
-    if constexpr (head_shape<D>::n_rounds == 2) {
 #pragma unroll
-        for (int i = 0; i < D / 2; i++) {
-            uint32_t s = shared.sign_pairs[1][i];
-            x[2 * i] = __uint_as_float(__float_as_uint(x[2 * i]) ^ (s << 16 & 0x80000000u));
-            x[2 * i + 1] = __uint_as_float(__float_as_uint(x[2 * i + 1]) ^ (s & 0x80000000u));
+        for (int stride = 1; stride < 4; stride *= 2) {
+            const float sign = t & stride ? -1.0f : 1.0f; /* a product with it is exact, so this is one rounding */
+#pragma unroll
+            for (int k = 0; k < D / 4; k++) x[k] = __fmaf_rn(x[k], sign, __shfl_xor_sync(~0u, x[k], stride));
         }
-        transform_vector<D>(x, rotation);
+        butterflies(x, 4, shape::pow2, 4);
+        finish_transform<D>(x, rotation);
     }
 }
 
-/* Codes with their energy: nibbles[i] has those of dimensions 8 i to 8 i + 7. */
+/* Codes and their energy. */
 template <int D> struct many_codes {
-    uint32_t nibbles[D / 8];
     ordered_sum energy;
     uint32_t tables; /* shared address of the first quarter's boundary, less what the quarter's number brings along */
 
@@ -144,8 +164,8 @@ template <int D> struct many_codes {
         : tables(shared_address(shared.boundary) - 4 * 0x4b400000u)
     {
     }
-    /* 4 times the code of z, into nibble i of word, and its centroid's square to part i of the energy. */
-    __device__ __forceinline__ void find(uint32_t &word, int i, float z)
+    /* 4 times the code of z, whose centroid's square goes to the energy as that of element k. */
+    __device__ __forceinline__ uint8_t find(int k, float z)
     {
         constexpr uint32_t to_code = sizeof(many_shared<D>::boundary), to_square = 2 * to_code + 64;
         static_assert(offsetof(many_shared<D>, square) == offsetof(many_shared<D>, boundary) + to_square, "");
@@ -156,95 +176,76 @@ template <int D> struct many_codes {
         float boundary = __uint_as_float(shared_word(at));
         uint32_t code = shared_word(at + to_code);
         if (boundary < z) code += 4;
-        energy.add(i, __uint_as_float(shared_word(tables + 4 * 0x4b400000u + to_square + code)));
-        int n = i % 8;
-        word |= n == 0 ? code >> 2 : code << (4 * n - 2);
+        energy.add(k, __uint_as_float(shared_word(tables + 4 * 0x4b400000u + to_square + code)));
+        return (uint8_t)code;
     }
 };
 
-/* Lloyd-Max codes of a rotated vector; returns the scale. Leaves the thread's row in shared memory to itself. */
+/* Lloyd-Max codes of a rotated vector, 4 times each, to codes[t + 4 k], which is this lane's; returns the scale. */
 template <int D>
-__device__ __forceinline__ __half encode_lloyd_vector(uint32_t (&nibbles)[D / 8], const float (&x)[D], many_shared<D> &shared,
+__device__ __forceinline__ __half encode_lloyd_vector(uint8_t *codes, const float (&x)[D / 4], const many_shared<D> &shared,
                                                       const tq_device_format &format)
 {
     ordered_sum squares;
 #pragma unroll
-    for (int i = 0; i < D; i++) squares.add(i, __fmul_rn(x[i], x[i]));
+    for (int k = 0; k < D / 4; k++) squares.add(k, __fmul_rn(x[k], x[k]));
     const float ss = squares.total(), factor = unit_factor(ss, D);
-    many_codes<D> codes(shared);
+    many_codes<D> finder(shared);
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-        nibbles[i] = 0;
-#pragma unroll
-        for (int n = 0; n < 8; n++) codes.find(nibbles[i], 8 * i + n, __fmul_rn(x[8 * i + n], factor));
-    }
-    float energy = codes.energy.total();
-    if (energy >= format.settled_min && energy <= format.settled_max) {
-        return scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy)));
-    }
-    /* Settling (lloyd.c), which few vectors need: codes go through shared memory, so that this is a short loop. */
-    uint32_t *words = reinterpret_cast<uint32_t *>(shared.rows[threadIdx.x]);
-#pragma unroll
-    for (int i = 0; i < D / 8; i++) words[i] = nibbles[i];
-    for (int round = 0; round < 8; round++) {
-        if (energy >= format.settled_min && energy <= format.settled_max) break;
+    for (int k = 0; k < D / 4; k++) codes[4 * k] = finder.find(k, __fmul_rn(x[k], factor));
+    float energy = finder.energy.total();
+    /* Settling (lloyd.c), which few vectors need; the others of the warp go along. */
+    bool is_settled = energy >= format.settled_min && energy <= format.settled_max;
+    for (int round = 0; round < 8 && !__all_sync(~0u, is_settled); round++) {
         const float settle = unit_factor(energy, D);
-        codes.energy = ordered_sum();
+        finder.energy = ordered_sum();
 #pragma unroll 1
-        for (int i = 0; i < D / 8; i += 2) {
+        for (int first = 0; first < D / 4; first += 4) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint32_t old = words[i + half], word = 0;
-#pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    codes.find(word, 8 * half + n, __fmul_rn(shared.centroid[old >> 4 * n & 15u], settle));
-                }
-                words[i + half] = word;
+            for (int k = 0; k < 4; k++) {
+                uint8_t &code = codes[4 * (first + k)];
+                uint8_t found = finder.find(k, __fmul_rn(shared.centroid[code / 4], settle));
+                if (!is_settled) code = found;
             }
         }
-        float next = codes.energy.total();
-        if (next == energy) break;
+        float next = finder.energy.total();
+        if (is_settled) continue;
+        is_settled = next == energy || (next >= format.settled_min && next <= format.settled_max);
         energy = next;
     }
-#pragma unroll
-    for (int i = 0; i < D / 8; i++) nibbles[i] = words[i];
     return scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy)));
 }
 
-/* 8-bit codes, four a word. */
-template <int D> __device__ __forceinline__ __half encode_uniform_vector(uint32_t (&words)[D / 4], const float (&x)[D])
+/* 8-bit codes, likewise. */
+template <int D> __device__ __forceinline__ __half encode_uniform_vector(uint8_t *codes, const float (&x)[D / 4])
 {
     ordered_sum squares, energy;
     float largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < D; i++) squares.add(i, __fmul_rn(x[i], x[i]));
+    for (int k = 0; k < D / 4; k++) squares.add(k, __fmul_rn(x[k], x[k])), largest = fmaxf(largest, fabsf(x[k]));
 #pragma unroll
-    for (int i = 0; i < D; i++) largest = fmaxf(largest, fabsf(x[i]));
+    for (int width = 2; width > 0; width /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, width));
     const float ss = squares.total();
     const bool is_zero = unit_factor(ss, D) == 0.0f;
     const float factor = is_zero ? 0.0f : __fdiv_rn(127.0f, largest);
 #pragma unroll
-    for (int i = 0; i < D / 4; i++) {
-        uint32_t bits[4];
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            /* Adding 1.5 * 2^23 rounds to a whole number, as rintf does, and leaves it in the lowest bits. */
-            float moved = __fadd_rn(__fmul_rn(x[4 * i + n], factor), 12582912.0f), rounded = __fsub_rn(moved, 12582912.0f);
-            bits[n] = __float_as_uint(moved);
-            energy.add(4 * i + n, __fmul_rn(rounded, rounded));
-        }
-        words[i] = permute(permute(bits[0], bits[1], 0x40), permute(bits[2], bits[3], 0x40), 0x5410);
+    for (int k = 0; k < D / 4; k++) {
+        /* Adding 1.5 * 2^23 rounds to a whole number, as rintf does, and leaves it in the lowest bits. */
+        float moved = __fadd_rn(__fmul_rn(x[k], factor), 12582912.0f), rounded = __fsub_rn(moved, 12582912.0f);
+        codes[4 * k] = (uint8_t)__float_as_uint(moved);
+        energy.add(k, __fmul_rn(rounded, rounded));
     }
-    return is_zero ? __half(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy.total())));
+    const float sum = energy.total();
+    return is_zero ? __half(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(sum)));
 }
 
-/* What one vector has of the lanes' strings: words of groups (or the same bits of a value), then tails, a key's four of 8 or 16
- * bits, or a value's bytes. One group a lane, where groups have tails. */
-template <int BITS, int D> struct vector_shape {
+/* What a lane has of a vector: a quarter, as words of groups (or the same bits of a value), and a tail, or a value's bytes of
+ * two. One group a lane, where groups have tails. */
+template <int BITS, int D> struct quarter_shape {
     static constexpr tq_plane plane = {BITS, D, false, false};
     static constexpr tq_octet_group group = tq_octet_group_of(plane);
-    static constexpr int n_words = tq_plane_words(plane), lane_words = n_words / 4;
-    static constexpr int tails_begin = 4 * n_words, tail_bits = group.tail_bits;
+    static constexpr int lane_words = tq_plane_words(plane) / 4;
+    static constexpr int tails_begin = 16 * lane_words, tail_bits = group.tail_bits;
     /* Words of a lane that can be stored together. */
     static constexpr int vector_words = tq_plane_vector_bytes(plane) / 4;
     static constexpr int at_once = vector_words == 4 && lane_words % 4 == 0   ? 4
@@ -254,21 +255,20 @@ template <int BITS, int D> struct vector_shape {
 };
 
 /*
- * From words of 8 nibbles (or 4 bytes) in the order of dimensions to the words of a key's string, or the same bits of a
+ * From words of 8 nibbles in the order of dimensions to the words of a key's string, or the same bits of a
  * value: layout.h's octets, shared words included.
  */
-template <int BITS, int D, bool IS_VALUE, int M, int N>
-__device__ __forceinline__ void share_words(uint32_t (&out)[M], const uint32_t (&in)[N])
+template <int BITS, int D, bool IS_VALUE>
+__device__ __forceinline__ void share_words(uint32_t (&out)[quarter_shape<BITS, D>::lane_words], const uint32_t (&in)[D / 32])
 {
-    using shape = vector_shape<BITS, D>;
+    using shape = quarter_shape<BITS, D>;
     constexpr int octets = shape::group.octets, words = shape::group.words, tail_bits = shape::tail_bits;
-    static_assert(M == shape::n_words, "");
-    if constexpr (BITS == 8 || BITS == 4) {
+    if constexpr (BITS == 4) {
 #pragma unroll
-        for (int i = 0; i < M; i++) out[i] = in[i];
+        for (int i = 0; i < shape::lane_words; i++) out[i] = in[i];
     } else if constexpr (!IS_VALUE) { /* an octet a word */
 #pragma unroll
-        for (int i = 0; i < M / words; i++) {
+        for (int i = 0; i < shape::lane_words / words; i++) {
             const uint32_t *o = in + i * octets;
 #pragma unroll
             for (int w = 0; w < words; w++) {
@@ -278,7 +278,7 @@ __device__ __forceinline__ void share_words(uint32_t (&out)[M], const uint32_t (
         }
     } else { /* half an octet 16 bits */
 #pragma unroll
-        for (int i = 0; i < 2 * M / words; i++) {
+        for (int i = 0; i < 2 * shape::lane_words / words; i++) {
 #pragma unroll
             for (int w = 0; w < words; w++) {
                 auto unit = [&](int u) { return in[(i * octets + u) / 2] >> (i * octets + u) % 2 * 16 & 0xffffu; };
@@ -291,50 +291,44 @@ __device__ __forceinline__ void share_words(uint32_t (&out)[M], const uint32_t (
     }
 }
 
-/* The tails of a vector, given the same words of nibbles. */
-template <int BITS, int D, bool IS_VALUE, int N>
-__device__ __forceinline__ void store_tails(uint8_t *plane, int token, const uint32_t (&in)[N])
+/* The tail of a key's quarter, or of a value's two eighths, given the same words of nibbles. */
+template <int BITS, int D, bool IS_VALUE>
+__device__ __forceinline__ void store_tail(uint8_t *plane, int token, const uint32_t (&in)[D / 32])
 {
-    using shape = vector_shape<BITS, D>;
+    using shape = quarter_shape<BITS, D>;
     constexpr tq_plane where = {BITS, D, IS_VALUE, false};
     constexpr int octets = shape::group.octets, tail_bits = shape::tail_bits;
-    const int j = token / 2 % 4;
+    const int j = token / 2 % 4, quarter = threadIdx.x & 3;
     if constexpr (!IS_VALUE) {
         const int g = 2 * (token / 8) + token % 2;
-#pragma unroll
-        for (int t = 0; t < 4; t++) {
-            uint32_t last = in[t * octets + octets - 1], x = last & 0x11111111u;
-            uint8_t *to = plane + tq_plane_offset(where, 4 * g + t, shape::tails_begin + tail_bits * j);
-            if constexpr (tail_bits == 2) {
-                *reinterpret_cast<uint16_t *>(to) = (uint16_t)((last & 0x3333u) | (last >> 16 & 0x3333u) << 2);
-            } else {
-                *to = (uint8_t)(x | x >> 7 | x >> 14 | x >> 21);
-            }
+        uint32_t last = in[octets - 1], x = last & 0x11111111u;
+        uint8_t *to = plane + tq_plane_offset(where, 4 * g + quarter, shape::tails_begin + tail_bits * j);
+        if constexpr (tail_bits == 2) {
+            *reinterpret_cast<uint16_t *>(to) = (uint16_t)((last & 0x3333u) | (last >> 16 & 0x3333u) << 2);
+        } else {
+            *to = (uint8_t)(x | x >> 7 | x >> 14 | x >> 21);
         }
     } else {
-        const int t = token / 8, s = token % 2;
-        auto last = [&](int g) {
-            int u = g * octets + octets - 1;
+        const int t = token / 8, s = token % 2, g = 2 * quarter;
+        auto last = [&](int eighth) {
+            int u = eighth * octets + octets - 1;
             return in[u / 2] >> u % 2 * 16;
         };
         if constexpr (tail_bits == 2) {
 #pragma unroll
-            for (int g = 0; g < 8; g++) {
-                uint32_t x = last(g);
-                plane[tq_plane_offset(where, 4 * g + t, shape::tails_begin + 2 * j + s)] =
+            for (int eighth = 0; eighth < 2; eighth++) {
+                uint32_t x = last(eighth);
+                plane[tq_plane_offset(where, 4 * (g + eighth) + t, shape::tails_begin + 2 * j + s)] =
                     (uint8_t)((x & 0x33u) | (x >> 8 & 0x33u) << 2);
             }
         } else {
-#pragma unroll
-            for (int g = 0; g < 8; g += 2) {
-                auto bits = [&](int owner) { return (last(owner) & 0x11u) | (last(owner) >> 6 & 0x44u); };
-                plane[tq_plane_offset(where, 4 * (g + s) + t, shape::tails_begin + j)] = (uint8_t)(bits(g) | bits(g + 1) << 1);
-            }
+            auto bits = [&](int eighth) { return (last(eighth) & 0x11u) | (last(eighth) >> 6 & 0x44u); };
+            plane[tq_plane_offset(where, 4 * (g + s) + t, shape::tails_begin + j)] = (uint8_t)(bits(0) | bits(1) << 1);
         }
     }
 }
 
-/* Words [first, first + N) of one lane's string, where they are aligned to themselves. */
+/* Words of a lane's string, where they are aligned to themselves. */
 template <int N> __device__ __forceinline__ void store_words(uint8_t *to, const uint32_t *words)
 {
     if constexpr (N == 4) {
@@ -350,46 +344,46 @@ template <int BITS, int D, int N>
 __device__ __forceinline__ void store_key(uint8_t *plane, int token, const uint32_t (&words)[N])
 {
     constexpr tq_plane shape = {BITS, D, false, false};
-    constexpr int lane_words = N / 4, at_once = vector_shape<BITS, D>::at_once;
-    const int g = 2 * (token / 8) + token % 2, j = token / 2 % 4;
+    constexpr int at_once = quarter_shape<BITS, D>::at_once;
+    const int g = 2 * (token / 8) + token % 2, j = token / 2 % 4, quarter = threadIdx.x & 3;
 #pragma unroll
     for (int i = 0; i < N; i += at_once) {
-        int y = 4 * (j * lane_words + i % lane_words);
-        store_words<at_once>(plane + tq_plane_offset(shape, 4 * g + i / lane_words, y), words + i);
+        store_words<at_once>(plane + tq_plane_offset(shape, 4 * g + quarter, 4 * (j * N + i)), words + i);
     }
 }
 
-/* A value's bits to a plane whose words it shares with the token beside it. in_pairs: that one is the next lane's (or, for odd
- * tokens, the one before's), so each of the two lanes writes half of both tokens' words; else bytes are written. */
+/* A value's bits to a plane whose words it shares with the token beside it. in_pairs: that one is with the next four lanes (or,
+ * for odd tokens, those before), so of both tokens' words each of two lanes writes an eighth of the dimensions; else bytes are
+ * written. */
 template <int BITS, int D, int N>
 __device__ __forceinline__ void store_value(uint8_t *plane, int token, const uint32_t (&words)[N], bool exists, bool in_pairs)
 {
     constexpr tq_plane shape = {BITS, D, true, false};
-    constexpr int n = N, lane_words = N / 4;
-    const int t = token / 8, pair = token / 2 % 4;
+    const int t = token / 8, pair = token / 2 % 4, quarter = threadIdx.x & 3;
     if (in_pairs) {
-        constexpr int at_once = vector_shape<BITS, D>::at_once;
+        constexpr int at_once = quarter_shape<BITS, D>::at_once;
         const bool odd = token % 2;
-        uint32_t both[n];
+        uint32_t others[N], both[N];
 #pragma unroll
-        for (int i = 0; i < n / 2; i++) {
-            uint32_t mine = odd ? words[n / 2 + i] : words[i];
-            uint32_t other = __shfl_xor_sync(~0u, odd ? words[i] : words[n / 2 + i], 1);
-            uint32_t even_bits = odd ? other : mine, odd_bits = odd ? mine : other;
-            both[2 * i] = permute(even_bits, odd_bits, BITS == 8 ? 0x5410 : 0x5140);
-            both[2 * i + 1] = permute(even_bits, odd_bits, BITS == 8 ? 0x7632 : 0x7362);
-        }
+        for (int i = 0; i < N; i++) others[i] = __shfl_xor_sync(~0u, words[i], 4);
         if (!exists) return;
 #pragma unroll
-        for (int i = 0; i < n; i += at_once) {
-            int u = (odd ? n : 0) + i, y = 4 * (pair * lane_words + i % lane_words);
-            store_words<at_once>(plane + tq_plane_offset(shape, 4 * (u / lane_words) + t, y), both + i);
+        for (int u = 0; u < N; u++) { /* units of 16 bits: the first N are those of the even token's lane */
+            uint32_t mine = odd ? words[(N + u) / 2] : words[u / 2], other = odd ? others[(N + u) / 2] : others[u / 2];
+            bool upper = odd ? (N + u) % 2 : u % 2;
+            uint32_t lower_half = BITS == 8 ? 0x5410 : 0x5140, upper_half = BITS == 8 ? 0x7632 : 0x7362;
+            both[u] = permute(odd ? other : mine, odd ? mine : other, upper ? upper_half : lower_half);
+        }
+#pragma unroll
+        for (int u = 0; u < N; u += at_once) {
+            uint8_t *to = plane + tq_plane_offset(shape, 4 * (2 * quarter + odd) + t, 4 * (pair * N + u));
+            store_words<at_once>(to, both + u);
         }
     } else if (exists) {
 #pragma unroll
-        for (int u = 0; u < 2 * n; u++) {
+        for (int u = 0; u < 2 * N; u++) {
             uint32_t bits = words[u / 2] >> u % 2 * 16;
-            uint8_t *to = plane + tq_plane_offset(shape, 4 * (u / lane_words) + t, 4 * (pair * lane_words + u % lane_words));
+            uint8_t *to = plane + tq_plane_offset(shape, 4 * (2 * quarter + u / N) + t, 4 * (pair * N + u % N));
             int first = BITS == 8 ? 2 * (token % 2) : token % 2, step = BITS == 8 ? 1 : 2;
             to[first] = (uint8_t)bits, to[first + step] = (uint8_t)(bits >> 8);
         }
@@ -404,73 +398,99 @@ __device__ __forceinline__ bool all_finite(uint4 v)
     return (as_bits(sum) & 0x7fff7fffu) == 0;
 }
 
-/* 8 numbers, from element `first` of the batch and `in_token` of a token on, as halves; `bad` is set where FP16 cannot hold
- * one. */
-__device__ __noinline__ uint4 converted(const tq_cuda_append_params &p, bool is_value, int64_t first, int32_t in_token,
-                                        bool &bad)
+/* 8 numbers of the batch as halves: element `first` of it, which is number in_token of a token, and those behind. `raw` is what
+ * stands there, if that has 16 bits a number. `bad` is set where FP16 cannot hold one. */
+__device__ __noinline__ uint4 converted(const tq_cuda_append_params &p, bool is_value, uint4 raw, int64_t first,
+                                        int32_t in_token, bool &bad)
 {
-    uint32_t words[4];
+    const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
+    uint32_t out[4];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float x[1];
-        load_strided(x, is_value ? p.v : p.k, p.dtype, first + i);
-        uint32_t bits = __half_as_ushort(to_half(x[0] - mean_of(p, is_value, in_token + i), bad));
-        words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
+        uint16_t bits = (uint16_t)(in[i / 2] >> i % 2 * 16);
+        float x[1] = {p.dtype == TQ_DTYPE_F16 ? __half2float(__ushort_as_half(bits)) : to_float(bits)};
+        if (p.dtype == TQ_DTYPE_F32) load_strided(x, is_value ? p.v : p.k, p.dtype, first + i);
+        uint32_t half = __half_as_ushort(to_half(x[0] - mean_of(p, is_value, in_token + i), bad));
+        out[i / 2] = i % 2 ? out[i / 2] | half << 16 : half;
     }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-/* The rows of a warp's 32 tasks to shared memory; `task` is this lane's. FP16 rows are all on their way before the first is
- * used. */
+/* The rows of a warp's 8 tasks to shared memory, signs flipped and steps 1, 2 and 4 of the transform done; `task` is that of
+ * this lane's vector. Rows are all on their way before the first is used. */
 template <int D>
 __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_device_store &store, const tq_cuda_append_params &p,
                                            const encode_task &task, bool is_value, int32_t head)
 {
-    constexpr int per_row = D / 8; /* pieces of 8 numbers */
+    constexpr int per_row = D / 8, n = D / 32; /* pieces of a row, of a lane */
     const int lane = threadIdx.x & 31;
-    uint8_t(*rows)[many_shared<D>::row_bytes] = shared.rows + (threadIdx.x & ~31);
-    const int64_t mine = task.row >= 0 ? task.row * p.row_stride + head * D
-                                       : exact_index(store, task.exact_slot, is_value, head, task.entry);
-    const uint32_t exists = __ballot_sync(~0u, task.exists), in_batch = __ballot_sync(~0u, task.row >= 0);
-    const void *batch = is_value ? p.v : p.k;
     const bool is_plain = p.dtype == TQ_DTYPE_F16 && (is_value || !p.k_mean);
-    uint4 pieces[per_row];
-#pragma unroll
-    for (int i = 0; i < per_row; i++) {
-        int piece = 32 * i + lane, row = piece / per_row, at = piece % per_row;
-        int64_t first = __shfl_sync(~0u, mine, row) + 8 * at;
-        bool is_batch = in_batch >> row & 1u;
-        const __half *from = static_cast<const __half *>(is_batch ? batch : store.exact) + first;
-        pieces[i] = make_uint4(0, 0, 0, 0);
-        if ((exists >> row & 1u) && !(is_batch && !is_plain)) {
-            pieces[i] = __ldg(reinterpret_cast<const uint4 *>(from));
-        }
+    const int64_t in_batch = task.row * p.row_stride + head * D; /* of this lane's vector */
+    const __half *mine = static_cast<const __half *>(is_value ? p.v : p.k) + in_batch;
+    if (task.row < 0) {
+        mine = reinterpret_cast<const __half *>(store.exact) + exact_index(store, task.exact_slot, is_value, head, task.entry);
     }
-    uint32_t bad_rows = 0;
+    if (!task.exists || (task.row >= 0 && p.dtype == TQ_DTYPE_F32)) mine = nullptr;
+    uint4 pieces[n];
 #pragma unroll
-    for (int i = 0; i < per_row; i++) {
+    for (int i = 0; i < n; i++) {
         int piece = 32 * i + lane, row = piece / per_row, at = piece % per_row;
-        int64_t first = __shfl_sync(~0u, mine, row) + 8 * at;
-        bool is_bad = false, is_batch = in_batch >> row & 1u;
-        uint4 v = pieces[i];
-        if ((exists >> row & 1u) && is_batch && (!is_plain || !all_finite(v))) {
-            v = converted(p, is_value, first, head * D + 8 * at, is_bad);
-        }
-        *reinterpret_cast<uint4 *>(rows[row] + 16 * at) = v;
-        if (is_bad) bad_rows |= 1u << row;
+        const uint4 *from = reinterpret_cast<const uint4 *>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(mine), 4 * row));
+        pieces[i] = from ? __ldg(from + at) : make_uint4(0, 0, 0, 0);
     }
-    if (__any_sync(~0u, bad_rows != 0) && p.n_not_finite) {
+    bool needs_care = !is_plain && task.exists && task.row >= 0;
+#pragma unroll
+    for (int i = 0; i < n; i++) needs_care |= !all_finite(pieces[i]);
+    if (__any_sync(~0u, needs_care)) {
+        const uint32_t careful = __ballot_sync(~0u, task.exists && task.row >= 0);
+        uint32_t bad_rows = 0;
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            int piece = 32 * i + lane, row = piece / per_row, at = piece % per_row;
+            int64_t first = __shfl_sync(~0u, in_batch, 4 * row) + 8 * at;
+            bool is_bad = false;
+            if (careful >> 4 * row & 1u) pieces[i] = converted(p, is_value, pieces[i], first, head * D + 8 * at, is_bad);
+            if (is_bad) bad_rows |= 1u << row;
+        }
 #pragma unroll
         for (int width = 16; width > 0; width /= 2) bad_rows |= __shfl_xor_sync(~0u, bad_rows, width);
-        if (lane == 0) atomicAdd(p.n_not_finite, __popc(bad_rows));
+        if (lane == 0 && p.n_not_finite && bad_rows) atomicAdd(p.n_not_finite, __popc(bad_rows));
+    }
+    many_row<D> *rows = shared.rows + threadIdx.x / 32 * 8;
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+        int piece = 32 * i + lane, row = piece / per_row, at = piece % per_row;
+        const uint4 v = pieces[i], s = *reinterpret_cast<const uint4 *>(shared.sign_pairs + 4 * at);
+        const uint32_t words[4] = {v.x ^ s.x, v.y ^ s.y, v.z ^ s.z, v.w ^ s.w};
+        float x[8];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            float2 pair = __half22float2(as_half2(words[k]));
+            x[2 * k] = pair.x, x[2 * k + 1] = pair.y;
+        }
+        butterflies(x, 1, 8, 1);
+        float4 *to = reinterpret_cast<float4 *>(rows[row].x + many_row<D>::at(8 * at));
+        to[0] = make_float4(x[0], x[1], x[2], x[3]), to[1] = make_float4(x[4], x[5], x[6], x[7]);
     }
     __syncwarp();
 }
 
+/* A lane's quarter of the codes [D], as 8 nibbles a word; the bytes hold 4 times each code. */
+template <int D> __device__ __forceinline__ void load_nibbles(uint32_t (&nibbles)[D / 32], const uint8_t *codes)
+{
+    const uint2 *from = reinterpret_cast<const uint2 *>(codes + (threadIdx.x & 3) * (D / 4));
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        uint32_t low = from[i].x >> 2, high = from[i].y >> 2;
+        nibbles[i] = permute(low | low >> 4, high | high >> 4, 0x6420);
+    }
+}
+
 template <int D, int BITS, bool IS_VALUE>
-__global__ void __launch_bounds__(many_threads, 3)
+__global__ void __launch_bounds__(many_threads, many_blocks)
     encode_many_kernel(const __grid_constant__ tq_device_store store, const __grid_constant__ tq_cuda_append_params p)
 {
+    using shape = quarter_shape<BITS, D>;
     extern __shared__ __align__(16) uint8_t memory[];
     auto &shared = *reinterpret_cast<many_shared<D> *>(memory);
     const tq_device_format &format = IS_VALUE ? store.value : store.key;
@@ -478,42 +498,53 @@ __global__ void __launch_bounds__(many_threads, 3)
     __syncthreads();
 
     const int lane = threadIdx.x & 31;
-    const uint32_t item = blockIdx.x * (many_threads / 32) + threadIdx.x / 32, n_heads = (uint32_t)store.n_head_kv;
-    const int64_t token = (int64_t)(item / n_heads) * 32 + lane;
-    const int32_t head = (int32_t)(item % n_heads);
-    if (token - lane >= p.n_tok) return; /* the whole warp */
-    encode_task task = {};
-    if (token < p.n_tok) task = encode_task_of(store, p, token);
-    bring_rows<D>(shared, store, p, task, IS_VALUE, head);
+    many_row<D> &row = shared.rows[threadIdx.x / 4];
+    const int32_t head = (int32_t)blockIdx.y;
+    for (int64_t first = blockIdx.x * (many_threads / 4) + threadIdx.x / 32 * 8; first < p.n_tok;
+         first += gridDim.x * (many_threads / 4)) {
+        const int64_t token = first + lane / 4;
+        encode_task task = {};
+        if (token < p.n_tok) task = encode_task_of(store, p, token);
+        bring_rows<D>(shared, store, p, task, IS_VALUE, head);
 
-    float x[D];
-    rotated_row<D>(x, shared, store.rotation);
-    using shape = vector_shape<BITS, D>;
-    uint32_t words[shape::n_words], nibbles[D / 8]; /* 8 bits have no nibbles */
-    __half scale;
-    if constexpr (BITS == 8) {
-        scale = encode_uniform_vector<D>(words, x);
-    } else {
-        scale = encode_lloyd_vector<D>(nibbles, x, shared, format);
-        share_words<BITS, D, IS_VALUE>(words, nibbles);
+        float x[D / 4];
+        rotated_elements<D>(x, row, store.rotation);
+        __syncwarp(); /* codes go where the rows were */
+        uint8_t *codes = row.bytes() + (lane & 3);
+        uint32_t words[shape::lane_words];
+        const slot_place place = place_of_slot(store, task.page, task.offset, head);
+        uint8_t *plane = codes_of(store, place, IS_VALUE);
+        __half scale;
+        if constexpr (BITS == 8) {
+            scale = encode_uniform_vector<D>(codes, x);
+            __syncwarp();
+            const uint2 *from = reinterpret_cast<const uint2 *>(row.bytes() + (lane & 3) * (D / 4));
+#pragma unroll
+            for (int i = 0; i < D / 32; i++) words[2 * i] = from[i].x, words[2 * i + 1] = from[i].y;
+        } else {
+            uint32_t nibbles[D / 32];
+            scale = encode_lloyd_vector<D>(codes, x, shared, format);
+            __syncwarp();
+            load_nibbles<D>(nibbles, row.bytes());
+            share_words<BITS, D, IS_VALUE>(words, nibbles);
+            if constexpr (shape::tail_bits > 0) {
+                if (task.exists) store_tail<BITS, D, IS_VALUE>(plane, place.token, nibbles);
+            }
+        }
+        if constexpr (IS_VALUE) {
+            const int64_t other_page = __shfl_xor_sync(~0u, task.page, 4);
+            const int32_t other_offset = __shfl_xor_sync(~0u, task.offset, 4);
+            const bool other_exists = __shfl_xor_sync(~0u, task.exists, 4);
+            const bool paired = task.exists && other_page == task.page && (other_offset ^ task.offset) == 1 &&
+                                task.offset % 2 == (lane / 4 & 1);
+            const bool in_pairs = __all_sync(~0u, task.exists == other_exists && (paired || !task.exists));
+            store_value<BITS, D>(plane, place.token, words, task.exists, in_pairs);
+        } else if (task.exists) {
+            store_key<BITS, D>(plane, place.token, words);
+        }
+        if (task.exists && (lane & 3) == 0) *scale_of(store, place, IS_VALUE) = scale;
+        __syncwarp(); /* all codes are read */
     }
-    const slot_place place = place_of_slot(store, task.page, task.offset, head);
-    uint8_t *plane = codes_of(store, place, IS_VALUE);
-    if constexpr (shape::tail_bits > 0) {
-        if (task.exists) store_tails<BITS, D, IS_VALUE>(plane, place.token, nibbles);
-    }
-    if constexpr (IS_VALUE) {
-        const int64_t other_page = __shfl_xor_sync(~0u, task.page, 1);
-        const int32_t other_offset = __shfl_xor_sync(~0u, task.offset, 1);
-        const bool other_exists = __shfl_xor_sync(~0u, task.exists, 1);
-        const bool paired = task.exists && other_page == task.page && (other_offset ^ task.offset) == 1 &&
-                            task.offset % 2 == (lane & 1);
-        const bool in_pairs = __all_sync(~0u, task.exists == other_exists && (paired || !task.exists));
-        store_value<BITS, D>(plane, place.token, words, task.exists, in_pairs);
-    } else if (task.exists) {
-        store_key<BITS, D>(plane, place.token, words);
-    }
-    if (task.exists) *scale_of(store, place, IS_VALUE) = scale;
 }
 
 #endif
