@@ -229,7 +229,8 @@ class Ours:
             elif number > 0:
                 stored.pages.copy_(store.layers[0].pages)
                 store._exact[number].copy_(store._exact[0])
-            stored.key_mean, stored.has_settled = store.layers[0].key_mean, True
+            first, stored.has_settled = store.layers[0], True
+            stored.key_mean, stored.key_mean_whole = first.key_mean, first.key_mean_whole
 
     def around(self):
         return torch.no_grad()
