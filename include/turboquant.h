@@ -521,6 +521,18 @@ TQ_API TQ_NODISCARD tq_status tq_cache_save(tq_cache *cache, const char *path, c
  * CORRUPT, MISMATCH, SHAPE (room is too small), FULL, MEMORY; then the cache holds what it held.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_load(tq_cache *cache, const char *path, int32_t *seqs, int32_t room, int32_t *n_seq);
+/*
+ * The bytes that a snapshot has of a sequence, to and from stores elsewhere. Export copies pages [first_page, first_page +
+ * n_pages) of its table to pages [n_pages, page_bytes], and its exact data to exact [exact_bytes], which may be NULL:
+ * page_bytes as in tq_cache_stats, exact_bytes of one sequence. Import makes a sequence one of n_tok tokens in each layer: it
+ * keeps its first first_page pages, shared or not, and `pages` has those that follow. The sinks and the last n_recent tokens
+ * are those in `exact`. Any bytes decode to something; whether they were meant is the caller's affair. Errors: ARGUMENT
+ * (another number of exact_bytes, too), RANGE, FULL, MEMORY, IO; then nothing changed.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_seq_export(tq_cache *cache, int32_t seq, int64_t first_page, int64_t n_pages,
+                                                  void *pages, void *exact, size_t exact_bytes);
+TQ_API TQ_NODISCARD tq_status tq_cache_seq_import(tq_cache *cache, int32_t seq, int64_t n_tok, int64_t first_page,
+                                                  const void *pages, const void *exact, size_t exact_bytes);
 typedef struct tq_snapshot_info {
     int32_t version;
     int32_t n_layer, n_head_kv, head_dim, head_dim_v, page_size, n_sink, n_recent;

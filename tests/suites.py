@@ -205,7 +205,8 @@ def python_suites():
     # TurboQuantCache as on a GPU, on a device in host memory, and the benchmark that drives whole models.
     emulated = {"TQ_TEST_BACKEND": "emulated", "TURBOQUANT_LIBRARY": str(BUILD / "release/libturboquant.so"),
                 "TQ_CUDA_LIBRARY": str(BUILD / "release/tests/cuda/libturboquant-cuda-emulated.so")}
-    files = (ROOT / f"python/tests/test_{file}.py" for file in ("cuda", "transformers", "transformers_refusals"))
+    names = ("cuda", "cuda_snapshot", "transformers", "transformers_refusals")
+    files = (ROOT / f"python/tests/test_{name}.py" for name in names)
     headline = [PYTHON_VENV / "bin/python", ROOT / "bench/headline.py", "--tiny"]
     yield Suite("python/cuda emulated", [([*pytest, *files], environment | emulated),
                                          *counted([(headline, environment | emulated)])], python_missing(), timeout=1800)

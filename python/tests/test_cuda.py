@@ -230,12 +230,14 @@ def test_calls_of_different_shapes():
 
 
 def test_mean_of_keys():
-    """Of the tokens of the first pass, padding left out; and frozen."""
+    """Of the tokens of the first pass, padding left out, as tq8 has it; and frozen."""
     cache = Checked(np.random.default_rng(3), **TQ8)
     cache.run(2, 60, padding=[0, 20])
     rows = np.concatenate([row.tokens[:, 1, 0] for row in cache.rows])
     mean = cache.cache.store.layers[1].key_mean.clone()
-    np.testing.assert_allclose(mean.cpu().numpy(), rows.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(mean.cpu().numpy(), rows.mean(axis=0), atol=.06)
+    codec = turboquant.Codec("tq8", HEAD_DIM)
+    assert np.array_equal(codec.decode(codec.encode(mean.cpu().numpy())), mean.cpu().numpy())
     cache.run(2, 40)
     assert torch.equal(cache.cache.store.layers[1].key_mean, mean)
 
@@ -382,13 +384,6 @@ def test_one_device(llama):
         cache._use(torch.device("meta"))
     with pytest.raises(turboquant.UnsupportedError, match="on meta"):
         compressed(llama)._use(torch.device("meta"))
-
-
-def test_save(llama, tmp_path):
-    cache = compressed(llama)
-    logits(llama, cache, ids(1, 10))
-    with pytest.raises(turboquant.UnsupportedError, match="on the CPU"):
-        cache.save(tmp_path / "unused.tqs")
 
 
 def test_numbers_that_are_not_finite():

@@ -198,18 +198,18 @@ def test_conversation_goes_on(llama):
     assert same_tokens(llama, generated(llama, cache, more), generated(llama, reference, more))
 
 
-@pytest.mark.skipif(ON_DEVICE, reason="snapshots are of the CPU's caches")
 def test_save_and_load(llama, tmp_path):
     path, cache = tmp_path / "prompt.tqs", compressed(llama)
     input_ids, mask = ids(2, 200), torch.ones(2, 200, dtype=torch.long, device=DEVICE)
     mask[1, :50] = 0
     logits(llama, cache, input_ids, attention_mask=mask)
     cache.save(path)
-    loaded = TurboQuantCache.load(path, llama.config, max_tok=1 << 16, **TQ8)
+    loaded = TurboQuantCache.load(path, llama.config, device=DEVICE if ON_DEVICE else None, max_tok=1 << 16, **TQ8)
     assert loaded.get_seq_length() == 200 and [loaded.store.length(seq) for seq in loaded.seqs] == [200, 150]
     more = {"attention_mask": torch.cat([mask, torch.ones(2, 5, dtype=torch.long, device=DEVICE)], dim=1)}
     next_ids = ids(2, 5, seed=9)
-    assert torch.equal(logits(llama, loaded, next_ids, **more), logits(llama, cache, next_ids, **more))
+    torch.testing.assert_close(logits(llama, loaded, next_ids, **more), logits(llama, cache, next_ids, **more), rtol=0,
+                               atol=2e-3 if BACKEND == "cuda" else 0)
     with pytest.raises(turboquant.SnapshotError):
         TurboQuantCache.load(path, llama.config, preset="TQ3")
 
@@ -238,7 +238,7 @@ def test_windows_are_left_to_transformers():
     found, wanted = generated(model, cache, input_ids), generated(model, stock(model), input_ids)
     assert same_tokens(model, found, wanted)
     assert cache.layers[0].keys.shape[2] == 31 and cache.layers[1].get_seq_length() == found.shape[1] - 1
-    with pytest.raises(turboquant.UnsupportedError, match="left to Transformers|in the memory of"):
+    with pytest.raises(turboquant.UnsupportedError, match="left to Transformers"):
         cache.save("unused.tqs")
 
 

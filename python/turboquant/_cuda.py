@@ -24,6 +24,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PAGE_SIZE = 64
 # Keys of a first pass of fewer tokens give no mean: the first token's is unlike all others.
 MEAN_TOKENS_MIN = 32
+FP16_MAX = 65504
 _REFUSED = {
     "calibration": "kernels know no transforms of keys",
     "offload_folder": "pages stay in the device's memory",
@@ -48,7 +49,10 @@ class DeviceStats:
 
 
 class Layer:
-    """A layer's struct and the pages behind it; key_mean, float32 [n_head_kv, head_dim], is subtracted from all its keys."""
+    """
+    A layer's struct and the pages behind it. key_mean, float32 [n_head_kv, head_dim], is subtracted from all its keys; it is one
+    that tq8 can hold, as a snapshot does.
+    """
 
     def __init__(self, struct: CudaStore, device: torch.device) -> None:
         self.struct, self.ref, self.device = struct, ctypes.byref(struct), device
@@ -56,7 +60,7 @@ class Layer:
         lib.tq_cuda_sizes_get(ctypes.byref(self.sizes), self.ref)
         self.pages = empty_bytes(0, device)
         self.grow(1)
-        self.key_mean: torch.Tensor | None = None
+        self.set_mean(None)
         self.has_settled = False
 
     def grow(self, n_pages: int) -> None:
@@ -71,7 +75,13 @@ class Layer:
         if kept is not None:
             keys = keys[torch.from_numpy(kept).to(keys.device)][None]
         if keys.shape[0] * keys.shape[1] >= MEAN_TOKENS_MIN:
-            self.key_mean = keys.mean((0, 1), dtype=torch.float32)
+            mean = keys.mean((0, 1), dtype=torch.float32).cpu().numpy()
+            if np.abs(mean).max() <= FP16_MAX:  # else the append finds what is wrong
+                codec = Codec("tq8", self.struct.head_dim, self.struct.seed)
+                self.set_mean(codec.decode(codec.encode(mean)))
+
+    def set_mean(self, mean: np.ndarray | None) -> None:
+        self.key_mean: torch.Tensor | None = None if mean is None else torch.from_numpy(mean).to(self.device)
 
 
 @dataclass
@@ -134,7 +144,8 @@ class DeviceStore:
         chosen = find_preset(preset)
         self.n_sink = chosen.n_sink if n_sink is None else n_sink
         self.n_recent = chosen.n_recent if n_recent is None else n_recent
-        self.has_means = (chosen.k_ref_block if k_ref_block is None else k_ref_block) > 0
+        self.k_ref_block = chosen.k_ref_block if k_ref_block is None else k_ref_block
+        self.has_means = self.k_ref_block > 0
         self._seed = seed
         self._max_pages = None if max_tok is None else -(-max_tok // page_size)
         keys = layer_k_formats or [chosen.k_format if k_format is None else k_format] * n_layer
@@ -207,7 +218,8 @@ class DeviceStore:
         self._free_slots.append(sequence.slot)
         if not self._sequences:  # what comes next may be of another model
             for layer in self.layers:
-                layer.key_mean, layer.has_settled = None, False
+                layer.set_mean(None)
+                layer.has_settled = False
             self.n_not_finite.zero_()
 
     def length(self, seq: int, layer: int = 0) -> int:
@@ -224,6 +236,17 @@ class DeviceStore:
         for row, ids in enumerate(pages):
             table[row, : len(ids)] = ids
         return table
+
+    def coded_pages(self, seq: int) -> list[int]:
+        """The pages that hold something."""
+        sequence = self._sequences[seq]
+        return sequence.pages[: self._n_pages(sequence.length)]
+
+    def seq_fill(self, seq: int, length: int, pages: Sequence[int]) -> None:
+        """An empty sequence gets so many tokens, in pages that it shares. What is exact is for the caller to write."""
+        for page in pages:
+            self._refs[page] += 1
+        self._sequences[seq] = _Sequence(length, list(pages), self._sequences[seq].slot)
 
     def _add(self, sequence: _Sequence) -> int:
         self._n_created += 1

@@ -162,6 +162,8 @@ _FALLIBLE = {
     "tq_cache_get_stats": [c_void_p, POINTER(CacheStats)],
     "tq_cache_save": [c_void_p, c_char_p, c_void_p, c_int32],
     "tq_cache_load": [c_void_p, c_char_p, c_void_p, c_int32, POINTER(c_int32)],
+    "tq_cache_seq_export": [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_size_t],
+    "tq_cache_seq_import": [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_size_t],
     "tq_snapshot_describe": [POINTER(SnapshotInfo), c_char_p, c_bool, POINTER(ctypes.c_int), c_int32],
     "tq_cuda_describe": [POINTER(CudaInfo)],
     "tq_cuda_sizes_get": [POINTER(CudaSizes), POINTER(CudaStore)],

@@ -375,6 +375,20 @@ class Cache:
         lib.tq_cache_load(self._handle, os.fsencode(path), address(seqs), room, ctypes.byref(n))
         return seqs[: n.value].tolist()
 
+    def seq_export(self, seq: int, first_page: int = 0, pages: np.ndarray | None = None, exact: np.ndarray | None = None
+                   ) -> None:
+        """A snapshot's bytes of a sequence into arrays: pages [n, page_bytes] from first_page on, and its exact data."""
+        lib.tq_cache_seq_export(self._handle, seq, first_page, 0 if pages is None else len(pages), address(pages),
+                                address(exact), 0 if exact is None else exact.nbytes)
+
+    def seq_import(self, seq: int, n_tok: int, first_page: int, pages: np.ndarray | None, exact: np.ndarray | None) -> None:
+        """Make a sequence one of n_tok tokens: of its first first_page pages, those given, and these exact data."""
+        n_pages = -(-n_tok // self.page_size) - first_page
+        if n_pages != (0 if pages is None else len(pages)):
+            raise ArgumentError(f"pages: give {n_pages}, for {n_tok} tokens behind page {first_page}")
+        lib.tq_cache_seq_import(self._handle, seq, n_tok, first_page, address(pages), address(exact),
+                                0 if exact is None else exact.nbytes)
+
 
 def describe_snapshot(path: str | os.PathLike, verify: bool = False) -> Snapshot:
     """What a snapshot file says of itself; verify checks every hash. Raises SnapshotError."""

@@ -257,23 +257,25 @@ class TurboQuantCache(Cache):
 
     # ---- a forward pass ----
 
-    def _use(self, device: torch.device) -> None:
-        """All layers are on one device, the first one's."""
+    def _use(self, device: torch.device, of_means: Sequence[int] = ()) -> None:
+        """All layers are on one device, the first one's. of_means: sequences of a file that a device wrote."""
         if device == self._device:
             return
         if self._device is not None:
             raise UnsupportedError(f"this cache is on {self._device}, and a layer on {device}: it keeps to one device. Load "
                                    'the model on one, as with device_map={"": 0}, and make a new cache for it')
         if device.type in _DEVICE_TYPES:
-            if self.seqs:
-                raise UnsupportedError(f"the model is on {device}, and this cache was loaded into the CPU's memory: use "
-                                       "model.to('cpu'), or run the prompt again with a new cache")
             from ._cuda import DeviceStore
 
             store = DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim,
                                 max_tokens=self._max_tokens, **self._options)
-            self.store.close()
-            self.store = store
+            if self.seqs:  # which were loaded
+                from ._cuda_snapshot import move
+
+                seqs = move(self.store, self.seqs, of_means, store)
+                self._free(self.seqs)
+                self.seqs = seqs
+            self.store = store  # the CPU's goes with its last user
         elif device.type != "cpu":
             raise UnsupportedError(f"the model is on {device}: this cache computes on the CPU and on CUDA devices. Use "
                                    "model.to('cpu'), or a cache of Transformers")
@@ -461,9 +463,6 @@ class TurboQuantCache(Cache):
         Write the cache to a file (docs/snapshot.md), which turboquant.describe_snapshot looks at. Raises UnsupportedError where
         the file cannot hold everything: layers left to Transformers, and padding that is not on the left.
         """
-        if self._device is not None and self._device.type in _DEVICE_TYPES:
-            raise UnsupportedError(f"this cache is in the memory of {self._device}, and snapshots are of the CPU's caches: run "
-                                   "the prompt on the CPU to save it")
         if len(self._compressed) < len(self.layers):
             raise UnsupportedError("this model has layers that are left to Transformers, and a snapshot holds compressed "
                                    "layers alone: run the prompt again instead of saving it")
@@ -471,17 +470,44 @@ class TurboQuantCache(Cache):
         if not self.seqs or Columns.left_padded(lengths) != self._columns:
             raise UnsupportedError("only a cache that holds tokens, and whose padding is all on the left with a row that has "
                                    "none, can be saved")
-        self.store.save(path, self.seqs)
+        is_torn = self._batch is not None and self._batch.is_torn
+        if is_torn or any(layer.n_columns != self._columns.n for layer in self._compressed):
+            raise ArgumentError("a forward pass was interrupted: reset() the cache and run the prompt again before saving it")
+        if isinstance(self.store, _cache.Cache):
+            self.store.save(path, self.seqs)
+            return
+        from ._cuda_snapshot import save
+
+        save(self.store, self.seqs, path, self._options)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, config: Any, preset: str = "TQ4", **options: Any) -> TurboQuantCache:
-        """A cache from a file that `save` wrote, with the same preset and options. Raises SnapshotError."""
-        cache = cls(config, preset, **options)
-        cache.seqs = cache.store.load(path)
+    def load(cls, path: str | os.PathLike, config: Any, preset: str = "TQ4", device: str | torch.device | None = None,
+             **options: Any) -> TurboQuantCache:
+        """
+        A cache from a file that `save` wrote, with the same preset and options; page_size is the file's. On a CUDA device if
+        that is given, else in the CPU's memory, from which the first forward pass takes it to the model's. Raises
+        SnapshotError; UnsupportedError where a device cannot hold it: keys that the CPU has coded against references.
+        """
+        from ._cuda_snapshot import split
+
+        info = _cache.describe_snapshot(path)
+        cache = cls(config, preset, **({"page_size": info.page_size} | options))
+        cache.seqs, of_means = split(cache.store, cache.store.load(path), info.exact_bytes)
         cache._columns = Columns.left_padded([cache.store.length(seq) for seq in cache.seqs])
         for layer in cache._compressed:
             layer.n_columns = cache._columns.n
+        if device is not None:
+            cache._use(_with_index(torch.device(device)), of_means)
+        if isinstance(cache.store, _cache.Cache):
+            cache._free(of_means)
         return cache
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """As tensors name it: "cuda" is one of several."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _copy_layer(layer: Any, owner: TurboQuantCache, memo: dict) -> Any:

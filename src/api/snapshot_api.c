@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* tq_cache_save, tq_cache_load and tq_snapshot_describe: argument checks and files in front of cache/snapshot.h. */
+/* Files and bytes of sequences: argument checks in front of cache/snapshot.h and cache/exchange.c. */
 #include "base/file.h"
 #include "base/log.h"
 #include "cache/snapshot.h"
@@ -8,6 +8,13 @@ static bool has_vectors(const tq_cache *cache)
 {
     if (cache->budget.is_dry) tq_log(TQ_LOG_ERROR, "snapshot: a dry run has no vectors");
     return !cache->budget.is_dry;
+}
+
+static bool has_exact_bytes(const tq_cache *cache, size_t exact_bytes)
+{
+    if (exact_bytes == cache->exact_bytes) return true;
+    tq_log(TQ_LOG_ERROR, "sequence: %zu bytes of exact data, where this cache has %zu", exact_bytes, cache->exact_bytes);
+    return false;
 }
 
 tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq)
@@ -26,6 +33,44 @@ tq_status tq_cache_load(tq_cache *cache, const char *path, int32_t *seqs, int32_
     tq_status status = tq_snapshot_load(cache, file, seqs, room, n_seq);
     tq_file_unmap(file.data, file.n);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "snapshot: %s was not loaded: %s", path, tq_status_string(status));
+    return status;
+}
+
+tq_status tq_cache_seq_export(tq_cache *cache, int32_t seq, int64_t first_page, int64_t n_pages, void *pages, void *exact,
+                              size_t exact_bytes)
+{
+    if (!cache || first_page < 0 || n_pages < 0 || (n_pages > 0 && !pages) || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
+    if (exact && !has_exact_bytes(cache, exact_bytes)) return TQ_ERR_ARGUMENT;
+    const tq_sequence *sequence = tq_cache_sequence(cache, seq);
+    if (!sequence || first_page > sequence->n_pages || n_pages > sequence->n_pages - first_page) {
+        tq_log(TQ_LOG_ERROR, "seq_export: sequence %d has no pages %lld to %lld", (int)seq, (long long)first_page,
+               (long long)(first_page + n_pages - 1));
+        return TQ_ERR_RANGE;
+    }
+    tq_cache_lock(cache);
+    tq_sequence_export(cache, sequence, first_page, n_pages, pages, exact);
+    tq_cache_unlock(cache);
+    return TQ_OK;
+}
+
+tq_status tq_cache_seq_import(tq_cache *cache, int32_t seq, int64_t n_tok, int64_t first_page, const void *pages,
+                              const void *exact, size_t exact_bytes)
+{
+    if (!cache || n_tok < 0 || first_page < 0 || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
+    if (!has_exact_bytes(cache, exact ? exact_bytes : 0)) return TQ_ERR_ARGUMENT;
+    int64_t page_size = cache->page_size, n_pages = n_tok / page_size + (n_tok % page_size > 0);
+    if (first_page < n_pages && !pages) return TQ_ERR_ARGUMENT;
+    tq_sequence *sequence = tq_cache_sequence(cache, seq);
+    if (!sequence || first_page > sequence->n_pages || first_page > n_pages) {
+        tq_log(TQ_LOG_ERROR, "seq_import: sequence %d has no %lld pages to keep of %lld", (int)seq, (long long)first_page,
+               (long long)n_pages);
+        return TQ_ERR_RANGE;
+    }
+    tq_cache_lock(cache);
+    tq_status status = n_pages > cache->pool.n_pages ? TQ_ERR_FULL : TQ_OK;
+    if (status == TQ_OK) status = tq_sequence_import(cache, sequence, n_tok, (int32_t)first_page, pages, exact);
+    tq_cache_unlock(cache);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "seq_import: %s", tq_status_string(status));
     return status;
 }
 

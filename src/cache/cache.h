@@ -162,6 +162,15 @@ void tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
 /* Bytes of a sequence's record and page table, its exact data left out. */
 size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequence);
 
+/* exchange.c; locked. */
+/* Pages [first_page, first_page + n_pages) of the table, and the exact data if `exact` is not NULL. */
+void tq_sequence_export(tq_cache *cache, const tq_sequence *sequence, int64_t first_page, int64_t n_pages, uint8_t *pages,
+                        uint8_t *exact);
+/* n_tok tokens in each layer, of the pages before first_page and those given; exact: as many bytes as the cache has for a
+ * sequence. Errors: FULL, MEMORY, IO; then the sequence is what it was. */
+tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_tok, int32_t first_page, const uint8_t *pages,
+                             const uint8_t *exact);
+
 /* prefill.c: append behind positions that are reserved, and attend. Errors: MEMORY, perhaps after appending. */
 tq_status tq_sequence_prefill(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
                               const float *v, const tq_attend_params *params, const tq_executor *executor);

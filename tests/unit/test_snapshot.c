@@ -269,6 +269,133 @@ static void test_damage_is_found(void **state)
     tq_cache_free(other);
 }
 
+typedef struct bytes_of {
+    uint8_t *pages, *exact;
+    int32_t n_pages;
+    size_t page_bytes, exact_bytes;
+} bytes_of;
+
+static bytes_of export_of(tq_cache *cache, int32_t seq)
+{
+    bytes_of b = {.page_bytes = stats_of(cache).page_bytes, .exact_bytes = cache->exact_bytes};
+    assert_int_equal(tq_cache_page_table(cache, seq, NULL, 0, &b.n_pages), TQ_OK);
+    b.pages = kv_aligned((size_t)b.n_pages * b.page_bytes);
+    b.exact = kv_aligned(b.exact_bytes);
+    assert_int_equal(tq_cache_seq_export(cache, seq, 0, b.n_pages, b.pages, b.exact, b.exact_bytes), TQ_OK);
+    return b;
+}
+
+static void free_bytes(bytes_of *b)
+{
+    free(b->pages);
+    free(b->exact);
+}
+
+/* A sequence that was exported and imported goes on as the one that was not; a part of its pages can be shared. */
+static void test_bytes_in_memory(void **state)
+{
+    (void)state;
+    int32_t seqs[2], whole, fork;
+    tq_cache *cache = create_filled(seqs), *other = create();
+    bytes_of first = export_of(cache, seqs[0]), second = export_of(cache, seqs[1]);
+    assert_int_equal(tq_cache_seq_create(other, &whole), TQ_OK);
+    append(other, whole, 5); /* what is replaced */
+    assert_int_equal(tq_cache_seq_import(other, whole, N_TOK, 0, first.pages, first.exact, first.exact_bytes), TQ_OK);
+    assert_same(cache, seqs[0], other, whole);
+    assert_int_equal(stats_of(other).n_pages_used, 4);
+    /* The fork of N_TOK + 11 tokens has the first two pages with the other one, and two of its own. */
+    assert_int_equal(tq_cache_seq_fork(other, whole, &fork), TQ_OK);
+    assert_int_equal(
+        tq_cache_seq_import(other, fork, N_TOK + 11, 2, second.pages + 2 * second.page_bytes, second.exact, second.exact_bytes),
+        TQ_OK);
+    assert_int_equal(stats_of(other).n_pages_shared, 2);
+    assert_int_equal(stats_of(other).n_pages_used, 6);
+    const int32_t ours[2] = {whole, fork};
+    for (int i = 0; i < 2; i++) {
+        assert_same(cache, seqs[i], other, ours[i]);
+        append(cache, seqs[i], 20);
+        append(other, ours[i], 20);
+        assert_same(cache, seqs[i], other, ours[i]);
+    }
+    /* Fewer tokens, none at last: pages go back, the exact data are there all the same. */
+    assert_int_equal(tq_cache_seq_import(other, whole, 20, 0, first.pages, first.exact, first.exact_bytes), TQ_OK);
+    assert_int_equal(tq_cache_seq_import(other, whole, 0, 0, NULL, second.exact, second.exact_bytes), TQ_OK);
+    assert_int_equal(tq_cache_length(other, whole, 1), 0);
+    bytes_of empty = export_of(other, whole);
+    assert_int_equal(empty.n_pages, 0);
+    assert_memory_equal(empty.exact, second.exact, second.exact_bytes);
+    assert_int_equal(tq_cache_seq_free(other, fork), TQ_OK);
+    assert_int_equal(stats_of(other).n_pages_used, 0);
+    /* It goes on as a new one would, and what was published of it is not what it holds next. */
+    int32_t fresh, match;
+    int64_t n_matched;
+    assert_int_equal(tq_cache_seq_create(other, &fresh), TQ_OK);
+    append(other, whole, N_TOK);
+    append(other, fresh, N_TOK);
+    assert_same(other, fresh, other, whole);
+    assert_int_equal(tq_cache_seq_publish(other, whole, tokens, N_TOK), TQ_OK);
+    assert_int_equal(tq_cache_seq_import(other, whole, N_TOK, 0, second.pages, second.exact, second.exact_bytes), TQ_OK);
+    assert_int_equal(tq_cache_seq_publish(other, whole, tokens + N_TOK, N_TOK), TQ_OK);
+    assert_int_equal(tq_cache_seq_match(other, tokens + N_TOK, N_TOK, &match, &n_matched), TQ_OK);
+    assert_int_equal(n_matched, 32);
+    tq_cache_free(cache);
+    tq_cache_free(other);
+    free_bytes(&first);
+    free_bytes(&second);
+    free_bytes(&empty);
+}
+
+static void test_bytes_that_do_not_fit(void **state)
+{
+    (void)state;
+    int32_t seqs[2], n_tok = 16 * 16 + 1;
+    tq_cache *cache = create_filled(seqs);
+    bytes_of b = export_of(cache, seqs[0]);
+    uint8_t *many = kv_aligned(17 * b.page_bytes);
+#define EXPORT(seq, first, n, n_exact) tq_cache_seq_export(cache, seq, first, n, b.pages, b.exact, n_exact)
+#define IMPORT(seq, n_tok, first, pages, n_exact) tq_cache_seq_import(cache, seq, n_tok, first, pages, b.exact, n_exact)
+    assert_int_equal(EXPORT(77, 0, 1, b.exact_bytes), TQ_ERR_RANGE);
+    assert_int_equal(EXPORT(seqs[0], 4, 1, b.exact_bytes), TQ_ERR_RANGE);
+    assert_int_equal(EXPORT(seqs[0], 5, INT64_MAX, b.exact_bytes), TQ_ERR_RANGE);
+    assert_int_equal(EXPORT(seqs[0], -1, 1, b.exact_bytes), TQ_ERR_ARGUMENT);
+    assert_int_equal(EXPORT(seqs[0], 0, 1, b.exact_bytes - 1), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_seq_export(cache, seqs[0], 0, 1, NULL, NULL, 0), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_seq_export(cache, seqs[0], 1, 3, b.pages, NULL, 0), TQ_OK);
+    assert_int_equal(IMPORT(77, 1, 0, many, b.exact_bytes), TQ_ERR_RANGE);
+    assert_int_equal(IMPORT(seqs[0], 100, 5, many, b.exact_bytes), TQ_ERR_RANGE);
+    assert_int_equal(IMPORT(seqs[0], 16, 2, many, b.exact_bytes), TQ_ERR_RANGE);
+    assert_int_equal(IMPORT(seqs[0], -1, 0, many, b.exact_bytes), TQ_ERR_ARGUMENT);
+    assert_int_equal(IMPORT(seqs[0], 16, 0, many, b.exact_bytes + 1), TQ_ERR_ARGUMENT);
+    assert_int_equal(IMPORT(seqs[0], 16, 0, NULL, b.exact_bytes), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_seq_import(cache, seqs[0], 16, 0, many, NULL, b.exact_bytes), TQ_ERR_ARGUMENT);
+    assert_int_equal(IMPORT(seqs[0], INT64_MAX, 0, many, b.exact_bytes), TQ_ERR_FULL);
+    assert_int_equal(IMPORT(seqs[0], n_tok, 0, many, b.exact_bytes), TQ_ERR_FULL);
+    /* 16 pages, of which four are used: there are never two of a sequence that others share. */
+    assert_int_equal(IMPORT(seqs[0], n_tok - 1, 0, many, b.exact_bytes), TQ_ERR_FULL);
+    tq_cache *other = create_filled(seqs);
+    for (int i = 0; i < 2; i++) assert_same(cache, seqs[i], other, seqs[i]);
+    for (long n_ok = 0, failed = 1; failed; n_ok++) {
+        int32_t fork, fresh;
+        assert_int_equal(tq_cache_seq_fork(cache, seqs[0], &fork), TQ_OK);
+        assert_int_equal(tq_cache_seq_create(cache, &fresh), TQ_OK);
+        tq_alloc_fail_after(n_ok);
+        tq_status status = IMPORT(fork, N_TOK, 2, b.pages, b.exact_bytes);
+        if (status == TQ_OK) status = IMPORT(fresh, N_TOK, 0, b.pages, b.exact_bytes);
+        tq_alloc_fail_after(-1);
+        failed = status != TQ_OK;
+        assert_true(!failed || status == TQ_ERR_MEMORY);
+        if (tq_cache_length(cache, fresh, 0) == 0) assert_int_equal(tq_cache_length(cache, fresh, 1), 0);
+        assert_same(cache, seqs[0], other, seqs[0]);
+        assert_int_equal(tq_cache_seq_free(cache, fork), TQ_OK);
+        assert_int_equal(tq_cache_seq_free(cache, fresh), TQ_OK);
+        assert_int_equal(stats_of(cache).n_pages_used, stats_of(other).n_pages_used);
+    }
+    tq_cache_free(cache);
+    tq_cache_free(other);
+    free_bytes(&b);
+    free(many);
+}
+
 static void test_failing_allocation(void **state)
 {
     (void)state;
@@ -398,6 +525,8 @@ int main(void)
         IN_FOLDER(test_golden_snapshot),
         IN_FOLDER(test_damage_is_found),
         IN_FOLDER(test_other_shapes_are_refused),
+        cmocka_unit_test(test_bytes_in_memory),
+        cmocka_unit_test(test_bytes_that_do_not_fit),
         IN_FOLDER(test_failing_allocation),
         IN_FOLDER(test_full_disk),
         IN_FOLDER(test_sudden_death),

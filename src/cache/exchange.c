@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: MIT */
+/* Sequences as bytes in memory, those of a snapshot: for stores elsewhere, such as a device's. */
+#include <string.h>
+
+#include "base/log.h"
+#include "cache/cache.h"
+
+void tq_sequence_export(tq_cache *cache, const tq_sequence *sequence, int64_t first_page, int64_t n_pages, uint8_t *pages,
+                        uint8_t *exact)
+{
+    tq_page_pool *pool = &cache->pool;
+    for (int64_t i = 0; i < n_pages; i++) {
+        const int32_t *page = &sequence->page_table[first_page + i];
+        tq_page_pool_pin(pool, page, 1);
+        memcpy(pages + (size_t)i * pool->page_bytes, pool->data[*page], pool->page_bytes);
+        tq_page_pool_unpin(pool, page, 1);
+    }
+    if (exact && sequence->exact) memcpy(exact, sequence->exact->bytes, cache->exact_bytes);
+}
+
+/* Pages with this content, into the table behind its n_pages entries. */
+static tq_status acquire_pages(tq_cache *cache, const tq_sequence *sequence, int64_t n, const uint8_t *content)
+{
+    tq_page_pool *pool = &cache->pool;
+    int32_t *pages = sequence->page_table + sequence->n_pages;
+    for (int64_t i = 0; i < n; i++) {
+        tq_status status = tq_page_pool_acquire(pool, &pages[i]);
+        if (status != TQ_OK) {
+            while (i > 0) tq_page_pool_release(pool, pages[--i]);
+            return status;
+        }
+        memcpy(pool->data[pages[i]], content + (size_t)i * pool->page_bytes, pool->page_bytes);
+    }
+    return TQ_OK;
+}
+
+tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_tok, int32_t first_page, const uint8_t *pages,
+                             const uint8_t *exact)
+{
+    int32_t n_new = (int32_t)((n_tok + cache->page_size - 1) / cache->page_size) - first_page, n_before = sequence->n_pages;
+    if (n_new > tq_page_pool_available(&cache->pool, false)) return TQ_ERR_FULL;
+    TQ_TRY(tq_sequence_grow_table(cache, sequence, (int64_t)n_before + n_new));
+    TQ_TRY(tq_sequence_own_exact(cache, sequence));
+    if (n_new > 0) TQ_TRY(acquire_pages(cache, sequence, n_new, pages));
+    /* Nothing fails from here on. */
+    for (int32_t i = n_before; i > first_page; i--) tq_page_pool_release(&cache->pool, sequence->page_table[i - 1]);
+    for (int32_t i = first_page; i < first_page + n_new; i++) {
+        int32_t page = sequence->page_table[n_before + i - first_page];
+        sequence->page_table[i] = page;
+        cache->pool.pages[page].owner = sequence->id;
+        cache->pool.pages[page].index = i;
+    }
+    sequence->n_pages = first_page + n_new;
+    if (sequence->n_published > first_page) sequence->n_published = 0;
+    for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++) {
+        const tq_cache_side *side = &cache->sides[i];
+        int64_t latest = n_tok - side->n_recent;
+        sequence->length[i / TQ_N_SIDES] = n_tok;
+        sequence->ring_begin[i] = latest > side->n_sink ? latest : side->n_sink;
+    }
+    if (sequence->exact) memcpy(sequence->exact->bytes, exact, cache->exact_bytes);
+    return TQ_OK;
+}
