@@ -13,9 +13,12 @@ static cudaError_t launch_side(const tq_device_store &store, const tq_cuda_appen
     error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
-    int64_t n_blocks = (p.n_tok + many_threads / 4 - 1) / (many_threads / 4); /* of a KV head */
-    int64_t at_once = (many_blocks * n_multiprocessors + store.n_head_kv - 1) / store.n_head_kv;
-    dim3 grid((unsigned)(n_blocks < at_once ? n_blocks : at_once), (unsigned)store.n_head_kv);
+    /* What is found for a token serves several KV heads, if that leaves enough for all multiprocessors. */
+    const int64_t n_blocks = (p.n_tok + many_threads / 4 - 1) / (many_threads / 4), at_once = many_blocks * n_multiprocessors;
+    int32_t n_groups = store.n_head_kv;
+    while (n_groups % 2 == 0 && n_blocks * n_groups >= 3 * at_once) n_groups /= 2;
+    const int64_t side_by_side = n_groups < at_once ? at_once / n_groups : 1;
+    dim3 grid((unsigned)(n_blocks < side_by_side ? n_blocks : side_by_side), (unsigned)n_groups);
     kernel<<<grid, many_threads, bytes, stream>>>(store, p);
     return cudaGetLastError();
 }

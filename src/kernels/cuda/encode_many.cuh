@@ -416,21 +416,41 @@ __device__ __noinline__ uint4 converted(const tq_cuda_append_params &p, bool is_
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-/* The rows of a warp's 8 tasks to shared memory, signs flipped and steps 1, 2 and 4 of the transform done; `task` is that of
- * this lane's vector. Rows are all on their way before the first is used. */
+/* Where a lane's vector of KV head 0 comes from, and how far the next head's is, in numbers of 16 bits; NULL: from nowhere, or
+ * from a batch of floats, of which in_batch is the element. */
+struct row_source {
+    const __half *first;
+    int32_t head_stride;
+    int64_t in_batch; /* negative: from the ring */
+};
+
 template <int D>
-__device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_device_store &store, const tq_cuda_append_params &p,
-                                           const encode_task &task, bool is_value, int32_t head)
+__device__ __forceinline__ row_source source_of(const tq_device_store &store, const tq_cuda_append_params &p,
+                                                const encode_task &task, bool is_value)
+{
+    row_source source = {nullptr, D, -1};
+    if (!task.exists) return source;
+    if (task.row < 0) {
+        source.first =
+            reinterpret_cast<const __half *>(store.exact) + exact_index(store, task.exact_slot, is_value, 0, task.entry);
+        source.head_stride = (store.n_sink + store.n_recent) * D;
+    } else {
+        source.in_batch = task.row * p.row_stride;
+        if (p.dtype != TQ_DTYPE_F32) source.first = static_cast<const __half *>(is_value ? p.v : p.k) + source.in_batch;
+    }
+    return source;
+}
+
+/* A KV head's rows of a warp's 8 vectors to shared memory, signs flipped and steps 1, 2 and 4 of the transform done; `source`
+ * is of this lane's vector. Rows are all on their way before the first is used. */
+template <int D>
+__device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda_append_params &p, const row_source &source,
+                                           bool is_value, int32_t head)
 {
     constexpr int per_row = D / 8, n = D / 32; /* pieces of a row, of a lane */
     const int lane = threadIdx.x & 31;
     const bool is_plain = p.dtype == TQ_DTYPE_F16 && (is_value || !p.k_mean);
-    const int64_t in_batch = task.row * p.row_stride + head * D; /* of this lane's vector */
-    const __half *mine = static_cast<const __half *>(is_value ? p.v : p.k) + in_batch;
-    if (task.row < 0) {
-        mine = reinterpret_cast<const __half *>(store.exact) + exact_index(store, task.exact_slot, is_value, head, task.entry);
-    }
-    if (!task.exists || (task.row >= 0 && p.dtype == TQ_DTYPE_F32)) mine = nullptr;
+    const __half *mine = source.first ? source.first + (int64_t)head * source.head_stride : nullptr;
     uint4 pieces[n];
 #pragma unroll
     for (int i = 0; i < n; i++) {
@@ -438,16 +458,16 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_devi
         const uint4 *from = reinterpret_cast<const uint4 *>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(mine), 4 * row));
         pieces[i] = from ? __ldg(from + at) : make_uint4(0, 0, 0, 0);
     }
-    bool needs_care = !is_plain && task.exists && task.row >= 0;
+    bool needs_care = !is_plain && source.in_batch >= 0;
 #pragma unroll
     for (int i = 0; i < n; i++) needs_care |= !all_finite(pieces[i]);
     if (__any_sync(~0u, needs_care)) {
-        const uint32_t careful = __ballot_sync(~0u, task.exists && task.row >= 0);
+        const uint32_t careful = __ballot_sync(~0u, source.in_batch >= 0);
         uint32_t bad_rows = 0;
 #pragma unroll
         for (int i = 0; i < n; i++) {
             int piece = 32 * i + lane, row = piece / per_row, at = piece % per_row;
-            int64_t first = __shfl_sync(~0u, in_batch, 4 * row) + 8 * at;
+            int64_t first = __shfl_sync(~0u, source.in_batch, 4 * row) + head * D + 8 * at;
             bool is_bad = false;
             if (careful >> 4 * row & 1u) pieces[i] = converted(p, is_value, pieces[i], first, head * D + 8 * at, is_bad);
             if (is_bad) bad_rows |= 1u << row;
@@ -499,51 +519,56 @@ __global__ void __launch_bounds__(many_threads, many_blocks)
 
     const int lane = threadIdx.x & 31;
     many_row<D> &row = shared.rows[threadIdx.x / 4];
-    const int32_t head = (int32_t)blockIdx.y;
     for (int64_t first = blockIdx.x * (many_threads / 4) + threadIdx.x / 32 * 8; first < p.n_tok;
          first += gridDim.x * (many_threads / 4)) {
         const int64_t token = first + lane / 4;
         encode_task task = {};
         if (token < p.n_tok) task = encode_task_of(store, p, token);
-        bring_rows<D>(shared, store, p, task, IS_VALUE, head);
-
-        float x[D / 4];
-        rotated_elements<D>(x, row, store.rotation);
-        __syncwarp(); /* codes go where the rows were */
-        uint8_t *codes = row.bytes() + (lane & 3);
-        uint32_t words[shape::lane_words];
-        const slot_place place = place_of_slot(store, task.page, task.offset, head);
-        uint8_t *plane = codes_of(store, place, IS_VALUE);
-        __half scale;
-        if constexpr (BITS == 8) {
-            scale = encode_uniform_vector<D>(codes, x);
-            __syncwarp();
-            const uint2 *from = reinterpret_cast<const uint2 *>(row.bytes() + (lane & 3) * (D / 4));
-#pragma unroll
-            for (int i = 0; i < D / 32; i++) words[2 * i] = from[i].x, words[2 * i + 1] = from[i].y;
-        } else {
-            uint32_t nibbles[D / 32];
-            scale = encode_lloyd_vector<D>(codes, x, shared, format);
-            __syncwarp();
-            load_nibbles<D>(nibbles, row.bytes());
-            share_words<BITS, D, IS_VALUE>(words, nibbles);
-            if constexpr (shape::tail_bits > 0) {
-                if (task.exists) store_tail<BITS, D, IS_VALUE>(plane, place.token, nibbles);
-            }
-        }
-        if constexpr (IS_VALUE) {
+        const row_source source = source_of<D>(store, p, task, IS_VALUE);
+        const slot_place place = place_of_slot(store, task.page, task.offset, 0);
+        bool in_pairs = true;
+        if (IS_VALUE) {
             const int64_t other_page = __shfl_xor_sync(~0u, task.page, 4);
             const int32_t other_offset = __shfl_xor_sync(~0u, task.offset, 4);
             const bool other_exists = __shfl_xor_sync(~0u, task.exists, 4);
             const bool paired = task.exists && other_page == task.page && (other_offset ^ task.offset) == 1 &&
                                 task.offset % 2 == (lane / 4 & 1);
-            const bool in_pairs = __all_sync(~0u, task.exists == other_exists && (paired || !task.exists));
-            store_value<BITS, D>(plane, place.token, words, task.exists, in_pairs);
-        } else if (task.exists) {
-            store_key<BITS, D>(plane, place.token, words);
+            in_pairs = __all_sync(~0u, task.exists == other_exists && (paired || !task.exists));
         }
-        if (task.exists && (lane & 3) == 0) *scale_of(store, place, IS_VALUE) = scale;
-        __syncwarp(); /* all codes are read */
+#pragma unroll 1
+        for (int32_t head = (int32_t)blockIdx.y; head < store.n_head_kv; head += (int32_t)gridDim.y) {
+            bring_rows<D>(shared, p, source, IS_VALUE, head);
+            float x[D / 4];
+            rotated_elements<D>(x, row, store.rotation);
+            __syncwarp(); /* codes go where the rows were */
+            uint8_t *codes = row.bytes() + (lane & 3);
+            uint32_t words[shape::lane_words];
+            const slot_place at = place_of_head(store, place, head);
+            uint8_t *plane = codes_of(store, at, IS_VALUE);
+            __half scale;
+            if constexpr (BITS == 8) {
+                scale = encode_uniform_vector<D>(codes, x);
+                __syncwarp();
+                const uint2 *from = reinterpret_cast<const uint2 *>(row.bytes() + (lane & 3) * (D / 4));
+#pragma unroll
+                for (int i = 0; i < D / 32; i++) words[2 * i] = from[i].x, words[2 * i + 1] = from[i].y;
+            } else {
+                uint32_t nibbles[D / 32];
+                scale = encode_lloyd_vector<D>(codes, x, shared, format);
+                __syncwarp();
+                load_nibbles<D>(nibbles, row.bytes());
+                share_words<BITS, D, IS_VALUE>(words, nibbles);
+                if constexpr (shape::tail_bits > 0) {
+                    if (task.exists) store_tail<BITS, D, IS_VALUE>(plane, at.token, nibbles);
+                }
+            }
+            if constexpr (IS_VALUE)
+                store_value<BITS, D>(plane, at.token, words, task.exists, in_pairs);
+            else if (task.exists)
+                store_key<BITS, D>(plane, at.token, words);
+            if (task.exists && (lane & 3) == 0) *scale_of(store, at, IS_VALUE) = scale;
+            __syncwarp(); /* all codes are read */
+        }
     }
 }
 

@@ -30,6 +30,13 @@ __device__ __forceinline__ slot_place place_of_slot(const tq_device_store &store
     return {store.pages + index * bytes, offset % TQ_RECORD_TOKENS};
 }
 
+/* The same slot of another KV head, from head 0's. */
+__device__ __forceinline__ slot_place place_of_head(const tq_device_store &store, const slot_place &first, int32_t head)
+{
+    int32_t bytes = tq_record_bytes(plane_of(store, false), plane_of(store, true));
+    return {first.record + (int64_t)head * (store.page_size / TQ_RECORD_TOKENS * bytes), first.token};
+}
+
 __device__ __forceinline__ uint8_t *codes_of(const tq_device_store &store, const slot_place &place, bool is_value)
 {
     return place.record + (is_value ? tq_plane_bytes(plane_of(store, false)) : 0);
