@@ -211,9 +211,16 @@ typedef struct tq_calibration tq_calibration;
 /* Read a file. Errors: ARGUMENT, IO, CORRUPT, MISMATCH (another version), MEMORY. */
 TQ_API TQ_NODISCARD tq_status tq_calibration_load(tq_calibration **out, const char *path);
 TQ_API void tq_calibration_free(tq_calibration *calibration);
+/*
+ * One layer of a calibration as a calibration of its own, for caches of single layers. It copies nothing: free it before the
+ * one that it is of. Snapshots of caches with it fit no other layer's. Errors: ARGUMENT, RANGE (no such layer), MEMORY.
+ */
+TQ_API TQ_NODISCARD tq_status tq_calibration_take_layer(tq_calibration **out, const tq_calibration *calibration, int32_t layer);
+/* Layers, those without transforms among them; 0 for NULL. */
+TQ_API int32_t tq_calibration_n_layer(const tq_calibration *calibration);
 /* The name of the model that it was learnt from; "" for NULL. */
 TQ_API const char *tq_calibration_model(const tq_calibration *calibration);
-/* The memory that it takes, and what one layer's transforms take of it; 0 if there are none. */
+/* The memory that it takes, of a layer that was taken its part; and what one layer's transforms take of it, 0 if none. */
 TQ_API size_t tq_calibration_bytes(const tq_calibration *calibration);
 TQ_API size_t tq_calibration_layer_bytes(const tq_calibration *calibration, int32_t layer);
 

@@ -2,7 +2,7 @@
 """
 SmolLM2-135M-Instruct from its GGUF by Transformers' own support, and a text for it. `make deps` gets both.
 
-    python smollm.py FOLDER     writes the model there as Hugging Face has it
+    python smollm.py FOLDER N_TOK PART     writes the model there as Hugging Face has it, and write_context's file
 
 MLX's tests run that as a process of its own, so that PyTorch's memory and threads are gone when they begin.
 """
@@ -25,14 +25,31 @@ def load():
     return model, tokenizer
 
 
-def export(folder):
-    model, tokenizer = load()
+def export(model, tokenizer, folder):
+    """Write the model as Hugging Face has it."""
     # The weights are no longer those of a GGUF, which Transformers would refuse to save.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_context(model, tokenizer, n_tok, part, path):
+    """
+    The novel's first n_tok tokens as keys and values, in parts: float32 [n_tok / part, n_layer, 2, n_head_kv, part, head_dim].
+    """
+    import torch
+    from transformers import DynamicCache
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        for tokens in torch.tensor([novel(tokenizer, n_tok)]).split(part, dim=1):
+            model(tokens, cache=cache, logits_to_keep=1)
+        with open(path, "wb") as file:
+            for i in range(0, n_tok, part):
+                for layer in cache.layers:
+                    for x in (layer.keys, layer.values):
+                        file.write(x[0, :, i : i + part].numpy().tobytes())
 
 
 def novel(tokenizer, n_tok):
@@ -49,4 +66,6 @@ def calibrate(n_tok):
 
 
 if __name__ == "__main__":
-    export(sys.argv[1])
+    loaded = load()
+    export(*loaded, sys.argv[1])
+    write_context(*loaded, int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[1]) / "context.f32")

@@ -169,6 +169,22 @@ def test_calibration(rng, tmp_path):
         plain.load(tmp_path / "x.tqs")
 
 
+def test_calibration_of_one_layer(rng):
+    whole = turboquant.Calibration(CALIBRATION)
+    layers = [whole.layer(i) for i in range(3)]
+    assert (whole.n_layer, layers[0].n_layer) == (3, 1) and sum(layer.nbytes for layer in layers) < 1.1 * whole.nbytes
+    with pytest.raises(turboquant.RangeError, match="3 layers and none of number 3"):
+        whole.layer(3)
+    all_layers = make(3, calibration=whole)
+    del whole  # layers hold it
+    k, seq = vectors(rng, 300), all_layers.seq_create()
+    for i, layer in enumerate(layers):
+        single = make(1, calibration=layer)
+        single.append(single.seq_create(), 0, k, k)
+        all_layers.append(seq, i, k, k)
+        np.testing.assert_array_equal(single.read(0, 0)[0], all_layers.read(seq, i)[0])
+
+
 def test_calibration_refusals(tmp_path):
     with pytest.raises(turboquant.ArgumentError, match="golden.*3 layers, not 2: it is of another model"):
         make(2, calibration=CALIBRATION)

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
 """TurboQuantKVCache in small random models of MLX-LM, against its own caches."""
 import copy
+import gc
+import json
 
 import mlx.core as mx
 import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
 import turboquant
+from conftest import ROOT
 from mlx_lm.generate import generate_step, speculative_generate_step
 from tiny_mlx import F16, TQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits, make_model
 from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
+
+CALIBRATION = ROOT / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
 
 # As in test_transformers.py; tq2 gives .02.
 TOLERANCES = {"f16": (.006, 1e-6), "tq8": (.08, 5e-5)}
@@ -60,6 +65,81 @@ def test_formats_layer_by_layer(llama):
     assert page_bytes[0] > page_bytes[1] > page_bytes[2]
     with pytest.raises(turboquant.ArgumentError, match="2 formats, but 3 layers"):
         make_prompt_cache(llama, layer_v_formats=["tq8", "tq4"])
+
+
+def calibrated(model, **options):
+    return make_prompt_cache(model, calibration=CALIBRATION, **options)
+
+
+def test_calibration(llama):
+    """Each layer takes its own: attention is that of one cache of all layers, and the second layer has no transforms."""
+    rng, whole = np.random.default_rng(4), turboquant.Cache(3, 2, 64, calibration=CALIBRATION)
+    seq, plain = whole.seq_create(), make_prompt_cache(llama)
+    for i, (layer, other) in enumerate(zip(calibrated(llama), plain)):
+        k, v, q = (rng.standard_normal((300, n, 64), np.float32) for n in (2, 2, 4))
+        found = [attended(cache, q, k, v) for cache in (layer, other)]
+        np.testing.assert_array_equal(found[0], whole.prefill(seq, i, q, k, v))
+        assert np.array_equal(*found) == (i == 1)
+
+
+def attended(cache, q, k, v):
+    """The attention of [n_tok, n_head, head_dim] as a layer of a model asks for it."""
+    queries, keys, values = (mx.array(x[None]).transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = turboquant.mlx.scaled_dot_product_attention(queries, *cache.update_and_fetch(keys, values), cache, .125, "causal")
+    return np.array(out.transpose(0, 2, 1, 3))[0]
+
+
+def test_calibration_in_batches(llama):
+    check_batch(llama, lambda model: calibrated(model, **TQ8), [40, 150, 97], 8, atol=1e-4)
+    first, second, _ = calibrated(llama)
+    with pytest.raises(turboquant.ArgumentError, match="do not go together"):
+        first.extend(second)
+
+
+def test_calibration_of_another_model(llama):
+    with pytest.raises(turboquant.ArgumentError, match="golden.*3 layers, not 2: it is of another model"):
+        calibrated(make_model(num_hidden_layers=2))
+    with pytest.raises(turboquant.ArgumentError, match="3 layers, not 2"):
+        install(make_model(num_hidden_layers=2), calibration=turboquant.Calibration(CALIBRATION))
+    with pytest.raises(turboquant.ArgumentError, match="2 KV heads of 64 there, not 4 of 64"):
+        other = make_model(num_key_value_heads=4)
+        logits(other, calibrated(other), ids(20))
+
+
+def test_calibration_counts_all_layers():
+    """Also those that are left to MLX-LM: compressed ones take those of their own number."""
+    model = make_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=32)
+    cache = calibrated(model)
+    assert cache[1]._options["calibration_layer"] == 1
+
+
+def test_calibration_is_saved_by_name(llama, tmp_path):
+    path, file, tokens = str(tmp_path / "prompt.safetensors"), tmp_path / "x.tqcal", ids(200)
+    file.write_bytes(CALIBRATION.read_bytes())
+    cache = make_prompt_cache(llama, calibration=file)
+    logits(llama, cache, tokens)
+    stock.save_prompt_cache(path, cache)
+    other = TurboQuantKVCache()
+    with pytest.raises(turboquant.SnapshotError, match="another calibration"):
+        other.state = dict(cache[0].state.items()) | {"options": json.dumps(cache[2]._options)}
+    wanted = logits(llama, cache, ids(10, seed=9))
+    del cache
+    assert np.array_equal(logits(llama, stock.load_prompt_cache(path), ids(10, seed=9)), wanted)
+    gc.collect()  # models and caches refer to each other
+    file.unlink()
+    with pytest.raises(OSError, match="x.tqcal"):
+        stock.load_prompt_cache(path)
+
+
+def test_server_takes_a_calibration(monkeypatch):
+    from turboquant import mlx_server
+    model = make_model()
+    monkeypatch.setattr(mlx_server.server, "load", lambda *args: (model, "tokenizer"))
+    monkeypatch.setattr(mlx_server.server, "main", lambda: mlx_server.server.load("model"))
+    monkeypatch.setattr(mlx_server.sys, "argv", ["server", "--kv-calibration", str(CALIBRATION), "--port", "1"])
+    mlx_server.main()
+    assert mlx_server.sys.argv == ["server", "--port", "1"]
+    assert [layer._options["calibration_layer"] for layer in model.make_cache()] == [0, 1, 2]
 
 
 def test_few_bits_are_worse(llama):

@@ -204,7 +204,8 @@ def test_chosen_on_a_gpu(llama, monkeypatch):
 
 def test_refusals(llama):
     keys = mx.zeros((1, 2, 4, 64))
-    for options, words in (({"n_threads": 2}, "no such option"), ({"k_format": "f16"}, "no Metal kernels"),
+    for options, words in (({"n_threads": 2}, "no such option"), ({"calibration": "x"}, "on the CPU"),
+                           ({"k_format": "f16"}, "no Metal kernels"),
                            ({"encode_batch": 48}, "divisor"), ({"k_ref_block": 32}, "blocks of 64"),
                            ({"n_sink": -1}, "negative"), ({"preset": "TQ5"}, "there is no preset")):
         with pytest.raises(turboquant.TurboQuantError, match=words):

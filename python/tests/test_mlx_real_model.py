@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 
+import memory
 import mlx_lm
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ N_TOK = 96  # MLX multiplies slowly on the CPU
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     parent = tmp_path_factory.mktemp("smollm")
-    subprocess.run([sys.executable, smollm.__file__, parent / "hf"], check=True)
+    subprocess.run([sys.executable, smollm.__file__, parent / "hf", str(memory.N_TOK), str(memory.PART)], check=True)
     mlx_lm.convert(str(parent / "hf"), str(parent / "mlx"), dtype="float32")
     return parent / "mlx"
 
@@ -55,6 +56,16 @@ def test_greedy_text(model_and_tokenizer):
     texts = [mlx_lm.generate(model, tokenizer, prompt, max_tokens=100, prompt_cache=cache)
              for cache in (stock.make_prompt_cache(model), make_prompt_cache(model, n_recent=16, **TQ8))]
     assert len(texts[0]) > 100 and texts[0] == texts[1]
+
+
+def test_memory(folder):
+    """
+    A process's memory falls by the cache's saving, and MLX holds none of the keys and values. At its peak it has a layer's
+    arrays twice, as the stock cache makes them longer.
+    """
+    plain, compressed = (memory.measure("mlx", folder, kind, folder.parent / "hf/context.f32") for kind in ("stock", "TQ4"))
+    memory.check(plain, compressed, copies=plain["held"] / 30)
+    assert compressed["mlx_peak"] < 1 and plain["held"] < plain["mlx_peak"] < 1.1 * plain["held"]
 
 
 def test_example(folder):

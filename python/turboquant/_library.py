@@ -144,6 +144,7 @@ _FALLIBLE = {
     "tq_codec_decode": [c_void_p, c_void_p, c_int64, c_void_p],
     "tq_preset_bits_per_value": [POINTER(c_double), POINTER(Preset), c_int32, c_int32, c_int64],
     "tq_calibration_load": [POINTER(c_void_p), c_char_p],
+    "tq_calibration_take_layer": [POINTER(c_void_p), c_void_p, c_int32],
     "tq_cache_create": [POINTER(c_void_p), POINTER(CacheParams)],
     "tq_cache_seq_create": [c_void_p, POINTER(c_int32)],
     "tq_cache_seq_fork": [c_void_p, c_int32, POINTER(c_int32)],
@@ -184,6 +185,7 @@ _OTHER = {
     "tq_calibration_free": (None, [c_void_p]),
     "tq_calibration_model": (c_char_p, [c_void_p]),
     "tq_calibration_bytes": (c_size_t, [c_void_p]),
+    "tq_calibration_n_layer": (c_int32, [c_void_p]),
     "tq_attend_params_default": (None, [POINTER(AttendParams)]),
     "tq_attend_batch_default": (None, [POINTER(AttendBatch)]),
     "tq_cache_params_default": (None, [POINTER(CacheParams)]),
@@ -203,10 +205,11 @@ _said = threading.local()
 
 
 def _hear(_user: int | None, level: int, message: bytes) -> None:
-    """Errors wait for the exception of the call that fails; the others go to the logger `turboquant`."""
+    """Errors, from the cause outwards, wait for the exception of the call that fails; others go to the logger `turboquant`."""
     text = message.decode(errors="replace")
     if level == ERROR:
-        _said.error = text
+        before = getattr(_said, "error", None)
+        _said.error = text if before is None else f"{before}; {text}"
     else:
         log.log(logging.WARNING if level == WARNING else logging.INFO, text)
 

@@ -89,7 +89,23 @@ class Calibration:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self._handle = ctypes.c_void_p()
+        self.path = os.path.abspath(path)
         lib.tq_calibration_load(ctypes.byref(self._handle), os.fsencode(path))
+
+    def layer(self, i: int) -> Calibration:
+        """Layer i as a calibration of its own, for a Cache of one layer. Nothing is copied."""
+        one = Calibration.__new__(Calibration)
+        one._handle, one.path = ctypes.c_void_p(), self.path
+        one._whole = self  # whose memory it reads
+        lib.tq_calibration_take_layer(ctypes.byref(one._handle), self._handle, i)
+        return one
+
+    def __repr__(self) -> str:
+        return f"Calibration({self.path!r})"
+
+    @property
+    def n_layer(self) -> int:
+        return lib.tq_calibration_n_layer(self._handle)
 
     @property
     def model(self) -> str:

@@ -15,6 +15,7 @@ All caches of one shape and one set of options share a pool, so that batches are
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import weakref
@@ -37,17 +38,32 @@ from .mlx_metal import TurboQuantMetalKVCache
 MAX_TOK_DEFAULT = 1 << 25
 
 _stores: weakref.WeakValueDictionary[str, _cache.Cache] = weakref.WeakValueDictionary()
+_calibrations: weakref.WeakValueDictionary[str, _cache.Calibration] = weakref.WeakValueDictionary()
 _stock_attention = base.scaled_dot_product_attention
 _announced: set[str] = set()
 
 
+def _calibration(path: str) -> _cache.Calibration:
+    """What a file holds, read once for all caches that live at the same time."""
+    found = _calibrations.get(path)
+    if found is None:
+        found = _calibrations[path] = _cache.Calibration(path)
+    return found
+
+
 def _store(shape: Sequence[int], options: dict[str, Any]) -> _cache.Cache:
-    """The pool of caches of this shape (n_head_kv, head_dim, head_dim_v) and these options."""
+    """
+    The pool of caches of this shape (n_head_kv, head_dim, head_dim_v) and these options: of turboquant.Cache, where a
+    calibration is a path, and calibration_layer says which of its layers.
+    """
     key = json.dumps([list(shape), options], sort_keys=True)
     found = _stores.get(key)
     if found is None:
         n_head_kv, head_dim, head_dim_v = shape
-        found = _cache.Cache(1, n_head_kv, head_dim, head_dim_v=head_dim_v, **({"max_tok": MAX_TOK_DEFAULT} | options))
+        options = {"max_tok": MAX_TOK_DEFAULT} | options
+        if "calibration_layer" in options:
+            options["calibration"] = _calibration(options["calibration"]).layer(options.pop("calibration_layer"))
+        found = _cache.Cache(1, n_head_kv, head_dim, head_dim_v=head_dim_v, **options)
         _stores[key] = found
     return found
 
@@ -198,12 +214,23 @@ def _reach_attention(model: Any) -> None:
                                "use mlx_lm.models.cache.make_prompt_cache")
 
 
-def _options_of_layers(options: dict[str, Any], n: int) -> list[dict[str, Any]]:
-    """Of n layers: layer_k_formats and layer_v_formats become each layer's k_format and v_format."""
-    if options.get("calibration") is not None:
-        raise UnsupportedError("calibration: the caches of single layers that MLX-LM wants have none yet; leave it out")
-    common = {name: value for name, value in options.items() if name not in ("layer_k_formats", "layer_v_formats")}
-    layers = [dict(common) for _ in range(n)]
+def _options_of_layers(options: dict[str, Any], compressed: Sequence[int], n_layer: int) -> list[dict[str, Any]]:
+    """
+    Of the compressed ones of a model's n_layer layers: layer_k_formats and layer_v_formats become each layer's k_format and
+    v_format, and a calibration its own layer of it.
+    """
+    n, of_layers = len(compressed), ("layer_k_formats", "layer_v_formats", "calibration")
+    common = {name: value for name, value in options.items() if name not in of_layers}
+    layers = [dict(common) for _ in compressed]
+    calibration = options.get("calibration")
+    if calibration is not None:
+        if not isinstance(calibration, _cache.Calibration):
+            calibration = _calibration(os.path.abspath(calibration))
+        if calibration.n_layer != n_layer:
+            raise ArgumentError(f"the calibration {calibration.path} (of {calibration.model}) has {calibration.n_layer} "
+                                f"layers, not {n_layer}: it is of another model")
+        for layer, i in zip(layers, compressed):
+            layer |= {"calibration": calibration.path, "calibration_layer": i}
     for side in "kv":
         formats = options.get(f"layer_{side}_formats") or []
         if formats and len(formats) != n:
@@ -229,7 +256,7 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     MLX-LM's make_prompt_cache, with a compressed cache in place of each plain KVCache; layers with a window or a recurrent
     state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="tq8"; on
     an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
-    for each compressed layer. What was applied is printed once.
+    for each compressed layer. A calibration, a path or a Calibration, is of the whole model. What was applied is printed once.
     """
     kind = _cache_class()
     make = getattr(model, "make_cache", None)
@@ -237,13 +264,14 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
         caches = make.stock(max_kv_size)
     else:
         caches = stock.make_prompt_cache(model, max_kv_size)
-    n = sum(type(cache) is stock.KVCache for cache in caches)
+    compressed = [i for i, cache in enumerate(caches) if type(cache) is stock.KVCache]
+    n = len(compressed)
     if n == 0:
         raise UnsupportedError("none of this model's layers has a plain KVCache: there is nothing to compress")
-    of_layers = iter(_options_of_layers(options, n))
+    of_layers = iter(_options_of_layers(options, compressed, len(caches)))
     applied = [kind(preset, **next(of_layers)) if type(cache) is stock.KVCache else cache for cache in caches]
     _reach_attention(model)
-    said = ", ".join(f"{name}={value}" for name, value in {"preset": preset, **options}.items())
+    said = ", ".join(f"{name}={value}" for name, value in {"preset": preset, **options}.items() if value is not None)
     what = f"turboquant: {n} of {len(caches)} layers compressed ({said}), {len(caches) - n} left to MLX-LM"
     if what not in _announced:
         _announced.add(what)

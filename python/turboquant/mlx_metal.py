@@ -39,6 +39,9 @@ def _options(preset: str, k_format: str | int | None = None, v_format: str | int
              n_recent: int | None = None, k_ref_block: int | None = None, encode_batch: int = kernels.BLOCK,
              seed: int = SEED_DEFAULT, **other: Any) -> _Options:
     """Check options. Raises ArgumentError, and UnsupportedError for what the CPU's cache has and this one has not."""
+    if "calibration" in other:
+        raise UnsupportedError("calibration: the Metal kernels know no transforms of keys; leave it out, or compute on the CPU "
+                               "(mx.set_default_device(mx.cpu))")
     if other:
         raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, "
                                "v_format, n_sink, n_recent, k_ref_block, encode_batch and seed")

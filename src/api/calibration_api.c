@@ -9,6 +9,16 @@ tq_status tq_calibration_load(tq_calibration **out, const char *path)
     return out && path ? tq_calibration_read(out, path) : TQ_ERR_ARGUMENT;
 }
 
+tq_status tq_calibration_take_layer(tq_calibration **out, const tq_calibration *calibration, int32_t layer)
+{
+    return out && calibration ? tq_calibration_of_layer(out, calibration, layer) : TQ_ERR_ARGUMENT;
+}
+
+int32_t tq_calibration_n_layer(const tq_calibration *calibration)
+{
+    return calibration ? calibration->n_layer : 0;
+}
+
 void tq_calibration_free(tq_calibration *calibration)
 {
     tq_calibration_close(calibration);

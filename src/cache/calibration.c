@@ -156,9 +156,32 @@ tq_status tq_calibration_read(tq_calibration **out, const char *path)
 void tq_calibration_close(tq_calibration *calibration)
 {
     if (!calibration) return;
-    tq_free(calibration->layers);
-    tq_free(calibration->values);
+    if (!calibration->borrowed) {
+        tq_free(calibration->layers);
+        tq_free(calibration->values);
+    }
     tq_free(calibration);
+}
+
+tq_status tq_calibration_of_layer(tq_calibration **out, const tq_calibration *whole, int32_t layer)
+{
+    if (layer < 0 || layer >= whole->n_layer) {
+        tq_log(TQ_LOG_ERROR, "tq_calibration_take_layer: the calibration (of %s) has %d layers and none of number %d",
+               whole->model, (int)whole->n_layer, (int)layer);
+        return TQ_ERR_RANGE;
+    }
+    tq_calibration *one = tq_alloc_zero(sizeof *one);
+    if (!one) return TQ_ERR_MEMORY;
+    *one = *whole;
+    const uint64_t identity[2] = {whole->hash, (uint64_t)layer};
+    one->hash = tq_hash(identity, sizeof identity, 0);
+    one->n_layer = 1;
+    one->layers = whole->layers + layer;
+    const tq_calibration_layer *own = one->layers;
+    one->bytes = sizeof *one + sizeof *own + (size_t)own->n_head_kv * tq_transform_row(own->head_dim) * sizeof *one->values;
+    one->borrowed = true;
+    *out = one;
+    return TQ_OK;
 }
 
 tq_status tq_calibration_find(const tq_calibration *calibration, int32_t layer, int32_t n_head_kv, int32_t head_dim,

@@ -15,9 +15,10 @@ typedef struct tq_calibration_layer {
 
 struct tq_calibration {
     char model[64];
-    uint64_t hash; /* of the file's content */
+    uint64_t hash; /* of the file's content; of one layer also of its number */
     int32_t n_layer;
-    size_t bytes; /* of this and all that it holds */
+    size_t bytes;  /* of this and all that it holds or reads */
+    bool borrowed; /* the arrays belong to the calibration that this is a layer of */
     tq_calibration_layer *layers;
     uint16_t *values; /* matrices as codec/transform.h has them, layer by layer, [n_head_kv] each */
 };
@@ -25,6 +26,8 @@ struct tq_calibration {
 /* Errors: IO, CORRUPT, MISMATCH (another version), MEMORY, all but the last logged. */
 tq_status tq_calibration_read(tq_calibration **out, const char *path);
 void tq_calibration_close(tq_calibration *calibration);
+/* Errors: RANGE, logged, and MEMORY. */
+tq_status tq_calibration_of_layer(tq_calibration **out, const tq_calibration *whole, int32_t layer);
 
 /*
  * The transforms of a layer, NULL if it has none. Errors: SHAPE if the layer does not exist there or has another shape; `label`

@@ -255,6 +255,55 @@ static void test_cache_and_snapshot(void **state)
     tq_calibration_free(c);
 }
 
+/* Caches of single layers hold what one cache of all layers holds, and take no other layer's snapshots. */
+static void test_single_layers(void **state)
+{
+    (void)state;
+    kv_random random = {.state = 14};
+    tq_calibration *c = make_calibration(&random, 2, N_HEAD_KV, HEAD_DIM), *layers[2];
+    assert_int_equal(tq_calibration_n_layer(c), 2);
+    assert_int_equal(tq_calibration_n_layer(NULL), 0);
+    tq_cache_params of_all = cache_params(c);
+    tq_cache *whole, *single[2];
+    int32_t seq, copy, n;
+    assert_int_equal(tq_cache_create(&whole, &of_all), TQ_OK);
+    assert_int_equal(tq_cache_seq_create(whole, &seq), TQ_OK);
+    static float wanted[N_TOK * ROW], found[2][N_TOK * ROW], v_read[N_TOK * ROW];
+    for (int32_t layer = 0; layer < 2; layer++) {
+        assert_int_equal(tq_calibration_take_layer(&layers[layer], c, layer), TQ_OK);
+        assert_int_equal(tq_calibration_n_layer(layers[layer]), 1);
+        assert_int_equal(tq_calibration_layer_bytes(layers[layer], 0), tq_calibration_layer_bytes(c, layer));
+        assert_true(tq_calibration_bytes(layers[layer]) > tq_calibration_layer_bytes(c, layer));
+        assert_true(tq_calibration_bytes(layers[layer]) < tq_calibration_bytes(c));
+        tq_cache_params of_one = cache_params(layers[layer]);
+        of_one.n_layer = 1;
+        assert_int_equal(tq_cache_create(&single[layer], &of_one), TQ_OK);
+        assert_int_equal(tq_cache_seq_create(single[layer], &seq), TQ_OK);
+        assert_int_equal(tq_cache_append(single[layer], 0, 0, N_TOK, k, v, NULL), TQ_OK);
+        assert_int_equal(tq_cache_append(whole, 0, layer, N_TOK, k, v, NULL), TQ_OK);
+        assert_int_equal(tq_cache_read(whole, 0, layer, 0, N_TOK, wanted, v_read), TQ_OK);
+        assert_int_equal(tq_cache_read(single[layer], 0, 0, 0, N_TOK, found[layer], v_read), TQ_OK);
+        assert_memory_equal(found[layer], wanted, sizeof wanted);
+    }
+    assert_memory_not_equal(found[0], found[1], sizeof found[0]);
+    assert_int_equal(tq_cache_save(single[1], path, &seq, 1), TQ_OK);
+    assert_int_equal(tq_cache_load(single[0], path, &copy, 1, &n), TQ_ERR_MISMATCH);
+    assert_int_equal(tq_cache_load(single[1], path, &copy, 1, &n), TQ_OK);
+    tq_cache_free(whole);
+    for (int32_t layer = 0; layer < 2; layer++) {
+        tq_cache_free(single[layer]);
+        tq_calibration_free(layers[layer]);
+    }
+    tq_log_set(keep_message, NULL);
+    assert_int_equal(tq_calibration_take_layer(&layers[0], c, 2), TQ_ERR_RANGE);
+    assert_non_null(strstr(last_message, "2 layers and none of number 2"));
+    assert_int_equal(tq_calibration_take_layer(&layers[0], c, -1), TQ_ERR_RANGE);
+    assert_int_equal(tq_calibration_take_layer(&layers[0], NULL, 0), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_calibration_take_layer(NULL, c, 0), TQ_ERR_ARGUMENT);
+    tq_log_set(NULL, NULL);
+    tq_calibration_free(c);
+}
+
 static void test_another_model_is_refused(void **state)
 {
     (void)state;
@@ -397,6 +446,7 @@ int main(void)
         cmocka_unit_test(test_store_takes_its_layer),
         cmocka_unit_test(test_error_is_estimated),
         cmocka_unit_test(test_cache_and_snapshot),
+        cmocka_unit_test(test_single_layers),
         cmocka_unit_test(test_another_model_is_refused),
         cmocka_unit_test(test_golden_file),
         cmocka_unit_test(test_damage_is_refused),
