@@ -601,7 +601,7 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_describe(tq_cuda_info *out);
 
 typedef struct tq_cuda_store {
     size_t struct_size;
-    tq_format k_format, v_format; /* tq8, tq4, tq3, tq2, tt4, tt3, tt2; docs/cuda.md lists the pairs that attention has */
+    tq_format k_format, v_format; /* tq8, tq4, tq3, tq2; tt4, tt3, tt2 except at head_dim 96. docs/cuda.md: fast pairs */
     int32_t head_dim, n_head_kv;  /* 64, 96, 128, 192 or 256 */
     int32_t page_size;            /* tokens, 32 to 256, a multiple of 32 */
     int32_t n_sink, n_recent;     /* at most 512 together */
@@ -702,7 +702,7 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda
 /*
  * softmax(softmax_scale * q . K) . V, causal: query token i of a sequence sees positions up to length - n_query + i. A row that
  * sees nothing gives zeros. Scales of values (their root mean square) should lie between 1e-4 and 2000. Errors: ARGUMENT,
- * SHAPE, FORMAT (no kernel for the pair), HEAD_DIM, NO_DEVICE, DEVICE.
+ * SHAPE, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
  */
 TQ_API TQ_NODISCARD tq_status tq_cuda_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params, void *stream);
 

@@ -18,8 +18,8 @@ from .errors import ArgumentError, UnsupportedError
 
 # Tokens of a row that are appended before their queries attend, at most: a part of a prompt.
 CHUNK_MAX = 4096
-# A chunk is smaller where kernels would need more scratch than this. Pairs without a kernel for prompts do, which no pair is on
-# Hopper: the library says how much a call needs on this device.
+# A chunk is smaller where kernels would need more scratch than this, as pairs without a kernel for prompts do: the library says
+# how much a call needs on this device.
 WORKSPACE_MAX = 64 << 20
 # Query rows of a KV head that a call takes.
 _ROWS_MAX = 65536

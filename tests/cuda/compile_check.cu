@@ -7,6 +7,7 @@
 
 template cudaError_t launch_decode<scalar_codes<4>, scalar_codes<3>, 128>(const attend_args &, uint32_t, cudaStream_t);
 template cudaError_t launch_decode<trellis_codes<3>, trellis_codes<3>, 64>(const attend_args &, uint32_t, cudaStream_t);
+template cudaError_t launch_any<64>(const attend_args &, uint32_t, cudaStream_t);
 template __global__ void prefill_kernel<scalar_codes<8>, scalar_codes<2>, 64>(const __grid_constant__ attend_args);
 template __global__ void prefill_hopper_kernel<scalar_codes<8>, scalar_codes<2>, 64>(const __grid_constant__ attend_args);
 template __global__ void encode_many_kernel<64, 2, true>(const __grid_constant__ tq_device_store,

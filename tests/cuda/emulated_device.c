@@ -13,7 +13,6 @@
 #include "base/log.h"
 #include "codec/codec.h"
 #include "kernels/cuda/device.h"
-#include "kernels/cuda/pairs.h"
 
 typedef struct side {
     tq_codec *codec;
@@ -269,14 +268,6 @@ static tq_status attend_sequence(const context *c, const tq_cuda_attend_params *
     return TQ_OK;
 }
 
-static bool has_kernel(const tq_device_store *s)
-{
-    char pair[16];
-    snprintf(pair, sizeof pair, " t%c%d/t%c%d ", s->key.is_trellis ? 't' : 'q', (int)s->key.bits,
-             s->value.is_trellis ? 't' : 'q', (int)s->value.bits);
-    return strstr(tq_pair_names(s->head_dim), pair) != NULL;
-}
-
 /* Counters are zero before a call and after it; where another call may have its own, this one leaves something else. */
 static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
 {
@@ -293,11 +284,6 @@ static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_pa
 static tq_status attend(const tq_device_store *s, const tq_cuda_attend_params *p, void *stream, char *message)
 {
     (void)stream;
-    if (!has_kernel(s)) {
-        snprintf(message, TQ_DEVICE_MESSAGE, "attend: no kernel for this pair of formats at head_dim %d; there are:%s",
-                 (int)s->head_dim, tq_pair_names(s->head_dim));
-        return TQ_ERR_FORMAT;
-    }
     TQ_TRY(use_workspace(s, p, message));
     context c = open_context(s);
     size_t n = (size_t)p->max_seq_len * (size_t)s->head_dim + 1;

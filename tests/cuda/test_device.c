@@ -62,19 +62,29 @@ static setup plain(tq_format k, tq_format v, int32_t head_dim)
                    .lens = lens};
 }
 
-/* Every pair that there is. */
+/* Every pair that has a kernel of its own; and others, for the kernel that takes any, with each format on each side. */
 #define PAIR(D, K, V) {D, #K, #V},
+// clang-format off
+#define OTHERS(D) PAIR(D, tq8, tt2) PAIR(D, tq4, tt3) PAIR(D, tq3, tq8) PAIR(D, tq2, tq4) PAIR(D, tt4, tq3) \
+                  PAIR(D, tt3, tt4) PAIR(D, tt2, tq2)
+// clang-format on
 static const struct {
     int32_t head_dim;
     const char *k, *v;
-} pairs[] = {TQ_PAIRS_128(PAIR) TQ_PAIRS_64(PAIR) TQ_PAIRS_96(PAIR) TQ_PAIRS_192(PAIR) TQ_PAIRS_256(PAIR)};
-enum { N_PAIRS = sizeof pairs / sizeof pairs[0] };
+} pairs[] = {TQ_PAIRS_128(PAIR) TQ_PAIRS_64(PAIR) TQ_PAIRS_96(PAIR) TQ_PAIRS_192(PAIR) TQ_PAIRS_256(PAIR)},
+  others[] = {OTHERS(64) OTHERS(128) OTHERS(192) OTHERS(256) PAIR(192, tt3, tt3) PAIR(96, tq8, tq3) PAIR(96, tq4, tq8)
+                  PAIR(96, tq3, tq2) PAIR(96, tq3, tq4) PAIR(96, tq2, tq4)};
+enum { N_PAIRS = sizeof pairs / sizeof pairs[0], N_OTHERS = sizeof others / sizeof others[0] };
 
 static void test_pairs(void)
 {
     for (size_t i = 0; i < N_PAIRS; i++) {
         if (quick && i % 3 != 0) continue;
         run("pair", plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim), 100 + i);
+    }
+    for (size_t i = 0; i < N_OTHERS; i++) {
+        if (quick && i % 3 != 0) continue;
+        run("other pair", plain(format_of(others[i].k), format_of(others[i].v), others[i].head_dim), 150 + i);
     }
 }
 
@@ -141,6 +151,7 @@ static void test_random(void)
         s.n_sink = (int32_t)(tq_random_next(&random) % 6);
         s.n_recent = i % 4 == 0 ? 0 : (int32_t)(tq_random_next(&random) % 140);
         s.dtype = (tq_dtype)(tq_random_next(&random) % 3);
+        if (i % 7 == 4 || i % 6 == 2) s.k_format = TQ_FORMAT_TT3, s.v_format = TQ_FORMAT_TQ8;
         s.window = i % 5 == 1 ? 1 + (int64_t)(tq_random_next(&random) % 600) : 0;
         s.softcap = i % 6 == 2 ? 2.0f : 0.0f;
         s.sinks = i % 3 == 1;
@@ -173,6 +184,11 @@ static void test_prefill(void)
         }
     }
     unsetenv("TQ_CUDA_PORTABLE");
+    for (size_t i = 0; i < N_OTHERS; i += 5) { /* which have none */
+        setup s = plain(format_of(others[i].k), format_of(others[i].v), others[i].head_dim);
+        s.lens = lens, s.n_seq = 3, s.n_query = 90, s.group = 3;
+        run("prefill by decode", s, 650 + i);
+    }
 }
 
 /* Long enough for many splits of a tile. */
@@ -185,15 +201,18 @@ static void test_long(void)
     s = plain(TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 128);
     s.lens = lens, s.n_seq = 1, s.group = 8, s.n_query = 2;
     run("long", s, 401);
+    s = plain(TQ_FORMAT_TT4, TQ_FORMAT_TQ2, 128);
+    s.lens = lens, s.n_seq = 2;
+    run("long", s, 402);
 }
 
 /* A sequence's result does not depend on the batch, nor on the bound of lengths; and it is the same each time. */
-static void test_deterministic(void)
+static void test_deterministic_of(tq_format k, tq_format v)
 {
     static const int64_t lens[] = {3000, 77, 5000, 1};
-    setup s = plain(TQ_FORMAT_TQ4, TQ_FORMAT_TQ4, 128);
+    setup s = plain(k, v, 128);
     s.lens = lens, s.n_seq = 4, s.deterministic = true;
-    device_test("deterministic: alone or in a batch");
+    device_test("deterministic: %s/%s, alone or in a batch", name_of(k), name_of(v));
     model m;
     model_open(&m, &s, 500);
     model_append(&m);
@@ -206,6 +225,12 @@ static void test_deterministic(void)
     }
     free(batch), free(alone);
     model_close(&m);
+}
+
+static void test_deterministic(void)
+{
+    test_deterministic_of(TQ_FORMAT_TQ4, TQ_FORMAT_TQ4);
+    test_deterministic_of(TQ_FORMAT_TT3, TQ_FORMAT_TQ4);
 }
 
 /* Bytes to pages and back, and copies. */

@@ -12,12 +12,26 @@
 /* Counters that share a sector of the cache make their atomics wait for each other. */
 #define TQ_COUNTER_STRIDE 32
 
+/* A format as a number: its bits, and 16 more for a trellis. */
+constexpr int codes_kind(int bits, bool is_trellis)
+{
+    return bits + (is_trellis ? 16 : 0);
+}
+__host__ __device__ constexpr int kind_bits(int kind)
+{
+    return kind % 16;
+}
+__host__ __device__ constexpr bool kind_is_trellis(int kind)
+{
+    return kind >= 16;
+}
+
 struct attend_args {
     /* The store. */
     const uint8_t *pages;
     const __half *exact;
     int32_t n_pages, n_head_kv, n_sink, n_recent;
-    int32_t records_per_page;
+    int32_t records_per_page, key_kind, value_kind;
     uint32_t page_magic; /* record / records_per_page is the upper half of record * page_magic, unless that is one per page */
     int64_t page_bytes;  /* of all KV heads */
     tq_device_rotation rotation;
@@ -141,12 +155,13 @@ __device__ __forceinline__ int64_t length_of(const attend_args &args, int32_t se
 }
 
 /* Addresses of a head's records in the pages of a sequence. */
-template <int BYTES> struct record_finder {
+struct record_finder {
     const int32_t *table;
     const uint8_t *head_base;
-    __device__ __forceinline__ record_finder(const tile_id &tile, const attend_args &args)
+    const int record_bytes;
+    __device__ __forceinline__ record_finder(const tile_id &tile, const attend_args &args, int n_bytes)
         : table(args.page_table + tile.sequence * args.page_table_stride),
-          head_base(args.pages + (int64_t)tile.head * args.records_per_page * BYTES)
+          head_base(args.pages + (int64_t)tile.head * args.records_per_page * n_bytes), record_bytes(n_bytes)
     {
     }
     __device__ __forceinline__ const uint8_t *at(int record, const attend_args &args) const
@@ -154,7 +169,7 @@ template <int BYTES> struct record_finder {
         int i_page = args.records_per_page == 1 ? record : (int)__umulhi((uint32_t)record, args.page_magic);
         int page = __ldg(table + i_page);
         if ((uint32_t)page >= (uint32_t)args.n_pages) page = 0; /* nothing sound to read, but within bounds */
-        return head_base + page * args.page_bytes + (record - i_page * args.records_per_page) * BYTES;
+        return head_base + page * args.page_bytes + (record - i_page * args.records_per_page) * record_bytes;
     }
 };
 

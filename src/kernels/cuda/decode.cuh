@@ -23,29 +23,23 @@
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/trellis_codes.cuh"
 
-/* One trellis for keys and values is looked up in pairs, where accumulators leave room for the table. */
-template <class K, class V, int D> constexpr bool has_pairs()
-{
-    return K::is_trellis && V::is_trellis && K::bits == V::bits && D <= 128;
-}
-template <class K, class V, int D>
-using decode_tables = std::conditional_t<has_pairs<K, V, D>(), pair_tables<K::bits>, window_tables<K, V>>;
+/*
+ * What is known of the formats is F below: all of it when a kernel is compiled (known_formats), or only when it runs
+ * (any_formats). Either has the bytes of a record and of the tables, the steps of levels, and a record's two halves.
+ */
 
-/* Everything about a kernel that is known when it is compiled. */
-template <class K, class V, int D, int N_WARPS> struct decode_shape {
-    static constexpr int n_warps = N_WARPS;
+/* Everything else about a kernel, which depends on records by their bytes alone. */
+template <int D, int N_WARPS, int N_STAGES> struct decode_shape {
+    static constexpr int n_warps = N_WARPS, n_stages = N_STAGES;
     static constexpr int blocks_per_multiprocessor = D <= 128 ? 16 / N_WARPS : 1;
     static constexpr int n_threads = 32 * n_warps;
-    static constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits;
-    static constexpr int record_bytes = key_bytes + value_bytes + 2 * TQ_RECORD_SCALE_BYTES;
-    /* 16 warps with one record of 4 KB each keep the memory busy; more on their way only add latency. */
-    static constexpr int n_stages = record_bytes * 16 <= 56 * 1024 && !has_pairs<K, V, D>() ? 2 : 1;
-    using queue = warp_queue<n_stages, record_bytes>;
     static constexpr int row_floats = D + 4; /* spreads rows over the banks */
-    static constexpr int merge_bytes = 4 * n_warps * TQ_TILE_ROWS * row_floats;
-    static constexpr int queue_bytes = n_warps * n_stages * (record_bytes + 8);
-    static constexpr int work_bytes = queue_bytes > merge_bytes ? queue_bytes : merge_bytes;
-    static constexpr int shared_bytes = work_bytes + decode_tables<K, V, D>::bytes;
+    /* The queues of all warps, or their rows afterwards; tables follow. */
+    __host__ __device__ static constexpr int work_bytes(int record_bytes)
+    {
+        const int merge_bytes = 4 * n_warps * TQ_TILE_ROWS * row_floats, queue_bytes = n_warps * n_stages * (record_bytes + 8);
+        return queue_bytes > merge_bytes ? queue_bytes : merge_bytes;
+    }
 };
 
 template <int D, int N_WARPS> struct decode_shared {
@@ -75,8 +69,9 @@ constexpr float magic = 12582912.0f;
 constexpr float log2_e = 1.4426950408889634f;
 constexpr float lowest = -1e30f;
 
-template <class K, int D>
-__device__ __forceinline__ query_operand<D> load_queries(const tile_queries<D> &queries, const attend_args &args, int lane)
+template <int D>
+__device__ __forceinline__ query_operand<D> load_queries(const tile_queries<D> &queries, const attend_args &args,
+                                                         float key_step, int lane)
 {
     query_operand<D> operand;
     int g = lane >> 2, t = lane & 3;
@@ -91,7 +86,7 @@ __device__ __forceinline__ query_operand<D> load_queries(const tile_queries<D> &
     }
     operand.start_high = magic_bits - 128 * queries.sum[0][g];
     operand.start_low = magic_bits - 128 * queries.sum[1][g];
-    operand.factor = queries.scale[g] * args.scale_log2 * K::step;
+    operand.factor = queries.scale[g] * args.scale_log2 * key_step;
     return operand;
 }
 
@@ -191,18 +186,51 @@ __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8
     }
 }
 
+/* One trellis for keys and values is looked up in pairs, where accumulators leave room for the table. */
+template <class K, class V, int D> constexpr bool has_pairs()
+{
+    return K::is_trellis && V::is_trellis && K::bits == V::bits && D <= 128;
+}
+
+/* A pair of formats that has a kernel of its own. */
+template <class K, class V, int D> struct known_formats {
+    using tables = std::conditional_t<has_pairs<K, V, D>(), pair_tables<K::bits>, window_tables<K, V>>;
+    static constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits, table_bytes = tables::bytes;
+    static constexpr int record_bytes = key_bytes + value_bytes + 2 * TQ_RECORD_SCALE_BYTES;
+    static constexpr float key_step = K::step, value_step = V::step;
+    static constexpr bool is_known = true, is_large = has_pairs<K, V, D>(); /* a table leaves no room for a second block */
+    /* 16 warps with one record of 4 KB each keep the memory busy; more on their way only add latency. */
+    static constexpr int n_stages = record_bytes * 16 <= 56 * 1024 && !is_large ? 2 : 1;
+
+    __host__ __device__ explicit known_formats(const attend_args &) {}
+    __device__ __forceinline__ static tables open_tables(uint8_t *memory, const attend_args &args, int lane)
+    {
+        tables::fill(memory, args.windows);
+        return tables(memory, lane);
+    }
+    __device__ __forceinline__ static void score(float (&s)[8], const query_operand<D> &q, const uint8_t *plane,
+                                                 const float (&key_scales)[8], const tables &tables, int lane)
+    {
+        score_record<K, D>(s, q, plane, key_scales, tables.key, lane);
+    }
+    __device__ __forceinline__ static void add(warp_accumulator<D> &acc, const uint8_t *plane, const uint32_t (&weights)[4],
+                                               const tables &tables, int lane)
+    {
+        add_values<V, D>(acc, plane, weights, tables.value, lane);
+    }
+};
+
 /* One record: 32 tokens, of which row g sees those at positions [begin, end). */
-template <class K, class V, int D>
+template <class F, int D>
 __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const query_operand<D> &q, const uint8_t *record,
                                               int record_index, const record_bounds &bounds, const attend_args &args,
-                                              const decode_tables<K, V, D> &tables, int lane)
+                                              const F &formats, const typename F::tables &tables, int lane)
 {
-    constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits;
     int t = lane & 3;
-    const uint8_t *scales = record + key_bytes + value_bytes;
+    const uint8_t *scales = record + formats.key_bytes + formats.value_bytes;
     float key_scales[8], s[8];
     load_scales(key_scales, scales, t);
-    score_record<K, D>(s, q, record, key_scales, tables.key, lane);
+    formats.score(s, q, record, key_scales, tables, lane);
     if (args.cap_log2 > 0.0f) {
 #pragma unroll
         for (int i = 0; i < 8; i++) s[i] = cap_score(s[i], args);
@@ -230,22 +258,24 @@ __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const qu
         }
         weights[i] = as_bits(__floats2half2_rn(p0, p1));
     }
-    add_values<V, D>(acc, record + key_bytes, weights, tables.value, lane);
+    formats.add(acc, record + formats.key_bytes, weights, tables, lane);
 }
 
 /* The records of this block's split, each warp some of them. query: load_query's, of the first 8 half warps. */
-template <class K, class V, int D, int N_WARPS>
+template <class F, int D, int N_WARPS>
 __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const tile_id &tile, const attend_args &args,
-                                             uint8_t *work, decode_shared<D, N_WARPS> &shared, float (&query)[D / 16])
+                                             const F &formats, uint8_t *work, decode_shared<D, N_WARPS> &shared,
+                                             float (&query)[D / 16])
 {
-    using shape = decode_shape<K, V, D, N_WARPS>;
+    using shape = decode_shape<D, N_WARPS, F::n_stages>;
     constexpr int N = shape::n_stages;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const record_finder<shape::record_bytes> finder(tile, args);
+    const record_finder finder(tile, args, formats.record_bytes);
 
-    typename shape::queue queue;
-    queue.open(work + warp * N * shape::record_bytes,
-               reinterpret_cast<uint64_t *>(work + shape::n_warps * N * shape::record_bytes) + warp * N, lane);
+    warp_queue<N> queue;
+    queue.open(work + warp * N * formats.record_bytes,
+               reinterpret_cast<uint64_t *>(work + shape::n_warps * N * formats.record_bytes) + warp * N, formats.record_bytes,
+               lane);
     int waiting[N], next = tile.record_begin + warp; /* the records in the stages, oldest first, and the one after */
     const uint8_t *from[N + 1] = {};
 #pragma unroll
@@ -265,15 +295,14 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
     const uint8_t *next_from = from[N];
 
     if (threadIdx.x < 16 * TQ_TILE_ROWS) prepare_query<D>(shared.queries, query, args);
-    const decode_tables<K, V, D> tables(work + shape::work_bytes, lane);
-    tables.fill(work + shape::work_bytes, args.windows);
+    const typename F::tables tables = formats.open_tables(work + shape::work_bytes(formats.record_bytes), args, lane);
     if (threadIdx.x == 0) shared.next_record = tile.record_begin + (N + 1) * shape::n_warps;
     __syncthreads();
     wait_for_kernel_before(); /* so that this one never ends first, either */
     if (tile.n_exact > 0 && tile.split == tile.n_splits - 1) { /* while the first records are on their way */
         attend_exact<D, shape::n_threads>(shared.exact, shared.queries, tile, args);
     }
-    query_operand<D> q = load_queries<K, D>(shared.queries, args, lane);
+    query_operand<D> q = load_queries<D>(shared.queries, args, formats.key_step, lane);
     const record_bounds bounds = bounds_of(tile, args, lane >> 2);
 
     uint32_t phase = 0;
@@ -281,7 +310,8 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
 #pragma unroll 1
     while (waiting[0] < tile.record_end) {
         queue.wait(stage, phase);
-        attend_record<K, V, D>(acc, q, queue.stages + stage * shape::record_bytes, waiting[0], bounds, args, tables, lane);
+        const uint8_t *record = queue.stages + stage * formats.record_bytes;
+        attend_record<F, D>(acc, q, record, waiting[0], bounds, args, formats, tables, lane);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i + 1 < N; i++) waiting[i] = waiting[i + 1];
@@ -481,11 +511,12 @@ __device__ __forceinline__ void combine(float *work, const tile_id &tile, const 
     __syncthreads();
 }
 
-template <class K, class V, int D, int N_WARPS>
-__global__ void __launch_bounds__(32 * N_WARPS, decode_shape<K, V, D, N_WARPS>::blocks_per_multiprocessor)
+template <class F, int D, int N_WARPS>
+__global__ void __launch_bounds__(32 * N_WARPS, decode_shape<D, N_WARPS, F::n_stages>::blocks_per_multiprocessor)
     decode_kernel(const __grid_constant__ attend_args args)
 {
-    using shape = decode_shape<K, V, D, N_WARPS>;
+    using shape = decode_shape<D, N_WARPS, F::n_stages>;
+    const F formats(args);
     extern __shared__ __align__(128) uint8_t work[];
     __shared__ __align__(16) decode_shared<D, shape::n_warps> shared;
 
@@ -500,7 +531,7 @@ __global__ void __launch_bounds__(32 * N_WARPS, decode_shape<K, V, D, N_WARPS>::
     acc.max = lowest, acc.sum = 0.0f;
 #pragma unroll
     for (int x = 0; x < D / 16; x++) acc.c[x][0] = acc.c[x][1] = acc.c[x][2] = acc.c[x][3] = 0.0f;
-    attend_split<K, V, D, N_WARPS>(acc, tile, args, work, shared, query);
+    attend_split<F, D, N_WARPS>(acc, tile, args, formats, work, shared, query);
 
     float *floats = reinterpret_cast<float *>(work);
     merge_warps<D>(acc, tile, floats, shared);
@@ -516,7 +547,7 @@ __global__ void __launch_bounds__(32 * N_WARPS, decode_shape<K, V, D, N_WARPS>::
         }
         __syncthreads();
     }
-    finish_rows<D, shape::n_threads>(floats, V::step, tile, args, shared);
+    finish_rows<D, shape::n_threads>(floats, formats.value_step, tile, args, shared);
 }
 
 #endif

@@ -6,6 +6,6 @@ decode_launch decode_find_128(int pair)
     switch (pair) {
         TQ_PAIRS_128(TQ_DECODE_CASE)
     default:
-        return nullptr;
+        return launch_any<128>;
     }
 }

@@ -6,6 +6,6 @@ decode_launch decode_find_192(int pair)
     switch (pair) {
         TQ_PAIRS_192(TQ_DECODE_CASE)
     default:
-        return nullptr;
+        return launch_any<192>;
     }
 }

@@ -6,6 +6,6 @@ decode_launch decode_find_256(int pair)
     switch (pair) {
         TQ_PAIRS_256(TQ_DECODE_CASE)
     default:
-        return nullptr;
+        return launch_any<256>;
     }
 }

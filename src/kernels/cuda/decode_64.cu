@@ -6,6 +6,6 @@ decode_launch decode_find_64(int pair)
     switch (pair) {
         TQ_PAIRS_64(TQ_DECODE_CASE)
     default:
-        return nullptr;
+        return launch_any<64>;
     }
 }

@@ -6,6 +6,6 @@ decode_launch decode_find_96(int pair)
     switch (pair) {
         TQ_PAIRS_96(TQ_DECODE_CASE)
     default:
-        return nullptr;
+        return launch_any<96>;
     }
 }

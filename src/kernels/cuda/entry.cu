@@ -6,7 +6,6 @@
 
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/decode_launch.cuh"
-#include "kernels/cuda/pairs.h"
 
 static tq_status fail(char *message, const char *what, cudaError_t error)
 {
@@ -153,6 +152,8 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     args.exact = reinterpret_cast<const __half *>(store.exact);
     args.n_pages = (int32_t)store.n_pages, args.n_head_kv = store.n_head_kv;
     args.n_sink = store.n_sink, args.n_recent = store.n_recent;
+    args.key_kind = codes_kind(store.key.bits, store.key.is_trellis);
+    args.value_kind = codes_kind(store.value.bits, store.value.is_trellis);
     args.records_per_page = store.page_size / TQ_RECORD_TOKENS;
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.page_bytes =
@@ -167,11 +168,8 @@ static tq_status attend(const tq_device_store *store, const tq_cuda_attend_param
     bool is_prefill;
     decode_launch launch = find_launch(*store, *params, &is_prefill);
     if (!launch) {
-        snprintf(message, TQ_DEVICE_MESSAGE,
-                 "attend: no kernel for keys in t%c%d and values in t%c%d at head_dim %d; there are:%s",
-                 store->key.is_trellis ? 't' : 'q', store->key.bits, store->value.is_trellis ? 't' : 'q', store->value.bits,
-                 store->head_dim, tq_pair_names(store->head_dim));
-        return TQ_ERR_FORMAT;
+        snprintf(message, TQ_DEVICE_MESSAGE, "attend: no kernel at head_dim %d", store->head_dim);
+        return TQ_ERR_HEAD_DIM;
     }
     attend_args args = {};
     tq_decode_cut cut = {};

@@ -88,19 +88,19 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void *row)
 }
 
 /*
- * A warp's queue of records on their way into shared memory, N_STAGE of BYTES bytes. Every lane calls; stages are filled and
+ * A warp's queue of records on their way into shared memory, N_STAGE of n_bytes bytes. Every lane calls; stages are filled and
  * waited for in order, and `skip` stands for a record when there is none left. With sm_90 one instruction copies a record, with
  * sm_80 each lane copies 16 bytes at a time; before that the copy is a plain one.
  */
-template <int N_STAGE, int BYTES> struct warp_queue {
+template <int N_STAGE> struct warp_queue {
     uint8_t *stages;
     uint32_t barriers; /* N_STAGE of 8 bytes */
+    int n_bytes;
 
-    static constexpr int shared_bytes = N_STAGE * BYTES + N_STAGE * 8;
-
-    __device__ __forceinline__ void open(uint8_t *stage_memory, uint64_t *barrier_memory, int lane)
+    __device__ __forceinline__ void open(uint8_t *stage_memory, uint64_t *barrier_memory, int record_bytes, int lane)
     {
         stages = stage_memory;
+        n_bytes = record_bytes;
         barriers = shared_address(barrier_memory);
 #ifdef TQ_BULK_COPY
         if (lane == 0) {
@@ -119,20 +119,20 @@ template <int N_STAGE, int BYTES> struct warp_queue {
 #ifdef TQ_BULK_COPY
         if (lane == 0) {
             uint32_t barrier = barriers + 8 * stage;
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(BYTES) : "memory");
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_bytes) : "memory");
             asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                             shared_address(stages + stage * BYTES)),
-                         "l"(from), "r"(BYTES), "r"(barrier)
+                             shared_address(stages + stage * n_bytes)),
+                         "l"(from), "r"(n_bytes), "r"(barrier)
                          : "memory");
         }
 #else
-        for (int i = lane * 16; i < BYTES; i += 512) {
+        for (int i = lane * 16; i < n_bytes; i += 512) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(stages + stage * BYTES + i)),
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(stages + stage * n_bytes + i)),
                          "l"(from + i)
                          : "memory");
 #else
-            *reinterpret_cast<uint4 *>(stages + stage * BYTES + i) = *reinterpret_cast<const uint4 *>(from + i);
+            *reinterpret_cast<uint4 *>(stages + stage * n_bytes + i) = *reinterpret_cast<const uint4 *>(from + i);
 #endif
         }
         skip();

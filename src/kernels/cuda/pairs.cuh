@@ -16,9 +16,11 @@ using tt4 = trellis_codes<4>;
 using tt3 = trellis_codes<3>;
 using tt2 = trellis_codes<2>;
 
+template <class C> constexpr int kind_of = codes_kind(C::bits, C::is_trellis);
+
 /* A line of a switch over codes_pair_of a store. */
-#define TQ_PAIR_CASE(LAUNCH, D, K, V)                                                        \
-    case codes_pair(codes_kind(K::bits, K::is_trellis), codes_kind(V::bits, V::is_trellis)): \
+#define TQ_PAIR_CASE(LAUNCH, D, K, V)       \
+    case codes_pair(kind_of<K>, kind_of<V>): \
         return LAUNCH<K, V, D>;
 
 #endif

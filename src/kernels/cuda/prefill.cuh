@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(prefill_threads, 2) prefill_kernel(const __gri
     for (int x = 0; x < D / 8; x++) out[x][0] = out[x][1] = out[x][2] = out[x][3] = 0.0f;
     __syncthreads();
 
-    const record_finder<record_bytes> finder(id, args);
+    const record_finder finder(id, args, record_bytes);
     const int n_records = max(id.record_end - id.record_begin, 0);
     const int n_tiles = n_records + (id.n_exact + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
     const int2 first = visible_to(id, args, id.first_token), last = visible_to(id, args, id.last_token);

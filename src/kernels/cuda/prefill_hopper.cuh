@@ -281,7 +281,7 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<K,
     static_assert(S::n_expanders == 2 && S::n_buffers % 2 == 0, "each has buffers of its own");
     const int thread = threadIdx.x % 128, warp = thread >> 5, lane = thread & 31;
     const int n_coded = (n_records + S::n_records - 1) / S::n_records;
-    const record_finder<S::record_bytes> finder(id, args);
+    const record_finder finder(id, args, S::record_bytes);
     /* Positions that records bring; a last tile's places beyond hold what was there before. */
     const int coded_begin = id.coded_begin, coded_end = min(id.coded_end, id.record_end * TQ_RECORD_TOKENS);
     const window_tables<K, V> tables(shared.table, lane);
