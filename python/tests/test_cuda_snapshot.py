@@ -114,13 +114,13 @@ def test_there_and_back(tmp_path, n_tok, options):
 def test_means_in_half_precision(tmp_path, dtype):
     cache = new(**MIXED)
     run(cache, 1, 80, dtype=dtype)
-    assert all(layer.key_mean.dtype == dtype for layer in cache.store.layers)
+    assert all(layer.key_mean is not None for layer in cache.store.layers)
     cache.save(tmp_path / "a.tqs")
-    with on_cpu():  # where the mean is not rounded to this type
+    with on_cpu():  # where exact keys are whole, and so rounded once more
         there = load(tmp_path / "a.tqs", None, **MIXED)
         for layer in range(N_LAYER):
             keys, wanted = (each.store.read(each.seqs[0], layer)[0] for each in (there, cache))
-            np.testing.assert_allclose(keys, wanted, atol=.04)
+            np.testing.assert_allclose(keys, wanted, atol=8e-3)
     loaded = load(tmp_path / "a.tqs", **MIXED)
     assert_same_attention(go_on(loaded, 1, dtype=dtype), go_on(cache, 1, dtype=dtype))
     assert all(torch.equal(mine.key_mean, other.key_mean) for mine, other in zip(loaded.store.layers, cache.store.layers))

@@ -50,8 +50,8 @@ class DeviceStats:
 
 class Layer:
     """
-    A layer's struct and the pages behind it. key_mean, float32 [n_head_kv, head_dim], is subtracted from all its keys; it is one
-    that tq8 can hold, as a snapshot does.
+    A layer's struct and the pages behind it. key_mean, float32 [n_head_kv, head_dim], is subtracted from all its keys; it is
+    one that tq8 can hold, as a snapshot does.
     """
 
     def __init__(self, struct: CudaStore, device: torch.device) -> None:
