@@ -226,6 +226,19 @@ static void test_calls_are_checked(void **state)
     assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no memory for the ring */
     store.exact = memory;
     assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no positions */
+    append.seq_ids = append.page_table = (const int32_t *)(const void *)memory, append.positions = append.slot_mapping;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_NO_DEVICE); /* nothing else is missing */
+    append.k = NULL;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    append.half = TQ_CUDA_APPEND_STORE;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    append.half = TQ_CUDA_APPEND_ENCODE;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_NO_DEVICE);
+    store.n_recent = 0, store.n_sink = 4;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* halves of what? */
+    append.half = (tq_cuda_append_half)3, append.k = memory, store.n_recent = 8;
+    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "half"));
 
     store = usable_store(memory);
     tq_cuda_attend_params attend;
