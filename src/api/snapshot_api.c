@@ -43,8 +43,8 @@ tq_status tq_cache_seq_export(tq_cache *cache, int32_t seq, int64_t first_page, 
     if (exact && !has_exact_bytes(cache, exact_bytes)) return TQ_ERR_ARGUMENT;
     const tq_sequence *sequence = tq_cache_sequence(cache, seq);
     if (!sequence || first_page > sequence->n_pages || n_pages > sequence->n_pages - first_page) {
-        tq_log(TQ_LOG_ERROR, "seq_export: sequence %d has no pages %lld to %lld", (int)seq, (long long)first_page,
-               (long long)(first_page + n_pages - 1));
+        tq_log(TQ_LOG_ERROR, "seq_export: sequence %d has no %lld pages behind its first %lld", (int)seq, (long long)n_pages,
+               (long long)first_page);
         return TQ_ERR_RANGE;
     }
     tq_cache_lock(cache);
