@@ -7,7 +7,7 @@
  * Rows come in pieces of 8 numbers, whose first three steps of the Walsh-Hadamard transform need no exchange. Through shared
  * memory they get to where all else needs next to none: lane t of a vector has elements t, t + 4, t + 8, ... Codes go back the
  * same way, a byte each, and a lane stores what its namesake in the record's strings has: a quarter of the dimensions. Expected
- * bound: instruction issue, some 22 a number.
+ * bound: instruction issue, some 34 a number, half of them arithmetic.
  */
 #ifndef TQ_KERNELS_CUDA_ENCODE_MANY_CUH
 #define TQ_KERNELS_CUDA_ENCODE_MANY_CUH
