@@ -13,8 +13,9 @@ all:  ## the library, tq, and (when llama.cpp's sources are there) the plug-in, 
 	cmake --build --preset release -j $(JOBS)
 
 .PHONY: check
-check: all  ## format, layers, symbols, units, kernels, fuzz corpora: under a minute, no model, no network
-	python3 tests/run_all.py --quick
+check:  ## format, layers, symbols, units, kernels: under a minute, no model, no network; ROOM=cache tests one room only
+	@scripts/setup.sh --check build
+	python3 tests/run_all.py check $(if $(ROOM),--room $(ROOM))
 
 .PHONY: run
 run:  ## the answer of a real model with and without the plug-in, and a table of memory, speed and quality
@@ -23,10 +24,16 @@ run:  ## the answer of a real model with and without the plug-in, and a table of
 	$(PYTHON) scripts/report.py --csv build/report.csv
 
 .PHONY: test
-test:  ## everything, with sanitizers and stock llama.cpp; the first run builds llama.cpp
-	scripts/setup.sh test
-	$(MAKE) --no-print-directory deps
-	$(PYTHON) tests/run_all.py
+test: test-deps  ## the same with a sanitizer, each instruction set, small models and the real one: 10 minutes once set up
+	$(PYTHON) tests/run_all.py test
+
+.PHONY: test-full
+test-full: test-deps  ## what `make test` leaves out: an hour, and 6 GB for PyTorch; SHARD=1/8 runs an eighth (docs/testing.md)
+	$(PYTHON) tests/run_all.py full $(if $(SHARD),--shard $(SHARD))
+
+.PHONY: test-deps
+test-deps: deps
+	@scripts/setup.sh test
 
 .PHONY: bench
 bench: deps all  ## speed: kernels, attention beside ggml's, then llama-bench at depths 0 to 8192; an hour
@@ -45,7 +52,7 @@ install: all  ## to PREFIX (/usr/local)
 
 .PHONY: clean
 clean:  ## delete the builds, keep build/deps
-	rm -rf build/release build/asan build/tsan build/fuzz build/aarch64 build/wheel build/python-site build/python-clean \
+	rm -rf build/release build/asan build/asan-simd build/tsan build/fuzz build/aarch64 build/wheel build/python-clean \
 	  build/metal
 
 .PHONY: deps

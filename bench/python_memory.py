@@ -7,7 +7,7 @@ does not depend on the values. One process for each cache; CSV. Linux.
 
     build/deps/python-venv/bin/python bench/python_memory.py --csv build/python-memory.csv [--context 4096]
 
-The package must be installed there, or be on PYTHONPATH (build/python-site, after `make test`).
+The package must be installed there; or put python/ on PYTHONPATH and name build/release/libturboquant.so in TURBOQUANT_LIBRARY.
 """
 import argparse
 import csv

@@ -3,9 +3,18 @@
 # checkkern, fuzz/fuzz_*.c are one program each, examples/*.c likewise. tests/run_all.py runs them.
 set(tq_test_dir ${PROJECT_BINARY_DIR}/tests)
 
+# All of this, and what the tests run: the target of `make check` and `make test`. CUDA's library is not among it.
+add_custom_target(tests)
+foreach(target turboquant_shared turboquant_static tq ggml-turboquant tq-ggml-reference)
+    if(TARGET ${target})
+        add_dependencies(tests ${target})
+    endif()
+endforeach()
+
 function(tq_add_program name)
     cmake_parse_arguments(arg "" "DIR" "SOURCES;LIBRARIES;INCLUDES" ${ARGN})
     add_executable(${name} ${arg_SOURCES})
+    add_dependencies(tests ${name})
     set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${arg_DIR})
     target_include_directories(${name} PRIVATE ${arg_INCLUDES})
     target_link_libraries(${name} PRIVATE turboquant_static tq_flags ${arg_LIBRARIES} Threads::Threads m)
@@ -42,6 +51,7 @@ endif()
 # In place of libturboquant-cuda.so, for the Python package's tests on machines without a device.
 if(NOT CMAKE_CROSSCOMPILING)
     add_library(turboquant_cuda_emulated MODULE tests/cuda/emulated_device.c)
+    add_dependencies(tests turboquant_cuda_emulated)
     set_target_properties(turboquant_cuda_emulated PROPERTIES OUTPUT_NAME turboquant-cuda-emulated C_VISIBILITY_PRESET hidden
                           LIBRARY_OUTPUT_DIRECTORY ${tq_test_dir}/cuda)
     target_include_directories(turboquant_cuda_emulated PRIVATE src)

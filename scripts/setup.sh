@@ -1,10 +1,18 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# Install what the build, `make run` or `make test` needs: Debian packages, and Python environments in build/deps.
+# Install what a task needs: Debian packages, and Python environments in build/deps.
 #
-#   scripts/setup.sh [--check] build|run|test
+#   scripts/setup.sh [--check] WHAT...
 #
-# Each level includes those before it. --check installs nothing and says what is missing. Running it again takes no time.
+#   build    compilers and libraries of `make all`
+#   run      also `make run`
+#   test     also `make test`
+#   cross    AArch64 and other x86-64 processors, emulated          (shards of `make test-full`, as the next two)
+#   clang    libFuzzer and Clang's sanitizers
+#   torch    PyTorch and Transformers: 6 GB where pip finds only the build for CUDA
+#
+# build, run and test include those before them. --check installs nothing and says what is missing. Running it again takes no
+# time.
 set -eu
 cd "$(dirname "$0")/.."
 deps=${TQ_DEPS_DIR:-build/deps}
@@ -13,22 +21,37 @@ if [ "${1:-}" = --check ]; then
     install=no
     shift
 fi
-level=${1:-build}
+if [ $# = 0 ]; then set -- build; fi
 
 packages="build-essential cmake ninja-build pkg-config libcjson-dev libxxhash-dev libcmocka-dev python3"
-case $level in
-build) ;;
-run) packages="$packages python3-venv" ;;
-test)
-    packages="$packages python3-venv qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross clang clang-format"
-    # Where the sanitizer and libFuzzer runtimes are a package of their own.
-    if apt-cache show libclang-rt-dev >/dev/null 2>&1; then packages="$packages libclang-rt-dev"; fi
-    ;;
-*)
-    echo "setup.sh: the level is build, run or test, not '$level'" >&2
-    exit 2
-    ;;
-esac
+environments=
+for what; do
+    case $what in
+    build) ;;
+    run)
+        packages="$packages python3-venv"
+        environments="$environments run"
+        ;;
+    test)
+        packages="$packages python3-venv clang-format"
+        environments="$environments run test"
+        ;;
+    cross) packages="$packages qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross" ;;
+    clang)
+        packages="$packages clang"
+        # Where the sanitizer and libFuzzer runtimes are a package of their own.
+        if apt-cache show libclang-rt-dev >/dev/null 2>&1; then packages="$packages libclang-rt-dev"; fi
+        ;;
+    torch)
+        packages="$packages python3-venv"
+        environments="$environments torch"
+        ;;
+    *)
+        echo "setup.sh: unknown '$what'; there are build, run, test, cross, clang and torch" >&2
+        exit 2
+        ;;
+    esac
+done
 
 as_root=
 if [ "$(id -u)" != 0 ]; then as_root=sudo; fi
@@ -42,7 +65,7 @@ if command -v dpkg-query >/dev/null; then
     done
     if [ -n "$missing" ] && [ $install = no ]; then
         # Compilers and tools may have come from elsewhere; the build says what it cannot find.
-        echo "setup.sh: not installed as Debian packages:$missing. If the build fails: scripts/setup.sh $level" >&2
+        echo "setup.sh: not installed as Debian packages:$missing. If the build fails: scripts/setup.sh $*" >&2
     elif [ -n "$missing" ]; then
         if [ -n "$as_root" ] && ! sudo -n true 2>/dev/null && [ ! -t 0 ]; then
             echo "setup.sh: missing packages. As root: apt-get install$missing" >&2
@@ -60,33 +83,27 @@ elif [ $install = yes ]; then
     echo "setup.sh: not a Debian system; make sure to have these packages' programs:" >&2
     echo "    $packages" >&2
 fi
+if [ $install = no ]; then exit 0; fi
 
-if [ $install = no ] || [ "$level" = build ]; then exit 0; fi
+# environment FOLDER FILE...: a Python environment with what the files list. It is made anew when a file changes.
+environment() {
+    venv=$deps/$1
+    shift
+    if cat "$@" | cmp -s - "$venv/.installed"; then return; fi
+    echo "Installing into $venv: what $* lists"
+    python3 -m venv "$venv"
+    for file; do set -- "$@" -r "$file"; shift; done
+    "$venv/bin/pip" install -q --disable-pip-version-check "$@"
+    while [ $# -gt 0 ]; do
+        cat "$2"
+        shift 2
+    done >"$venv/.installed"
+}
 
-# matplotlib, Jinja2 and tqdm are tq eval's, the first two also tq cache simulate's; tqdm, numpy and xxhash are tq calibrate's;
-# gguf only makes test models.
-wanted="matplotlib==3.11.2 jinja2==3.1.6 tqdm==4.70.1 numpy==2.2.6 xxhash==4.1.0"
-if [ "$level" = test ]; then wanted="$wanted gguf==0.19.0"; fi
-stamp=$deps/venv/.installed
-if [ ! -x "$deps/venv/bin/pip" ]; then
-    mkdir -p "$deps"
-    python3 -m venv "$deps/venv"
-fi
-if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
-    echo "Installing into $deps/venv: $wanted"
-    # shellcheck disable=SC2086
-    "$deps/venv/bin/pip" install -q --disable-pip-version-check $wanted
-    echo "$wanted" >>"$stamp"
-fi
-if [ "$level" != test ]; then exit 0; fi
-
-# For python/tests: PyTorch, Transformers and MLX-LM, once, in a place of their own. Where pip finds a CPU build of PyTorch (by
-# PIP_EXTRA_INDEX_URL), it is a fifth of the size.
-wanted=python/tests/requirements.txt
-stamp=$deps/python-venv/.installed
-if ! cmp -s "$wanted" "$stamp"; then
-    echo "Installing into $deps/python-venv: what $wanted lists (6 GB with PyTorch for CUDA)"
-    python3 -m venv "$deps/python-venv"
-    "$deps/python-venv/bin/pip" install -q --disable-pip-version-check -r "$wanted"
-    cp "$wanted" "$stamp"
-fi
+for name in $environments; do
+    case $name in
+    run) environment venv scripts/requirements.txt ;;
+    test) environment python-venv python/tests/requirements.txt ;;
+    torch) environment torch-venv python/tests/requirements.txt python/tests/requirements-torch.txt ;;
+    esac
+done

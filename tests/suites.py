@@ -1,18 +1,42 @@
 # SPDX-License-Identifier: MIT
-"""The list of test suites: what is built, and which commands each suite runs."""
+"""The list of test suites: what each runs, its tier and part, what it needs built, which rooms it tests."""
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
-DEPS = Path(os.environ.get("TQ_DEPS_DIR", BUILD / "deps"))
+DEPS = Path(os.environ.get("TQ_DEPS_DIR", BUILD / "deps")).absolute()
 JOBS = str(os.cpu_count() or 1)
-PYTHON_VENV = DEPS / "python-venv"
-PYTHON_SITE = BUILD / "python-site"  # the package as it is tested; PYTHON_VENV may be shared by several checkouts
-WHEEL_BUILD = f"build-dir={BUILD / 'wheel'}"
+PYTHON_VENV = DEPS / "python-venv"  # MLX-LM
+TORCH_VENV = DEPS / "torch-venv"  # and Transformers
+TINY = BUILD / "tiny"
+MODEL = DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# The parts of `make test-full`, which its shards are dealt: what each proves, and the files that it tests first of all.
+PARTS = {
+    "sanitizers": "thread sanitizer; the kernels of instruction sets and long runs of the fuzz targets under address sanitizer",
+    "fuzzing": "Clang's sanitizers and libFuzzer",
+    "emulated": "AArch64 and x86-64 without AVX-512 under qemu",
+    "package": "installed library, wheel in a clean environment, beyond 4 GiB, CUDA compiled for all architectures",
+    "metal": "the Metal kernels on an emulation, and in MLX-LM",
+    "plug-in": "all shapes and options in stock llama.cpp, also with its AVX2 and AVX-512 code",
+    "quality": "4096 tokens of the real model against FP16, whole runs of `tq eval` and `tq calibrate`",
+    "transformers": "Transformers on the CPU and on an emulated CUDA device, real models in Transformers and MLX-LM",
+}
+PART_FILES = {
+    "sanitizers": ("src/base", "src/cache", "src/kernels", "src/attention", "src/api", "fuzz", "tests/unit", "tests/kernels"),
+    "fuzzing": ("src/cache", "src/api", "src/codec", "plugins", "fuzz", "tests/unit"),
+    "emulated": ("src/kernels", "src/codec", "src/attention", "src/base", "tests/kernels", "tests/cross"),
+    "package": ("include", "cmake", "CMake", "pyproject", "src/kernels/cuda", "tests/api", "tests/cuda", "scripts/setup"),
+    "metal": ("src/kernels/metal", "python", "tests/metal"),
+    "plug-in": ("plugins", "src/cache", "src/attention", "tests/plugin", "scripts/get_llama", "scripts/make_"),
+    "quality": ("src/codec", "src/cache", "tools", "tests/plugin", "scripts"),
+    "transformers": ("python", "src/api", "src/cache", "tests/cuda", "bench/headline"),
+}
+TIERS = ("check", "test", "full")  # `make check`, `make test`, `make test-full`
 
 SANITIZERS = {
     # abort: a report must also end a test that expects failures of its own. The leak checker needs ptrace, which qemu has not.
@@ -24,16 +48,38 @@ SLOW = {"TQ_TEST_SLOW": "1"}  # fewer random runs, where each takes ten times as
 FUZZ_RUNS = 200  # of the stand-alone driver: some 7 s of the slowest target
 # Of libFuzzer: some 5 s each. Inputs, not seconds, so that a failure can be had again on another machine.
 FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 5000, "fuzz_state": 250, "fuzz_store_ops": 800}
+# Whose unit tests these are; a file that is not named here is its own room's: test_half.c is tested as part of base.
+UNIT_ROOMS = {
+    "attention": "attention", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda", "dry_run": "cache",
+    "golden": "codec", "half": "base", "key_bias": "cache", "offload": "cache", "packing": "codec", "presets": "api",
+    "rotation": "codec", "snapshot": "cache", "store": "cache", "threads": "base",
+}
 
 
 @dataclass
 class Suite:
     name: str
     commands: list  # of (command, environment)
+    tier: str = "full"
+    part: str = ""  # of `make test-full`
+    builds: tuple = ("release",)
+    rooms: tuple = ()  # what `make check ROOM=` selects it by
     missing: str = ""  # why it cannot run here
     optional: bool = False  # needs what a machine for tests may lack: skipped there, even in CI
     timeout: int = 900
-    alone: bool = False  # the stock tools lose the end of their log on a busy machine
+
+
+@dataclass
+class Build:
+    name: str
+    commands: list
+    setup: tuple = ()  # what scripts/setup.sh installs for it
+    needs: tuple = ()  # builds before it
+    programs: tuple = field(default=())  # without which it cannot be made
+
+    @property
+    def missing(self):
+        return needs(*self.programs)
 
 
 def needs(*programs):
@@ -41,47 +87,47 @@ def needs(*programs):
     return f"{' and '.join(absent)} not installed" if absent else ""
 
 
-def build_steps(quick):
-    """(name, why it cannot be built here, commands) of each kind of build."""
-    kinds = {"release": ""}
-    if not quick:
-        kinds |= {"asan": "", "tsan": "", "fuzz": needs("clang"), "aarch64": needs("aarch64-linux-gnu-gcc")}
+def python(script, *arguments, interpreter=None, **environment):
+    return [interpreter or sys.executable, ROOT / script, *arguments], environment
+
+
+def preset(name, *targets, options=(), **more):
     # Only CI has one known compiler, whose warnings can be errors.
-    options = ["-DTQ_WERROR=ON"] if os.environ.get("CI") == "true" else []
-    for name, missing in kinds.items():
-        yield name, missing, [["cmake", "--preset", name, *options], ["cmake", "--build", "--preset", name, "-j", JOBS]]
-    if not quick:
-        install = [PYTHON_VENV / "bin/pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-        yield "python", python_missing(), [[*install, "--upgrade", "--target", PYTHON_SITE, "-C", WHEEL_BUILD, ROOT]]
+    werror = ["-DTQ_WERROR=ON"] if os.environ.get("CI") == "true" else []
+    chosen = ["--target", *targets] if targets else []
+    return Build(name, [["cmake", "--preset", name, "--log-level=WARNING", *werror, *options],
+                        ["cmake", "--build", "--preset", name, "-j", JOBS, *chosen]], **more)
 
 
-def programs(kind, folder, pattern="*"):
-    """Executables of one build."""
-    found = sorted((BUILD / kind / folder).glob(pattern))
-    return [path for path in found if path.is_file() and os.access(path, os.X_OK)]
+def builds():
+    """All that suites may need, in the order in which it is made."""
+    clang = ("clang",)
+    cross = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
+    variants = [python("scripts/get_llama_variant.sh", name, interpreter="sh")[0] for name in ("avx2", "avx512")]
+    found = [
+        preset("release", "tests"),
+        Build("cuda", [["cmake", "--build", "--preset", "release", "-j", JOBS, "--target", "turboquant_cuda", "test_device"]],
+              needs=("release",), programs=("nvcc",)),
+        preset("asan", "tests", needs=("release",)),
+        preset("asan-simd", "checkkern"),
+        preset("tsan", "tests"),
+        preset("fuzz", "tests", setup=clang, programs=clang),
+        preset("aarch64", "tests", setup=("cross",), programs=cross),
+        Build("qemu", [["true"]], setup=("cross",), programs=("qemu-x86_64",)),
+        Build("torch", [["true"]], setup=("torch",)),
+        Build("llama variants", variants),
+    ]
+    return {build.name: build for build in found}
 
 
-def units(kind, environment=None, emulator=()):
-    return [([*emulator, path], {**SANITIZERS, **(environment or {})}) for path in programs(kind, "tests/unit", "test_*")]
+def sources(folder, pattern):
+    """Names of test programs. They come from the sources, so that one that was not built is a failure."""
+    return sorted(path.stem for path in (ROOT / folder).glob(pattern))
 
 
-def python(script, *arguments, **environment):
-    return [sys.executable, ROOT / script, *arguments], environment
-
-
-def static_suites():
-    yield Suite("style", [python("scripts/check_style.py")])
-    yield Suite("layers", [python("scripts/check_layers.py")])
-    yield Suite("tables", [python("scripts/gen_tables.py", "--check"), (["echo", "1 passed, 0 failed"], {})])
-
-
-def replay_suite(kind):
-    """Every fuzz target on its corpus, and on a few inputs of its own making."""
-    commands = []
-    for path in programs(kind, "tests/fuzz", "fuzz_*"):
-        corpus = sorted((ROOT / "fuzz" / "corpus" / path.name.removeprefix("fuzz_")).glob("*"))
-        commands.append(([path, "--runs", "100", *corpus], SANITIZERS))
-    return Suite(f"fuzz corpus/{kind}", counted(commands))
+def units(kind, environment=None, emulator=(), names=None):
+    return [([*emulator, BUILD / kind / "tests/unit" / name], {**SANITIZERS, **(environment or {})})
+            for name in names or sources("tests/unit", "test_*.c")]
 
 
 def counted(commands):
@@ -90,19 +136,27 @@ def counted(commands):
     return [([*wrapper, *command], environment) for command, environment in commands]
 
 
-def quick_suites():
-    return [
-        *static_suites(),
-        Suite("units/release", units("release")),
-        Suite("checkkern/release", [([BUILD / "release/tests/checkkern"], {})]),
-        Suite("library", [python("tests/api/test_library.py", "Header", "Symbols")]),
-        Suite("tq", [python("tests/api/test_tq.py"), python("tests/api/test_simulate.py")]),
-        replay_suite("release"),
-    ]
+def static_suites():
+    yield Suite("style", [python("scripts/check_style.py")], "check", builds=(), rooms=("",))
+    yield Suite("layers", [python("scripts/check_layers.py")], "check", builds=(), rooms=("",))
+    yield Suite("tables", counted([python("scripts/gen_tables.py", "--check")]), "check", builds=(),
+                rooms=("codec", "kernels", "scripts"))
+    yield Suite("runner", [python("tests/api/test_runner.py")], "check", builds=(), rooms=("tests",))
+
+
+def fuzz_targets():
+    return sources("fuzz", "fuzz_*.c")
+
+
+def replay_suite(kind, **options):
+    """Every fuzz target on a few inputs of its own making."""
+    commands = [([BUILD / kind / "tests/fuzz" / name, "--runs", "100"], SANITIZERS) for name in fuzz_targets()]
+    return Suite(f"fuzz targets/{kind}", counted(commands), builds=(kind,), rooms=("fuzz", "cache", "plugins"), **options)
 
 
 def cpu_flags():
-    return Path("/proc/cpuinfo").read_text()
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def cpu_levels():
@@ -112,104 +166,105 @@ def cpu_levels():
 
 
 def native_suites():
-    yield Suite("checkkern/release", [([BUILD / "release/tests/checkkern"], {})])
-    yield Suite("checkkern/asan", [([BUILD / "asan/tests/checkkern", "--quick"], SANITIZERS)])
-    yield Suite("units/release", units("release"))
+    for room in sorted(set(UNIT_ROOMS.values())):
+        names = [name for name in sources("tests/unit", "test_*.c") if UNIT_ROOMS.get(name[5:], "base") == room]
+        yield Suite(f"units/{room}", units("release", names=names), "check", rooms=(room,))
+    yield Suite("checkkern/release", [([BUILD / "release/tests/checkkern"], {})], "check", rooms=("kernels", "codec"))
+    yield Suite("header and symbols", [python("tests/api/test_library.py", "Header", "Symbols")], "check",
+                rooms=("include", "api"))
+    yield Suite("tq", [python("tests/api/test_tq.py"), python("tests/api/test_simulate.py")], "check", rooms=("tools",))
+    yield replay_suite("release", tier="check")
     for level in cpu_levels():
-        yield Suite(f"units/TQ_CPU={level}", units("release", {"TQ_CPU": level}))
-    # Clang's sanitizers, which know what GCC's do not; GCC's run the kernels and the fuzz targets.
-    yield Suite("units/asan", units("fuzz" if not needs("clang") else "asan"))
-    yield Suite("units/tsan", units("tsan", SLOW))
-    yield Suite("library", [python("tests/api/test_library.py")])
-    yield Suite("tq", [python("tests/api/test_tq.py"), python("tests/api/test_simulate.py")])
-    yield Suite("calibrate", [python("tests/api/test_calibrate.py")])
-    examples = programs("release", "examples", "example_*")
-    if examples:
-        yield Suite("examples", counted([([path], {}) for path in examples]))
+        yield Suite(f"units/TQ_CPU={level}", units("release", {"TQ_CPU": level}), "test")
+    yield Suite("units/asan", units("asan"), "test", builds=("asan",))
+    yield replay_suite("asan", tier="test")
+    yield Suite("installed library", [python("tests/api/test_library.py")], "test", rooms=("cmake", "include"))
+    yield Suite("tq calibrate", [python("tests/api/test_calibrate.py")], "test", rooms=("tools",))
+    examples = [([BUILD / "release/examples" / f"example_{name}"], {}) for name in sources("examples", "*.c")]
+    yield Suite("examples", counted(examples), "test", rooms=("examples",))
+
+
+def sanitizer_suites():
+    yield Suite("units/tsan", units("tsan", SLOW), builds=("tsan",))
+    yield Suite("checkkern/asan", [([BUILD / "asan-simd/tests/checkkern", "--quick"], SANITIZERS)], builds=("asan-simd",))
+    for name in fuzz_targets():
+        command = [BUILD / "asan/tests/fuzz" / name, "--runs", str(FUZZ_RUNS), "--seed", "1"]
+        yield Suite(f"{name}/asan", counted([(command, SANITIZERS)]), builds=("asan",))
+
+
+def fuzz_suites():
+    """Clang's sanitizers know what GCC's do not."""
+    yield Suite("units/clang", units("fuzz"), builds=("fuzz",))
+    for name in fuzz_targets():
+        found = BUILD / "fuzz-corpus" / name
+        command = [BUILD / "fuzz/tests/fuzz" / name, f"-runs={FUZZ_INPUTS[name]}", "-seed=1", "-print_final_stats=1",
+                   f"-artifact_prefix={found}-", found]
+        commands = counted([(command, SANITIZERS)])
+        yield Suite(f"{name}/libFuzzer", [(["mkdir", "-p", found], {}), *commands], builds=("fuzz",))
 
 
 def emulated_suites():
     """Other machines: AArch64 of three classes, and an x86-64 without AVX-512, where an instruction too many is a crash."""
-    missing = needs("qemu-aarch64", "aarch64-linux-gnu-gcc")
     # i8mm and all below it; dotprod at most; NEON alone.
     for cpu in ("max", "cortex-a76", "cortex-a53"):
         emulator = ("qemu-aarch64", "-cpu", cpu)
-        yield Suite(f"checkkern/{cpu}", [([*emulator, BUILD / "aarch64/tests/checkkern", "--quick"], {})], missing)
-    yield Suite("units/max", units("aarch64", SLOW, emulator=("qemu-aarch64", "-cpu", "max")), missing)
+        yield Suite(f"checkkern/{cpu}", [([*emulator, BUILD / "aarch64/tests/checkkern", "--quick"], {})], builds=("aarch64",))
+    yield Suite("units/max", units("aarch64", SLOW, emulator=("qemu-aarch64", "-cpu", "max")), builds=("aarch64",))
     if "avx512f" in cpu_flags():  # else this machine is such a one itself
         haswell = ["qemu-x86_64", "-cpu", "Haswell"]
         yield Suite("checkkern/haswell", [([*haswell, BUILD / "release/tests/checkkern", "--quick"], {})],
-                    needs("qemu-x86_64"))
+                    builds=("release", "qemu"))
 
 
-def fuzz_suites():
-    yield replay_suite("asan")
-    for path in programs("asan", "tests/fuzz", "fuzz_*"):
-        yield Suite(f"{path.name}/asan", counted([([path, "--runs", str(FUZZ_RUNS), "--seed", "1"], SANITIZERS)]))
-    for path in programs("fuzz", "tests/fuzz", "fuzz_*"):
-        found = BUILD / "fuzz-corpus" / path.name
-        found.mkdir(parents=True, exist_ok=True)
-        corpus = [folder for folder in [ROOT / "fuzz/corpus" / path.name.removeprefix("fuzz_")] if folder.is_dir()]
-        command = [path, f"-runs={FUZZ_INPUTS[path.name]}", "-seed=1", "-print_final_stats=1",
-                   f"-artifact_prefix={found}-", found, *corpus]
-        yield Suite(f"{path.name}/libFuzzer", counted([(command, SANITIZERS)]), needs("clang"))
+def plugin_environment(llama_bin):
+    return {
+        "TQ_LLAMA_BIN": llama_bin,
+        "TQ_LLAMA_SRC": DEPS / "llama.cpp",
+        "TQ_PLUGIN": BUILD / "release/libggml-turboquant.so",
+        "TQ_MODEL": MODEL,
+        "TQ_TEXT": DEPS / "text/austen.txt",
+        "TQ_TINY_DIR": TINY,
+        "TQ_TEST_THREADS": "1",  # two suites run side by side
+    }
+
+
+def plugin_suite(name, script, *classes, llama_bin=DEPS / "llama-bin", **options):
+    environment = {key: str(value) for key, value in plugin_environment(llama_bin).items()}
+    return Suite(name, [python(f"tests/plugin/{script}.py", *classes, interpreter=DEPS / "venv/bin/python", **environment)],
+                 missing=absent(MODEL, DEPS / "text/austen.txt"), **options)
+
+
+def absent(*paths):
+    missing = [str(path) for path in paths if not path.exists()]
+    return f"{', '.join(missing)} not there: run `make deps` first" if missing else ""
 
 
 def plugin_suites():
     """The plug-in in stock llama.cpp. tests/plugin/common.py explains the environment."""
-    tiny = BUILD / "tiny"
-    tiny.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "TQ_LLAMA_BIN": DEPS / "llama-bin",
-        "TQ_LLAMA_SRC": DEPS / "llama.cpp",
-        "TQ_PLUGIN": BUILD / "release/libggml-turboquant.so",
-        "TQ_MODEL": DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "TQ_TEXT": DEPS / "text/austen.txt",
-        "TQ_TINY_DIR": tiny,
-    }
-    absent = [f"{name} ({path})" for name, path in environment.items() if not path.exists()]
-    missing = f"{', '.join(absent)} not there: run `make deps` first" if absent else ""
-    strings = {name: str(path) for name, path in environment.items()}
-    for path in sorted((ROOT / "tests/plugin").glob("test_*.py")):
-        yield Suite(f"plugin/{path.stem.removeprefix('test_')}", [python(path.relative_to(ROOT), **strings)], missing,
-                    alone=True)
+    for script in sources("tests/plugin", "test_*.py"):
+        yield plugin_suite(f"plug-in/{script[5:]}", script, part="plug-in")
 
 
-def python_missing():
-    """Why the package cannot be tested here."""
-    return "" if (PYTHON_VENV / ".installed").exists() else f"{PYTHON_VENV} is not there: run scripts/setup.sh test first"
-
-
-def python_suites():
-    """The package: in an environment with nothing else, and in Transformers and MLX-LM, whose real model is `make deps`'."""
+def package_suites():
     clean = BUILD / "python-clean"
     pip = [clean / "bin/pip", "install", "-q", "--disable-pip-version-check"]
-    install = [([sys.executable, "-m", "venv", "--clear", clean], {}), ([*pip, "-C", WHEEL_BUILD, ROOT], {})]
+    install = [([sys.executable, "-m", "venv", "--clear", clean], {}), ([*pip, "-C", f"build-dir={BUILD / 'wheel'}", ROOT], {})]
     example = ([clean / "bin/python", ROOT / "examples/cache.py"], {})
-    yield Suite("python/install", counted([*install, example]), timeout=1800)
-    # Threads that wait actively for each other take hours where other suites run at the same time.
-    environment = {"PYTHONPATH": str(PYTHON_SITE), "TQ_DEPS_DIR": str(DEPS), "HF_HUB_OFFLINE": "1",
-                   "OMP_WAIT_POLICY": "passive"}
-    pytest = [PYTHON_VENV / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    parts = {"core": ["buffers", "cache", "codec", "header"], "transformers": ["transformers", "transformers_refusals"],
-             "real model": ["real_model"], "mlx": ["mlx"], "mlx real model": ["mlx_real_model"], "examples": ["examples"],
-             "metal kernels": ["metal_kernels"], "mlx metal": ["mlx_metal"]}
-    model = DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
-    for name, files in parts.items():
-        needs_model = name not in ("core", "transformers", "mlx") and "metal" not in name
-        absent = f"{model} is not there: run `make deps` first" if needs_model and not model.exists() else ""
-        if "metal" in name:
-            absent = needs(os.environ.get("CXX", "g++"))  # which compiles the Metal kernels for the CPU
-        command = [*pytest, *(ROOT / f"python/tests/test_{file}.py" for file in files)]
-        yield Suite(f"python/{name}", [(command, environment)], python_missing() or absent, timeout=1800)
-    # TurboQuantCache as on a GPU, on a device in host memory, and the benchmark that drives whole models.
-    emulated = {"TQ_TEST_BACKEND": "emulated", "TURBOQUANT_LIBRARY": str(BUILD / "release/libturboquant.so"),
-                "TQ_CUDA_LIBRARY": str(BUILD / "release/tests/cuda/libturboquant-cuda-emulated.so")}
-    names = ("cuda", "cuda_snapshot", "transformers", "transformers_refusals")
-    files = (ROOT / f"python/tests/test_{name}.py" for name in names)
-    headline = [PYTHON_VENV / "bin/python", ROOT / "bench/headline.py", "--tiny"]
-    yield Suite("python/cuda emulated", [([*pytest, *files], environment | emulated),
-                                         *counted([(headline, environment | emulated)])], python_missing(), timeout=1800)
+    yield Suite("wheel in a clean environment", counted([*install, example]), builds=(), timeout=1800)
+    large = {"TQ_TEST_LARGE": "1"}
+    yield Suite("units/large", units("release", large, names=["test_cache"]))
+    # Kernels against the specification, also under CUDA's checkers; and that they compile for all architectures.
+    program = BUILD / "release/tests/cuda/test_device"
+    environment = {"TQ_CUDA_LIBRARY": str(BUILD / "release/libturboquant-cuda.so")}
+    yield Suite("cuda/device", [([program], environment)], builds=("cuda",), missing=device_missing(), optional=True)
+    # racecheck does not follow barriers in shared memory, by which the warp groups of prefill_hopper.cuh wait for each other.
+    for tool, options in (("memcheck", []), ("racecheck", ["--kernel-name-exclude", "kernel_substring=prefill_hopper"])):
+        command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "1", "--print-limit", "5", program,
+                   "--quick"]
+        yield Suite(f"cuda/{tool}", counted([(command, environment)]), builds=("cuda",),
+                    missing=device_missing() or needs("compute-sanitizer"), optional=True)
+    yield Suite("cuda/compile", [python("tests/cuda/check_compile.py", TQ_NVCC=str(nvcc()))], builds=(),
+                missing="" if nvcc() else "nvcc not installed", optional=True, timeout=1800)
 
 
 def nvcc():
@@ -219,27 +274,58 @@ def nvcc():
 
 def device_missing():
     """Why device tests cannot run here: they need a build with nvcc, and a device."""
-    if not (BUILD / "release/tests/cuda/test_device").exists():
-        return "libturboquant-cuda.so was not built: nvcc not installed"
-    return "" if Path("/dev/nvidiactl").exists() else "no CUDA device"
+    if not Path("/dev/nvidiactl").exists():
+        return "no CUDA device"
+    return "" if nvcc() else "nvcc not installed"
 
 
-def cuda_suites():
-    """Kernels against the specification, also under CUDA's checkers; and that they compile for all architectures."""
-    program = BUILD / "release/tests/cuda/test_device"
-    environment = {"TQ_CUDA_LIBRARY": str(BUILD / "release/libturboquant-cuda.so")}
-    yield Suite("cuda/device", [([program], environment)], device_missing(), optional=True)
-    checker = device_missing() or needs("compute-sanitizer")
-    # racecheck does not follow barriers in shared memory, by which the warp groups of prefill_hopper.cuh wait for each other.
-    for tool, options in (("memcheck", []), ("racecheck", ["--kernel-name-exclude", "kernel_substring=prefill_hopper"])):
-        command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "1", "--print-limit", "5", program,
-                   "--quick"]
-        yield Suite(f"cuda/{tool}", counted([(command, environment)]), checker, optional=True)
-    yield Suite("cuda/compile", [python("tests/cuda/check_compile.py", TQ_NVCC=str(nvcc()))],
-                "" if nvcc() else "nvcc not installed", optional=True)
+def pytest(name, venv, *files, more=(), **options):
+    """Files of python/tests, with the sources' package and the release build's library."""
+    # Threads that wait actively for each other take hours where other suites run at the same time.
+    environment = {"PYTHONPATH": str(ROOT / "python"), "TURBOQUANT_LIBRARY": str(BUILD / "release/libturboquant.so"),
+                   "TQ_DEPS_DIR": str(DEPS), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    environment |= options.pop("environment", {})
+    command = [venv / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+               *(ROOT / f"python/tests/test_{file}.py" for file in files)]
+    more = [(command, {**environment, **given}) for command, given in more]
+    return Suite(name, [(command, environment), *counted(more)], timeout=1800, rooms=("python",), **options)
 
 
-def full_suites():
-    # The longest first, so that none is left alone at the end.
-    return [*plugin_suites(), *python_suites(), *emulated_suites(), *native_suites(), *cuda_suites(), *fuzz_suites(),
-            *static_suites()]
+def python_suites():
+    yield pytest("python/core", PYTHON_VENV, "buffers", "cache", "codec", "header", tier="test")
+    yield pytest("python/mlx", PYTHON_VENV, "mlx", tier="test")
+
+
+def metal_suites():
+    for name in ("metal_kernels", "mlx_metal"):
+        yield pytest(f"python/{name}", PYTHON_VENV, name, missing=needs(os.environ.get("CXX", "g++")))
+
+
+def transformers_suites():
+    needed = {"builds": ("release", "torch")}
+    yield pytest("python/transformers", TORCH_VENV, "transformers", "transformers_refusals", **needed)
+    for name in ("real_model", "mlx_real_model", "examples"):
+        yield pytest(f"python/{name}", TORCH_VENV, name, missing=absent(MODEL), **needed)
+    # TurboQuantCache as on a GPU, on a device in host memory, and the benchmark that drives whole models.
+    emulated = {"TQ_TEST_BACKEND": "emulated",
+                "TQ_CUDA_LIBRARY": str(BUILD / "release/tests/cuda/libturboquant-cuda-emulated.so")}
+    headline = [TORCH_VENV / "bin/python", ROOT / "bench/headline.py", "--tiny"]
+    yield pytest("python/cuda emulated", TORCH_VENV, "cuda", "cuda_snapshot", "transformers", "transformers_refusals",
+                 environment=emulated, more=[(headline, {})], **needed)
+    on_device = {"TQ_TEST_BACKEND": "cuda", "TQ_CUDA_LIBRARY": str(BUILD / "release/libturboquant-cuda.so")}
+    yield pytest("python/cuda", TORCH_VENV, "cuda", "cuda_graph", "cuda_snapshot", "transformers", environment=on_device,
+                 builds=("cuda", "torch"), missing=device_missing(), optional=True)
+
+
+def part(name, found):
+    for suite in found:
+        suite.part = suite.part or name
+        yield suite
+
+
+def all_suites():
+    return [
+        *static_suites(), *native_suites(), *python_suites(), *plugin_suites(),
+        *part("sanitizers", sanitizer_suites()), *part("fuzzing", fuzz_suites()), *part("emulated", emulated_suites()),
+        *part("package", package_suites()), *part("metal", metal_suites()), *part("transformers", transformers_suites()),
+    ]
