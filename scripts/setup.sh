@@ -63,21 +63,30 @@ fi
 
 if [ $install = no ] || [ "$level" = build ]; then exit 0; fi
 
-# matplotlib, Jinja2 and tqdm are tq eval's, the first two also tq cache simulate's; tqdm, numpy and xxhash are tq calibrate's;
-# gguf only makes test models.
-wanted="matplotlib==3.11.2 jinja2==3.1.6 tqdm==4.70.1 numpy==2.2.6 xxhash==4.1.0"
-if [ "$level" = test ]; then wanted="$wanted gguf==0.19.0"; fi
-stamp=$deps/venv/.installed
+cache=$(python3 scripts/cache.py folder --explain)
 if [ ! -x "$deps/venv/bin/pip" ]; then
     mkdir -p "$deps"
     python3 -m venv "$deps/venv"
 fi
-if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
-    echo "Installing into $deps/venv: $wanted"
+
+# Install what a file of requirements lists into build/deps/venv. The wheels are kept for other checkouts.
+install_pinned() {
+    stamp=$deps/venv/.$(basename "$1")
+    if cmp -s "$1" "$stamp"; then return; fi
+    echo "Installing into $deps/venv: what $1 lists"
+    pip=$deps/venv/bin/pip
+    # The list is complete, so pip need not look for more.
+    pinned="-q --disable-pip-version-check --require-hashes --no-deps --only-binary :all: -r $1"
     # shellcheck disable=SC2086
-    "$deps/venv/bin/pip" install -q --disable-pip-version-check $wanted
-    echo "$wanted" >>"$stamp"
-fi
+    "$pip" install --no-index --find-links "$cache/wheels" $pinned 2>/dev/null || {
+        "$pip" download -d "$cache/wheels" $pinned
+        "$pip" install --no-index --find-links "$cache/wheels" $pinned
+    }
+    cp "$1" "$stamp"
+}
+
+install_pinned scripts/requirements-run.txt
+if [ "$level" = test ]; then install_pinned scripts/requirements-test.txt; fi
 if [ "$level" != test ]; then exit 0; fi
 
 # For python/tests: PyTorch, Transformers and MLX-LM, once, in a place of their own. Where pip finds a CPU build of PyTorch (by
