@@ -8,5 +8,13 @@ function(tq_set_llama_flags)
             target_compile_options(${target} PRIVATE -O1)
         endif()
     endforeach()
+
+    # GCC 12 believes that _tile_loadconfig reads 8 of its 64 bytes, drops the stores to the others as dead, and every program
+    # ends with an illegal instruction on processors with AMX. llama.cpp knows (its pull request 26954); until that is released,
+    # GCC has to keep all stores of that file.
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND TARGET ggml-cpu)
+        set_property(SOURCE ${CMAKE_SOURCE_DIR}/ggml/src/ggml-cpu/amx/mmq.cpp TARGET_DIRECTORY ggml-cpu
+                     APPEND PROPERTY COMPILE_OPTIONS -fno-tree-dse -fno-dse)
+    endif()
 endfunction()
 cmake_language(DEFER CALL tq_set_llama_flags)
