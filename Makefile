@@ -18,9 +18,15 @@ check: all  ## format, layers, symbols, units, kernels, fuzz corpora: under a mi
 
 .PHONY: run
 run:  ## the answer of a real model with and without the plug-in, and a table of memory, speed and quality
-	$(MAKE) --no-print-directory deps
-	$(MAKE) --no-print-directory all
-	$(PYTHON) scripts/report.py --csv build/report.csv
+	@scripts/setup.sh run
+	@scripts/get_llama.sh --sources
+	@$(MAKE) --no-print-directory all
+	@scripts/get_llama.sh llama-completion
+	@scripts/get_model.sh
+	@$(PYTHON) scripts/get_text.py
+	@$(PYTHON) scripts/report.py --only answers
+	@scripts/get_llama.sh llama-completion llama-bench llama-perplexity
+	@$(PYTHON) scripts/report.py --only table --csv build/report.csv
 
 .PHONY: test
 test:  ## everything, with sanitizers and stock llama.cpp; the first run builds llama.cpp
