@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # A thin front of CMake; the kinds of build are in CMakePresets.json.
-JOBS ?= $(shell nproc)
+export JOBS ?= $(shell nproc)
 PREFIX ?= /usr/local
 # Where downloads and llama.cpp are kept; the scripts read it too.
 export TQ_DEPS_DIR := $(abspath $(or $(TQ_DEPS_DIR),build/deps))
@@ -10,7 +10,7 @@ PYTHON := $(TQ_DEPS_DIR)/venv/bin/python
 all:  ## the library, tq, and (when llama.cpp's sources are there) the plug-in, in build/release
 	@scripts/setup.sh --check build
 	@cmake --preset release --log-level=WARNING -DTQ_GGML_DIR=$(TQ_DEPS_DIR)/llama.cpp/ggml
-	cmake --build --preset release -j $(JOBS)
+	cmake --build --preset release -j $(JOBS) --target product
 
 .PHONY: check
 check:  ## format, layers, symbols, units, kernels: under a minute, no model, no network; ROOM=cache tests one room only
@@ -19,9 +19,15 @@ check:  ## format, layers, symbols, units, kernels: under a minute, no model, no
 
 .PHONY: run
 run:  ## the answer of a real model with and without the plug-in, and a table of memory, speed and quality
-	$(MAKE) --no-print-directory deps
-	$(MAKE) --no-print-directory all
-	$(PYTHON) scripts/report.py --csv build/report.csv
+	@scripts/setup.sh run
+	@scripts/get_llama.sh --sources
+	@$(MAKE) --no-print-directory all
+	@scripts/get_llama.sh llama-completion
+	@scripts/get_model.sh
+	@$(PYTHON) scripts/get_text.py
+	@$(PYTHON) scripts/report.py --only answers
+	@scripts/get_llama.sh llama-completion llama-bench llama-perplexity
+	@$(PYTHON) scripts/report.py --only table --csv build/report.csv
 
 .PHONY: test
 test: test-deps  ## the same with a sanitizer, each instruction set, small models and the real one: 10 minutes once set up
@@ -37,6 +43,7 @@ test-deps: deps
 
 .PHONY: bench
 bench: deps all  ## speed: kernels, attention beside ggml's, then llama-bench at depths 0 to 8192; an hour
+	cmake --build --preset release -j $(JOBS) --target checkkern
 	build/release/tests/checkkern --bench --csv >build/bench-kernels.csv
 	$(PYTHON) bench/attention.py --csv build/bench-attention.csv --plot build/bench-attention.svg
 	$(PYTHON) bench/speed.py --llama-bin $(TQ_DEPS_DIR)/llama-bin --plugin build/release/libggml-turboquant.so \
@@ -51,12 +58,12 @@ install: all  ## to PREFIX (/usr/local)
 	cmake --install build/release --prefix $(PREFIX)
 
 .PHONY: clean
-clean:  ## delete the builds, keep build/deps
+clean:  ## delete the builds; keep build/deps and the cache of downloads and llama.cpp (docs/dependencies.md)
 	rm -rf build/release build/asan build/asan-simd build/tsan build/fuzz build/aarch64 build/wheel build/python-clean \
 	  build/metal
 
 .PHONY: deps
-deps:  ## packages, an unpatched llama.cpp, the model and the texts, cached in build/deps
+deps:  ## packages, an unpatched llama.cpp, the model and the texts: links in build/deps
 	@scripts/setup.sh run
 	@scripts/get_llama.sh
 	@scripts/get_model.sh
@@ -64,4 +71,4 @@ deps:  ## packages, an unpatched llama.cpp, the model and the texts, cached in b
 
 .PHONY: help
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 10

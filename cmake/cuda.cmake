@@ -2,9 +2,17 @@
 # libturboquant-cuda.so: everything that needs CUDA, with CUDA's runtime inside. libturboquant loads it when it is first asked
 # for. nvcc is called by its own rules and not as a CMake language, so that a machine without it configures as before.
 find_program(TQ_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
-if(NOT TQ_NVCC OR CMAKE_CROSSCOMPILING)
-    message(STATUS "libturboquant-cuda.so is not built: nvcc was not found")
-    return()
+if(TQ_BUILD_CUDA STREQUAL "AUTO")
+    # Minutes of compiling are of use only where the result can run.
+    if(NOT TQ_NVCC OR CMAKE_CROSSCOMPILING OR NOT EXISTS /dev/nvidiactl)
+        message(STATUS "libturboquant-cuda.so is not built: no nvcc or no NVIDIA GPU (-DTQ_BUILD_CUDA=ON needs only nvcc)")
+        return()
+    endif()
+elseif(NOT TQ_NVCC)
+    message(FATAL_ERROR "TQ_BUILD_CUDA=ON needs nvcc, which was not found. Install NVIDIA's CUDA toolkit and put nvcc on PATH, "
+                        "or set CUDA_HOME or -DTQ_NVCC=/path/to/nvcc; or build without CUDA: -DTQ_BUILD_CUDA=OFF")
+elseif(CMAKE_CROSSCOMPILING)
+    message(FATAL_ERROR "TQ_BUILD_CUDA=ON does not work for another processor; use -DTQ_BUILD_CUDA=OFF")
 endif()
 
 set(tq_cuda_dir ${PROJECT_SOURCE_DIR}/src/kernels/cuda)

@@ -1,41 +1,59 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# Get an unpatched llama.cpp: build/deps/llama.cpp (sources) and build/deps/llama-bin (a link to the folder of its programs).
+# Get an unpatched llama.cpp: build/deps/llama.cpp (a link to its sources) and build/deps/llama-bin (a link to the folder of
+# its programs).
+#
+#   scripts/get_llama.sh [PROGRAM...]     llama-completion, llama-server, llama-bench, llama-perplexity; all if none is named
+#   scripts/get_llama.sh --sources        only the sources
+#   scripts/get_llama.sh --folder         print the folder of the build, and do nothing
 #
 # The sources come from the Python package llama-cpp-python, whose source distribution holds a copy of llama.cpp. They are
 # needed in any case, because no installation has ggml-backend-impl.h, which the plug-in includes. If an installed llama.cpp of
-# the tested range has the four programs, these are used and nothing is built; otherwise the four are built here, once, with
-# the compiler's default flags for this machine. TQ_DEPS_DIR puts build/deps elsewhere.
+# the tested range has the programs, these are used and nothing is built; otherwise they are built, once for all checkouts (see
+# scripts/cache.py), with the compiler's default flags for this machine. TQ_DEPS_DIR puts build/deps elsewhere, JOBS says how
+# many compilers run at a time.
 set -eu
 cd "$(dirname "$0")/.."
 deps=${TQ_DEPS_DIR:-build/deps}
-mkdir -p "$deps"
-deps=$(cd "$deps" && pwd)
 
 version=0.3.36
 sha256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 ggml_tested='0\.25\.' # ggml's versions that the plug-in is tested with
-programs="llama-completion llama-server llama-bench llama-perplexity"
+options="-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DCMAKE_BUILD_RPATH_USE_ORIGIN=ON -DLLAMA_BUILD_TESTS=OFF
+-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF"
+
+cache=$(python3 scripts/cache.py folder)
+sources=$cache/llama.cpp-$version
+
+# What the programs' code depends on. The compiler's macros for -march=native tell its version and the processor's instructions,
+# so that machines with one cache never run each other's programs.
+key() {
+    {
+        echo "$version $options ${CFLAGS:-} ${CXXFLAGS:-} ${LDFLAGS:-}"
+        cat scripts/llama_flags.cmake
+        "${CC:-cc}" --version
+        "${CXX:-c++}" --version
+        "${CC:-cc}" -march=native -dM -E -x c /dev/null | sort
+    } | sha256sum | cut -c 1-12
+}
+
+# Replaces what earlier versions of this script kept there: folders.
+link() {
+    if [ -d "$2" ] && [ ! -L "$2" ]; then rm -rf "$2"; fi
+    ln -sfn "$1" "$2"
+}
 
 get_sources() {
-    if [ "$(cat "$deps/llama.cpp/.version" 2>/dev/null)" = "$version" ]; then return; fi
-    archive=$deps/downloads/llama_cpp_python-$version.tar.gz
-    if [ ! -f "$archive" ]; then
-        echo "Downloading llama.cpp (llama-cpp-python $version, 77 MB)"
-        "$deps/venv/bin/pip" download -q --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
-            -d "$deps/downloads" "llama-cpp-python==$version"
+    if [ ! -f "$sources/CMakeLists.txt" ]; then
+        echo "Getting llama.cpp's sources (llama-cpp-python $version, 77 MB)"
+        archive=$(python3 scripts/cache.py fetch "llama-cpp-python==$version" $sha256 "llama_cpp_python-$version.tar.gz")
+        new=$(mktemp -d "$cache/llama.cpp-XXXXXX")
+        tar -xzf "$archive" -C "$new" --strip-components 3 "llama_cpp_python-$version/vendor/llama.cpp"
+        chmod 755 "$new"
+        # Another run may have been faster.
+        mv -T "$new" "$sources" 2>/dev/null || rm -rf "$new"
     fi
-    if ! echo "$sha256  $archive" | sha256sum -c --quiet -; then
-        echo "get_llama.sh: $archive is not the file that was tested; it was deleted. Run this again." >&2
-        rm -f "$archive"
-        exit 1
-    fi
-    echo "Unpacking llama.cpp"
-    rm -rf "$deps/llama.cpp" "$deps/llama.cpp.new"
-    mkdir "$deps/llama.cpp.new"
-    tar -xzf "$archive" -C "$deps/llama.cpp.new" --strip-components 3 "llama_cpp_python-$version/vendor/llama.cpp"
-    echo "$version" >"$deps/llama.cpp.new/.version"
-    mv "$deps/llama.cpp.new" "$deps/llama.cpp"
+    link "$sources" "$deps/llama.cpp"
 }
 
 # Print the folder of an installed llama.cpp of the tested range, or nothing.
@@ -49,34 +67,80 @@ find_installed() {
     echo "$bin"
 }
 
-build() {
-    stamp=$deps/llama-build/.built
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$version" ]; then return; fi
-    echo "Building llama.cpp, unpatched, once: 4 to 5 minutes on 2 cores"
-    cmake -G Ninja -S "$deps/llama.cpp" -B "$deps/llama-build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
-        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF \
-        >"$deps/llama-build.log" 2>&1 || {
-        tail -30 "$deps/llama-build.log" >&2
-        exit 1
-    }
-    # shellcheck disable=SC2086
-    NINJA_STATUS='[%f/%t %es] ' ninja -C "$deps/llama-build" $programs 2>&1 | tee -a "$deps/llama-build.log" |
-        awk '/^\[[0-9]+\/[0-9]+ / { n++; if (n % 25 == 1) { print; fflush() } next } /^FAILED|error:|warning: unused/ { print }'
-    for program in $programs; do
-        if [ ! -x "$deps/llama-build/bin/$program" ]; then
-            echo "get_llama.sh: the build of $program failed; the log is $deps/llama-build.log" >&2
-            exit 1
-        fi
+# Print Ninja's lines, "[files done/files seconds] command", as a line every 15 seconds. (awk may wait for more input.)
+show_progress() {
+    shown=0
+    while IFS= read -r line; do
+        case $line in
+        "["[0-9]*/*)
+            done_files=${line#[}
+            done_files=${done_files%%/*}
+            files=${line#*/}
+            files=${files%% *}
+            seconds=${line#* }
+            seconds=${seconds%%.*}
+            if [ "$done_files" = 0 ] || [ "$seconds" -lt $((shown + 15)) ]; then continue; fi
+            shown=$seconds
+            left=$((seconds * (files - done_files) / done_files))
+            if [ $left -lt 90 ]; then left="about a minute"; else left="about $(((left + 30) / 60)) minutes"; fi
+            echo "  $done_files of $files files, $left left"
+            ;;
+        FAILED* | *error:*) echo "$line" ;;
+        esac
     done
-    echo "$version" >"$stamp"
 }
 
+# Ninja goes on where an interrupted build stopped, and takes no time where nothing is to be done.
+build() {
+    folder=$1
+    log=$folder.log
+    exec 9>"$folder.lock"
+    if command -v flock >/dev/null && ! flock -n 9; then
+        echo "Waiting for another build of llama.cpp in $folder"
+        flock 9
+    fi
+    if [ ! -f "$folder/build.ninja" ]; then
+        # A copy, because the build may outlive this checkout.
+        cp scripts/llama_flags.cmake "$folder.cmake"
+        # shellcheck disable=SC2086
+        cmake -G Ninja -S "$sources" -B "$folder" $options "-DCMAKE_PROJECT_llama.cpp_INCLUDE=$folder.cmake" >"$log" 2>&1 || {
+            tail -30 "$log" >&2
+            echo "get_llama.sh: llama.cpp could not be configured; the log is $log" >&2
+            exit 1
+        }
+    fi
+    # shellcheck disable=SC2086
+    if ! ninja -C "$folder" -n $programs | grep -q 'no work to do'; then
+        echo "Building, unpatched and once: $programs"
+        rm -f "$folder.failed"
+        # The pipe would hide ninja's exit status.
+        {
+            NINJA_STATUS='[%f/%t %e] ' ninja -C "$folder" -j "${JOBS:-$(nproc)}" $programs 2>&1 ||
+                echo failed >"$folder.failed"
+        } | tee "$log" | show_progress
+        if [ -f "$folder.failed" ]; then
+            echo "get_llama.sh: the build failed; the log is $log" >&2
+            exit 1
+        fi
+    fi
+    exec 9>&-
+}
+
+mkdir -p "$deps"
+deps=$(cd "$deps" && pwd)
+if [ "${1:-}" = --folder ]; then
+    echo "$cache/llama.cpp-$version-$(key)"
+    exit 0
+fi
 get_sources
+if [ "${1:-}" = --sources ]; then exit 0; fi
+programs=${*:-llama-completion llama-server llama-bench llama-perplexity}
 bin=$(find_installed)
 if [ -n "$bin" ]; then
     echo "Using the installed llama.cpp in $bin"
 else
-    build
-    bin=$deps/llama-build/bin
+    folder=$cache/llama.cpp-$version-$(key)
+    build "$folder"
+    bin=$folder/bin
 fi
-ln -sfn "$bin" "$deps/llama-bin"
+link "$bin" "$deps/llama-bin"

@@ -17,6 +17,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from cache import choose_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 DEPS = Path(os.environ.get("TQ_DEPS_DIR", ROOT / "build" / "deps"))
 TEXT = DEPS / "text"
@@ -88,17 +90,22 @@ def read_r_strings(folder, name):
     return RReader(zlib.decompress(data[4:])).value()  # 4 bytes of length come first
 
 
-def download_deb(folder):
+def get_deb(folder):
     """apt-get download works without root; fetching package lists, where there are none, does not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kept in folder.glob(f"{DEB}_*.deb"):
+        return kept
     command = ["apt-get", "download", "-q", DEB]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode and os.geteuid() == 0:
-        subprocess.run(["apt-get", "update", "-q"], capture_output=True)
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"get_text.py: cannot download the Debian package {DEB}:\n{done.stderr}"
-                 f"Run apt-get update as root and try again, or put any English novel into {TEXT}/austen.txt.")
-    return next(Path(folder).glob("*.deb"))
+    with tempfile.TemporaryDirectory(dir=folder, prefix="new-") as new:
+        done = subprocess.run(command, cwd=new, capture_output=True, text=True)
+        if done.returncode and os.geteuid() == 0:
+            subprocess.run(["apt-get", "update", "-q"], capture_output=True)
+            done = subprocess.run(command, cwd=new, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"get_text.py: cannot download the Debian package {DEB}:\n{done.stderr}"
+                     f"Run apt-get update as root and try again, or put any English novel into {TEXT}/austen.txt.")
+        deb = next(Path(new).glob("*.deb"))
+        return deb.replace(folder / deb.name)
 
 
 def austen():
@@ -106,7 +113,8 @@ def austen():
         sys.exit(f"get_text.py: the novel comes from the Debian package {DEB}, and this is not a Debian system.\n"
                  f"Put any English novel of at least {MIN_BYTES} bytes into {TEXT}/austen.txt and try again.")
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["dpkg-deb", "-x", download_deb(folder), folder], check=True)
+        deb = get_deb(choose_folder(os.environ, DEPS)[0] / "downloads")
+        subprocess.run(["dpkg-deb", "-x", deb, folder], check=True)
         lines = read_r_strings(Path(folder) / "usr/lib/R/site-library/janeaustenr/data", NOVEL)
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-from eval.llama import ROOT, Cache, Setup, commit, machine, run_tool  # noqa: E402, F401
+from eval.llama import ROOT, Cache, Setup, commit, machine, run_tool, shown  # noqa: E402, F401
 from eval.quality import Quality, measure, write_base  # noqa: E402
 
 

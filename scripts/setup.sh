@@ -85,25 +85,38 @@ elif [ $install = yes ]; then
 fi
 if [ $install = no ]; then exit 0; fi
 
-# environment FOLDER FILE...: a Python environment with what the files list. It is made anew when a file changes.
-environment() {
-    venv=$deps/$1
-    shift
-    if cat "$@" | cmp -s - "$venv/.installed"; then return; fi
-    echo "Installing into $venv: what $* lists"
-    python3 -m venv "$venv"
-    for file; do set -- "$@" -r "$file"; shift; done
-    "$venv/bin/pip" install -q --disable-pip-version-check "$@"
-    while [ $# -gt 0 ]; do
-        cat "$2"
-        shift 2
-    done >"$venv/.installed"
+cache=$(python3 scripts/cache.py folder --explain)
+
+# install_pinned ENVIRONMENT FILE [direct]: what a file of requirements lists, with the hashes of all files. The wheels are kept
+# for other checkouts, unless they are to come straight into the environment.
+install_pinned() {
+    stamp=$deps/$1/.$(basename "$2")
+    if cmp -s "$2" "$stamp"; then return; fi
+    echo "Installing into $deps/$1: what $2 lists"
+    if [ ! -x "$deps/$1/bin/pip" ]; then
+        mkdir -p "$deps"
+        python3 -m venv "$deps/$1"
+    fi
+    pip=$deps/$1/bin/pip
+    # The list is complete, so pip need not look for more.
+    pinned="-q --disable-pip-version-check --require-hashes --no-deps --only-binary :all: -r $2"
+    # shellcheck disable=SC2086
+    if [ "${3:-}" = direct ]; then
+        "$pip" install $pinned
+    elif ! "$pip" install --no-index --find-links "$cache/wheels" $pinned 2>/dev/null; then
+        "$pip" download -d "$cache/wheels" $pinned
+        "$pip" install --no-index --find-links "$cache/wheels" $pinned
+    fi
+    cp "$2" "$stamp"
 }
 
 for name in $environments; do
     case $name in
-    run) environment venv scripts/requirements.txt ;;
-    test) environment python-venv python/tests/requirements.txt ;;
-    torch) environment torch-venv python/tests/requirements.txt python/tests/requirements-torch.txt ;;
+    run) install_pinned venv scripts/requirements-run.txt ;;
+    test)
+        install_pinned venv scripts/requirements-test.txt
+        install_pinned python-venv python/tests/requirements.txt
+        ;;
+    torch) install_pinned torch-venv python/tests/requirements-torch.txt direct ;;
     esac
 done

@@ -117,8 +117,8 @@ static int run(const request *r)
     }
     if (!find_tool(tool, r)) {
         return tool_error(
-            1, "llama-%s was not found%s; 'make run' builds it, or give llama.cpp's folder of programs by --llama-bin", r->tool,
-            r->llama_bin ? " in that folder" : "");
+            1, "llama-%s was not found%s; 'make deps' builds it, or give llama.cpp's folder of programs by --llama-bin",
+            r->tool, r->llama_bin ? " in that folder" : "");
     }
     return execute(r, plugin, tool);
 }

@@ -44,8 +44,8 @@ def parse_statistics(log):
         figures[name] = float(match.group(1))
         if match.group(2):
             figures[f"{name}_error"] = float(match.group(2))
-    # Rounding may leave less than nothing where there is nothing.
-    return {**figures, "kld_mean": max(figures["kld_mean"], 0.0)}
+    # Rounding may leave less than nothing, or -0, where there is nothing. Of equals max takes the first.
+    return {**figures, "kld_mean": max(0.0, figures["kld_mean"])}
 
 
 def options(quality):
