@@ -55,7 +55,7 @@ if [ "$(cat "$folder/.built" 2>/dev/null)" != "$key" ]; then
         if [ -L "$file" ] || ! readelf -d "$file" | grep -qE '\((RUNPATH|RPATH)\)'; then continue; fi
         echo "file(RPATH_SET FILE \"$file\" NEW_RPATH \"\$ORIGIN\")"
     done >"$folder/rpath.cmake"
-    cmake -P "$folder/rpath.cmake"
+    cmake -P "$folder/rpath.cmake" >>"$folder/build.log"
     rm -rf "$folder/build" "$folder/rpath.cmake"
     echo "$key" >"$folder/.built"
 fi
