@@ -27,6 +27,7 @@ class Calibration(common.TestCase):
     def test_what_was_learnt(self):
         self.assertIn("30 layers of 3 KV heads, head_dim 64, from 1 windows", self.printed)
         gain = float(re.search(r"by a factor of ([\d.]+) \(median", self.printed)[1])
+        print(f"gain {gain}")
         self.assertGreater(gain, 1.5)
         self.assertLess(gain, 10)
 
@@ -40,6 +41,7 @@ class Calibration(common.TestCase):
         self.perplexity(F16)
         plain, calibrated = (parse_statistics(self.perplexity(Cache(f"TQ2:k=tt2,v=tq8,balance=off{more}"), "--kl-divergence"))
                              for more in ("", f",calibration={self.path}"))
+        print(f"divergence {calibrated['kld_mean']} of {plain['kld_mean']} with a calibration")
         self.assertLess(calibrated["kld_mean"], 0.85 * plain["kld_mean"])
 
     def test_its_bytes_are_counted(self):
