@@ -101,8 +101,8 @@ class Quality(unittest.TestCase):
 
     def test_6_bits_no_worse_than_q8_0(self):
         ours, stock = self.ours["TQ6"], self.stock["q8_0"]
-        # The same tokens, so the two errors are no independent ones; one of them is the least that can be told apart.
-        self.assertLessEqual(ours["kld"], stock["kld"] + stock["error"])
+        # Three standard errors: most of both is what another order of additions gives, which each processor has of its own.
+        self.assertLessEqual(ours["kld"], stock["kld"] + 3 * stock["error"])
 
     def test_4_and_3_bits_far_below_q4_0(self):
         self.assertLess(self.ours["TQ4"]["kld"], self.stock["q4_0"]["kld"] / 8)
