@@ -230,7 +230,7 @@ class Attention:
 
 def tokenize(args, path):
     setup = llama.Setup(args.llama_bin, Path(), args.model, 2)
-    with llama.running_server(setup, llama.F16, ["-c", "256"]) as server:
+    with llama.running_server(setup, llama.F16, ["-c", "256", "-np", "1"]) as server:
         tokens = server.post("/tokenize", content=path.read_text()[:8 * args.tokens])["tokens"][:args.tokens]
     if len(tokens) < args.tokens:
         sys.exit(f"levers.py: {path} has {len(tokens)} tokens, fewer than --tokens {args.tokens}")

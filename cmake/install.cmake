@@ -26,6 +26,9 @@ endif()
 if(TARGET ggml-turboquant)
     install(TARGETS ggml-turboquant LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/turboquant)
 endif()
+if(TARGET tq-flush-log)
+    install(TARGETS tq-flush-log LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/turboquant)
+endif()
 
 # The wheel of pyproject.toml: the shared libraries beside the Python files. ctypes loads by path, so links are not needed.
 install(FILES $<TARGET_FILE:turboquant_shared> DESTINATION turboquant COMPONENT python RENAME libturboquant.so

@@ -10,6 +10,7 @@ if(NOT TARGET PkgConfig::CJSON)
 endif()
 
 file(GLOB tq_tool_sources CONFIGURE_DEPENDS tools/*.c)
+list(REMOVE_ITEM tq_tool_sources ${PROJECT_SOURCE_DIR}/tools/flush_log.c)
 if(NOT tq_tool_sources)
     return()
 endif()

@@ -4,17 +4,21 @@
 Environment (a missing one is an error): TQ_LLAMA_BIN, the folder of the stock llama-* programs (its libraries there or in
 ../lib); TQ_LLAMA_SRC, the sources of the same llama.cpp, for headers; TQ_PLUGIN, libggml-turboquant.so; TQ_MODEL, a real model;
 TQ_TINY_DIR, a folder for small random models, which are made when missing (that needs the packages gguf and numpy).
+Not needed: TQ_TEST_THREADS, the threads of each stock program (2); TQ_CPU, the instruction set that the plug-in is held to.
 """
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-THREADS = "2"
+sys.path.insert(0, str(ROOT / "tools"))
+from eval.llama import Finished, Setup, preload, shown, with_last_words  # noqa: E402
+
+THREADS = os.environ.get("TQ_TEST_THREADS", "2")
+os.environ["OMP_WAIT_POLICY"] = "passive"  # suites run side by side: threads that spin would hold each other up
 
 
 def path_from_env(name):
@@ -29,6 +33,7 @@ LLAMA_SRC = path_from_env("TQ_LLAMA_SRC")
 PLUGIN = path_from_env("TQ_PLUGIN")
 MODEL = path_from_env("TQ_MODEL")
 TINY_DIR = path_from_env("TQ_TINY_DIR")
+SETUP = Setup(LLAMA_BIN, PLUGIN, MODEL, THREADS)
 LLAMA_LIB = next((d for d in (LLAMA_BIN, LLAMA_BIN.parent / "lib") if (d / "libllama.so").exists()), LLAMA_BIN)
 
 
@@ -45,52 +50,35 @@ def tiny_model(name, *arguments):
 
 def environment(**variables):
     """This process's environment with the plug-in in it and `variables` on top (None removes one)."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("TQ_", "GGML_", "LLAMA_"))}
+    hidden = ("TQ_", "GGML_", "LLAMA_")
+    env = {name: value for name, value in os.environ.items() if name == "TQ_CPU" or not name.startswith(hidden)}
     env["GGML_BACKEND_PATH"] = str(PLUGIN)
-    env["OMP_WAIT_POLICY"] = "passive"  # suites run side by side: threads that spin would hold each other up
-    for key, value in variables.items():
-        env.pop(key, None)
+    for name, value in variables.items():
+        env.pop(name, None)
         if value is not None:
-            env[key] = str(value)
-    return env
+            env[name] = str(value)
+    return preload(env, PLUGIN)
 
 
-class Result:
-    """The end of a process: its status, and what it wrote (both streams in one)."""
-
-    def __init__(self, process):
-        self.status = process.returncode
-        self.text = process.stdout.decode(errors="replace")
+class Result(Finished):
+    """The end of a process whose streams went into one."""
 
     def lines(self, *words):
         """The lines that hold all of these."""
-        return [line for line in self.text.splitlines() if all(w in line for w in words)]
+        return [line for line in self.log.splitlines() if all(w in line for w in words)]
 
 
 def run(command, timeout=300, **variables):
     process = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              stdin=subprocess.DEVNULL, timeout=timeout, env=environment(**variables))
-    return Result(process)
+    return Result(process.stdout.decode(errors="replace"), "", process.returncode, 0, 0, shown(command, variables))
 
 
-def run_to_the_end(command, last_words, **variables):
-    """
-    Run until the log has its last words. The stock tools write it from a thread of its own, and at their end drop what that
-    thread has not written yet: on a busy machine that is often the case.
-    """
-    for i in range(40):
-        result = run(command, **variables)
-        if result.status != 0 or last_words in result.text:
-            return result
-        time.sleep(0.05 * i)
-    raise RuntimeError(f"the log is cut off in every run:\n{result.text[-2000:]}")
-
-
-def complete(model, *arguments, prompt="The capital of France is", n=8, device="TQ4", whole_log=True, **variables):
+def complete(model, *arguments, prompt="The capital of France is", n=8, device="TQ4", **variables):
     """Stock llama-completion, greedy."""
     command = [LLAMA_BIN / "llama-completion", "-m", model, "-dev", device, "-ngl", "99", "-t", THREADS, "-p", prompt, "-n", n,
                "--temp", "0", "-no-cnv", "-lv", "4", *arguments]
-    return run_to_the_end(command, "graphs reused" if whole_log else "", **variables)
+    return with_last_words("graphs reused", lambda: run(command, **variables))
 
 
 def build_host(source, directory, *flags, libraries=("llama", "ggml", "ggml-base")):
@@ -111,10 +99,10 @@ class TestCase(unittest.TestCase):
         cls.directory = pathlib.Path(cls.temporary.name)
 
     def assert_line(self, result, *words):
-        self.assertTrue(result.lines(*words), f"no line has {words}; status {result.status}:\n{result.text[-4000:]}")
+        self.assertTrue(result.lines(*words), f"no line has {words}; status {result.status}:\n{result.log[-4000:]}")
 
     def assert_ok(self, result):
-        self.assertEqual(result.status, 0, result.text[-4000:])
+        self.assertEqual(result.status, 0, result.log[-4000:])
 
 
 def main():

@@ -16,7 +16,7 @@ class Abi(TestCase):
     def load(self, lie, host=None, expected="accepted", **variables):
         result = run([host or self.host, PLUGIN, lie], **variables)
         self.assert_ok(result)
-        self.assertEqual(result.text.splitlines()[-1], expected, result.text)
+        self.assertEqual(result.log.splitlines()[-1], expected, result.log)
         return result
 
     def test_the_true_host_is_accepted_in_silence(self):

@@ -6,11 +6,9 @@ import subprocess
 import sys
 
 import common
-from common import LLAMA_BIN, MODEL, PLUGIN, ROOT, complete, run, tiny_model
-
-sys.path.insert(0, str(ROOT / "tools"))
-from eval.llama import F16, Cache, Setup, run_tool  # noqa: E402
-from eval.quality import parse_statistics  # noqa: E402
+from common import LLAMA_BIN, MODEL, PLUGIN, SETUP, complete, run, tiny_model
+from eval.llama import F16, Cache, run_tool
+from eval.quality import parse_statistics
 
 TEXT = common.path_from_env("TQ_TEXT")
 N_CTX = 768
@@ -29,13 +27,13 @@ class Calibration(common.TestCase):
     def test_what_was_learnt(self):
         self.assertIn("30 layers of 3 KV heads, head_dim 64, from 1 windows", self.printed)
         gain = float(re.search(r"by a factor of ([\d.]+) \(median", self.printed)[1])
+        print(f"gain {gain}")
         self.assertGreater(gain, 1.5)
         self.assertLess(gain, 10)
 
     def perplexity(self, cache, *arguments):
-        setup = Setup(LLAMA_BIN, PLUGIN, MODEL, common.THREADS)
         base = self.directory / "base"
-        return run_tool(setup, cache, "perplexity", ["-f", TEXT, "-c", N_CTX, "-b", "512", "--chunks", "1",
+        return run_tool(SETUP, cache, "perplexity", ["-f", TEXT, "-c", N_CTX, "-b", "512", "--chunks", "1",
                                                      "--kl-divergence-base", base, *arguments]).log
 
     def test_divergence_falls(self):
@@ -43,6 +41,7 @@ class Calibration(common.TestCase):
         self.perplexity(F16)
         plain, calibrated = (parse_statistics(self.perplexity(Cache(f"TQ2:k=tt2,v=tq8,balance=off{more}"), "--kl-divergence"))
                              for more in ("", f",calibration={self.path}"))
+        print(f"divergence {calibrated['kld_mean']} of {plain['kld_mean']} with a calibration")
         self.assertLess(calibrated["kld_mean"], 0.85 * plain["kld_mean"])
 
     def test_its_bytes_are_counted(self):
@@ -59,7 +58,7 @@ class Calibration(common.TestCase):
         self.assert_line(result, "TQ4: ", "keys tt4 (calibrated), values tt4")
 
     def test_another_model_is_refused(self):
-        result = complete(tiny_model("qwen3"), whole_log=False, TQ_GGML=f"calibration={self.path}")
+        result = complete(tiny_model("qwen3"), TQ_GGML=f"calibration={self.path}")
         self.assertNotEqual(result.status, 0)
         self.assert_line(result, "layer 0 keys: the calibration (of ", "it is of another model")
 
@@ -67,13 +66,13 @@ class Calibration(common.TestCase):
         cut = self.directory / "cut.tqcal"
         cut.write_bytes(self.path.read_bytes()[:-7])
         for path, words in ((cut, "damaged, cut off"), (self.directory / "missing", "cannot open")):
-            result = complete(tiny_model("llama"), whole_log=False, TQ_GGML=f"calibration={path}")
+            result = complete(tiny_model("llama"), TQ_GGML=f"calibration={path}")
             self.assertNotEqual(result.status, 0)
             self.assert_line(result, words)
             self.assert_line(result, "not loaded: calibration=")
 
     def test_what_cannot_be_observed(self):
-        result = complete(tiny_model("llama"), whole_log=False, TQ_GGML="k=f16,v=f16,observe=/nonexistent/records")
+        result = complete(tiny_model("llama"), TQ_GGML="k=f16,v=f16,observe=/nonexistent/records")
         self.assertNotEqual(result.status, 0)
         self.assert_line(result, "observe=/nonexistent/records: it can't be written: No such file")
 

@@ -15,13 +15,11 @@ import time
 import unittest
 
 import common
-
-sys.path.insert(0, str(common.ROOT / "tools"))
-from eval.__main__ import split_presets  # noqa: E402
-from eval.llama import Cache, Finished, LlamaError, kv_memory  # noqa: E402
-from eval.needle import hide, make_case, shares  # noqa: E402
-from eval.quality import parse_statistics  # noqa: E402
-from eval.work import Work  # noqa: E402
+from eval.__main__ import split_presets
+from eval.llama import Cache, Finished, LlamaError, kv_memory
+from eval.needle import hide, make_case, shares
+from eval.quality import parse_statistics
+from eval.work import Work
 
 TQ = common.PLUGIN.parent / "tq"
 TEXT = common.path_from_env("TQ_TEXT")
@@ -109,13 +107,18 @@ class Waiting(unittest.TestCase):
             self.assertIsNone(work.load(cache))
 
 
-class Runs(unittest.TestCase):
+class RunCase(unittest.TestCase):
+    arch = "llama"  # of a random model
+
     def setUp(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(dir=common.TINY_DIR, prefix="eval-"))
         self.addCleanup(shutil.rmtree, self.folder)
 
+    def model(self):
+        return common.tiny_model(self.arch)
+
     def command(self, *arguments):
-        return [str(word) for word in [TQ, "eval", common.MODEL, "--text", TEXT, "--context", 512, "--llama-bin",
+        return [str(word) for word in [TQ, "eval", self.model(), "--text", TEXT, "--context", 512, "--llama-bin",
                                        common.LLAMA_BIN, "--plugin", common.PLUGIN, "--threads", common.THREADS, "--work",
                                        self.folder / "work", *arguments]]
 
@@ -129,7 +132,7 @@ class Runs(unittest.TestCase):
         self.assertNotIn("Traceback", done.stderr)
         self.assertIn(done.returncode, (1, 2))
 
-    def test_whole_run(self):
+    def check_whole_run(self, n_layers, n_heads):
         out = {kind: self.folder / f"out.{kind}" for kind in ("json", "html", "csv", "markdown")}
         done = self.run_eval("--presets", "TQ4", "TQ4:v=tt2,recent=16", "--baselines", "f16,q4_0", "--error-map",
                              *(word for kind, path in out.items() for word in (f"--{kind}", path)))
@@ -142,8 +145,8 @@ class Runs(unittest.TestCase):
         self.assertAlmostEqual(rows["q4_0"]["bits_per_value"], 4.5, delta=0.1)
         self.assertGreater(rows["TQ4"]["bits_per_value"], 4.25)  # at 512 tokens many of them are exact
         self.assertEqual(result["failed"], [])
-        self.assertEqual(len(result["error_maps"]["TQ4"]), 30)
-        self.assertTrue(all(len(layer["heads"]) == 3 for layer in result["error_maps"]["TQ4"]))
+        self.assertEqual(len(result["error_maps"]["TQ4"]), n_layers)
+        self.assertTrue(all(len(layer["heads"]) == n_heads for layer in result["error_maps"]["TQ4"]))
         page = out["html"].read_text()
         self.assertGreaterEqual(page.count("<svg"), 3)
         self.assertIsNone(re.search(r'(?:src|href)="(?!#|data:)', page))
@@ -153,8 +156,15 @@ class Runs(unittest.TestCase):
         self.assertEqual(len(lines), 5)
         self.assertTrue(all(line["command"] and line["commit"] and line["machine"] and line["run"] for line in lines))
 
+
+class Runs(RunCase):
+    """Whole runs on a random model."""
+
+    def test_whole_run(self):
+        self.check_whole_run(3, 2)
+
     def test_goes_on_where_it_was_stopped(self):
-        arguments = ("--presets", "TQ4,TQ3,TQ2,TQ6", "--baselines", "f16,q8_0,q4_0")
+        arguments = ("--presets", "TQ4,TQ3,TQ2,TQ6", "--baselines", "f16,q8_0,q4_0", "--chunks", "8")
         process = subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env={**os.environ, "TQ_PYTHON": sys.executable})
         deadline = time.monotonic() + 60
@@ -174,18 +184,9 @@ class Runs(unittest.TestCase):
         self.assertEqual(len(after), 8)
         self.assertEqual({name: after[name] for name in kept}, kept)
 
-    def test_needles(self):
-        out = self.folder / "out.json"
-        done = self.run_eval("--presets", "TQ4", "--baselines", "f16", "--needle", "512", "--needle-depths", "2", "--json", out,
-                             "--html", self.folder / "out.html")
-        self.assertEqual(done.returncode, 0, done.stderr)
-        needle = json.loads(out.read_text())["needle"]
-        self.assertEqual([row["name"] for row in needle], ["f16", "f16 -fa off", "TQ4"])
-        self.assertEqual([(cell["depth"], cell["n_needles"]) for cell in needle[0]["cells"]], [(0, 1), (1, 1), (0.5, 3)])
-        self.assertGreater(sum(cell["score"] for cell in needle[0]["cells"]), 0)
-
     def test_one_that_fails_stops_no_other(self):
-        done = self.run_eval("--presets", "TQ2:k=tt2,guard=refuse", "TQ4", "--baselines", "f16", "--json",
+        self.arch = "qwen2"  # whose keys with their biases are beyond 2 bits
+        done = self.run_eval("--presets", "TQ2:k=tq2,ref=0,bias=off,guard=refuse", "TQ4", "--baselines", "f16", "--json",
                              self.folder / "out.json")
         self.assertEqual(done.returncode, 1)
         result = json.loads((self.folder / "out.json").read_text())
@@ -210,6 +211,26 @@ class Runs(unittest.TestCase):
         self.assertEqual(done.returncode, 1)
         done = subprocess.run(self.command(), capture_output=True, text=True, env={**os.environ, "TQ_PYTHON": "/no/python"})
         self.assertIn("TQ_PYTHON", done.stderr)
+
+
+class RealRuns(RunCase):
+    """What only a trained model shows."""
+
+    def model(self):
+        return common.MODEL
+
+    def test_whole_run(self):
+        self.check_whole_run(30, 3)
+
+    def test_needles(self):
+        out = self.folder / "out.json"
+        done = self.run_eval("--presets", "TQ4", "--baselines", "f16", "--needle", "512", "--needle-depths", "2", "--json", out,
+                             "--html", self.folder / "out.html")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        needle = json.loads(out.read_text())["needle"]
+        self.assertEqual([row["name"] for row in needle], ["f16", "f16 -fa off", "TQ4"])
+        self.assertEqual([(cell["depth"], cell["n_needles"]) for cell in needle[0]["cells"]], [(0, 1), (1, 1), (0.5, 3)])
+        self.assertGreater(sum(cell["score"] for cell in needle[0]["cells"]), 0)
 
 
 if __name__ == "__main__":

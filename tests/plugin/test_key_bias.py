@@ -3,7 +3,7 @@
 are FP16, since attention on few tokens shows theirs."""
 import re
 
-from common import LLAMA_BIN, TestCase, main, path_from_env, run_to_the_end, tiny_model
+from common import LLAMA_BIN, TestCase, main, path_from_env, run, tiny_model, with_last_words
 
 TEXT = path_from_env("TQ_TEXT")
 
@@ -12,13 +12,13 @@ class KeyBiases(TestCase):
     def perplexity(self, batch, last_words, *arguments, **variables):
         command = [LLAMA_BIN / "llama-perplexity", "-m", tiny_model("qwen2"), "-f", TEXT, "-c", 512, "-b", batch, "-ub", batch,
                    "--chunks", 1, "-t", 1, "-fa", "on", "--kl-divergence-base", self.directory / "logits", *arguments]
-        result = run_to_the_end(command, last_words, **variables)
+        result = with_last_words(last_words, lambda: run(command, **variables))
         self.assert_ok(result)
         return result
 
     def divergence(self, batch, options):
         result = self.perplexity(batch, "Mean    KLD", "--kl-divergence", "-dev", "TQ4", "-ngl", 99, TQ_GGML=options)
-        return float(re.search(r"Mean\s+KLD:\s+(\S+)", result.text)[1])
+        return float(re.search(r"Mean\s+KLD:\s+(\S+)", result.log)[1])
 
     def test_positions_follow_the_text(self):
         self.perplexity(512, "", "-dev", "none")
@@ -26,6 +26,7 @@ class KeyBiases(TestCase):
             with self.subTest(batch):
                 kept = self.divergence(batch, "k=tq8,v=f16,guard=off")
                 coded = self.divergence(batch, "k=tq8,v=f16,guard=off,bias=off")
+                print(f"divergence {kept} of {coded} without biases in the keys")
                 self.assertLess(kept, 0.005)
                 self.assertGreater(coded, 10 * kept)
 

@@ -144,7 +144,7 @@ class Options(TestCase):
         self.assert_ok(complete(tiny_model("llama"), TQ_CPU="scalar"))
 
     def test_the_plug_in_exports_one_function_and_needs_no_ggml(self):
-        symbols = run(["nm", "-D", PLUGIN]).text.splitlines()
+        symbols = run(["nm", "-D", PLUGIN]).log.splitlines()
         defined = [line.split()[-1] for line in symbols if " T " in line or " D " in line or " B " in line]
         self.assertEqual(defined, ["ggml_backend_init"])
         undefined = [line for line in symbols if " U " in line]

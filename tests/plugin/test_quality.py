@@ -1,90 +1,108 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""What the README promises, on the real model with 4096 tokens of real text, by stock llama-perplexity: KL divergence against
-the FP16 cache beside stock q8_0 and q4_0, and memory.
+"""What the README promises, on the real model and real text, by stock llama-perplexity: KL divergence against the FP16 cache
+beside stock q8_0 and q4_0, and memory.
 
-What the stock configurations give is kept in TQ_TINY_DIR, beside the logits that all are compared with, because it does not
-depend on this project; it is measured anew when llama.cpp, the model or the text changes.
+What the stock configurations give does not depend on this project: it is kept in ~/.cache/turboquant, beside the logits that
+all are compared with (in TQ_TINY_DIR if nothing can be written there), until llama.cpp, the model, the text or the processor
+changes.
 """
+import hashlib
 import json
 import os
+import pathlib
 import re
 import unittest
 
 import common
+from eval.llama import F16, Cache, run_tool, version, with_last_words
+from eval.quality import LAST_WORDS
 
-CONTEXT = 4096
 TEXT = common.path_from_env("TQ_TEXT")
-BASE = common.TINY_DIR / "quality.logits"
-STOCK = common.TINY_DIR / "quality.json"
-MIB = 1024.0
+MIB = 2**20
 
 
-def perplexity(*arguments, plugin=False, options=None):
-    """Run stock llama-perplexity; returns (output, peak resident MiB)."""
-    command = [common.LLAMA_BIN / "llama-perplexity", "-m", common.MODEL, "-f", TEXT, "-c", CONTEXT, "-b", 512, "--chunks", 1,
-               "-fa", "on", "-t", common.THREADS, "-lv", 4, "--kl-divergence-base", BASE, *arguments]
-    env = common.environment(TQ_GGML=options) if plugin else common.environment(GGML_BACKEND_PATH=None)
-    log = BASE.with_suffix(".log")
-    with open(log, "wb") as out:
-        pid = os.posix_spawn(str(command[0]), [str(c) for c in command], env,
-                             file_actions=[(os.POSIX_SPAWN_DUP2, out.fileno(), 1), (os.POSIX_SPAWN_DUP2, out.fileno(), 2)])
-        _, status, usage = os.wait4(pid, 0)
-    text = log.read_text(errors="replace")
-    log.unlink()
-    if status:
-        raise AssertionError(f"{' '.join(map(str, command))} ended with {status}:\n{text[-4000:]}")
-    return text, usage.ru_maxrss / MIB
+def cache_folder():
+    """Where to keep what can be had again."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(base) / "turboquant"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return common.TINY_DIR
+    return folder if os.access(folder, os.W_OK) else common.TINY_DIR
 
 
-def measure(*arguments, plugin=False, options=None):
-    for _ in range(3):  # the tool may drop the end of its log
-        text, rss = perplexity("--kl-divergence", *arguments, plugin=plugin, options=options)
-        if "Same top p" in text:
-            break
-    kld, error = re.search(r"Mean\s+KLD:\s+(\S+) ±\s+(\S+)", text).groups()
-    cache = sum(float(mib) for mib in re.findall(r"KV buffer size =\s+([\d.]+) MiB", text)[-1:])
-    return {"kld": float(kld), "error": float(error), "rss": rss, "cache": cache}
+class Measurements:
+    """One window of so many tokens. What was measured on one processor does not hold on another: that is a part of the key."""
+
+    def __init__(self, context):
+        self.context = context
+        digest = hashlib.sha256(version(common.SETUP).encode())
+        for path in (common.MODEL, TEXT, *sorted(common.LLAMA_LIB.glob("libggml*.so"))):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        flags = re.search(r"^(flags|Features)\s*:.*$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        digest.update(f"{flags and flags[0]} {context}".encode())
+        self.key = digest.hexdigest()[:20]
+        self.base = cache_folder() / f"{self.key}.logits"
+
+    def run(self, cache, *arguments):
+        arguments = ["-f", TEXT, "-c", self.context, "-b", "512", "--chunks", "1", "-lv", "4", "--kl-divergence-base",
+                     self.base, *arguments]
+        return run_tool(common.SETUP, cache, "perplexity", arguments)
+
+    def measure(self, name):
+        """The figures of a cache."""
+        done = with_last_words(LAST_WORDS, lambda: self.run(Cache(name), "--kl-divergence"))
+        kld, error = re.search(r"Mean\s+KLD:\s+(\S+) ±\s+(\S+)", done.log).groups()
+        row = {"kld": float(kld), "error": float(error), "rss": done.peak_rss / MIB,
+               "cache": float(re.findall(r"KV buffer size =\s+([\d.]+) MiB", done.log)[-1])}
+        print(self.context, name, row)
+        return row
+
+    def stock(self, *names):
+        """The figures of llama.cpp's own caches, kept from run to run."""
+        path = self.base.with_suffix(".json")
+        kept = json.loads(path.read_text()) if path.exists() and self.base.exists() else {}
+        if not kept:
+            # Into place when it is whole: another run may read it, and this one may be stopped.
+            final, self.base = self.base, self.base.with_suffix(f".{os.getpid()}")
+            self.run(F16)
+            self.base = self.base.rename(final)
+        for name in names:
+            kept[name] = kept.get(name) or self.measure(name)
+        new = path.with_suffix(f".{os.getpid()}.json")
+        new.write_text(json.dumps(kept, indent=1))
+        new.replace(path)
+        return {name: kept[name] for name in names}
 
 
-def identity():
-    """What the stock figures depend on."""
-    paths = [common.LLAMA_BIN / "llama-perplexity", common.MODEL, TEXT]
-    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in paths]
+class ShortQuality(unittest.TestCase):
+    """A kilotoken, of which the second half is scored: that nothing is badly wrong."""
 
-
-def stock_results():
-    if STOCK.exists() and BASE.exists():
-        kept = json.loads(STOCK.read_text())
-        if kept["identity"] == identity():
-            return kept
-    perplexity()
-    kept = {"identity": identity()}
-    for name in ("f16", "q8_0", "q4_0"):
-        kept[name] = measure("-ctk", name, "-ctv", name)
-    STOCK.write_text(json.dumps(kept, indent=1))
-    return kept
+    def test_4_bits_near_q8_0(self):
+        measurements = Measurements(1024)
+        stock = measurements.stock("q8_0")["q8_0"]
+        ours = measurements.measure("TQ4")
+        self.assertGreater(ours["kld"], 3 * ours["error"], "this is llama.cpp's own attention")
+        # docs/quality.md has TQ4 at 1.2 to 1.7 times q8_0's divergence on three texts, and TQ3 at 2 to 4 times.
+        self.assertLess(ours["kld"], 2 * stock["kld"])
 
 
 class Quality(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.stock = stock_results()
-        cls.ours = {name: cls.measure_ours(name) for name in ("TQ6", "TQ4", "TQ3")}
+        measurements = Measurements(4096)
+        cls.stock = measurements.stock("f16", "q8_0", "q4_0")
+        cls.ours = {name: measurements.measure(name) for name in ("TQ6", "TQ4", "TQ3")}
         bare = "recent=0,sinks=0,ref=0,balance=off"
-        cls.trellis = cls.measure_ours("TQ4", bare)
-        cls.scalar = cls.measure_ours("TQ4", f"k=tq4,v=tq4,{bare}")
-        for name, row in [*cls.stock.items(), *cls.ours.items(), ("trellis", cls.trellis), ("scalar", cls.scalar)]:
-            print(name, row)
-
-    @staticmethod
-    def measure_ours(name, options=None):
-        return measure("-dev", name, "-ngl", 99, plugin=True, options=options)
+        cls.trellis = measurements.measure(f"TQ4:{bare}")
+        cls.scalar = measurements.measure(f"TQ4:k=tq4,v=tq4,{bare}")
 
     def test_6_bits_no_worse_than_q8_0(self):
         ours, stock = self.ours["TQ6"], self.stock["q8_0"]
-        # The same tokens, so the two errors are no independent ones; one of them is the least that can be told apart.
-        self.assertLessEqual(ours["kld"], stock["kld"] + stock["error"])
+        # Three standard errors: most of both is what another order of additions gives, which each processor has of its own.
+        self.assertLessEqual(ours["kld"], stock["kld"] + 3 * stock["error"])
 
     def test_4_and_3_bits_far_below_q4_0(self):
         self.assertLess(self.ours["TQ4"]["kld"], self.stock["q4_0"]["kld"] / 8)

@@ -12,9 +12,9 @@ PROMPT = "refused before this is answered"
 
 class Refusals(TestCase):
     def assert_refused(self, result, *words):
-        self.assertNotEqual(result.status, 0, result.text[-2000:])
+        self.assertNotEqual(result.status, 0, result.log[-2000:])
         self.assert_line(result, "turboquant: ", "refuses", *words)
-        self.assertNotIn("eval time", result.text)
+        self.assertNotIn("eval time", result.log)
 
     def test_flash_attention_off(self):
         for fit in ("on", "off"):

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 
-from common import LLAMA_BIN, MODEL, THREADS, TestCase, complete, environment, main, run, run_to_the_end, tiny_model
+from common import LLAMA_BIN, MODEL, THREADS, TestCase, complete, environment, main, run, tiny_model, with_last_words
 
 
 def kv_mib(result, buffer="TQ4_KV"):
@@ -20,7 +20,7 @@ class Tools(TestCase):
         for device in ("TQ6", "TQ4"):
             result = complete(MODEL, device=device, n=6)
             self.assert_ok(result)
-            self.assertIn("The capital of France is Paris", result.text)
+            self.assertIn("The capital of France is Paris", result.log)
 
     def test_the_reported_size_is_the_compressed_one(self):
         plain = complete(MODEL, "-c", "4096", device="none")
@@ -80,11 +80,10 @@ class Tools(TestCase):
 
     def test_context_shift(self):
         for name in ("llama", "deepseek2"):
-            result = complete(tiny_model(name), "-c", "256", "--context-shift", "--ignore-eos", "-lv", "5", n=400,
-                              whole_log=False)
+            result = complete(tiny_model(name), "-c", "256", "--context-shift", "--ignore-eos", "-lv", "5", n=400)
             self.assert_ok(result)
             self.assert_line(result, "applying K-shift")
-            self.assertNotIn("turboquant: TQ4 refuses", result.text)
+            self.assertNotIn("turboquant: TQ4 refuses", result.log)
 
     def test_prompt_cache_file(self):
         path = self.directory / "prompt.bin"
@@ -93,7 +92,7 @@ class Tools(TestCase):
         for _ in range(2):
             result = complete(MODEL, "--prompt-cache", path, "--prompt-cache-all", prompt=prompt, n=0)
             self.assert_ok(result)
-            texts.append(result.text)
+            texts.append(result.log)
         self.assertTrue(path.exists())
         self.assertIn("loaded a session", texts[1])
 
@@ -103,10 +102,9 @@ class Tools(TestCase):
         self.assert_ok(result)
         text = self.directory / "text.txt"
         text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
-        result = run_to_the_end([LLAMA_BIN / "llama-perplexity", "-m", tiny_model("llama"), "-dev", "TQ4", "-ngl", "99", "-f",
-                                 text, "-c", "512", "--chunks", "2", "-t", THREADS], "Final estimate: PPL")
-        self.assert_ok(result)
-        self.assert_line(result, "Final estimate: PPL")
+        command = [LLAMA_BIN / "llama-perplexity", "-m", tiny_model("llama"), "-dev", "TQ4", "-ngl", "99", "-f", text, "-c",
+                   "512", "--chunks", "2", "-t", THREADS]
+        self.assert_ok(with_last_words("Final estimate: PPL", lambda: run(command)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STOCK_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 NO_FLASH = " -fa off"
 SERVER_START_SECONDS = 600  # a large model from a slow disk
+FLUSH_LOG = "libtq-flush-log.so"  # tools/flush_log.c; it lies beside the plug-in
+LOG_TRIES = 5
 
 
 class LlamaError(RuntimeError):
@@ -123,17 +124,41 @@ def shown(command, variables=()):
     return " ".join(f"'{part}'" if re.search(r"[\s<>|]", part) else part for part in parts)
 
 
-def environment(variables):
+def preload(env, plugin):
+    """
+    The environment `env` in which llama.cpp's programs write their whole log. They write it from a thread that they do not wait
+    for, so that its end may be missing otherwise.
+    """
+    library = plugin.parent / FLUSH_LOG
+    if not library.exists() or re.search(r"[\s:]", str(library)):  # which ld.so takes for the end of a name
+        return env
+    return {**env, "LD_PRELOAD": " ".join(filter(None, [env.get("LD_PRELOAD"), str(library)]))}
+
+
+def with_last_words(last_words, run):
+    """
+    What run() returns, with the last words of its log. Where `preload` cannot help (programs linked statically, say), another
+    run may have what is missing in the first.
+    """
+    for _ in range(LOG_TRIES):
+        done = run()
+        if done.status or last_words in done.log:
+            return done
+    raise done.fail(f"the log has no '{last_words}', in {LOG_TRIES} runs")
+
+
+def environment(setup, variables):
     """This process's without what would change a measurement behind its command's back."""
     hidden = ("LLAMA_ARG_", "GGML_BACKEND_PATH", "TQ_GGML")
-    return {**{name: value for name, value in os.environ.items() if not name.startswith(hidden)}, **variables}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return preload({**kept, **variables}, setup.plugin)
 
 
 @contextlib.contextmanager
-def started(command, variables, output, errors):
+def started(setup, command, variables, output, errors):
     """A running process that does not outlive the block, however that is left."""
     process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
-                               env=environment(variables))
+                               env=environment(setup, variables))
     try:
         yield process
     finally:
@@ -142,7 +167,7 @@ def started(command, variables, output, errors):
             process.wait()
 
 
-def run_command(command, variables=None, meanwhile=None):
+def run_command(setup, command, variables=None, meanwhile=None):
     """
     Run to the end, whatever the status, and take the process's own peak of resident memory. meanwhile(process) is called while
     it runs; what that raises ends the process.
@@ -150,7 +175,7 @@ def run_command(command, variables=None, meanwhile=None):
     variables = variables or {}
     begin = time.monotonic()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        with started(command, variables, output, errors) as process:
+        with started(setup, command, variables, output, errors) as process:
             if meanwhile:
                 meanwhile(process)
             # wait4 gives this child's usage; getrusage(RUSAGE_CHILDREN) would give the largest of all children so far.
@@ -165,38 +190,27 @@ def run_command(command, variables=None, meanwhile=None):
 def run_tool(setup, cache, tool, arguments, *plugin_options, meanwhile=None):
     """Run a llama.cpp tool on the model with this cache; meanwhile is run_command's."""
     command = [setup.llama_bin / f"llama-{tool}", "-m", setup.model, *arguments, *cache.options(setup)]
-    done = run_command(command, cache.variables(setup, *plugin_options), meanwhile)
+    done = run_command(setup, command, cache.variables(setup, *plugin_options), meanwhile)
     if done.status:
         raise done.fail(f"ended with {done.status}")
     return done
 
 
-def run_to_the_end(last_words, *arguments):
-    """
-    As run_tool, until the log has its last words: the tools write it from a thread of its own, and at their end may drop what
-    that thread has not written yet.
-    """
-    for _ in range(3):
-        done = run_tool(*arguments)
-        if last_words in done.log:
-            break
-    return done
-
-
 def version(setup):
     """What llama.cpp says of itself."""
-    return " ".join(run_command([setup.llama_bin / "llama-perplexity", "--version"]).log.split())
+    return " ".join(run_command(setup, [setup.llama_bin / "llama-perplexity", "--version"]).log.split())
 
 
 def list_devices(setup, cache):
     """The devices that the plug-in has with this cache's options; none and a log that says why if it does not take them."""
-    done = run_command([setup.llama_bin / "llama-perplexity", "--list-devices"], cache.variables(setup))
+    done = run_command(setup, [setup.llama_bin / "llama-perplexity", "--list-devices"], cache.variables(setup))
     return re.findall(r"^  (\w+): KV cache", done.output, re.MULTILINE), done.errors.strip()
 
 
 def describe_model(setup):
     """Name, context length and size of the vocabulary, from the log of a run that has too little text to do anything."""
-    done = run_to_the_end("n_vocab", setup, F16, "perplexity", ["-p", "x", "-c", "256", "-b", "256", "--no-warmup", "-lv", "4"])
+    arguments = ["-p", "x", "-c", "256", "-b", "256", "--no-warmup", "-lv", "4"]
+    done = with_last_words("n_vocab", lambda: run_tool(setup, F16, "perplexity", arguments))
 
     def figure(label):
         match = re.search(rf"print_info: {label}\s*= (.*)", done.log)
@@ -233,8 +247,8 @@ def kv_memory(done):
 class Server:
     """A running llama-server, with its HTTP API."""
 
-    def __init__(self, port, command):
-        self.port, self.command = port, command
+    def __init__(self, port, command, log):
+        self.port, self.command, self.log = port, command, log
 
     def post(self, path, **body):
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(),
@@ -247,34 +261,29 @@ class Server:
         except OSError as error:
             raise LlamaError(f"llama-server died at {path}: {error}: {self.command}") from error
 
-    def is_ready(self):
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health") as reply:
-                return json.load(reply)["status"] == "ok"
-        except OSError:
-            return False
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    def read_log(self):
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace")
 
 
 @contextlib.contextmanager
 def running_server(setup, cache, arguments):
-    """llama-server with one slot, ready; it ends with the block."""
-    port = free_port()
-    command = [setup.llama_bin / "llama-server", "-m", setup.model, *arguments, "-np", "1", "--host", "127.0.0.1",
-               "--port", str(port), "--no-webui", *cache.options(setup)]
+    """llama-server, ready; it ends with the block. It chooses its port, which nobody can take before it does, and tells it."""
+    command = [setup.llama_bin / "llama-server", "-m", setup.model, *arguments, "--host", "127.0.0.1", "--port", "0",
+               "--no-webui", *cache.options(setup)]
     variables = cache.variables(setup)
-    server = Server(port, shown(command, variables).replace(f"--port {port} ", ""))
+    shown_command = shown(command, variables).replace("--port 0 ", "")
     begin = time.monotonic()
-    with tempfile.TemporaryFile() as log, started(command, variables, log, log) as process:
-        while not server.is_ready():
-            if process.poll() is not None or time.monotonic() - begin > SERVER_START_SECONDS:
-                log.seek(0)
-                text = log.read().decode(errors="replace")
-                raise Finished(text, "", process.returncode, 0, 0, server.command).fail("llama-server does not start")
+    # The server's end of the log has a place of its own to write at, wherever ours reads.
+    with tempfile.NamedTemporaryFile() as output, open(output.name, "rb") as log, \
+            started(setup, command, variables, output, output) as process:
+        server = Server(None, shown_command, log)
+        while not server.port:
+            has_ended = process.poll() is not None
+            listening = re.search(r"listening on http://127\.0\.0\.1:(\d+)\n", server.read_log())
+            server.port = listening and int(listening[1])
+            if not server.port and (has_ended or time.monotonic() - begin > SERVER_START_SECONDS):
+                done = Finished(server.read_log(), "", process.returncode, 0, 0, server.command)
+                raise done.fail("llama-server does not start")
             time.sleep(0.05)
         yield server

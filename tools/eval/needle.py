@@ -73,7 +73,8 @@ def run_cell(server, text_tokens, needles, length, depth, n_needles):
 def measure(setup, needles, tick=lambda: None):
     """The scores of all cells: single needles at each depth, and one cell of several for each length."""
     depths = [i / max(needles.n_depths - 1, 1) for i in range(needles.n_depths)]
-    with running_server(setup, needles.cache, ["-c", str(max(needles.lengths) + ANSWER_TOKENS + 64)]) as server:
+    n_ctx = max(needles.lengths) + ANSWER_TOKENS + 64
+    with running_server(setup, needles.cache, ["-c", str(n_ctx), "-np", "1"]) as server:
         content = needles.text.read_text()[:CHARACTERS_PER_TOKEN * max(needles.lengths)]
         tokens = server.post("/tokenize", content=content)["tokens"]
         cells = []

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .llama import F16, Cache, kv_memory, run_to_the_end
+from .llama import F16, Cache, kv_memory, run_tool, with_last_words
 
 BATCH = 512  # at most a window: attention reads what the tokens before the batch, and those of the batch, have written
 
@@ -31,6 +31,7 @@ LABELS = {  # of the lines that have one figure, or one with its error
     "kld_max": r"Maximum KLD", "same_top_1": r"Same top p", "dp_rms": r"RMS Δp", "ppl_ratio": r"Mean PPL\(Q\)/PPL\(base\)",
     "ppl": r"Mean PPL\(Q\)",
 }
+LAST_WORDS = "Same top p: "  # with the colon, which the head of the table over all windows lacks
 NUMBER = r"(-?[\d.]+(?:e[-+]?\d+)?|-?nan|-?inf)"
 
 
@@ -54,7 +55,7 @@ def options(quality):
 
 def write_base(setup, quality, base):
     """Keep the FP16 cache's logits in the file `base`."""
-    done = run_to_the_end("", setup, F16, "perplexity", [*options(quality), "--kl-divergence-base", base])
+    done = run_tool(setup, F16, "perplexity", [*options(quality), "--kl-divergence-base", base])
     if not base.exists() or base.stat().st_size < quality.n_ctx * 256:  # no vocabulary is so small
         raise done.fail(f"wrote no logits: {quality.text.name} may be too short for a window of {quality.n_ctx} tokens")
 
@@ -67,7 +68,7 @@ def base_bytes(quality, n_vocab):
 def measure(setup, quality, base, *plugin_options):
     """The figures of one cache against `base`, and what it costs."""
     arguments = [*options(quality), "--kl-divergence-base", base, "--kl-divergence"]
-    done = run_to_the_end("Same top p", setup, quality.cache, "perplexity", arguments, *plugin_options)
+    done = with_last_words(LAST_WORDS, lambda: run_tool(setup, quality.cache, "perplexity", arguments, *plugin_options))
     figures = parse_statistics(done.log)
     if not figures:
         raise done.fail("printed no statistics")
