@@ -24,12 +24,12 @@ avx512) options="$avx2 -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI
 *) fail "which processor? Give avx2 or avx512" ;;
 esac
 [ "$(uname -m)" = x86_64 ] || fail "the variants are of x86-64; this machine is $(uname -m)"
-[ -f "$deps/llama.cpp/.version" ] && [ -d "$deps/llama-bin" ] ||
+[ -f "$deps/llama.cpp/CMakeLists.txt" ] && [ -d "$deps/llama-bin" ] ||
     fail "no llama.cpp in $deps: run scripts/get_llama.sh first"
 deps=$(cd "$deps" && pwd)
 stock=$(readlink -f "$deps/llama-bin")
 folder=$deps/llama-$1
-key="$(cat "$deps/llama.cpp/.version") $(stat -L -c '%Y %s' "$stock/llama-perplexity") $stock $(${CC:-cc} --version | head -1)"
+key="$(readlink -f "$deps/llama.cpp") $(stat -L -c '%Y %s' "$stock/llama-perplexity") $stock $(${CC:-cc} --version | head -1)"
 
 if [ "$(cat "$folder/.built" 2>/dev/null)" != "$key" ]; then
     rm -rf "$folder"

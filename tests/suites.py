@@ -115,7 +115,7 @@ def builds():
         preset("aarch64", "tests", setup=("cross",), programs=cross),
         Build("qemu", [["true"]], setup=("cross",), programs=("qemu-x86_64",)),
         Build("torch", [["true"]], setup=("torch",)),
-        Build("llama variants", variants),
+        Build("llama variants", variants if "avx512_vnni" in cpu_flags() else variants[:1] if "avx2" in cpu_flags() else []),
     ]
     return {build.name: build for build in found}
 
@@ -179,6 +179,7 @@ def native_suites():
     yield Suite("units/asan", units("asan"), "test", builds=("asan",))
     yield replay_suite("asan", tier="test")
     yield Suite("installed library", [python("tests/api/test_library.py")], "test", rooms=("cmake", "include"))
+    yield Suite("scripts", [python("tests/api/test_scripts.py")], "test", builds=(), rooms=("scripts",))
     yield Suite("tq calibrate", [python("tests/api/test_calibrate.py")], "test", rooms=("tools",))
     examples = [([BUILD / "release/examples" / f"example_{name}"], {}) for name in sources("examples", "*.c")]
     yield Suite("examples", counted(examples), "test", rooms=("examples",))
@@ -217,6 +218,7 @@ def emulated_suites():
 
 
 def plugin_environment(llama_bin):
+    TINY.mkdir(parents=True, exist_ok=True)
     return {
         "TQ_LLAMA_BIN": llama_bin,
         "TQ_LLAMA_SRC": DEPS / "llama.cpp",
@@ -228,8 +230,9 @@ def plugin_environment(llama_bin):
     }
 
 
-def plugin_suite(name, script, *classes, llama_bin=DEPS / "llama-bin", **options):
-    environment = {key: str(value) for key, value in plugin_environment(llama_bin).items()}
+def plugin_suite(name, script, *classes, llama_bin=DEPS / "llama-bin", cpu=None, **options):
+    """cpu: the plug-in's instruction set, as the programs in llama_bin have ggml's."""
+    environment = {key: str(value) for key, value in plugin_environment(llama_bin).items()} | ({"TQ_CPU": cpu} if cpu else {})
     return Suite(name, [python(f"tests/plugin/{script}.py", *classes, interpreter=DEPS / "venv/bin/python", **environment)],
                  missing=absent(MODEL, DEPS / "text/austen.txt"), **options)
 
@@ -241,8 +244,22 @@ def absent(*paths):
 
 def plugin_suites():
     """The plug-in in stock llama.cpp. tests/plugin/common.py explains the environment."""
-    for script in sources("tests/plugin", "test_*.py"):
-        yield plugin_suite(f"plug-in/{script[5:]}", script, part="plug-in")
+    quick = {"abi": (), "ctypes": (), "key_bias": (), "log": (), "options": (), "refusals": (), "tools": (),
+             "hosts": ("Hosts",), "server": ("Server", "CodedServer"), "quality": ("ShortQuality",),
+             "eval": ("Parsing", "Needles", "Waiting", "Runs")}
+    for name, classes in quick.items():
+        yield plugin_suite(f"plug-in/{name}", f"test_{name}", *classes, tier="test", rooms=("plugins",))
+    yield plugin_suite("plug-in/all hosts", "test_hosts", "AllHosts", part="plug-in")
+    yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", part="plug-in")
+    # Other processors' sums in llama.cpp, and their kernels here.
+    variants = {"avx2": " avx2 ", "avx512": " avx512_vnni "}
+    for variant in (name for name, flag in variants.items() if flag in cpu_flags()):
+        for name in ("hosts", "key_bias", "server", "quality"):
+            yield plugin_suite(f"plug-in/{name} {variant}", f"test_{name}", *quick[name], part="plug-in",
+                               llama_bin=DEPS / f"llama-{variant}/bin", cpu=variant, builds=("release", "llama variants"))
+    yield plugin_suite("plug-in/4096 tokens", "test_quality", "Quality", part="quality")
+    yield plugin_suite("plug-in/tq eval", "test_eval", "RealRuns", part="quality")
+    yield plugin_suite("plug-in/tq calibrate", "test_calibrate", part="quality")
 
 
 def package_suites():
