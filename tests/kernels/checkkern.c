@@ -147,11 +147,15 @@ static bool check_shape(const char *isa, const op *o, const tq_kernels *referenc
     char text[160];
     start_shape(o, s, i_head_dim);
     o->run(&state, reference, 0);
+    const bool has_tiles = strcmp(isa, "amx") == 0;
+    if (has_tiles) tiles_configure();
     int number = run_guarded(o, kernels);
     const char *problem = NULL;
     if (number != 0) {
         snprintf(text, sizeof(text), "died of signal %d (%s)", number, number == SIGILL ? "illegal instruction" : "bad access");
         problem = text;
+    } else if (has_tiles && !tiles_kept()) {
+        problem = "left other tiles configured than it found";
     }
     for (int i = 0; problem == NULL && i < N_OUTPUTS; i++) problem = compare_output(o, i, text, sizeof(text));
     if (problem == NULL) return true;

@@ -118,4 +118,8 @@ void generate(env *e, float *x, int64_t n_rows, int64_t n, int64_t stride);
 tq_block generate_block(env *e);
 tq_block input_block(env *e);
 
+/* tiles.c, for the level amx: configure this thread's tiles as a caller would; whether they still are as configured. */
+void tiles_configure(void);
+bool tiles_kept(void);
+
 #endif

@@ -131,11 +131,12 @@ TQ_INLINE bool accumulate_chunk(int source, const word_tables *t, const tq_codec
                                 const float *p, int64_t p_stride, int n_row, float *acc)
 {
     split_weights w;
+    tile_config before;
     weights_kind kind = split_weights_init(&w, block.scales, n, p, p_stride, n_row);
     if (kind != WEIGHTS_READY) return kind == WEIGHTS_NEGLIGIBLE;
     _Alignas(64) int8_t values[CHUNK_STEPS * 4 * TILE_BYTES];
     const int n_step = (int)((n + STEP - 1) / STEP);
-    tiles_begin();
+    tiles_begin(&before);
     for (int32_t d = 0; d < codec->width; d += 64) {
         const int n_value = codec->width - d < 64 ? codec->width - d : 64;
         for (int step = 0; step < n_step; step++) {
@@ -145,7 +146,7 @@ TQ_INLINE bool accumulate_chunk(int source, const word_tables *t, const tq_codec
         tiles_written();
         add_values(&w, n_row, n_step, values, n_value, acc + d, codec->width);
     }
-    tiles_end();
+    tiles_end(&before);
     return true;
 }
 

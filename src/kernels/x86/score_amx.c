@@ -128,11 +128,12 @@ TQ_INLINE bool score_tiles(int source, const tq_codec *codec, tq_block block, in
     const word_tables t = word_tables_init(source, codec);
     const int32_t n_group = (codec->width + 63) / 64;
     split_queries queries;
+    tile_config before;
     _Alignas(64) int8_t keys[2 * GROUPS_MAX * TILE_BYTES];
     for (int64_t row = 0; row < n_row;) {
         int now = next_rows(n_row - row, QUERY_TILES_MAX / n_group * OCTET);
         if (!split_queries_init(&queries, q + row * codec->width, codec->width, n_group, now)) return false;
-        tiles_begin();
+        tiles_begin(&before);
         for (int64_t i = 0; i < n; i += KEYS) {
             const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
             const int64_t m = n - i < KEYS ? n - i : KEYS;
@@ -142,7 +143,7 @@ TQ_INLINE bool score_tiles(int source, const tq_codec *codec, tq_block block, in
             tiles_written();
             score_keys(&queries, now, n_group, keys, block.scales + i, m, s + row * s_stride + i, s_stride);
         }
-        tiles_end();
+        tiles_end(&before);
         row += now;
     }
     return true;

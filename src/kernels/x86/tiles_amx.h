@@ -26,17 +26,24 @@ typedef struct tile_config {
 } tile_config;
 _Static_assert(sizeof(tile_config) == 64, "what ldtilecfg reads");
 
-/* Between the two, tile registers may be used; behind them the state is as small as before, for whoever switches threads. */
-TQ_INLINE void tiles_begin(void)
+/*
+ * Between the two, tile registers may be used; behind them the thread has the configuration that it had before, be it none.
+ * ggml configures a thread once and multiplies weights on it ever after. GCC 12 believes that 8 bytes of it are written and
+ * read.
+ */
+TQ_INLINE void tiles_begin(tile_config *before)
 {
     static const tile_config config = {
         .palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .n_row = {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_storeconfig(before);
+    __asm__ volatile("" : "+m"(*before));
     _tile_loadconfig(&config);
 }
 
-TQ_INLINE void tiles_end(void)
+TQ_INLINE void tiles_end(const tile_config *before)
 {
-    _tile_release();
+    __asm__ volatile("" ::"m"(*before));
+    _tile_loadconfig(before);
 }
 
 /* gcc does not know what its tile loads read: what was written before must be in memory. */
