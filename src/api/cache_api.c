@@ -123,16 +123,12 @@ void tq_cache_free(tq_cache *cache)
     if (cache) tq_cache_destroy(cache);
 }
 
-/* The sequence's record stays where it is until the sequence is freed. */
+/* For work without the lock: the sequence's record stays where it is until the sequence is freed. */
 static tq_status find_sequence(tq_cache *cache, int32_t seq, tq_sequence **out)
 {
-    if (!cache) return TQ_ERR_ARGUMENT;
-    tq_cache_lock(cache);
-    *out = tq_cache_sequence(cache, seq);
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, out));
     tq_cache_unlock(cache);
-    if (*out) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, WHO ": there is no sequence %d", (int)seq);
-    return TQ_ERR_RANGE;
+    return TQ_OK;
 }
 
 static tq_status check_vectors(const tq_cache *cache)
@@ -179,29 +175,34 @@ tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)
 tq_status tq_cache_seq_fork(tq_cache *cache, int32_t from, int32_t *seq)
 {
     tq_sequence *original, *sequence;
-    TQ_TRY(find_sequence(cache, from, &original));
     if (!seq) return TQ_ERR_ARGUMENT;
-    tq_cache_lock(cache);
+    TQ_TRY(tq_check_sequence(WHO, cache, from, &original));
     tq_status status = report(cache, tq_sequence_fork(cache, original, &sequence), "fork");
     if (status == TQ_OK) *seq = sequence->id;
     tq_cache_unlock(cache);
     return status;
 }
 
-tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *tokens, int64_t n_tok)
+static int64_t shortest_layer(const tq_cache *cache, const tq_sequence *sequence)
 {
-    tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
     int64_t shortest = sequence->length[0];
     for (int32_t i = 1; i < cache->n_layer; i++) {
         if (sequence->length[i] < shortest) shortest = sequence->length[i];
     }
+    return shortest;
+}
+
+tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *tokens, int64_t n_tok)
+{
+    tq_sequence *sequence;
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
+    int64_t shortest = shortest_layer(cache, sequence);
     if (n_tok < 0 || n_tok > shortest || (n_tok > 0 && !tokens)) {
+        tq_cache_unlock(cache);
         tq_log(TQ_LOG_ERROR, WHO ": publish: %lld tokens, where every layer of sequence %d has %lld", (long long)n_tok,
                (int)seq, (long long)shortest);
         return TQ_ERR_ARGUMENT;
     }
-    tq_cache_lock(cache);
     tq_status status = report(cache, tq_sequence_publish(cache, sequence, tokens, n_tok), "publish");
     tq_cache_unlock(cache);
     return status;
@@ -224,9 +225,8 @@ tq_status tq_cache_seq_match(tq_cache *cache, const int32_t *tokens, int64_t n_t
 tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq)
 {
     tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
-    tq_cache_lock(cache);
-    tq_sequence_close(cache, seq);
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
+    tq_sequence_close(cache, sequence->id);
     tq_cache_unlock(cache);
     return TQ_OK;
 }
@@ -234,9 +234,8 @@ tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq)
 tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok)
 {
     tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
     if (n_tok < 0) return TQ_ERR_ARGUMENT;
-    tq_cache_lock(cache);
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
     tq_status status = n_tok > (int64_t)cache->pool.n_pages * cache->page_size ? TQ_ERR_FULL : TQ_OK;
     if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, -1, n_tok);
     tq_sequence_let_go(cache, sequence, &sequence->held);
@@ -248,10 +247,11 @@ tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok)
 tq_status tq_cache_page_table(tq_cache *cache, int32_t seq, int32_t *page_table, int32_t room, int32_t *n_pages)
 {
     tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
     if (room < 0 || (room > 0 && !page_table)) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
     for (int32_t i = 0; i < room && i < sequence->n_pages; i++) page_table[i] = sequence->page_table[i];
     if (n_pages) *n_pages = sequence->n_pages;
+    tq_cache_unlock(cache);
     return TQ_OK;
 }
 
@@ -467,12 +467,11 @@ tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_
 tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok)
 {
     tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
     if (n_tok < 0) {
         tq_log(TQ_LOG_ERROR, WHO ": trim: n_tok is negative");
         return TQ_ERR_ARGUMENT;
     }
-    tq_cache_lock(cache);
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
     tq_sequence_trim(cache, sequence, n_tok);
     tq_cache_unlock(cache);
     return TQ_OK;
@@ -483,8 +482,9 @@ int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer)
     if (!cache || layer < 0 || layer >= cache->n_layer) return -1;
     tq_cache_lock(cache);
     const tq_sequence *sequence = tq_cache_sequence(cache, seq);
+    int64_t length = sequence ? sequence->length[layer] : -1;
     tq_cache_unlock(cache);
-    return sequence ? sequence->length[layer] : -1;
+    return length;
 }
 
 static void read_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t side, int64_t first, int64_t n,

@@ -84,6 +84,17 @@ tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent, int3
     return TQ_ERR_ARGUMENT;
 }
 
+tq_status tq_check_sequence(const char *who, tq_cache *cache, int32_t seq, tq_sequence **out)
+{
+    if (!cache) return TQ_ERR_ARGUMENT;
+    tq_cache_lock(cache);
+    *out = tq_cache_sequence(cache, seq);
+    if (*out) return TQ_OK;
+    tq_cache_unlock(cache);
+    tq_log(TQ_LOG_ERROR, "%s: there is no sequence %d", who, (int)seq);
+    return TQ_ERR_RANGE;
+}
+
 int32_t tq_check_row(const tq_kernels *kernels, const float *row, int32_t n_head_kv, int32_t head_dim)
 {
     if (kernels->all_finite(row, (int64_t)n_head_kv * head_dim)) return -1;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Files and bytes of sequences: argument checks in front of cache/snapshot.h and cache/exchange.c. */
+#include "api/checks.h"
 #include "base/file.h"
 #include "base/log.h"
 #include "cache/snapshot.h"
@@ -41,16 +42,15 @@ tq_status tq_cache_seq_export(tq_cache *cache, int32_t seq, int64_t first_page, 
 {
     if (!cache || first_page < 0 || n_pages < 0 || (n_pages > 0 && !pages) || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
     if (exact && !has_exact_bytes(cache, exact_bytes)) return TQ_ERR_ARGUMENT;
-    const tq_sequence *sequence = tq_cache_sequence(cache, seq);
-    if (!sequence || first_page > sequence->n_pages || n_pages > sequence->n_pages - first_page) {
-        tq_log(TQ_LOG_ERROR, "seq_export: sequence %d has no %lld pages behind its first %lld", (int)seq, (long long)n_pages,
-               (long long)first_page);
-        return TQ_ERR_RANGE;
-    }
-    tq_cache_lock(cache);
-    tq_sequence_export(cache, sequence, first_page, n_pages, pages, exact);
+    tq_sequence *sequence;
+    TQ_TRY(tq_check_sequence("seq_export", cache, seq, &sequence));
+    bool exists = first_page <= sequence->n_pages && n_pages <= sequence->n_pages - first_page;
+    if (exists) tq_sequence_export(cache, sequence, first_page, n_pages, pages, exact);
     tq_cache_unlock(cache);
-    return TQ_OK;
+    if (exists) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "seq_export: sequence %d has no %lld pages behind its first %lld", (int)seq, (long long)n_pages,
+           (long long)first_page);
+    return TQ_ERR_RANGE;
 }
 
 tq_status tq_cache_seq_import(tq_cache *cache, int32_t seq, int64_t n_tok, int64_t first_page, const void *pages,
@@ -60,17 +60,21 @@ tq_status tq_cache_seq_import(tq_cache *cache, int32_t seq, int64_t n_tok, int64
     if (!has_exact_bytes(cache, exact ? exact_bytes : 0)) return TQ_ERR_ARGUMENT;
     int64_t page_size = cache->page_size, n_pages = n_tok / page_size + (n_tok % page_size > 0);
     if (first_page < n_pages && !pages) return TQ_ERR_ARGUMENT;
-    tq_sequence *sequence = tq_cache_sequence(cache, seq);
-    if (!sequence || first_page > sequence->n_pages || first_page > n_pages) {
+    tq_sequence *sequence;
+    TQ_TRY(tq_check_sequence("seq_import", cache, seq, &sequence));
+    tq_status status;
+    if (first_page > sequence->n_pages || first_page > n_pages)
+        status = TQ_ERR_RANGE;
+    else if (n_pages > cache->pool.n_pages)
+        status = TQ_ERR_FULL;
+    else
+        status = tq_sequence_import(cache, sequence, n_tok, (int32_t)first_page, pages, exact);
+    tq_cache_unlock(cache);
+    if (status == TQ_ERR_RANGE)
         tq_log(TQ_LOG_ERROR, "seq_import: sequence %d has no %lld pages to keep of %lld", (int)seq, (long long)first_page,
                (long long)n_pages);
-        return TQ_ERR_RANGE;
-    }
-    tq_cache_lock(cache);
-    tq_status status = n_pages > cache->pool.n_pages ? TQ_ERR_FULL : TQ_OK;
-    if (status == TQ_OK) status = tq_sequence_import(cache, sequence, n_tok, (int32_t)first_page, pages, exact);
-    tq_cache_unlock(cache);
-    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "seq_import: %s", tq_status_string(status));
+    else if (status != TQ_OK)
+        tq_log(TQ_LOG_ERROR, "seq_import: %s", tq_status_string(status));
     return status;
 }
 

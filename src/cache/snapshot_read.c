@@ -267,11 +267,11 @@ tq_status tq_snapshot_load(tq_cache *cache, tq_snapshot_bytes file, int32_t *seq
     tq_cache_lock(cache);
     if (status == TQ_OK) status = load_content(&l);
     finish(&l, status);
-    tq_cache_unlock(cache);
     if (status == TQ_OK) {
         for (int32_t i = 0; i < l.n_opened; i++) seqs[i] = l.sequences[i]->id;
         *n_seq = l.n_opened;
     }
+    tq_cache_unlock(cache);
     tq_free(l.pages);
     tq_free(l.exact);
     tq_free(l.sequences);
