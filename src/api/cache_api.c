@@ -146,6 +146,11 @@ static tq_status check_layer(const tq_cache *cache, int32_t layer)
     return TQ_ERR_RANGE;
 }
 
+static int32_t value_dim(const tq_cache *cache, int32_t layer)
+{
+    return tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim;
+}
+
 static tq_status find_layer(tq_cache *cache, int32_t seq, int32_t layer, tq_sequence **out)
 {
     TQ_TRY(find_sequence(cache, seq, out));
@@ -210,7 +215,7 @@ tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *toke
 
 tq_status tq_cache_seq_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, int32_t *seq, int64_t *n_matched)
 {
-    if (!cache || !seq || !n_matched || n_tok < 0 || (n_tok > 0 && !tokens)) return TQ_ERR_ARGUMENT;
+    if (!cache || !seq || !n_matched || n_tok < 0 || n_tok > TQ_COUNT_MAX || (n_tok > 0 && !tokens)) return TQ_ERR_ARGUMENT;
     tq_sequence *sequence;
     tq_cache_lock(cache);
     tq_status status = report(cache, tq_sequence_match(cache, tokens, n_tok, &sequence), "match");
@@ -319,7 +324,7 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
     tq_sequence *sequence;
     TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
-    TQ_TRY(tq_check_attend(WHO, params, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim));
+    TQ_TRY(tq_check_attend(WHO, params, n_tok, cache->n_head_kv, value_dim(cache, layer)));
     if (params->mask || params->key_stage || params->value_stage) {
         tq_log(TQ_LOG_ERROR, WHO ": prefill: there is neither mask nor stage");
         return TQ_ERR_ARGUMENT;
@@ -353,13 +358,13 @@ tq_status tq_cache_append_slots(tq_cache *cache, int32_t layer, int64_t n_tok, c
 {
     TQ_TRY(check_vectors(cache));
     TQ_TRY(check_layer(cache, layer));
-    if (n_tok < 0 || (n_tok > 0 && (!slot_mapping || !k || !v))) {
-        tq_log(TQ_LOG_ERROR, WHO ": append: n_tok is negative, or slot_mapping, k or v is NULL");
+    if (n_tok < 0 || n_tok > TQ_COUNT_MAX || (n_tok > 0 && (!slot_mapping || !k || !v))) {
+        tq_log(TQ_LOG_ERROR, WHO ": append: n_tok is out of range, or slot_mapping, k or v is NULL");
         return TQ_ERR_ARGUMENT;
     }
     if (n_tok == 0) return TQ_OK;
     TQ_TRY(check_slot_rows(cache, layer, slot_mapping, n_tok, k, v));
-    tq_slot_run *runs = (size_t)n_tok > SIZE_MAX / sizeof *runs ? NULL : tq_alloc((size_t)n_tok * sizeof *runs);
+    tq_slot_run *runs = tq_alloc((size_t)n_tok * sizeof *runs);
     if (!runs) return TQ_ERR_MEMORY;
     int64_t n_runs, bad_row = -1;
     tq_cache_lock(cache);
@@ -388,7 +393,7 @@ tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_
     tq_sequence *sequence;
     TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
-    TQ_TRY(tq_check_attend(WHO, params, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim));
+    TQ_TRY(tq_check_attend(WHO, params, params ? params->n_query : 0, cache->n_head_kv, value_dim(cache, layer)));
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
     tq_kv_view keys = tq_cache_view(cache, sequence, layer, TQ_SIDE_K, exact_k);
     tq_kv_view values = tq_cache_view(cache, sequence, layer, TQ_SIDE_V, exact_v);
@@ -426,9 +431,8 @@ static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_atte
             return TQ_ERR_ARGUMENT;
         }
     }
-    tq_attend_params all = batch->params;
-    all.n_query = batch->n_seq > 0 ? batch->query_starts[batch->n_seq] : 0;
-    return tq_check_attend(WHO, &all, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim);
+    int64_t n_query = batch->n_seq > 0 ? batch->query_starts[batch->n_seq] : 0;
+    return tq_check_attend(WHO, &batch->params, n_query, cache->n_head_kv, value_dim(cache, layer));
 }
 
 /* Look a batch's sequences up, and check what is asked of them. */

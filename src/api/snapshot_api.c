@@ -85,7 +85,7 @@ tq_status tq_snapshot_describe(tq_snapshot_info *out, const char *path, bool ver
     TQ_TRY(tq_file_map(path, &file.data, &file.n));
     tq_snapshot_header h;
     tq_status status = verify ? tq_snapshot_check(file, &h) : tq_snapshot_check_header(file, &h);
-    for (int32_t i = 0; status == TQ_OK && i < room && i < 2 * h.n_layer; i++)
+    for (int32_t i = 0; status == TQ_OK && i < room && i / 2 < h.n_layer; i++)
         formats[i] = (tq_format)file.data[sizeof h + (size_t)i];
     tq_file_unmap(file.data, file.n);
     if (status != TQ_OK) return status;

@@ -95,7 +95,12 @@ void tq_store_close(tq_store *store)
 
 static tq_status check_write(const tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride)
 {
-    if (!store || n < 0) return TQ_ERR_ARGUMENT;
+    if (!store) return TQ_ERR_ARGUMENT;
+    if (n < 0 || n > TQ_COUNT_MAX || !tq_check_stride(n, row_stride)) {
+        tq_log(TQ_LOG_ERROR, "%s: %lld rows, %lld elements apart, are out of range", store->label, (long long)n,
+               (long long)row_stride);
+        return TQ_ERR_ARGUMENT;
+    }
     if (n > 0 && (!slots || !rows)) {
         tq_log(TQ_LOG_ERROR, "%s: slots or rows is NULL", store->label);
         return TQ_ERR_ARGUMENT;
@@ -168,8 +173,9 @@ static tq_status learn_queries(tq_store *store, const tq_attend_params *queries)
 {
     if (!queries) return TQ_OK;
     if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) || queries->n_head < 1 ||
-        queries->n_head % store->n_head_kv != 0) {
-        tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads", store->label);
+        queries->n_head % store->n_head_kv != 0 || !tq_check_stride(queries->n_query, queries->q_token_stride) ||
+        !tq_check_stride(queries->n_head, queries->q_head_stride)) {
+        tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads, or a stride is out of range", store->label);
         return TQ_ERR_ARGUMENT;
     }
     tq_store_learn_queries(store, queries);
@@ -272,7 +278,7 @@ size_t tq_store_key_bias_bytes(const tq_store *store)
 
 tq_status tq_store_set_positions(tq_store *store, const int64_t *slots, int64_t n, const int32_t *positions)
 {
-    if (!store || n < 0 || (n > 0 && (!slots || !positions))) return TQ_ERR_ARGUMENT;
+    if (!store || n < 0 || n > TQ_COUNT_MAX || (n > 0 && (!slots || !positions))) return TQ_ERR_ARGUMENT;
     for (int64_t i = 0; i < n; i++) {
         if (slots[i] < store->n_slots) continue;
         tq_log(TQ_LOG_ERROR, "%s: the position of slot %lld is out of range; there are %lld slots", store->label,
@@ -307,6 +313,11 @@ tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, fl
         tq_log(TQ_LOG_ERROR, "%s: read: %lld slots from %lld on are out of range; there are %lld", store->label, (long long)n,
                (long long)first_slot, (long long)store->n_slots);
         return TQ_ERR_RANGE;
+    }
+    if (!tq_check_stride(n, row_stride)) {
+        tq_log(TQ_LOG_ERROR, "%s: read: %lld rows, %lld elements apart, are out of range", store->label, (long long)n,
+               (long long)row_stride);
+        return TQ_ERR_ARGUMENT;
     }
     tq_exact_entry exact[TQ_EXACT_MAX];
     tq_kv_view view = tq_store_view(store, exact, tq_store_list_exact(store, first_slot + n, exact));
@@ -353,7 +364,7 @@ tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t 
         tq_log(TQ_LOG_ERROR, "%s: attend: its slots are coded without their key bias, so they cannot be values", values->label);
         return TQ_ERR_ARGUMENT;
     }
-    TQ_TRY(tq_check_attend(keys->label, params, keys->n_head_kv, values->codec.head_dim));
+    TQ_TRY(tq_check_attend(keys->label, params, params ? params->n_query : 0, keys->n_head_kv, values->codec.head_dim));
 
     TQ_TRY(check_stage(keys, params->key_stage, params));
     TQ_TRY(check_stage(values, params->value_stage, params));

@@ -684,6 +684,56 @@ static void test_failing_allocation(void **state)
 }
 
 /* A prompt whose allocations fail one by one is appended whole or not at all, and goes on afterwards. */
+/* What params says of queries is not what a prefill takes them for. */
+static void test_prefill_checks_the_queries_it_uses(void **state)
+{
+    (void)state;
+    tq_cache *cache = create_small();
+    tq_attend_params a;
+    int32_t seq;
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    tq_attend_params_default(&a);
+    a.n_head = 2;
+    assert_int_equal(tq_cache_prefill(cache, seq, 0, 20, rows, rows, &a, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_length(cache, seq, 0), 0);
+    float out[2 * 128];
+    a.n_query = INT64_MAX;
+    a.q = rows;
+    a.out = out;
+    a.q_head_stride = a.out_head_stride = 64;
+    a.q_token_stride = a.out_token_stride = 128;
+    assert_int_equal(tq_cache_prefill(cache, seq, 0, -1, rows, rows, &a, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_prefill(cache, seq, 0, 2, rows, rows, NULL, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_prefill(cache, seq, 0, 2, rows, rows, &a, NULL), TQ_OK);
+    tq_cache_free(cache);
+}
+
+static void test_places_that_overflow_are_refused(void **state)
+{
+    (void)state;
+    tq_cache *cache = create_small();
+    tq_attend_params a;
+    int32_t seq, tokens[20] = {0};
+    int64_t slots[2] = {-1, -1}, n_matched;
+    float out[2 * 128];
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    append_both(cache, seq, 5);
+    int64_t *const strides[] = {&a.q_token_stride, &a.q_head_stride, &a.out_token_stride, &a.out_head_stride};
+    for (int i = 0; i < 4; i++) {
+        a = kv_attend_params(2, 2, 64, rows, out);
+        assert_int_equal(tq_cache_attend(cache, seq, 0, &a, NULL), TQ_OK);
+        *strides[i] = i % 2 ? INT64_MAX : INT64_MIN;
+        assert_int_equal(tq_cache_attend(cache, seq, 0, &a, NULL), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_cache_prefill(cache, seq, 0, 2, rows, rows, &a, NULL), TQ_ERR_ARGUMENT);
+    }
+    assert_int_equal(tq_cache_append_slots(cache, 0, INT64_MAX, slots, rows, rows, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_seq_match(cache, tokens, INT64_MAX, &seq, &n_matched), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_append(cache, seq, 0, INT64_MAX, rows, rows, NULL), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_reserve(cache, seq, INT64_MAX), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_save(cache, "never-written.tqs", &seq, INT32_MAX), TQ_ERR_RANGE);
+    tq_cache_free(cache);
+}
+
 static void test_failing_prefill(void **state)
 {
     (void)state;
@@ -727,6 +777,8 @@ int main(void)
         cmocka_unit_test(test_refused_parameters),
         cmocka_unit_test(test_refused_calls),
         cmocka_unit_test(test_failing_allocation),
+        cmocka_unit_test(test_prefill_checks_the_queries_it_uses),
+        cmocka_unit_test(test_places_that_overflow_are_refused),
         cmocka_unit_test(test_failing_prefill),
         cmocka_unit_test(test_prefixes_are_kept_and_given_up),
         cmocka_unit_test(test_equal_prefixes_are_one),

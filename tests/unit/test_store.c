@@ -194,6 +194,16 @@ static void test_refusals(void **state)
     assert_int_equal(tq_store_read(store, 0, 1, NULL, 128), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_read(store, 64, 1, rows, 128), TQ_ERR_RANGE);
     assert_int_equal(tq_store_read(store, 1, INT64_MAX, rows, 128), TQ_ERR_RANGE);
+    const int64_t slots[2] = {3, -1};
+    for (int i = 0; i < 2; i++) {
+        int64_t stride = i == 0 ? INT64_MAX : INT64_MIN;
+        assert_int_equal(tq_store_write(store, slots, 2, rows, stride, NULL), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_store_update(store, slots, 2, rows, stride, NULL), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_store_read(store, 0, 2, rows, stride), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_store_write(store, slots, 1, rows, stride, NULL), TQ_OK);
+    }
+    assert_int_equal(tq_store_write(store, slots, INT64_MAX, rows, 128, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_set_positions(store, slots, INT64_MAX, (const int32_t[]){0}), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_n_exact(NULL), 0);
     tq_store_close(store);
     tq_store_close(NULL);
@@ -353,6 +363,10 @@ static void test_stage_refusals(void **state)
     p.n_head = 3;
     assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
     p.n_head = 4;
+    p.q_token_stride = INT64_MAX;
+    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
+    p = learner_queries(q, 3, out);
+    p.key_stage = p.value_stage = stage;
     assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_OK);
     assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_OK);
