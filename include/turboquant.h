@@ -349,9 +349,10 @@ TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, 
                                               const tq_executor *executor);
 /*
  * Write to an empty store `to` what the stage holds: its rows, and the slots that were exact before them. If nothing was
- * encoded before, that is all there is, and `to`, of another format, can take the place of the store that was staged for.
- * queries as in tq_store_settle. Errors: ARGUMENT (nothing is staged, or a single row whose write was not the first to encode
- * a slot: the stage holds no more than that row then), SHAPE (another head_dim, n_head_kv or n_slots).
+ * encoded before, that is all there is, and `to`, of another format, can take the place of the store that was staged for,
+ * which may be closed by then. queries as in tq_store_settle. Errors: ARGUMENT (nothing is staged, or a single row whose write
+ * was not the first to encode a slot: the stage holds no more than that row then), SHAPE (another head_dim, n_head_kv or
+ * n_slots).
  */
 TQ_API TQ_NODISCARD tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries,
                                                    const tq_executor *executor);

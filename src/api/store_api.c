@@ -162,7 +162,7 @@ tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *
                          int64_t row_stride)
 {
     if (!stage) return TQ_ERR_ARGUMENT;
-    stage->store = NULL;
+    stage->store = 0;
     TQ_TRY(check_write(store, slots, n, rows, row_stride));
     tq_status status = tq_stage_fill(stage, store, slots, n, rows, row_stride);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: stage: %s", store->label, tq_status_string(status));
@@ -185,7 +185,7 @@ static tq_status learn_queries(tq_store *store, const tq_attend_params *queries)
 tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
 {
     if (!store || !stage) return TQ_ERR_ARGUMENT;
-    if (stage->store != store || stage->is_settled) {
+    if (stage->store != store->number || stage->is_settled) {
         tq_log(TQ_LOG_ERROR, "%s: settle: no rows are staged for it", store->label);
         return TQ_ERR_ARGUMENT;
     }
@@ -200,20 +200,19 @@ tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_para
 tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
 {
     if (!to || !stage) return TQ_ERR_ARGUMENT;
-    const tq_store *from = stage->store;
-    if (!from) {
+    if (!stage->store) {
         tq_log(TQ_LOG_ERROR, "%s: settle: nothing is staged", to->label);
         return TQ_ERR_ARGUMENT;
     }
     if (stage->is_plain) {
         tq_log(TQ_LOG_ERROR,
                "%s: settle: the stage has one row of %s alone, since its write was not the first to encode a slot", to->label,
-               from->label);
+               stage->label);
         return TQ_ERR_ARGUMENT;
     }
-    if (to->codec.head_dim != from->codec.head_dim || to->n_head_kv != from->n_head_kv || to->n_slots != from->n_slots) {
+    if (to->codec.head_dim != stage->head_dim || to->n_head_kv != stage->n_head_kv || to->n_slots != stage->n_slots) {
         tq_log(TQ_LOG_ERROR, "%s: settle: it has another shape than %s, which the rows were staged for", to->label,
-               from->label);
+               stage->label);
         return TQ_ERR_SHAPE;
     }
     TQ_TRY(learn_queries(to, queries));
@@ -334,7 +333,7 @@ int32_t tq_store_n_exact(const tq_store *store)
 
 static tq_status check_stage(const tq_store *store, const tq_stage *stage, const tq_attend_params *params)
 {
-    if (!stage || (stage->store == store && stage->is_settled && stage->n_rows == params->n_query)) return TQ_OK;
+    if (!stage || (stage->store == store->number && stage->is_settled && stage->n_rows == params->n_query)) return TQ_OK;
     tq_log(TQ_LOG_ERROR, "%s: attend: the stage must hold the settled rows of this store, one a query token (%lld)",
            store->label, (long long)params->n_query);
     return TQ_ERR_ARGUMENT;
@@ -343,7 +342,7 @@ static tq_status check_stage(const tq_store *store, const tq_stage *stage, const
 /* exact has room for TQ_EXACT_MAX entries and must outlive the view. */
 static tq_kv_view view_of(const tq_store *store, const tq_stage *stage, int64_t n_col, tq_exact_entry *exact)
 {
-    if (stage && !stage->is_plain) return tq_stage_view(stage);
+    if (stage && !stage->is_plain) return tq_stage_view(stage, store);
     return tq_store_view(store, exact, tq_store_list_exact(store, n_col, exact));
 }
 
