@@ -82,7 +82,8 @@ typedef void (*tq_log_fn)(void *user, tq_log_level level, const char *message);
 /*
  * Set the process-wide log callback; NULL (the default) drops messages. A message is one line without a newline and says what
  * was wrong with which layer, head and position. Call before other threads use the library. The callback may be called from
- * any thread.
+ * any thread, when the call that it is about has let go of its locks: it may call the library, but not what would change or
+ * free the sequence, store or stage that the call is about.
  */
 TQ_API void tq_log_set(tq_log_fn log, void *user);
 

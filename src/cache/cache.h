@@ -20,6 +20,7 @@
 #include <stdatomic.h>
 
 #include "attention/attention.h"
+#include "base/log.h"
 #include "cache/kv_rows.h"
 #include "cache/page_pool.h"
 #include "cache/prefix.h"
@@ -106,13 +107,16 @@ static inline uint8_t *tq_sequence_exact(const tq_sequence *sequence, const tq_c
  */
 tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq_kernels *kernels);
 void tq_cache_destroy(tq_cache *cache);
+/* Messages are sent when the lock is given back: a callback may use the cache. */
 static inline void tq_cache_lock(tq_cache *cache)
 {
     pthread_mutex_lock(&cache->lock);
+    tq_log_hold();
 }
 static inline void tq_cache_unlock(tq_cache *cache)
 {
     pthread_mutex_unlock(&cache->lock);
+    tq_log_send();
 }
 tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side);
 /* Around reading pages: they stay where they are in between. No sequence's table may change meanwhile. Locks. */

@@ -503,6 +503,56 @@ static void test_threads_agree_with_one(void **state)
     }
 }
 
+/* A log callback that uses the cache: whoever sends a message holds no lock of it. */
+typedef struct nosy {
+    tq_cache *cache;
+    int n_messages;
+} nosy;
+
+static void ask_for_stats(void *user, tq_log_level level, const char *message)
+{
+    nosy *n = user;
+    tq_cache_stats stats;
+    keep_message(NULL, level, message);
+    KV_CHECK(tq_cache_get_stats(n->cache, &stats) == TQ_OK);
+    /* Has a message of its own. */
+    if (n->n_messages++ < 100) KV_CHECK(tq_cache_trim(n->cache, -2 - n->n_messages, 0) == TQ_ERR_RANGE);
+    keep_message(NULL, level, message);
+}
+
+static void test_the_log_may_use_the_cache(void **state)
+{
+    (void)state;
+    tq_cache *cache = create_small();
+    nosy n = {.cache = cache};
+    int32_t seq, tokens[64];
+    int64_t slot = INT64_MAX;
+    count_tokens(tokens, 64, 0);
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    append_both(cache, seq, 40);
+    tq_log_set(ask_for_stats, &n);
+#define SAYS(call, text)                             \
+    do {                                             \
+        n.n_messages = 0;                            \
+        last_message[0] = '\0';                      \
+        assert_int_not_equal(call, TQ_OK);           \
+        assert_true(n.n_messages > 100);             \
+        assert_non_null(strstr(last_message, text)); \
+    } while (0)
+    SAYS(append(cache, seq, 0, 1000), "append");
+    SAYS(tq_cache_reserve(cache, seq, 1000), "reserve");
+    SAYS(tq_cache_append_slots(cache, 0, 1, &slot, rows, rows, NULL), "slot");
+    SAYS(tq_cache_seq_publish(cache, seq, tokens, 64), "publish");
+    SAYS(tq_cache_save(cache, "/nowhere/at/all", (const int32_t[]){77}, 1), "was not written");
+    SAYS(tq_cache_seq_export(cache, 77, 0, 0, NULL, NULL, 0), "77");
+    SAYS(tq_cache_seq_import(cache, seq, 1000, 0, rows, NULL, 0), "bytes of exact data");
+    tq_alloc_fail_after(0);
+    SAYS(tq_cache_seq_fork(cache, seq, &seq), "fork: ");
+    tq_alloc_fail_after(-1);
+    tq_log_set(NULL, NULL);
+    tq_cache_free(cache);
+}
+
 static void test_refused_batches(void **state)
 {
     (void)state;
@@ -786,6 +836,7 @@ int main(void)
         cmocka_unit_test(test_threads_agree_with_one),
         cmocka_unit_test(test_prefill_is_token_by_token),
         cmocka_unit_test(test_refused_batches),
+        cmocka_unit_test(test_the_log_may_use_the_cache),
         cmocka_unit_test(test_beyond_four_gib),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
