@@ -162,7 +162,7 @@ static tq_status report(const tq_cache *cache, tq_status status, const char *act
 {
     if (status == TQ_OK) return status;
     tq_log(TQ_LOG_ERROR, WHO ": %s: %s; %d of %d pages can be had, %zu bytes are in use", action, tq_status_string(status),
-           (int)tq_page_pool_available(&cache->pool, true), (int)cache->pool.n_pages, cache->budget.used);
+           (int)tq_page_pool_available(&cache->pool), (int)cache->pool.n_pages, cache->budget.used);
     return status;
 }
 

@@ -144,11 +144,20 @@ tq_status tq_sequence_open(tq_cache *cache, tq_sequence **out);
 void tq_sequence_close(tq_cache *cache, int32_t seq);
 /* Errors: FULL, MEMORY. */
 tq_status tq_sequence_fork(tq_cache *cache, const tq_sequence *from, tq_sequence **out);
+/* What is needed for n more sequences without content; for a table of n_pages, where there is one of page_capacity; for a copy
+ * of exact data, or new ones. Before anything is taken: tq_cache_can. */
+void tq_need_sequences(const tq_cache *cache, int32_t n, tq_need *need);
+void tq_need_table(int32_t page_capacity, int64_t n_pages, tq_need *need);
+void tq_need_exact(const tq_cache *cache, int32_t n, tq_need *need);
+/* Errors: FULL. */
+tq_status tq_cache_can(const tq_cache *cache, const tq_need *need);
 /* Errors: FULL, MEMORY. */
 tq_status tq_sequence_grow_table(tq_cache *cache, tq_sequence *sequence, int64_t n_pages);
 /* Make room for n_tok positions more in one layer (-1: in each), and what they will write the sequence's own and held in
  * memory, until it is let go. Errors: FULL, MEMORY, IO; then nothing that can be read has changed. */
 tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
+/* What reserving needs; n_tok of -1: exact data of its own. */
+void tq_sequence_need(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, tq_need *need);
 /* Hold pages [begin, end) of the table, and what lies between them and those held. Errors: FULL, MEMORY, IO. */
 tq_status tq_sequence_hold(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held, int64_t begin, int64_t end);
 void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held);
