@@ -101,7 +101,10 @@ typedef struct tq_executor {
     void (*run)(void *user, int32_t n_threads, tq_body_fn body, void *arg);
 } tq_executor;
 
-/* A pool of threads. It sleeps when idle and spins at most some tens of microseconds. */
+/*
+ * A pool of threads. It sleeps when idle and spins at most some tens of microseconds. In a child of fork() it has no threads:
+ * it runs on the caller's, and can be freed.
+ */
 typedef struct tq_pool tq_pool;
 /* n_threads >= 1 counts the caller's thread. Errors: ARGUMENT, MEMORY, THREAD. */
 TQ_API TQ_NODISCARD tq_status tq_pool_create(tq_pool **out, int32_t n_threads);
@@ -380,6 +383,10 @@ TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_sto
  *
  * Threads: any number may use one cache, each sequence one thread at a time (several may attend to it while none changes it).
  * tq_cache_append_slots and tq_cache_attend_batch use the sequences that they name. Results are those of one thread.
+ *
+ * fork(): a child has a cache of its own with what the parent's holds, whatever the parent's threads are doing; of a sequence
+ * that one of them was changing it can only free its copy. With an offload file, which the two would share, there is no such
+ * copy: every call in the child but tq_cache_free is an ARGUMENT error, and that leaves the parent's file alone.
  */
 typedef struct tq_cache tq_cache;
 typedef struct tq_cache_params {

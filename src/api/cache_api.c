@@ -133,7 +133,7 @@ static tq_status find_sequence(tq_cache *cache, int32_t seq, tq_sequence **out)
 
 static tq_status check_vectors(const tq_cache *cache)
 {
-    if (!cache) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
     if (!cache->budget.is_dry) return TQ_OK;
     tq_log(TQ_LOG_ERROR, WHO ": a dry run has no vectors");
     return TQ_ERR_ARGUMENT;
@@ -168,7 +168,8 @@ static tq_status report(const tq_cache *cache, tq_status status, const char *act
 
 tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)
 {
-    if (!cache || !seq) return TQ_ERR_ARGUMENT;
+    if (!seq) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
     tq_sequence *sequence;
     tq_cache_lock(cache);
     tq_status status = report(cache, tq_sequence_open(cache, &sequence), "new sequence");
@@ -215,7 +216,8 @@ tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *toke
 
 tq_status tq_cache_seq_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, int32_t *seq, int64_t *n_matched)
 {
-    if (!cache || !seq || !n_matched || n_tok < 0 || n_tok > TQ_COUNT_MAX || (n_tok > 0 && !tokens)) return TQ_ERR_ARGUMENT;
+    if (!seq || !n_matched || n_tok < 0 || n_tok > TQ_COUNT_MAX || (n_tok > 0 && !tokens)) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
     tq_sequence *sequence;
     tq_cache_lock(cache);
     tq_status status = report(cache, tq_sequence_match(cache, tokens, n_tok, &sequence), "match");
@@ -483,7 +485,7 @@ tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok)
 
 int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer)
 {
-    if (!cache || layer < 0 || layer >= cache->n_layer) return -1;
+    if (tq_check_cache(cache) != TQ_OK || layer < 0 || layer >= cache->n_layer) return -1;
     tq_cache_lock(cache);
     const tq_sequence *sequence = tq_cache_sequence(cache, seq);
     int64_t length = sequence ? sequence->length[layer] : -1;
@@ -523,7 +525,8 @@ tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t fir
 
 tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats *out)
 {
-    if (!cache || !out) return TQ_ERR_ARGUMENT;
+    if (!out) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
     tq_cache_lock(cache);
     tq_cache_count(cache, out);
     tq_cache_unlock(cache);

@@ -100,9 +100,17 @@ tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent, int3
     return TQ_ERR_ARGUMENT;
 }
 
-tq_status tq_check_sequence(const char *who, tq_cache *cache, int32_t seq, tq_sequence **out)
+tq_status tq_check_cache(const tq_cache *cache)
 {
     if (!cache) return TQ_ERR_ARGUMENT;
+    if (!cache->fork.is_copy || !cache->pool.offload) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "cache: its offload file is that of the process that made it; make another cache after fork()");
+    return TQ_ERR_ARGUMENT;
+}
+
+tq_status tq_check_sequence(const char *who, tq_cache *cache, int32_t seq, tq_sequence **out)
+{
+    TQ_TRY(tq_check_cache(cache));
     tq_cache_lock(cache);
     *out = tq_cache_sequence(cache, seq);
     if (*out) return TQ_OK;

@@ -22,9 +22,12 @@ tq_status tq_check_attend(const char *who, const tq_attend_params *params, int64
 /* n_sink, n_recent, and how many columns share a reference. */
 tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent, int32_t ref_block);
 
+/* That there is a cache, and that this process may use it. */
+tq_status tq_check_cache(const tq_cache *cache);
+
 /*
  * A sequence, looked up with the cache locked, which it then stays: another thread may be moving the table of sequences.
- * Errors, unlocked: ARGUMENT (no cache), RANGE.
+ * Errors, unlocked: those of tq_check_cache, RANGE.
  */
 tq_status tq_check_sequence(const char *who, tq_cache *cache, int32_t seq, tq_sequence **out);
 

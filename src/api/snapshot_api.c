@@ -7,6 +7,7 @@
 
 static bool has_vectors(const tq_cache *cache)
 {
+    if (tq_check_cache(cache) != TQ_OK) return false;
     if (cache->budget.is_dry) tq_log(TQ_LOG_ERROR, "snapshot: a dry run has no vectors");
     return !cache->budget.is_dry;
 }
@@ -20,7 +21,7 @@ static bool has_exact_bytes(const tq_cache *cache, size_t exact_bytes)
 
 tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq)
 {
-    if (!cache || !path || n_seq < 0 || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
+    if (!path || n_seq < 0 || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
     tq_status status = tq_snapshot_save(cache, path, seqs, n_seq);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "snapshot: %s was not written: %s", path, tq_status_string(status));
     return status;
@@ -28,7 +29,7 @@ tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, 
 
 tq_status tq_cache_load(tq_cache *cache, const char *path, int32_t *seqs, int32_t room, int32_t *n_seq)
 {
-    if (!cache || !path || !n_seq || room < 0 || (room > 0 && !seqs) || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
+    if (!path || !n_seq || room < 0 || (room > 0 && !seqs) || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
     tq_snapshot_bytes file;
     TQ_TRY(tq_file_map(path, &file.data, &file.n));
     tq_status status = tq_snapshot_load(cache, file, seqs, room, n_seq);
@@ -40,7 +41,7 @@ tq_status tq_cache_load(tq_cache *cache, const char *path, int32_t *seqs, int32_
 tq_status tq_cache_seq_export(tq_cache *cache, int32_t seq, int64_t first_page, int64_t n_pages, void *pages, void *exact,
                               size_t exact_bytes)
 {
-    if (!cache || first_page < 0 || n_pages < 0 || (n_pages > 0 && !pages) || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
+    if (first_page < 0 || n_pages < 0 || (n_pages > 0 && !pages) || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
     if (exact && !has_exact_bytes(cache, exact_bytes)) return TQ_ERR_ARGUMENT;
     tq_sequence *sequence;
     TQ_TRY(tq_check_sequence("seq_export", cache, seq, &sequence));
@@ -56,7 +57,7 @@ tq_status tq_cache_seq_export(tq_cache *cache, int32_t seq, int64_t first_page, 
 tq_status tq_cache_seq_import(tq_cache *cache, int32_t seq, int64_t n_tok, int64_t first_page, const void *pages,
                               const void *exact, size_t exact_bytes)
 {
-    if (!cache || n_tok < 0 || first_page < 0 || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
+    if (n_tok < 0 || first_page < 0 || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
     if (!has_exact_bytes(cache, exact ? exact_bytes : 0)) return TQ_ERR_ARGUMENT;
     int64_t page_size = cache->page_size, n_pages = n_tok / page_size + (n_tok % page_size > 0);
     if (first_page < n_pages && !pages) return TQ_ERR_ARGUMENT;

@@ -132,6 +132,11 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     cache->budget.is_dry = params->dry_run;
     if (cache->budget.limit < cache->budget.used) cache->budget.limit = cache->budget.used;
     pthread_mutex_init(&cache->lock, NULL);
+    tq_status status = tq_fork_enter(&cache->fork, &cache->lock);
+    if (status != TQ_OK) {
+        tq_free(cache);
+        return status;
+    }
     cache->kernels = kernels;
     cache->n_layer = params->n_layer;
     cache->n_head_kv = params->n_head_kv;
@@ -141,7 +146,7 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     cache->k_ref_block = params->k_ref_block;
     cache->seed = params->seed;
     cache->calibration = params->calibration;
-    tq_status status = cache_init(cache, params);
+    status = cache_init(cache, params);
     if (status != TQ_OK) {
         tq_cache_destroy(cache);
         return status;
@@ -179,6 +184,7 @@ void tq_cache_end_writing(tq_cache *cache, tq_sequence *sequence)
 
 void tq_cache_destroy(tq_cache *cache)
 {
+    tq_fork_leave(&cache->fork);
     for (int32_t i = 0; i < cache->n_sequences; i++) {
         if (cache->sequences[i]) tq_sequence_close(cache, i);
     }

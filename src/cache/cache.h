@@ -20,6 +20,7 @@
 #include <stdatomic.h>
 
 #include "attention/attention.h"
+#include "base/fork.h"
 #include "base/log.h"
 #include "cache/kv_rows.h"
 #include "cache/page_pool.h"
@@ -70,6 +71,7 @@ struct tq_cache {
     tq_cache_side *sides;                          /* [n_layer, TQ_N_SIDES] */
     size_t exact_bytes;                            /* of one sequence */
     tq_budget budget;
+    tq_fork_record fork;
     pthread_mutex_t lock; /* of all below but the counters */
     tq_page_pool pool;
     tq_prefix_index prefixes;
