@@ -527,8 +527,8 @@ TQ_API TQ_NODISCARD tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats
 /*
  * Write sequences to a file (docs/snapshot.md): seqs[n_seq], or with seqs NULL all of them and the published prefixes that are
  * kept. What sequences share is written once; what of it is published stays so. The file is written beside `path`, flushed and
- * renamed: the path holds the old file or the new one, whole. No thread may change those sequences meanwhile. Errors: ARGUMENT,
- * RANGE, IO, MEMORY.
+ * renamed: the path holds the old file or the new one, whole. Symbolic links are followed; a device, a FIFO or a folder is an
+ * IO error. No thread may change those sequences meanwhile. Errors: ARGUMENT, RANGE, IO, MEMORY.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq);
 /*
