@@ -111,7 +111,9 @@ tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params)
     if (status == TQ_ERR_ARGUMENT)
         tq_log(TQ_LOG_ERROR, WHO ": a page's bytes overflow; lower n_layer, n_head_kv or page_size");
     else if (status == TQ_ERR_FULL)
-        tq_log(TQ_LOG_ERROR, WHO ": budget_bytes %zu does not hold one page, or offload_bytes %zu not two",
+        tq_log(TQ_LOG_ERROR,
+               WHO ": budget_bytes %zu does not hold one page and the tables of all, or offload_bytes %zu not two pages: raise "
+                   "them, or lower n_pages",
                params->budget_bytes, params->offload_bytes);
     else if (status != TQ_OK)
         tq_log(TQ_LOG_ERROR, WHO ": %s", tq_status_string(status));

@@ -109,7 +109,7 @@ static tq_status cache_init(tq_cache *cache, const tq_cache_params *params)
 {
     size_t page_bytes = 0, sink_bytes = 0;
     cache->sides = tq_budget_alloc(&cache->budget, sides_bytes(params->n_layer));
-    if (!cache->sides) return TQ_ERR_MEMORY;
+    if (!cache->sides) return tq_budget_failure(&cache->budget, sides_bytes(params->n_layer));
     for (int32_t layer = 0; layer < params->n_layer; layer++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(side_init(cache, params, layer, side, &page_bytes));
     }

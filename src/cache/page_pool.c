@@ -20,6 +20,11 @@ void *tq_budget_alloc(tq_budget *budget, size_t bytes)
     return tq_budget_alloc_vectors(budget, bytes, bytes);
 }
 
+tq_status tq_budget_failure(const tq_budget *budget, size_t bytes)
+{
+    return bytes > budget->limit - budget->used ? TQ_ERR_FULL : TQ_ERR_MEMORY;
+}
+
 void tq_budget_free(tq_budget *budget, void *p, size_t bytes)
 {
     if (!p) return;
@@ -45,6 +50,9 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
                            .budget = budget,
                            .offload = offload};
     if (offload) budget->used += tq_offload_bytes(offload->n_slots);
+    size_t tables = (size_t)n_pages * (sizeof *pool->data + sizeof *pool->pages + sizeof *pool->free_pages) +
+                    (size_t)n_frames * (sizeof *pool->idle + sizeof *pool->bare);
+    tq_status failure = tq_budget_failure(budget, tables);
     pool->data = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->data);
     pool->pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->pages);
     pool->free_pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->free_pages);
@@ -53,7 +61,7 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
     if (!budget->is_dry) pool->frames = tq_region_reserve(region_bytes(pool));
     if (!pool->data || !pool->pages || !pool->free_pages || !pool->idle || !pool->bare || (!budget->is_dry && !pool->frames)) {
         tq_page_pool_deinit(pool);
-        return TQ_ERR_MEMORY;
+        return failure;
     }
     for (int32_t i = 0; i < n_pages; i++) {
         pool->free_pages[i] = n_pages - 1 - i;

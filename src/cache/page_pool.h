@@ -25,6 +25,8 @@ typedef struct tq_budget {
 
 /* NULL on failure or beyond the limit. */
 void *tq_budget_alloc(tq_budget *budget, size_t bytes);
+/* Why an allocation of so many bytes failed: FULL, beyond the limit, or MEMORY. */
+tq_status tq_budget_failure(const tq_budget *budget, size_t bytes);
 /* As tq_budget_alloc, for memory that holds vectors behind its first head_bytes; in a dry run only those are there. */
 void *tq_budget_alloc_vectors(tq_budget *budget, size_t bytes, size_t head_bytes);
 void tq_budget_free(tq_budget *budget, void *p, size_t bytes);
@@ -58,7 +60,8 @@ typedef struct tq_page_pool {
     void *forget_context;
 } tq_page_pool;
 
-/* With at most n_frames pages in memory at a time. The pool owns `offload`, also after a failure. Errors: MEMORY. */
+/* With at most n_frames pages in memory at a time. The pool owns `offload`, also after a failure. Errors: FULL (the tables),
+ * MEMORY. */
 tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frames, size_t page_bytes, tq_offload *offload,
                             tq_budget *budget);
 void tq_page_pool_deinit(tq_page_pool *pool);

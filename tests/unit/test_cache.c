@@ -553,6 +553,30 @@ static void test_the_log_may_use_the_cache(void **state)
     tq_cache_free(cache);
 }
 
+/* From nothing on, a budget is too small until it is not: out of memory it is never. */
+static void test_small_budgets_are_full(void **state)
+{
+    (void)state;
+    tq_cache_params p = small_params();
+    p.n_pages = 2000; /* whose tables take more than a page */
+    tq_cache *cache;
+    tq_status status = TQ_ERR_FULL;
+    int n_full = 0;
+    tq_log_set(keep_message, NULL);
+    for (size_t bytes = 1; bytes < 1 << 20 && status != TQ_OK; bytes += 5000) {
+        p.budget_bytes = bytes;
+        status = tq_cache_create(&cache, &p);
+        if (status == TQ_OK) continue;
+        assert_int_equal(status, TQ_ERR_FULL);
+        assert_non_null(strstr(last_message, "budget_bytes"));
+        n_full++;
+    }
+    assert_int_equal(status, TQ_OK);
+    assert_true(n_full > 10);
+    tq_log_set(NULL, NULL);
+    tq_cache_free(cache);
+}
+
 static void test_refused_batches(void **state)
 {
     (void)state;
@@ -836,6 +860,7 @@ int main(void)
         cmocka_unit_test(test_threads_agree_with_one),
         cmocka_unit_test(test_prefill_is_token_by_token),
         cmocka_unit_test(test_refused_batches),
+        cmocka_unit_test(test_small_budgets_are_full),
         cmocka_unit_test(test_the_log_may_use_the_cache),
         cmocka_unit_test(test_beyond_four_gib),
     };

@@ -291,6 +291,31 @@ static void test_users_of_a_cache_do_not_see_each_other(void **state)
     }
 }
 
+/* The stack that turboquant.h asks for, of threads that the library did not start. The thread sanitizer has its own part of it.
+ */
+#if defined(__SANITIZE_THREAD__)
+#define STACK_BYTES (2048 * 1024)
+#else
+#define STACK_BYTES (256 * 1024)
+#endif
+
+static void test_a_small_stack_is_enough(void **state)
+{
+    (void)state;
+    static cache_user user;
+    pthread_attr_t attributes;
+    pthread_t thread;
+    user.cache = create_shared(true);
+    snprintf(user.path, sizeof user.path, "%s/turboquant-threads-%d-s", kv_temporary_folder(), (int)getpid());
+    assert_int_equal(pthread_attr_init(&attributes), 0);
+    assert_int_equal(pthread_attr_setstacksize(&attributes, STACK_BYTES), 0);
+    assert_int_equal(pthread_create(&thread, &attributes, use_cache_always, &user), 0);
+    pthread_join(thread, NULL);
+    pthread_attr_destroy(&attributes);
+    tq_cache_free(user.cache);
+    unlink(user.path);
+}
+
 /* Each of the functions that look a sequence up, while the table of sequences moves as it grows. */
 enum { N_GROWN = 40, N_CACHES = 200 };
 
@@ -372,6 +397,7 @@ int main(void)
         cmocka_unit_test(test_without_executor),
         cmocka_unit_test(test_arguments),
         cmocka_unit_test(test_users_of_a_cache_do_not_see_each_other),
+        cmocka_unit_test(test_a_small_stack_is_enough),
         cmocka_unit_test(test_the_table_of_sequences_may_move),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
