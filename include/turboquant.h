@@ -11,6 +11,10 @@
  *  - Every struct that a caller fills starts with struct_size; the matching *_default function sets it.
  *  - Strides are in elements unless the name ends in _bytes. Shapes are written [n_tok, n_head_kv, head_dim], last dimension
  *    contiguous.
+ *  - Counts and handles are checked, memory is not: a handle comes from its create, open or load function and has not been
+ * freed; a pointer to n things points to n, or is NULL where that is allowed or n is 0; a text ends with a zero byte; strides
+ * stay within what is pointed to. NULL elsewhere, negative and enormous counts are errors, never crashes.
+ *  - Give threads that call the library, or that an executor runs, 256 KiB of stack at least; about half of it is used.
  *  - The library never prints, exits or aborts. It keeps no copy of a caller's pointer beyond the call, unless stated.
  */
 #ifndef TURBOQUANT_H
@@ -82,7 +86,8 @@ typedef void (*tq_log_fn)(void *user, tq_log_level level, const char *message);
 /*
  * Set the process-wide log callback; NULL (the default) drops messages. A message is one line without a newline and says what
  * was wrong with which layer, head and position. Call before other threads use the library. The callback may be called from
- * any thread.
+ * any thread, when the call that it is about has let go of its locks: it may call the library, but not what would change or
+ * free the sequence, store or stage that the call is about.
  */
 TQ_API void tq_log_set(tq_log_fn log, void *user);
 
@@ -100,7 +105,10 @@ typedef struct tq_executor {
     void (*run)(void *user, int32_t n_threads, tq_body_fn body, void *arg);
 } tq_executor;
 
-/* A pool of threads. It sleeps when idle and spins at most some tens of microseconds. */
+/*
+ * A pool of threads. It sleeps when idle and spins at most some tens of microseconds. In a child of fork() it has no threads:
+ * it runs on the caller's, and can be freed.
+ */
 typedef struct tq_pool tq_pool;
 /* n_threads >= 1 counts the caller's thread. Errors: ARGUMENT, MEMORY, THREAD. */
 TQ_API TQ_NODISCARD tq_status tq_pool_create(tq_pool **out, int32_t n_threads);
@@ -349,9 +357,10 @@ TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, 
                                               const tq_executor *executor);
 /*
  * Write to an empty store `to` what the stage holds: its rows, and the slots that were exact before them. If nothing was
- * encoded before, that is all there is, and `to`, of another format, can take the place of the store that was staged for.
- * queries as in tq_store_settle. Errors: ARGUMENT (nothing is staged, or a single row whose write was not the first to encode
- * a slot: the stage holds no more than that row then), SHAPE (another head_dim, n_head_kv or n_slots).
+ * encoded before, that is all there is, and `to`, of another format, can take the place of the store that was staged for,
+ * which may be closed by then. queries as in tq_store_settle. Errors: ARGUMENT (nothing is staged, or a single row whose write
+ * was not the first to encode a slot: the stage holds no more than that row then), SHAPE (another head_dim, n_head_kv or
+ * n_slots).
  */
 TQ_API TQ_NODISCARD tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries,
                                                    const tq_executor *executor);
@@ -378,6 +387,10 @@ TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_sto
  *
  * Threads: any number may use one cache, each sequence one thread at a time (several may attend to it while none changes it).
  * tq_cache_append_slots and tq_cache_attend_batch use the sequences that they name. Results are those of one thread.
+ *
+ * fork(): a child has a cache of its own with what the parent's holds, whatever the parent's threads are doing; of a sequence
+ * that one of them was changing it can only free its copy. With an offload file, which the two would share, there is no such
+ * copy: every call in the child but tq_cache_free is an ARGUMENT error, and that leaves the parent's file alone.
  */
 typedef struct tq_cache tq_cache;
 typedef struct tq_cache_params {
@@ -518,8 +531,8 @@ TQ_API TQ_NODISCARD tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats
 /*
  * Write sequences to a file (docs/snapshot.md): seqs[n_seq], or with seqs NULL all of them and the published prefixes that are
  * kept. What sequences share is written once; what of it is published stays so. The file is written beside `path`, flushed and
- * renamed: the path holds the old file or the new one, whole. No thread may change those sequences meanwhile. Errors: ARGUMENT,
- * RANGE, IO, MEMORY.
+ * renamed: the path holds the old file or the new one, whole. Symbolic links are followed; a device, a FIFO or a folder is an
+ * IO error. No thread may change those sequences meanwhile. Errors: ARGUMENT, RANGE, IO, MEMORY.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq);
 /*

@@ -169,7 +169,7 @@ void tool_show_log(bool show)
     tq_log_set(show ? print_log : NULL, NULL);
 }
 
-int main(int argc, char **argv)
+static int run(int argc, char **argv)
 {
     if (argc < 2) {
         print_help(stderr);
@@ -185,10 +185,14 @@ int main(int argc, char **argv)
     }
     tool_show_log(true);
     for (int i = 0; i < N_COMMANDS; i++) {
-        if (strcmp(argv[1], commands[i].name) != 0) continue;
-        int code = commands[i].run(argc - 1, argv + 1);
-        if (fflush(stdout) != 0 || ferror(stdout)) return tool_error(1, "cannot write to standard output");
-        return code;
+        if (strcmp(argv[1], commands[i].name) == 0) return commands[i].run(argc - 1, argv + 1);
     }
     return tool_error(EXIT_USAGE, "there is no command '%s'; see 'tq --help'", argv[1]);
+}
+
+int main(int argc, char **argv)
+{
+    int code = run(argc, argv);
+    if (fflush(stdout) != 0 || ferror(stdout)) return tool_error(1, "cannot write to standard output");
+    return code;
 }

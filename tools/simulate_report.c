@@ -104,7 +104,7 @@ static bool write_file(const char *path, const cJSON *report, bool (*write)(FILE
 {
     if (!path) return true;
     bool is_stdout = strcmp(path, "-") == 0;
-    FILE *file = is_stdout ? stdout : fopen(path, "w");
+    FILE *file = is_stdout ? stdout : fopen(path, "we");
     bool good = file && write(file, report);
     if (file && !is_stdout && fclose(file) != 0) good = false;
     if (!good) tool_error(1, "cannot write %s", path);

@@ -160,7 +160,7 @@ static bool read_lines(reader *r, FILE *file)
 
 bool simulate_trace_read(simulate_trace *trace, const char *path)
 {
-    FILE *file = fopen(path, "r");
+    FILE *file = fopen(path, "re");
     if (!file) {
         tool_error(1, "cannot read the trace %s", path);
         return false;
@@ -178,7 +178,7 @@ bool simulate_trace_read(simulate_trace *trace, const char *path)
 
 bool simulate_trace_write(const simulate_trace *trace, const char *path)
 {
-    FILE *file = fopen(path, "w");
+    FILE *file = fopen(path, "we");
     for (const simulate_request *r = trace->requests; file && r < trace->requests + trace->n; r++) {
         fprintf(file, "{\"arrival\": %.3f, ", r->arrival);
         if (r->prefix_tok > 0)

@@ -126,7 +126,7 @@ static void write_layer(FILE *file, const tq_ggml_report_layer *layer, bool is_f
 void tq_ggml_report_finish(tq_ggml_report *report, const char *path)
 {
     if (path[0] && report->n > 0) {
-        FILE *file = fopen(path, "w");
+        FILE *file = fopen(path, "we");
         if (file) fputs("{\"layers\": [", file);
         for (size_t i = 0; i < report->n && file; i++) write_layer(file, &report->layers[i], i == 0);
         if (file) fputs("\n]}\n", file);

@@ -55,7 +55,7 @@ tq_status tq_ggml_observe(tq_ggml_observer *observer, const tq_ggml_kv_tensor *k
                           const tq_attend_params *queries)
 {
     const char *path = keys->device->options->observe;
-    if (!observer->file) observer->file = fopen(path, "ab");
+    if (!observer->file) observer->file = fopen(path, "abe");
     float *rows = malloc((size_t)(ROWS_AT_A_TIME * keys->n_embd) * sizeof *rows);
     record_header header = {{'T', 'Q', 'O', 'B'}, keys->layer,    (int32_t)queries->n_query, queries->n_head, keys->n_head_kv,
                             keys->head_dim,       (int32_t)n_col, queries->softmax_scale,    queries->softcap};

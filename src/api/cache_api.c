@@ -111,7 +111,9 @@ tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params)
     if (status == TQ_ERR_ARGUMENT)
         tq_log(TQ_LOG_ERROR, WHO ": a page's bytes overflow; lower n_layer, n_head_kv or page_size");
     else if (status == TQ_ERR_FULL)
-        tq_log(TQ_LOG_ERROR, WHO ": budget_bytes %zu does not hold one page, or offload_bytes %zu not two",
+        tq_log(TQ_LOG_ERROR,
+               WHO ": budget_bytes %zu does not hold one page and the tables of all, or offload_bytes %zu not two pages: raise "
+                   "them, or lower n_pages",
                params->budget_bytes, params->offload_bytes);
     else if (status != TQ_OK)
         tq_log(TQ_LOG_ERROR, WHO ": %s", tq_status_string(status));
@@ -123,21 +125,17 @@ void tq_cache_free(tq_cache *cache)
     if (cache) tq_cache_destroy(cache);
 }
 
-/* The sequence's record stays where it is until the sequence is freed. */
+/* For work without the lock: the sequence's record stays where it is until the sequence is freed. */
 static tq_status find_sequence(tq_cache *cache, int32_t seq, tq_sequence **out)
 {
-    if (!cache) return TQ_ERR_ARGUMENT;
-    tq_cache_lock(cache);
-    *out = tq_cache_sequence(cache, seq);
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, out));
     tq_cache_unlock(cache);
-    if (*out) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, WHO ": there is no sequence %d", (int)seq);
-    return TQ_ERR_RANGE;
+    return TQ_OK;
 }
 
 static tq_status check_vectors(const tq_cache *cache)
 {
-    if (!cache) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
     if (!cache->budget.is_dry) return TQ_OK;
     tq_log(TQ_LOG_ERROR, WHO ": a dry run has no vectors");
     return TQ_ERR_ARGUMENT;
@@ -148,6 +146,11 @@ static tq_status check_layer(const tq_cache *cache, int32_t layer)
     if (layer >= 0 && layer < cache->n_layer) return TQ_OK;
     tq_log(TQ_LOG_ERROR, WHO ": there is no layer %d; there are %d", (int)layer, (int)cache->n_layer);
     return TQ_ERR_RANGE;
+}
+
+static int32_t value_dim(const tq_cache *cache, int32_t layer)
+{
+    return tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim;
 }
 
 static tq_status find_layer(tq_cache *cache, int32_t seq, int32_t layer, tq_sequence **out)
@@ -161,13 +164,14 @@ static tq_status report(const tq_cache *cache, tq_status status, const char *act
 {
     if (status == TQ_OK) return status;
     tq_log(TQ_LOG_ERROR, WHO ": %s: %s; %d of %d pages can be had, %zu bytes are in use", action, tq_status_string(status),
-           (int)tq_page_pool_available(&cache->pool, true), (int)cache->pool.n_pages, cache->budget.used);
+           (int)tq_page_pool_available(&cache->pool), (int)cache->pool.n_pages, cache->budget.used);
     return status;
 }
 
 tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)
 {
-    if (!cache || !seq) return TQ_ERR_ARGUMENT;
+    if (!seq) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
     tq_sequence *sequence;
     tq_cache_lock(cache);
     tq_status status = report(cache, tq_sequence_open(cache, &sequence), "new sequence");
@@ -179,29 +183,34 @@ tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)
 tq_status tq_cache_seq_fork(tq_cache *cache, int32_t from, int32_t *seq)
 {
     tq_sequence *original, *sequence;
-    TQ_TRY(find_sequence(cache, from, &original));
     if (!seq) return TQ_ERR_ARGUMENT;
-    tq_cache_lock(cache);
+    TQ_TRY(tq_check_sequence(WHO, cache, from, &original));
     tq_status status = report(cache, tq_sequence_fork(cache, original, &sequence), "fork");
     if (status == TQ_OK) *seq = sequence->id;
     tq_cache_unlock(cache);
     return status;
 }
 
-tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *tokens, int64_t n_tok)
+static int64_t shortest_layer(const tq_cache *cache, const tq_sequence *sequence)
 {
-    tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
     int64_t shortest = sequence->length[0];
     for (int32_t i = 1; i < cache->n_layer; i++) {
         if (sequence->length[i] < shortest) shortest = sequence->length[i];
     }
+    return shortest;
+}
+
+tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *tokens, int64_t n_tok)
+{
+    tq_sequence *sequence;
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
+    int64_t shortest = shortest_layer(cache, sequence);
     if (n_tok < 0 || n_tok > shortest || (n_tok > 0 && !tokens)) {
+        tq_cache_unlock(cache);
         tq_log(TQ_LOG_ERROR, WHO ": publish: %lld tokens, where every layer of sequence %d has %lld", (long long)n_tok,
                (int)seq, (long long)shortest);
         return TQ_ERR_ARGUMENT;
     }
-    tq_cache_lock(cache);
     tq_status status = report(cache, tq_sequence_publish(cache, sequence, tokens, n_tok), "publish");
     tq_cache_unlock(cache);
     return status;
@@ -209,7 +218,8 @@ tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *toke
 
 tq_status tq_cache_seq_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, int32_t *seq, int64_t *n_matched)
 {
-    if (!cache || !seq || !n_matched || n_tok < 0 || (n_tok > 0 && !tokens)) return TQ_ERR_ARGUMENT;
+    if (!seq || !n_matched || n_tok < 0 || n_tok > TQ_COUNT_MAX || (n_tok > 0 && !tokens)) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
     tq_sequence *sequence;
     tq_cache_lock(cache);
     tq_status status = report(cache, tq_sequence_match(cache, tokens, n_tok, &sequence), "match");
@@ -224,9 +234,8 @@ tq_status tq_cache_seq_match(tq_cache *cache, const int32_t *tokens, int64_t n_t
 tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq)
 {
     tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
-    tq_cache_lock(cache);
-    tq_sequence_close(cache, seq);
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
+    tq_sequence_close(cache, sequence->id);
     tq_cache_unlock(cache);
     return TQ_OK;
 }
@@ -234,9 +243,8 @@ tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq)
 tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok)
 {
     tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
     if (n_tok < 0) return TQ_ERR_ARGUMENT;
-    tq_cache_lock(cache);
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
     tq_status status = n_tok > (int64_t)cache->pool.n_pages * cache->page_size ? TQ_ERR_FULL : TQ_OK;
     if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, -1, n_tok);
     tq_sequence_let_go(cache, sequence, &sequence->held);
@@ -248,10 +256,11 @@ tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok)
 tq_status tq_cache_page_table(tq_cache *cache, int32_t seq, int32_t *page_table, int32_t room, int32_t *n_pages)
 {
     tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
     if (room < 0 || (room > 0 && !page_table)) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
     for (int32_t i = 0; i < room && i < sequence->n_pages; i++) page_table[i] = sequence->page_table[i];
     if (n_pages) *n_pages = sequence->n_pages;
+    tq_cache_unlock(cache);
     return TQ_OK;
 }
 
@@ -319,7 +328,7 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
     tq_sequence *sequence;
     TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
-    TQ_TRY(tq_check_attend(WHO, params, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim));
+    TQ_TRY(tq_check_attend(WHO, params, n_tok, cache->n_head_kv, value_dim(cache, layer)));
     if (params->mask || params->key_stage || params->value_stage) {
         tq_log(TQ_LOG_ERROR, WHO ": prefill: there is neither mask nor stage");
         return TQ_ERR_ARGUMENT;
@@ -353,13 +362,13 @@ tq_status tq_cache_append_slots(tq_cache *cache, int32_t layer, int64_t n_tok, c
 {
     TQ_TRY(check_vectors(cache));
     TQ_TRY(check_layer(cache, layer));
-    if (n_tok < 0 || (n_tok > 0 && (!slot_mapping || !k || !v))) {
-        tq_log(TQ_LOG_ERROR, WHO ": append: n_tok is negative, or slot_mapping, k or v is NULL");
+    if (n_tok < 0 || n_tok > TQ_COUNT_MAX || (n_tok > 0 && (!slot_mapping || !k || !v))) {
+        tq_log(TQ_LOG_ERROR, WHO ": append: n_tok is out of range, or slot_mapping, k or v is NULL");
         return TQ_ERR_ARGUMENT;
     }
     if (n_tok == 0) return TQ_OK;
     TQ_TRY(check_slot_rows(cache, layer, slot_mapping, n_tok, k, v));
-    tq_slot_run *runs = (size_t)n_tok > SIZE_MAX / sizeof *runs ? NULL : tq_alloc((size_t)n_tok * sizeof *runs);
+    tq_slot_run *runs = tq_alloc((size_t)n_tok * sizeof *runs);
     if (!runs) return TQ_ERR_MEMORY;
     int64_t n_runs, bad_row = -1;
     tq_cache_lock(cache);
@@ -388,7 +397,7 @@ tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_
     tq_sequence *sequence;
     TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
-    TQ_TRY(tq_check_attend(WHO, params, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim));
+    TQ_TRY(tq_check_attend(WHO, params, params ? params->n_query : 0, cache->n_head_kv, value_dim(cache, layer)));
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
     tq_kv_view keys = tq_cache_view(cache, sequence, layer, TQ_SIDE_K, exact_k);
     tq_kv_view values = tq_cache_view(cache, sequence, layer, TQ_SIDE_V, exact_v);
@@ -426,9 +435,8 @@ static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_atte
             return TQ_ERR_ARGUMENT;
         }
     }
-    tq_attend_params all = batch->params;
-    all.n_query = batch->n_seq > 0 ? batch->query_starts[batch->n_seq] : 0;
-    return tq_check_attend(WHO, &all, cache->n_head_kv, tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim);
+    int64_t n_query = batch->n_seq > 0 ? batch->query_starts[batch->n_seq] : 0;
+    return tq_check_attend(WHO, &batch->params, n_query, cache->n_head_kv, value_dim(cache, layer));
 }
 
 /* Look a batch's sequences up, and check what is asked of them. */
@@ -467,12 +475,11 @@ tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_
 tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok)
 {
     tq_sequence *sequence;
-    TQ_TRY(find_sequence(cache, seq, &sequence));
     if (n_tok < 0) {
         tq_log(TQ_LOG_ERROR, WHO ": trim: n_tok is negative");
         return TQ_ERR_ARGUMENT;
     }
-    tq_cache_lock(cache);
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
     tq_sequence_trim(cache, sequence, n_tok);
     tq_cache_unlock(cache);
     return TQ_OK;
@@ -480,11 +487,12 @@ tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok)
 
 int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer)
 {
-    if (!cache || layer < 0 || layer >= cache->n_layer) return -1;
+    if (tq_check_cache(cache) != TQ_OK || layer < 0 || layer >= cache->n_layer) return -1;
     tq_cache_lock(cache);
     const tq_sequence *sequence = tq_cache_sequence(cache, seq);
+    int64_t length = sequence ? sequence->length[layer] : -1;
     tq_cache_unlock(cache);
-    return sequence ? sequence->length[layer] : -1;
+    return length;
 }
 
 static void read_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t side, int64_t first, int64_t n,
@@ -519,7 +527,8 @@ tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t fir
 
 tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats *out)
 {
-    if (!cache || !out) return TQ_ERR_ARGUMENT;
+    if (!out) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
     tq_cache_lock(cache);
     tq_cache_count(cache, out);
     tq_cache_unlock(cache);

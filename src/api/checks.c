@@ -7,8 +7,8 @@
 #include "base/log.h"
 #include "cache/kv_rows.h"
 
-/* Positions and counts beyond this are mistakes, and keeping them out keeps sums of a few from overflowing. */
-#define COUNT_MAX (INT64_C(1) << 48)
+/* Elements; their bytes, and sums of a few, do not overflow. */
+#define PLACE_MAX (INT64_MAX / 64)
 /* The mean of a longer block says little about its ends. */
 #define REF_BLOCK_MAX 1024
 
@@ -39,13 +39,28 @@ static bool all_finite(const float *x, int32_t n)
     return true;
 }
 
-tq_status tq_check_attend(const char *who, const tq_attend_params *params, int32_t n_head_kv, int32_t head_dim_v)
+bool tq_check_stride(int64_t n, int64_t stride)
+{
+    return n <= 1 || (stride <= PLACE_MAX / n && stride >= -(PLACE_MAX / n));
+}
+
+static bool strides_fit(const tq_attend_params *params, int64_t n_query)
+{
+    bool mask_fits =
+        tq_check_stride(n_query, params->mask_token_stride) && tq_check_stride(params->n_head, params->mask_head_stride);
+    return tq_check_stride(n_query, params->q_token_stride) && tq_check_stride(params->n_head, params->q_head_stride) &&
+           tq_check_stride(n_query, params->out_token_stride) && tq_check_stride(params->n_head, params->out_head_stride) &&
+           (!params->mask || mask_fits);
+}
+
+tq_status tq_check_attend(const char *who, const tq_attend_params *params, int64_t n_query, int32_t n_head_kv,
+                          int32_t head_dim_v)
 {
     if (!params) return bad(who, "attend: params is NULL");
     if (params->struct_size != sizeof *params) {
         return bad(who, "attend: unknown struct_size; fill params with tq_attend_params_default first");
     }
-    if (params->n_query < 0 || params->n_query > COUNT_MAX) return bad(who, "attend: n_query is out of range");
+    if (n_query < 0 || n_query > TQ_COUNT_MAX) return bad(who, "attend: n_query is out of range");
     if (params->n_head <= 0 || params->n_head % n_head_kv != 0) {
         tq_log(TQ_LOG_ERROR, "%s: attend: n_head is %d, but must be a multiple of n_head_kv, %d", who, (int)params->n_head,
                (int)n_head_kv);
@@ -56,12 +71,13 @@ tq_status tq_check_attend(const char *who, const tq_attend_params *params, int32
                (int)head_dim_v);
         return TQ_ERR_SHAPE;
     }
-    if (params->n_query > 0 && (!params->q || !params->out)) return bad(who, "attend: q or out is NULL");
+    if (n_query > 0 && (!params->q || !params->out)) return bad(who, "attend: q or out is NULL");
+    if (!strides_fit(params, n_query)) return bad(who, "attend: a stride is too large for so many queries or heads");
     if (!isfinite(params->softmax_scale)) return bad(who, "attend: softmax_scale is not finite");
     if (!isfinite(params->softcap) || params->softcap < 0) {
         return bad(who, "attend: softcap must be finite and positive, or 0 for none");
     }
-    if (params->first_pos < 0 || params->first_pos > COUNT_MAX) return bad(who, "attend: first_pos is out of range");
+    if (params->first_pos < 0 || params->first_pos > TQ_COUNT_MAX) return bad(who, "attend: first_pos is out of range");
     if (params->window < 0) return bad(who, "attend: window must be positive, or 0 for none");
     if (params->alibi_slopes && !all_finite(params->alibi_slopes, params->n_head)) {
         return bad(who, "attend: an ALiBi slope is not finite");
@@ -82,6 +98,25 @@ tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent, int3
            "%s: n_sink %d and n_recent %d: give counts from 0 with a sum of at most %d; the F16 format keeps all exact", who,
            (int)n_sink, (int)n_recent, TQ_EXACT_MAX);
     return TQ_ERR_ARGUMENT;
+}
+
+tq_status tq_check_cache(const tq_cache *cache)
+{
+    if (!cache) return TQ_ERR_ARGUMENT;
+    if (!cache->fork.is_copy || !cache->pool.offload) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "cache: its offload file is that of the process that made it; make another cache after fork()");
+    return TQ_ERR_ARGUMENT;
+}
+
+tq_status tq_check_sequence(const char *who, tq_cache *cache, int32_t seq, tq_sequence **out)
+{
+    TQ_TRY(tq_check_cache(cache));
+    tq_cache_lock(cache);
+    *out = tq_cache_sequence(cache, seq);
+    if (*out) return TQ_OK;
+    tq_cache_unlock(cache);
+    tq_log(TQ_LOG_ERROR, "%s: there is no sequence %d", who, (int)seq);
+    return TQ_ERR_RANGE;
 }
 
 int32_t tq_check_row(const tq_kernels *kernels, const float *row, int32_t n_head_kv, int32_t head_dim)

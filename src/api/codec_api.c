@@ -91,9 +91,18 @@ static void log_not_finite(const float *x, int64_t n, int32_t head_dim, const tq
     }
 }
 
+/* Do n vectors have a number of values, and of bytes, that can be counted? */
+static tq_status check_count(const tq_codec *codec, int64_t n)
+{
+    if (n >= 0 && n <= INT64_MAX / (int64_t)sizeof(float) / codec->head_dim) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "codec: %lld vectors are out of range", (long long)n);
+    return TQ_ERR_ARGUMENT;
+}
+
 tq_status tq_codec_encode(const tq_codec *codec, const float *x, int64_t n, void *bytes)
 {
-    if (codec == NULL || n < 0) return TQ_ERR_ARGUMENT;
+    if (codec == NULL) return TQ_ERR_ARGUMENT;
+    TQ_TRY(check_count(codec, n));
     if (n == 0) return TQ_OK;
     if (x == NULL || bytes == NULL) return TQ_ERR_ARGUMENT;
     if (!codec->kernels->all_finite(x, n * codec->head_dim)) {
@@ -115,7 +124,8 @@ tq_status tq_codec_encode(const tq_codec *codec, const float *x, int64_t n, void
 
 tq_status tq_codec_decode(const tq_codec *codec, const void *bytes, int64_t n, float *x)
 {
-    if (codec == NULL || n < 0) return TQ_ERR_ARGUMENT;
+    if (codec == NULL) return TQ_ERR_ARGUMENT;
+    TQ_TRY(check_count(codec, n));
     if (n == 0) return TQ_OK;
     if (bytes == NULL || x == NULL) return TQ_ERR_ARGUMENT;
     const tq_format_kernels *kernels = &codec->kernels->format[codec->traits->format];

@@ -95,7 +95,12 @@ void tq_store_close(tq_store *store)
 
 static tq_status check_write(const tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride)
 {
-    if (!store || n < 0) return TQ_ERR_ARGUMENT;
+    if (!store) return TQ_ERR_ARGUMENT;
+    if (n < 0 || n > TQ_COUNT_MAX || !tq_check_stride(n, row_stride)) {
+        tq_log(TQ_LOG_ERROR, "%s: %lld rows, %lld elements apart, are out of range", store->label, (long long)n,
+               (long long)row_stride);
+        return TQ_ERR_ARGUMENT;
+    }
     if (n > 0 && (!slots || !rows)) {
         tq_log(TQ_LOG_ERROR, "%s: slots or rows is NULL", store->label);
         return TQ_ERR_ARGUMENT;
@@ -157,7 +162,7 @@ tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *
                          int64_t row_stride)
 {
     if (!stage) return TQ_ERR_ARGUMENT;
-    stage->store = NULL;
+    stage->store = 0;
     TQ_TRY(check_write(store, slots, n, rows, row_stride));
     tq_status status = tq_stage_fill(stage, store, slots, n, rows, row_stride);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: stage: %s", store->label, tq_status_string(status));
@@ -168,8 +173,9 @@ static tq_status learn_queries(tq_store *store, const tq_attend_params *queries)
 {
     if (!queries) return TQ_OK;
     if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) || queries->n_head < 1 ||
-        queries->n_head % store->n_head_kv != 0) {
-        tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads", store->label);
+        queries->n_head % store->n_head_kv != 0 || !tq_check_stride(queries->n_query, queries->q_token_stride) ||
+        !tq_check_stride(queries->n_head, queries->q_head_stride)) {
+        tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads, or a stride is out of range", store->label);
         return TQ_ERR_ARGUMENT;
     }
     tq_store_learn_queries(store, queries);
@@ -179,7 +185,7 @@ static tq_status learn_queries(tq_store *store, const tq_attend_params *queries)
 tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
 {
     if (!store || !stage) return TQ_ERR_ARGUMENT;
-    if (stage->store != store || stage->is_settled) {
+    if (stage->store != store->number || stage->is_settled) {
         tq_log(TQ_LOG_ERROR, "%s: settle: no rows are staged for it", store->label);
         return TQ_ERR_ARGUMENT;
     }
@@ -194,20 +200,19 @@ tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_para
 tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
 {
     if (!to || !stage) return TQ_ERR_ARGUMENT;
-    const tq_store *from = stage->store;
-    if (!from) {
+    if (!stage->store) {
         tq_log(TQ_LOG_ERROR, "%s: settle: nothing is staged", to->label);
         return TQ_ERR_ARGUMENT;
     }
     if (stage->is_plain) {
         tq_log(TQ_LOG_ERROR,
                "%s: settle: the stage has one row of %s alone, since its write was not the first to encode a slot", to->label,
-               from->label);
+               stage->label);
         return TQ_ERR_ARGUMENT;
     }
-    if (to->codec.head_dim != from->codec.head_dim || to->n_head_kv != from->n_head_kv || to->n_slots != from->n_slots) {
+    if (to->codec.head_dim != stage->head_dim || to->n_head_kv != stage->n_head_kv || to->n_slots != stage->n_slots) {
         tq_log(TQ_LOG_ERROR, "%s: settle: it has another shape than %s, which the rows were staged for", to->label,
-               from->label);
+               stage->label);
         return TQ_ERR_SHAPE;
     }
     TQ_TRY(learn_queries(to, queries));
@@ -272,7 +277,7 @@ size_t tq_store_key_bias_bytes(const tq_store *store)
 
 tq_status tq_store_set_positions(tq_store *store, const int64_t *slots, int64_t n, const int32_t *positions)
 {
-    if (!store || n < 0 || (n > 0 && (!slots || !positions))) return TQ_ERR_ARGUMENT;
+    if (!store || n < 0 || n > TQ_COUNT_MAX || (n > 0 && (!slots || !positions))) return TQ_ERR_ARGUMENT;
     for (int64_t i = 0; i < n; i++) {
         if (slots[i] < store->n_slots) continue;
         tq_log(TQ_LOG_ERROR, "%s: the position of slot %lld is out of range; there are %lld slots", store->label,
@@ -308,6 +313,11 @@ tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, fl
                (long long)first_slot, (long long)store->n_slots);
         return TQ_ERR_RANGE;
     }
+    if (!tq_check_stride(n, row_stride)) {
+        tq_log(TQ_LOG_ERROR, "%s: read: %lld rows, %lld elements apart, are out of range", store->label, (long long)n,
+               (long long)row_stride);
+        return TQ_ERR_ARGUMENT;
+    }
     tq_exact_entry exact[TQ_EXACT_MAX];
     tq_kv_view view = tq_store_view(store, exact, tq_store_list_exact(store, first_slot + n, exact));
     tq_rows_read(store->kernels, &view, store->n_head_kv, first_slot, n, rows, row_stride);
@@ -323,7 +333,7 @@ int32_t tq_store_n_exact(const tq_store *store)
 
 static tq_status check_stage(const tq_store *store, const tq_stage *stage, const tq_attend_params *params)
 {
-    if (!stage || (stage->store == store && stage->is_settled && stage->n_rows == params->n_query)) return TQ_OK;
+    if (!stage || (stage->store == store->number && stage->is_settled && stage->n_rows == params->n_query)) return TQ_OK;
     tq_log(TQ_LOG_ERROR, "%s: attend: the stage must hold the settled rows of this store, one a query token (%lld)",
            store->label, (long long)params->n_query);
     return TQ_ERR_ARGUMENT;
@@ -332,7 +342,7 @@ static tq_status check_stage(const tq_store *store, const tq_stage *stage, const
 /* exact has room for TQ_EXACT_MAX entries and must outlive the view. */
 static tq_kv_view view_of(const tq_store *store, const tq_stage *stage, int64_t n_col, tq_exact_entry *exact)
 {
-    if (stage && !stage->is_plain) return tq_stage_view(stage);
+    if (stage && !stage->is_plain) return tq_stage_view(stage, store);
     return tq_store_view(store, exact, tq_store_list_exact(store, n_col, exact));
 }
 
@@ -353,7 +363,7 @@ tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t 
         tq_log(TQ_LOG_ERROR, "%s: attend: its slots are coded without their key bias, so they cannot be values", values->label);
         return TQ_ERR_ARGUMENT;
     }
-    TQ_TRY(tq_check_attend(keys->label, params, keys->n_head_kv, values->codec.head_dim));
+    TQ_TRY(tq_check_attend(keys->label, params, params ? params->n_query : 0, keys->n_head_kv, values->codec.head_dim));
 
     TQ_TRY(check_stage(keys, params->key_stage, params));
     TQ_TRY(check_stage(values, params->value_stage, params));

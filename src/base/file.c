@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* See file.h. */
-#define _GNU_SOURCE /* mkstemp, fsync */
+#define _GNU_SOURCE /* mkostemp, realpath, fsync */
 
 #include "base/file.h"
 
@@ -22,16 +22,51 @@ static tq_status failed(const char *action, const char *path)
     return TQ_ERR_IO;
 }
 
+static tq_status not_regular(const char *path)
+{
+    tq_log(TQ_LOG_ERROR, "%s is not a regular file; give the path of a file, or a new one", path);
+    return TQ_ERR_IO;
+}
+
+static tq_status copy_path(const char *path, char **out)
+{
+    size_t bytes = strlen(path) + 1;
+    *out = tq_alloc(bytes);
+    if (!*out) return TQ_ERR_MEMORY;
+    memcpy(*out, path, bytes);
+    return TQ_OK;
+}
+
+/* What renaming onto the path may replace: nothing yet, or a regular file, at the end of symbolic links, which stay. */
+static tq_status find_target(const char *path, char **out)
+{
+    struct stat info;
+    if (lstat(path, &info) != 0) return errno == ENOENT ? copy_path(path, out) : failed("cannot look at", path);
+    if (S_ISREG(info.st_mode)) return copy_path(path, out);
+    if (!S_ISLNK(info.st_mode)) return not_regular(path);
+    char *resolved = realpath(path, NULL);
+    if (!resolved) return failed("cannot follow the symbolic link", path);
+    tq_status status = stat(resolved, &info) != 0 ? failed("cannot look at", resolved) : TQ_OK;
+    if (status == TQ_OK) status = S_ISREG(info.st_mode) ? copy_path(resolved, out) : not_regular(path);
+    free(resolved); /* not from tq_alloc */
+    return status;
+}
+
 tq_status tq_file_begin(tq_file_writer *writer, const char *path)
 {
-    size_t bytes = strlen(path) + sizeof ".XXXXXX";
-    *writer = (tq_file_writer){.path = path, .temporary = tq_alloc(bytes), .descriptor = -1};
-    if (!writer->temporary) return TQ_ERR_MEMORY;
-    snprintf(writer->temporary, bytes, "%s.XXXXXX", path);
-    writer->descriptor = mkstemp(writer->temporary);
-    if (writer->descriptor >= 0) return TQ_OK;
-    tq_status status = failed("cannot create", writer->temporary);
+    *writer = (tq_file_writer){.descriptor = -1};
+    TQ_TRY(find_target(path, &writer->path));
+    size_t bytes = strlen(writer->path) + sizeof ".XXXXXX";
+    writer->temporary = tq_alloc(bytes);
+    tq_status status = writer->temporary ? TQ_OK : TQ_ERR_MEMORY;
+    if (status == TQ_OK) {
+        snprintf(writer->temporary, bytes, "%s.XXXXXX", writer->path);
+        writer->descriptor = mkostemp(writer->temporary, O_CLOEXEC);
+        if (writer->descriptor >= 0) return TQ_OK;
+        status = failed("cannot create", writer->temporary);
+    }
     tq_free(writer->temporary);
+    tq_free(writer->path);
     return status;
 }
 
@@ -77,12 +112,14 @@ tq_status tq_file_end(tq_file_writer *writer, tq_status status)
     if (status == TQ_OK && sync_folder(writer->path) != TQ_OK)
         tq_log(TQ_LOG_WARNING, "no memory to sync the folder of %s", writer->path);
     tq_free(writer->temporary);
+    tq_free(writer->path);
     return status;
 }
 
 tq_status tq_file_map(const char *path, const uint8_t **data, size_t *bytes)
 {
-    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
+    /* Of a FIFO, opening would wait for a writer. */
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     if (descriptor < 0) return failed("cannot open", path);
     struct stat info;
     tq_status status = TQ_OK;
@@ -90,8 +127,7 @@ tq_status tq_file_map(const char *path, const uint8_t **data, size_t *bytes)
     if (fstat(descriptor, &info) != 0) {
         status = failed("cannot read", path);
     } else if (!S_ISREG(info.st_mode)) {
-        tq_log(TQ_LOG_ERROR, "%s is not a regular file", path);
-        status = TQ_ERR_IO;
+        status = not_regular(path);
     } else if (info.st_size > 0) {
         mapped = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
         if (mapped == MAP_FAILED) status = failed("cannot map", path);
@@ -118,7 +154,7 @@ tq_status tq_file_scratch(const char *folder, size_t bytes, int *descriptor, con
     memcpy(path + length, name, sizeof name);
     tq_status status = TQ_OK;
     void *mapped = MAP_FAILED;
-    *descriptor = mkstemp(path);
+    *descriptor = mkostemp(path, O_CLOEXEC);
     if (*descriptor < 0) status = failed("cannot create", path);
     if (status == TQ_OK && unlink(path) != 0) status = failed("cannot unlink", path);
     if (status == TQ_OK && ftruncate(*descriptor, (off_t)bytes) != 0) status = failed("cannot lengthen", path);

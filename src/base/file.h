@@ -10,13 +10,13 @@
 
 /* A file in the making, under a temporary name beside its path. */
 typedef struct tq_file_writer {
-    const char *path;
+    char *path; /* to be replaced: where symbolic links lead */
     char *temporary;
     int descriptor;
     size_t n_written;
 } tq_file_writer;
 
-/* Errors: IO (logged), MEMORY. */
+/* Errors: IO (logged; also if the path is that of something else than a regular file), MEMORY. */
 tq_status tq_file_begin(tq_file_writer *writer, const char *path);
 tq_status tq_file_write(tq_file_writer *writer, const void *data, size_t bytes);
 /* Flush to the disk and take the path's place, or if status is not TQ_OK remove it and return that. Errors: IO. */

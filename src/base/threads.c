@@ -13,6 +13,7 @@
 #include <time.h>
 
 #include "base/alloc.h"
+#include "base/fork.h"
 
 #define SPIN_NANOSECONDS 30000
 #define SPINS_PER_CLOCK_READ 64
@@ -24,6 +25,7 @@ typedef struct worker {
 } worker;
 
 struct tq_pool {
+    tq_fork_record fork;
     int32_t n_threads; /* the caller's included */
     int32_t n_started; /* workers that exist */
     pthread_mutex_t mutex;
@@ -111,7 +113,8 @@ static void pool_run(void *user, int32_t n_threads, tq_body_fn body, void *arg)
 {
     tq_pool *pool = user;
     int32_t n_run = n_threads < pool->n_threads ? n_threads : pool->n_threads;
-    if (n_run <= 1) {
+    /* fork() copies no workers, and one of them may have held the mutex. */
+    if (n_run <= 1 || pool->fork.is_copy) {
         body(arg, 0, 1);
         return;
     }
@@ -138,6 +141,11 @@ tq_status tq_pool_start(tq_pool **out, int32_t n_threads)
     size_t n_workers = (size_t)(n_threads - 1);
     tq_pool *pool = tq_alloc_zero(sizeof *pool + n_workers * sizeof pool->workers[0]);
     if (!pool) return TQ_ERR_MEMORY;
+    tq_status status = tq_fork_enter(&pool->fork, NULL);
+    if (status != TQ_OK) {
+        tq_free(pool);
+        return status;
+    }
     pool->n_threads = n_threads;
     /* These three do not fail on the systems that we know; with default attributes they allocate nothing. */
     pthread_mutex_init(&pool->mutex, NULL);
@@ -159,6 +167,11 @@ tq_status tq_pool_start(tq_pool **out, int32_t n_threads)
 
 void tq_pool_stop(tq_pool *pool)
 {
+    tq_fork_leave(&pool->fork);
+    if (pool->fork.is_copy) {
+        tq_free(pool);
+        return;
+    }
     pthread_mutex_lock(&pool->mutex);
     pool->stop = true;
     pool->n_run = 0;

@@ -109,7 +109,7 @@ static tq_status cache_init(tq_cache *cache, const tq_cache_params *params)
 {
     size_t page_bytes = 0, sink_bytes = 0;
     cache->sides = tq_budget_alloc(&cache->budget, sides_bytes(params->n_layer));
-    if (!cache->sides) return TQ_ERR_MEMORY;
+    if (!cache->sides) return tq_budget_failure(&cache->budget, sides_bytes(params->n_layer));
     for (int32_t layer = 0; layer < params->n_layer; layer++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(side_init(cache, params, layer, side, &page_bytes));
     }
@@ -132,6 +132,11 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     cache->budget.is_dry = params->dry_run;
     if (cache->budget.limit < cache->budget.used) cache->budget.limit = cache->budget.used;
     pthread_mutex_init(&cache->lock, NULL);
+    tq_status status = tq_fork_enter(&cache->fork, &cache->lock);
+    if (status != TQ_OK) {
+        tq_free(cache);
+        return status;
+    }
     cache->kernels = kernels;
     cache->n_layer = params->n_layer;
     cache->n_head_kv = params->n_head_kv;
@@ -141,7 +146,7 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     cache->k_ref_block = params->k_ref_block;
     cache->seed = params->seed;
     cache->calibration = params->calibration;
-    tq_status status = cache_init(cache, params);
+    status = cache_init(cache, params);
     if (status != TQ_OK) {
         tq_cache_destroy(cache);
         return status;
@@ -179,6 +184,7 @@ void tq_cache_end_writing(tq_cache *cache, tq_sequence *sequence)
 
 void tq_cache_destroy(tq_cache *cache)
 {
+    tq_fork_leave(&cache->fork);
     for (int32_t i = 0; i < cache->n_sequences; i++) {
         if (cache->sequences[i]) tq_sequence_close(cache, i);
     }

@@ -20,6 +20,8 @@
 #include <stdatomic.h>
 
 #include "attention/attention.h"
+#include "base/fork.h"
+#include "base/log.h"
 #include "cache/kv_rows.h"
 #include "cache/page_pool.h"
 #include "cache/prefix.h"
@@ -69,6 +71,7 @@ struct tq_cache {
     tq_cache_side *sides;                          /* [n_layer, TQ_N_SIDES] */
     size_t exact_bytes;                            /* of one sequence */
     tq_budget budget;
+    tq_fork_record fork;
     pthread_mutex_t lock; /* of all below but the counters */
     tq_page_pool pool;
     tq_prefix_index prefixes;
@@ -106,13 +109,16 @@ static inline uint8_t *tq_sequence_exact(const tq_sequence *sequence, const tq_c
  */
 tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq_kernels *kernels);
 void tq_cache_destroy(tq_cache *cache);
+/* Messages are sent when the lock is given back: a callback may use the cache. */
 static inline void tq_cache_lock(tq_cache *cache)
 {
     pthread_mutex_lock(&cache->lock);
+    tq_log_hold();
 }
 static inline void tq_cache_unlock(tq_cache *cache)
 {
     pthread_mutex_unlock(&cache->lock);
+    tq_log_send();
 }
 tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side);
 /* Around reading pages: they stay where they are in between. No sequence's table may change meanwhile. Locks. */
@@ -140,11 +146,20 @@ tq_status tq_sequence_open(tq_cache *cache, tq_sequence **out);
 void tq_sequence_close(tq_cache *cache, int32_t seq);
 /* Errors: FULL, MEMORY. */
 tq_status tq_sequence_fork(tq_cache *cache, const tq_sequence *from, tq_sequence **out);
+/* What is needed for n more sequences without content; for a table of n_pages, where there is one of page_capacity; for a copy
+ * of exact data, or new ones. Before anything is taken: tq_cache_can. */
+void tq_need_sequences(const tq_cache *cache, int32_t n, tq_need *need);
+void tq_need_table(int32_t page_capacity, int64_t n_pages, tq_need *need);
+void tq_need_exact(const tq_cache *cache, int32_t n, tq_need *need);
+/* Errors: FULL. */
+tq_status tq_cache_can(const tq_cache *cache, const tq_need *need);
 /* Errors: FULL, MEMORY. */
 tq_status tq_sequence_grow_table(tq_cache *cache, tq_sequence *sequence, int64_t n_pages);
 /* Make room for n_tok positions more in one layer (-1: in each), and what they will write the sequence's own and held in
  * memory, until it is let go. Errors: FULL, MEMORY, IO; then nothing that can be read has changed. */
 tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
+/* What reserving needs; n_tok of -1: exact data of its own. */
+void tq_sequence_need(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, tq_need *need);
 /* Hold pages [begin, end) of the table, and what lies between them and those held. Errors: FULL, MEMORY, IO. */
 tq_status tq_sequence_hold(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held, int64_t begin, int64_t end);
 void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held);

@@ -38,7 +38,10 @@ tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_t
                              const uint8_t *exact)
 {
     int32_t n_new = (int32_t)((n_tok + cache->page_size - 1) / cache->page_size) - first_page, n_before = sequence->n_pages;
-    if (n_new > tq_page_pool_available(&cache->pool, false)) return TQ_ERR_FULL;
+    tq_need need = {.n_pages = n_new, .may_leave = true};
+    tq_sequence_need(cache, sequence, 0, -1, &need);
+    tq_need_table(sequence->page_capacity, (int64_t)n_before + n_new, &need);
+    TQ_TRY(tq_cache_can(cache, &need));
     TQ_TRY(tq_sequence_grow_table(cache, sequence, (int64_t)n_before + n_new));
     TQ_TRY(tq_sequence_own_exact(cache, sequence));
     if (n_new > 0) TQ_TRY(acquire_pages(cache, sequence, n_new, pages));

@@ -20,6 +20,11 @@ void *tq_budget_alloc(tq_budget *budget, size_t bytes)
     return tq_budget_alloc_vectors(budget, bytes, bytes);
 }
 
+tq_status tq_budget_failure(const tq_budget *budget, size_t bytes)
+{
+    return bytes > budget->limit - budget->used ? TQ_ERR_FULL : TQ_ERR_MEMORY;
+}
+
 void tq_budget_free(tq_budget *budget, void *p, size_t bytes)
 {
     if (!p) return;
@@ -45,6 +50,9 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
                            .budget = budget,
                            .offload = offload};
     if (offload) budget->used += tq_offload_bytes(offload->n_slots);
+    size_t tables = (size_t)n_pages * (sizeof *pool->data + sizeof *pool->pages + sizeof *pool->free_pages) +
+                    (size_t)n_frames * (sizeof *pool->idle + sizeof *pool->bare);
+    tq_status failure = tq_budget_failure(budget, tables);
     pool->data = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->data);
     pool->pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->pages);
     pool->free_pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->free_pages);
@@ -53,7 +61,7 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
     if (!budget->is_dry) pool->frames = tq_region_reserve(region_bytes(pool));
     if (!pool->data || !pool->pages || !pool->free_pages || !pool->idle || !pool->bare || (!budget->is_dry && !pool->frames)) {
         tq_page_pool_deinit(pool);
-        return TQ_ERR_MEMORY;
+        return failure;
     }
     for (int32_t i = 0; i < n_pages; i++) {
         pool->free_pages[i] = n_pages - 1 - i;
@@ -218,8 +226,39 @@ void tq_page_pool_release(tq_page_pool *pool, int32_t page)
         free_page(pool, page);
 }
 
+static int64_t min_i64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Frames that a call can have, with the budget as it is when it has taken so many bytes; negative: too few for the bytes. */
+static int64_t frames_left(const tq_page_pool *pool, size_t bytes, int64_t n_restores, int64_t n_pins)
+{
+    int64_t n_in_use = pool->n_frames - pool->n_idle - pool->n_bare, n_can_leave = pool->n_kept;
+    /* A page that comes back leaves a slot. */
+    if (pool->offload)
+        n_can_leave = min_i64(n_in_use - pool->n_pinned - n_pins, pool->offload->n_free + pool->n_kept + n_restores);
+    size_t room = pool->budget->limit - pool->budget->used, more = (room - bytes) / pool->page_bytes;
+    if (room >= bytes) return pool->n_idle + n_can_leave + (more < (size_t)pool->n_bare ? (int64_t)more : pool->n_bare);
+    size_t n_given_back = (bytes - room - 1) / pool->page_bytes + 1;
+    return n_given_back > (size_t)pool->n_frames ? -1 : pool->n_idle + n_can_leave - (int64_t)n_given_back;
+}
+
+bool tq_page_pool_can(const tq_page_pool *pool, const tq_need *need)
+{
+    int64_t n_at_once = need->n_restores + (pool->offload && need->may_leave ? 0 : need->n_pages);
+    return need->n_pages <= pool->n_free + pool->n_kept && frames_left(pool, need->bytes + need->transient_bytes, 0, 0) >= 0 &&
+           n_at_once <= frames_left(pool, need->bytes, need->n_restores, need->n_pins);
+}
+
+int32_t tq_page_pool_available(const tq_page_pool *pool)
+{
+    return (int32_t)min_i64(pool->n_free + pool->n_kept, frames_left(pool, 0, 0, 0));
+}
+
 tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes)
 {
+    if (!has_room(pool, bytes) && !tq_page_pool_can(pool, &(tq_need){.bytes = bytes})) return TQ_ERR_FULL;
     while (!has_room(pool, bytes)) {
         int32_t frame;
         /* Not more memory for frames: what is taken from the budget here would be missing there. */
@@ -238,21 +277,6 @@ tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes)
         pool->bare[pool->n_bare++] = frame;
     }
     return TQ_OK;
-}
-
-static int32_t min_i32(int32_t a, int32_t b)
-{
-    return a < b ? a : b;
-}
-
-int32_t tq_page_pool_available(const tq_page_pool *pool, bool at_once)
-{
-    if (pool->offload && !at_once) return pool->n_free + pool->n_kept;
-    size_t more = (pool->budget->limit - pool->budget->used) / pool->page_bytes;
-    int32_t n_bare = more < (size_t)pool->n_bare ? (int32_t)more : pool->n_bare;
-    int32_t n_in_use = pool->n_frames - pool->n_idle - pool->n_bare, n_can_leave = pool->n_kept;
-    if (pool->offload) n_can_leave = min_i32(n_in_use - pool->n_pinned, pool->offload->n_free + pool->n_kept);
-    return min_i32(pool->n_free + pool->n_kept, pool->n_idle + n_bare + n_can_leave);
 }
 
 void tq_page_pool_pin(tq_page_pool *pool, const int32_t *pages, int64_t n)

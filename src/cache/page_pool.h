@@ -25,6 +25,8 @@ typedef struct tq_budget {
 
 /* NULL on failure or beyond the limit. */
 void *tq_budget_alloc(tq_budget *budget, size_t bytes);
+/* Why an allocation of so many bytes failed: FULL, beyond the limit, or MEMORY. */
+tq_status tq_budget_failure(const tq_budget *budget, size_t bytes);
 /* As tq_budget_alloc, for memory that holds vectors behind its first head_bytes; in a dry run only those are there. */
 void *tq_budget_alloc_vectors(tq_budget *budget, size_t bytes, size_t head_bytes);
 void tq_budget_free(tq_budget *budget, void *p, size_t bytes);
@@ -58,7 +60,8 @@ typedef struct tq_page_pool {
     void *forget_context;
 } tq_page_pool;
 
-/* With at most n_frames pages in memory at a time. The pool owns `offload`, also after a failure. Errors: MEMORY. */
+/* With at most n_frames pages in memory at a time. The pool owns `offload`, also after a failure. Errors: FULL (the tables),
+ * MEMORY. */
 tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frames, size_t page_bytes, tq_offload *offload,
                             tq_budget *budget);
 void tq_page_pool_deinit(tq_page_pool *pool);
@@ -68,10 +71,21 @@ tq_status tq_page_pool_acquire(tq_page_pool *pool, int32_t *page);
 void tq_page_pool_share(tq_page_pool *pool, int32_t page);
 /* One reference fewer; at none the page is kept if its content is known, else free. */
 void tq_page_pool_release(tq_page_pool *pool, int32_t page);
-/* Offload or give up pages until the budget has room for so many bytes more. Errors: FULL, IO. */
+/*
+ * What a call is about to take, so that it can be refused before anything is given up for it: bytes of the budget beside pages,
+ * as many more for a while, pages, and pages that come back from the file or stay where they are because they are written.
+ */
+typedef struct tq_need {
+    size_t bytes, transient_bytes;
+    int64_t n_pages, n_restores, n_pins;
+    bool may_leave; /* the pages need not be in memory all at once */
+} tq_need;
+/* If the allocator and the disk do their part. */
+bool tq_page_pool_can(const tq_page_pool *pool, const tq_need *need);
+/* Offload or give up pages until the budget has room for so many bytes more. Errors: FULL (nothing was given up), IO. */
 tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes);
-/* Pages that could be acquired, if the allocator gives memory; at_once: and be in memory all together. */
-int32_t tq_page_pool_available(const tq_page_pool *pool, bool at_once);
+/* Pages that could be acquired and be in memory all together, if the allocator gives memory. */
+int32_t tq_page_pool_available(const tq_page_pool *pool);
 
 /* Without an offload tier the following do nothing: no page moves. */
 /* Hold pages where they are. */

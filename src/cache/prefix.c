@@ -12,9 +12,10 @@ tq_status tq_prefix_index_init(tq_prefix_index *index, int32_t n_pages, int32_t 
         .budget = budget, .page_size = page_size, .n_pages = n_pages, .sink_bytes = sink_bytes, .key = tq_hash_key()};
     index->n_buckets = 1;
     while (index->n_buckets < (size_t)n_pages) index->n_buckets *= 2;
+    tq_status failure = tq_budget_failure(budget, (index->n_buckets + (size_t)n_pages) * sizeof(tq_prefix *));
     index->buckets = tq_budget_alloc(budget, index->n_buckets * sizeof(tq_prefix *));
     index->by_page = tq_budget_alloc(budget, (size_t)n_pages * sizeof(tq_prefix *));
-    return index->buckets && index->by_page ? TQ_OK : TQ_ERR_MEMORY;
+    return index->buckets && index->by_page ? TQ_OK : failure;
 }
 
 void tq_prefix_index_deinit(tq_prefix_index *index)

@@ -27,7 +27,7 @@ typedef struct tq_prefix_index {
     uint64_t key, last_number;
 } tq_prefix_index;
 
-/* Errors: MEMORY. */
+/* Errors: FULL, MEMORY. */
 tq_status tq_prefix_index_init(tq_prefix_index *index, int32_t n_pages, int32_t page_size, size_t sink_bytes,
                                tq_budget *budget);
 void tq_prefix_index_deinit(tq_prefix_index *index);

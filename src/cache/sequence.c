@@ -32,6 +32,37 @@ static tq_status allocate(tq_cache *cache, size_t bytes, void *out)
     return allocate_vectors(cache, bytes, bytes, out);
 }
 
+tq_status tq_cache_can(const tq_cache *cache, const tq_need *need)
+{
+    return tq_page_pool_can(&cache->pool, need) ? TQ_OK : TQ_ERR_FULL;
+}
+
+static void need_growth(size_t before, size_t after, tq_need *need)
+{
+    need->bytes += after - before;
+    if (before > need->transient_bytes) need->transient_bytes = before;
+}
+
+/* Entries of a table of sequences with room for n more. */
+static int64_t table_for(const tq_cache *cache, int32_t n)
+{
+    int64_t n_entries = cache->n_sequences, n_free = 0;
+    for (int32_t i = cache->first_free; i < cache->n_sequences; i++) n_free += !cache->sequences[i];
+    while (n_free < n) {
+        int64_t more = n_entries == 0 ? 4 : n_entries;
+        n_entries += more;
+        n_free += more;
+    }
+    return n_entries;
+}
+
+void tq_need_sequences(const tq_cache *cache, int32_t n, tq_need *need)
+{
+    size_t entry = sizeof *cache->sequences;
+    need_growth((size_t)cache->n_sequences * entry, (size_t)table_for(cache, n) * entry, need);
+    need->bytes += (size_t)n * record_bytes(cache);
+}
+
 /* A free id below n_sequences, after the table has grown if there was none. */
 static tq_status find_id(tq_cache *cache, int32_t *seq)
 {
@@ -75,6 +106,11 @@ static size_t exact_record_bytes(const tq_cache *cache)
     return sizeof(tq_exact_data) + cache->exact_bytes;
 }
 
+void tq_need_exact(const tq_cache *cache, int32_t n, tq_need *need)
+{
+    if (cache->exact_bytes > 0) need->bytes += (size_t)n * exact_record_bytes(cache);
+}
+
 tq_status tq_exact_open(tq_cache *cache, tq_exact_data **out)
 {
     if (cache->exact_bytes == 0) return TQ_OK;
@@ -111,6 +147,10 @@ void tq_sequence_close(tq_cache *cache, int32_t seq)
 tq_status tq_sequence_open(tq_cache *cache, tq_sequence **out)
 {
     tq_sequence *sequence;
+    tq_need need = {0};
+    tq_need_sequences(cache, 1, &need);
+    tq_need_exact(cache, 1, &need);
+    TQ_TRY(tq_cache_can(cache, &need));
     TQ_TRY(tq_sequence_open_bare(cache, &sequence));
     tq_status status = tq_exact_open(cache, &sequence->exact);
     if (status != TQ_OK) {
@@ -126,11 +166,24 @@ static int64_t pages_for(const tq_cache *cache, int64_t n_tok)
     return (n_tok + cache->page_size - 1) / cache->page_size;
 }
 
+/* Doubles, so that appending token by token copies little. */
+static int64_t capacity_for(int32_t page_capacity, int64_t n_pages)
+{
+    if (n_pages <= page_capacity) return page_capacity;
+    return page_capacity > n_pages / 2 ? 2 * (int64_t)page_capacity : n_pages;
+}
+
+void tq_need_table(int32_t page_capacity, int64_t n_pages, tq_need *need)
+{
+    size_t entry = sizeof(int32_t);
+    int64_t after = capacity_for(page_capacity, n_pages);
+    if (after > page_capacity) need_growth((size_t)page_capacity * entry, (size_t)after * entry, need);
+}
+
 tq_status tq_sequence_grow_table(tq_cache *cache, tq_sequence *sequence, int64_t n_pages)
 {
     if (n_pages <= sequence->page_capacity) return TQ_OK;
-    /* Doubles, so that appending token by token copies little. */
-    int64_t capacity = sequence->page_capacity > n_pages / 2 ? 2 * (int64_t)sequence->page_capacity : n_pages;
+    int64_t capacity = capacity_for(sequence->page_capacity, n_pages);
     size_t bytes_before = (size_t)sequence->page_capacity * sizeof *sequence->page_table;
     int32_t *table;
     TQ_TRY(allocate(cache, (size_t)capacity * sizeof *table, &table));
@@ -144,6 +197,10 @@ tq_status tq_sequence_grow_table(tq_cache *cache, tq_sequence *sequence, int64_t
 tq_status tq_sequence_fork(tq_cache *cache, const tq_sequence *from, tq_sequence **out)
 {
     tq_sequence *sequence;
+    tq_need need = {0};
+    tq_need_sequences(cache, 1, &need);
+    tq_need_table(0, from->n_pages, &need);
+    TQ_TRY(tq_cache_can(cache, &need));
     TQ_TRY(tq_sequence_open_bare(cache, &sequence));
     tq_status status = tq_sequence_grow_table(cache, sequence, from->n_pages);
     if (status != TQ_OK) {
@@ -271,7 +328,6 @@ static tq_status acquire_pages(tq_cache *cache, tq_sequence *sequence, int64_t n
 static tq_status prepare_reserve(tq_cache *cache, tq_sequence *sequence, span written, int64_t n_tok, int64_t n_acquire,
                                  int64_t n_new)
 {
-    if (n_acquire > tq_page_pool_available(&cache->pool, true)) return TQ_ERR_FULL;
     TQ_TRY(tq_sequence_grow_table(cache, sequence, sequence->n_pages + n_acquire));
     if (n_tok > 0) TQ_TRY(tq_sequence_own_exact(cache, sequence));
     tq_held_pages *held = &sequence->held;
@@ -280,12 +336,43 @@ static tq_status prepare_reserve(tq_cache *cache, tq_sequence *sequence, span wr
     return acquire_pages(cache, sequence, n_acquire);
 }
 
+static int64_t new_pages(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
+{
+    int64_t n_pages = pages_for(cache, longest_layer(cache, sequence, layer, n_tok));
+    return n_pages > sequence->n_pages ? n_pages - sequence->n_pages : 0;
+}
+
+static int64_t count_shared(const tq_cache *cache, const tq_sequence *sequence, span pages)
+{
+    int64_t n = 0;
+    for (int64_t i = pages.begin; i < pages.end; i++) n += is_shared(cache, sequence->page_table[i]);
+    return n;
+}
+
+void tq_sequence_need(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, tq_need *need)
+{
+    bool has_exact_shared = sequence->exact && sequence->exact->n_refs > 1;
+    if (n_tok != 0 && has_exact_shared) tq_need_exact(cache, 1, need);
+    if (n_tok < 0) return;
+    span written = pages_written(cache, sequence, layer, n_tok);
+    int64_t n_new = new_pages(cache, sequence, layer, n_tok), n_acquire = n_new + count_shared(cache, sequence, written);
+    need->n_pages += n_acquire;
+    tq_need_table(sequence->page_capacity, sequence->n_pages + n_acquire, need);
+    if (!cache->pool.offload || written.begin >= written.end) return;
+    for (int64_t i = written.begin; i < (n_new > 0 ? sequence->n_pages : written.end); i++) {
+        const tq_page *page = &cache->pool.pages[sequence->page_table[i]];
+        if (page->slot >= 0 && !is_shared(cache, sequence->page_table[i])) need->n_restores++;
+        if (page->slot < 0 && page->n_pins == 0) need->n_pins++;
+    }
+}
+
 tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
-    int64_t n_pages = pages_for(cache, longest_layer(cache, sequence, layer, n_tok)), n_copies = 0;
-    int64_t n_new = n_pages > sequence->n_pages ? n_pages - sequence->n_pages : 0;
+    tq_need need = {0};
+    tq_sequence_need(cache, sequence, layer, n_tok, &need);
+    TQ_TRY(tq_cache_can(cache, &need));
     span written = pages_written(cache, sequence, layer, n_tok);
-    for (int64_t i = written.begin; i < written.end; i++) n_copies += is_shared(cache, sequence->page_table[i]);
+    int64_t n_new = new_pages(cache, sequence, layer, n_tok), n_copies = count_shared(cache, sequence, written);
     tq_status status = prepare_reserve(cache, sequence, written, n_tok, n_new + n_copies, n_new);
     if (status != TQ_OK) {
         tq_sequence_let_go(cache, sequence, &sequence->held);

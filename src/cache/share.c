@@ -74,9 +74,14 @@ static int32_t share_pages(tq_cache *cache, tq_sequence *sequence, const int32_t
 tq_status tq_sequence_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, tq_sequence **out)
 {
     tq_sequence *sequence;
-    TQ_TRY(tq_sequence_open(cache, &sequence));
     int64_t n_pages = n_tok / cache->page_size;
     if (n_pages > cache->pool.n_pages) n_pages = cache->pool.n_pages;
+    tq_need need = {0};
+    tq_need_sequences(cache, 1, &need);
+    tq_need_exact(cache, 1, &need);
+    tq_need_table(0, n_pages, &need);
+    TQ_TRY(tq_cache_can(cache, &need));
+    TQ_TRY(tq_sequence_open(cache, &sequence));
     tq_status status = tq_sequence_grow_table(cache, sequence, n_pages);
     if (status != TQ_OK) {
         tq_sequence_close(cache, sequence->id);

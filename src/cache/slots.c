@@ -36,8 +36,23 @@ static tq_status plan_row(tq_cache *cache, int32_t layer, int64_t slot, int64_t 
     else
         runs[(*n_runs)++] = (tq_slot_run){.sequence = sequence, .first_row = row, .position = position, .n = 1};
     if (position == length) sequence->pending++;
-    if (position / cache->page_size < sequence->n_published) sequence->n_published = 0;
     return TQ_OK;
+}
+
+/* What the runs need together, so that none is reserved in vain. */
+static tq_status check_need(tq_cache *cache, int32_t layer, tq_slot_run *runs, int64_t n_runs)
+{
+    tq_need need = {0};
+    for (int64_t i = 0; i < n_runs; i++) {
+        tq_sequence *sequence = runs[i].sequence;
+        if (sequence->pending < 0) continue; /* counted */
+        tq_sequence_need(cache, sequence, layer, sequence->pending > 0 ? sequence->pending : -1, &need);
+        sequence->pending = -1 - sequence->pending;
+    }
+    for (int64_t i = 0; i < n_runs; i++) {
+        if (runs[i].sequence->pending < 0) runs[i].sequence->pending = -1 - runs[i].sequence->pending;
+    }
+    return tq_cache_can(cache, &need);
 }
 
 static void let_go(tq_cache *cache, tq_slot_run *runs, int64_t n_runs)
@@ -58,6 +73,7 @@ tq_status tq_slots_plan(tq_cache *cache, int32_t layer, const int64_t *slots, in
         status = plan_row(cache, layer, slots[i], i, runs, n_runs);
         if (status != TQ_OK) *bad_row = i;
     }
+    if (status == TQ_OK) status = check_need(cache, layer, runs, *n_runs);
     for (int64_t i = 0; i < *n_runs && status == TQ_OK; i++) {
         /* Also with nothing to append: an overwritten ring or sink must be the sequence's own. */
         status = tq_sequence_reserve(cache, runs[i].sequence, layer, runs[i].sequence->pending);
@@ -67,7 +83,11 @@ tq_status tq_slots_plan(tq_cache *cache, int32_t layer, const int64_t *slots, in
             status = tq_sequence_hold(cache, runs[i].sequence, &runs[i].held, runs[i].position / cache->page_size,
                                       last / cache->page_size + 1);
     }
-    for (int64_t i = 0; i < *n_runs; i++) runs[i].sequence->pending = 0;
+    for (int64_t i = 0; i < *n_runs; i++) {
+        tq_sequence *sequence = runs[i].sequence;
+        sequence->pending = 0;
+        if (status == TQ_OK && runs[i].position / cache->page_size < sequence->n_published) sequence->n_published = 0;
+    }
     if (status != TQ_OK) let_go(cache, runs, *n_runs);
     return status;
 }

@@ -131,12 +131,13 @@ static bool skip_filling(loader *l)
     return take(l, (8 - l->at % 8) % 8) != NULL;
 }
 
-/* Do lengths and rings agree with each other and with the pages? */
-static bool is_sound(const tq_cache *cache, const tq_sequence *sequence, int64_t n_pages)
+/* Do lengths [n_layer] and rings [n_layer, sides] agree with each other and with the pages? */
+static bool is_sound(const tq_cache *cache, const int64_t *lengths, int64_t n_pages)
 {
+    const int64_t *ring_begins = lengths + cache->n_layer;
     for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++) {
         const tq_cache_side *side = &cache->sides[i];
-        int64_t length = sequence->length[i / TQ_N_SIDES], begin = sequence->ring_begin[i];
+        int64_t length = lengths[i / TQ_N_SIDES], begin = ring_begins[i];
         if (length < 0 || length > n_pages * cache->page_size) return false;
         if (begin < side->n_sink || begin > (length > side->n_sink ? length : side->n_sink)) return false;
         if (length - begin > side->n_recent) return false;
@@ -144,36 +145,50 @@ static bool is_sound(const tq_cache *cache, const tq_sequence *sequence, int64_t
     return true;
 }
 
+/* A sequence as the tables have it. */
+typedef struct record {
+    int32_t n_pages, exact;
+    const int64_t *numbers;
+    const int32_t *pages;
+} record;
+
+static tq_status read_sequence(loader *l, record *out)
+{
+    if (!take_int(l, &out->n_pages) || !take_int(l, &out->exact)) return corrupt("a sequence is cut off");
+    bool has_exact = l->cache->exact_bytes > 0;
+    if (out->n_pages < 0 || out->n_pages > l->cache->pool.n_pages || out->exact < -1 || out->exact >= l->header.n_exact ||
+        has_exact != (out->exact >= 0))
+        return corrupt("a sequence makes no sense");
+    out->numbers = (const void *)take(l, (size_t)l->cache->n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t));
+    if (!out->numbers) return corrupt("a sequence is cut off");
+    if (!is_sound(l->cache, out->numbers, out->n_pages)) return corrupt("a sequence makes no sense");
+    out->pages = (const void *)take(l, (size_t)out->n_pages * sizeof *out->pages);
+    for (int32_t i = 0; i < out->n_pages; i++) {
+        if (!out->pages || out->pages[i] < 0 || out->pages[i] >= l->header.n_pages)
+            return corrupt("a page table makes no sense");
+    }
+    return skip_filling(l) ? TQ_OK : corrupt("a sequence is cut off");
+}
+
 static tq_status load_sequence(loader *l)
 {
-    int32_t n_pages, exact, page;
-    if (!take_int(l, &n_pages) || !take_int(l, &exact)) return corrupt("a sequence is cut off");
-    bool has_exact = l->cache->exact_bytes > 0;
-    if (n_pages < 0 || n_pages > l->cache->pool.n_pages || exact < -1 || exact >= l->header.n_exact ||
-        has_exact != (exact >= 0))
-        return corrupt("a sequence makes no sense");
+    record from;
+    TQ_TRY(read_sequence(l, &from));
     tq_sequence *sequence;
     TQ_TRY(tq_sequence_open_bare(l->cache, &sequence));
     l->sequences[l->n_opened++] = sequence;
-    size_t n_layer = (size_t)l->cache->n_layer, bytes = n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t);
-    const uint8_t *numbers = take(l, bytes);
-    if (!numbers) return corrupt("a sequence is cut off");
-    memcpy(sequence->numbers, numbers, bytes);
-    if (!is_sound(l->cache, sequence, n_pages)) {
-        memset(sequence->length, 0, n_layer * sizeof *sequence->length);
-        return corrupt("a sequence makes no sense");
+    TQ_TRY(tq_sequence_grow_table(l->cache, sequence, from.n_pages));
+    memcpy(sequence->numbers, from.numbers, (size_t)l->cache->n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t));
+    for (int32_t i = 0; i < from.n_pages; i++) {
+        int32_t page = l->pages[from.pages[i]];
+        tq_page_pool_share(&l->cache->pool, page);
+        sequence->page_table[sequence->n_pages++] = page;
     }
-    TQ_TRY(tq_sequence_grow_table(l->cache, sequence, n_pages));
-    for (int32_t i = 0; i < n_pages; i++) {
-        if (!take_int(l, &page) || page < 0 || page >= l->header.n_pages) return corrupt("a page table makes no sense");
-        tq_page_pool_share(&l->cache->pool, l->pages[page]);
-        sequence->page_table[sequence->n_pages++] = l->pages[page];
-    }
-    if (exact >= 0) {
-        sequence->exact = l->exact[exact];
+    if (from.exact >= 0) {
+        sequence->exact = l->exact[from.exact];
         sequence->exact->n_refs++;
     }
-    return skip_filling(l) ? TQ_OK : corrupt("a sequence is cut off");
+    return TQ_OK;
 }
 
 /* A name that is taken in the cache already, or a page that has one, is no error: the publication there serves as well. */
@@ -208,7 +223,6 @@ static tq_status load_prefix(loader *l, int32_t i, bool dry)
 static tq_status load_data(loader *l)
 {
     tq_page_pool *pool = &l->cache->pool;
-    if (l->header.n_pages > tq_page_pool_available(pool, false)) return TQ_ERR_FULL;
     for (int32_t i = 0; i < l->header.n_pages; i++) {
         TQ_TRY(tq_page_pool_acquire(pool, &l->pages[i]));
         l->n_held++;
@@ -216,22 +230,37 @@ static tq_status load_data(loader *l)
     }
     for (int32_t i = 0; i < l->header.n_exact; i++) {
         TQ_TRY(tq_exact_open(l->cache, &l->exact[i]));
-        if (!l->exact[i]) return corrupt("it has exact data where the formats need none");
         l->n_exact_held++;
         memcpy(l->exact[i]->bytes, l->exact_data + (size_t)i * l->cache->exact_bytes, l->cache->exact_bytes);
     }
     return TQ_OK;
 }
 
-static tq_status load_content(loader *l)
+/* Read all tables from l->at on, and whether there is room for what they tell; changes nothing. */
+static tq_status check_content(loader *l)
 {
-    TQ_TRY(load_data(l));
-    l->at = formats_bytes(&l->header) + ((size_t)l->header.n_exact + (size_t)l->header.n_pages) * sizeof(uint64_t);
-    for (int32_t i = 0; i < l->header.n_sequences; i++) TQ_TRY(load_sequence(l));
-    size_t prefixes_at = l->at;
+    if (l->header.n_exact > 0 && l->cache->exact_bytes == 0) return corrupt("it has exact data where the formats need none");
+    tq_need need = {.n_pages = l->header.n_pages, .may_leave = true};
+    tq_need_sequences(l->cache, l->header.n_sequences, &need);
+    tq_need_exact(l->cache, l->header.n_exact, &need);
+    for (int32_t i = 0; i < l->header.n_sequences; i++) {
+        record sequence;
+        TQ_TRY(read_sequence(l, &sequence));
+        tq_need_table(0, sequence.n_pages, &need);
+    }
     for (int32_t i = 0; i < l->header.n_prefixes; i++) TQ_TRY(load_prefix(l, i, true));
     if (l->at != l->n_meta) return corrupt("the tables are longer than their content");
-    l->at = prefixes_at;
+    return tq_cache_can(l->cache, &need);
+}
+
+static tq_status load_content(loader *l)
+{
+    size_t begin = formats_bytes(&l->header) + ((size_t)l->header.n_exact + (size_t)l->header.n_pages) * sizeof(uint64_t);
+    l->at = begin;
+    TQ_TRY(check_content(l));
+    TQ_TRY(load_data(l));
+    l->at = begin;
+    for (int32_t i = 0; i < l->header.n_sequences; i++) TQ_TRY(load_sequence(l));
     for (int32_t i = 0; i < l->header.n_prefixes; i++) TQ_TRY(load_prefix(l, i, false));
     return TQ_OK;
 }
@@ -267,11 +296,11 @@ tq_status tq_snapshot_load(tq_cache *cache, tq_snapshot_bytes file, int32_t *seq
     tq_cache_lock(cache);
     if (status == TQ_OK) status = load_content(&l);
     finish(&l, status);
-    tq_cache_unlock(cache);
     if (status == TQ_OK) {
         for (int32_t i = 0; i < l.n_opened; i++) seqs[i] = l.sequences[i]->id;
         *n_seq = l.n_opened;
     }
+    tq_cache_unlock(cache);
     tq_free(l.pages);
     tq_free(l.exact);
     tq_free(l.sequences);

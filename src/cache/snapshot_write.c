@@ -66,6 +66,10 @@ static tq_status list_sequences(saver *s, const int32_t *seqs, int32_t n_seq)
 {
     const tq_cache *cache = s->cache;
     int32_t n = seqs ? n_seq : cache->n_sequences;
+    if (n > cache->n_sequences) {
+        tq_log(TQ_LOG_ERROR, "save: %d sequences, which are more than there are", (int)n);
+        return TQ_ERR_RANGE;
+    }
     s->sequences = tq_alloc_zero(((size_t)n + 1) * sizeof *s->sequences);
     s->exact = tq_alloc_zero(((size_t)n + 1) * sizeof *s->exact);
     if (!s->sequences || !s->exact) return TQ_ERR_MEMORY;

@@ -30,6 +30,7 @@ static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
     size_t exact = take(&total, n_vectors, sizeof *stage->exact);
     size_t pushes = take(&total, n_vectors, sizeof *stage->pushes);
     size_t index = take(&total, (size_t)n, sizeof *stage->index);
+    size_t positions = take(&total, n_vectors, sizeof *stage->positions);
     size_t data = take(&total, head_stride, (size_t)store->n_head_kv);
     if (total > stage->capacity) {
         void *memory = tq_alloc(total);
@@ -43,6 +44,7 @@ static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
     stage->exact = (tq_exact_entry *)(void *)(base + exact);
     stage->pushes = (tq_stage_push *)(void *)(base + pushes);
     stage->index = (int32_t *)(void *)(base + index);
+    stage->positions = (int32_t *)(void *)(base + positions);
     stage->data = base + data;
     stage->head_stride_bytes = head_stride;
     return TQ_OK;
@@ -51,12 +53,18 @@ static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
 static uint16_t *vector_at(const tq_stage *stage, int32_t head, int32_t index)
 {
     uint8_t *data = stage->data + (size_t)head * stage->head_stride_bytes;
-    return (uint16_t *)(void *)data + (size_t)index * (size_t)stage->store->codec.head_dim;
+    return (uint16_t *)(void *)data + (size_t)index * (size_t)stage->head_dim;
 }
 
-static void copy_exact(tq_stage *stage, int32_t entry, int32_t index)
+static void copy_position(tq_stage *stage, const tq_store *store, int64_t slot, int32_t index)
 {
-    const tq_store *store = stage->store;
+    const int32_t *positions = tq_store_positions(store);
+    stage->positions[index] = positions ? positions[slot] : 0;
+}
+
+static void copy_exact(tq_stage *stage, const tq_store *store, int32_t entry, int64_t slot, int32_t index)
+{
+    copy_position(stage, store, slot, index);
     size_t vector_bytes = (size_t)store->codec.head_dim * sizeof(uint16_t);
     for (int32_t head = 0; head < store->n_head_kv; head++) {
         const uint8_t *data =
@@ -65,9 +73,9 @@ static void copy_exact(tq_stage *stage, int32_t entry, int32_t index)
     }
 }
 
-static void copy_row(tq_stage *stage, const float *row, int32_t index)
+static void copy_row(tq_stage *stage, const tq_store *store, int64_t slot, const float *row, int32_t index)
 {
-    const tq_store *store = stage->store;
+    copy_position(stage, store, slot, index);
     int64_t head_dim = store->codec.head_dim;
     for (int32_t head = 0; head < store->n_head_kv; head++) {
         store->kernels->half_from_float(row + head * head_dim, head_dim, vector_at(stage, head, index));
@@ -76,6 +84,7 @@ static void copy_row(tq_stage *stage, const float *row, int32_t index)
 
 typedef struct player {
     tq_stage *stage;
+    const tq_store *store;
     int32_t n_vectors, n_pushes;
     int32_t sinks[TQ_EXACT_MAX]; /* vectors of the sinks, or -1 */
 } player;
@@ -83,18 +92,18 @@ typedef struct player {
 /* What the store holds exact before the batch. */
 static void play_store(player *p)
 {
-    const tq_store *store = p->stage->store;
+    const tq_store *store = p->store;
     int32_t n_sink = store->layout.n_sink, n_recent = store->layout.n_recent;
     for (int32_t i = 0; i < n_sink; i++) {
         p->sinks[i] = tq_store_exact_slot(store, i) >= 0 ? p->n_vectors++ : -1;
-        if (p->sinks[i] >= 0) copy_exact(p->stage, i, p->sinks[i]);
+        if (p->sinks[i] >= 0) copy_exact(p->stage, store, i, i, p->sinks[i]);
     }
     int32_t next = n_recent > 0 ? tq_store_ring_next(store) : 0;
     for (int32_t i = 0; i < n_recent; i++) {
         int32_t entry = n_sink + (next + i) % n_recent;
         int64_t slot = tq_store_exact_slot(store, entry);
         if (slot < 0) continue;
-        copy_exact(p->stage, entry, p->n_vectors);
+        copy_exact(p->stage, store, entry, slot, p->n_vectors);
         p->stage->pushes[p->n_pushes++] = (tq_stage_push){slot, p->n_vectors++, PUSH_STAYS};
     }
 }
@@ -103,7 +112,7 @@ static void play_store(player *p)
 static tq_stage_push *find_push(const player *p, int64_t slot)
 {
     tq_stage_push *pushes = p->stage->pushes;
-    int32_t n_recent = p->stage->store->layout.n_recent;
+    int32_t n_recent = p->store->layout.n_recent;
     for (int32_t i = p->n_pushes - 1; i >= 0 && i >= p->n_pushes - n_recent; i--) {
         if (pushes[i].slot == slot) return &pushes[i];
     }
@@ -113,7 +122,7 @@ static tq_stage_push *find_push(const player *p, int64_t slot)
 /* Every row has a vector of its own. What is written again is seen as it is at last, by all query tokens. */
 static int32_t play_row(player *p, int64_t slot, int32_t token)
 {
-    const tq_store_layout *layout = &p->stage->store->layout;
+    const tq_store_layout *layout = &p->store->layout;
     int32_t vector = p->n_vectors++;
     if (slot < layout->n_sink) {
         p->sinks[slot] = vector;
@@ -134,7 +143,7 @@ static void list_exact(player *p)
 {
     tq_stage *stage = p->stage;
     int32_t n = 0;
-    for (int32_t i = 0; i < stage->store->layout.n_sink; i++) {
+    for (int32_t i = 0; i < stage->n_sink; i++) {
         if (p->sinks[i] >= 0) n = tq_exact_insert(stage->exact, n, (tq_exact_entry){.column = i, .index = p->sinks[i]});
     }
     for (int32_t i = 0; i < p->n_pushes; i++) {
@@ -159,18 +168,23 @@ static bool may_encode_first(const tq_store *store)
 tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                         int64_t row_stride)
 {
-    stage->store = NULL;
+    stage->store = 0;
     TQ_TRY(reserve(stage, store, n));
-    stage->store = store;
+    stage->store = store->number;
+    stage->head_dim = store->codec.head_dim;
+    stage->n_head_kv = store->n_head_kv;
+    stage->n_sink = store->layout.n_sink;
+    stage->n_slots = store->n_slots;
+    memcpy(stage->label, store->label, sizeof stage->label);
     stage->is_settled = false;
     stage->n_rows = n;
     if (n > 0) memcpy(stage->slots, slots, (size_t)n * sizeof *slots);
-    player p = {.stage = stage};
+    player p = {.stage = stage, .store = store};
     stage->is_plain = n <= 1 && !may_encode_first(store);
     if (!stage->is_plain) play_store(&p);
     for (int32_t i = 0; i < n; i++) {
         stage->index[i] = slots[i] < 0 ? 0 : play_row(&p, slots[i], i);
-        if (slots[i] >= 0) copy_row(stage, rows + i * row_stride, stage->index[i]);
+        if (slots[i] >= 0) copy_row(stage, store, slots[i], rows + i * row_stride, stage->index[i]);
     }
     list_exact(&p);
     return TQ_OK;
@@ -178,29 +192,28 @@ tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *s
 
 static void replay_vector(const tq_stage *stage, tq_store *to, int64_t slot, int32_t index, const tq_executor *executor)
 {
+    int32_t *positions = tq_store_positions(to);
+    if (positions) positions[slot] = stage->positions[index];
     tq_store_rows rows = {.slots = &slot, .n = 1, .staged = {stage->data, stage->head_stride_bytes, &index}};
     tq_store_put(to, &rows, executor);
 }
 
 void tq_stage_replay(tq_stage *stage, tq_store *to, const tq_executor *executor)
 {
-    const tq_store *from = stage->store;
-    if (from->layout.positions && to->layout.positions)
-        memcpy(tq_store_positions(to), tq_store_positions(from), (size_t)from->n_slots * sizeof(int32_t));
     /* Sinks stand first in the list, ascending by column; then what the ring took, in its order. */
-    for (int32_t i = 0; i < stage->n_exact && stage->exact[i].column < from->layout.n_sink; i++) {
+    for (int32_t i = 0; i < stage->n_exact && stage->exact[i].column < stage->n_sink; i++) {
         replay_vector(stage, to, stage->exact[i].column, stage->exact[i].index, executor);
     }
     for (int32_t i = 0; i < stage->n_pushes; i++) {
         replay_vector(stage, to, stage->pushes[i].slot, stage->pushes[i].index, executor);
     }
-    stage->store = to;
+    stage->store = to->number;
     stage->is_settled = true;
 }
 
-tq_kv_view tq_stage_view(const tq_stage *stage)
+tq_kv_view tq_stage_view(const tq_stage *stage, const tq_store *store)
 {
-    tq_kv_view view = tq_store_view(stage->store, stage->exact, stage->n_exact);
+    tq_kv_view view = tq_store_view(store, stage->exact, stage->n_exact);
     view.exact_data = stage->data;
     view.exact_head_stride_bytes = stage->head_stride_bytes;
     return view;

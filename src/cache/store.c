@@ -2,6 +2,7 @@
 /* A store's memory layout, its handle, and its view for attention. What a write does is in store_write.c. */
 #include "cache/store.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -10,6 +11,8 @@
 #include "cache/calibration.h"
 
 #define SECTION_ALIGN 64
+
+static _Atomic uint64_t n_opened;
 
 /* a * b, or ARGUMENT if that is more than half of the address space: then sums of a few cannot overflow. */
 static tq_status multiply(size_t a, size_t b, size_t *out)
@@ -91,6 +94,7 @@ tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const t
         return status;
     }
     store->kernels = store->codec.kernels = store->exact_codec.kernels = store->ref_codec.kernels = kernels;
+    store->number = 1 + atomic_fetch_add(&n_opened, 1);
     store->n_head_kv = params->n_head_kv;
     store->n_slots = params->n_slots;
     store->memory = memory;

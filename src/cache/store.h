@@ -47,6 +47,7 @@ struct tq_store {
     tq_store_layout layout;
     const uint16_t *transforms; /* of the calibration, or NULL */
     tq_key_bias *bias;          /* of keys, owned, or NULL */
+    uint64_t number;            /* of this opening, never used again in a process, while addresses are */
     int32_t n_head_kv;
     int64_t n_slots;
     uint8_t *memory;

@@ -183,10 +183,11 @@ class Errors(unittest.TestCase):
         self.check(1, "TQ_CPU", "bench", "attention", TQ_CPU="none")
 
     def test_full_device(self):
-        with open("/dev/full", "w") as full:
-            done = subprocess.run([TQ, "formats", "--json"], stdout=full, stderr=subprocess.PIPE, text=True)
-        self.assertEqual(done.returncode, 1)
-        self.assertIn("cannot write", done.stderr)
+        for arguments in (["formats", "--json"], ["formats"], ["presets"], ["--version"], ["--help"], ["run", "--help"]):
+            with self.subTest(arguments), open("/dev/full", "w") as full:
+                done = subprocess.run([TQ, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+                self.assertEqual(done.returncode, 1)
+                self.assertIn("cannot write to standard output", done.stderr)
 
 
 class Run(unittest.TestCase):

@@ -507,6 +507,80 @@ static void test_threads_agree_with_one(void **state)
     }
 }
 
+/* A log callback that uses the cache: whoever sends a message holds no lock of it. */
+typedef struct nosy {
+    tq_cache *cache;
+    int n_messages;
+} nosy;
+
+static void ask_for_stats(void *user, tq_log_level level, const char *message)
+{
+    nosy *n = user;
+    tq_cache_stats stats;
+    keep_message(NULL, level, message);
+    KV_CHECK(tq_cache_get_stats(n->cache, &stats) == TQ_OK);
+    /* Has a message of its own. */
+    if (n->n_messages++ < 100) KV_CHECK(tq_cache_trim(n->cache, -2 - n->n_messages, 0) == TQ_ERR_RANGE);
+    keep_message(NULL, level, message);
+}
+
+static void test_the_log_may_use_the_cache(void **state)
+{
+    (void)state;
+    tq_cache *cache = create_small();
+    nosy n = {.cache = cache};
+    int32_t seq, tokens[64];
+    int64_t slot = INT64_MAX;
+    count_tokens(tokens, 64, 0);
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    append_both(cache, seq, 40);
+    tq_log_set(ask_for_stats, &n);
+#define SAYS(call, text)                             \
+    do {                                             \
+        n.n_messages = 0;                            \
+        last_message[0] = '\0';                      \
+        assert_int_not_equal(call, TQ_OK);           \
+        assert_true(n.n_messages > 100);             \
+        assert_non_null(strstr(last_message, text)); \
+    } while (0)
+    SAYS(append(cache, seq, 0, 1000), "append");
+    SAYS(tq_cache_reserve(cache, seq, 1000), "reserve");
+    SAYS(tq_cache_append_slots(cache, 0, 1, &slot, rows, rows, NULL), "slot");
+    SAYS(tq_cache_seq_publish(cache, seq, tokens, 64), "publish");
+    SAYS(tq_cache_save(cache, "/nowhere/at/all", (const int32_t[]){77}, 1), "was not written");
+    SAYS(tq_cache_seq_export(cache, 77, 0, 0, NULL, NULL, 0), "77");
+    SAYS(tq_cache_seq_import(cache, seq, 1000, 0, rows, NULL, 0), "bytes of exact data");
+    tq_alloc_fail_after(0);
+    SAYS(tq_cache_seq_fork(cache, seq, &seq), "fork: ");
+    tq_alloc_fail_after(-1);
+    tq_log_set(NULL, NULL);
+    tq_cache_free(cache);
+}
+
+/* From nothing on, a budget is too small until it is not: out of memory it is never. */
+static void test_small_budgets_are_full(void **state)
+{
+    (void)state;
+    tq_cache_params p = small_params();
+    p.n_pages = 2000; /* whose tables take more than a page */
+    tq_cache *cache;
+    tq_status status = TQ_ERR_FULL;
+    int n_full = 0;
+    tq_log_set(keep_message, NULL);
+    for (size_t bytes = 1; bytes < 1 << 20 && status != TQ_OK; bytes += 5000) {
+        p.budget_bytes = bytes;
+        status = tq_cache_create(&cache, &p);
+        if (status == TQ_OK) continue;
+        assert_int_equal(status, TQ_ERR_FULL);
+        assert_non_null(strstr(last_message, "budget_bytes"));
+        n_full++;
+    }
+    assert_int_equal(status, TQ_OK);
+    assert_true(n_full > 10);
+    tq_log_set(NULL, NULL);
+    tq_cache_free(cache);
+}
+
 static void test_refused_batches(void **state)
 {
     (void)state;
@@ -688,6 +762,56 @@ static void test_failing_allocation(void **state)
 }
 
 /* A prompt whose allocations fail one by one is appended whole or not at all, and goes on afterwards. */
+/* What params says of queries is not what a prefill takes them for. */
+static void test_prefill_checks_the_queries_it_uses(void **state)
+{
+    (void)state;
+    tq_cache *cache = create_small();
+    tq_attend_params a;
+    int32_t seq;
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    tq_attend_params_default(&a);
+    a.n_head = 2;
+    assert_int_equal(tq_cache_prefill(cache, seq, 0, 20, rows, rows, &a, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_length(cache, seq, 0), 0);
+    float out[2 * 128];
+    a.n_query = INT64_MAX;
+    a.q = rows;
+    a.out = out;
+    a.q_head_stride = a.out_head_stride = 64;
+    a.q_token_stride = a.out_token_stride = 128;
+    assert_int_equal(tq_cache_prefill(cache, seq, 0, -1, rows, rows, &a, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_prefill(cache, seq, 0, 2, rows, rows, NULL, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_prefill(cache, seq, 0, 2, rows, rows, &a, NULL), TQ_OK);
+    tq_cache_free(cache);
+}
+
+static void test_places_that_overflow_are_refused(void **state)
+{
+    (void)state;
+    tq_cache *cache = create_small();
+    tq_attend_params a;
+    int32_t seq, tokens[20] = {0};
+    int64_t slots[2] = {-1, -1}, n_matched;
+    float out[2 * 128];
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    append_both(cache, seq, 5);
+    int64_t *const strides[] = {&a.q_token_stride, &a.q_head_stride, &a.out_token_stride, &a.out_head_stride};
+    for (int i = 0; i < 4; i++) {
+        a = kv_attend_params(2, 2, 64, rows, out);
+        assert_int_equal(tq_cache_attend(cache, seq, 0, &a, NULL), TQ_OK);
+        *strides[i] = i % 2 ? INT64_MAX : INT64_MIN;
+        assert_int_equal(tq_cache_attend(cache, seq, 0, &a, NULL), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_cache_prefill(cache, seq, 0, 2, rows, rows, &a, NULL), TQ_ERR_ARGUMENT);
+    }
+    assert_int_equal(tq_cache_append_slots(cache, 0, INT64_MAX, slots, rows, rows, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_seq_match(cache, tokens, INT64_MAX, &seq, &n_matched), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_append(cache, seq, 0, INT64_MAX, rows, rows, NULL), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_reserve(cache, seq, INT64_MAX), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_save(cache, "never-written.tqs", &seq, INT32_MAX), TQ_ERR_RANGE);
+    tq_cache_free(cache);
+}
+
 static void test_failing_prefill(void **state)
 {
     (void)state;
@@ -731,6 +855,8 @@ int main(void)
         cmocka_unit_test(test_refused_parameters),
         cmocka_unit_test(test_refused_calls),
         cmocka_unit_test(test_failing_allocation),
+        cmocka_unit_test(test_prefill_checks_the_queries_it_uses),
+        cmocka_unit_test(test_places_that_overflow_are_refused),
         cmocka_unit_test(test_failing_prefill),
         cmocka_unit_test(test_prefixes_are_kept_and_given_up),
         cmocka_unit_test(test_equal_prefixes_are_one),
@@ -738,6 +864,8 @@ int main(void)
         cmocka_unit_test(test_threads_agree_with_one),
         cmocka_unit_test(test_prefill_is_token_by_token),
         cmocka_unit_test(test_refused_batches),
+        cmocka_unit_test(test_small_budgets_are_full),
+        cmocka_unit_test(test_the_log_may_use_the_cache),
         cmocka_unit_test(test_beyond_four_gib),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

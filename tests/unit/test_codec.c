@@ -591,6 +591,21 @@ static void test_refusals(void **state)
     tq_log_set(NULL, NULL);
 }
 
+/* n * head_dim of these overflows, to 0 or to little. */
+static void test_enormous_counts(void **state)
+{
+    (void)state;
+    static const int64_t enormous[] = {INT64_MAX, INT64_MAX / 64 + 1, INT64_C(1) << 58, INT64_MIN, -1};
+    float x[64] = {0};
+    uint8_t bytes[128];
+    tq_codec *codec = make_codec(TQ_FORMAT_TQ4, 64, TQ_SEED_DEFAULT);
+    for (size_t i = 0; i < sizeof enormous / sizeof *enormous; i++) {
+        assert_int_equal(tq_codec_encode(codec, x, enormous[i], bytes), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_codec_decode(codec, bytes, enormous[i], x), TQ_ERR_ARGUMENT);
+    }
+    tq_codec_free(codec);
+}
+
 static void test_not_finite(void **state)
 {
     (void)state;
@@ -691,6 +706,7 @@ int main(void)
         cmocka_unit_test(test_sum_squares),
         cmocka_unit_test(test_many_vectors_at_odd_addresses),
         cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_enormous_counts),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_any_bytes_decode),
         cmocka_unit_test(test_allocation_failure),

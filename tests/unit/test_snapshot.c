@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "base/alloc.h"
+#include "base/hash.h"
 #include "cache/snapshot.h"
 #include "kv_test.h"
 
@@ -513,6 +514,83 @@ static int remove_folder(void **state)
     return rmdir(folder);
 }
 
+/* ---- what is refused has given up nothing ---- */
+
+/* Of the last sequence in a file without prefixes, page numbers that do not exist; the hashes agree. */
+static void write_lie(void)
+{
+    static uint8_t data[1 << 20];
+    FILE *file = fopen(path, "rb");
+    size_t n = fread(data, 1, sizeof data, file);
+    fclose(file);
+    tq_snapshot_header h;
+    memcpy(&h, data, sizeof h);
+    assert_int_equal(h.n_prefixes, 0);
+    memset(data + sizeof h + h.meta_bytes - 8, 0x7f, 8);
+    h.meta_hash = tq_hash(data + sizeof h, (size_t)h.meta_bytes, 0);
+    h.header_hash = tq_hash(&h, offsetof(tq_snapshot_header, header_hash), 0);
+    memcpy(data, &h, sizeof h);
+    file = fopen(path, "wb");
+    assert_int_equal(fwrite(data, 1, n, file), n);
+    fclose(file);
+}
+
+/* A cache with three pages kept, many tokens exact, and a budget for no more than two sequences. */
+static tq_cache *create_short(tq_cache_params *p, int32_t seqs[2])
+{
+    enum { N_LONG = 178 };
+    tq_cache *cache;
+    assert_int_equal(tq_cache_create(&cache, p), TQ_OK);
+    p->budget_bytes = cache->budget.used + 2 * (cache->exact_bytes + 4000) + 12 * cache->pool.page_bytes;
+    tq_cache_free(cache);
+    assert_int_equal(tq_cache_create(&cache, p), TQ_OK);
+    assert_int_equal(tq_cache_seq_create(cache, &seqs[0]), TQ_OK);
+    append(cache, seqs[0], N_LONG);
+    assert_int_equal(tq_cache_seq_publish(cache, seqs[0], tokens, N_LONG), TQ_OK);
+    assert_int_equal(tq_cache_seq_free(cache, seqs[0]), TQ_OK);
+    for (int i = 0; i < 2; i++) assert_int_equal(tq_cache_seq_create(cache, &seqs[i]), TQ_OK);
+    append(cache, seqs[0], 1);
+    return cache;
+}
+
+static void test_refusals_give_up_nothing(void **state)
+{
+    (void)state;
+    tq_cache_params p = params_of_test();
+    p.n_recent = 128;
+    p.n_pages = 40;
+    tq_cache *large, *cache;
+    int32_t seqs[2], seq, fork, n_seq;
+    int64_t n_matched;
+    assert_int_equal(tq_cache_create(&large, &p), TQ_OK);
+    assert_int_equal(tq_cache_seq_create(large, &seq), TQ_OK);
+    append(large, seq, 200);
+    assert_int_equal(tq_cache_save(large, path, &seq, 1), TQ_OK);
+    static uint8_t pages[1 << 17], exact[1 << 19];
+    size_t exact_bytes = large->exact_bytes;
+    assert_int_equal(tq_cache_seq_export(large, seq, 0, 13, pages, exact, exact_bytes), TQ_OK);
+    cache = create_short(&p, seqs);
+    assert_int_equal(stats_of(cache).n_pages_kept, 3);
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_seq_match(cache, tokens, 178, &seq, &n_matched), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_append(cache, seqs[0], 0, 250, rows, rows, NULL), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_seq_fork(cache, seqs[0], &fork), TQ_OK);
+    assert_int_equal(tq_cache_append(cache, fork, 0, 1, rows, rows, NULL), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_reserve(cache, fork, 1), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_seq_import(cache, fork, 200, 0, pages, exact, exact_bytes), TQ_ERR_FULL);
+    assert_int_equal(tq_cache_load(cache, path, &seq, 1, &n_seq), TQ_ERR_FULL);
+    write_lie();
+    assert_int_equal(tq_cache_load(cache, path, &seq, 1, &n_seq), TQ_ERR_CORRUPT);
+    tq_cache_stats stats = stats_of(cache);
+    assert_int_equal(stats.n_pages_kept, 3);
+    assert_int_equal(stats.n_evicted_pages, 0);
+    assert_int_equal(tq_cache_seq_free(cache, seqs[1]), TQ_OK);
+    assert_int_equal(tq_cache_seq_match(cache, tokens, 178, &seq, &n_matched), TQ_OK);
+    assert_int_equal(n_matched, 48);
+    tq_cache_free(cache);
+    tq_cache_free(large);
+}
+
 int main(void)
 {
     kv_random random = {.state = 5};
@@ -525,6 +603,7 @@ int main(void)
         IN_FOLDER(test_golden_snapshot),
         IN_FOLDER(test_damage_is_found),
         IN_FOLDER(test_other_shapes_are_refused),
+        IN_FOLDER(test_refusals_give_up_nothing),
         cmocka_unit_test(test_bytes_in_memory),
         cmocka_unit_test(test_bytes_that_do_not_fit),
         IN_FOLDER(test_failing_allocation),

@@ -194,6 +194,16 @@ static void test_refusals(void **state)
     assert_int_equal(tq_store_read(store, 0, 1, NULL, 128), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_read(store, 64, 1, rows, 128), TQ_ERR_RANGE);
     assert_int_equal(tq_store_read(store, 1, INT64_MAX, rows, 128), TQ_ERR_RANGE);
+    const int64_t slots[2] = {3, -1};
+    for (int i = 0; i < 2; i++) {
+        int64_t stride = i == 0 ? INT64_MAX : INT64_MIN;
+        assert_int_equal(tq_store_write(store, slots, 2, rows, stride, NULL), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_store_update(store, slots, 2, rows, stride, NULL), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_store_read(store, 0, 2, rows, stride), TQ_ERR_ARGUMENT);
+        assert_int_equal(tq_store_write(store, slots, 1, rows, stride, NULL), TQ_OK);
+    }
+    assert_int_equal(tq_store_write(store, slots, INT64_MAX, rows, 128, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_set_positions(store, slots, INT64_MAX, (const int32_t[]){0}), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_n_exact(NULL), 0);
     tq_store_close(store);
     tq_store_close(NULL);
@@ -353,6 +363,10 @@ static void test_stage_refusals(void **state)
     p.n_head = 3;
     assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
     p.n_head = 4;
+    p.q_token_stride = INT64_MAX;
+    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
+    p = learner_queries(q, 3, out);
+    p.key_stage = p.value_stage = stage;
     assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_OK);
     assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_OK);
@@ -367,6 +381,50 @@ static void test_stage_refusals(void **state)
     tq_stage_free(NULL);
     learner_deinit(&l);
     learner_deinit(&other);
+}
+
+/* A stage knows its store by more than an address, which the next store may get. */
+static void test_stage_outlives_its_store(void **state)
+{
+    (void)state;
+    tq_store_params p = kv_store_params(TQ_FORMAT_TQ4, 64, 1, 32);
+    p.positions = true;
+    float rows[20 * 64], q[20 * 64] = {0}, out[20 * 64], read[64];
+    int64_t slots[20];
+    int32_t positions[20];
+    kv_random random = {.state = 3};
+    kv_fill(&random, rows, 20 * 64);
+    for (int32_t i = 0; i < 20; i++) {
+        slots[i] = i;
+        positions[i] = 100 + i;
+    }
+    void *memory, *other_memory;
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    tq_store *store = kv_open_store(&p, &memory);
+    assert_int_equal(tq_store_set_positions(store, slots, 20, positions), TQ_OK);
+    assert_int_equal(tq_store_stage(store, stage, slots, 20, rows, 64), TQ_OK);
+    tq_store_close(store);
+    memset(memory, 0x7b, 64);
+    free(memory);
+    p.format = TQ_FORMAT_F16;
+    tq_store *other = kv_open_store(&p, &other_memory); /* often at the same address */
+    tq_attend_params a = kv_attend_params(20, 1, 64, q, out);
+    a.key_stage = stage;
+    assert_int_equal(tq_store_settle(other, stage, NULL, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_attend(other, other, 20, &a, NULL), TQ_ERR_ARGUMENT);
+    tq_store_close(other);
+    free(other_memory);
+    p.format = TQ_FORMAT_TQ8;
+    other = kv_open_store(&p, &other_memory);
+    assert_int_equal(tq_store_settle_into(other, stage, NULL, NULL), TQ_OK);
+    for (int32_t i = 0; i < 20; i++) assert_int_equal(tq_store_position(other, i), positions[i]);
+    assert_int_equal(tq_store_read(other, 19, 1, read, 64), TQ_OK);
+    for (int32_t j = 0; j < 64; j++) assert_true(read[j] == kv_round(rows[19 * 64 + j]));
+    assert_int_equal(tq_store_attend(other, other, 20, &a, NULL), TQ_OK);
+    tq_stage_free(stage);
+    tq_store_close(other);
+    free(other_memory);
 }
 
 static void test_stage_without_memory(void **state)
@@ -655,6 +713,7 @@ int main(void)
         cmocka_unit_test(test_stage_equals_single_tokens),
         cmocka_unit_test(test_stage_writes_as_write_does),
         cmocka_unit_test(test_stage_refusals),
+        cmocka_unit_test(test_stage_outlives_its_store),
         cmocka_unit_test(test_stage_without_memory),
         cmocka_unit_test(test_references_take_means_away),
         cmocka_unit_test(test_balance_makes_outliers_harmless),

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: MIT */
+/* What test_hostile.c, which generate.py writes, calls functions with, and how it sees that they return. */
+#ifndef TQ_TESTS_HOSTILE_H
+#define TQ_TESTS_HOSTILE_H
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "cache/cache.h"
+#include "kv_test.h"
+
+enum { HOSTILE_SECONDS = 120 };
+
+/* Valid arguments, made anew for every call: a call may free them. */
+static struct {
+    tq_cache *cache;
+    tq_codec *codec;
+    tq_pool *pool;
+    tq_store *store;
+    tq_stage *stage;
+    int32_t seq;
+    size_t exact_bytes;
+    tq_attend_params attend_params;
+    tq_attend_batch attend_batch;
+    tq_cache_params cache_params;
+    tq_store_params store_params;
+    tq_key_bias_params key_bias_params;
+    tq_preset preset;
+    tq_executor executor;
+    tq_cuda_store cuda_store;
+    tq_cuda_append_params cuda_append_params;
+    tq_cuda_attend_params cuda_attend_params;
+    void *handles[4];
+    char path[256], long_text[1 << 16];
+    _Alignas(64) uint8_t memory[1 << 18];
+    _Alignas(64) uint8_t zeros[4096];
+    _Alignas(64) uint8_t buffer[1 << 22];
+} f;
+
+/* What a child is about to call; its parent sees it. */
+static struct {
+    int number;
+    char text[1024];
+} * current;
+
+static void drop_message(void *user, tq_log_level level, const char *message)
+{
+    (void)user;
+    (void)level;
+    (void)message;
+}
+
+static void make_structs(void)
+{
+    float *half = (float *)(void *)(f.buffer + sizeof f.buffer / 2);
+    static const int32_t seqs[1] = {0};
+    static const int64_t starts[2] = {0, 1};
+    static const double angles[32];
+    f.attend_params = kv_attend_params(1, 2, 64, half, half + 4096);
+    tq_attend_batch_default(&f.attend_batch);
+    f.attend_batch.n_seq = 1;
+    f.attend_batch.seqs = seqs;
+    f.attend_batch.query_starts = starts;
+    f.attend_batch.params = f.attend_params;
+    tq_cache_params_default(&f.cache_params);
+    f.cache_params.head_dim = 64;
+    f.cache_params.n_head_kv = 2;
+    f.cache_params.n_recent = 16;
+    f.store_params = kv_store_params(TQ_FORMAT_TQ4, 64, 2, 64);
+    f.store_params.positions = true;
+    tq_key_bias_params_default(&f.key_bias_params);
+    f.key_bias_params.bias = half;
+    f.key_bias_params.angles = angles;
+    f.key_bias_params.n_rope = 64;
+    f.preset = *tq_preset_get(TQ_PRESET_DEFAULT);
+    f.executor = (tq_executor){.n_threads = 1};
+    tq_cuda_store_default(&f.cuda_store);
+    tq_cuda_append_params_default(&f.cuda_append_params);
+    tq_cuda_attend_params_default(&f.cuda_attend_params);
+}
+
+/* Nothing of the call before is freed: it may be already. */
+static void begin(int number, const char *text)
+{
+    current->number = number;
+    snprintf(current->text, sizeof current->text, "%s", text);
+    memset(&f, 0, sizeof f);
+    make_structs();
+    memset(f.long_text, 'x', sizeof f.long_text - 1);
+    snprintf(f.path, sizeof f.path, "%s/turboquant-hostile-%d", kv_temporary_folder(), (int)getpid());
+    const float *rows = (const float *)(const void *)f.zeros;
+    KV_CHECK(tq_cache_create(&f.cache, &f.cache_params) == TQ_OK);
+    KV_CHECK(tq_cache_seq_create(f.cache, &f.seq) == TQ_OK);
+    KV_CHECK(tq_cache_append(f.cache, f.seq, 0, 1, rows, rows, NULL) == TQ_OK);
+    f.exact_bytes = f.cache->exact_bytes;
+    KV_CHECK(tq_codec_create(&f.codec, TQ_FORMAT_TQ4, 64, 0) == TQ_OK);
+    KV_CHECK(tq_pool_create(&f.pool, 1) == TQ_OK);
+    KV_CHECK(tq_stage_create(&f.stage) == TQ_OK);
+    size_t bytes;
+    KV_CHECK(tq_store_bytes(&bytes, &f.store_params) == TQ_OK && bytes <= sizeof f.memory);
+    KV_CHECK(tq_store_open(&f.store, &f.store_params, kv_aligned(bytes), bytes) == TQ_OK);
+}
+
+static void assert_survives(void (*call)(int), int n_calls)
+{
+    current = mmap(NULL, sizeof *current, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(current != MAP_FAILED);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(HOSTILE_SECONDS);
+        tq_log_set(drop_message, NULL);
+        for (int i = 0; i < n_calls; i++) call(i);
+        unlink(f.path);
+        _exit(0);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    if (WIFSIGNALED(status) || WEXITSTATUS(status) != 0)
+        fprintf(stderr, "call %d: %s: signal %d\n", current->number, current->text, WIFSIGNALED(status) ? WTERMSIG(status) : 0);
+    assert_int_equal(status, 0);
+    munmap(current, sizeof *current);
+}
+
+#endif
