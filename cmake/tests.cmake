@@ -5,11 +5,7 @@ set(tq_test_dir ${PROJECT_BINARY_DIR}/tests)
 
 # All of this, and what the tests run: the target of `make check` and `make test`. CUDA's library is not among it.
 add_custom_target(tests)
-foreach(target turboquant_shared turboquant_static tq ggml-turboquant tq-ggml-reference)
-    if(TARGET ${target})
-        add_dependencies(tests ${target})
-    endif()
-endforeach()
+add_dependencies(tests product_without_cuda)
 
 function(tq_add_program name)
     cmake_parse_arguments(arg "" "DIR" "SOURCES;LIBRARIES;INCLUDES" ${ARGN})

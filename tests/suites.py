@@ -48,11 +48,12 @@ SLOW = {"TQ_TEST_SLOW": "1"}  # fewer random runs, where each takes ten times as
 FUZZ_RUNS = 200  # of the stand-alone driver: some 7 s of the slowest target
 # Of libFuzzer: some 5 s each. Inputs, not seconds, so that a failure can be had again on another machine.
 FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 5000, "fuzz_state": 250, "fuzz_store_ops": 800}
-# Whose unit tests these are; a file that is not named here is its own room's: test_half.c is tested as part of base.
+# Whose unit tests these are. The hostile ones are written by tests/hostile/generate.py, the others are tests/unit/test_*.c.
 UNIT_ROOMS = {
     "attention": "attention", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda", "dry_run": "cache",
-    "golden": "codec", "half": "base", "key_bias": "cache", "offload": "cache", "packing": "codec", "presets": "api",
-    "rotation": "codec", "snapshot": "cache", "store": "cache", "threads": "base",
+    "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api", "key_bias": "cache",
+    "offload": "cache", "packing": "codec", "presets": "api", "rotation": "codec", "snapshot": "cache", "store": "cache",
+    "threads": "base",
 }
 
 
@@ -127,7 +128,7 @@ def sources(folder, pattern):
 
 def units(kind, environment=None, emulator=(), names=None):
     return [([*emulator, BUILD / kind / "tests/unit" / name], {**SANITIZERS, **(environment or {})})
-            for name in names or sources("tests/unit", "test_*.c")]
+            for name in names or [f"test_{name}" for name in UNIT_ROOMS]]
 
 
 def counted(commands):
@@ -167,7 +168,7 @@ def cpu_levels():
 
 def native_suites():
     for room in sorted(set(UNIT_ROOMS.values())):
-        names = [name for name in sources("tests/unit", "test_*.c") if UNIT_ROOMS.get(name[5:], "base") == room]
+        names = [f"test_{name}" for name, its_room in UNIT_ROOMS.items() if its_room == room]
         yield Suite(f"units/{room}", units("release", names=names), "check", rooms=(room,))
     yield Suite("checkkern/release", [([BUILD / "release/tests/checkkern"], {})], "check", rooms=("kernels", "codec"))
     yield Suite("header and symbols", [python("tests/api/test_library.py", "Header", "Symbols")], "check",

