@@ -5,7 +5,7 @@ Peak memory of a process that runs a Transformers model over a text, with the st
 what the cache saves? The model is small and random, but its cache is that of a larger one (64 KiB a token in float32); memory
 does not depend on the values. One process for each cache; CSV. Linux.
 
-    build/deps/python-venv/bin/python bench/python_memory.py --csv build/python-memory.csv [--context 4096]
+    build/deps/torch-venv/bin/python bench/python_memory.py --csv build/python-memory.csv [--context 4096]
 
 The package must be installed there; or put python/ on PYTHONPATH and name build/release/libturboquant.so in TURBOQUANT_LIBRARY.
 """
