@@ -221,16 +221,12 @@ class WithStandIn(unittest.TestCase):
         (self.bin / "mode").write_text(mode)
 
     def command(self, *more, output="model.tqcal"):
-        return [sys.executable, "-m", "calibrate", self.model, "--text", self.text, "-o", self.out / output, "--llama-bin",
-                self.bin, "--plugin", self.model, "--context", "256", *more]
-
-    @property
-    def environment(self):
-        return {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+        return [sys.executable, "-I", ROOT / "tools/start_package.py", "calibrate", self.model, "--text", self.text, "-o",
+                self.out / output, "--llama-bin", self.bin, "--plugin", self.model, "--context", "256", *more]
 
     def calibrate(self, *more, **options):
         return subprocess.run([str(word) for word in self.command(*more, **options)], capture_output=True, text=True,
-                              timeout=SECONDS, env=self.environment)
+                              timeout=SECONDS)
 
 
 class Observation(WithStandIn):
@@ -386,7 +382,7 @@ class Command(WithStandIn):
     def test_interrupt(self):
         self.write(make_record(1, 0)[0], mode="hangs")
         process = subprocess.Popen([str(word) for word in self.command()], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, env=self.environment,
+                                   text=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job ignores it
         self.addCleanup(process.kill)
         pid_file = self.bin / "pid"
