@@ -17,6 +17,7 @@ typedef enum tq_ggml_guard { TQ_GGML_GUARD_RAISE, TQ_GGML_GUARD_WARN, TQ_GGML_GU
 
 typedef struct tq_ggml_options {
     bool has_k_format, has_v_format, has_n_sink, has_n_recent, has_ref_block, has_balance; /* else the preset's */
+    bool has_key_bias, has_guard;
     tq_format k_format, v_format;
     int32_t n_sink, n_recent;
     int32_t ref_block;
@@ -34,9 +35,12 @@ typedef struct tq_ggml_options {
 
 /*
  * Parse text; NULL and "" give the defaults. On failure returns false, *out is untouched and error gets one line that names the
- * option and what it may be.
+ * option and what it may be. An option that others leave without effect is such a failure.
  */
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes);
+
+/* Why nothing is known of the logits' errors with these options, so that there is neither guard nor report; NULL if it is. */
+const char *tq_ggml_options_no_estimates(const tq_ggml_options *options);
 
 static inline bool tq_ggml_options_is_exact(const tq_ggml_options *options, int32_t layer)
 {
