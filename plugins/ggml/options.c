@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VALUE_MAX TQ_GGML_VALUE_MAX
+#define VALUE_MAX 256                    /* bytes of what a message says of a value */
+#define ITEM_MAX (TQ_GGML_PATH_MAX + 64) /* of one key=value */
 
 typedef struct error_text {
     char *text;
@@ -206,10 +207,10 @@ static bool parse_guard(tq_ggml_options *options, const char *value, error_text 
     return fail(error, "guard", value, "give one of raise, warn, refuse, off");
 }
 
-static bool parse_path(char out[VALUE_MAX], const char *key, const char *value, error_text *error)
+static bool parse_path(char out[TQ_GGML_PATH_MAX], const char *key, const char *value, error_text *error)
 {
     size_t n = strlen(value);
-    if (n == 0 || n >= VALUE_MAX) return fail(error, key, value, "give a file's path");
+    if (n == 0 || n >= TQ_GGML_PATH_MAX) return fail(error, key, value, "give a file's path");
     memcpy(out, value, n + 1);
     return true;
 }
@@ -254,7 +255,7 @@ static bool fail_key(error_text *error, const char *item)
         size_t n = strlen(list);
         snprintf(list + n, sizeof list - n, "%s %s=%s", i > 0 ? "," : "", keys[i].name, keys[i].value);
     }
-    snprintf(error->text, error->bytes, "TQ_GGML: '%s' is no option; the options are%s", item, list);
+    snprintf(error->text, error->bytes, "TQ_GGML: '%.64s' is no option; the options are%s", item, list);
     return false;
 }
 
@@ -337,6 +338,23 @@ static bool check_effects(const tq_ggml_options *o, error_text *error)
     return true;
 }
 
+/*
+ * The item that *text begins with, up to a comma or the end, without the backslash that stands before a comma or a backslash of
+ * its own; *text goes behind it. False: it is too long.
+ */
+static bool take_item(char item[ITEM_MAX], const char **text)
+{
+    size_t n = 0;
+    const char *p = *text;
+    for (; *p && *p != ',' && n < ITEM_MAX - 1; p++) {
+        if (*p == '\\' && (p[1] == ',' || p[1] == '\\')) p++;
+        item[n++] = *p;
+    }
+    item[n] = '\0';
+    *text = p;
+    return *p == '\0' || *p == ',';
+}
+
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes)
 {
     error_text to = {error, error_bytes};
@@ -344,14 +362,12 @@ bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, 
     uint32_t seen = 0;
     const char *p = text ? text : "";
     while (*p) {
-        size_t n = strcspn(p, ",");
-        char item[VALUE_MAX];
+        char item[ITEM_MAX];
+        if (!take_item(item, &p)) return fail_key(&to, item);
         /* A comma at the end announces another option, so it counts as an empty one. */
-        if (p[n] == ',' && p[n + 1] == '\0') return fail_key(&to, "");
-        snprintf(item, sizeof item, "%.*s", n < sizeof item ? (int)n : (int)sizeof item - 1, p);
-        if (n >= sizeof item) return fail_key(&to, item);
+        if (p[0] == ',' && p[1] == '\0') return fail_key(&to, "");
         if (!parse_item(&options, item, &seen, &to)) return false;
-        p += n + (p[n] == ',');
+        p += *p == ',';
     }
     if (!exact_counts_fit(options.n_sink, options.n_recent)) {
         snprintf(error, error_bytes, "TQ_GGML: sinks=%d and recent=%d are too many; give up to %d together",

@@ -3,6 +3,7 @@
 import re
 
 from common import LLAMA_BIN, PLUGIN, TestCase, complete, main, run, tiny_model
+from eval.llama import path_option
 
 PRESETS = {"TQ6": ("tq8", "tt4", 6.25), "TQ4": ("tt4", "tt4", 4.25), "TQ3": ("tt3", "tt3", 3.25), "TQ2": ("tt3", "tt2", 2.75)}
 
@@ -79,6 +80,15 @@ class Options(TestCase):
                      "k=f16,sinks=2,recent=8,exact=1", "k=bf16,v=bf16,exact=1", "balance=on,k=tq4_prod,v=tq4_prod"):
             with self.subTest(text):
                 self.assert_ok(complete(tiny_model("llama"), TQ_GGML=text))
+
+    def test_paths_with_commas_and_long_ones(self):
+        folder = self.directory / "a,b" / ("long" * 50) / ("long" * 20)
+        folder.mkdir(parents=True)
+        for name in ("c,d.json", "e\\,.json"):
+            path = folder / name
+            option = path_option("report", path)
+            self.assert_ok(complete(tiny_model("llama"), "-f", self.long_prompt(), TQ_GGML=f"{option},sinks=4"))
+            self.assertTrue(path.exists(), option)
 
     def test_a_report_that_has_nothing_to_say_is_announced(self):
         for more, words in (("balance=off", "with balance=off"), ("recent=0", "with recent=0"), ("k=f16", "have no error")):

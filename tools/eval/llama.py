@@ -32,6 +32,12 @@ class Setup:
     threads: int
 
 
+def path_option(name, path):
+    """An option of the plug-in that names a file: a comma would end it, so that it takes a backslash."""
+    escaped = re.sub(r"([\\,])", r"\\\1", str(path))
+    return f"{name}={escaped}"
+
+
 @dataclass(frozen=True)
 class Cache:
     """
@@ -61,7 +67,8 @@ class Cache:
     @property
     def files(self):
         """What the plug-in reads besides its options."""
-        named = re.findall(r"(?:^|,)calibration=([^,]+)", self.plugin_options)
+        named = [re.sub(r"\\([\\,])", r"\1", path) for path in
+                 re.findall(r"(?:^|,)calibration=((?:\\[\\,]|[^,])+)", self.plugin_options)]
         return [Path(path) for path in named if Path(path).is_file()]
 
     def options(self, setup):
@@ -106,14 +113,17 @@ class Finished:
 def machine():
     """The CPU's name and the number of cores, for tables."""
     try:
-        names = re.findall(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        names = re.findall(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     except OSError:
         names = []
     return f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores"
 
 
 def commit():
-    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 
