@@ -259,6 +259,17 @@ class Python(unittest.TestCase):
                               text=True, env={**os.environ, "PYTHONPATH": str(planted)})
         self.assertEqual((done.stdout, done.stderr), ("['a b']\n", "planted ran\n"))
 
+    def test_help_without_libraries(self):
+        for command in ("eval", "calibrate"):
+            with self.subTest(command):
+                words = [sys.executable, "-I", "-S", ROOT / "tools/start_package.py", command]
+                environment = {**os.environ, "PYTHONNOUSERSITE": "1"}
+                done = subprocess.run([*words, "--help"], capture_output=True, text=True, env=environment)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertIn(f"usage: tq {command}", done.stdout)
+                done = subprocess.run([*words, "--nonsense"], capture_output=True, text=True, env=environment)
+                self.assertEqual(done.returncode, 2, done.stderr)
+
 
 class Help(unittest.TestCase):
     def test_help_everywhere(self):
