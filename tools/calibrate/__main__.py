@@ -84,8 +84,9 @@ def learn(args, setup):
 def check(args, setup):
     """All that can be told before the first window; returns what describe_model tells."""
     check_outputs({"-o": args.output, "--json": args.json}, [args.model, *args.text])
-    if args.output.exists() and not args.output.is_file():
-        raise LlamaError(f"-o: {args.output} is no regular file; name another one")
+    for path in filter(None, (args.output, args.json)):
+        if path.exists() and not path.is_file():  # in whose place the new file would come
+            raise LlamaError(f"{path} is no regular file; name another one")
     devices, why = list_devices(setup, EXACT)
     if EXACT.device not in devices:
         raise LlamaError(f"{setup.plugin} does not load into {setup.llama_bin}: {why}")

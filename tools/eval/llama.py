@@ -113,7 +113,7 @@ class Finished:
 def machine():
     """The CPU's name and the number of cores, for tables."""
     try:
-        names = re.findall(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        names = re.findall(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         names = []
     return f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores"

@@ -35,7 +35,8 @@ def check_place(option, path):
             if not os.access(path, os.W_OK):
                 raise LlamaError(f"{option}: {path} cannot be written: it is read-only; name another file")
         elif not path.parent.is_dir():
-            raise LlamaError(f"{option}: {path} cannot be written: there is no folder {path.parent}; make it, or name another file")
+            raise LlamaError(f"{option}: {path} cannot be written: there is no folder {path.parent}; make it, or name another "
+                             "file")
         else:
             # Where the disk is full or read-only, whoever asks, this fails as writing would.
             with tempfile.TemporaryFile(dir=path.parent) as probe:

@@ -42,8 +42,8 @@ def checksum(result):
 
 class Work:
     """
-    Results in a folder, one JSON file each, named by a hash of all that they depend on. A file that save() did not write, or that
-    was changed since, is none.
+    Results in a folder, one JSON file each, named by a hash of all that they depend on. A file that save() did not write, or
+    that was changed since, is none.
     """
 
     def __init__(self, folder, common):
@@ -51,7 +51,8 @@ class Work:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LlamaError(f"--work: {self.folder} is no folder and cannot be made one: {error.strerror}; name another") from error
+            raise LlamaError(f"--work: {self.folder} is no folder and cannot be made one: {error.strerror}; name "
+                             "another") from error
 
     def hold(self):
         """Two commands at a time would take each other's files away. The lock goes with the process."""
