@@ -200,9 +200,16 @@ static void warn_of_layers(const tq_ggml_options *options)
 }
 
 /* What was asked for by name, and cannot be had with this model. */
-static void warn_of_effects(const tq_ggml_options *options, bool has_values, bool has_biases)
+static void warn_of_effects(const tq_ggml_options *options, bool has_values, bool has_biases, bool is_all_exact)
 {
     warn_of_layers(options);
+    if (is_all_exact) {
+        if (options->has_k_format || options->has_v_format || options->has_n_sink || options->has_n_recent ||
+            options->ref_block > 0 || options->balance || options->has_guard || options->calibration[0])
+            tq_ggml_log(TQ_LOG_WARNING,
+                        "TQ_GGML: exact= names every layer, so that formats and what belongs to them have no effect");
+        return;
+    }
     if (options->has_v_format && !has_values)
         tq_ggml_log(TQ_LOG_WARNING, "TQ_GGML: v= has no effect: this model reads its values from its keys");
     if (options->has_key_bias && options->key_bias && !has_biases)
@@ -235,7 +242,8 @@ static void log_binding(kv_buffer *kvs, size_t bytes)
     if (n_biases > 0) tq_ggml_log(TQ_LOG_INFO, "%s: key biases of %d layers are kept apart", preset->name, n_biases);
     if (kvs->is_bound) return; /* but the guard has changed its size */
     kvs->is_bound = true;
-    warn_of_effects(kvs->device->options, n_value_tensors > 0, n_biases > 0);
+    warn_of_effects(kvs->device->options, n_value_tensors > 0, n_biases > 0,
+                    n_exact > 0 && n_exact + n_value_tensors == (int)kvs->n);
     if (atomic_load(&kvs->device->n_refused) == 0) tq_ggml_log_forget_refusal();
 }
 

@@ -108,6 +108,9 @@ class Options(TestCase):
         self.assert_line(result, "bias=on has no effect")
         self.assertEqual(complete(tiny_model("qwen2"), TQ_GGML="bias=on").lines("has no effect"), [])
         self.assertEqual(complete(tiny_model("llama"), TQ_GGML="v=tt3,exact=0").lines("has no effect"), [])
+        for more in ("k=tq8", "guard=refuse", "ref=32"):
+            self.assert_line(complete(tiny_model("llama"), TQ_GGML=f"exact=0-2,{more}"), "exact= names every layer", "no effect")
+        self.assertEqual(complete(tiny_model("llama"), TQ_GGML="exact=0-2").lines("no effect"), [])
         result = complete(tiny_model("deepseek2"), TQ_GGML="v=tt3")
         self.assert_ok(result)
         self.assert_line(result, "v= has no effect")
