@@ -14,7 +14,9 @@ What was learnt holds for one model; a few thousand tokens of what it will read 
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="tq calibrate", description="Learn from texts how to code a model's keys, for less error at the same bits.", epilog=EPILOG,
+    parser = argparse.ArgumentParser(prog="tq calibrate",
+                                     description="Learn from texts how to code a model's keys, for less error at the same bits.",
+                                     epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="GGUF file")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text; one or more")

@@ -16,7 +16,9 @@ is tried: TQ4 TQ4:recent=0 TQ4:k=tt4,v=tt3,ref=0. docs/eval.md tells what each f
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="tq eval", description="How much of a model's output each KV cache changes, at how many bits.", epilog=EXAMPLE,
+    parser = argparse.ArgumentParser(prog="tq eval",
+                                     description="How much of a model's output each KV cache changes, at how many bits.",
+                                     epilog=EXAMPLE,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="GGUF file")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text; one or more")
