@@ -15,7 +15,8 @@ What was learnt holds for one model; a few thousand tokens of what it will read 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="tq calibrate",
-                                     description="Learn from texts how to code a model's keys, for less error at the same bits.",
+                                     description="Learn from texts how to code a model's keys, for less error at the same "
+                                                 "bits.",
                                      epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="GGUF file")
