@@ -225,7 +225,8 @@ class Runs(RunCase):
     def test_outputs_are_tried_first(self):
         existing = self.folder / "out"
         existing.write_text("mine")
-        for words, arguments in (("there is no folder", ("--json", self.folder / "absent/out")), ("is a folder", ("--html", self.folder)),
+        for words, arguments in (("there is no folder", ("--json", self.folder / "absent/out")),
+                                 ("is a folder", ("--html", self.folder)),
                                  ("cannot be written", ("--csv", existing / "out")),
                                  ("both name", ("--json", existing, "--csv", self.folder / "." / "out")),
                                  ("which is read", ("--markdown", self.model())), ("which is read", ("--json", TEXT)),

@@ -76,8 +76,9 @@ class Options(TestCase):
                     self.assert_refused(text, f"{option.partition('=')[0]}= has no effect", "Leave one of the two out")
 
     def test_options_that_switch_off_what_is_off_are_taken(self):
-        for text in ("guard=off,balance=off", "ref=0,recent=0,balance=off,guard=off", "k=f16,v=f16,sinks=0,recent=0,ref=0,bias=off",
-                     "k=f16,sinks=2,recent=8,exact=1", "k=bf16,v=bf16,exact=1", "balance=on,k=tq4_prod,v=tq4_prod"):
+        for text in ("guard=off,balance=off", "ref=0,recent=0,balance=off,guard=off",
+                     "k=f16,v=f16,sinks=0,recent=0,ref=0,bias=off", "k=f16,sinks=2,recent=8,exact=1", "k=bf16,v=bf16,exact=1",
+                     "balance=on,k=tq4_prod,v=tq4_prod"):
             with self.subTest(text):
                 self.assert_ok(complete(tiny_model("llama"), TQ_GGML=text))
 
@@ -109,7 +110,8 @@ class Options(TestCase):
         self.assertEqual(complete(tiny_model("qwen2"), TQ_GGML="bias=on").lines("has no effect"), [])
         self.assertEqual(complete(tiny_model("llama"), TQ_GGML="v=tt3,exact=0").lines("has no effect"), [])
         for more in ("k=tq8", "guard=refuse", "ref=32"):
-            self.assert_line(complete(tiny_model("llama"), TQ_GGML=f"exact=0-2,{more}"), "exact= names every layer", "no effect")
+            result = complete(tiny_model("llama"), TQ_GGML=f"exact=0-2,{more}")
+            self.assert_line(result, "exact= names every layer", "no effect")
         self.assertEqual(complete(tiny_model("llama"), TQ_GGML="exact=0-2").lines("no effect"), [])
         result = complete(tiny_model("deepseek2"), TQ_GGML="v=tt3")
         self.assert_ok(result)
