@@ -22,6 +22,7 @@ target_compile_definitions(tq PRIVATE _XOPEN_SOURCE=700 TQ_PLUGIN_FROM_BIN="${tq
                                       TQ_PACKAGES_FROM_BIN="${tq_packages_from_bin}")
 install(DIRECTORY tools/calibrate tools/eval tools/simulate DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant
         FILES_MATCHING PATTERN "*.py" PATTERN "*.html")
+install(FILES tools/start_package.py DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant)
 target_link_libraries(tq PRIVATE turboquant_static tq_flags PkgConfig::CJSON m ${CMAKE_DL_LIBS})
 
 # ggml's attention, beside which `tq bench` measures ours; it links with no ggml library, as the plug-in.

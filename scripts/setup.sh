@@ -95,7 +95,7 @@ install_pinned() {
     echo "Installing into $deps/$1: what $2 lists"
     if [ ! -x "$deps/$1/bin/pip" ]; then
         mkdir -p "$deps"
-        python3 -m venv "$deps/$1"
+        python3 -I -m venv "$deps/$1"
     fi
     pip=$deps/$1/bin/pip
     # The list is complete, so pip need not look for more.

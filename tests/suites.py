@@ -266,7 +266,8 @@ def plugin_suites():
 def package_suites():
     clean = BUILD / "python-clean"
     pip = [clean / "bin/pip", "install", "-q", "--disable-pip-version-check"]
-    install = [([sys.executable, "-m", "venv", "--clear", clean], {}), ([*pip, "-C", f"build-dir={BUILD / 'wheel'}", ROOT], {})]
+    make = [sys.executable, "-I", "-m", "venv", "--clear", clean]
+    install = [(make, {}), ([*pip, "-C", f"build-dir={BUILD / 'wheel'}", ROOT], {})]
     example = ([clean / "bin/python", ROOT / "examples/cache.py"], {})
     yield Suite("wheel in a clean environment", counted([*install, example]), builds=(), timeout=1800)
     large = {"TQ_TEST_LARGE": "1"}

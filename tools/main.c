@@ -151,7 +151,7 @@ int32_t tool_n_cpus(void)
 static void print_help(FILE *file)
 {
     fputs("usage: tq COMMAND [OPTIONS]\n\n"
-          "A language model's KV cache in 2 to 4 bits a value.\n\ncommands:\n",
+          "A language model's KV cache in 2 to 8 bits a value.\n\ncommands:\n",
           file);
     for (int i = 0; i < N_COMMANDS; i++) fprintf(file, "  %-12s%s\n", commands[i].name, commands[i].summary);
     fputs("\n'tq COMMAND --help' explains a command; 'tq --version' prints the version.\n", file);

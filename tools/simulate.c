@@ -302,6 +302,7 @@ static int simulate(const char *command)
 {
     options *o = &given;
     simulate_trace trace = {0};
+    if (!simulate_check_output(&o->output)) return 1;
     o->server.cache.n_layer = (int32_t)o->n_layer;
     o->server.cache.n_head_kv = (int32_t)o->n_head_kv;
     o->server.cache.page_size = (int32_t)o->page_size;

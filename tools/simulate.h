@@ -66,6 +66,8 @@ typedef struct simulate_output {
 /* An object of the result for the array `rows`. NULL: out of memory. */
 cJSON *simulate_row(const char *cache, double budget_gib, const simulate_result *result);
 void simulate_print_table(const cJSON *rows);
+/* Could simulate_write write all of it? To be asked before the work. False after an error that has been printed. */
+bool simulate_check_output(const simulate_output *output);
 /* Write what was asked for of {"command", "trace", "server", "rows"}. False after an error that has been printed. */
 bool simulate_write(const cJSON *report, const simulate_output *output);
 

@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /* What tq cache simulate says: a table, JSON, CSV, and plots by the Python package tools/simulate. */
+#include <errno.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -98,6 +101,42 @@ static bool write_json(FILE *file, const cJSON *report)
     bool good = text && fprintf(file, "%s\n", text) > 0;
     cJSON_free(text);
     return good;
+}
+
+static void folder_of(char out[PATH_MAX], const char *path)
+{
+    snprintf(out, PATH_MAX, "%s", path);
+    char *slash = strrchr(out, '/');
+    if (!slash) snprintf(out, PATH_MAX, ".");
+    if (slash) slash[slash == out] = '\0';
+}
+
+static bool check_file(const char *path)
+{
+    char folder[PATH_MAX];
+    struct stat info;
+    if (!path || strcmp(path, "-") == 0) return true;
+    if (strlen(path) >= PATH_MAX) return tool_error(1, "cannot write %s: the path is too long", path) == 0;
+    bool exists = stat(path, &info) == 0;
+    folder_of(folder, path);
+    if (exists && S_ISDIR(info.st_mode)) return tool_error(1, "cannot write %s: it is a folder; name a file", path) == 0;
+    if (access(exists ? path : folder, W_OK) == 0) return true;
+    tool_error(1, "cannot write %s: %s; name another file", exists ? path : folder, strerror(errno));
+    return false;
+}
+
+bool simulate_check_output(const simulate_output *output)
+{
+    const char *const paths[] = {output->json, output->csv, output->html, output->plot};
+    for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++) {
+        if (!check_file(paths[i])) return false;
+        for (size_t j = 0; j < i && paths[i]; j++) {
+            if (!paths[j] || strcmp(paths[i], paths[j]) != 0 || strcmp(paths[i], "/dev/null") == 0) continue;
+            tool_error(1, "two outputs are to be written to %s; give each a file of its own", paths[i]);
+            return false;
+        }
+    }
+    return true;
 }
 
 static bool write_file(const char *path, const cJSON *report, bool (*write)(FILE *, const cJSON *))

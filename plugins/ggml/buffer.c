@@ -22,6 +22,7 @@ typedef struct kv_buffer {
     size_t reserved_bytes;
     tq_ggml_kv_tensor **tensors;
     size_t n, capacity;
+    bool is_bound; /* all of them */
 } kv_buffer;
 
 static size_t pad(size_t bytes)
@@ -35,6 +36,7 @@ static void kv_free(ggml_backend_buffer_t buffer)
 {
     kv_buffer *kvs = buffer->context;
     for (size_t i = 0; i < kvs->n; i++) {
+        if (kvs->tensors[i]->is_refused) atomic_fetch_sub(&kvs->device->n_refused, 1);
         tq_ggml_kv_release(kvs->tensors[i]);
         free(kvs->tensors[i]);
     }
@@ -182,17 +184,50 @@ ggml_backend_buffer_t tq_ggml_kv_buffer_create(tq_ggml_device *device, size_t si
     return tq_ggml_host.ggml_backend_buffer_init(&device->kv_buft, kv_interface, kvs, size);
 }
 
-static void log_binding(const kv_buffer *kvs, size_t bytes)
+/* Layers in exact= that other layers stand between have been waved through: models may have caches in every fourth layer only.
+ */
+static void warn_of_layers(const tq_ggml_options *options)
+{
+    static atomic_bool is_done;
+    char list[128] = "";
+    for (int32_t i = 0; i <= options->max_exact_layer; i++) {
+        size_t n = strlen(list);
+        if (tq_ggml_options_is_exact(options, i) && !tq_ggml_kv_has_layer(i) && n < sizeof list - 1)
+            snprintf(list + n, sizeof list - n, "%s %d", n > 0 ? "," : "", (int)i);
+    }
+    if (list[0] != '\0' && !atomic_exchange(&is_done, true))
+        tq_ggml_log(TQ_LOG_WARNING, "TQ_GGML: exact= has no effect on layers without a KV cache on the device:%s", list);
+}
+
+/* What was asked for by name, and cannot be had with this model. */
+static void warn_of_effects(const tq_ggml_options *options, bool has_values, bool has_biases, bool is_all_exact)
+{
+    warn_of_layers(options);
+    if (is_all_exact) {
+        if (options->has_k_format || options->has_v_format || options->has_n_sink || options->has_n_recent ||
+            options->ref_block > 0 || options->balance || options->has_guard || options->calibration[0])
+            tq_ggml_log(TQ_LOG_WARNING,
+                        "TQ_GGML: exact= names every layer, so that formats and what belongs to them have no effect");
+        return;
+    }
+    if (options->has_v_format && !has_values)
+        tq_ggml_log(TQ_LOG_WARNING, "TQ_GGML: v= has no effect: this model reads its values from its keys");
+    if (options->has_key_bias && options->key_bias && !has_biases)
+        tq_ggml_log(TQ_LOG_WARNING, "TQ_GGML: bias=on has no effect: this model adds none to its keys that RoPE turns");
+}
+
+static void log_binding(kv_buffer *kvs, size_t bytes)
 {
     const tq_preset *preset = &kvs->device->preset;
     tq_format_info k = {.name = "?"}, v = {.name = "?"};
     const tq_ggml_kv_tensor *first = kvs->tensors[0];
     double n_values = 0;
-    int n_exact = 0, n_biases = 0;
+    int n_exact = 0, n_biases = 0, n_value_tensors = 0;
     for (size_t i = 0; i < kvs->n; i++) {
         const tq_ggml_kv_tensor *kv = kvs->tensors[i];
         n_values += (double)kv->n_embd * (double)kv->n_slots * (double)kv->n_stream;
         n_biases += kv->key_bias != NULL;
+        n_value_tensors += kv->is_value;
         n_exact += !kv->is_value && tq_ggml_options_is_exact(kvs->device->options, kv->layer);
     }
     if (tq_format_describe(&k, preset->k_format, first->head_dim) != TQ_OK ||
@@ -205,6 +240,11 @@ static void log_binding(const kv_buffer *kvs, size_t bytes)
         preset->name, k.name, v.name, (int)preset->n_sink, (int)preset->n_recent, n_exact, (int)first->head_dim,
         (long long)first->n_slots, (long long)first->n_stream, (double)bytes / 1048576, 8 * (double)bytes / n_values);
     if (n_biases > 0) tq_ggml_log(TQ_LOG_INFO, "%s: key biases of %d layers are kept apart", preset->name, n_biases);
+    if (kvs->is_bound) return; /* but the guard has changed its size */
+    kvs->is_bound = true;
+    warn_of_effects(kvs->device->options, n_value_tensors > 0, n_biases > 0,
+                    n_exact > 0 && n_exact + n_value_tensors == (int)kvs->n);
+    if (atomic_load(&kvs->device->n_refused) == 0) tq_ggml_log_forget_refusal();
 }
 
 void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv)
@@ -308,11 +348,13 @@ static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, 
     size_t kv_bytes = pending_kv_bytes;
     pending_kv_bytes = 0;
     if (pending_fault[0] != '\0') {
-        tq_ggml_log(TQ_LOG_ERROR, "%s refuses the KV cache: %s", device->preset.name, pending_fault);
+        tq_ggml_log_refusal("%s refuses the KV cache: %s", device->preset.name, pending_fault);
         pending_fault[0] = '\0';
         return NULL;
     }
     if (kv_bytes != 0 && size >= kv_bytes) return tq_ggml_kv_buffer_create(device, size);
+    /* A graph over a cache that was refused: without memory for it llama.cpp makes no context, and says so. */
+    if (atomic_load(&device->n_refused) > 0) return NULL;
     void *p = NULL;
     /* ggml before 0.25 asks for buffers of 0 bytes, and wants a base that is not NULL from them. */
     if (posix_memalign(&p, ALIGNMENT, size ? pad(size) : ALIGNMENT) != 0) return NULL;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "cpu_rope.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "log.h"
@@ -22,18 +23,38 @@ ggml_backend_t tq_ggml_cpu_start(void)
     return cpu;
 }
 
-enum ggml_status tq_ggml_cpu_rope(ggml_backend_t cpu, const struct ggml_tensor *op, float *x, int64_t n_value, int64_t n_head,
-                                  int32_t *pos, int64_t n)
+int64_t tq_ggml_rope_n_axes(const struct ggml_tensor *op)
 {
+    return op->op_params[2] & GGML_ROPE_TYPE_MROPE ? TQ_GGML_ROPE_AXES : 1;
+}
+
+/* The positions [n_axes, n] that text has: M-RoPE's first three axes go together there, and the last stays 0. */
+static int32_t *text_positions(const struct ggml_tensor *op, const int32_t *pos, int64_t n)
+{
+    int64_t n_axes = tq_ggml_rope_n_axes(op);
+    int32_t *out = calloc((size_t)(n_axes * n), sizeof *out);
+    for (int64_t axis = 0; out && (axis == 0 || axis < n_axes - 1); axis++)
+        memcpy(out + axis * n, pos, (size_t)n * sizeof *pos);
+    return out;
+}
+
+enum ggml_status tq_ggml_cpu_rope(ggml_backend_t cpu, const struct ggml_tensor *op, float *x, int64_t n_value, int64_t n_head,
+                                  const int32_t *pos, int64_t n)
+{
+    int32_t *positions = text_positions(op, pos, n);
+    if (!positions) return GGML_STATUS_ALLOC_FAILED;
     const tq_ggml_host_table *host = &tq_ggml_host;
     const struct ggml_tensor *factors = op->src[2];
     struct ggml_init_params init = {8 * host->ggml_tensor_overhead() + host->ggml_graph_overhead(), NULL, true};
     struct ggml_context *context = host->ggml_init(init);
-    if (!context) return GGML_STATUS_ALLOC_FAILED;
+    if (!context) {
+        free(positions);
+        return GGML_STATUS_ALLOC_FAILED;
+    }
     struct ggml_tensor *a = host->ggml_new_tensor_3d(context, GGML_TYPE_F32, n_value, n_head, n);
     struct ggml_tensor *b = host->ggml_new_tensor_1d(context, GGML_TYPE_I32, n), *c = NULL;
     a->data = x;
-    b->data = pos;
+    b->data = positions; /* M-RoPE reads more than b says; ggml_rope_ext would not make a tensor of so many */
     if (factors) {
         c = host->ggml_new_tensor_1d(context, GGML_TYPE_F32, factors->ne[0]);
         c->data = factors->data;
@@ -46,5 +67,6 @@ enum ggml_status tq_ggml_cpu_rope(ggml_backend_t cpu, const struct ggml_tensor *
     host->ggml_build_forward_expand(graph, y);
     enum ggml_status status = host->ggml_backend_graph_compute(cpu, graph);
     host->ggml_free(context);
+    free(positions);
     return status;
 }

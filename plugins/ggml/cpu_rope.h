@@ -7,8 +7,15 @@
 
 /* The CPU backend with one thread, or NULL, which is logged. Free it with ggml_backend_free. */
 ggml_backend_t tq_ggml_cpu_start(void);
-/* Turn x [n, n_head, n_value] in place by pos [n], with the parameters and frequency factors of a ROPE operation. */
+#define TQ_GGML_ROPE_AXES 4 /* of M-RoPE: time, height, width, and one more */
+
+/* How many positions a row has in a ROPE operation; it has them as [axis, row]. */
+int64_t tq_ggml_rope_n_axes(const struct ggml_tensor *op);
+/*
+ * Turn x [n, n_head, n_value] in place by pos [n], with the parameters and frequency factors of a ROPE operation; as text is
+ * turned, if that has several axes.
+ */
 enum ggml_status tq_ggml_cpu_rope(ggml_backend_t cpu, const struct ggml_tensor *op, float *x, int64_t n_value, int64_t n_head,
-                                  int32_t *pos, int64_t n);
+                                  const int32_t *pos, int64_t n);
 
 #endif

@@ -60,22 +60,9 @@ static enum ggml_status run_node(tq_ggml_worker *worker, const struct ggml_tenso
     }
 }
 
-/* TQ_GGML may name a layer that the model does not have. All caches exist by the time of the first graph. */
-static bool check_exact_layers(tq_ggml_worker *worker)
-{
-    int32_t wanted = worker->device->options->max_exact_layer, last = tq_ggml_kv_last_layer();
-    worker->has_checked_layers = wanted <= last;
-    if (wanted > last) {
-        tq_ggml_log(TQ_LOG_ERROR, "TQ_GGML: exact=%d: the last layer with a KV cache on the device is %d", (int)wanted,
-                    (int)last);
-    }
-    return worker->has_checked_layers;
-}
-
 static enum ggml_status backend_graph_compute(ggml_backend_t backend, struct ggml_cgraph *graph)
 {
     tq_ggml_worker *worker = backend->context;
-    if (!worker->has_checked_layers && !check_exact_layers(worker)) return GGML_STATUS_FAILED;
     int n = tq_ggml_host.ggml_graph_n_nodes(graph);
     for (int i = 0; i < n; i++) {
         enum ggml_status status = run_node(worker, tq_ggml_host.ggml_graph_node(graph, i));
@@ -178,7 +165,7 @@ static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor 
     case GGML_OP_ROPE:
         return tq_ggml_rope_supported(device, op);
     default:
-        return false;
+        return tq_ggml_kv_reads_refused(device, op);
     }
 }
 

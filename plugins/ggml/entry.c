@@ -36,8 +36,9 @@ tq_ggml_device *tq_ggml_device_get(size_t i)
 
 static bool refuse(const char *what)
 {
-    tq_ggml_log(TQ_LOG_ERROR, "not loaded: %s (this is turboquant %s, made for ggml %d.%d to %d.%d; the host's ggml is %s)",
-                what, tq_version_string(), GGML_MAJOR, GGML_MINOR_MIN, GGML_MAJOR, GGML_MINOR_MAX, tq_ggml_host.ggml_version());
+    tq_ggml_log_refusal("not loaded: %s (this is turboquant %s, made for ggml %d.%d to %d.%d; the host's ggml is %s)", what,
+                        tq_version_string(), GGML_MAJOR, GGML_MINOR_MIN, GGML_MAJOR, GGML_MINOR_MAX,
+                        tq_ggml_host.ggml_version());
     return false;
 }
 
@@ -126,8 +127,7 @@ static bool load_calibration(void)
 {
     if (!options.calibration[0]) return true;
     tq_status status = tq_calibration_load(&calibration, options.calibration);
-    if (status != TQ_OK)
-        tq_ggml_log(TQ_LOG_ERROR, "not loaded: calibration=%s: %s", options.calibration, tq_status_string(status));
+    if (status != TQ_OK) tq_ggml_log_refusal("not loaded: calibration=%s: %s", options.calibration, tq_status_string(status));
     return status == TQ_OK;
 }
 
@@ -138,7 +138,7 @@ static bool make_devices(void)
         const tq_preset *preset = tq_preset_get(i);
         tq_status status = tq_ggml_device_init(&devices[n_devices], preset, &options, calibration);
         if (status != TQ_OK) {
-            tq_ggml_log(TQ_LOG_ERROR, "not loaded: device %s: %s", preset->name, tq_status_string(status));
+            tq_ggml_log_refusal("not loaded: device %s: %s", preset->name, tq_status_string(status));
             return false;
         }
         n_devices++;
@@ -154,18 +154,21 @@ TQ_API ggml_backend_reg_t ggml_backend_init(void)
     if (n_devices > 0) return &devices[0].reg;
     const char *missing;
     if (!tq_ggml_host_resolve(__builtin_extract_return_addr(__builtin_return_address(0)), &missing)) {
-        tq_ggml_log(TQ_LOG_ERROR, "not loaded: the host does not export %s; a llama.cpp with shared libraries does", missing);
+        tq_ggml_log_refusal("not loaded: the host does not export %s; a llama.cpp with shared libraries does", missing);
         return NULL;
     }
     char error[512];
     if (!tq_ggml_options_parse(&options, getenv("TQ_GGML"), error, sizeof error)) {
-        tq_ggml_log(TQ_LOG_ERROR, "not loaded: %s", error);
+        tq_ggml_log_refusal("not loaded: %s", error);
         return NULL;
     }
     tq_ggml_log_set_level((int)options.log_level);
+    const char *no_estimates = tq_ggml_options_no_estimates(&options);
+    if (options.report[0] && no_estimates)
+        tq_ggml_log(TQ_LOG_WARNING, "TQ_GGML: report= has no effect: %s. Nothing will be written", no_estimates);
     tq_log_set(tq_ggml_log_from_library, NULL);
     if (!tq_cpu_name()) {
-        tq_ggml_log(TQ_LOG_ERROR, "not loaded: %s", tq_status_string(TQ_ERR_CPU));
+        tq_ggml_log_refusal("not loaded: %s", tq_status_string(TQ_ERR_CPU));
         return NULL;
     }
     if (!load_calibration() || !make_devices() || !check_host()) {

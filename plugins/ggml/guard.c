@@ -97,6 +97,7 @@ tq_status tq_ggml_guard_settle(tq_ggml_report *report, tq_ggml_kv_tensor *keys, 
                                const tq_executor *executor)
 {
     tq_ggml_stage *stage = keys->stages[stream];
+    report->has_attended = true;
     float *errors = malloc((size_t)keys->n_head_kv * sizeof *errors);
     if (!errors) return TQ_ERR_MEMORY;
     bool was_known = tq_store_logit_error(keys->stores[stream], errors);
@@ -125,6 +126,10 @@ static void write_layer(FILE *file, const tq_ggml_report_layer *layer, bool is_f
 
 void tq_ggml_report_finish(tq_ggml_report *report, const char *path)
 {
+    if (path[0] && report->n == 0 && report->has_attended) {
+        tq_ggml_log(TQ_LOG_WARNING,
+                    "report=%s was not written: no errors were estimated. The first tokens that are encoded give them", path);
+    }
     if (path[0] && report->n > 0) {
         FILE *file = fopen(path, "we");
         if (file) fputs("{\"layers\": [", file);

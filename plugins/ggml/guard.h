@@ -19,6 +19,7 @@ typedef struct tq_ggml_report_layer {
 typedef struct tq_ggml_report {
     tq_ggml_report_layer *layers;
     size_t n;
+    bool has_attended;
 } tq_ggml_report;
 
 /*

@@ -23,16 +23,22 @@ static bool is_in_host_memory(const struct ggml_tensor *t)
     return t->data && t->buffer && tq_ggml_host.ggml_backend_buft_is_host(t->buffer->buft);
 }
 
-/* The ROPE that made the rows, of whole heads with a position a row; or NULL. */
+static bool is_known_mode(int32_t mode)
+{
+    return mode == GGML_ROPE_TYPE_NORMAL || mode == GGML_ROPE_TYPE_NEOX || mode == GGML_ROPE_TYPE_MROPE ||
+           mode == GGML_ROPE_TYPE_IMROPE;
+}
+
+/* The ROPE that made the rows, of whole heads; or NULL. */
 static const struct ggml_tensor *find_rope(const tq_ggml_kv_tensor *kv, const struct ggml_tensor *set_rows)
 {
     const struct ggml_tensor *t = set_rows->src[0];
     while (t && passes_on(t)) t = t->src[0];
     if (!t || t->op != GGML_OP_ROPE) return NULL;
     int32_t n_dims = t->op_params[1], mode = t->op_params[2];
-    bool ok = (mode == GGML_ROPE_TYPE_NORMAL || mode == GGML_ROPE_TYPE_NEOX) && n_dims > 0 && n_dims % 2 == 0 &&
-              n_dims <= t->ne[0] && t->ne[0] * t->ne[1] == kv->n_embd && t->ne[2] == set_rows->src[0]->ne[1] && t->ne[3] == 1 &&
-              t->src[1] && t->src[1]->type == GGML_TYPE_I32 && t->src[1]->ne[0] == t->ne[2];
+    bool ok = is_known_mode(mode) && n_dims > 0 && n_dims % 2 == 0 && n_dims <= t->ne[0] && t->ne[0] * t->ne[1] == kv->n_embd &&
+              t->ne[2] == set_rows->src[0]->ne[1] && t->ne[3] == 1 && t->src[1] && t->src[1]->type == GGML_TYPE_I32 &&
+              t->src[1]->ne[0] == tq_ggml_rope_n_axes(t) * t->ne[2];
     return ok ? t : NULL;
 }
 
@@ -175,6 +181,14 @@ static bool reserve(tq_ggml_positions *positions, size_t n)
     return true;
 }
 
+/* The one position that turns row i of n as its own do, or -1: those of pictures have several (M-RoPE). */
+static int32_t position_of(const struct ggml_tensor *rope, int64_t n, int64_t i)
+{
+    const int32_t *pos = (const int32_t *)rope->src[1]->data + i;
+    if (tq_ggml_rope_n_axes(rope) == 1) return pos[0];
+    return pos[n] == pos[0] && pos[2 * n] == pos[0] && pos[3 * n] == 0 ? pos[0] : -1;
+}
+
 const int32_t *tq_ggml_key_bias_positions(tq_ggml_worker *worker, const tq_ggml_kv_tensor *kv,
                                           const struct ggml_tensor *set_rows)
 {
@@ -192,7 +206,7 @@ const int32_t *tq_ggml_key_bias_positions(tq_ggml_worker *worker, const tq_ggml_
     bool is_known = pos && is_in_host_memory(pos) && pos->nb[0] == sizeof(int32_t);
     positions->pos = is_known ? pos : NULL;
     positions->n = n;
-    for (int64_t i = 0; i < n; i++) positions->data[i] = is_known ? ((const int32_t *)pos->data)[i] : -1;
+    for (int64_t i = 0; i < n; i++) positions->data[i] = is_known ? position_of(rope, n, i) : -1;
     return positions->data;
 }
 

@@ -91,6 +91,7 @@ bool tq_ggml_kv_name(const char *name, int32_t *layer, bool *is_value)
 }
 
 static atomic_int last_layer = -1;
+static atomic_bool has_layer[TQ_GGML_LAYERS_MAX];
 
 int32_t tq_ggml_kv_last_layer(void)
 {
@@ -102,6 +103,12 @@ void tq_ggml_kv_note_layer(int32_t layer)
     int seen = atomic_load(&last_layer);
     while (layer > seen && !atomic_compare_exchange_weak(&last_layer, &seen, layer)) {
     }
+    if (layer < TQ_GGML_LAYERS_MAX) atomic_store(&has_layer[layer], true);
+}
+
+bool tq_ggml_kv_has_layer(int32_t layer)
+{
+    return atomic_load(&has_layer[layer]);
 }
 
 static void fill_params(tq_store_params *params, const tq_ggml_device *device, int32_t layer, bool is_value, int64_t n_embd,
@@ -176,11 +183,26 @@ tq_ggml_kv_tensor *tq_ggml_kv_of(const tq_ggml_device *device, const struct ggml
 
 bool tq_ggml_kv_refuse(tq_ggml_kv_tensor *kv, const char *why)
 {
-    if (!kv->is_refused) {
-        tq_ggml_log(TQ_LOG_ERROR, "%s refuses %s (layer %d %s): %s", kv->device->preset.name, kv->name, (int)kv->layer,
-                    kv->is_value ? "values" : "keys", why);
-    }
+    if (kv->is_refused) return true;
     kv->is_refused = true;
+    char message[512];
+    snprintf(message, sizeof message, "%s refuses %s (layer %d %s): %s", kv->device->preset.name, kv->name, (int)kv->layer,
+             kv->is_value ? "values" : "keys", why);
+    /* The first one is what led to the others. */
+    if (atomic_fetch_add(&kv->device->n_refused, 1) == 0)
+        tq_ggml_log_refusal("%s", message);
+    else
+        tq_ggml_log(TQ_LOG_ERROR, "%s", message);
+    return true;
+}
+
+bool tq_ggml_kv_reads_refused(const tq_ggml_device *device, const struct ggml_tensor *op)
+{
+    bool is_dummy;
+    for (int i = 0; i < GGML_MAX_SRC && atomic_load(&device->n_refused) > 0; i++) {
+        const tq_ggml_kv_tensor *kv = tq_ggml_kv_of(device, op->src[i], &is_dummy);
+        if (kv && kv->is_refused) return true;
+    }
     return false;
 }
 
@@ -230,8 +252,10 @@ static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
 static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size_t why_bytes)
 {
     int32_t wanted = kv->device->options->head_dim;
-    if (wanted != 0 && wanted != head_dim && kv->n_embd % wanted == 0) {
-        snprintf(why, why_bytes, "the model's head_dim is %d, but TQ_GGML says head_dim=%d", (int)head_dim, (int)wanted);
+    /* Values may have another head_dim than keys. */
+    if (wanted != 0 && wanted != head_dim && (!kv->is_value || kv->n_embd % wanted == 0)) {
+        snprintf(why, why_bytes, "the model's head_dim is %d, but TQ_GGML says head_dim=%d: leave that out", (int)head_dim,
+                 (int)wanted);
         return false;
     }
     tq_store_params params;
@@ -298,6 +322,8 @@ static void explain_head_dim(int64_t head_dim, char *why, size_t why_bytes)
     for (int32_t i = 0; i < n && used >= 0 && (size_t)used < why_bytes; i++) {
         used += snprintf(why + used, why_bytes - (size_t)used, "%s %d", i > 0 ? "," : "", (int)list[i]);
     }
+    if (used >= 0 && (size_t)used < why_bytes)
+        snprintf(why + used, why_bytes - (size_t)used, ". Run this model without the device");
 }
 
 static bool is_supported(int64_t head_dim)

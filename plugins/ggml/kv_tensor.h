@@ -31,7 +31,7 @@ typedef struct tq_ggml_kv_tensor {
     uint8_t *raised_memory;        /* of the guard's new store, until it is taken */
     tq_store *raised;
     size_t raised_bytes;
-    bool is_refused; /* its attention can't be served: nothing may write to it */
+    bool is_refused; /* its attention can't be served: nothing may use it */
     bool is_damaged; /* a state with NaN was set: no attention until it is cleared */
 } tq_ggml_kv_tensor;
 
@@ -57,6 +57,8 @@ bool tq_ggml_kv_name(const char *name, int32_t *layer, bool *is_value);
 
 /* The highest layer number of all KV tensors that were allocated in this process, or -1. */
 int32_t tq_ggml_kv_last_layer(void);
+/* Was there one of this layer? */
+bool tq_ggml_kv_has_layer(int32_t layer);
 void tq_ggml_kv_note_layer(int32_t layer);
 
 /* The bytes to reserve for a KV tensor, 0 if no head_dim that we support divides its rows. */
@@ -96,7 +98,12 @@ void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format);
 /* Free what binding allocated. */
 void tq_ggml_kv_release(tq_ggml_kv_tensor *kv);
 
-/* Log a refusal once for the tensor, and remember it. Always returns false. */
+/*
+ * Log a refusal once for the tensor, and remember it: graphs over it get no memory, which ends the making of the context.
+ * Returns true, for supports_op: llama.cpp aborts if nobody takes an operation on a tensor that has its place already.
+ */
 bool tq_ggml_kv_refuse(tq_ggml_kv_tensor *kv, const char *why);
+/* Does the operation read a tensor that was refused? */
+bool tq_ggml_kv_reads_refused(const tq_ggml_device *device, const struct ggml_tensor *op);
 
 #endif

@@ -34,8 +34,8 @@ typedef struct tq_ggml_worker {
     float *alibi_slopes;
     int32_t n_alibi_slopes;
     float alibi_max_bias;
-    ggml_backend_t cpu;                       /* for RoPE; created when first needed */
-    bool has_checked_use, has_checked_layers; /* what can only be told once the model is there, see device.c */
+    ggml_backend_t cpu;   /* for RoPE; created when first needed */
+    bool has_checked_use; /* what can only be told once the model is there, see device.c */
 } tq_ggml_worker;
 
 bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor *op);

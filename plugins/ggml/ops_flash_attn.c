@@ -70,6 +70,17 @@ static tq_ggml_kv_tensor *find_views(attention *out, const tq_ggml_device *devic
     return keys;
 }
 
+/* TQ_GGML may name a layer that the model does not have. All caches exist by the time of the first graph. */
+static bool has_exact_layers(const tq_ggml_device *device, char *why, size_t why_bytes)
+{
+    int32_t wanted = device->options->max_exact_layer, last = tq_ggml_kv_last_layer();
+    if (wanted > last) {
+        snprintf(why, why_bytes, "TQ_GGML: exact=%d: the last layer with a KV cache on the device is %d", (int)wanted,
+                 (int)last);
+    }
+    return wanted <= last;
+}
+
 bool tq_ggml_flash_attn_supported(tq_ggml_device *device, const struct ggml_tensor *op)
 {
     bool k_dummy, v_dummy;
@@ -82,11 +93,12 @@ bool tq_ggml_flash_attn_supported(tq_ggml_device *device, const struct ggml_tens
         return true;
     }
     if (!keys && !values) return false;
-    if ((keys && keys->is_refused) || (values && values->is_refused)) return false;
+    if (tq_ggml_kv_reads_refused(device, op)) return true;
     attention a;
     char why[256];
+    if (!has_exact_layers(device, why, sizeof why)) return tq_ggml_kv_refuse(keys ? keys : values, why);
     tq_ggml_kv_tensor *at_fault = find_views(&a, device, op, why, sizeof why);
-    return at_fault ? tq_ggml_kv_refuse(at_fault, why) : true;
+    return at_fault == NULL || tq_ggml_kv_refuse(at_fault, why);
 }
 
 /* ALiBi's slopes as ggml defines them: a geometric series over the largest power of two of heads, then one between. */
@@ -140,6 +152,7 @@ enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_te
 {
     attention a;
     char why[256];
+    if (tq_ggml_kv_reads_refused(worker->device, op)) return GGML_STATUS_FAILED;
     tq_ggml_kv_tensor *at_fault = find_views(&a, worker->device, op, why, sizeof why);
     if (at_fault) {
         tq_ggml_kv_refuse(at_fault, why);

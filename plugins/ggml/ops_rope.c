@@ -23,7 +23,7 @@ bool tq_ggml_rope_supported(tq_ggml_device *device, const struct ggml_tensor *op
     bool is_dummy;
     tq_ggml_kv_tensor *kv = tq_ggml_kv_of(device, op, &is_dummy);
     if (!kv) return is_dummy;
-    if (kv->is_refused) return false;
+    if (kv->is_refused) return true;
     const struct ggml_tensor *x = op->src[0], *pos = op->src[1];
     size_t head = kv->head_dim ? (size_t)kv->head_dim * sizeof(ggml_fp16_t) : 0;
     size_t row = (size_t)kv->n_embd * sizeof(ggml_fp16_t), offset = tq_ggml_root_offset(x);
@@ -99,7 +99,7 @@ enum ggml_status tq_ggml_rope(tq_ggml_worker *worker, const struct ggml_tensor *
 {
     bool is_dummy;
     shift s = {.kv = tq_ggml_kv_of(worker->device, op, &is_dummy), .op = op, .n_rope = op->src[0]->ne[0]};
-    if (!s.kv || !s.kv->stores) return GGML_STATUS_FAILED;
+    if (!s.kv || !s.kv->stores || s.kv->is_refused) return GGML_STATUS_FAILED;
     if (!worker->cpu) worker->cpu = tq_ggml_cpu_start();
     if (!worker->cpu || tq_ggml_stage_settle_all(s.kv) != TQ_OK) return GGML_STATUS_FAILED;
     s.first = (int64_t)(tq_ggml_root_offset(op->src[0]) / sizeof(ggml_fp16_t));

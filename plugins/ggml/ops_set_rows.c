@@ -26,7 +26,7 @@ bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor
     bool is_dummy;
     tq_ggml_kv_tensor *kv = tq_ggml_kv_of(device, op, &is_dummy);
     if (!kv) return is_dummy;
-    if (kv->is_refused) return false;
+    if (kv->is_refused) return true;
     const struct ggml_tensor *rows = op->src[0], *index = op->src[1];
     if (op->ne[0] == 1 && kv->n_embd > 1)
         return tq_ggml_kv_refuse(kv, "flash attention is off, and then values are stored transposed; give -fa on or -fa auto");
@@ -56,9 +56,12 @@ enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tens
 {
     bool is_dummy;
     tq_ggml_kv_tensor *kv = tq_ggml_kv_of(worker->device, op, &is_dummy);
+    if (kv && kv->is_refused) return GGML_STATUS_FAILED;
     if (!kv || !kv->stores) {
-        tq_ggml_log(TQ_LOG_ERROR, "%s: a graph writes to it, but none has flash attention over it: its head_dim is not known",
-                    kv ? kv->name : op->name);
+        tq_ggml_log_refusal(
+            "%s: a graph writes to it, but none has flash attention over it: its head_dim is not known. Run this "
+            "model without the device",
+            kv ? kv->name : op->name);
         return GGML_STATUS_FAILED;
     }
     const struct ggml_tensor *rows = op->src[0];

@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VALUE_MAX TQ_GGML_VALUE_MAX
+#define VALUE_MAX 256                    /* bytes of what a message says of a value */
+#define ITEM_MAX (TQ_GGML_PATH_MAX + 64) /* of one key=value */
 
 typedef struct error_text {
     char *text;
@@ -139,6 +140,7 @@ static bool parse_balance(tq_ggml_options *options, const char *value, error_tex
 
 static bool parse_bias(tq_ggml_options *options, const char *value, error_text *error)
 {
+    options->has_key_bias = true;
     options->key_bias = strcmp(value, "on") == 0;
     return options->key_bias || strcmp(value, "off") == 0 || fail(error, "bias", value, "give on or off");
 }
@@ -198,16 +200,17 @@ static bool parse_guard(tq_ggml_options *options, const char *value, error_text 
                                         [TQ_GGML_GUARD_OFF] = "off"};
     for (int i = 0; i <= TQ_GGML_GUARD_OFF; i++) {
         if (strcmp(value, names[i]) != 0) continue;
+        options->has_guard = true;
         options->guard = (tq_ggml_guard)i;
         return true;
     }
     return fail(error, "guard", value, "give one of raise, warn, refuse, off");
 }
 
-static bool parse_path(char out[VALUE_MAX], const char *key, const char *value, error_text *error)
+static bool parse_path(char out[TQ_GGML_PATH_MAX], const char *key, const char *value, error_text *error)
 {
     size_t n = strlen(value);
-    if (n == 0 || n >= VALUE_MAX) return fail(error, key, value, "give a file's path");
+    if (n == 0 || n >= TQ_GGML_PATH_MAX) return fail(error, key, value, "give a file's path");
     memcpy(out, value, n + 1);
     return true;
 }
@@ -252,7 +255,7 @@ static bool fail_key(error_text *error, const char *item)
         size_t n = strlen(list);
         snprintf(list + n, sizeof list - n, "%s %s=%s", i > 0 ? "," : "", keys[i].name, keys[i].value);
     }
-    snprintf(error->text, error->bytes, "TQ_GGML: '%s' is no option; the options are%s", item, list);
+    snprintf(error->text, error->bytes, "TQ_GGML: '%.64s' is no option; the options are%s", item, list);
     return false;
 }
 
@@ -269,6 +272,89 @@ static bool parse_item(tq_ggml_options *options, const char *item, uint32_t *see
     return fail_key(error, item);
 }
 
+/* ---- options without effect ---- */
+
+static bool is_exact_format(tq_format format)
+{
+    return format == TQ_FORMAT_F16 || format == TQ_FORMAT_BF16;
+}
+
+static bool has_prod_keys(const tq_ggml_options *options)
+{
+    return options->has_k_format && (options->k_format == TQ_FORMAT_TQ4_PROD || options->k_format == TQ_FORMAT_TQ3_PROD ||
+                                     options->k_format == TQ_FORMAT_TQ2_PROD);
+}
+
+static bool has_exact_keys(const tq_ggml_options *options)
+{
+    return options->has_k_format && is_exact_format(options->k_format);
+}
+
+static bool has_no_ring(const tq_ggml_options *options)
+{
+    return options->has_n_recent && options->n_recent == 0;
+}
+
+const char *tq_ggml_options_no_estimates(const tq_ggml_options *options)
+{
+    if (has_exact_keys(options)) return "keys of the format that k= gives have no error";
+    if (has_prod_keys(options)) return "the error of keys in the format that k= gives is not estimated";
+    if (has_no_ring(options)) return "with recent=0 there are no tokens to estimate errors from";
+    if (options->has_balance && !options->balance) return "with balance=off no errors are estimated";
+    return NULL;
+}
+
+/* What was asked for that nothing will come of: presets alone have no such pairs. */
+static bool check_effects(const tq_ggml_options *o, error_text *error)
+{
+    const char *no_estimates = tq_ggml_options_no_estimates(o);
+    bool exact_keys = has_exact_keys(o), all_exact = exact_keys && o->has_v_format && is_exact_format(o->v_format);
+    const char *is_exact = "keys of the format that k= gives are kept as they are";
+    const char *are_exact = "the formats that k= and v= give keep all as it is";
+    const struct {
+        const char *option;
+        bool is_wanted, is_idle;
+        const char *why;
+    } pairs[] = {
+        {"guard", o->has_guard && o->guard != TQ_GGML_GUARD_OFF, no_estimates != NULL, no_estimates},
+        {"ref", o->ref_block > 0, exact_keys, is_exact},
+        {"ref", o->ref_block > 0, has_prod_keys(o), "keys of the format that k= gives have no references"},
+        {"ref", o->ref_block > 0, has_no_ring(o), "with recent=0 there are no tokens to make a reference from"},
+        {"balance", o->balance, exact_keys, is_exact},
+        {"balance", o->balance, has_no_ring(o), "with recent=0 there are no tokens to learn factors from"},
+        {"bias", o->has_key_bias && o->key_bias, exact_keys, is_exact},
+        {"bias", o->has_key_bias && o->key_bias, o->calibration[0] != '\0', "a calibration does without"},
+        {"calibration", o->calibration[0] != '\0', exact_keys, is_exact},
+        {"sinks", o->n_sink > 0, all_exact, are_exact},
+        {"recent", o->n_recent > 0, all_exact, are_exact},
+        {"exact", o->max_exact_layer >= 0, all_exact && o->k_format == o->v_format && o->k_format == TQ_FORMAT_F16, are_exact},
+    };
+    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+        if (!pairs[i].is_wanted || !pairs[i].is_idle) continue;
+        snprintf(error->text, error->bytes, "TQ_GGML: %s= has no effect: %s. Leave one of the two out", pairs[i].option,
+                 pairs[i].why);
+        return false;
+    }
+    return true;
+}
+
+/*
+ * The item that *text begins with, up to a comma or the end, without the backslash that stands before a comma or a backslash of
+ * its own; *text goes behind it. False: it is too long.
+ */
+static bool take_item(char item[ITEM_MAX], const char **text)
+{
+    size_t n = 0;
+    const char *p = *text;
+    for (; *p && *p != ',' && n < ITEM_MAX - 1; p++) {
+        if (*p == '\\' && (p[1] == ',' || p[1] == '\\')) p++;
+        item[n++] = *p;
+    }
+    item[n] = '\0';
+    *text = p;
+    return *p == '\0' || *p == ',';
+}
+
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes)
 {
     error_text to = {error, error_bytes};
@@ -276,20 +362,19 @@ bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, 
     uint32_t seen = 0;
     const char *p = text ? text : "";
     while (*p) {
-        size_t n = strcspn(p, ",");
-        char item[VALUE_MAX];
+        char item[ITEM_MAX];
+        if (!take_item(item, &p)) return fail_key(&to, item);
         /* A comma at the end announces another option, so it counts as an empty one. */
-        if (p[n] == ',' && p[n + 1] == '\0') return fail_key(&to, "");
-        snprintf(item, sizeof item, "%.*s", n < sizeof item ? (int)n : (int)sizeof item - 1, p);
-        if (n >= sizeof item) return fail_key(&to, item);
+        if (p[0] == ',' && p[1] == '\0') return fail_key(&to, "");
         if (!parse_item(&options, item, &seen, &to)) return false;
-        p += n + (p[n] == ',');
+        p += *p == ',';
     }
     if (!exact_counts_fit(options.n_sink, options.n_recent)) {
         snprintf(error, error_bytes, "TQ_GGML: sinks=%d and recent=%d are too many; give up to %d together",
                  (int)options.n_sink, (int)options.n_recent, (int)max_exact_count());
         return false;
     }
+    if (!check_effects(&options, &to)) return false;
     *out = options;
     return true;
 }

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* The environment variable TQ_GGML: a comma-separated list of key=value. docs/llama-cpp.md explains it to users. */
+/*
+ * The environment variable TQ_GGML: a list of key=value, separated by commas; a comma or backslash of a value may have a
+ * backslash before it. docs/llama-cpp.md explains it to users.
+ */
 #ifndef TQ_GGML_OPTIONS_H
 #define TQ_GGML_OPTIONS_H
 
@@ -10,13 +13,14 @@
 #include "turboquant.h"
 
 #define TQ_GGML_LAYERS_MAX 1024
-#define TQ_GGML_VALUE_MAX 256 /* bytes of one key=value */
+#define TQ_GGML_PATH_MAX 4096
 
 /* What happens to a layer whose keys the format can't hold well enough: see guard.h. */
 typedef enum tq_ggml_guard { TQ_GGML_GUARD_RAISE, TQ_GGML_GUARD_WARN, TQ_GGML_GUARD_REFUSE, TQ_GGML_GUARD_OFF } tq_ggml_guard;
 
 typedef struct tq_ggml_options {
     bool has_k_format, has_v_format, has_n_sink, has_n_recent, has_ref_block, has_balance; /* else the preset's */
+    bool has_key_bias, has_guard;
     tq_format k_format, v_format;
     int32_t n_sink, n_recent;
     int32_t ref_block;
@@ -25,18 +29,21 @@ typedef struct tq_ggml_options {
     int32_t head_dim; /* 0: not given */
     tq_log_level log_level;
     tq_ggml_guard guard;
-    char report[TQ_GGML_VALUE_MAX];               /* a file for the logits' errors, or "" */
-    char calibration[TQ_GGML_VALUE_MAX];          /* of `tq calibrate`, or "" */
-    char observe[TQ_GGML_VALUE_MAX];              /* what `tq calibrate` reads, or "" */
+    char report[TQ_GGML_PATH_MAX];                /* a file for the logits' errors, or "" */
+    char calibration[TQ_GGML_PATH_MAX];           /* of `tq calibrate`, or "" */
+    char observe[TQ_GGML_PATH_MAX];               /* what `tq calibrate` reads, or "" */
     uint8_t exact_layers[TQ_GGML_LAYERS_MAX / 8]; /* bit set: keys and values stay FP16 */
     int32_t max_exact_layer;                      /* -1: none */
 } tq_ggml_options;
 
 /*
  * Parse text; NULL and "" give the defaults. On failure returns false, *out is untouched and error gets one line that names the
- * option and what it may be.
+ * option and what it may be. An option that others leave without effect is such a failure.
  */
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes);
+
+/* Why nothing is known of the logits' errors with these options, so that there is neither guard nor report; NULL if it is. */
+const char *tq_ggml_options_no_estimates(const tq_ggml_options *options);
 
 static inline bool tq_ggml_options_is_exact(const tq_ggml_options *options, int32_t layer)
 {

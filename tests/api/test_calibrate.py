@@ -48,7 +48,7 @@ else:
         print("perplexity: you need at least 4096 tokens to evaluate perplexity with a context of 2048\\n"
               "perplexity: the data file you provided tokenizes to only 61 tokens")
     elif mode != "silent":
-        pipe = re.search("observe=([^,]*)", os.environ["TQ_GGML"]).group(1)
+        pipe = re.search(r"observe=((?:\\\\.|[^,])*)", os.environ["TQ_GGML"]).group(1).replace("\\\\,", ",")
         for record in sorted(folder.glob("record*")):
             with open(pipe, "ab") as out:  # as the plug-in, or once for each
                 out.write(record.read_bytes())
@@ -221,16 +221,12 @@ class WithStandIn(unittest.TestCase):
         (self.bin / "mode").write_text(mode)
 
     def command(self, *more, output="model.tqcal"):
-        return [sys.executable, "-m", "calibrate", self.model, "--text", self.text, "-o", self.out / output, "--llama-bin",
-                self.bin, "--plugin", self.model, "--context", "256", *more]
-
-    @property
-    def environment(self):
-        return {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+        return [sys.executable, "-I", ROOT / "tools/start_package.py", "calibrate", self.model, "--text", self.text, "-o",
+                self.out / output, "--llama-bin", self.bin, "--plugin", self.model, "--context", "256", *more]
 
     def calibrate(self, *more, **options):
         return subprocess.run([str(word) for word in self.command(*more, **options)], capture_output=True, text=True,
-                              timeout=SECONDS, env=self.environment)
+                              timeout=SECONDS)
 
 
 class Observation(WithStandIn):
@@ -293,6 +289,27 @@ class Command(WithStandIn):
         gains = json.loads((self.out / "gains.json").read_text())["layers"]
         self.assertEqual([(layer["layer"], len(layer["heads"])) for layer in gains], [(0, 2), (1, 0), (2, 2)])
         self.check_matrices(content[128:], gains, moments_by_definition([meaning for _, meaning in made], 4, 16, 32))
+
+    def test_odd_names_a_poor_locale_and_a_full_disk(self):
+        record, _ = make_record(1, 0)
+        self.write(record)
+        temporary, real = self.folder / "a,b", self.folder / "real"
+        temporary.mkdir()
+        real.write_text("")
+        (self.out / "lin,k \u00fc").symlink_to(real)
+        environment = {**os.environ, "TMPDIR": str(temporary), "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+        command = [str(word) for word in self.command("--chunks", "1", output="lin,k \u00fc")]
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(b"use it by TQ_GGML='calibration=", done.stdout)
+        self.assertTrue((self.out / "lin,k \u00fc").is_symlink())
+        self.assertTrue(real.read_bytes().startswith(file.MAGIC))
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS, env=environment)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("No space left on device", done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        self.assertNotIn("Exception", done.stderr)
 
     def test_order_halves(self):
         record, meaning = make_record(1, 0)
@@ -375,6 +392,10 @@ class Command(WithStandIn):
         self.check_error("there is no folder", output="absent/model.tqcal")
         self.check_error("there is no folder", "--json", self.out / "absent/gains.json")
         self.check_error("is a folder", output="")
+        self.check_error("both name", "--json", self.out / "model.tqcal")
+        self.check_error("which is read", "--json", self.model)
+        self.check_error("is no regular file", "--json", "/dev/null")
+        self.assertTrue(Path("/dev/null").is_char_device())
         self.check_error("no file", "--text", "no-such-text")
         self.check_error("4096 tokens; 8192 are too many", "--context", "8192")
         self.check_error("llama-perplexity was not found", "--llama-bin", self.out)
@@ -386,7 +407,7 @@ class Command(WithStandIn):
     def test_interrupt(self):
         self.write(make_record(1, 0)[0], mode="hangs")
         process = subprocess.Popen([str(word) for word in self.command()], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, env=self.environment,
+                                   text=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job ignores it
         self.addCleanup(process.kill)
         pid_file = self.bin / "pid"

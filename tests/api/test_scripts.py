@@ -96,7 +96,7 @@ class Fetch(Folder):
         super().setUp()
         self.pip = DEPS / "venv/bin/pip"
         if not self.pip.exists():
-            made = subprocess.run([sys.executable, "-m", "venv", self.folder / "venv"], capture_output=True)
+            made = subprocess.run([sys.executable, "-I", "-m", "venv", self.folder / "venv"], capture_output=True)
             if made.returncode:
                 self.skipTest("no pip, and python3 -m venv cannot make one (Debian: python3-venv)")
             self.pip = self.folder / "venv/bin/pip"

@@ -261,7 +261,12 @@ class Errors(Trace):
     def test_files(self):
         self.check(1, "cannot read the trace", "--trace", self.folder / "absent")
         self.check(1, "no requests", "--trace", self.write())
-        self.check(1, "cannot write", "--requests", 1, "--csv", self.folder / "absent/file")
+        # Before the work: a trace that is not there would be the other error.
+        unread = ("--trace", self.folder / "absent")
+        for option in ("--json", "--csv", "--html", "--plot"):
+            self.check(1, "absent: No such file or directory; name another file", *unread, option, self.folder / "absent/file")
+            self.check(1, "it is a folder", *unread, option, self.folder)
+        self.check(1, "two outputs", *unread, "--csv", self.folder / "file", "--html", self.folder / "file")
         self.check(1, "cannot write", "--requests", 1, "--save-trace", self.folder / "absent/file")
 
     def test_options(self):

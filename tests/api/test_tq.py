@@ -3,6 +3,7 @@
 """The command tq: its figures in JSON, its errors, and what `tq run` would execute."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import BUILD, DEPS, main  # noqa: E402
+from harness import BUILD, DEPS, ROOT, main  # noqa: E402
 
 TQ = BUILD / "tq"
 TOOLS = Path(__file__).resolve().parent / "consumer"  # has an executable llama-bench
@@ -207,6 +208,67 @@ class Run(unittest.TestCase):
 
     def test_becomes_the_tool(self):
         self.assertEqual(tq("run", "--tool", "bench", "--llama-bin", str(TOOLS), MODEL, TQ_PLUGIN=MODEL).returncode, 0)
+
+
+class Python(unittest.TestCase):
+    """Neither the current folder nor PYTHONPATH decides which of our modules, or of the standard library's, run."""
+    OURS = ("eval", "calibrate", "simulate", "json", "argparse", "re", "runpy", "sitecustomize", "usercustomize")
+    INSTALLED = ("numpy", "tqdm", "matplotlib", "jinja2", "xxhash")
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name).resolve()
+        self.python = DEPS / "venv/bin/python"
+
+    def plant(self, *names):
+        """A folder of modules that say so when they run."""
+        planted = self.folder / "planted"
+        planted.mkdir(exist_ok=True)
+        for name in names:
+            (planted / f"{name}.py").write_text("import os\nos.write(2, b'planted ran\\n')\n")
+        return planted
+
+    def check(self, folder, path):
+        environment = {**os.environ, "TQ_PYTHON": str(self.python if self.python.exists() else sys.executable)}
+        for arguments in (["eval", "--help"], ["calibrate", "--help"],
+                          ["cache", "simulate", "--requests", "5", "--budgets", "1", "--html", self.folder / "page.html"]):
+            with self.subTest(arguments, path=path):
+                done = subprocess.run([TQ, *arguments], capture_output=True, text=True, cwd=folder,
+                                      env={**environment, **({} if path is None else {"PYTHONPATH": path})})
+                self.assertNotIn("planted ran", done.stderr)
+                if self.python.exists():
+                    self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_current_folder(self):
+        planted = self.plant(*self.OURS, *self.INSTALLED)
+        for path in (None, "", ".", ":", "planted:."):
+            self.check(planted, path)
+
+    def test_python_path(self):
+        planted = self.plant(*self.OURS, *(self.INSTALLED if self.python.exists() else ()))
+        self.check(self.folder, str(planted))
+
+    def test_python_path_may_have_what_is_not_installed(self):
+        package, planted = self.folder / "package/probe", self.plant("tq_not_installed")
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "__main__.py").write_text("import sys, tq_not_installed\nprint(sys.argv[1:])\n")
+        shutil.copy(ROOT / "tools/start_package.py", package.parent)
+        done = subprocess.run([sys.executable, "-I", package.parent / "start_package.py", "probe", "a b"], capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": str(planted)})
+        self.assertEqual((done.stdout, done.stderr), ("['a b']\n", "planted ran\n"))
+
+    def test_help_without_libraries(self):
+        for command in ("eval", "calibrate"):
+            with self.subTest(command):
+                words = [sys.executable, "-I", "-S", ROOT / "tools/start_package.py", command]
+                environment = {**os.environ, "PYTHONNOUSERSITE": "1"}
+                done = subprocess.run([*words, "--help"], capture_output=True, text=True, env=environment)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertIn(f"usage: tq {command}", done.stdout)
+                done = subprocess.run([*words, "--nonsense"], capture_output=True, text=True, env=environment)
+                self.assertEqual(done.returncode, 2, done.stderr)
 
 
 class Help(unittest.TestCase):

@@ -13,10 +13,12 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 import common
-from eval.__main__ import split_presets
-from eval.llama import Cache, Finished, LlamaError, kv_memory
+from eval.__main__ import main as evaluate
+from eval.arguments import split_presets
+from eval.llama import Cache, Finished, LlamaError, kv_memory, path_option
 from eval.needle import hide, make_case, shares
 from eval.quality import parse_statistics
 from eval.work import Work
@@ -95,6 +97,42 @@ class Waiting(unittest.TestCase):
             work = Work(folder, [])
             work.path(Cache("TQ4")).write_text('{"kld": ')
             self.assertIsNone(work.load(Cache("TQ4")))
+
+    def test_foreign_results_are_none(self):
+        with tempfile.TemporaryDirectory() as folder:
+            work = Work(folder, [])
+            path = work.path(Cache("TQ4"))
+            work.save(Cache("TQ4"), {"kld": 1})
+            changed = path.read_text().replace('"kld": 1', '"kld": 2')
+            for content in (changed, "[]", "1", "null", '{"kld": 1}', '{"result": {}, "checksum": 1}', "[" * 100000, "\0", ""):
+                path.write_text(content)
+                self.assertIsNone(work.load(Cache("TQ4")), content[:40])
+            path.write_bytes(b"\xff\xfe")
+            self.assertIsNone(work.load(Cache("TQ4")))
+            path.unlink()
+            os.mkfifo(path)  # which would wait for a writer
+            self.assertIsNone(work.load(Cache("TQ4")))
+
+    def test_one_command_at_a_time(self):
+        with tempfile.TemporaryDirectory() as folder:
+            Work(folder, []).hold()
+            with self.assertRaisesRegex(LlamaError, "another tq eval is at work .*--work"):
+                Work(folder, []).hold()
+
+    def test_what_the_system_refuses_is_told_in_a_line(self):
+        for error, words in ((OSError(28, "No space left on device", "w/x.json"), "tq eval: w/x.json: No space left on device"),
+                             (OSError(28, "No space left on device"), "No space left on device")):
+            with mock.patch("eval.__main__.run", side_effect=error), mock.patch("eval.options.drop_output"), \
+                    mock.patch("eval.options.stop_by_signal"), self.assertRaises(SystemExit) as raised:
+                evaluate(["model.gguf", "--text", "text"])
+            self.assertIn(words, str(raised.exception))
+
+    def test_paths_with_commas(self):
+        self.assertEqual(path_option("report", "a,b\\c"), "report=a\\,b\\\\c")
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "a,b\\c.tqcal"
+            path.write_bytes(b"one")
+            self.assertEqual(Cache("TQ4:k=tt2," + path_option("calibration", path) + ",recent=8").files, [path])
 
     def test_another_calibration_of_the_same_name(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -183,6 +221,39 @@ class Runs(RunCase):
         after = {path.name: path.stat().st_mtime_ns for path in self.folder.glob("work/*.json")}
         self.assertEqual(len(after), 8)
         self.assertEqual({name: after[name] for name in kept}, kept)
+
+    def test_outputs_are_tried_first(self):
+        existing = self.folder / "out"
+        existing.write_text("mine")
+        for words, arguments in (("there is no folder", ("--json", self.folder / "absent/out")),
+                                 ("is a folder", ("--html", self.folder)),
+                                 ("cannot be written", ("--csv", existing / "out")),
+                                 ("both name", ("--json", existing, "--csv", self.folder / "." / "out")),
+                                 ("which is read", ("--markdown", self.model())), ("which is read", ("--json", TEXT)),
+                                 ("is no folder", ("--work", existing))):
+            with self.subTest(words):
+                self.check_error(words, *arguments)
+        self.assertEqual(existing.read_text(), "mine")
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["out"])
+
+    def test_odd_names_a_poor_locale_and_a_full_disk(self):
+        work = ("--work", self.folder / "wo,rk\\", "--presets", "TQ4", "--baselines", "f16", "--error-map")
+        page, table, figures = (self.folder / f"\u00fc\udcff.{kind}" for kind in ("html", "csv", "json"))
+        poor = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(self.command(*work, "--html", page, "--csv", table, "--json", figures), capture_output=True,
+                              env={**os.environ, **poor, "TQ_PYTHON": sys.executable})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("\u00b1", page.read_text(encoding="utf-8"))
+        self.assertEqual(len(json.loads(figures.read_text())["error_maps"]["TQ4"]), 3)
+        with open("/dev/full", "w") as full:
+            for arguments, stdout in (((), full), (("--json", "/dev/full"), subprocess.DEVNULL)):
+                done = subprocess.run(self.command(*work, *arguments), stdout=stdout, stderr=subprocess.PIPE, text=True,
+                                      env={**os.environ, "TQ_PYTHON": sys.executable})
+                self.assertEqual(done.returncode, 1, done.stderr)
+                self.assertIn("No space left on device", done.stderr)
+                self.assertIn("the same command writes it", done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+                self.assertNotIn("Exception", done.stderr)
 
     def test_one_that_fails_stops_no_other(self):
         self.arch = "qwen2"  # whose keys with their biases are beyond 2 bits

@@ -3,6 +3,7 @@
 import re
 
 from common import LLAMA_BIN, PLUGIN, TestCase, complete, main, run, tiny_model
+from eval.llama import path_option
 
 PRESETS = {"TQ6": ("tq8", "tt4", 6.25), "TQ4": ("tt4", "tt4", 4.25), "TQ3": ("tt3", "tt3", 3.25), "TQ2": ("tt3", "tt2", 2.75)}
 
@@ -38,6 +39,8 @@ class Options(TestCase):
         self.assertNotEqual(result.status, 0, text)
         self.assert_line(result, "turboquant: not loaded: TQ_GGML: ", *words)
         self.assert_line(result, "invalid device: TQ4")
+        # llama.cpp prints a page after it.
+        self.assertTrue(result.log.splitlines()[-1].startswith("turboquant: not loaded: TQ_GGML: "), result.log[-500:])
 
     def test_unknown_options_are_refused_and_the_known_ones_named(self):
         for text, shown in (("foo=1", "'foo=1'"), ("k", "'k'"), ("k=tq4,", "''"), (",", "''"), ("kk=tq4", "'kk=tq4'"),
@@ -58,6 +61,61 @@ class Options(TestCase):
                                ("k=tq4,k=tq8", "given twice")):
             with self.subTest(text):
                 self.assert_refused(text, expected)
+
+    def test_options_that_have_no_effect_together_are_refused(self):
+        for option in ("guard=raise", "guard=warn", "guard=refuse"):
+            for other in ("balance=off", "recent=0", "k=f16", "k=bf16", "k=tq4_prod", "k=tq2_prod"):
+                with self.subTest(option, other=other):
+                    self.assert_refused(f"{other},{option}", "guard= has no effect", other.partition("=")[0] + "=")
+        for option, other in (("ref=64", "recent=0"), ("ref=64", "k=f16"), ("ref=64", "k=tq3_prod"), ("balance=on", "recent=0"),
+                              ("balance=on", "k=bf16"), ("bias=on", "k=f16"), ("calibration=x", "k=f16"),
+                              ("bias=on", "calibration=x"), ("sinks=4", "k=f16,v=bf16"), ("recent=4", "k=f16,v=f16"),
+                              ("exact=0", "k=f16,v=f16")):
+            with self.subTest(option, other=other):
+                for text in (f"{option},{other}", f"{other},{option}"):
+                    self.assert_refused(text, f"{option.partition('=')[0]}= has no effect", "Leave one of the two out")
+
+    def test_options_that_switch_off_what_is_off_are_taken(self):
+        for text in ("guard=off,balance=off", "ref=0,recent=0,balance=off,guard=off",
+                     "k=f16,v=f16,sinks=0,recent=0,ref=0,bias=off", "k=f16,sinks=2,recent=8,exact=1", "k=bf16,v=bf16,exact=1",
+                     "balance=on,k=tq4_prod,v=tq4_prod"):
+            with self.subTest(text):
+                self.assert_ok(complete(tiny_model("llama"), TQ_GGML=text))
+
+    def test_paths_with_commas_and_long_ones(self):
+        folder = self.directory / "a,b" / ("long" * 50) / ("long" * 20)
+        folder.mkdir(parents=True)
+        for name in ("c,d.json", "e\\,.json"):
+            path = folder / name
+            option = path_option("report", path)
+            self.assert_ok(complete(tiny_model("llama"), "-f", self.long_prompt(), TQ_GGML=f"{option},sinks=4"))
+            self.assertTrue(path.exists(), option)
+
+    def test_a_report_that_has_nothing_to_say_is_announced(self):
+        for more, words in (("balance=off", "with balance=off"), ("recent=0", "with recent=0"), ("k=f16", "have no error")):
+            path = self.directory / "nothing.json"
+            result = complete(tiny_model("llama"), "-f", self.long_prompt(), TQ_GGML=f"{more},report={path}")
+            self.assert_ok(result)
+            self.assert_line(result, "report= has no effect", words)
+            self.assertFalse(path.exists())
+        # The prompt is too short to leave the ring.
+        result = complete(tiny_model("llama"), TQ_GGML=f"report={path}")
+        self.assert_ok(result)
+        self.assert_line(result, f"report={path} was not written")
+
+    def test_what_the_model_leaves_without_effect_is_announced(self):
+        result = complete(tiny_model("llama"), TQ_GGML="bias=on")
+        self.assert_ok(result)
+        self.assert_line(result, "bias=on has no effect")
+        self.assertEqual(complete(tiny_model("qwen2"), TQ_GGML="bias=on").lines("has no effect"), [])
+        self.assertEqual(complete(tiny_model("llama"), TQ_GGML="v=tt3,exact=0").lines("has no effect"), [])
+        for more in ("k=tq8", "guard=refuse", "ref=32"):
+            result = complete(tiny_model("llama"), TQ_GGML=f"exact=0-2,{more}")
+            self.assert_line(result, "exact= names every layer", "no effect")
+        self.assertEqual(complete(tiny_model("llama"), TQ_GGML="exact=0-2").lines("no effect"), [])
+        result = complete(tiny_model("deepseek2"), TQ_GGML="v=tt3")
+        self.assert_ok(result)
+        self.assert_line(result, "v= has no effect")
 
     def test_sinks_and_the_presets_own_ring_may_be_too_many(self):
         result = complete(tiny_model("llama"), TQ_GGML="sinks=1024")
@@ -123,13 +181,16 @@ class Options(TestCase):
 
     def test_a_layer_that_the_model_lacks_is_refused(self):
         result = complete(tiny_model("llama"), TQ_GGML="exact=0+7")
-        self.assertNotEqual(result.status, 0)
+        self.assertEqual(result.status, 1)
         self.assert_line(result, "TQ_GGML: exact=7: the last layer with a KV cache on the device is 2")
+        self.assert_line(result, "failed to create context")
 
     def test_head_dim_must_be_the_models(self):
-        result = complete(tiny_model("llama"), TQ_GGML="head_dim=128")
-        self.assertNotEqual(result.status, 0)
-        self.assert_line(result, "the model's head_dim is 64, but TQ_GGML says head_dim=128")
+        # 80 does not even divide the rows.
+        for wrong in (80, 96, 128, 256):
+            result = complete(tiny_model("llama"), TQ_GGML=f"head_dim={wrong}")
+            self.assertEqual(result.status, 1)
+            self.assert_line(result, f"the model's head_dim is 64, but TQ_GGML says head_dim={wrong}")
         self.assert_ok(complete(tiny_model("llama"), TQ_GGML="head_dim=64"))
 
     def test_log_level(self):

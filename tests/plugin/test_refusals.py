@@ -5,16 +5,20 @@ import shutil
 import gguf
 import numpy as np
 
-from common import TestCase, complete, main, tiny_model
+from common import LLAMA_BIN, TestCase, complete, main, run, tiny_model
 
 PROMPT = "refused before this is answered"
 
 
 class Refusals(TestCase):
     def assert_refused(self, result, *words):
-        self.assertNotEqual(result.status, 0, result.log[-2000:])
+        """No context is made, and the process ends by itself, with our message last."""
+        self.assertEqual(result.status, 1, result.log[-2000:])
         self.assert_line(result, "turboquant: ", "refuses", *words)
         self.assertNotIn("eval time", result.log)
+        last = result.log.splitlines()[-1]
+        self.assertTrue(last.startswith("turboquant: TQ4 refuses"), result.log[-2000:])
+        self.assertTrue(all(word in last for word in words), last)
 
     def test_flash_attention_off(self):
         for fit in ("on", "off"):
@@ -33,6 +37,13 @@ class Refusals(TestCase):
         model = tiny_model("llama_48", "--arch", "llama", "--head-dim", "48")
         for fa in ("on", "auto"):
             self.assert_refused(complete(model, "-fa", fa, prompt=PROMPT), "its head_dim is 48; supported are 64, 80, 96")
+
+    def test_other_tools_end_by_themselves_too(self):
+        model = tiny_model("llama_48", "--arch", "llama", "--head-dim", "48")
+        for tool, arguments in (("server", ("--port", "0")), ("bench", ("-p", "8", "-n", "0", "-r", "1", "-fa", "1"))):
+            with self.subTest(tool):
+                result = run([LLAMA_BIN / f"llama-{tool}", "-m", model, "-dev", "TQ4", "-ngl", "99", "-t", "1", *arguments])
+                self.assert_refused(result, "its head_dim is 48")
 
     def test_rows_that_no_head_dim_divides(self):
         model = tiny_model("llama_40", "--arch", "llama", "--head-dim", "40", "--n-head-kv", "1")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """tq calibrate: learn from texts how to code a model's keys, for less error at the same bits."""
-import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
-from pathlib import Path
+
+from .arguments import parse_arguments
 
 # One thread: llama.cpp computes the next layer meanwhile, and BLAS's threads, which wait actively, would slow both.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -15,44 +16,15 @@ try:
 
     from . import file
 except ImportError as error:
+    parse_arguments(sys.argv[1:])  # --help, and mistakes in the words, do without
     sys.exit(f"tq calibrate: {error}. `make deps` installs what it needs; or: pip install numpy tqdm xxhash, and name that "
              "Python in TQ_PYTHON")
-from eval.llama import LlamaError, commit, describe_model, list_devices, machine, shown, version
-from eval.options import add_options, begin, make_setup
+from eval.llama import LlamaError, commit, describe_model, list_devices, machine, path_option, shown, version
+from eval.options import begin, end_with, make_setup
+from eval.outputs import check_outputs
 
 from .observe import EXACT, observe
 from .transform import center_blocks, coded_columns, solve, to_halves, weighted_moments
-
-EPILOG = """
-What was learnt holds for one model; a few thousand tokens of what it will read are enough. docs/calibrate.md tells more.
-
-  tq calibrate model.gguf --text book.txt code.txt -o model.tqcal
-  TQ_GGML=calibration=model.tqcal tq run --preset TQ3 model.gguf
-"""
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="tq calibrate", description=__doc__.partition(": ")[2], epilog=EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="GGUF file")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text; one or more")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the calibration, OUT.tqcal")
-    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a window (2048)")
-    parser.add_argument("--chunks", type=int, default=2, metavar="N", help="windows of each text (2)")
-    parser.add_argument("--sinks", type=int, default=4, metavar="N", help="first tokens that the cache keeps exact (4)")
-    parser.add_argument("--recent", type=int, default=64, metavar="N", help="last tokens that it keeps exact (64)")
-    parser.add_argument("--ref", type=int, default=64, metavar="N", help="tokens that share a reference; 0: none (64)")
-    parser.add_argument("--order", choices=("same", "halves"), default="same", help="of a head's channels: the same as in "
-                        "llama.cpp, for llama.cpp, or two halves where it has pairs side by side, for Transformers with models "
-                        "of architecture llama (same)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write there what each layer and head gains")
-    add_options(parser)
-    args = parser.parse_args(argv)
-    if args.context < 256 or min(args.chunks, args.threads) < 1 or min(args.sinks, args.recent, args.ref) < 0:
-        parser.error("--context is at least 256, --chunks and --threads at least 1, --sinks, --recent and --ref at least 0")
-    if args.context <= args.sinks + args.recent:
-        parser.error("--context must be more than --sinks and --recent together: nothing else is coded")
-    return args
 
 
 class Moments:
@@ -111,11 +83,10 @@ def learn(args, setup):
 
 def check(args, setup):
     """All that can be told before the first window; returns what describe_model tells."""
+    check_outputs({"-o": args.output, "--json": args.json}, [args.model, *args.text])
     for path in filter(None, (args.output, args.json)):
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise LlamaError(f"{path} cannot be written: there is no folder {path.parent}, or it is read-only")
-        if path.is_dir():
-            raise LlamaError(f"{path} is a folder; name a file")
+        if path.exists() and not path.is_file():  # in whose place the new file would come
+            raise LlamaError(f"{path} is no regular file; name another one")
     devices, why = list_devices(setup, EXACT)
     if EXACT.device not in devices:
         raise LlamaError(f"{setup.plugin} does not load into {setup.llama_bin}: {why}")
@@ -139,7 +110,7 @@ def summary(args, layers, n_windows, n_bytes):
     gains = [transform.gain for transform in transforms]
     n_head_kv, head_dim = ("/".join(map(str, sorted(values))) for values in
                            ({len(heads) for heads in layers if heads}, {len(transform.bits) for transform in transforms}))
-    use = (f"TQ_GGML=calibration={args.output}" if args.order == "same" else
+    use = (f"TQ_GGML={shlex.quote(path_option('calibration', args.output))}" if args.order == "same" else
            f'TurboQuantCache(model.config, calibration="{args.output}")')
     return (f"{sum(map(bool, layers))} layers of {n_head_kv} KV heads, head_dim {head_dim}, from {n_windows} windows of "
             f"{args.context} tokens\n"
@@ -158,7 +129,7 @@ def run(args):
     if args.json:
         result = report(args, setup, model, layers, n_windows)
         file.write_whole(args.json, (json.dumps(result, indent=1) + "\n").encode())
-    print(summary(args, layers, n_windows, len(content)))
+    print(summary(args, layers, n_windows, len(content)), flush=True)
 
 
 def main(argv=None):
@@ -169,7 +140,7 @@ def main(argv=None):
         print(f"\ntq calibrate: stopped; {args.output} was not written", file=sys.stderr)
         return 130
     except (LlamaError, OSError) as error:
-        sys.exit(f"tq calibrate: {error}")
+        end_with("tq calibrate", error)
     return 0
 
 

@@ -23,7 +23,8 @@ def pack(layers, name, n_sink, n_recent, ref_block):
 
 
 def write_whole(path, content):
-    """All of it or nothing, also when the machine stops."""
+    """All of it or nothing, also when the machine stops. Where the path is a link, the file that it names is written."""
+    path = path.resolve()
     new = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with open(new, "xb") as file:

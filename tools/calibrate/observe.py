@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.llama import Cache, LlamaError, run_tool
+from eval.llama import Cache, LlamaError, path_option, run_tool
 
 # All as the model has it: the plug-in changes nothing, and forgets nothing.
 EXACT = Cache("TQ4:k=f16,v=f16,sinks=0,recent=0,ref=0,balance=off,guard=off")
@@ -123,7 +123,7 @@ def observe(setup, text, n_ctx, n_chunks, take):
     with tempfile.TemporaryDirectory(prefix="tq-calibrate-") as folder:
         stream = Stream(Path(folder) / "records")
         try:
-            done = run_tool(setup, EXACT, "perplexity", arguments, f"observe={folder}/records",
+            done = run_tool(setup, EXACT, "perplexity", arguments, path_option("observe", f"{folder}/records"),
                             meanwhile=lambda process: stream.take_all(process, count_and_take))
         finally:
             stream.close()

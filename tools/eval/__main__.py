@@ -1,77 +1,28 @@
 # SPDX-License-Identifier: MIT
 """tq eval: how much of a model's output each KV cache changes, at how many bits."""
-import argparse
 import re
 import shutil
 import sys
-from pathlib import Path
+
+from .arguments import KINDS, parse_arguments
 
 try:
     from tqdm import tqdm
 
     from . import needle, quality, report
 except ImportError as error:
+    parse_arguments(sys.argv[1:])  # --help, and mistakes in the words, do without
     sys.exit(f"tq eval: {error}. `make deps` installs what it needs; or: pip install matplotlib jinja2 tqdm, and name that "
              "Python in TQ_PYTHON")
 from .llama import (F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, commit, describe_model, list_devices, machine,
-                    version)
+                    path_option, version)
 from .needle import Needles
-from .options import add_options, begin, make_setup
+from .options import begin, end_with, make_setup
+from .outputs import check_outputs
 from .quality import Quality
 from .work import Work
 
 SPARE_BYTES = 1 << 28
-
-EXAMPLE = """
-A preset is a device of the plug-in (`tq presets`), with options of the plug-in after a colon, which is how one lever at a time
-is tried: TQ4 TQ4:recent=0 TQ4:k=tt4,v=tt3,ref=0. docs/eval.md tells what each figure means.
-
-  tq eval model.gguf --text book.txt --context 4096 --presets TQ4 TQ3 --html report.html
-"""
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="tq eval", description=__doc__.partition(": ")[2], epilog=EXAMPLE,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="GGUF file")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text; one or more")
-    parser.add_argument("--context", default="4096", metavar="N[,N...]", help="tokens of a window (4096)")
-    parser.add_argument("--presets", nargs="+", default=["TQ6,TQ4,TQ3,TQ2"], metavar="P", help="ours (TQ6,TQ4,TQ3,TQ2)")
-    parser.add_argument("--baselines", default="f16,q8_0,q5_1,q5_0,q4_0", metavar="TYPE[,TYPE...]",
-                        help="llama.cpp's; q8_0/q4_0 gives keys and values a type each (f16,q8_0,q5_1,q5_0,q4_0)")
-    parser.add_argument("--chunks", type=int, default=1, metavar="N", help="windows of each text (1)")
-    parser.add_argument("--needle", default="", metavar="N[,N...]", help="also look for needles in that many tokens")
-    parser.add_argument("--needle-depths", type=int, default=5, metavar="N", help="from the beginning to the end (5)")
-    parser.add_argument("--error-map", action="store_true", help="also map the error of the logits by layer and head")
-    for kind in ("json", "html", "markdown", "csv"):
-        parser.add_argument(f"--{kind}", metavar="OUT", help="write the result there")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where results wait, to go on after an interruption "
-                        "(OUT.work of the first output, or tq-eval.work)")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
-    add_options(parser)
-    args = parser.parse_args(argv)
-    args.context, args.needle = numbers(parser, args.context, 256), numbers(parser, args.needle, 512)
-    args.presets = split_presets(args.presets)
-    args.baselines = [name for name in args.baselines.split(",") if name]
-    if args.chunks < 1 or args.needle_depths < 1 or args.threads < 1:
-        parser.error("--chunks, --needle-depths and --threads are at least 1")
-    if args.work is None:
-        first = next(filter(None, (args.json, args.html, args.markdown, args.csv)), "tq-eval")
-        args.work = Path(f"{first}.work")
-    return args
-
-
-def numbers(parser, text, least):
-    parts = [part for part in text.split(",") if part]
-    if any(not part.isdecimal() or int(part) < least for part in parts):
-        parser.error(f"'{text}' is no list of whole numbers of at least {least}")
-    return sorted({int(part) for part in parts})
-
-
-def split_presets(words):
-    """Commas separate presets, but after a colon they separate the options of one."""
-    return [name for word in words for name in ([word] if ":" in word else word.split(",")) if name]
-
 
 def fail(message):
     sys.exit(f"tq eval: {message}")
@@ -114,6 +65,7 @@ class Evaluation:
         self.error_map = args.error_map
         common = [setup.model, setup.plugin, version(setup), args.error_map]
         self.work, self.fresh, self.failed = Work(args.work, common), args.fresh, []
+        self.work.hold()
 
     def stored(self, measurement):
         return None if self.fresh else self.work.load(measurement)
@@ -156,7 +108,8 @@ class Evaluation:
         if not self.error_map or m.cache.is_stock:
             return quality.measure(self.setup, m, base)
         report_file = self.work.path(m).with_suffix(".layers")
-        figures = quality.measure(self.setup, m, base, f"report={report_file}")
+        report_file.unlink(missing_ok=True)
+        figures = quality.measure(self.setup, m, base, path_option("report", report_file))
         figures["layers"] = report.json.loads(report_file.read_text())["layers"] if report_file.exists() else []
         report_file.unlink(missing_ok=True)
         return figures
@@ -198,25 +151,34 @@ def collect(args, evaluation, groups, needles):
             "failed": evaluation.failed}
 
 
+def run(args):
+    outputs = {f"--{kind}": getattr(args, kind) for kind in KINDS}
+    setup = make_setup(args)
+    check_outputs(outputs, [args.model, *args.text])
+    model = describe_model(setup)
+    check(args, setup, model)
+    groups, needles = plan(args)
+    evaluation = Evaluation(args, setup, model)
+    evaluation.run(groups, needles)
+    result = collect(args, evaluation, groups, needles)
+    try:
+        report.write_files(args, result)
+        print(report.markdown(result), flush=True)
+    except (LlamaError, OSError) as error:
+        raise LlamaError(f"{error}; what was measured is in {args.work}, and the same command writes it") from error
+    return 1 if evaluation.failed else 0
+
+
 def main(argv=None):
     args = begin(parse_arguments, argv)
     try:
-        setup = make_setup(args)
-        model = describe_model(setup)
-        check(args, setup, model)
-        groups, needles = plan(args)
-        evaluation = Evaluation(args, setup, model)
-        evaluation.run(groups, needles)
+        return run(args)
     except KeyboardInterrupt:
         print(f"\ntq eval: stopped; what was measured is in {args.work}, and the same command goes on from there",
               file=sys.stderr)
         return 130
-    except LlamaError as error:
-        fail(error)
-    result = collect(args, evaluation, groups, needles)
-    report.write_files(args, result)
-    print(report.markdown(result))
-    return 1 if evaluation.failed else 0
+    except (LlamaError, OSError) as error:
+        end_with("tq eval", error)
 
 
 if __name__ == "__main__":

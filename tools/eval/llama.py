@@ -32,6 +32,12 @@ class Setup:
     threads: int
 
 
+def path_option(name, path):
+    """An option of the plug-in that names a file: a comma would end it, so that it takes a backslash."""
+    escaped = re.sub(r"([\\,])", r"\\\1", str(path))
+    return f"{name}={escaped}"
+
+
 @dataclass(frozen=True)
 class Cache:
     """
@@ -61,7 +67,8 @@ class Cache:
     @property
     def files(self):
         """What the plug-in reads besides its options."""
-        named = re.findall(r"(?:^|,)calibration=([^,]+)", self.plugin_options)
+        named = [re.sub(r"\\([\\,])", r"\1", path) for path in
+                 re.findall(r"(?:^|,)calibration=((?:\\[\\,]|[^,])+)", self.plugin_options)]
         return [Path(path) for path in named if Path(path).is_file()]
 
     def options(self, setup):
@@ -113,7 +120,10 @@ def machine():
 
 
 def commit():
-    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

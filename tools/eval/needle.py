@@ -75,7 +75,7 @@ def measure(setup, needles, tick=lambda: None):
     depths = [i / max(needles.n_depths - 1, 1) for i in range(needles.n_depths)]
     n_ctx = max(needles.lengths) + ANSWER_TOKENS + 64
     with running_server(setup, needles.cache, ["-c", str(n_ctx), "-np", "1"]) as server:
-        content = needles.text.read_text()[:CHARACTERS_PER_TOKEN * max(needles.lengths)]
+        content = needles.text.read_text(encoding="utf-8", errors="replace")[:CHARACTERS_PER_TOKEN * max(needles.lengths)]
         tokens = server.post("/tokenize", content=content)["tokens"]
         cells = []
         for length in needles.lengths:

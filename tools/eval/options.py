@@ -14,8 +14,23 @@ def begin(parse_arguments, argv):
     words = sys.argv[1:] if argv is None else argv
     args = parse_arguments(words)
     args.words = words
+    # A letter that the locale lacks is no reason to end without the figures.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     stop_by_signal()
     return args
+
+
+def end_with(name, error):
+    """The end of a command with a LlamaError or an OSError."""
+    drop_output()
+    is_named = isinstance(error, OSError) and error.filename
+    sys.exit(f"{name}: {error.filename}: {error.strerror}" if is_named else f"{name}: {error}")
+
+
+def drop_output():
+    """What standard output did not take would fail a second time when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_options(parser):

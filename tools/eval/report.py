@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """An evaluation as JSON, CSV, Markdown and a page that needs no other file."""
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jinja2
 
 from . import plots
 from .needle import shares
+from .outputs import write_text
 
 COLUMNS = [  # title, key, format, whether an error stands beside it
     ("bits/value", "bits_per_value", "{:.2f}"), ("mean KLD", "kld_mean", "{:.5f}"), ("median", "kld_median", "{:.5f}"),
@@ -66,22 +68,20 @@ def html(result):
                        error_maps=[plots.error_map(name, layers) for name, layers in result["error_maps"].items()])
 
 
-def write_csv(path, result):
+def csv_text(result):
     common = {**{key: result[key] for key in ("command", "commit", "llama_cpp")}, "model": result["model"]["file"]}
     rows = [{**{key: value for key, value in row.items() if key != "notes"}, "run": row["command"], **common}
             for row in result["rows"]]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def write_files(args, result):
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    if args.csv:
-        write_csv(args.csv, result)
-    if args.markdown:
-        Path(args.markdown).write_text(markdown(result))
-    if args.html:
-        Path(args.html).write_text(html(result))
+    made = {"json": lambda: json.dumps(result, indent=1) + "\n", "csv": lambda: csv_text(result),
+            "markdown": lambda: markdown(result), "html": lambda: html(result)}
+    for kind, make in made.items():
+        if getattr(args, kind):
+            write_text(getattr(args, kind), make())

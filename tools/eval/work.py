@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The folder where results wait for the others, so that an interrupted evaluation goes on where it was."""
+import fcntl
 import hashlib
 import json
 import os
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+
+from .llama import LlamaError
 
 PIECE = 1 << 20
 
@@ -33,25 +36,52 @@ def plain(value):
     return value
 
 
+def checksum(result):
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:20]
+
+
 class Work:
-    """Results in a folder, one JSON file each, named by a hash of all that they depend on."""
+    """
+    Results in a folder, one JSON file each, named by a hash of all that they depend on. A file that save() did not write, or
+    that was changed since, is none.
+    """
 
     def __init__(self, folder, common):
         self.folder, self.common = Path(folder), plain(common)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LlamaError(f"--work: {self.folder} is no folder and cannot be made one: {error.strerror}; name "
+                             "another") from error
+
+    def hold(self):
+        """Two commands at a time would take each other's files away. The lock goes with the process."""
+        lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise LlamaError(f"another tq eval is at work in {self.folder}; wait for it, or name another folder by "
+                             "--work") from error
 
     def path(self, measurement):
         key = json.dumps([type(measurement).__name__, plain(measurement), self.common], sort_keys=True)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
 
     def load(self, measurement):
+        path = self.path(measurement)
         try:
-            return json.loads(self.path(measurement).read_text())
-        except (OSError, ValueError):
+            kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            return kept["result"] if kept and kept["checksum"] == checksum(kept["result"]) else None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
     def save(self, measurement, result):
         path = self.path(measurement)
         new = path.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(result, indent=1))
-        new.replace(path)
+        try:
+            new.write_text(json.dumps({"result": result, "checksum": checksum(result)}, indent=1), encoding="utf-8")
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise

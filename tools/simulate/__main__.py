@@ -8,10 +8,13 @@ from pathlib import Path
 try:
     import jinja2
 
+    from eval.outputs import write_text
     from eval.plots import plt, to_svg
 except ImportError as error:
     sys.exit(f"tq cache simulate: {error}. `make deps` installs what it needs; or: pip install matplotlib jinja2, and name "
              "that Python in TQ_PYTHON")
+
+from eval.llama import LlamaError
 
 F16 = "f16"
 PANELS = [  # title, unit, key, factor, whether the scale is logarithmic from 1 on
@@ -81,11 +84,11 @@ def main():
     plots = draw(report["rows"])
     try:
         if args.plot:
-            args.plot.write_text(plots)
+            write_text(args.plot, plots)
         if args.html:
-            args.html.write_text(html(report, plots))
-    except OSError as error:
-        sys.exit(f"tq: cannot write {error.filename}: {error.strerror}")
+            write_text(args.html, html(report, plots))
+    except LlamaError as error:
+        sys.exit(f"tq: {error}")
 
 
 if __name__ == "__main__":
