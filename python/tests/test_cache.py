@@ -260,3 +260,89 @@ def test_after_fork(rng):
     if child == 0:
         os._exit(0 if np.array_equal(cache.attend(seq, 0, q), wanted) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def integer_arguments():
+    """A call for each integer argument of the functions of Cache and of what is beside it, with the value as x."""
+    zeros = np.zeros((1, N_HEAD_KV, HEAD_DIM), np.float32)
+    q = np.zeros((1, N_HEAD, HEAD_DIM), np.float32)
+    calls = {
+        "seq_fork": lambda c, x: c.seq_fork(x), "seq_free": lambda c, x: c.seq_free(x),
+        "seq_publish": lambda c, x: c.seq_publish(x, [1]), "seq_publish tokens": lambda c, x: c.seq_publish(0, [x]),
+        "seq_match": lambda c, x: c.seq_match([x]), "trim seq": lambda c, x: c.trim(x, 0),
+        "append seq": lambda c, x: c.append(x, 0, zeros, zeros), "append layer": lambda c, x: c.append(0, x, zeros, zeros),
+        "attend seq": lambda c, x: c.attend(x, 0, q), "attend layer": lambda c, x: c.attend(0, x, q),
+        "prefill seq": lambda c, x: c.prefill(x, 0, q, zeros, zeros), "prefill": lambda c, x: c.prefill(0, x, q, zeros, zeros),
+        "read seq": lambda c, x: c.read(x, 0), "read layer": lambda c, x: c.read(0, x),
+        "reserve": lambda c, x: c.reserve(x, 1), "page_table": lambda c, x: c.page_table(x),
+        "append_slots": lambda c, x: c.append_slots(x, [0], zeros, zeros),
+        "attend_batch": lambda c, x: c.attend_batch(x, [0], [0, 1], q),
+        "attend_batch seqs": lambda c, x: c.attend_batch(0, [x], [0, 1], q),
+        "seq_export": lambda c, x: c.seq_export(x), "save": lambda c, x: c.save("unused.tqs", [x]),
+    }
+    wide = {
+        "trim": lambda c, x: c.trim(0, x), "append n_tok": lambda c, x: make(dry_run=True).append(0, 0, n_tok=x),
+        "first_pos": lambda c, x: c.attend(0, 0, q, causal=True, first_pos=x),
+        "window": lambda c, x: c.attend(0, 0, q, window=x), "read first": lambda c, x: c.read(0, 0, x, 1),
+        "read n": lambda c, x: c.read(0, 0, 0, x), "reserve n_tok": lambda c, x: c.reserve(0, x),
+        "first_page": lambda c, x: c.seq_export(0, x), "seed": lambda c, x: make(seed=x),
+        "Codec": lambda c, x: turboquant.Codec("tq4", 64, x), "budget_bytes": lambda c, x: make(budget_bytes=x),
+        "offload_bytes": lambda c, x: make(offload_folder=".", offload_bytes=x), "max_tok": lambda c, x: make(max_tok=x),
+    }
+    shapes = {
+        "n_layer": lambda c, x: turboquant.Cache(x, 1, 64), "n_head_kv": lambda c, x: turboquant.Cache(1, x, 64),
+        "head_dim": lambda c, x: turboquant.Cache(1, 1, x), "codec": lambda c, x: turboquant.Codec("tq4", x),
+        "format_info": lambda c, x: turboquant.format_info(x), "info": lambda c, x: turboquant.format_info("tq4", x),
+        "bits": lambda c, x: turboquant.preset("TQ4").bits_per_value(x, 2, 100),
+        "layer": lambda c, x: turboquant.Calibration(CALIBRATION).layer(x),
+        "formats": lambda c, x: make(layer_k_formats=[x, 1]),
+        **{name: lambda c, x, name=name: make(**{name: x})
+           for name in ("head_dim_v", "k_format", "v_format", "n_sink", "n_recent", "k_ref_block", "page_size", "n_threads")},
+    }
+    yield from ((name, call, 1 << 32) for name, call in (calls | shapes).items())
+    yield from ((name, call, 1 << 64) for name, call in wide.items())
+
+
+@pytest.mark.parametrize("call, period", [pytest.param(call, period, id=name) for name, call, period in integer_arguments()])
+def test_integers_are_not_cut(rng, call, period):
+    """A value that ctypes would cut to one that is there is refused, whichever argument it is, and nothing changes."""
+    cache = make()
+    seq = cache.seq_create()
+    cache.append(seq, 0, vectors(rng, 5), vectors(rng, 5))
+    before = cache.stats()
+    for value in (period, period + 1, period + 64, -period, 1.5):
+        with pytest.raises(turboquant.TurboQuantError):
+            call(cache, value)
+    assert cache.length(seq) == 5 and cache.stats() == before
+
+
+def test_integers_of_numpy_are_taken(rng):
+    cache = make(np.int64(2), n_sink=np.int32(4), max_tok=np.int64(4096))
+    seq = np.int64(cache.seq_create())
+    cache.append(seq, np.int32(1), vectors(rng, 5), vectors(rng, 5))
+    assert cache.length(seq, np.int8(1)) == 5 and cache.length(1 << 32) == cache.length(0, 1 << 32) == -1
+
+
+@pytest.mark.parametrize("of", [
+    lambda c, path: c.save(path), lambda c, path: c.load(path), lambda c, path: turboquant.describe_snapshot(path),
+    lambda c, path: turboquant.Calibration(path), lambda c, path: make(3, calibration=path),
+    lambda c, path: make(offload_folder=path, offload_bytes=1 << 20, budget_bytes=1 << 22)],
+    ids=["save", "load", "describe_snapshot", "Calibration", "calibration", "offload_folder"])
+@pytest.mark.parametrize("kind", [str, Path, os.fsencode])
+def test_paths_are_not_cut(rng, tmp_path, monkeypatch, of, kind):
+    """A NUL character ends a path in C: what it begins with must neither be read nor written."""
+    monkeypatch.chdir(tmp_path)
+    cache = make()
+    cache.append(cache.seq_create(), 0, vectors(rng, 5), vectors(rng, 5))
+    for name in ("file", "calibration"):
+        cache.save(name) if name == "file" else (tmp_path / name).write_bytes(CALIBRATION.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for begin in ("file", "calibration", "new", "."):
+        with pytest.raises(turboquant.ArgumentError, match="NUL"):
+            of(cache, kind(begin + "\0b"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_format_names_are_not_cut():
+    with pytest.raises(turboquant.ArgumentError, match="NUL"):
+        turboquant.format_info("tq4\0x")

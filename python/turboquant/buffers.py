@@ -30,7 +30,7 @@ def view(x: Any, name: str) -> np.ndarray:
         if hasattr(x, "__dlpack__"):
             return np.from_dlpack(x)
         return np.asarray(x)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
         raise ArgumentError(f"{name}: cannot be viewed as an array of host memory ({error}). Give float32 values on the CPU, "
                             "without gradient: x.detach().float().cpu() in PyTorch, x.astype(mx.float32) in MLX") from error
 

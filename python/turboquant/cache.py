@@ -6,15 +6,14 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import _threads
-from ._library import AttendBatch, AttendParams, CacheParams, CacheStats, SnapshotInfo, lib
+from ._library import AttendBatch, AttendParams, CacheParams, CacheStats, SnapshotInfo, integer, lib
 from .buffers import address, floats, integers, writable
-from .errors import ArgumentError
+from .errors import ArgumentError, RangeError
 from .formats import SEED_DEFAULT, format_number, preset as find_preset
 
 MAX_TOK_DEFAULT = 1 << 22
@@ -77,7 +76,7 @@ def _formats_array(names: Sequence[str | int] | None, n_layer: int, what: str) -
         return None
     if len(names) != n_layer:
         raise ArgumentError(f"{what}: has {len(names)} formats; give one for each of {n_layer} layers")
-    return (ctypes.c_int * n_layer)(*map(format_number, names))
+    return (ctypes.c_int * n_layer)(*(format_number(name) for name in names))
 
 
 class Calibration:
@@ -164,14 +163,19 @@ class Cache:
             params.layer_k_formats = layer_k
         if layer_v:
             params.layer_v_formats = layer_v
+        page_size, max_tok = integer(page_size, ctypes.c_int32, "page_size"), integer(max_tok, ctypes.c_int64, "max_tok")
         if page_size <= 0 or max_tok <= 0:
             raise ArgumentError(f"page_size is {page_size} and max_tok {max_tok}; give positive numbers")
-        params.page_size, params.n_pages = page_size, -(-max_tok // page_size)
+        n_pages = -(-max_tok // page_size)
+        if n_pages >= 1 << 31:
+            raise ArgumentError(f"max_tok is {max_tok}, which is {n_pages} pages of {page_size}; give at most "
+                                f"{((1 << 31) - 1) * page_size}")
+        params.page_size, params.n_pages = page_size, n_pages
         params.budget_bytes, params.seed, params.dry_run = budget_bytes, seed, dry_run
         if offload_folder is not None:
             params.offload_folder, params.offload_bytes = os.fsencode(offload_folder), offload_bytes
         # The library reads it as long as the cache lives.
-        self.calibration = Calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
+        self.calibration = Calibration(calibration) if isinstance(calibration, (str, bytes, os.PathLike)) else calibration
         if self.calibration is not None:
             params.calibration = self.calibration._handle
         lib.tq_cache_create(ctypes.byref(self._handle), ctypes.byref(params))
@@ -179,7 +183,9 @@ class Cache:
         self.head_dim, self.head_dim_v = head_dim, head_dim_v or head_dim
         self.k_format, self.v_format = params.k_format, params.v_format
         self.n_sink, self.n_recent = params.n_sink, params.n_recent
-        self._n_threads = n_threads or _threads.default_n_threads()
+        if n_threads is not None:
+            _threads.pool(n_threads)  # refuses now what the first tokens would be refused for
+        self._n_threads = _threads.default_n_threads() if n_threads is None else n_threads
 
     def close(self) -> None:
         """Free all memory now; otherwise that happens with the object. Any later call raises ArgumentError."""
@@ -236,7 +242,10 @@ class Cache:
 
     def length(self, seq: int, layer: int = 0) -> int:
         """Tokens in one layer of a sequence, or -1 if there is no such sequence or layer."""
-        return lib.tq_cache_length(self._handle, seq, layer)
+        try:
+            return lib.tq_cache_length(self._handle, seq, layer)
+        except RangeError:  # more than 32 bits
+            return -1
 
     # ---- tokens in, attention out ----
 
@@ -317,9 +326,11 @@ class Cache:
 
     def read(self, seq: int, layer: int, first: int = 0, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Decode tokens [first, first + n): k [n, n_head_kv, head_dim], v [n, n_head_kv, head_dim_v]. For looking at them."""
-        n = self.length(seq, layer) - first if n is None else n
-        k = np.empty((max(n, 0), self.n_head_kv, self.head_dim), np.float32)
-        v = np.empty((max(n, 0), self.n_head_kv, self.head_dim_v), np.float32)
+        held = self.length(seq, layer)
+        n = held - first if n is None else integer(n, ctypes.c_int64, "n")
+        room = max(min(n, held), 0)  # the library refuses to read more
+        k = np.empty((room, self.n_head_kv, self.head_dim), np.float32)
+        v = np.empty((room, self.n_head_kv, self.head_dim_v), np.float32)
         lib.tq_cache_read(self._handle, seq, layer, first, n, address(k), address(v))
         return k, v
 
@@ -409,7 +420,7 @@ class Cache:
 def describe_snapshot(path: str | os.PathLike, verify: bool = False) -> Snapshot:
     """What a snapshot file says of itself; verify checks every hash. Raises SnapshotError."""
     raw = SnapshotInfo()
-    name = os.fsencode(Path(path))
+    name = os.fsencode(path)
     lib.tq_snapshot_describe(ctypes.byref(raw), name, verify, None, 0)
     formats = (ctypes.c_int * (2 * raw.n_layer))()
     lib.tq_snapshot_describe(ctypes.byref(raw), name, False, formats, len(formats))
