@@ -346,3 +346,57 @@ def test_paths_are_not_cut(rng, tmp_path, monkeypatch, of, kind):
 def test_format_names_are_not_cut():
     with pytest.raises(turboquant.ArgumentError, match="NUL"):
         turboquant.format_info("tq4\0x")
+
+
+def exported(rng):
+    """A cache of 300 tokens in three pages, and the arrays of its sequence."""
+    cache = make()
+    seq = cache.seq_create()
+    for layer in range(2):
+        cache.append(seq, layer, vectors(rng, 300), vectors(rng, 300))
+    stats = cache.stats()
+    pages, exact = np.zeros((3, stats.page_bytes), np.uint8), np.zeros(stats.exact_bytes, np.uint8)
+    cache.seq_export(seq, 0, pages, exact)
+    return cache, seq, pages, exact
+
+
+def test_sequences_go_through_arrays(rng):
+    cache, seq, pages, exact = exported(rng)
+    other = cache.seq_create()
+    cache.seq_import(other, 300, 0, pages, exact.view(np.float16))
+    assert all(np.array_equal(*both) for both in zip(cache.read(other, 1), cache.read(seq, 1)))
+
+
+def arrays_of_another_size(x):
+    """x of other sizes, types and layouts: the library would read or write beyond them, or between them."""
+    cut, wide = np.ascontiguousarray(x[..., :-1]), np.concatenate([x, x], axis=-1)
+    return {"short": cut, "long": wide, "strided": wide[..., ::2], "backwards": x[..., ::-1], "empty": x[..., :0],
+            "number": x[..., :1].reshape(-1)[0], "objects": x.astype(object), "broadcast": np.broadcast_to(x[:1], x.shape)}
+
+
+@pytest.mark.parametrize("side", ["pages", "exact"])
+def test_arrays_of_another_size(rng, side):
+    cache, seq, pages, exact = exported(rng)
+    given = {"pages": pages, "exact": exact}
+    wrong = arrays_of_another_size(given[side])
+    if side == "pages":
+        wrong |= {"float": pages.astype(np.float32), "one": pages[0], "flat": pages.reshape(-1), "many": pages[None],
+                  "signed": pages.view(np.int8), "order": np.asfortranarray(pages)}
+    before = cache.stats()
+    for name, array in wrong.items():
+        for call in (lambda arrays: cache.seq_export(seq, 0, **arrays), lambda arrays: cache.seq_import(seq, 300, 0, **arrays)):
+            with pytest.raises(turboquant.ArgumentError):
+                call(given | {side: array})
+                pytest.fail(name)
+    frozen = given[side].copy()
+    frozen.flags.writeable = False
+    with pytest.raises(turboquant.ArgumentError, match=f"{side}: is read-only"):
+        cache.seq_export(seq, 0, **given | {side: frozen})
+    for n in (2, 4):
+        with pytest.raises(turboquant.ArgumentError, match="pages"):
+            cache.seq_import(seq, 300, 0, np.zeros((n, pages.shape[1]), np.uint8), exact)
+    with pytest.raises(turboquant.ArgumentError, match="pages: give 3"):
+        cache.seq_import(seq, 300, 0, None, exact)
+    with pytest.raises(turboquant.RangeError):
+        cache.seq_import(seq, 100, 2, None, exact)
+    assert cache.length(seq) == 300 and cache.stats() == before

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import _threads
 from ._library import AttendBatch, AttendParams, CacheParams, CacheStats, SnapshotInfo, integer, lib
-from .buffers import address, floats, integers, writable
+from .buffers import address, floats, integers, raw_bytes, writable
 from .errors import ArgumentError, RangeError
 from .formats import SEED_DEFAULT, format_number, preset as find_preset
 
@@ -402,17 +402,35 @@ class Cache:
         lib.tq_cache_load(self._handle, os.fsencode(path), address(seqs), room, ctypes.byref(n))
         return seqs[: n.value].tolist()
 
+    def _page_bytes(self, x: Any, n: int | None, is_written: bool) -> np.ndarray | None:
+        """Pages as seq_export and seq_import take them; n: how many, None for any number."""
+        if x is None:
+            return None
+        pages, page_bytes = raw_bytes(x, "pages", is_written), self.stats().page_bytes
+        if pages.dtype != np.uint8 or pages.ndim != 2 or pages.shape[1] != page_bytes or n not in (None, len(pages)):
+            raise ArgumentError(f"pages: has type {pages.dtype} and shape {list(pages.shape)}; give uint8 "
+                                f"[{'any' if n is None else n}, {page_bytes}]")
+        return pages
+
     def seq_export(self, seq: int, first_page: int = 0, pages: np.ndarray | None = None, exact: np.ndarray | None = None
                    ) -> None:
-        """A snapshot's bytes of a sequence into arrays: pages [n, page_bytes] from first_page on, and its exact data."""
+        """
+        A snapshot's bytes of a sequence into arrays: uint8 pages [n, page_bytes] from first_page on, and its exact data, an
+        array of exact_bytes bytes of whatever type. Both must be contiguous.
+        """
+        pages = self._page_bytes(pages, None, True)
+        exact = None if exact is None else raw_bytes(exact, "exact", True)
         lib.tq_cache_seq_export(self._handle, seq, first_page, 0 if pages is None else len(pages), address(pages),
                                 address(exact), 0 if exact is None else exact.nbytes)
 
     def seq_import(self, seq: int, n_tok: int, first_page: int, pages: np.ndarray | None, exact: np.ndarray | None) -> None:
         """Make a sequence one of n_tok tokens: of its first first_page pages, those given, and these exact data."""
+        n_tok, first_page = integer(n_tok, ctypes.c_int64, "n_tok"), integer(first_page, ctypes.c_int64, "first_page")
         n_pages = -(-n_tok // self.page_size) - first_page
-        if n_pages != (0 if pages is None else len(pages)):
+        if pages is None and n_pages > 0:
             raise ArgumentError(f"pages: give {n_pages}, for {n_tok} tokens behind page {first_page}")
+        pages = self._page_bytes(pages, max(n_pages, 0), False)
+        exact = None if exact is None else raw_bytes(exact, "exact", False)
         lib.tq_cache_seq_import(self._handle, seq, n_tok, first_page, address(pages), address(exact),
                                 0 if exact is None else exact.nbytes)
 
