@@ -250,6 +250,36 @@ def test_threads_share_a_cache(rng):
     assert len(results) == 4 and all(np.array_equal(results[0], result) for result in results)
 
 
+def test_closed_while_another_thread_is_in_a_call(rng):
+    """The call ends as if nothing were; the memory goes afterwards, and calls that follow are refused."""
+    q, k = vectors(rng, 64, N_HEAD), vectors(rng, 3000)
+
+    def loop(cache, seq, call, started, ends):
+        try:
+            while True:
+                call(cache, seq)
+                started.set()
+        except turboquant.TurboQuantError as error:
+            ends.append(error)
+
+    calls = [lambda cache, seq: cache.attend(seq, 0, q), lambda cache, seq: cache.read(seq, 0),
+             lambda cache, seq: cache.append(cache.seq_create(), 0, k, k), lambda cache, seq: cache.stats()]
+    for call in calls:
+        cache = make(1, max_tok=1 << 22, calibration=turboquant.Calibration(CALIBRATION).layer(0))
+        started, ends = threading.Event(), []
+        seq = cache.seq_create()
+        cache.append(seq, 0, k, k)
+        threads = [threading.Thread(target=loop, args=(cache, seq, call, started, ends)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        cache.close()
+        del cache
+        for thread in threads:
+            thread.join()
+        assert len(ends) == 2 and all(isinstance(error, turboquant.ArgumentError) for error in ends)
+
+
 def test_after_fork(rng):
     """A forked child has its own pool of threads."""
     cache = make(1, n_threads=2)

@@ -119,6 +119,13 @@ class Calibration:
             lib.tq_calibration_free(self._handle)
 
 
+class _Handle(ctypes.c_void_p):
+    """A tq_cache, freed with the last user: a call that another thread is in has it among its arguments."""
+
+    def __del__(self, free: Any = lib.tq_cache_free) -> None:
+        free(self)
+
+
 class Cache:
     """
     Keys and values of many sequences, encoded, in pages from one pool.
@@ -144,7 +151,7 @@ class Cache:
                  offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0,
                  calibration: str | os.PathLike | Calibration | None = None, seed: int = SEED_DEFAULT, dry_run: bool = False,
                  n_threads: int | None = None) -> None:
-        self._handle = ctypes.c_void_p()
+        self._handle = _Handle()
         params = CacheParams()
         lib.tq_cache_params_default(ctypes.byref(params))
         lib.tq_cache_params_set_preset(ctypes.byref(params), lib.tq_preset_get(find_preset(preset).index))
@@ -178,6 +185,7 @@ class Cache:
         self.calibration = Calibration(calibration) if isinstance(calibration, (str, bytes, os.PathLike)) else calibration
         if self.calibration is not None:
             params.calibration = self.calibration._handle
+            self._handle.calibration = self.calibration
         lib.tq_cache_create(ctypes.byref(self._handle), ctypes.byref(params))
         self.n_layer, self.n_head_kv, self.page_size = n_layer, n_head_kv, page_size
         self.head_dim, self.head_dim_v = head_dim, head_dim_v or head_dim
@@ -188,17 +196,15 @@ class Cache:
         self._n_threads = _threads.default_n_threads() if n_threads is None else n_threads
 
     def close(self) -> None:
-        """Free all memory now; otherwise that happens with the object. Any later call raises ArgumentError."""
-        handle, self._handle = self._handle, ctypes.c_void_p()
-        lib.tq_cache_free(handle)
+        """
+        Free all memory now, or when the calls that other threads are in return; otherwise that happens with the object. Any
+        later call raises ArgumentError.
+        """
+        self._handle = ctypes.c_void_p()
 
     @property
     def closed(self) -> bool:
         return not self._handle
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self.close()
 
     def __reduce__(self) -> Any:
         raise TypeError("a turboquant cache can be neither copied nor pickled: fork its sequences (seq_fork), or save() it")
