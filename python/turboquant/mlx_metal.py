@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import json
+from ctypes import c_int32, c_uint64
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import metal_kernels as kernels
+from ._library import integer
 from ._mlx_batch import BatchCache
 from .errors import ArgumentError, UnsupportedError
 from .formats import SEED_DEFAULT, format_info, format_number, preset as find_preset
@@ -46,6 +48,11 @@ def _options(preset: str, k_format: str | int | None = None, v_format: str | int
         raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, "
                                "v_format, n_sink, n_recent, k_ref_block, encode_batch and seed")
     base = find_preset(preset)
+    integer(seed, c_uint64, "seed")
+    numbers = {"n_sink": n_sink, "n_recent": n_recent, "k_ref_block": k_ref_block, "encode_batch": encode_batch}
+    for name, value in numbers.items():
+        if value is not None:
+            integer(value, c_int32, name)
 
     def chosen(value: int | None, of_preset: int) -> int:
         return of_preset if value is None else value
