@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """turboquant.Cache against attention computed in double precision over what the cache says that it holds."""
 import copy
+import gc
 import os
 import threading
 from pathlib import Path
@@ -430,3 +431,24 @@ def test_arrays_of_another_size(rng, side):
     with pytest.raises(turboquant.RangeError):
         cache.seq_import(seq, 100, 2, None, exact)
     assert cache.length(seq) == 300 and cache.stats() == before
+
+
+def test_collected_before_its_users():
+    """In a cycle of references the handle may be finalized first: what comes later finds a closed cache."""
+    found = []
+
+    class User:
+        def __init__(self):
+            self.cache, self.me = make(), self
+            self.handle = self.cache._handle
+
+        def __del__(self):
+            self.handle.__del__()
+            found.append(self.cache.closed)
+            with pytest.raises(turboquant.ArgumentError):
+                self.cache.seq_create()
+            found.append("refused")
+
+    User()
+    gc.collect()
+    assert found == [True, "refused"]

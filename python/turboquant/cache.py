@@ -124,6 +124,7 @@ class _Handle(ctypes.c_void_p):
 
     def __del__(self, free: Any = lib.tq_cache_free) -> None:
         free(self)
+        self.value = None  # when a cycle of references is collected, who uses the cache may come later
 
 
 class Cache:
@@ -329,6 +330,11 @@ class Cache:
         """prefill on addresses of contiguous float32 memory, which is what adapters of frameworks use; nothing is checked."""
         with self._executor() as executor:
             lib.tq_cache_prefill(self._handle, seq, layer, n_tok, k, v, ctypes.byref(params), executor)
+
+    def attend_raw(self, seq: int, layer: int, params: AttendParams) -> None:
+        """attend on addresses, as prefill_raw."""
+        with self._executor() as executor:
+            lib.tq_cache_attend(self._handle, seq, layer, ctypes.byref(params), executor)
 
     def read(self, seq: int, layer: int, first: int = 0, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Decode tokens [first, first + n): k [n, n_head_kv, head_dim], v [n, n_head_kv, head_dim_v]. For looking at them."""
