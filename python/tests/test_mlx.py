@@ -12,7 +12,7 @@ import turboquant
 from conftest import ROOT
 from mlx_lm.generate import generate_step, speculative_generate_step
 from tiny_mlx import (F16, OTHER_ORDER, TQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits,
-                      make_model)
+                      make_model, make_sharing_model)
 from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
 
 CALIBRATION = ROOT / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
@@ -347,3 +347,30 @@ def test_server_helps(monkeypatch, capsys, option):
     text = capsys.readouterr().out
     assert end.value.code == 0
     assert all(part in text for part in ("--kv-preset", "--kv-calibration", "TQ3", "--prompt-cache-size"))
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])
+@pytest.mark.parametrize("parts", [1, 3, 40])
+def test_layers_that_share_keys(kind, parts):
+    """Their rows are appended once, and attended to by each of them."""
+    model, tokens = make_sharing_model(kind), ids(120, n_batch=2)
+    caches = stock.make_prompt_cache(model)
+    wanted, found = logits(model, caches, tokens, parts), make_prompt_cache(model, **F16)
+    got = logits(model, found, tokens, parts)
+    kept = [cache for cache in found if isinstance(cache, TurboQuantKVCache)]
+    assert len(kept) == 1 and kept[0].offset.tolist() == [120, 120]
+    assert divergence(wanted, got) < 1e-6 and abs(got - wanted).max() < .005 * abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])
+def test_shared_keys_in_batches(kind):
+    """With padding: requests of different lengths."""
+    model = make_sharing_model(kind)
+    prompts = [ids(n, seed=n)[0].tolist() for n in (7, 60, 33)]
+    wanted = [greedy(model, stock.make_prompt_cache(model), np.array([prompt]), n=6) for prompt in prompts]
+    assert generated_in_batches(install(model, **F16), prompts, 6) == wanted
+
+
+def test_shared_keys_before_they_are_there(llama):
+    with pytest.raises(turboquant.ArgumentError, match="no layer has brought yet"):
+        make_prompt_cache(llama)[0].keys_and_values()

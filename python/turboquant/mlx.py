@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,24 @@ class TurboQuantKVCache(BatchCache):
         Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape.
         sinks [n_head]: learned logits of the denominator alone. Computes at once, whatever was lazy.
         """
+        k, v = _host(keys), _host(values)
+
+        def append(store: _cache.Cache, seq: int, i: int, begin: int, params: AttendParams) -> None:
+            store.prefill_raw(seq, 0, params.n_query, k[i, begin:].ctypes.data, v[i, begin:].ctypes.data, params)
+
+        return self._attend(queries, scale, sinks, self._take(queries.shape[2]), append)
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
+        def attend(store: _cache.Cache, seq: int, i: int, begin: int, params: AttendParams) -> None:
+            params.causal, params.first_pos = True, store.length(seq) - params.n_query
+            store.attend_raw(seq, 0, params)
+
+        return self._attend(queries, scale, sinks, self._take_again(), attend)
+
+    def _attend(self, queries: mx.array, scale: float, sinks: mx.array | None, taken: Iterable[tuple[int, Any, int, int]],
+                call: Callable[[_cache.Cache, int, int, int, AttendParams], None]) -> mx.array:
         n_batch, n_head, n_tok, _ = queries.shape
-        q, k, v = (_host(x) for x in (queries, keys, values))
-        store = self._sequences[0].store
+        q, store = _host(queries), self._sequences[0].store
         out = np.zeros((n_batch, n_tok, n_head, store.head_dim_v), np.float32)
         params = AttendParams()
         lib.tq_attend_params_default(params)
@@ -175,9 +190,9 @@ class TurboQuantKVCache(BatchCache):
         if sinks is not None:
             sinks = np.array(sinks.astype(mx.float32))
             params.sinks = sinks.ctypes.data
-        for i, sequence, begin, n in self._take(n_tok):
+        for i, sequence, begin, n in taken:
             params.n_query, params.q, params.out = n, q[i, begin:].ctypes.data, out[i, begin:].ctypes.data
-            store.prefill_raw(sequence.seq, 0, n, k[i, begin:].ctypes.data, v[i, begin:].ctypes.data, params)
+            call(store, sequence.seq, i, begin, params)
         return mx.array(out).astype(queries.dtype).transpose(0, 2, 1, 3)
 
     @property
@@ -235,7 +250,11 @@ def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cach
         return _stock_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     if mask is not None and not (isinstance(mask, str) and mask == "causal"):
         raise UnsupportedError("a mask as an array: compressed attention is causal alone, and knows padding from the cache")
-    return keys.cache.attend(queries, keys.rows, values.rows, scale, sinks)
+    if keys.rows is None:
+        return keys.cache.attend_again(queries, scale, sinks)
+    out = keys.cache.attend(queries, keys.rows, values.rows, scale, sinks)
+    keys.rows = values.rows = None  # they are appended: a layer that is given them shares them
+    return out
 
 
 def _reach_attention(model: Any) -> None:
