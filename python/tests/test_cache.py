@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """turboquant.Cache against attention computed in double precision over what the cache says that it holds."""
 import copy
+import gc
 import os
 import threading
 from pathlib import Path
@@ -250,6 +251,36 @@ def test_threads_share_a_cache(rng):
     assert len(results) == 4 and all(np.array_equal(results[0], result) for result in results)
 
 
+def test_closed_while_another_thread_is_in_a_call(rng):
+    """The call ends as if nothing were; the memory goes afterwards, and calls that follow are refused."""
+    q, k = vectors(rng, 64, N_HEAD), vectors(rng, 3000)
+
+    def loop(cache, seq, call, started, ends):
+        try:
+            while True:
+                call(cache, seq)
+                started.set()
+        except turboquant.TurboQuantError as error:
+            ends.append(error)
+
+    calls = [lambda cache, seq: cache.attend(seq, 0, q), lambda cache, seq: cache.read(seq, 0),
+             lambda cache, seq: cache.append(cache.seq_create(), 0, k, k), lambda cache, seq: cache.stats()]
+    for call in calls:
+        cache = make(1, max_tok=1 << 22, calibration=turboquant.Calibration(CALIBRATION).layer(0))
+        started, ends = threading.Event(), []
+        seq = cache.seq_create()
+        cache.append(seq, 0, k, k)
+        threads = [threading.Thread(target=loop, args=(cache, seq, call, started, ends)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        cache.close()
+        del cache
+        for thread in threads:
+            thread.join()
+        assert len(ends) == 2 and all(isinstance(error, turboquant.ArgumentError) for error in ends)
+
+
 def test_after_fork(rng):
     """A forked child has its own pool of threads."""
     cache = make(1, n_threads=2)
@@ -260,3 +291,164 @@ def test_after_fork(rng):
     if child == 0:
         os._exit(0 if np.array_equal(cache.attend(seq, 0, q), wanted) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def integer_arguments():
+    """A call for each integer argument of the functions of Cache and of what is beside it, with the value as x."""
+    zeros = np.zeros((1, N_HEAD_KV, HEAD_DIM), np.float32)
+    q = np.zeros((1, N_HEAD, HEAD_DIM), np.float32)
+    calls = {
+        "seq_fork": lambda c, x: c.seq_fork(x), "seq_free": lambda c, x: c.seq_free(x),
+        "seq_publish": lambda c, x: c.seq_publish(x, [1]), "seq_publish tokens": lambda c, x: c.seq_publish(0, [x]),
+        "seq_match": lambda c, x: c.seq_match([x]), "trim seq": lambda c, x: c.trim(x, 0),
+        "append seq": lambda c, x: c.append(x, 0, zeros, zeros), "append layer": lambda c, x: c.append(0, x, zeros, zeros),
+        "attend seq": lambda c, x: c.attend(x, 0, q), "attend layer": lambda c, x: c.attend(0, x, q),
+        "prefill seq": lambda c, x: c.prefill(x, 0, q, zeros, zeros), "prefill": lambda c, x: c.prefill(0, x, q, zeros, zeros),
+        "read seq": lambda c, x: c.read(x, 0), "read layer": lambda c, x: c.read(0, x),
+        "reserve": lambda c, x: c.reserve(x, 1), "page_table": lambda c, x: c.page_table(x),
+        "append_slots": lambda c, x: c.append_slots(x, [0], zeros, zeros),
+        "attend_batch": lambda c, x: c.attend_batch(x, [0], [0, 1], q),
+        "attend_batch seqs": lambda c, x: c.attend_batch(0, [x], [0, 1], q),
+        "seq_export": lambda c, x: c.seq_export(x), "save": lambda c, x: c.save("unused.tqs", [x]),
+    }
+    wide = {
+        "trim": lambda c, x: c.trim(0, x), "append n_tok": lambda c, x: make(dry_run=True).append(0, 0, n_tok=x),
+        "first_pos": lambda c, x: c.attend(0, 0, q, causal=True, first_pos=x),
+        "window": lambda c, x: c.attend(0, 0, q, window=x), "read first": lambda c, x: c.read(0, 0, x, 1),
+        "read n": lambda c, x: c.read(0, 0, 0, x), "reserve n_tok": lambda c, x: c.reserve(0, x),
+        "first_page": lambda c, x: c.seq_export(0, x), "seed": lambda c, x: make(seed=x),
+        "Codec": lambda c, x: turboquant.Codec("tq4", 64, x), "budget_bytes": lambda c, x: make(budget_bytes=x),
+        "offload_bytes": lambda c, x: make(offload_folder=".", offload_bytes=x), "max_tok": lambda c, x: make(max_tok=x),
+    }
+    shapes = {
+        "n_layer": lambda c, x: turboquant.Cache(x, 1, 64), "n_head_kv": lambda c, x: turboquant.Cache(1, x, 64),
+        "head_dim": lambda c, x: turboquant.Cache(1, 1, x), "codec": lambda c, x: turboquant.Codec("tq4", x),
+        "format_info": lambda c, x: turboquant.format_info(x), "info": lambda c, x: turboquant.format_info("tq4", x),
+        "bits": lambda c, x: turboquant.preset("TQ4").bits_per_value(x, 2, 100),
+        "layer": lambda c, x: turboquant.Calibration(CALIBRATION).layer(x),
+        "formats": lambda c, x: make(layer_k_formats=[x, 1]),
+        **{name: lambda c, x, name=name: make(**{name: x})
+           for name in ("head_dim_v", "k_format", "v_format", "n_sink", "n_recent", "k_ref_block", "page_size", "n_threads")},
+    }
+    yield from ((name, call, 1 << 32) for name, call in (calls | shapes).items())
+    yield from ((name, call, 1 << 64) for name, call in wide.items())
+
+
+@pytest.mark.parametrize("call, period", [pytest.param(call, period, id=name) for name, call, period in integer_arguments()])
+def test_integers_are_not_cut(rng, call, period):
+    """A value that ctypes would cut to one that is there is refused, whichever argument it is, and nothing changes."""
+    cache = make()
+    seq = cache.seq_create()
+    cache.append(seq, 0, vectors(rng, 5), vectors(rng, 5))
+    before = cache.stats()
+    for value in (period, period + 1, period + 64, -period, 1.5):
+        with pytest.raises(turboquant.TurboQuantError):
+            call(cache, value)
+    assert cache.length(seq) == 5 and cache.stats() == before
+
+
+def test_integers_of_numpy_are_taken(rng):
+    cache = make(np.int64(2), n_sink=np.int32(4), max_tok=np.int64(4096))
+    seq = np.int64(cache.seq_create())
+    cache.append(seq, np.int32(1), vectors(rng, 5), vectors(rng, 5))
+    assert cache.length(seq, np.int8(1)) == 5 and cache.length(1 << 32) == cache.length(0, 1 << 32) == -1
+
+
+@pytest.mark.parametrize("of", [
+    lambda c, path: c.save(path), lambda c, path: c.load(path), lambda c, path: turboquant.describe_snapshot(path),
+    lambda c, path: turboquant.Calibration(path), lambda c, path: make(3, calibration=path),
+    lambda c, path: make(offload_folder=path, offload_bytes=1 << 20, budget_bytes=1 << 22)],
+    ids=["save", "load", "describe_snapshot", "Calibration", "calibration", "offload_folder"])
+@pytest.mark.parametrize("kind", [str, Path, os.fsencode])
+def test_paths_are_not_cut(rng, tmp_path, monkeypatch, of, kind):
+    """A NUL character ends a path in C: what it begins with must neither be read nor written."""
+    monkeypatch.chdir(tmp_path)
+    cache = make()
+    cache.append(cache.seq_create(), 0, vectors(rng, 5), vectors(rng, 5))
+    for name in ("file", "calibration"):
+        cache.save(name) if name == "file" else (tmp_path / name).write_bytes(CALIBRATION.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for begin in ("file", "calibration", "new", "."):
+        with pytest.raises(turboquant.ArgumentError, match="NUL"):
+            of(cache, kind(begin + "\0b"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_format_names_are_not_cut():
+    with pytest.raises(turboquant.ArgumentError, match="NUL"):
+        turboquant.format_info("tq4\0x")
+
+
+def exported(rng):
+    """A cache of 300 tokens in three pages, and the arrays of its sequence."""
+    cache = make()
+    seq = cache.seq_create()
+    for layer in range(2):
+        cache.append(seq, layer, vectors(rng, 300), vectors(rng, 300))
+    stats = cache.stats()
+    pages, exact = np.zeros((3, stats.page_bytes), np.uint8), np.zeros(stats.exact_bytes, np.uint8)
+    cache.seq_export(seq, 0, pages, exact)
+    return cache, seq, pages, exact
+
+
+def test_sequences_go_through_arrays(rng):
+    cache, seq, pages, exact = exported(rng)
+    other = cache.seq_create()
+    cache.seq_import(other, 300, 0, pages, exact.view(np.float16))
+    assert all(np.array_equal(*both) for both in zip(cache.read(other, 1), cache.read(seq, 1)))
+
+
+def arrays_of_another_size(x):
+    """x of other sizes, types and layouts: the library would read or write beyond them, or between them."""
+    cut, wide = np.ascontiguousarray(x[..., :-1]), np.concatenate([x, x], axis=-1)
+    return {"short": cut, "long": wide, "strided": wide[..., ::2], "backwards": x[..., ::-1], "empty": x[..., :0],
+            "number": x[..., :1].reshape(-1)[0], "objects": x.astype(object), "broadcast": np.broadcast_to(x[:1], x.shape)}
+
+
+@pytest.mark.parametrize("side", ["pages", "exact"])
+def test_arrays_of_another_size(rng, side):
+    cache, seq, pages, exact = exported(rng)
+    given = {"pages": pages, "exact": exact}
+    wrong = arrays_of_another_size(given[side])
+    if side == "pages":
+        wrong |= {"float": pages.astype(np.float32), "one": pages[0], "flat": pages.reshape(-1), "many": pages[None],
+                  "signed": pages.view(np.int8), "order": np.asfortranarray(pages)}
+    before = cache.stats()
+    for name, array in wrong.items():
+        for call in (lambda arrays: cache.seq_export(seq, 0, **arrays), lambda arrays: cache.seq_import(seq, 300, 0, **arrays)):
+            with pytest.raises(turboquant.ArgumentError):
+                call(given | {side: array})
+                pytest.fail(name)
+    frozen = given[side].copy()
+    frozen.flags.writeable = False
+    with pytest.raises(turboquant.ArgumentError, match=f"{side}: is read-only"):
+        cache.seq_export(seq, 0, **given | {side: frozen})
+    for n in (2, 4):
+        with pytest.raises(turboquant.ArgumentError, match="pages"):
+            cache.seq_import(seq, 300, 0, np.zeros((n, pages.shape[1]), np.uint8), exact)
+    with pytest.raises(turboquant.ArgumentError, match="pages: give 3"):
+        cache.seq_import(seq, 300, 0, None, exact)
+    with pytest.raises(turboquant.RangeError):
+        cache.seq_import(seq, 100, 2, None, exact)
+    assert cache.length(seq) == 300 and cache.stats() == before
+
+
+def test_collected_before_its_users():
+    """In a cycle of references the handle may be finalized first: what comes later finds a closed cache."""
+    found = []
+
+    class User:
+        def __init__(self):
+            self.cache, self.me = make(), self
+            self.handle = self.cache._handle
+
+        def __del__(self):
+            self.handle.__del__()
+            found.append(self.cache.closed)
+            with pytest.raises(turboquant.ArgumentError):
+                self.cache.seq_create()
+            found.append("refused")
+
+    User()
+    gc.collect()
+    assert found == [True, "refused"]

@@ -12,7 +12,7 @@ import turboquant
 from conftest import ROOT
 from mlx_lm.generate import generate_step, speculative_generate_step
 from tiny_mlx import (F16, OTHER_ORDER, TQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits,
-                      make_model)
+                      make_model, make_sharing_model)
 from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
 
 CALIBRATION = ROOT / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
@@ -267,7 +267,110 @@ def test_refusals(llama):
     with pytest.raises(turboquant.ArgumentError, match="do not go together"):
         make_prompt_cache(llama)[0].extend(make_prompt_cache(llama, preset="TQ3")[0])
     with pytest.raises(turboquant.ArgumentError, match="there is no preset"):
-        logits(llama, make_prompt_cache(llama, preset="TQ5"), ids(20))
+        make_prompt_cache(llama, preset="TQ5")
     with pytest.raises(TypeError):
         keys, values = make_prompt_cache(llama)[0].update_and_fetch(mx.zeros((1, 2, 4, 64)), mx.zeros((1, 2, 4, 64)))
         mx.fast.scaled_dot_product_attention(mx.zeros((1, 4, 4, 64)), keys, values, scale=1.0)
+
+
+BAD_OPTIONS = [
+    {"preset": "TQ5"}, {"preset": None}, {"k_fromat": "tq8"}, {"k_format": "tq9"}, {"v_format": 1 << 32}, {"n_sink": -1},
+    {"n_recent": "many"}, {"page_size": 0}, {"max_tok": -1}, {"n_threads": 0}, {"n_layer": 3}, {"head_dim_v": 64},
+    {"dry_run": True}, {"seed": -1}, {"budget_bytes": -1}, {"k_ref_block": 3}, {"calibration_layer": 1},
+    {"layer_k_formats": ["tq8", "tq8", "tq9"]}, {"offload_folder": "/nowhere", "offload_bytes": 1 << 20}]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
+def test_options_are_checked_when_given(llama, capsys, options):
+    """Not when the first tokens come, which in a server is when a client waits; and none is announced as applied."""
+    for call in (make_prompt_cache, install):
+        with pytest.raises(turboquant.TurboQuantError):
+            call(llama, **options)
+    assert capsys.readouterr().err == "" and not hasattr(llama.make_cache, "is_turboquant")
+    if "layer_k_formats" not in options:
+        with pytest.raises(turboquant.TurboQuantError):
+            TurboQuantKVCache(**options)
+
+
+def test_options_of_other_types(llama, tmp_path):
+    """Integers of NumPy and paths are no reason to fail later, either."""
+    options = {"n_sink": np.int32(4), "offload_folder": tmp_path, "offload_bytes": np.int64(1 << 22), "budget_bytes": 1 << 26}
+    assert np.isfinite(logits(llama, make_prompt_cache(llama, max_tok=1 << 12, **options), ids(20))).all()
+
+
+@pytest.fixture
+def installed():
+    return install(make_model(), **F16)
+
+
+@pytest.mark.parametrize("make", [
+    stock.make_prompt_cache, lambda model, n: stock.make_prompt_cache(model, max_kv_size=n),
+    lambda model, n: make_prompt_cache(model, max_kv_size=n),
+    lambda model, n: next(generate_step(mx.array(ids(5)[0]), model, max_kv_size=n))],
+    ids=["positional", "keyword", "own", "generate_step"])
+def test_a_bound_is_refused(installed, make):
+    """MLX-LM drops the oldest tokens behind max_kv_size; a compressed cache would hold all without a word."""
+    with pytest.raises(turboquant.UnsupportedError, match="max_kv_size is 64.*leave it out"):
+        make(installed, 64)
+    make(installed, None)
+
+
+def test_a_bound_is_refused_where_models_make_their_caches():
+    model = make_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=32)
+    install(install(model, **F16), **F16)
+    with pytest.raises(turboquant.UnsupportedError, match="max_kv_size"):
+        stock.make_prompt_cache(model, 64)
+
+
+@pytest.mark.parametrize("given, told", [
+    (["--kv-preset", "TQ5"], "there is no preset 'TQ5'; there are"), (["--kv-preset="], "there is no preset ''"),
+    (["--kv-calibration", "missing.tqcal"], "missing.tqcal"), (["--kv-calibration", __file__], "test_mlx.py"),
+    (["--kv-bits", "8"], "compressed already"), (["--kv-bit=8"], "compressed already"), (["--kv-prest", "TQ4"], "--kv-prest")])
+def test_server_refuses_before_it_loads(monkeypatch, capsys, given, told):
+    from turboquant import mlx_server
+    monkeypatch.setattr(mlx_server.server, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(mlx_server.server, "run", lambda *args: pytest.fail("the server was started"))
+    monkeypatch.setattr(mlx_server.sys, "argv", ["server", *given])
+    with pytest.raises(SystemExit) as end:
+        mlx_server.main()
+    assert end.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_server_helps(monkeypatch, capsys, option):
+    """With both programs' options."""
+    from turboquant import mlx_server
+    monkeypatch.setattr(mlx_server.server, "load", mlx_server.server.load)
+    monkeypatch.setattr(mlx_server.sys, "argv", ["server", option])
+    with pytest.raises(SystemExit) as end:
+        mlx_server.main()
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(part in text for part in ("--kv-preset", "--kv-calibration", "TQ3", "--prompt-cache-size"))
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])
+@pytest.mark.parametrize("parts", [1, 3, 40])
+def test_layers_that_share_keys(kind, parts):
+    """Their rows are appended once, and attended to by each of them."""
+    model, tokens = make_sharing_model(kind), ids(120, n_batch=2)
+    caches = stock.make_prompt_cache(model)
+    wanted, found = logits(model, caches, tokens, parts), make_prompt_cache(model, **F16)
+    got = logits(model, found, tokens, parts)
+    kept = [cache for cache in found if isinstance(cache, TurboQuantKVCache)]
+    assert len(kept) == 1 and kept[0].offset.tolist() == [120, 120]
+    assert divergence(wanted, got) < 1e-6 and abs(got - wanted).max() < .005 * abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])
+def test_shared_keys_in_batches(kind):
+    """With padding: requests of different lengths."""
+    model = make_sharing_model(kind)
+    prompts = [ids(n, seed=n)[0].tolist() for n in (7, 60, 33)]
+    wanted = [greedy(model, stock.make_prompt_cache(model), np.array([prompt]), n=6) for prompt in prompts]
+    assert generated_in_batches(install(model, **F16), prompts, 6) == wanted
+
+
+def test_shared_keys_before_they_are_there(llama):
+    with pytest.raises(turboquant.ArgumentError, match="no layer has brought yet"):
+        make_prompt_cache(llama)[0].keys_and_values()

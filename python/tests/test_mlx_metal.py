@@ -13,7 +13,8 @@ import pytest
 import turboquant
 import turboquant.mlx
 from mlx_lm.generate import generate_step, speculative_generate_step
-from tiny_mlx import TQ8, check_batch, check_like, check_padding, divergence, generated_in_batches, ids, logits, make_model
+from tiny_mlx import (TQ8, check_batch, check_like, check_padding, divergence, generated_in_batches, ids, logits, make_model,
+                      make_sharing_model)
 from turboquant import metal_kernels
 from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, install, make_prompt_cache
 
@@ -74,6 +75,18 @@ def test_learned_sinks():
         cache = [kind(**options) if type(layer) is stock.KVCache else layer for layer in stock.make_prompt_cache(model)]
         found.append(logits(model, cache, tokens, 3))
     check_like(found[2], found[1], found[0])
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])
+def test_layers_that_share_keys(kind):
+    """Rows are appended once, and attended to by each of them. Parts are short, so that little is coded meanwhile."""
+    model, tokens, found = make_sharing_model(kind), ids(60), []
+    turboquant.mlx._reach_attention(model)
+    for of_device in (TurboQuantKVCache, TurboQuantMetalKVCache):
+        options = {"n_recent": 16} if of_device is TurboQuantKVCache else LIKE_CPU
+        cache = [of_device(**options) if type(layer) is stock.KVCache else layer for layer in stock.make_prompt_cache(model)]
+        found.append(logits(model, cache, tokens, 12))
+    check_like(found[1], found[0], logits(model, stock.make_prompt_cache(model), tokens, 12))
 
 
 def test_one_by_one(llama):

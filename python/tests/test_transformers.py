@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 import turboquant
 from tiny import (BACKEND, CACHE, DEVICE, F16, NO_MEANS, ON_DEVICE, TQ8, compressed, divergence, generated, ids, logits,
                   make_model, same_tokens, stock)
@@ -260,3 +261,61 @@ def test_memory(llama):
     bits = 8 * (stats.n_pages_used * stats.page_bytes + stats.exact_bytes) / values
     # The last page is not full.
     assert bits < turboquant.preset("TQ4").bits_per_value(64, 2, n_tok) * (1 + 128 / n_tok) + .1
+
+
+@pytest.mark.skipif(not hasattr(transformers, "NemotronHConfig"), reason="this version of Transformers has no Nemotron-H")
+def test_layers_without_a_cache():
+    """Nemotron-H's MLPs and experts need nothing of a cache."""
+    config = transformers.NemotronHConfig(
+        vocab_size=211, hidden_size=128, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
+        layers_block_type=["attention", "mlp", "attention", "mlp"], pad_token_id=0, initializer_range=.08)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    wanted, cache = logits(model, stock(model), ids(1, 60), parts=3), compressed(model, **F16)
+    assert abs(logits(model, cache, ids(1, 60), parts=3) - wanted).max() < .01 * abs(wanted).max()
+    cache.crop(-20)
+    assert cache.get_seq_length(0) == 40 and len(cache._compressed) == 2
+
+
+@pytest.mark.skipif(ON_DEVICE or not hasattr(transformers, "MiMoV2FlashConfig"), reason="devices have one head_dim for both")
+def test_values_of_another_head_dim():
+    config = transformers.MiMoV2FlashConfig(
+        vocab_size=211, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["full_attention"] * 2, n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=64)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    cache = compressed(model, **F16)
+    wanted = logits(model, stock(model), ids(1, 60))
+    assert abs(logits(model, cache, ids(1, 60)) - wanted).max() < .01 * abs(wanted).max()
+    assert (cache.store.head_dim, cache.store.head_dim_v) == (192, 128)
+
+
+def test_initialized(llama, tmp_path):
+    cache = compressed(llama)
+    assert not cache.is_initialized
+    logits(llama, cache, ids(1, 20))
+    assert cache.is_initialized
+    cache.save(tmp_path / "x.tqs")
+    assert TurboQuantCache.load(tmp_path / "x.tqs", llama.config).is_initialized
+    cache.reset()
+    assert not cache.is_initialized
+
+
+@pytest.mark.parametrize("options", [
+    TQ8, {"preset": "TQ3"}, {"preset": "TQ2", "n_recent": 17, "n_sink": 3, "page_size": 64, "k_ref_block": 0, "seed": 5},
+    {"layer_k_formats": ["tq8", "tq4", "tq4", "tq3"], "v_format": "tq2"}], ids=str)
+@pytest.mark.skipif(ON_DEVICE, reason="not all of these are on devices")
+def test_a_file_knows_its_formats(llama, tmp_path, options):
+    path, cache = tmp_path / "x.tqs", TurboQuantCache(config=llama.config, **options)
+    logits(llama, cache, ids(1, 200))
+    cache.save(path)
+    loaded = TurboQuantCache.load(path, llama.config)
+    more = ids(1, 5, seed=9)
+    assert torch.equal(logits(llama, loaded, more), logits(llama, cache, more))
+    loaded.save(tmp_path / "again.tqs")
+    assert TurboQuantCache.load(tmp_path / "again.tqs", llama.config, **options).get_seq_length() == 205
+    with pytest.raises(turboquant.SnapshotError, match="load it into a cache created like it"):
+        TurboQuantCache.load(path, llama.config, "TQ6")
+    with pytest.raises(turboquant.SnapshotError, match="holds 4 layers, and this model has 3.*another model"):
+        TurboQuantCache.load(path, type(llama.config)(**llama.config.to_dict() | {"num_hidden_layers": 3, "layer_types": None}))

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
 """What TurboQuantCache refuses, and that a refusal changes nothing."""
+import pickle
+
 import pytest
 import torch
+import transformers
 import turboquant
-from tiny import CACHE, F16, ON_DEVICE, compressed, ids, logits, make_model, stock, use_attention_of
+import turboquant.transformers
+from tiny import CACHE, F16, ON_DEVICE, SIZES, compressed, ids, logits, make_model, stock, use_attention_of
 from turboquant.transformers import TurboQuantCache
-from transformers import LlamaConfig
+from transformers import (AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BloomConfig, CLIPVisionConfig,
+                          LlamaConfig, LlavaConfig, LlavaForConditionalGeneration)
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +139,74 @@ def test_stock_caches_still_work(llama):
         use_attention_of(llama, compressed(llama))
         llama.generate(ids(1, 20), max_new_tokens=2)
     assert torch.equal(logits(llama, stock(llama), ids(1, 20)), wanted)
+
+
+def test_attention_of_the_models_own():
+    """It is no use to tell who has chosen the implementation to choose it."""
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=211, hidden_size=256, n_head=4, n_layer=2)).eval()
+    model.set_attn_implementation("turboquant")
+    with pytest.raises(turboquant.UnsupportedError, match="Bloom.* computes its attention itself") as refusal:
+        logits(model, TurboQuantCache(config=model.config), ids(1, 20))
+    assert "set_attn_implementation" not in str(refusal.value)
+
+
+def test_images():
+    """The vision tower has no cache: the message says how to switch the text part alone, and that works."""
+    config = LlavaConfig(
+        text_config=LlamaConfig(**SIZES), image_token_index=5, image_seq_length=4, vision_config=CLIPVisionConfig(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14))
+    model, input_ids = LlavaForConditionalGeneration(config).eval(), ids(1, 40).clamp_min(8)
+    input_ids[0, 3:7] = 5
+    given = {"input_ids": input_ids, "pixel_values": torch.zeros(1, 3, 28, 28), "max_new_tokens": 3, "do_sample": False}
+    model.set_attn_implementation("turboquant")
+    with pytest.raises(turboquant.UnsupportedError, match="CLIPAttention.*text_config.*turboquant"):
+        model.generate(**given, **{CACHE: TurboQuantCache(config=model.config)})
+    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation({"text_config": "turboquant"})
+    cache = TurboQuantCache(config=model.config, **F16)
+    model.generate(**given, **{CACHE: cache})
+    assert cache.get_seq_length() == 42
+
+
+def test_a_pass_without_the_cache_that_was_given(llama):
+    cache = compressed(llama)
+    use_attention_of(llama, cache)
+    with pytest.raises(turboquant.ArgumentError, match="guidance_scale"):
+        llama.generate(ids(1, 20), max_new_tokens=2, guidance_scale=1.5, **{CACHE: cache})
+
+
+def test_encoders():
+    config = BartConfig(vocab_size=211, d_model=128, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    model = BartForConditionalGeneration(config).eval()
+    model.set_attn_implementation("turboquant")
+    with pytest.raises(turboquant.UnsupportedError, match="encoder|causal mask"):
+        model.generate(ids(1, 20), max_new_tokens=2)
+
+
+def test_pickling(llama):
+    with pytest.raises(TypeError, match="save.. it"):
+        pickle.dumps(compressed(llama))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this version of Transformers has no Gemma 4")
+@pytest.mark.parametrize("options, told", [
+    ({}, "head_dim 512"), ({"num_kv_shared_layers": 2}, "2 layers of this model share")], ids=["shape", "shared"])
+def test_gemma4(options, told):
+    """Its layers have shapes of their own."""
+    config = transformers.Gemma4TextConfig(**({"num_kv_shared_layers": 0} | options))
+    with pytest.raises(turboquant.UnsupportedError, match=told):
+        TurboQuantCache(config=config)
+
+
+def test_keys_of_another_layer(llama):
+    cache = compressed(llama)
+    use_attention_of(llama, cache)
+    rows, module = torch.zeros(1, 2, 3, 64).to(llama.device), llama.model.layers[0].self_attn
+    handles = cache.update(rows, rows, 0)
+    attend = turboquant.transformers.attention_forward
+    with torch.no_grad():
+        attend(module, torch.zeros(1, 4, 3, 64).to(llama.device), *handles, None)
+        with pytest.raises(turboquant.UnsupportedError, match="another layer has brought"):
+            attend(module, torch.zeros(1, 4, 3, 64).to(llama.device), *handles, None)
+    assert cache.layers[0].n_columns == 3

@@ -118,3 +118,24 @@ def generated_in_batches(model, prompts, n):
         if all(len(tokens) == n for tokens in found.values()):
             break
     return [found[uid] for uid in uids]
+
+
+def make_sharing_model(kind):
+    """Whose last layers share the keys of one before them: Gemma 4 E2B, or Gemma 3n, in small."""
+    layers = (["sliding_attention"] * 2 + ["full_attention"]) * 3
+    common = {"hidden_size": 128, "num_hidden_layers": 9, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64,
+              "rms_norm_eps": 1e-6, "vocab_size": 211, "vocab_size_per_layer_input": 211, "num_key_value_heads": 2,
+              "num_kv_shared_layers": 5, "hidden_size_per_layer_input": 32, "sliding_window": 32, "layer_types": layers,
+              "final_logit_softcapping": 30.0, "model_type": kind}
+    mx.random.seed(1)
+    if kind == "gemma4_text":
+        module = importlib.import_module("mlx_lm.models.gemma4_text")
+        ropes = {"full_attention": {"partial_rotary_factor": .25, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+        return module.Model(module.ModelArgs.from_dict(common | {
+            "global_head_dim": 64, "sliding_window_pattern": 3, "rope_parameters": ropes}))
+    module = importlib.import_module("mlx_lm.models.gemma3n")
+    text = common | {
+        "max_position_embeddings": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "intermediate_size": [128] * 9,
+        "activation_sparsity_pattern": [0.0] * 9, "altup_num_inputs": 2, "altup_active_idx": 0, "altup_coef_clip": 120.0,
+        "altup_correct_scale": True, "laurel_rank": 16, "rope_scaling": None}
+    return module.Model(module.ModelArgs.from_dict({"model_type": "gemma3n", "text_config": text}))

@@ -6,13 +6,17 @@ The library is libturboquant.so of the wheel, or what TURBOQUANT_LIBRARY names.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
+import operator
 import os
 import threading
+import types
 from ctypes import POINTER, c_bool, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
-from .errors import of_status
+from .errors import ArgumentError, RangeError, of_status
 
 log = logging.getLogger("turboquant")
 
@@ -20,7 +24,59 @@ ERROR, WARNING = 0, 1
 LOG_FN = ctypes.CFUNCTYPE(None, c_void_p, ctypes.c_int, c_char_p)
 
 
-class FormatInfo(ctypes.Structure):
+_INTEGERS = (ctypes.c_int, c_int32, c_int64, c_size_t, c_uint64)
+# What is counted from 0, and does not exist beyond.
+_PLACES = {"seq", "layer"}
+
+
+@functools.cache
+def _limits(kind: type) -> tuple[int, int]:
+    bits = 8 * ctypes.sizeof(kind)
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if kind(-1).value < 0 else (0, (1 << bits) - 1)
+
+
+def integer(value: Any, kind: type, name: str) -> int:
+    """value as an int that a C integer of this kind holds: ctypes would cut it. Raises ArgumentError; RangeError for places."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{name}: is {value!r}; give an integer") from None
+    low, high = _limits(kind)
+    if not low <= number <= high:
+        error = RangeError if name in _PLACES else ArgumentError
+        raise error(f"{name}: is {number}; give an integer from {max(low, 0) if name in _PLACES else low} to {high}")
+    return number
+
+
+def _checked(value: Any, kind: type, name: str) -> Any:
+    """What ctypes takes for this kind of argument or member, if it holds all of the value."""
+    if issubclass(kind, _INTEGERS):
+        return integer(value, kind, name)
+    if issubclass(kind, c_char_p) and isinstance(value, bytes) and b"\0" in value:
+        raise ArgumentError(f"{name}: {os.fsdecode(value)!r} has a NUL character in it, where the library would stop reading; "
+                            "leave it out")
+    return value
+
+
+def _named(name: str, kind: type) -> type:
+    """A kind of argument with the name that messages call it by."""
+    return type(name, (kind,), {})
+
+
+class _Struct(ctypes.Structure):
+    """A struct whose members refuse what they cannot hold."""
+
+    _fields_: list[tuple[str, type]] = []
+
+    def __init_subclass__(cls) -> None:
+        cls._kinds = {name: kind for name, kind in cls._fields_ if issubclass(kind, (*_INTEGERS, c_char_p))}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = self._kinds.get(name)
+        super().__setattr__(name, value if kind is None else _checked(value, kind, name))
+
+
+class FormatInfo(_Struct):
     _fields_ = [
         ("name", c_char_p), ("description", c_char_p), ("bits", c_int32), ("head_dim", c_int32),
         ("bytes_per_vector", c_size_t), ("bits_per_value", c_double), ("ratio_to_f16", c_double),
@@ -28,18 +84,18 @@ class FormatInfo(ctypes.Structure):
     ]
 
 
-class Preset(ctypes.Structure):
+class Preset(_Struct):
     _fields_ = [
         ("name", c_char_p), ("description", c_char_p), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int),
         ("n_sink", c_int32), ("n_recent", c_int32), ("k_ref_block", c_int32), ("k_balance", c_bool),
     ]
 
 
-class Executor(ctypes.Structure):
+class Executor(_Struct):
     _fields_ = [("n_threads", c_int32), ("user", c_void_p), ("run", c_void_p)]
 
 
-class AttendParams(ctypes.Structure):
+class AttendParams(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_query", c_int64), ("n_head", c_int32), ("q", c_void_p), ("q_token_stride", c_int64),
         ("q_head_stride", c_int64), ("out", c_void_p), ("out_token_stride", c_int64), ("out_head_stride", c_int64),
@@ -50,14 +106,14 @@ class AttendParams(ctypes.Structure):
     ]
 
 
-class AttendBatch(ctypes.Structure):
+class AttendBatch(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_seq", c_int32), ("seqs", c_void_p), ("query_starts", c_void_p),
         ("seq_lens", c_void_p), ("params", AttendParams),
     ]
 
 
-class CacheParams(ctypes.Structure):
+class CacheParams(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_layer", c_int32), ("n_head_kv", c_int32), ("head_dim", c_int32),
         ("head_dim_v", c_int32), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int),
@@ -68,7 +124,7 @@ class CacheParams(ctypes.Structure):
     ]
 
 
-class CacheStats(ctypes.Structure):
+class CacheStats(_Struct):
     _fields_ = [
         ("n_sequences", c_int32), ("n_pages_used", c_int64), ("n_pages_kept", c_int64), ("n_pages_free", c_int64),
         ("n_pages_shared", c_int64), ("n_pages_offloaded", c_int64), ("n_offloads", c_int64), ("n_restores", c_int64),
@@ -78,7 +134,7 @@ class CacheStats(ctypes.Structure):
     ]
 
 
-class SnapshotInfo(ctypes.Structure):
+class SnapshotInfo(_Struct):
     _fields_ = [
         ("version", c_int32), ("n_layer", c_int32), ("n_head_kv", c_int32), ("head_dim", c_int32), ("head_dim_v", c_int32),
         ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("k_ref_block", c_int32),
@@ -87,14 +143,14 @@ class SnapshotInfo(ctypes.Structure):
     ]
 
 
-class CudaInfo(ctypes.Structure):
+class CudaInfo(_Struct):
     _fields_ = [
         ("name", c_char * 64), ("compute_major", c_int32), ("compute_minor", c_int32), ("n_multiprocessors", c_int32),
         ("driver_version", c_int32), ("runtime_version", c_int32), ("memory_bytes", c_size_t),
     ]
 
 
-class CudaStore(ctypes.Structure):
+class CudaStore(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int), ("head_dim", c_int32),
         ("n_head_kv", c_int32), ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("seed", c_uint64),
@@ -102,11 +158,11 @@ class CudaStore(ctypes.Structure):
     ]
 
 
-class CudaSizes(ctypes.Structure):
+class CudaSizes(_Struct):
     _fields_ = [("page_bytes", c_size_t), ("exact_bytes", c_size_t), ("canonical_bytes", c_size_t)]
 
 
-class CudaAppendParams(ctypes.Structure):
+class CudaAppendParams(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_tok", c_int64), ("dtype", ctypes.c_int), ("k", c_void_p), ("v", c_void_p),
         ("row_stride", c_int64), ("slot_mapping", c_void_p), ("seq_ids", c_void_p), ("positions", c_void_p),
@@ -115,7 +171,7 @@ class CudaAppendParams(ctypes.Structure):
     ]
 
 
-class CudaAttendParams(ctypes.Structure):
+class CudaAttendParams(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_seq", c_int32), ("n_query", c_int32), ("n_head", c_int32), ("dtype", ctypes.c_int),
         ("q", c_void_p), ("out", c_void_p), ("q_token_stride", c_int64), ("q_head_stride", c_int64),
@@ -134,46 +190,66 @@ STRUCTS = {
     "tq_cuda_append_params": CudaAppendParams, "tq_cuda_attend_params": CudaAttendParams,
 }
 
+# Arguments that are checked before ctypes takes them.
+_N_THREADS = _named("n_threads", c_int32)
+_HEAD_DIM = _named("head_dim", c_int32)
+_N_HEAD_KV = _named("n_head_kv", c_int32)
+_LAYER = _named("layer", c_int32)
+_SEQ = _named("seq", c_int32)
+_ROOM = _named("room", c_int32)
+_N_SEQ = _named("n_seq", c_int32)
+_INDEX = _named("index", c_int32)
+_FORMAT = _named("format", ctypes.c_int)
+_FORMAT_NAME = _named("format_name", c_char_p)
+_PATH = _named("path", c_char_p)
+_SEED = _named("seed", c_uint64)
+_N = _named("n", c_int64)
+_N_TOK = _named("n_tok", c_int64)
+_FIRST = _named("first", c_int64)
+_FIRST_PAGE = _named("first_page", c_int64)
+_N_PAGES = _named("n_pages", c_int64)
+_EXACT_BYTES = _named("exact_bytes", c_size_t)
+
 # Arrays go as addresses: whoever calls keeps the array alive and has checked its type and shape.
 _FALLIBLE = {
-    "tq_pool_create": [POINTER(c_void_p), c_int32],
-    "tq_format_describe": [POINTER(FormatInfo), ctypes.c_int, c_int32],
-    "tq_format_from_name": [POINTER(ctypes.c_int), c_char_p],
-    "tq_codec_create": [POINTER(c_void_p), ctypes.c_int, c_int32, c_uint64],
-    "tq_codec_encode": [c_void_p, c_void_p, c_int64, c_void_p],
-    "tq_codec_decode": [c_void_p, c_void_p, c_int64, c_void_p],
-    "tq_preset_bits_per_value": [POINTER(c_double), POINTER(Preset), c_int32, c_int32, c_int64],
-    "tq_calibration_load": [POINTER(c_void_p), c_char_p],
-    "tq_calibration_take_layer": [POINTER(c_void_p), c_void_p, c_int32],
+    "tq_pool_create": [POINTER(c_void_p), _N_THREADS],
+    "tq_format_describe": [POINTER(FormatInfo), _FORMAT, _HEAD_DIM],
+    "tq_format_from_name": [POINTER(ctypes.c_int), _FORMAT_NAME],
+    "tq_codec_create": [POINTER(c_void_p), _FORMAT, _HEAD_DIM, _SEED],
+    "tq_codec_encode": [c_void_p, c_void_p, _N, c_void_p],
+    "tq_codec_decode": [c_void_p, c_void_p, _N, c_void_p],
+    "tq_preset_bits_per_value": [POINTER(c_double), POINTER(Preset), _HEAD_DIM, _N_HEAD_KV, _N_TOK],
+    "tq_calibration_load": [POINTER(c_void_p), _PATH],
+    "tq_calibration_take_layer": [POINTER(c_void_p), c_void_p, _LAYER],
     "tq_cache_create": [POINTER(c_void_p), POINTER(CacheParams)],
     "tq_cache_seq_create": [c_void_p, POINTER(c_int32)],
-    "tq_cache_seq_fork": [c_void_p, c_int32, POINTER(c_int32)],
-    "tq_cache_seq_publish": [c_void_p, c_int32, c_void_p, c_int64],
-    "tq_cache_seq_match": [c_void_p, c_void_p, c_int64, POINTER(c_int32), POINTER(c_int64)],
-    "tq_cache_seq_free": [c_void_p, c_int32],
-    "tq_cache_append": [c_void_p, c_int32, c_int32, c_int64, c_void_p, c_void_p, POINTER(Executor)],
-    "tq_cache_attend": [c_void_p, c_int32, c_int32, POINTER(AttendParams), POINTER(Executor)],
-    "tq_cache_prefill": [c_void_p, c_int32, c_int32, c_int64, c_void_p, c_void_p, POINTER(AttendParams), POINTER(Executor)],
-    "tq_cache_reserve": [c_void_p, c_int32, c_int64],
-    "tq_cache_page_table": [c_void_p, c_int32, c_void_p, c_int32, POINTER(c_int32)],
-    "tq_cache_append_slots": [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p, POINTER(Executor)],
-    "tq_cache_attend_batch": [c_void_p, c_int32, POINTER(AttendBatch), POINTER(Executor)],
-    "tq_cache_trim": [c_void_p, c_int32, c_int64],
-    "tq_cache_read": [c_void_p, c_int32, c_int32, c_int64, c_int64, c_void_p, c_void_p],
+    "tq_cache_seq_fork": [c_void_p, _SEQ, POINTER(c_int32)],
+    "tq_cache_seq_publish": [c_void_p, _SEQ, c_void_p, _N_TOK],
+    "tq_cache_seq_match": [c_void_p, c_void_p, _N_TOK, POINTER(c_int32), POINTER(c_int64)],
+    "tq_cache_seq_free": [c_void_p, _SEQ],
+    "tq_cache_append": [c_void_p, _SEQ, _LAYER, _N_TOK, c_void_p, c_void_p, POINTER(Executor)],
+    "tq_cache_attend": [c_void_p, _SEQ, _LAYER, POINTER(AttendParams), POINTER(Executor)],
+    "tq_cache_prefill": [c_void_p, _SEQ, _LAYER, _N_TOK, c_void_p, c_void_p, POINTER(AttendParams), POINTER(Executor)],
+    "tq_cache_reserve": [c_void_p, _SEQ, _N_TOK],
+    "tq_cache_page_table": [c_void_p, _SEQ, c_void_p, _ROOM, POINTER(c_int32)],
+    "tq_cache_append_slots": [c_void_p, _LAYER, _N_TOK, c_void_p, c_void_p, c_void_p, POINTER(Executor)],
+    "tq_cache_attend_batch": [c_void_p, _LAYER, POINTER(AttendBatch), POINTER(Executor)],
+    "tq_cache_trim": [c_void_p, _SEQ, _N_TOK],
+    "tq_cache_read": [c_void_p, _SEQ, _LAYER, _FIRST, _N, c_void_p, c_void_p],
     "tq_cache_get_stats": [c_void_p, POINTER(CacheStats)],
-    "tq_cache_save": [c_void_p, c_char_p, c_void_p, c_int32],
-    "tq_cache_load": [c_void_p, c_char_p, c_void_p, c_int32, POINTER(c_int32)],
-    "tq_cache_seq_export": [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_size_t],
-    "tq_cache_seq_import": [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_size_t],
-    "tq_snapshot_describe": [POINTER(SnapshotInfo), c_char_p, c_bool, POINTER(ctypes.c_int), c_int32],
+    "tq_cache_save": [c_void_p, _PATH, c_void_p, _N_SEQ],
+    "tq_cache_load": [c_void_p, _PATH, c_void_p, _ROOM, POINTER(c_int32)],
+    "tq_cache_seq_export": [c_void_p, _SEQ, _FIRST_PAGE, _N_PAGES, c_void_p, c_void_p, _EXACT_BYTES],
+    "tq_cache_seq_import": [c_void_p, _SEQ, _N_TOK, _FIRST_PAGE, c_void_p, c_void_p, _EXACT_BYTES],
+    "tq_snapshot_describe": [POINTER(SnapshotInfo), _PATH, c_bool, POINTER(ctypes.c_int), _ROOM],
     "tq_cuda_describe": [POINTER(CudaInfo)],
     "tq_cuda_sizes_get": [POINTER(CudaSizes), POINTER(CudaStore)],
     "tq_cuda_append": [POINTER(CudaStore), POINTER(CudaAppendParams), c_void_p],
     "tq_cuda_workspace_bytes": [POINTER(c_size_t), POINTER(CudaStore), POINTER(CudaAttendParams)],
     "tq_cuda_attend": [POINTER(CudaStore), POINTER(CudaAttendParams), c_void_p],
-    "tq_cuda_pages_copy": [POINTER(CudaStore), c_void_p, c_void_p, c_int64, c_void_p],
-    "tq_cuda_pages_export": [POINTER(CudaStore), c_void_p, c_int64, c_void_p, c_void_p],
-    "tq_cuda_pages_import": [POINTER(CudaStore), c_void_p, c_int64, c_void_p, c_void_p],
+    "tq_cuda_pages_copy": [POINTER(CudaStore), c_void_p, c_void_p, _N, c_void_p],
+    "tq_cuda_pages_export": [POINTER(CudaStore), c_void_p, _N, c_void_p, c_void_p],
+    "tq_cuda_pages_import": [POINTER(CudaStore), c_void_p, _N, c_void_p, c_void_p],
 }
 _OTHER = {
     "tq_version_string": (c_char_p, []),
@@ -181,7 +257,7 @@ _OTHER = {
     "tq_log_set": (None, [LOG_FN, c_void_p]),
     "tq_head_dim_list": (POINTER(c_int32), [POINTER(c_int32)]),
     "tq_preset_count": (c_int32, []),
-    "tq_preset_get": (POINTER(Preset), [c_int32]),
+    "tq_preset_get": (POINTER(Preset), [_INDEX]),
     "tq_calibration_free": (None, [c_void_p]),
     "tq_calibration_model": (c_char_p, [c_void_p]),
     "tq_calibration_bytes": (c_size_t, [c_void_p]),
@@ -193,7 +269,7 @@ _OTHER = {
     "tq_cuda_store_default": (None, [POINTER(CudaStore)]),
     "tq_cuda_append_params_default": (None, [POINTER(CudaAppendParams)]),
     "tq_cuda_attend_params_default": (None, [POINTER(CudaAttendParams)]),
-    "tq_cache_length": (c_int64, [c_void_p, c_int32, c_int32]),
+    "tq_cache_length": (c_int64, [c_void_p, _SEQ, _LAYER]),
     "tq_codec_free": (None, [c_void_p]),
     "tq_cache_free": (None, [c_void_p]),
     "tq_pool_free": (None, [c_void_p]),
@@ -235,16 +311,35 @@ def _find() -> str:
     return str(path)
 
 
-def _load() -> ctypes.CDLL:
+def _guarded(function: ctypes._CFuncPtr) -> Any:
+    """The function, behind checks of its named arguments."""
+    kinds = [(i, kind) for i, kind in enumerate(function.argtypes) if issubclass(kind, (*_INTEGERS, c_char_p))]
+    if not kinds:
+        return function
+
+    def call(*arguments: Any) -> Any:
+        given = list(arguments)
+        for i, kind in kinds:
+            given[i] = _checked(given[i], kind, kind.__name__)
+        return function(*given)
+
+    call.argtypes = function.argtypes
+    return call
+
+
+def _load() -> types.SimpleNamespace:
     library = ctypes.CDLL(_find())
+    functions = types.SimpleNamespace()
     for name, arguments in _FALLIBLE.items():
         function = getattr(library, name)
         function.restype, function.argtypes, function.errcheck = ctypes.c_int, arguments, _check
+        setattr(functions, name, _guarded(function))
     for name, (result, arguments) in _OTHER.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.tq_log_set(_callback, None)
-    return library
+        setattr(functions, name, _guarded(function))
+    functions.tq_log_set(_callback, None)
+    return functions
 
 
 lib = _load()

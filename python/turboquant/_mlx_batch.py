@@ -21,9 +21,12 @@ class Held(Protocol):
 
 
 class Rows:
-    """What update_and_fetch returns in place of an array: rows [n_batch, n_head_kv, n_tok, head_dim], not yet appended."""
+    """
+    What update_and_fetch returns in place of an array: rows [n_batch, n_head_kv, n_tok, head_dim], not yet appended; None when
+    they are, for the layers that share them.
+    """
 
-    def __init__(self, cache: BatchCache, rows: mx.array) -> None:
+    def __init__(self, cache: BatchCache, rows: mx.array | None) -> None:
         self.cache, self.rows = cache, rows
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -46,6 +49,7 @@ class BatchCache(stock._BaseCache):
         self._to_come: list[int] | None = None  # tokens to come of each row, right padding after them; None: all
         self._batched = False
         self._pending = 0
+        self._taken: list[tuple[int, int, int]] | None = None  # row, first token, number of tokens of the last pass
 
     def _begin(self, keys: mx.array, values: mx.array) -> None:
         """Make the sequences that are missing. Raises if those that are there hold keys of another shape."""
@@ -57,6 +61,11 @@ class BatchCache(stock._BaseCache):
         Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]. sinks [n_head]:
         learned logits of the denominator alone.
         """
+        raise NotImplementedError
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
+        """Attend with the queries of another layer, which shares the rows that were appended last. They see all of them coded
+        that are by now, which in a long part of a prompt is more than those of the first layer saw."""
         raise NotImplementedError
 
     # ---- what the models call ----
@@ -80,20 +89,32 @@ class BatchCache(stock._BaseCache):
         self._pending = n_tok
         return Rows(self, keys), Rows(self, values)
 
+    def keys_and_values(self) -> tuple[Rows, Rows]:
+        """Of the rows that were appended last, for a layer that shares them."""
+        if self._pending or self._taken is None:
+            raise ArgumentError("a layer shares keys and values that no layer has brought yet: make a new cache")
+        return Rows(self, None), Rows(self, None)
+
     def _take(self, n_tok: int) -> Iterator[tuple[int, Any, int, int]]:
         """
         (row, sequence, first token, number of tokens) of the next n_tok tokens, without padding. A row that fails leaves the
         others longer; the next forward pass is refused by `_pending`.
         """
+        taken: list[tuple[int, int, int]] = []
         for i, sequence in enumerate(self._sequences):
             begin = min(self._left[i], n_tok)
             n = n_tok - begin if self._to_come is None else min(n_tok - begin, self._to_come[i])
             if n > 0:
                 yield i, sequence, begin, n
+                taken.append((i, begin, n))
             self._left[i] -= begin
             if self._to_come is not None:
                 self._to_come[i] -= n
-        self._pending = 0
+        self._pending, self._taken = 0, taken
+
+    def _take_again(self) -> Iterator[tuple[int, Any, int, int]]:
+        for i, begin, n in self._taken or []:
+            yield i, self._sequences[i], begin, n
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
         """None or "causal": there is no mask but causality, and padding is not stored."""
@@ -186,7 +207,7 @@ class BatchCache(stock._BaseCache):
         other = copy.copy(self)
         other._options = dict(self._options)
         other._sequences = [None if sequence is None else sequence.fork() for sequence in sequences]
-        other._left, other._to_come, other._pending = [0] * len(other._sequences), None, 0
+        other._left, other._to_come, other._pending, other._taken = [0] * len(other._sequences), None, 0, None
         return other
 
     def __deepcopy__(self, memo: dict) -> BatchCache:

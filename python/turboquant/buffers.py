@@ -30,7 +30,7 @@ def view(x: Any, name: str) -> np.ndarray:
         if hasattr(x, "__dlpack__"):
             return np.from_dlpack(x)
         return np.asarray(x)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
         raise ArgumentError(f"{name}: cannot be viewed as an array of host memory ({error}). Give float32 values on the CPU, "
                             "without gradient: x.detach().float().cpu() in PyTorch, x.astype(mx.float32) in MLX") from error
 
@@ -68,9 +68,23 @@ def writable(x: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
     if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
         raise ArgumentError(f"{name}: has type {array.dtype} and shape {list(array.shape)}; give contiguous float32 of "
                             f"{list(shape)}")
+    _check_writable(array, x, name)
+    return array
+
+
+def _check_writable(array: np.ndarray, x: Any, name: str) -> None:
     # DLPack before version 1 cannot say that memory is writable, and NumPy then takes it as read-only.
     if not array.flags.writeable and (isinstance(x, np.ndarray) or not hasattr(x, "__dlpack__")):
         raise ArgumentError(f"{name}: is read-only")
+
+
+def raw_bytes(x: Any, name: str, is_written: bool) -> np.ndarray:
+    """A view of memory that the library reads or writes as it is. The caller checks its size. Raises ArgumentError."""
+    array = view(x, name)
+    if not array.flags.c_contiguous or array.dtype.hasobject:
+        raise ArgumentError(f"{name}: give a contiguous array of numbers, as np.ascontiguousarray makes it")
+    if is_written:
+        _check_writable(array, x, name)
     return array
 
 

@@ -6,15 +6,14 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import _threads
-from ._library import AttendBatch, AttendParams, CacheParams, CacheStats, SnapshotInfo, lib
-from .buffers import address, floats, integers, writable
-from .errors import ArgumentError
+from ._library import AttendBatch, AttendParams, CacheParams, CacheStats, SnapshotInfo, integer, lib
+from .buffers import address, floats, integers, raw_bytes, writable
+from .errors import ArgumentError, RangeError
 from .formats import SEED_DEFAULT, format_number, preset as find_preset
 
 MAX_TOK_DEFAULT = 1 << 22
@@ -77,7 +76,7 @@ def _formats_array(names: Sequence[str | int] | None, n_layer: int, what: str) -
         return None
     if len(names) != n_layer:
         raise ArgumentError(f"{what}: has {len(names)} formats; give one for each of {n_layer} layers")
-    return (ctypes.c_int * n_layer)(*map(format_number, names))
+    return (ctypes.c_int * n_layer)(*(format_number(name) for name in names))
 
 
 class Calibration:
@@ -120,6 +119,14 @@ class Calibration:
             lib.tq_calibration_free(self._handle)
 
 
+class _Handle(ctypes.c_void_p):
+    """A tq_cache, freed with the last user: a call that another thread is in has it among its arguments."""
+
+    def __del__(self, free: Any = lib.tq_cache_free) -> None:
+        free(self)
+        self.value = None  # when a cycle of references is collected, who uses the cache may come later
+
+
 class Cache:
     """
     Keys and values of many sequences, encoded, in pages from one pool.
@@ -145,7 +152,7 @@ class Cache:
                  offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0,
                  calibration: str | os.PathLike | Calibration | None = None, seed: int = SEED_DEFAULT, dry_run: bool = False,
                  n_threads: int | None = None) -> None:
-        self._handle = ctypes.c_void_p()
+        self._handle = _Handle()
         params = CacheParams()
         lib.tq_cache_params_default(ctypes.byref(params))
         lib.tq_cache_params_set_preset(ctypes.byref(params), lib.tq_preset_get(find_preset(preset).index))
@@ -164,35 +171,41 @@ class Cache:
             params.layer_k_formats = layer_k
         if layer_v:
             params.layer_v_formats = layer_v
+        page_size, max_tok = integer(page_size, ctypes.c_int32, "page_size"), integer(max_tok, ctypes.c_int64, "max_tok")
         if page_size <= 0 or max_tok <= 0:
             raise ArgumentError(f"page_size is {page_size} and max_tok {max_tok}; give positive numbers")
-        params.page_size, params.n_pages = page_size, -(-max_tok // page_size)
+        n_pages = -(-max_tok // page_size)
+        if n_pages >= 1 << 31:
+            raise ArgumentError(f"max_tok is {max_tok}, which is {n_pages} pages of {page_size}; give at most "
+                                f"{((1 << 31) - 1) * page_size}")
+        params.page_size, params.n_pages = page_size, n_pages
         params.budget_bytes, params.seed, params.dry_run = budget_bytes, seed, dry_run
         if offload_folder is not None:
             params.offload_folder, params.offload_bytes = os.fsencode(offload_folder), offload_bytes
         # The library reads it as long as the cache lives.
-        self.calibration = Calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
+        self.calibration = Calibration(calibration) if isinstance(calibration, (str, bytes, os.PathLike)) else calibration
         if self.calibration is not None:
             params.calibration = self.calibration._handle
+            self._handle.calibration = self.calibration
         lib.tq_cache_create(ctypes.byref(self._handle), ctypes.byref(params))
         self.n_layer, self.n_head_kv, self.page_size = n_layer, n_head_kv, page_size
         self.head_dim, self.head_dim_v = head_dim, head_dim_v or head_dim
         self.k_format, self.v_format = params.k_format, params.v_format
         self.n_sink, self.n_recent = params.n_sink, params.n_recent
-        self._n_threads = n_threads or _threads.default_n_threads()
+        if n_threads is not None:
+            _threads.pool(n_threads)  # refuses now what the first tokens would be refused for
+        self._n_threads = _threads.default_n_threads() if n_threads is None else n_threads
 
     def close(self) -> None:
-        """Free all memory now; otherwise that happens with the object. Any later call raises ArgumentError."""
-        handle, self._handle = self._handle, ctypes.c_void_p()
-        lib.tq_cache_free(handle)
+        """
+        Free all memory now, or when the calls that other threads are in return; otherwise that happens with the object. Any
+        later call raises ArgumentError.
+        """
+        self._handle = ctypes.c_void_p()
 
     @property
     def closed(self) -> bool:
         return not self._handle
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self.close()
 
     def __reduce__(self) -> Any:
         raise TypeError("a turboquant cache can be neither copied nor pickled: fork its sequences (seq_fork), or save() it")
@@ -236,7 +249,10 @@ class Cache:
 
     def length(self, seq: int, layer: int = 0) -> int:
         """Tokens in one layer of a sequence, or -1 if there is no such sequence or layer."""
-        return lib.tq_cache_length(self._handle, seq, layer)
+        try:
+            return lib.tq_cache_length(self._handle, seq, layer)
+        except RangeError:  # more than 32 bits
+            return -1
 
     # ---- tokens in, attention out ----
 
@@ -315,11 +331,18 @@ class Cache:
         with self._executor() as executor:
             lib.tq_cache_prefill(self._handle, seq, layer, n_tok, k, v, ctypes.byref(params), executor)
 
+    def attend_raw(self, seq: int, layer: int, params: AttendParams) -> None:
+        """attend on addresses, as prefill_raw."""
+        with self._executor() as executor:
+            lib.tq_cache_attend(self._handle, seq, layer, ctypes.byref(params), executor)
+
     def read(self, seq: int, layer: int, first: int = 0, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Decode tokens [first, first + n): k [n, n_head_kv, head_dim], v [n, n_head_kv, head_dim_v]. For looking at them."""
-        n = self.length(seq, layer) - first if n is None else n
-        k = np.empty((max(n, 0), self.n_head_kv, self.head_dim), np.float32)
-        v = np.empty((max(n, 0), self.n_head_kv, self.head_dim_v), np.float32)
+        held = self.length(seq, layer)
+        n = held - first if n is None else integer(n, ctypes.c_int64, "n")
+        room = max(min(n, held), 0)  # the library refuses to read more
+        k = np.empty((room, self.n_head_kv, self.head_dim), np.float32)
+        v = np.empty((room, self.n_head_kv, self.head_dim_v), np.float32)
         lib.tq_cache_read(self._handle, seq, layer, first, n, address(k), address(v))
         return k, v
 
@@ -391,17 +414,35 @@ class Cache:
         lib.tq_cache_load(self._handle, os.fsencode(path), address(seqs), room, ctypes.byref(n))
         return seqs[: n.value].tolist()
 
+    def _page_bytes(self, x: Any, n: int | None, is_written: bool) -> np.ndarray | None:
+        """Pages as seq_export and seq_import take them; n: how many, None for any number."""
+        if x is None:
+            return None
+        pages, page_bytes = raw_bytes(x, "pages", is_written), self.stats().page_bytes
+        if pages.dtype != np.uint8 or pages.ndim != 2 or pages.shape[1] != page_bytes or n not in (None, len(pages)):
+            raise ArgumentError(f"pages: has type {pages.dtype} and shape {list(pages.shape)}; give uint8 "
+                                f"[{'any' if n is None else n}, {page_bytes}]")
+        return pages
+
     def seq_export(self, seq: int, first_page: int = 0, pages: np.ndarray | None = None, exact: np.ndarray | None = None
                    ) -> None:
-        """A snapshot's bytes of a sequence into arrays: pages [n, page_bytes] from first_page on, and its exact data."""
+        """
+        A snapshot's bytes of a sequence into arrays: uint8 pages [n, page_bytes] from first_page on, and its exact data, an
+        array of exact_bytes bytes of whatever type. Both must be contiguous.
+        """
+        pages = self._page_bytes(pages, None, True)
+        exact = None if exact is None else raw_bytes(exact, "exact", True)
         lib.tq_cache_seq_export(self._handle, seq, first_page, 0 if pages is None else len(pages), address(pages),
                                 address(exact), 0 if exact is None else exact.nbytes)
 
     def seq_import(self, seq: int, n_tok: int, first_page: int, pages: np.ndarray | None, exact: np.ndarray | None) -> None:
         """Make a sequence one of n_tok tokens: of its first first_page pages, those given, and these exact data."""
+        n_tok, first_page = integer(n_tok, ctypes.c_int64, "n_tok"), integer(first_page, ctypes.c_int64, "first_page")
         n_pages = -(-n_tok // self.page_size) - first_page
-        if n_pages != (0 if pages is None else len(pages)):
+        if pages is None and n_pages > 0:
             raise ArgumentError(f"pages: give {n_pages}, for {n_tok} tokens behind page {first_page}")
+        pages = self._page_bytes(pages, max(n_pages, 0), False)
+        exact = None if exact is None else raw_bytes(exact, "exact", False)
         lib.tq_cache_seq_import(self._handle, seq, n_tok, first_page, address(pages), address(exact),
                                 0 if exact is None else exact.nbytes)
 
@@ -409,7 +450,7 @@ class Cache:
 def describe_snapshot(path: str | os.PathLike, verify: bool = False) -> Snapshot:
     """What a snapshot file says of itself; verify checks every hash. Raises SnapshotError."""
     raw = SnapshotInfo()
-    name = os.fsencode(Path(path))
+    name = os.fsencode(path)
     lib.tq_snapshot_describe(ctypes.byref(raw), name, verify, None, 0)
     formats = (ctypes.c_int * (2 * raw.n_layer))()
     lib.tq_snapshot_describe(ctypes.byref(raw), name, False, formats, len(formats))

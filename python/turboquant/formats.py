@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ._library import FormatInfo, Preset as _Preset, lib
+from ._library import FormatInfo, Preset as _Preset, integer, lib
 from .buffers import address, floats, view, writable
 from .errors import ArgumentError
 
@@ -52,10 +52,10 @@ class Preset:
 
 def format_number(name: str | int) -> int:
     """tq_format of a name such as "tq4". Raises UnsupportedError for an unknown one, with the names that there are."""
-    if isinstance(name, int):
-        return name
+    if not isinstance(name, str):
+        return integer(name, ctypes.c_int, "format")
     out = ctypes.c_int()
-    lib.tq_format_from_name(ctypes.byref(out), name.encode())
+    lib.tq_format_from_name(ctypes.byref(out), name.encode(errors="replace"))
     return out.value
 
 

@@ -14,12 +14,14 @@ All caches of one shape and one set of options share a pool, so that batches are
 """
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,40 @@ def _store(shape: Sequence[int], options: dict[str, Any]) -> _cache.Cache:
     return found
 
 
+# What comes with the first keys, or is no matter of a model's cache.
+_NOT_OPTIONS = {"self", "n_layer", "n_head_kv", "head_dim", "head_dim_v", "dry_run"}
+_OPTIONS = [name for name in inspect.signature(_cache.Cache.__init__).parameters if name not in _NOT_OPTIONS]
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON has them. Raises now what the pool that they are for would be refused for, as far as no shape matters."""
+    known = [*_OPTIONS, "calibration_layer"]
+    for name in options:
+        if name not in known:
+            raise ArgumentError(f"there is no option {name!r}; there are {', '.join(_OPTIONS)}")
+    if "calibration_layer" in options and "calibration" not in options:
+        raise ArgumentError("calibration_layer is given without a calibration: give one, or neither")
+    plain = {name: _plain(value) for name, value in options.items()}
+    try:
+        _try(json.dumps(plain, sort_keys=True))
+    except TypeError as error:
+        raise ArgumentError(f"options {options}: {error}") from error
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value if isinstance(value, bool) or not hasattr(value, "__index__") else value.__index__()
+
+
+@functools.cache
+def _try(options: str) -> None:
+    """Make the smallest cache with these options. Calibrations know shapes, and are read elsewhere."""
+    found = {name: value for name, value in json.loads(options).items() if not name.startswith("calibration")}
+    _cache.Cache(1, 1, 128, **found).close()
+
+
 class _Sequence:
     """A sequence of a pool, freed with this object."""
 
@@ -110,7 +146,7 @@ class TurboQuantKVCache(BatchCache):
     """
 
     def __init__(self, preset: str = "TQ4", **options: Any) -> None:
-        super().__init__({"preset": preset, **options})
+        super().__init__(_checked({"preset": preset, **options}))
 
     def _begin(self, keys: mx.array, values: mx.array) -> None:
         _, n_head_kv, _, head_dim = keys.shape
@@ -127,9 +163,24 @@ class TurboQuantKVCache(BatchCache):
         Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape.
         sinks [n_head]: learned logits of the denominator alone. Computes at once, whatever was lazy.
         """
+        k, v = _host(keys), _host(values)
+
+        def append(store: _cache.Cache, seq: int, i: int, begin: int, params: AttendParams) -> None:
+            store.prefill_raw(seq, 0, params.n_query, k[i, begin:].ctypes.data, v[i, begin:].ctypes.data, params)
+
+        return self._attend(queries, scale, sinks, self._take(queries.shape[2]), append)
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
+        def attend(store: _cache.Cache, seq: int, i: int, begin: int, params: AttendParams) -> None:
+            params.causal, params.first_pos = True, store.length(seq) - params.n_query
+            store.attend_raw(seq, 0, params)
+
+        return self._attend(queries, scale, sinks, self._take_again(), attend)
+
+    def _attend(self, queries: mx.array, scale: float, sinks: mx.array | None, taken: Iterable[tuple[int, Any, int, int]],
+                call: Callable[[_cache.Cache, int, int, int, AttendParams], None]) -> mx.array:
         n_batch, n_head, n_tok, _ = queries.shape
-        q, k, v = (_host(x) for x in (queries, keys, values))
-        store = self._sequences[0].store
+        q, store = _host(queries), self._sequences[0].store
         out = np.zeros((n_batch, n_tok, n_head, store.head_dim_v), np.float32)
         params = AttendParams()
         lib.tq_attend_params_default(params)
@@ -139,9 +190,9 @@ class TurboQuantKVCache(BatchCache):
         if sinks is not None:
             sinks = np.array(sinks.astype(mx.float32))
             params.sinks = sinks.ctypes.data
-        for i, sequence, begin, n in self._take(n_tok):
+        for i, sequence, begin, n in taken:
             params.n_query, params.q, params.out = n, q[i, begin:].ctypes.data, out[i, begin:].ctypes.data
-            store.prefill_raw(sequence.seq, 0, n, k[i, begin:].ctypes.data, v[i, begin:].ctypes.data, params)
+            call(store, sequence.seq, i, begin, params)
         return mx.array(out).astype(queries.dtype).transpose(0, 2, 1, 3)
 
     @property
@@ -199,7 +250,11 @@ def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cach
         return _stock_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     if mask is not None and not (isinstance(mask, str) and mask == "causal"):
         raise UnsupportedError("a mask as an array: compressed attention is causal alone, and knows padding from the cache")
-    return keys.cache.attend(queries, keys.rows, values.rows, scale, sinks)
+    if keys.rows is None:
+        return keys.cache.attend_again(queries, scale, sinks)
+    out = keys.cache.attend(queries, keys.rows, values.rows, scale, sinks)
+    keys.rows = values.rows = None  # they are appended: a layer that is given them shares them
+    return out
 
 
 def _reach_attention(model: Any) -> None:
@@ -257,13 +312,14 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="tq8"; on
     an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
     for each compressed layer. A calibration, a path or a Calibration, is of the whole model. What was applied is printed once.
+    Options are checked now. max_kv_size is MLX-LM's, and refused: there is no bound.
     """
+    if max_kv_size is not None:
+        raise UnsupportedError(f"max_kv_size is {max_kv_size}, but a compressed cache holds all tokens: leave it out, or use a "
+                               "model that turboquant.mlx.install has not changed, with mlx_lm.models.cache.make_prompt_cache")
     kind = _cache_class()
     make = getattr(model, "make_cache", None)
-    if getattr(make, "is_turboquant", False):
-        caches = make.stock(max_kv_size)
-    else:
-        caches = stock.make_prompt_cache(model, max_kv_size)
+    caches = make.stock() if getattr(make, "is_turboquant", False) else stock.make_prompt_cache(model)
     compressed = [i for i, cache in enumerate(caches) if type(cache) is stock.KVCache]
     n = len(compressed)
     if n == 0:
@@ -283,13 +339,16 @@ def install(model: Any, preset: str = "TQ4", **options: Any) -> Any:
     """Let MLX-LM make these caches itself, wherever it makes one for this model: generate, batches, the server. The model."""
     before = None if getattr(getattr(model, "make_cache", None), "is_turboquant", False) else getattr(model, "make_cache", None)
 
-    def stock_caches(max_kv_size: int | None) -> list[Any]:
+    def stock_caches() -> list[Any]:
         if before is not None:
             return before()
         return [stock.KVCache() for _ in model.layers]
 
     def make_cache() -> list[Any]:
-        return make_prompt_cache(model, preset, **options)
+        # MLX-LM keeps the bound to itself where a model makes its caches, whoever has imported its make_prompt_cache.
+        caller = sys._getframe(1)
+        is_stock = caller.f_code is stock.make_prompt_cache.__code__
+        return make_prompt_cache(model, preset, caller.f_locals["max_kv_size"] if is_stock else None, **options)
 
     make_cache.is_turboquant, make_cache.stock = True, stock_caches
     make_cache()  # refuses now what it would refuse later

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from ctypes import c_int32, c_uint64
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import metal_kernels as kernels
+from ._library import integer
 from ._mlx_batch import BatchCache
 from .errors import ArgumentError, UnsupportedError
 from .formats import SEED_DEFAULT, format_info, format_number, preset as find_preset
@@ -46,6 +48,11 @@ def _options(preset: str, k_format: str | int | None = None, v_format: str | int
         raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, "
                                "v_format, n_sink, n_recent, k_ref_block, encode_batch and seed")
     base = find_preset(preset)
+    integer(seed, c_uint64, "seed")
+    numbers = {"n_sink": n_sink, "n_recent": n_recent, "k_ref_block": k_ref_block, "encode_batch": encode_batch}
+    for name, value in numbers.items():
+        if value is not None:
+            integer(value, c_int32, name)
 
     def chosen(value: int | None, of_preset: int) -> int:
         return of_preset if value is None else value
@@ -113,6 +120,14 @@ class _Sequence:
             self.coded = end
         self.length = length
         return out
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        """Attend with queries of the last positions, appending nothing."""
+        options = self._options
+        extent = kernels.Extent(self.length, options.n_sink, options.n_recent, options.encode_batch, self.coded,
+                                self._first_exact(), self._n_exact())
+        return kernels.attend(queries, self.arrays, options.k_format, options.v_format, options.has_refs, extent, scale,
+                              options.seed, sinks)
 
     def _exact_capacity(self) -> int:
         return self._options.n_sink + self._options.n_recent + self._options.encode_batch
@@ -213,13 +228,21 @@ class TurboQuantMetalKVCache(BatchCache):
         Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape,
         zeros where there is padding. sinks [n_head]: learned logits of the denominator alone. Lazy.
         """
-        n_batch, n_head, n_tok, _ = queries.shape
-        if n_head % keys.shape[1] != 0:
-            raise ArgumentError(f"{n_head} query heads do not share {keys.shape[1]} KV heads evenly")
+        if queries.shape[1] % keys.shape[1] != 0:
+            raise ArgumentError(f"{queries.shape[1]} query heads do not share {keys.shape[1]} KV heads evenly")
+        return self._attend(queries, self._take(queries.shape[2]), lambda sequence, part: sequence.attend(
+            queries[part], keys[part], values[part], scale, sinks))
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
+        return self._attend(queries, self._take_again(), lambda sequence, part: sequence.attend_again(
+            queries[part], scale, sinks))
+
+    def _attend(self, queries: mx.array, taken: Iterable[tuple[int, _Sequence, int, int]],
+                call: Callable[[_Sequence, tuple[slice, slice, slice]], mx.array]) -> mx.array:
+        n_batch, _, n_tok, _ = queries.shape
         found = [mx.zeros((1, *queries.shape[1:]), queries.dtype)] * n_batch
-        for i, sequence, begin, n in self._take(n_tok):
-            part = (slice(i, i + 1), slice(None), slice(begin, begin + n))
-            out = sequence.attend(queries[part], keys[part], values[part], scale, sinks)
+        for i, sequence, begin, n in taken:
+            out = call(sequence, (slice(i, i + 1), slice(None), slice(begin, begin + n)))
             found[i] = out if n == n_tok else mx.pad(out, [(0, 0), (0, 0), (begin, n_tok - begin - n), (0, 0)])
         return found[0] if n_batch == 1 else mx.concatenate(found, axis=0)
 

@@ -12,14 +12,37 @@ from typing import Any
 
 import mlx_lm.server as server
 
+from .cache import Calibration
+from .errors import TurboQuantError
+from .formats import preset, presets
 from .mlx import install
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--kv-preset", default="TQ4")
-    parser.add_argument("--kv-calibration")
+def _parse() -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and those of mlx_lm.server. What is wrong with ours ends the program before a model is loaded."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="%(prog)s [--kv-preset NAME] "
+                                     "[--kv-calibration FILE] [options of mlx_lm.server]")
+    group = parser.add_argument_group("options of turboquant")
+    group.add_argument("--kv-preset", metavar="NAME", default="TQ4",
+                       help=f"formats of keys and values: {', '.join(presets())} (default: %(default)s)")
+    group.add_argument("--kv-calibration", metavar="FILE", help="what `tq calibrate` learnt of the model")
     arguments, rest = parser.parse_known_args()
+    if {"-h", "--help"} & set(rest):
+        print(parser.format_help())  # mlx_lm.server's own follows
+        return arguments, rest
+    if any(option.startswith("--kv-b") for option in rest):
+        parser.error("--kv-bits: keys and values are compressed already; leave it out, or run mlx_lm.server")
+    try:
+        preset(arguments.kv_preset)
+        if arguments.kv_calibration is not None:
+            arguments.kv_calibration = Calibration(arguments.kv_calibration)
+    except TurboQuantError as error:
+        parser.error(str(error))
+    return arguments, rest
+
+
+def main() -> None:
+    arguments, rest = _parse()
     load = server.load
 
     def load_and_install(*args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -30,13 +30,14 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from . import cache as _cache
 from ._columns import Columns
 from ._library import AttendParams, lib
-from .errors import ArgumentError, UnsupportedError
+from .errors import ArgumentError, SnapshotError, UnsupportedError
 
 NAME = "turboquant"
 """The attention implementation, for model.set_attn_implementation."""
 
 # What Transformers keeps for such layers is small or bounded: it stays as it is.
-_STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv"}
+# "dummy" layers have none.
+_STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "dummy"}
 # Kinds of torch devices that have tq_cuda_*'s functions.
 _DEVICE_TYPES = {"cuda"}
 # Options of attention functions, and what to do about them.
@@ -47,13 +48,32 @@ _UNSUPPORTED = {
 }
 
 
+def _calling_model() -> PreTrainedModel | None:
+    """The innermost model whose forward pass has come here: keys and values do not know whose they are."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, PreTrainedModel):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _can_set_attention(model: PreTrainedModel) -> bool:
+    return getattr(model, "_can_set_attn_implementation", lambda: True)()
+
+
 class _Handle:
     """What `update` returns in place of a tensor. Whoever takes it for one gets the reason, not a wrong result."""
 
     def _refuse(self, what: str) -> NoReturn:
-        raise ArgumentError(f"{what} was asked of keys or values that are compressed: they are for the attention "
-                            f'implementation "{NAME}" alone. Call model.set_attn_implementation("{NAME}"), or pass no '
-                            "TurboQuantCache")
+        asked = f"{what} was asked of keys or values that are compressed"
+        model = _calling_model()
+        if model is not None and (not _can_set_attention(model) or model.config._attn_implementation == NAME):
+            raise UnsupportedError(f"{asked}: {type(model).__name__} computes its attention itself, and no attention "
+                                   "implementation of Transformers changes that. Use DynamicCache")
+        raise ArgumentError(f'{asked}: they are for the attention implementation "{NAME}" alone. Call '
+                            f'model.set_attn_implementation("{NAME}"), or pass no TurboQuantCache')
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copy, pickle and inspect look for
@@ -69,7 +89,7 @@ class _Compressed(_Handle):
     """A layer's new rows, not yet appended: [n_batch, n_head_kv, n_tok, head_dim]."""
 
     def __init__(self, layer: TurboQuantLayer, rows: torch.Tensor) -> None:
-        self.layer, self.rows = layer, rows
+        self.layer, self.rows, self.is_appended = layer, rows, False
 
 
 class _Stock(_Handle):
@@ -158,6 +178,7 @@ class TurboQuantLayer(CacheLayerMixin):
             owner._roll_back(self.n_columns)
             raise
         self.n_columns += n_tok
+        self.is_initialized = True
         if self is owner._compressed[-1]:
             owner._end(self.n_columns - n_tok)
         return out
@@ -208,6 +229,10 @@ class TurboQuantCache(Cache):
 
     def __init__(self, config: Any, preset: str = "TQ4", max_tokens: int | None = None, **options: Any) -> None:
         self.config = config.get_text_config(decoder=True)
+        n_shared = getattr(self.config, "num_kv_shared_layers", None) or 0
+        if n_shared > 0:
+            raise UnsupportedError(f"{n_shared} layers of this model share the keys and values of others, which this cache "
+                                   "cannot give them. Use DynamicCache and model.set_attn_implementation('sdpa')")
         layer_types, layer_options = get_layer_types_and_kwargs(self.config)
         if isinstance(layer_options, dict):  # Transformers before 5.18: the same for all
             layer_options = [layer_options] * len(layer_types)
@@ -224,9 +249,13 @@ class TurboQuantCache(Cache):
         self._compressed = [layer for layer in layers if isinstance(layer, TurboQuantLayer)]
         if not self._compressed:
             raise UnsupportedError("no layer of this model has full attention: there is nothing to compress. Use DynamicCache")
-        self._options, self._max_tokens = {"preset": preset, "n_threads": torch.get_num_threads()} | options, max_tokens
+        n_head_kv, head_dim, head_dim_v = _head_shape(
+            self.config, [i for i, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer)])
+        of_model = {} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}
+        self._options = {"preset": preset, "n_threads": torch.get_num_threads()} | of_model | options
+        self._max_tokens = max_tokens
         # Of the CPU until a tensor on another device comes. Memory is taken when it is used.
-        self.store: Any = _cache.Cache(len(self._compressed), *_head_shape(self.config), **self._options)
+        self.store: Any = _cache.Cache(len(self._compressed), n_head_kv, head_dim, **self._options)
         self.seqs: list[int] = []
         self._columns = Columns()
         self._device: torch.device | None = None
@@ -241,6 +270,11 @@ class TurboQuantCache(Cache):
         n_stock = len(self.layers) - len(self._compressed)
         return (f"TurboQuantCache({len(self._compressed)} layers compressed, {n_stock} left to Transformers, "
                 f"{len(self.seqs)} sequences of {self._columns.n} tokens, {self.nbytes} bytes)")
+
+    @property
+    def is_initialized(self) -> bool:
+        """Have all layers seen tokens?"""
+        return all(layer.is_initialized for layer in self._compressed)
 
     @property
     def nbytes(self) -> int:
@@ -390,7 +424,7 @@ class TurboQuantCache(Cache):
         """Forget all tokens, and which model they were of."""
         for layer in self.layers:
             if isinstance(layer, TurboQuantLayer):
-                layer.n_columns, layer._model_config = 0, None
+                layer.n_columns, layer._model_config, layer.is_initialized = 0, None, False
             else:
                 layer.reset()
         self._free(self.seqs)
@@ -456,6 +490,9 @@ class TurboQuantCache(Cache):
         """As a deep copy: two caches cannot append to one sequence."""
         return copy.deepcopy(self)
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a TurboQuantCache cannot be pickled, which torch.save does: save() it to a file of its own")
+
     # ---- files ----
 
     def save(self, path: str | os.PathLike) -> None:
@@ -481,26 +518,45 @@ class TurboQuantCache(Cache):
         save(self.store, self.seqs, path, self._options)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, config: Any, preset: str = "TQ4", device: str | torch.device | None = None,
+    def load(cls, path: str | os.PathLike, config: Any, preset: str | None = None, device: str | torch.device | None = None,
              **options: Any) -> TurboQuantCache:
         """
-        A cache from a file that `save` wrote, with the same preset and options; page_size is the file's. On a CUDA device if
-        that is given, else in the CPU's memory, from which the first forward pass takes it to the model's. Raises
-        SnapshotError; UnsupportedError where a device cannot hold it: keys that the CPU has coded against references.
+        A cache from a file that `save` wrote. Formats and what else the file says are the file's; where a preset or options are
+        given, they must be those of the saved cache. A calibration must be given. On a CUDA device if that is given, else in
+        the CPU's memory, from which the first forward pass takes it to the model's. Raises SnapshotError; UnsupportedError
+        where a device cannot hold it: keys that the CPU has coded against references.
         """
         from ._cuda_snapshot import split
 
         info = _cache.describe_snapshot(path)
-        cache = cls(config, preset, **({"page_size": info.page_size} | options))
+        n_layer = list(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]).count("full_attention")
+        if info.n_layer != n_layer:
+            raise SnapshotError(f"{os.fspath(path)} holds {info.n_layer} layers, and this model has {n_layer} of full "
+                                "attention: it is of another model. Run the prompt again")
+        of_file = {"page_size": info.page_size} | (_options_of(info) if preset is None else {})
+        for side in "kv":  # one for each layer comes before one for all
+            if f"{side}_format" in options:
+                of_file.pop(f"layer_{side}_formats", None)
+        cache = cls(config, "TQ4" if preset is None else preset, **(of_file | options))
         cache.seqs, of_means = split(cache.store, cache.store.load(path), info.exact_bytes)
         cache._columns = Columns.left_padded([cache.store.length(seq) for seq in cache.seqs])
         for layer in cache._compressed:
-            layer.n_columns = cache._columns.n
+            layer.n_columns, layer.is_initialized = cache._columns.n, True
         if device is not None:
             cache._use(_with_index(torch.device(device)), of_means)
         if isinstance(cache.store, _cache.Cache):
             cache._free(of_means)
         return cache
+
+
+def _options_of(info: _cache.Snapshot) -> dict[str, Any]:
+    """What a file says of how its cache was made."""
+    found: dict[str, Any] = {"n_sink": info.n_sink, "n_recent": info.n_recent, "k_ref_block": info.k_ref_block,
+                             "seed": info.seed}
+    for side, formats in (("k", info.k_formats), ("v", info.v_formats)):
+        same = len(set(formats)) == 1
+        found |= {f"{side}_format": formats[0]} if same else {f"layer_{side}_formats": formats}
+    return found
 
 
 def _with_index(device: torch.device) -> torch.device:
@@ -518,13 +574,23 @@ def _copy_layer(layer: Any, owner: TurboQuantCache, memo: dict) -> Any:
     return other
 
 
-def _head_shape(config: Any) -> tuple[int, int]:
-    """(n_head_kv, head_dim), as models read their configuration. A layer of another shape is refused when it comes."""
+def _head_shape(config: Any, numbers: Sequence[int]) -> tuple[int, int, int]:
+    """(n_head_kv, head_dim, head_dim_v) of these layers, as models read their configuration. A layer of another shape is
+    refused when it comes."""
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedError("models with latent attention (kv_lora_rank) are not supported: use DynamicCache")
+    of_layers = getattr(config, "per_layer_config", None)
+    shapes = {_shape_of_layer(of_layers[i] if of_layers else config) for i in numbers}
+    if len(shapes) > 1:
+        raise UnsupportedError("layers of full attention have different shapes (KV heads, head_dim of keys and of values: "
+                               f"{', '.join(map(str, sorted(shapes)))}), and this cache has one for all. Use DynamicCache")
+    return shapes.pop()
+
+
+def _shape_of_layer(config: Any) -> tuple[int, int, int]:
     n_head = config.num_attention_heads
-    n_head_kv = getattr(config, "num_key_value_heads", None) or n_head
-    return n_head_kv, getattr(config, "head_dim", None) or config.hidden_size // n_head
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_head
+    return getattr(config, "num_key_value_heads", None) or n_head, head_dim, getattr(config, "v_head_dim", None) or head_dim
 
 
 def _stock_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -539,6 +605,18 @@ def _stock_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
     return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
 
 
+def _refuse_ordinary(module: torch.nn.Module) -> NoReturn:
+    got = f'the attention implementation "{NAME}" got ordinary keys in {type(module).__name__}'
+    text_alone = ("model.set_attn_implementation('sdpa'), and then, for the text part of a model with images or sound alone, "
+                  f'model.set_attn_implementation({{"text_config": "{NAME}"}})')
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedError(f"{got}, which sees all tokens at once and has no cache. Call {text_alone}. Models with an "
+                               "encoder for text are not supported")
+    raise ArgumentError(f"{got}: pass cache=TurboQuantCache(config=model.config) to each call of the model. If one was passed, "
+                        "this pass is not of that call's cache (guidance_scale adds a pass, and other parts of the model have "
+                        f"passes): call {text_alone}")
+
+
 @torch.compiler.disable
 def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, attention_mask: torch.Tensor | None,
                       dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any
@@ -548,8 +626,7 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, va
         return _stock_attention(module, query, key.tensor, value.tensor, attention_mask, dropout=dropout, scaling=scaling,
                                 is_causal=is_causal, **kwargs)
     if not isinstance(key, _Compressed):
-        raise ArgumentError(f'the attention implementation "{NAME}" got ordinary keys: pass cache=TurboQuantCache('
-                            "config=model.config), or call model.set_attn_implementation('sdpa')")
+        _refuse_ordinary(module)
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) not in (None, False):
             raise UnsupportedError(f"there is no {what}. Use DynamicCache and another attention implementation")
@@ -560,6 +637,10 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, va
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedError(f"a mask of {attention_mask.ndim} dimensions is not supported: give attention_mask as "
                                "[n_batch, n_tok], with zeros for padding")
+    if key.is_appended:
+        raise UnsupportedError(f"{type(module).__name__} attends to keys and values that another layer has brought, which this "
+                               "cache cannot give it. Use DynamicCache and model.set_attn_implementation('sdpa')")
+    key.is_appended = True
     return key.layer.attend(module, query, key.rows, value.rows, attention_mask, scaling, kwargs.get("softcap"),
                             kwargs.get("s_aux")), None
 
