@@ -152,26 +152,36 @@ static int32_t read_signature(const tq_store *store, const tq_window *window, in
     return n;
 }
 
-/* Are five of eight of the window's keys different from all before them? */
+static bool is_same(const float *one, const float *other, int32_t n)
+{
+    double distance = 0, square = 0;
+    for (int32_t j = 0; j < n; j++) {
+        double difference = (double)one[j] - (double)other[j];
+        distance += difference * difference;
+        square += (double)one[j] * (double)one[j];
+    }
+    return distance <= DIFFERENT * square;
+}
+
+/* Are five of eight of the window's keys different from all before them, and is none of them most of the window? */
 static bool has_variety(const tq_store *store, const tq_window *window)
 {
     float known[SIGNATURES_MAX][SIGNATURE_MAX], signature[SIGNATURE_MAX];
-    int32_t n = window->n < SIGNATURES_MAX ? window->n : SIGNATURES_MAX, n_known = 0;
+    int32_t count[SIGNATURES_MAX], n_known = 0, n = window->n < SIGNATURES_MAX ? window->n : SIGNATURES_MAX;
     for (int32_t i = 0; i < n; i++) {
-        int32_t n_groups = read_signature(store, window, (int32_t)((int64_t)i * window->n / n), signature);
-        bool is_new = true;
-        for (int32_t k = 0; k < n_known && is_new; k++) {
-            double distance = 0, square = 0;
-            for (int32_t j = 0; j < n_groups; j++) {
-                double difference = (double)signature[j] - (double)known[k][j];
-                distance += difference * difference;
-                square += (double)signature[j] * (double)signature[j];
-            }
-            is_new = distance > DIFFERENT * square;
+        int32_t n_groups = read_signature(store, window, (int32_t)((int64_t)i * window->n / n), signature), k = 0;
+        while (k < n_known && !is_same(signature, known[k], n_groups)) k++;
+        if (k == n_known) {
+            memcpy(known[k], signature, (size_t)n_groups * sizeof *signature);
+            count[k] = 0;
+            n_known++;
         }
-        if (is_new) memcpy(known[n_known++], signature, sizeof signature);
+        count[k]++;
     }
-    return 8 * n_known >= 5 * n;
+    int64_t squares = 0;
+    for (int32_t k = 0; k < n_known; k++) squares += count[k] * count[k];
+    /* n * n / squares is the number of keys that would be as unlike each other if all were equally frequent. */
+    return 8 * n_known >= 5 * n && 4 * n >= squares;
 }
 
 /* The mean squared error of coding a head's window, in the scaled basis that is coded. */
