@@ -31,6 +31,8 @@
  * different ones among 64 in the first layer, and nearly 64 in others; loops of two to ten tokens have at most 25.
  */
 #define DIFFERENT 0.01
+/* Of fewer keys than these the energies of channels say little. */
+#define KEYS_MIN 16
 #define SIGNATURES_MAX 64
 #define SIGNATURE_MAX 64
 /* For recoding: columns of a piece of work where no reference ties them, and the most threads. */
@@ -180,8 +182,8 @@ static bool has_variety(const tq_store *store, const tq_window *window)
     }
     int64_t squares = 0;
     for (int32_t k = 0; k < n_known; k++) squares += count[k] * count[k];
-    /* n * n / squares is the number of keys that would be as unlike each other if all were equally frequent. */
-    return 8 * n_known >= 5 * n && 4 * n >= squares;
+    /* n * n / squares is the number of keys if all were equally frequent. */
+    return n >= KEYS_MIN && 8 * n_known >= 5 * n && 4 * n >= squares;
 }
 
 /* The mean squared error of coding a head's window, in the scaled basis that is coded. */
