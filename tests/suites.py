@@ -251,8 +251,8 @@ def plugin_suites():
     for name, classes in quick.items():
         yield plugin_suite(f"plug-in/{name}", f"test_{name}", *classes, tier="test", rooms=("plugins",))
     yield plugin_suite("plug-in/all hosts", "test_hosts", "AllHosts", part="plug-in")
-    yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "DamagedUnifiedServer", part="plug-in")
-    yield plugin_suite("plug-in/first request", "test_server", "FirstRequest", part="plug-in")
+    yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "DamagedUnifiedServer", "FirstRequest",
+                       part="plug-in")
     # Other processors' sums in llama.cpp, and their kernels here.
     variants = {"avx2": " avx2 ", "avx512": " avx512_vnni "}
     for variant in (name for name, flag in variants.items() if flag in cpu_flags()):
