@@ -246,12 +246,13 @@ def absent(*paths):
 def plugin_suites():
     """The plug-in in stock llama.cpp. tests/plugin/common.py explains the environment."""
     quick = {"abi": (), "ctypes": (), "key_bias": (), "log": (), "options": (), "refusals": (), "tools": (),
-             "hosts": ("Hosts",), "server": ("Server", "CodedServer"), "quality": ("ShortQuality",),
+             "hosts": ("Hosts",), "server": ("Server", "CodedServer", "DamagedServer"), "quality": ("ShortQuality",),
              "eval": ("Parsing", "Needles", "Waiting", "Runs")}
     for name, classes in quick.items():
         yield plugin_suite(f"plug-in/{name}", f"test_{name}", *classes, tier="test", rooms=("plugins",))
     yield plugin_suite("plug-in/all hosts", "test_hosts", "AllHosts", part="plug-in")
-    yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", part="plug-in")
+    yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "DamagedUnifiedServer", "FirstRequest",
+                       part="plug-in")
     # Other processors' sums in llama.cpp, and their kernels here.
     variants = {"avx2": " avx2 ", "avx512": " avx512_vnni "}
     for variant in (name for name, flag in variants.items() if flag in cpu_flags()):

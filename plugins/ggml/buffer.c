@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "damage.h"
 #include "log.h"
 
 #define ALIGNMENT 64
@@ -38,6 +39,7 @@ static void kv_free(ggml_backend_buffer_t buffer)
     for (size_t i = 0; i < kvs->n; i++) {
         if (kvs->tensors[i]->is_refused) atomic_fetch_sub(&kvs->device->n_refused, 1);
         tq_ggml_kv_release(kvs->tensors[i]);
+        free(kvs->tensors[i]->damaged);
         free(kvs->tensors[i]);
     }
     free(kvs->tensors);
@@ -79,6 +81,11 @@ static bool add_tensor(kv_buffer *kvs, ggml_backend_buffer_t buffer, struct ggml
     kv->n_slots = t->ne[1];
     kv->n_stream = t->ne[2];
     kv->bytes = tq_ggml_kv_estimate(kvs->device, t);
+    kv->damaged = calloc((size_t)kv->n_slots, (size_t)kv->n_stream);
+    if (!kv->damaged) {
+        free(kv);
+        return false;
+    }
     kvs->tensors[kvs->n++] = kv;
     t->extra = kv;
     return true;
@@ -120,7 +127,7 @@ static void kv_memset_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t
     void *data = malloc(size);
     if (!data) {
         tq_ggml_log(TQ_LOG_ERROR, "%s: out of memory; it can't be set", t->name);
-        ((tq_ggml_kv_tensor *)tq_ggml_root(t)->extra)->is_damaged = true;
+        tq_ggml_damage_mark_bytes(tq_ggml_root(t)->extra, tq_ggml_root_offset(t) + offset, size);
         return;
     }
     memset(data, value, size);
@@ -143,8 +150,11 @@ static bool kv_cpy_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor
     if (!same_shape || from->layer != to->layer || from->is_value != to->is_value ||
         tq_ggml_host.ggml_nbytes(src) != stream_bytes || src_offset % stream_bytes != 0 || dst_offset % stream_bytes != 0)
         return false;
-    bool ok = tq_ggml_kv_copy_stream(to, (int64_t)(dst_offset / stream_bytes), from, (int64_t)(src_offset / stream_bytes));
-    to->is_damaged |= from->is_damaged || !ok;
+    int64_t to_stream = (int64_t)(dst_offset / stream_bytes), from_stream = (int64_t)(src_offset / stream_bytes);
+    if (tq_ggml_kv_copy_stream(to, to_stream, from, from_stream))
+        tq_ggml_damage_copy(to, to_stream, from, from_stream);
+    else
+        tq_ggml_damage_mark(to, to_stream, 0, to->n_slots);
     return true;
 }
 

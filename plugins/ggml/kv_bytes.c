@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "damage.h"
 #include "key_bias.h"
 #include "kv_tensor.h"
 #include "log.h"
@@ -77,6 +78,15 @@ static void clamp_to_fp16(float *x, int64_t n)
     for (int64_t i = 0; i < n; i++) x[i] = x[i] > FP16_MAX ? FP16_MAX : x[i] < -FP16_MAX ? -FP16_MAX : x[i];
 }
 
+/* A damaged row must not be saved as values: all bits set is NaN. */
+static void mark_damage(const tq_ggml_kv_tensor *kv, const piece *p, uint8_t *to)
+{
+    size_t bytes = p->bytes / (size_t)p->n_rows;
+    for (int64_t i = 0; i < p->n_rows; i++) {
+        if (tq_ggml_damage_is_marked(kv, p->stream, p->first_slot + i)) memset(to + (size_t)i * bytes, 0xff, bytes);
+    }
+}
+
 bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out)
 {
     if (!check_range(kv, offset, size) || tq_ggml_stage_settle_all(kv) != TQ_OK) return false;
@@ -91,6 +101,7 @@ bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *ou
             clamp_to_fp16(rows, p.n_rows * kv->n_embd);
             tq_ggml_host.ggml_fp32_to_fp16_row(rows + p.first_byte / sizeof(ggml_fp16_t), (ggml_fp16_t *)(void *)to,
                                                (int64_t)(p.bytes / sizeof(ggml_fp16_t)));
+            mark_damage(kv, &p, to);
         }
         to += p.bytes;
         offset += p.bytes;
@@ -125,22 +136,38 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
     return tq_store_update(store, slots, 1, rows, kv->n_embd, NULL);
 }
 
+/* Row by row where not all of them can be taken: the others are what they should be. False: some are damaged. */
+static bool write_rows(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows)
+{
+    bool ok = write_piece(kv, p, from, rows) == TQ_OK;
+    if (!ok && p->n_rows > 1) {
+        for (int64_t i = 0; i < p->n_rows; i++) {
+            piece one = {p->stream, p->first_slot + i, 1, 0, row_bytes(kv)};
+            write_rows(kv, &one, from + (size_t)i * row_bytes(kv), rows);
+        }
+        return false;
+    }
+    if (!ok) tq_ggml_damage_mark(kv, p->stream, p->first_slot, p->n_rows);
+    bool is_whole = p->bytes == (size_t)p->n_rows * row_bytes(kv);
+    for (int64_t i = 0; ok && is_whole && i < p->n_rows; i++) tq_ggml_damage_heal(kv, p->stream, p->first_slot + i);
+    return ok;
+}
+
 bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in)
 {
-    /* ggml's set_tensor can't fail, so a state that could not be taken shows at the next attention. */
     bool ok = check_range(kv, offset, size) && tq_ggml_stage_settle_all(kv) == TQ_OK;
     float *rows = ok ? allocate_rows(kv) : NULL;
     ok = rows != NULL;
+    if (!ok) tq_ggml_damage_mark_bytes(kv, offset, size);
     const uint8_t *from = in;
-    while (ok && size > 0) {
+    while (rows && size > 0) {
         piece p = next_piece(kv, offset, size);
-        ok = write_piece(kv, &p, from, rows) == TQ_OK;
+        ok &= write_rows(kv, &p, from, rows);
         from += p.bytes;
         offset += p.bytes;
         size -= p.bytes;
     }
     free(rows);
-    if (!ok) kv->is_damaged = true;
     return ok;
 }
 

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include "buffer.h"
+#include "damage.h"
 #include "key_bias.h"
 #include "log.h"
 #include "stages.h"
@@ -399,7 +400,7 @@ void tq_ggml_kv_release(tq_ggml_kv_tensor *kv)
 
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv)
 {
-    kv->is_damaged = false;
+    tq_ggml_damage_clear(kv);
     tq_ggml_stage_forget(kv);
     if (!kv->memory) return;
     /* Fresh pages read as zeros, which are empty stores, and are not resident; writing zeros would make all of them so. */

@@ -20,6 +20,8 @@ typedef struct tq_ggml_kv_tensor {
     int64_t n_embd, n_slots, n_stream;
     struct tq_ggml_key_bias *key_bias; /* found before binding, or NULL: key_bias.h */
     size_t bytes;                      /* of all streams' stores; an estimate until bound */
+    uint8_t *damaged;                  /* [n_stream, n_slots]: damage.h */
+    int64_t n_damaged;
     /* From here on zero until bound. */
     int32_t head_dim, n_head_kv;
     tq_format format;
@@ -32,7 +34,6 @@ typedef struct tq_ggml_kv_tensor {
     tq_store *raised;
     size_t raised_bytes;
     bool is_refused; /* its attention can't be served: nothing may use it */
-    bool is_damaged; /* a state with NaN was set: no attention until it is cleared */
 } tq_ggml_kv_tensor;
 
 /* Rows of a KV tensor that a view selects: all heads of slots first_slot ... of streams first_stream ... */

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "damage.h"
 #include "log.h"
 #include "ops.h"
 
@@ -148,6 +149,19 @@ static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_at
     return status;
 }
 
+/* Do the queries see no cell whose state could not be taken? */
+static bool is_whole(const attention *a, const tq_attend_params *p, int64_t stream)
+{
+    int64_t cell = tq_ggml_damage_find(a->keys.kv, stream, a->keys.n_slots, p);
+    if (cell < 0) cell = tq_ggml_damage_find(a->values.kv, stream, a->keys.n_slots, p);
+    if (cell < 0) return true;
+    tq_ggml_log(TQ_LOG_ERROR,
+                "layer %d: cell %lld was restored from a state that holds NaN or infinity: erase the sequence, or restore "
+                "another state into it",
+                (int)a->keys.kv->layer, (long long)cell);
+    return false;
+}
+
 enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_tensor *op)
 {
     attention a;
@@ -156,11 +170,6 @@ enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_te
     tq_ggml_kv_tensor *at_fault = find_views(&a, worker->device, op, why, sizeof why);
     if (at_fault) {
         tq_ggml_kv_refuse(at_fault, why);
-        return GGML_STATUS_FAILED;
-    }
-    if (a.keys.kv->is_damaged || a.values.kv->is_damaged) {
-        tq_ggml_log(TQ_LOG_ERROR, "layer %d: a state that could not be taken was set; clear the cache to go on",
-                    (int)a.keys.kv->layer);
         return GGML_STATUS_FAILED;
     }
     tq_attend_params p;
@@ -181,6 +190,7 @@ enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_te
     }
     for (int64_t i = 0; i < a.keys.n_stream; i++) {
         fill_params(&p, &a, op, i);
+        if (!is_whole(&a, &p, a.keys.first_stream + i)) return GGML_STATUS_FAILED;
         tq_status status = attend_stream(worker, &a, &p, a.keys.first_stream + i);
         if (status != TQ_OK) return status == TQ_ERR_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
     }

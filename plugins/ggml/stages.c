@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include "damage.h"
+
 static void unbind(tq_ggml_stage *s)
 {
     if (s->kv) s->kv->stages[s->stream] = NULL;
@@ -42,6 +44,7 @@ tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int6
     if (status == TQ_OK && !s) status = find_free(stages, &s);
     if (status == TQ_OK) status = tq_store_stage(kv->stores[stream], s->stage, slots, n, rows, row_stride);
     if (status != TQ_OK) return status;
+    for (int64_t i = 0; i < n; i++) tq_ggml_damage_heal(kv, stream, slots[i]);
     s->kv = kv;
     s->stream = stream;
     s->is_pending = true;
@@ -88,7 +91,8 @@ void tq_ggml_stages_free(tq_ggml_stages *stages)
     for (size_t i = 0; i < stages->n; i++) {
         tq_ggml_stage *s = stages->list[i];
         /* Rows that nobody attended to still belong to the cache. */
-        if (s->kv && tq_ggml_stage_settle(s->kv, s->stream, NULL, NULL) != TQ_OK) s->kv->is_damaged = true;
+        if (s->kv && tq_ggml_stage_settle(s->kv, s->stream, NULL, NULL) != TQ_OK)
+            tq_ggml_damage_mark(s->kv, s->stream, 0, s->kv->n_slots);
         unbind(s);
         tq_stage_free(s->stage);
         free(s);

@@ -169,7 +169,7 @@ tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *
     return status;
 }
 
-static tq_status learn_queries(tq_store *store, const tq_attend_params *queries)
+static tq_status check_queries(const tq_store *store, const tq_attend_params *queries)
 {
     if (!queries) return TQ_OK;
     if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) || queries->n_head < 1 ||
@@ -178,7 +178,6 @@ static tq_status learn_queries(tq_store *store, const tq_attend_params *queries)
         tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads, or a stride is out of range", store->label);
         return TQ_ERR_ARGUMENT;
     }
-    tq_store_learn_queries(store, queries);
     return TQ_OK;
 }
 
@@ -189,9 +188,13 @@ tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_para
         tq_log(TQ_LOG_ERROR, "%s: settle: no rows are staged for it", store->label);
         return TQ_ERR_ARGUMENT;
     }
-    TQ_TRY(learn_queries(store, queries));
-    tq_store_rows rows = {
-        .slots = stage->slots, .n = stage->n_rows, .staged = {stage->data, stage->head_stride_bytes, stage->index}};
+    TQ_TRY(check_queries(store, queries));
+    bool is_paired = queries && queries->n_query == stage->n_rows;
+    if (queries && !is_paired) tq_store_learn_queries(store, queries, 0, queries->n_query);
+    tq_store_rows rows = {.slots = stage->slots,
+                          .n = stage->n_rows,
+                          .staged = {stage->data, stage->head_stride_bytes, stage->index},
+                          .queries = is_paired ? queries : NULL};
     tq_store_put(store, &rows, executor);
     stage->is_settled = true;
     return TQ_OK;
@@ -215,7 +218,8 @@ tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_pa
                stage->label);
         return TQ_ERR_SHAPE;
     }
-    TQ_TRY(learn_queries(to, queries));
+    TQ_TRY(check_queries(to, queries));
+    if (queries) tq_store_learn_queries(to, queries, 0, queries->n_query);
     tq_stage_replay(stage, to, executor);
     return TQ_OK;
 }

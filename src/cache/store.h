@@ -25,12 +25,16 @@ typedef struct tq_store_header {
     int32_t n_queries; /* query tokens in the energies, at most n_sink + n_recent */
     int32_t has_errors;
     uint64_t bias_hash; /* of the key bias that slots are coded without, 0 for none; set with channels */
-    int32_t reserved[10];
+    int32_t n_left;     /* slots that left the ring since the channels were looked at last */
+    int32_t reserved[9];
 } tq_store_header;
 _Static_assert(sizeof(tq_store_header) == 64, "the exact ids begin at the next 64-byte boundary");
 
-/* Frozen when the first slot is encoded: PLAIN needs no factors. Anything but BALANCED is read as no factors. */
-enum tq_store_channels { TQ_CHANNELS_OPEN = 0, TQ_CHANNELS_PLAIN = 1, TQ_CHANNELS_BALANCED = 2 };
+/*
+ * Set when the first slot is encoded: PLAIN needs no factors, WAITING has seen too little to tell. Anything but BALANCED is
+ * read as no factors.
+ */
+enum tq_store_channels { TQ_CHANNELS_OPEN = 0, TQ_CHANNELS_PLAIN = 1, TQ_CHANNELS_BALANCED = 2, TQ_CHANNELS_WAITING = 3 };
 
 typedef struct tq_store_layout {
     int32_t n_sink, n_recent; /* as the format needs them */
@@ -100,6 +104,7 @@ typedef struct tq_store_rows {
     const float *rows;
     int64_t row_stride;
     tq_staged_rows staged;
+    const tq_attend_params *queries; /* one a row, to learn from, or NULL */
 } tq_store_rows;
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
@@ -109,10 +114,15 @@ int32_t tq_store_ring_next(const tq_store *store);
 int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
 
 /* store_learn.c: what a store learns from its first tokens. */
-/* Add the first query tokens to the energies, until there are enough; transformed, if keys are. */
-void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries);
-/* Decide the channels' factors and estimate the errors, if that is not done yet. A window of nothing decides for none. */
-void tq_store_freeze_channels(tq_store *store, const tq_window *window);
+/* Add n query tokens from `first` on to the energies, until there are enough; transformed, if keys are. */
+void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries, int64_t first, int64_t n);
+/* Has the store to look at its channels before a slot is encoded? */
+bool tq_store_must_decide(const tq_store *store);
+/*
+ * Decide the channels' factors and estimate the errors, or leave both for later if the window has too little variety. Recodes
+ * what is encoded, if anything is and factors are new. A window of nothing decides for none.
+ */
+void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq_executor *executor);
 /* Set the references of a slot's block to the window's mean, unless something is coded in the block already. */
 void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window);
 

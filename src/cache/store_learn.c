@@ -3,9 +3,14 @@
  * What a store learns from its first tokens: the factors of its channels, once (unless a calibration has transforms, which do
  * more), and the reference vector of each block, when the first slot of the block is encoded. Both are functions of the order
  * of writes alone, not of how they were batched.
+ *
+ * Tokens that repeat themselves say little of others. While the ring holds few different ones the store has no factors, and
+ * looks again each time the ring has been replaced; if factors then bring something, all that is encoded is recoded once.
  */
 #include <math.h>
+#include <string.h>
 
+#include "base/threads.h"
 #include "cache/store.h"
 #include "codec/transform.h"
 
@@ -15,17 +20,34 @@
 #define OUTLIER_RATIO 2.0
 #define STEPS_PER_OCTAVE 4
 #define STEP_MAX 100
-/* Channels without any energy count as this much of the mean. */
-#define ENERGY_FLOOR 1e-6
+/*
+ * A channel that did not vary among the first tokens may do so later, as slow RoPE pairs do when one token was repeated. So it
+ * counts as varying by this much of its own square, and by this much of the mean of all channels.
+ */
+#define FLOOR_OF_SQUARE 0.01
+#define FLOOR_OF_MEAN 1e-4
+/*
+ * Two keys are of different tokens if their signatures' squared distance is this much of a signature's square. Text has some 45
+ * different ones among 64 in the first layer, and nearly 64 in others; loops of two to ten tokens have at most 25.
+ */
+#define DIFFERENT 0.01
+/* Of fewer keys than these the energies of channels say little. */
+#define KEYS_MIN 16
+#define SIGNATURES_MAX 64
+#define SIGNATURE_MAX 64
+/* For recoding: columns of a piece of work where no reference ties them, and the most threads. */
+#define BLOCK_WITHOUT_REFERENCE 64
+#define THREADS_MAX 64
 
-void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries)
+void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries, int64_t first, int64_t n)
 {
     tq_store_header *header = tq_store_header_of(store);
-    if (!store->layout.balance || header->channels != TQ_CHANNELS_OPEN) return;
+    bool is_open = header->channels == TQ_CHANNELS_OPEN || header->channels == TQ_CHANNELS_WAITING;
+    if (!store->layout.balance || !is_open) return;
     int32_t head_dim = store->codec.head_dim, group = queries->n_head / store->n_head_kv;
     _Alignas(64) float transformed[TQ_HEAD_DIM_MAX];
     int32_t wanted = store->layout.n_sink + store->layout.n_recent;
-    for (int64_t i = 0; i < queries->n_query && header->n_queries < wanted; i++, header->n_queries++) {
+    for (int64_t i = first; i < first + n && header->n_queries < wanted; i++, header->n_queries++) {
         for (int32_t head = 0; head < queries->n_head; head++) {
             const float *q = queries->q + i * queries->q_token_stride + head * queries->q_head_stride;
             float *energy = tq_store_energies(store) + (size_t)(head / group) * (size_t)head_dim;
@@ -39,7 +61,7 @@ void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries)
     }
 }
 
-/* Per channel the energy around the mean, at least a little. */
+/* Per channel the energy around the mean, at least a part of that around zero. */
 static void window_energy(const tq_window *window, int32_t head, int32_t head_dim, double *energy)
 {
     float mean[TQ_HEAD_DIM_MAX], x[TQ_HEAD_DIM_MAX];
@@ -49,6 +71,10 @@ static void window_energy(const tq_window *window, int32_t head, int32_t head_di
         window->read(window->context, i, head, x);
         for (int32_t j = 0; j < head_dim; j++) energy[j] += (double)(x[j] - mean[j]) * (double)(x[j] - mean[j]);
     }
+    for (int32_t j = 0; j < head_dim; j++) {
+        double square = energy[j] + window->n * (double)mean[j] * (double)mean[j];
+        energy[j] = fmax(energy[j], FLOOR_OF_SQUARE * square);
+    }
 }
 
 /* False if there is no energy at all. */
@@ -56,7 +82,7 @@ static bool raise_to_floor(double *energy, int32_t n)
 {
     double sum = 0;
     for (int32_t j = 0; j < n; j++) sum += energy[j];
-    for (int32_t j = 0; j < n; j++) energy[j] = fmax(energy[j], ENERGY_FLOOR * sum / n);
+    for (int32_t j = 0; j < n; j++) energy[j] = fmax(energy[j], FLOOR_OF_MEAN * sum / n);
     return sum > 0 && isfinite(sum);
 }
 
@@ -110,6 +136,56 @@ static bool balance_head(const tq_store *store, int32_t head, const tq_window *w
     return balance_with_queries(key, query, n, steps);
 }
 
+/*
+ * What RoPE leaves as it is: the magnitudes of groups of four channels that hold both channels of their pairs, whether these
+ * are neighbours or half a head apart. Returns the number of groups.
+ */
+static int32_t read_signature(const tq_store *store, const tq_window *window, int32_t i, float *signature)
+{
+    int32_t head_dim = store->codec.head_dim, half = head_dim / 2, n = 0;
+    float x[TQ_HEAD_DIM_MAX];
+    for (int32_t head = 0; head < store->n_head_kv && n < SIGNATURE_MAX; head++) {
+        window->read(window->context, i, head, x);
+        for (int32_t j = 0; j + 1 < half && n < SIGNATURE_MAX; j += 2) {
+            const float *y = x + half + j;
+            signature[n++] = sqrtf(x[j] * x[j] + x[j + 1] * x[j + 1] + y[0] * y[0] + y[1] * y[1]);
+        }
+    }
+    return n;
+}
+
+static bool is_same(const float *one, const float *other, int32_t n)
+{
+    double distance = 0, square = 0;
+    for (int32_t j = 0; j < n; j++) {
+        double difference = (double)one[j] - (double)other[j];
+        distance += difference * difference;
+        square += (double)one[j] * (double)one[j];
+    }
+    return distance <= DIFFERENT * square;
+}
+
+/* Are five of eight of the window's keys different from all before them, and is none of them most of the window? */
+static bool has_variety(const tq_store *store, const tq_window *window)
+{
+    float known[SIGNATURES_MAX][SIGNATURE_MAX], signature[SIGNATURE_MAX];
+    int32_t count[SIGNATURES_MAX], n_known = 0, n = window->n < SIGNATURES_MAX ? window->n : SIGNATURES_MAX;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t n_groups = read_signature(store, window, (int32_t)((int64_t)i * window->n / n), signature), k = 0;
+        while (k < n_known && !is_same(signature, known[k], n_groups)) k++;
+        if (k == n_known) {
+            memcpy(known[k], signature, (size_t)n_groups * sizeof *signature);
+            count[k] = 0;
+            n_known++;
+        }
+        count[k]++;
+    }
+    int64_t squares = 0;
+    for (int32_t k = 0; k < n_known; k++) squares += count[k] * count[k];
+    /* n * n / squares is the number of keys if all were equally frequent. */
+    return n >= KEYS_MIN && 8 * n_known >= 5 * n && 4 * n >= squares;
+}
+
 /* The mean squared error of coding a head's window, in the scaled basis that is coded. */
 static double window_error(const tq_store *store, int32_t head, const tq_window *window)
 {
@@ -157,18 +233,123 @@ static void estimate_errors(tq_store *store, const tq_window *window)
     header->has_errors = true;
 }
 
-void tq_store_freeze_channels(tq_store *store, const tq_window *window)
+/* ---- factors for what was coded without ---- */
+
+typedef struct recode_task {
+    const tq_store *store;
+    const int8_t *steps;
+    int64_t block, n_blocks; /* columns that share a reference, if there are any */
+} recode_task;
+
+static void decode(const tq_store *store, const tq_codec *codec, tq_block block, float *x)
+{
+    const tq_format_kernels *format = &store->kernels->format[codec->traits->format];
+    _Alignas(64) float working[TQ_WIDTH_MAX];
+    format->expand(codec, block, 1, working);
+    format->finish(codec, working, 1, x);
+}
+
+static void encode(const tq_store *store, const tq_codec *codec, const float *x, tq_block block)
+{
+    store->kernels->format[codec->traits->format].encode(codec, x, codec->head_dim, 1, block);
+}
+
+/* Put factors on a block's reference. before, after: what it decodes to, zeros if the store has none. */
+static void recode_reference(const recode_task *task, const tq_page_view *pages, int32_t head, int64_t first, float *before,
+                             float *after)
+{
+    const tq_store *store = task->store;
+    size_t head_dim = (size_t)store->codec.head_dim;
+    memset(before, 0, head_dim * sizeof *before);
+    memset(after, 0, head_dim * sizeof *after);
+    if (!pages->ref_codec) return;
+    tq_block reference = tq_page_view_refs(pages, &store->codec, head, first);
+    if (reference.scales[0] == 0) return;
+    decode(store, pages->ref_codec, reference, before);
+    memcpy(after, before, head_dim * sizeof *after);
+    tq_scale_channels(task->steps + (size_t)head * head_dim, 1, store->codec.head_dim, after);
+    encode(store, pages->ref_codec, after, reference);
+    decode(store, pages->ref_codec, reference, after);
+}
+
+static bool was_encoded(const tq_codec *codec, tq_block block)
+{
+    for (int32_t i = 0; i < codec->traits->n_scales; i++) {
+        if (block.scales[i] != 0) return true;
+    }
+    return false;
+}
+
+static void recode_block(const recode_task *task, const tq_page_view *pages, int32_t head, int64_t first)
+{
+    const tq_store *store = task->store;
+    const tq_codec *codec = &store->codec;
+    int32_t head_dim = codec->head_dim;
+    _Alignas(64) float before[TQ_HEAD_DIM_MAX], after[TQ_HEAD_DIM_MAX], x[TQ_HEAD_DIM_MAX];
+    recode_reference(task, pages, head, first, before, after);
+    int64_t end = first + task->block < store->n_slots ? first + task->block : store->n_slots;
+    for (int64_t column = first; column < end; column++) {
+        tq_block block = tq_page_view_block(pages, codec, head, column);
+        if (!was_encoded(codec, block)) continue;
+        decode(store, codec, block, x);
+        for (int32_t j = 0; j < head_dim; j++) x[j] += before[j];
+        tq_scale_channels(task->steps + (size_t)head * (size_t)head_dim, 1, head_dim, x);
+        for (int32_t j = 0; j < head_dim; j++) x[j] -= after[j];
+        encode(store, codec, x, block);
+    }
+}
+
+static void recode_body(void *arg, int32_t i_thread, int32_t n_threads)
+{
+    const recode_task *task = arg;
+    tq_page_view pages = tq_store_view(task->store, NULL, 0).pages;
+    for (int64_t i = i_thread; i < task->n_blocks; i += n_threads) {
+        for (int32_t head = 0; head < task->store->n_head_kv; head++) recode_block(task, &pages, head, i * task->block);
+    }
+}
+
+static void recode(const tq_store *store, const tq_executor *executor)
+{
+    int32_t block = store->layout.ref_block > 0 ? store->layout.ref_block : BLOCK_WITHOUT_REFERENCE;
+    recode_task task = {store, tq_store_steps(store), block, (store->n_slots + block - 1) / block};
+    tq_run(executor, (int32_t)(task.n_blocks < THREADS_MAX ? task.n_blocks : THREADS_MAX), recode_body, &task);
+}
+
+static void decide(tq_store *store, const tq_window *window)
 {
     tq_store_header *header = tq_store_header_of(store);
-    if (header->channels != TQ_CHANNELS_OPEN) return;
-    header->channels = TQ_CHANNELS_PLAIN;
-    header->bias_hash = store->bias ? store->bias->hash : 0;
-    if (!store->layout.balance || window->n == 0) return;
-    for (int32_t head = 0; head < store->n_head_kv && !store->transforms; head++) {
-        int8_t *steps = tq_store_steps(store) + (size_t)head * (size_t)store->codec.head_dim;
-        if (balance_head(store, head, window, steps)) header->channels = TQ_CHANNELS_BALANCED;
+    bool may_learn = store->layout.balance && store->layout.n_recent > 0 && !store->transforms;
+    header->channels = may_learn ? TQ_CHANNELS_WAITING : TQ_CHANNELS_PLAIN;
+    if (may_learn && window->n > 0 && has_variety(store, window)) {
+        header->channels = TQ_CHANNELS_PLAIN;
+        for (int32_t head = 0; head < store->n_head_kv; head++) {
+            int8_t *steps = tq_store_steps(store) + (size_t)head * (size_t)store->codec.head_dim;
+            if (balance_head(store, head, window, steps)) header->channels = TQ_CHANNELS_BALANCED;
+        }
     }
-    estimate_errors(store, window);
+}
+
+bool tq_store_must_decide(const tq_store *store)
+{
+    const tq_store_header *header = tq_store_header_of(store);
+    return header->channels == TQ_CHANNELS_OPEN ||
+           (header->channels == TQ_CHANNELS_WAITING && store->layout.balance && header->n_left >= store->layout.n_recent);
+}
+
+void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq_executor *executor)
+{
+    tq_store_header *header = tq_store_header_of(store);
+    bool is_first = header->channels == TQ_CHANNELS_OPEN;
+    if (is_first) header->bias_hash = store->bias ? store->bias->hash : 0;
+    header->n_left = 0;
+    decide(store, window);
+    if (!is_first && header->channels == TQ_CHANNELS_BALANCED) recode(store, executor);
+    /* Errors that were not there at first would come too late: a guard can act only while all is held exactly. */
+    if (store->layout.balance && window->n > 0 && (is_first || header->has_errors)) estimate_errors(store, window);
+    if (header->channels != TQ_CHANNELS_WAITING) return;
+    /* The next window has queries of its own. */
+    header->n_queries = 0;
+    memset(tq_store_energies(store), 0, (size_t)store->n_head_kv * (size_t)store->codec.head_dim * sizeof(float));
 }
 
 /* Is something coded in the block of a slot? Then its reference is in use. */

@@ -19,6 +19,7 @@ typedef struct write_batch {
     tq_encode_job jobs[TQ_ENCODE_BATCH];
     int32_t n_jobs;
     int64_t max_column; /* of the jobs */
+    const tq_executor *executor;
 } write_batch;
 
 static int32_t *exact_ids(const tq_store *store)
@@ -86,13 +87,25 @@ static void read_window(const void *context, int32_t i, int32_t head, float *x)
     if (slot >= 0) tq_rows_subtract_bias(&batch->in, head, slot, x);
 }
 
+/* Before the ring changes: some jobs read it. */
+static void encode_jobs(write_batch *batch)
+{
+    if (batch->n_jobs > 0) tq_rows_encode(&batch->in, batch->jobs, batch->n_jobs, batch->executor);
+    batch->n_jobs = 0;
+    batch->max_column = -1;
+}
+
 /* What has to be known before a slot is encoded. The ring is full then, since the slot is about to leave it. */
 static void learn(write_batch *batch, int64_t slot, int32_t n_window)
 {
     tq_store *store = batch->store;
     tq_window window = {batch, n_window, read_window};
-    tq_store_freeze_channels(store, &window);
-    batch->in.channel_steps = tq_store_view(store, NULL, 0).channel_steps;
+    if (n_window > 0) tq_store_header_of(store)->n_left++;
+    if (tq_store_must_decide(store)) {
+        encode_jobs(batch); /* as they would be one by one */
+        tq_store_decide_channels(store, &window, batch->executor);
+        batch->in.channel_steps = tq_store_view(store, NULL, 0).channel_steps;
+    }
     if (store->layout.ref_block > 0) tq_store_set_reference(store, &batch->in, slot, &window);
 }
 
@@ -156,11 +169,10 @@ static void plan_update(write_batch *batch, int64_t slot, int32_t row)
     }
 }
 
-static void batch_commit(write_batch *batch, const tq_executor *executor)
+static void batch_commit(write_batch *batch)
 {
     tq_store *store = batch->store;
-    /* Before the ring changes: some jobs read it. */
-    if (batch->n_jobs > 0) tq_rows_encode(&batch->in, batch->jobs, batch->n_jobs, executor);
+    encode_jobs(batch);
     int32_t n_exact = store->layout.n_sink + store->layout.n_recent;
     for (int32_t i = 0; i < n_exact; i++) {
         if (batch->from[i] == NO_ROW) continue;
@@ -177,10 +189,12 @@ static void run_batches(tq_store *store, const tq_store_rows *rows, const tq_exe
         int32_t n = (int32_t)(rows->n - first < TQ_ENCODE_BATCH ? rows->n - first : TQ_ENCODE_BATCH);
         write_batch batch;
         batch_begin(&batch, store, rows, first);
+        batch.executor = executor;
         for (int32_t i = 0; i < n; i++) {
+            if (rows->queries) tq_store_learn_queries(store, rows->queries, first + i, 1);
             if (rows->slots[first + i] >= 0) plan_row(&batch, rows->slots[first + i], i);
         }
-        batch_commit(&batch, executor);
+        batch_commit(&batch);
     }
 }
 

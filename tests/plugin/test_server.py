@@ -4,7 +4,7 @@ import concurrent.futures
 import math
 
 from common import SETUP, TestCase, main, path_from_env
-from eval.llama import F16, Cache, running_server
+from eval.llama import F16, Cache, LlamaError, running_server
 
 TEXT = path_from_env("TQ_TEXT").read_text()
 N_CHARACTERS = 800  # some 190 tokens, of which TQ4 codes those between the first 4 and the last 64
@@ -127,6 +127,65 @@ class UnifiedServer(CodedServer):
     """Slots share the cells. One that is restored into others is added up in another order; its first tokens are coded now."""
 
     arguments = ("-kvu",)
+
+
+class DamagedServer(ServerCase):
+    """A slot's file with one value that is not a number: whoever uses that slot's tokens fails, until they are gone."""
+
+    arguments = ("--cache-ram", "0")  # the server would keep the damaged tokens for others, as it does with its own caches
+
+    def fails(self, prompt, slot):
+        try:
+            self.slots.complete(prompt, slot)
+        except LlamaError:
+            return True
+        return False
+
+    def restore_damaged(self, prompt, slot):
+        self.slots.complete(prompt, 0)
+        self.slots.server.post("/slots/0?action=save", filename="whole.bin")
+        data = bytearray((self.directory / "whole.bin").read_bytes())
+        middle = len(data) // 4 * 2
+        data[middle:middle + 2] = b"\x00\x7e"
+        (self.directory / "damaged.bin").write_bytes(data)
+        self.slots.server.post(f"/slots/{slot}?action=restore", filename="damaged.bin")
+
+    def test_only_who_uses_the_tokens_fails_until_they_are_gone(self):
+        prompt, other = prompts(2)
+        actions = {"erased": "erase", "restored": "restore"}
+        for name, action in actions.items():
+            with self.subTest(name):
+                self.restore_damaged(prompt, 1)
+                self.assertTrue(self.fails(prompt + " and", 1))
+                self.assertFalse(self.fails(other, 0))
+                self.assertFalse(self.fails(other, 2))
+                self.slots.server.post(f"/slots/1?action={action}", filename="whole.bin")
+                self.assertFalse(self.fails(prompt + " and", 1))
+        self.assertIn("erase the sequence", self.slots.server.read_log())
+
+    def test_another_prompt_overwrites_them(self):
+        prompt, other = prompts(2)
+        self.restore_damaged(prompt, 1)
+        self.assertFalse(self.fails(other, 1))
+
+
+class DamagedUnifiedServer(DamagedServer):
+    """The same where slots share the cells."""
+
+    arguments = ("-kvu", *DamagedServer.arguments)
+
+
+class FirstRequest(ServerCase):
+    """What repeats itself teaches a slot nothing: later requests are answered as without learning."""
+
+    def answers(self, options, first):
+        slots = self.start(Cache(f"TQ4:{options}"), "--cache-ram", "0")
+        return [slots.next_token(prompt, 0) for prompt in (first, *prompts(2))]
+
+    def test_repeated_words_teach_nothing(self):
+        for first in (" the" * 150, " the of" * 75, " the" * 90 + prompts(1)[0]):
+            with self.subTest(first[:20]):
+                self.assertEqual(self.answers("", first), self.answers("balance=off", first))
 
 
 if __name__ == "__main__":

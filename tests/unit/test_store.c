@@ -451,28 +451,35 @@ static void test_stage_without_memory(void **state)
     learner_deinit(&l);
 }
 
-/* Mean squared error per value of reading rows back that were written with their queries, exact ones left out. */
-static double coding_error(tq_format format, int32_t ref_block, bool balance, const float *rows, const float *q, int64_t n,
-                           const float *weight, learner *l)
+/* Mean squared error per value of slots [first, end). */
+static double error_of(const tq_store *store, const float *rows, const float *weight, int64_t first, int64_t end)
 {
-    learner_init(l, format, 4, 64, ref_block, balance);
-    float *out = kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *out), row[LEARN_ROW];
-    int64_t slots[400];
-    for (int64_t i = 0; i < n; i++) slots[i] = i;
-    tq_stage *stage;
-    assert_int_equal(tq_stage_create(&stage), TQ_OK);
-    for (int64_t first = 0; first < n; first += 50) learner_step(l, stage, slots, rows, q, first, 50, out);
+    float row[LEARN_ROW];
     double error = 0;
-    for (int64_t i = 4; i < n - 64; i++) {
-        assert_int_equal(tq_store_read(l->store, i, 1, row, LEARN_ROW), TQ_OK);
+    for (int64_t i = first; i < end; i++) {
+        assert_int_equal(tq_store_read(store, i, 1, row, LEARN_ROW), TQ_OK);
         for (int32_t j = 0; j < LEARN_ROW; j++) {
             double e = (double)(row[j] - rows[i * LEARN_ROW + j]) * (double)weight[j % LEARN_DIM];
             error += e * e;
         }
     }
+    return error / (double)((end - first) * LEARN_ROW);
+}
+
+/* Mean squared error per value of reading rows back that were written with their queries, exact ones left out. */
+static double coding_error(tq_format format, int32_t ref_block, bool balance, const float *rows, const float *q, int64_t n,
+                           const float *weight, learner *l)
+{
+    learner_init(l, format, 4, 64, ref_block, balance);
+    float *out = kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *out);
+    int64_t slots[400];
+    for (int64_t i = 0; i < n; i++) slots[i] = i;
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    for (int64_t first = 0; first < n; first += 50) learner_step(l, stage, slots, rows, q, first, 50, out);
     tq_stage_free(stage);
     free(out);
-    return error / (double)((n - 68) * LEARN_ROW);
+    return error_of(l->store, rows, weight, 4, n - 64);
 }
 
 static void test_references_take_means_away(void **state)
@@ -537,6 +544,117 @@ static void test_balance_makes_outliers_harmless(void **state)
     assert_true(balanced < 1.3 * ordinary);
     assert_true(outliers > 25 * ordinary);
     assert_true(without_queries < 0.1 * outliers);
+    free(rows);
+    free(q);
+}
+
+enum { REPEATED = 150, REPEATED_END = 400 };
+
+/* Keys and queries of `period` tokens over and over, turned by RoPE with each position in the first half of the pairs. */
+static void fill_repeated(kv_random *random, float *x, int32_t n_heads, int32_t period)
+{
+    float *token = kv_calloc((size_t)period * (size_t)n_heads * LEARN_DIM, sizeof *token);
+    kv_fill(random, token, (int64_t)period * n_heads * LEARN_DIM);
+    for (int32_t i = 0; i < REPEATED; i++) {
+        for (int32_t j = 0; j < n_heads * LEARN_DIM; j++) {
+            const float *from = token + i % period * n_heads * LEARN_DIM + j / LEARN_DIM * LEARN_DIM;
+            int32_t channel = j % LEARN_DIM, pair = channel % (LEARN_DIM / 2);
+            float angle = pair < LEARN_DIM / 4 ? (float)i * powf(0.7f, (float)pair) : 0;
+            float a = from[pair], b = from[pair + LEARN_DIM / 2];
+            x[i * n_heads * LEARN_DIM + j] =
+                channel == pair ? a * cosf(angle) - b * sinf(angle) : a * sinf(angle) + b * cosf(angle);
+        }
+    }
+    free(token);
+}
+
+/* What repeats itself says nothing of what follows: not a byte may differ from a store that never balances. */
+static void test_repeated_tokens_teach_nothing(void **state)
+{
+    (void)state;
+    kv_random random = {.state = 15};
+    float *rows = kv_calloc(REPEATED_END * LEARN_ROW, sizeof *rows), *q = kv_calloc(REPEATED_END * 2 * LEARN_ROW, sizeof *q);
+    float ones[LEARN_DIM];
+    for (int32_t j = 0; j < LEARN_DIM; j++) ones[j] = 1;
+    for (int32_t period = 1; period <= 16; period *= 2) {
+        for (int32_t has_queries = 0; has_queries < 2; has_queries++) {
+            kv_fill(&random, rows, REPEATED_END * LEARN_ROW);
+            kv_fill(&random, q, REPEATED_END * 2 * LEARN_ROW);
+            fill_repeated(&random, rows, LEARN_HEADS, period);
+            fill_repeated(&random, q, 2 * LEARN_HEADS, period);
+            if (!has_queries) memset(q, 0, REPEATED_END * 2 * LEARN_ROW * sizeof *q);
+            learner balanced, plain;
+            double error = coding_error(TQ_FORMAT_TT4, 64, true, rows, q, REPEATED_END, ones, &balanced);
+            double error_off = coding_error(TQ_FORMAT_TT4, 64, false, rows, q, REPEATED_END, ones, &plain);
+            assert_true(error == error_off);
+            learner_deinit(&balanced);
+            learner_deinit(&plain);
+        }
+    }
+    free(rows);
+    free(q);
+}
+
+/* After tokens that said nothing factors are still learnt, and what was encoded by then stays what it was. */
+static void test_factors_are_learnt_late(void **state)
+{
+    (void)state;
+    static const tq_format formats[] = {TQ_FORMAT_TT4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ8};
+    kv_random random = {.state = 16};
+    float *rows = kv_calloc(REPEATED_END * LEARN_ROW, sizeof *rows), *q = kv_calloc(REPEATED_END * 2 * LEARN_ROW, sizeof *q);
+    float weight[LEARN_DIM];
+    for (int32_t j = 0; j < LEARN_DIM; j++) weight[j] = j % 7 == 1 ? 1 / 30.0f : 1;
+    kv_fill(&random, rows, REPEATED_END * LEARN_ROW);
+    kv_fill(&random, q, REPEATED_END * 2 * LEARN_ROW);
+    fill_repeated(&random, rows, LEARN_HEADS, 1);
+    fill_repeated(&random, q, 2 * LEARN_HEADS, 1);
+    for (int64_t i = 0; i < REPEATED_END * LEARN_ROW; i++) rows[i] /= weight[i % LEARN_DIM];
+    for (int64_t i = 0; i < REPEATED_END * 2 * LEARN_ROW; i++) q[i] *= weight[i % LEARN_DIM];
+    for (int32_t i = 0; i < 3; i++) {
+        for (int32_t ref_block = 0; ref_block <= 64; ref_block += 64) {
+            learner balanced, plain;
+            coding_error(formats[i], ref_block, true, rows, q, REPEATED_END, weight, &balanced);
+            coding_error(formats[i], ref_block, false, rows, q, REPEATED_END, weight, &plain);
+            assert_int_equal(tq_store_header_of(balanced.store)->channels, TQ_CHANNELS_BALANCED);
+            double first = error_of(balanced.store, rows, weight, 4, REPEATED);
+            double first_off = error_of(plain.store, rows, weight, 4, REPEATED);
+            double later = error_of(balanced.store, rows, weight, 300, REPEATED_END - 64);
+            double later_off = error_of(plain.store, rows, weight, 300, REPEATED_END - 64);
+            assert_true(first < 1.5 * first_off);
+            assert_true(later < 0.1 * later_off);
+            learner_deinit(&balanced);
+            learner_deinit(&plain);
+        }
+    }
+    free(rows);
+    free(q);
+}
+
+/* Recoding included, a batch at once leaves the bytes of its rows one at a time. */
+static void test_late_factors_do_not_depend_on_batches(void **state)
+{
+    (void)state;
+    kv_random random = {.state = 17};
+    float *rows = kv_calloc(REPEATED_END * LEARN_ROW, sizeof *rows), *q = kv_calloc(REPEATED_END * 2 * LEARN_ROW, sizeof *q);
+    kv_fill(&random, rows, REPEATED_END * LEARN_ROW);
+    kv_fill(&random, q, REPEATED_END * 2 * LEARN_ROW);
+    fill_repeated(&random, rows, LEARN_HEADS, 1);
+    for (int64_t i = 0; i < REPEATED_END * LEARN_ROW; i++) rows[i] *= i % LEARN_DIM % 7 == 1 ? 30.0f : 1.0f;
+    for (int64_t i = 0; i < REPEATED_END * 2 * LEARN_ROW; i++) q[i] /= i % LEARN_DIM % 7 == 1 ? 30.0f : 1.0f;
+    float *out = kv_calloc(REPEATED_END * 2 * LEARN_ROW, sizeof *out);
+    int64_t slots[REPEATED_END];
+    for (int64_t i = 0; i < REPEATED_END; i++) slots[i] = i;
+    tq_stage *stage;
+    assert_int_equal(tq_stage_create(&stage), TQ_OK);
+    learner l[2];
+    for (int32_t i = 0; i < 2; i++) learner_init(&l[i], TQ_FORMAT_TT3, 4, 64, 64, true);
+    for (int64_t i = 0; i < REPEATED_END; i++) learner_step(&l[0], stage, slots, rows, q, i, 1, out);
+    learner_step(&l[1], stage, slots, rows, q, 0, REPEATED_END, out);
+    assert_int_equal(tq_store_header_of(l[0].store)->channels, TQ_CHANNELS_BALANCED);
+    assert_memory_equal(l[0].memory, l[1].memory, l[0].bytes);
+    for (int32_t i = 0; i < 2; i++) learner_deinit(&l[i]);
+    tq_stage_free(stage);
+    free(out);
     free(rows);
     free(q);
 }
@@ -717,6 +835,9 @@ int main(void)
         cmocka_unit_test(test_stage_without_memory),
         cmocka_unit_test(test_references_take_means_away),
         cmocka_unit_test(test_balance_makes_outliers_harmless),
+        cmocka_unit_test(test_repeated_tokens_teach_nothing),
+        cmocka_unit_test(test_factors_are_learnt_late),
+        cmocka_unit_test(test_late_factors_do_not_depend_on_batches),
         cmocka_unit_test(test_settle_into_another_format),
         cmocka_unit_test(test_settle_into_after_single_tokens),
         cmocka_unit_test(test_stores_that_do_not_match),
