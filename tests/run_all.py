@@ -134,21 +134,21 @@ def run_builds(chosen, durations):
     those that failed: a build whose compiler is not installed is only left out.
     """
     absent, n_failed = {}, 0
-    to_install = [what for build in chosen for what in build.setup]
-    if to_install:
-        output, trouble = run_commands("setup", [([ROOT / "scripts/setup.sh", *dict.fromkeys(to_install)], {})], 1800)
+    for build in chosen:
+        started = time.monotonic()
+        # A set-up that fails shows in what is missing then.
+        setup = [([ROOT / "scripts/setup.sh", *build.setup], {})] if build.setup else []
+        output, trouble = run_commands("setup-" + build.name, setup, 1800)
         if trouble:
             print(output)
-    for build in chosen:
         trouble = build.missing
         if not trouble:
-            started = time.monotonic()
             output, trouble = run_commands("build-" + build.name, [(command, {}) for command in build.commands], 1800)
-            durations.keep("build " + build.name, time.monotonic() - started)
             if trouble:
                 n_failed += 1
                 print("\n".join(output.splitlines()[-60:]))
-            say(f"build {build.name}: {trouble or 'ok'} ({time.monotonic() - started:.1f} s)")
+        durations.keep("build " + build.name, time.monotonic() - started)
+        say(f"build {build.name}: {trouble or 'ok'} ({time.monotonic() - started:.1f} s)")
         if trouble:
             absent[build.name] = trouble
     return absent, n_failed
