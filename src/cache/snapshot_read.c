@@ -156,7 +156,7 @@ static tq_status read_sequence(loader *l, record *out)
 {
     if (!take_int(l, &out->n_pages) || !take_int(l, &out->exact)) return corrupt("a sequence is cut off");
     bool has_exact = l->cache->exact_bytes > 0;
-    if (out->n_pages < 0 || out->n_pages > l->cache->pool.n_pages || out->exact < -1 || out->exact >= l->header.n_exact ||
+    if (out->n_pages < 0 || out->n_pages > l->header.n_pages || out->exact < -1 || out->exact >= l->header.n_exact ||
         has_exact != (out->exact >= 0))
         return corrupt("a sequence makes no sense");
     out->numbers = (const void *)take(l, (size_t)l->cache->n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t));

@@ -579,6 +579,11 @@ static void test_refusals_give_up_nothing(void **state)
     assert_int_equal(tq_cache_reserve(cache, fork, 1), TQ_ERR_FULL);
     assert_int_equal(tq_cache_seq_import(cache, fork, 200, 0, pages, exact, exact_bytes), TQ_ERR_FULL);
     assert_int_equal(tq_cache_load(cache, path, &seq, 1, &n_seq), TQ_ERR_FULL);
+    p.n_pages = 4; /* fewer than the one sequence has */
+    tq_cache *tiny;
+    assert_int_equal(tq_cache_create(&tiny, &p), TQ_OK);
+    assert_int_equal(tq_cache_load(tiny, path, &seq, 1, &n_seq), TQ_ERR_FULL);
+    tq_cache_free(tiny);
     write_lie();
     assert_int_equal(tq_cache_load(cache, path, &seq, 1, &n_seq), TQ_ERR_CORRUPT);
     tq_cache_stats stats = stats_of(cache);
