@@ -155,9 +155,9 @@ def run_builds(chosen, durations):
 
 
 def part_seconds(suites, durations, jobs=2):
-    """What a part takes by the clock: its builds, then its suites side by side."""
-    return (sum(durations.of("build " + build.name) for build in chosen_builds(suites))
-            + sum(durations.of(suite.name) for suite in suites) / jobs)
+    """What a part takes by the clock: its builds, then its suites side by side, the longest of them at least."""
+    seconds = [durations.of(suite.name) for suite in suites]
+    return sum(durations.of("build " + build.name) for build in chosen_builds(suites)) + max(sum(seconds) / jobs, *seconds, 0)
 
 
 def deal_shards(suites, n_shards):
