@@ -30,7 +30,7 @@ run:  ## the answer of a real model with and without the plug-in, and a table of
 	@$(PYTHON) scripts/report.py --only table --csv build/report.csv
 
 .PHONY: test
-test: test-deps  ## what `make check` tests, a sanitizer, each instruction set, small models and the real one: 10 minutes once set up
+test: test-deps  ## all of check, a sanitizer, each instruction set, small models and the real one: 10 minutes once set up
 	$(PYTHON) tests/run_all.py test
 
 .PHONY: test-full
