@@ -19,7 +19,8 @@ target_include_directories(ggml-turboquant SYSTEM PRIVATE ${TQ_GGML_DIR}/include
 target_link_libraries(ggml-turboquant PRIVATE turboquant_static tq_flags Threads::Threads m ${CMAKE_DL_LIBS})
 target_link_options(ggml-turboquant PRIVATE -Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/plugin.map)
 
-# Goes into stock programs beside the plug-in (tools/eval/llama.py). These have no sanitizer's runtime, so it has no sanitizer.
+# Goes into stock programs together with the plug-in (tools/eval/llama.py). These have no sanitizer's runtime, so it has no
+# sanitizer.
 if(NOT TQ_SANITIZE)
     add_library(tq-flush-log MODULE tools/flush_log.c)
     set_target_properties(tq-flush-log PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})

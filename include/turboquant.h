@@ -11,10 +11,10 @@
  *  - Every struct that a caller fills starts with struct_size; the matching *_default function sets it.
  *  - Strides are in elements unless the name ends in _bytes. Shapes are written [n_tok, n_head_kv, head_dim], last dimension
  *    contiguous.
- *  - Counts and handles are checked, memory is not: a handle comes from its create, open or load function and has not been
- * freed; a pointer to n things points to n, or is NULL where that is allowed or n is 0; a text ends with a zero byte; strides
- * stay within what is pointed to. NULL elsewhere, negative and enormous counts are errors, never crashes.
- *  - Give threads that call the library, or that an executor runs, 256 KiB of stack at least; about half of it is used.
+ *  - Counts are checked, memory is not: a handle comes from its create, open or load function and has not been freed; a
+ *    pointer to n things points to n, or is NULL where that is allowed or n is 0; a text ends with a zero byte; strides stay
+ *    within what is pointed to. NULL elsewhere, negative and enormous counts are errors, never crashes.
+ *  - Threads that call the library, or that an executor runs, need 256 KiB of stack.
  *  - The library never prints, exits or aborts. It keeps no copy of a caller's pointer beyond the call, unless stated.
  */
 #ifndef TURBOQUANT_H
@@ -390,7 +390,7 @@ TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_sto
  *
  * fork(): a child has a cache of its own with what the parent's holds, whatever the parent's threads are doing; of a sequence
  * that one of them was changing it can only free its copy. With an offload file, which the two would share, there is no such
- * copy: every call in the child but tq_cache_free is an ARGUMENT error, and that leaves the parent's file alone.
+ * copy: every call in the child but tq_cache_free is an ARGUMENT error, and the parent's file stays as it is.
  */
 typedef struct tq_cache tq_cache;
 typedef struct tq_cache_params {

@@ -50,7 +50,7 @@ if [ "$(cat "$folder/.built" 2>/dev/null)" != "$key" ]; then
     cp -P "$stock"/llama-* "$libraries"/lib*.so* "$folder/bin"
     rm "$folder/bin"/libggml-cpu.so*
     cp -P "$folder/build/bin"/libggml-cpu.so* "$folder/bin"
-    # All name the stock folder as the place of their libraries: let them look beside themselves.
+    # All name the stock folder as the place of their libraries: let them look in their own folder.
     for file in "$folder/bin"/*; do
         if [ -L "$file" ] || ! readelf -d "$file" | grep -qE '\((RUNPATH|RPATH)\)'; then continue; fi
         echo "file(RPATH_SET FILE \"$file\" NEW_RPATH \"\$ORIGIN\")"

@@ -43,7 +43,7 @@ class Effort:
 # llama-bench fills the cache to the depth, and stock caches of quantized values take most of the table's time for that: after
 # 4096 tokens q4_0 reads 37 tokens per second on 2 cores. Half the depth takes less than a third of it.
 SHORT, FULL = Effort(2048, 256, 32, 1), Effort(4096, 512, 32, 2)
-WEIGHTS = {"q8_0": 2.0, "q4_0": 3.5}  # what a row costs beside f16's or ours
+WEIGHTS = {"q8_0": 2.0, "q4_0": 3.5}  # what a row costs, compared with f16's or ours
 
 
 def say(text):
@@ -178,7 +178,7 @@ def parse_arguments():
     parser.add_argument("--only", choices=("answers", "table"), help="one of the two parts")
     parser.add_argument("--cases", default="f16,TQ6,TQ4,TQ3,TQ2,q8_0,q4_0",
                         help="the rows, in this order; the first is what others are compared with (%(default)s)")
-    parser.add_argument("--preset", default="TQ4", help="whose answer to show beside the first case's (%(default)s)")
+    parser.add_argument("--preset", default="TQ4", help="whose answer to show after the first case's (%(default)s)")
     parser.add_argument("--model", type=Path, default=DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf", help="a GGUF file")
     parser.add_argument("--text", type=Path, default=DEPS / "text/austen.txt", help="for the quality, and for the answers")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama.cpp (all)")

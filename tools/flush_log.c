@@ -40,7 +40,7 @@ static void *pause_log(void *unused)
 }
 
 /*
- * In a thread of its own, because a pause may wait for ever: its end mark makes a queue that is exactly full look empty. Then
+ * In a thread of its own, because a pause may never end: its end mark makes a queue that is exactly full look empty. Then
  * the log is cut as it would have been without us, but the program ends.
  */
 static void flush(void)

@@ -37,7 +37,8 @@ int tool_become_python(const char *package, int argc, char **argv)
 {
     char python[PATH_MAX], starter[PATH_MAX];
     if (!find_starter(starter))
-        return tool_error(1, STARTER " was not found beside tq, so '%s' cannot start; install tq with 'make install'", package);
+        return tool_error(1, STARTER " was not found next to tq, so '%s' cannot start; install tq with 'make install'",
+                          package);
     const char *interpreter = getenv("TQ_PYTHON");
     if (!interpreter) interpreter = find_from_bin(python, BUILT_PYTHON) ? python : "python3";
     /* exec wants char *, and changes nothing. Texts are UTF-8 whatever the locale, which -I would not let PYTHONUTF8 say. */

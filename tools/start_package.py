@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """
-tq starts the packages beside this file with it: python -I start_package.py PACKAGE ARGUMENTS. Isolated (-I), so that a file in
-the current folder or on PYTHONPATH never runs in place of one of ours, of the standard library's or of what is installed.
+tq starts the packages in this file's folder with it: python -I start_package.py PACKAGE ARGUMENTS. Isolated (-I), so that a
+file in the current folder or on PYTHONPATH never runs in place of one of ours, of the standard library's or of what is
+installed.
 """
 import os
 import runpy

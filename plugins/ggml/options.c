@@ -255,7 +255,7 @@ static bool fail_key(error_text *error, const char *item)
         size_t n = strlen(list);
         snprintf(list + n, sizeof list - n, "%s %s=%s", i > 0 ? "," : "", keys[i].name, keys[i].value);
     }
-    snprintf(error->text, error->bytes, "TQ_GGML: '%.64s' is no option; the options are%s", item, list);
+    snprintf(error->text, error->bytes, "TQ_GGML: unknown option '%.64s'; the options are%s", item, list);
     return false;
 }
 
@@ -304,7 +304,7 @@ const char *tq_ggml_options_no_estimates(const tq_ggml_options *options)
     return NULL;
 }
 
-/* What was asked for that nothing will come of: presets alone have no such pairs. */
+/* Options that others leave without effect. Only a user can ask for such a pair: no preset does. */
 static bool check_effects(const tq_ggml_options *o, error_text *error)
 {
     const char *no_estimates = tq_ggml_options_no_estimates(o);

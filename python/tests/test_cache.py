@@ -294,7 +294,7 @@ def test_after_fork(rng):
 
 
 def integer_arguments():
-    """A call for each integer argument of the functions of Cache and of what is beside it, with the value as x."""
+    """A call for each integer argument of the functions of Cache and of its module, with the value as x."""
     zeros = np.zeros((1, N_HEAD_KV, HEAD_DIM), np.float32)
     q = np.zeros((1, N_HEAD, HEAD_DIM), np.float32)
     calls = {

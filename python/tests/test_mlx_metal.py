@@ -21,7 +21,7 @@ from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, install, m
 ON_GPU = os.environ.get("TQ_METAL_DEVICE") == "1"
 if not ON_GPU:
     import metal_emulator
-# Of logits that a batch gives and a row alone: sums are in another order, so a code may be another one (check_like).
+# Of logits that a row gets in a batch and by itself: sums are in another order, so a code may be another one (check_like).
 ATOL = .1
 # Every token is encoded as soon as it may be, as the CPU does.
 LIKE_CPU = {"encode_batch": 1, "n_recent": 16}

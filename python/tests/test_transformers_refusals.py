@@ -151,7 +151,7 @@ def test_attention_of_the_models_own():
 
 
 def test_images():
-    """The vision tower has no cache: the message says how to switch the text part alone, and that works."""
+    """The vision tower has no cache: the message says how to switch only the text part, and that works."""
     config = LlavaConfig(
         text_config=LlamaConfig(**SIZES), image_token_index=5, image_seq_length=4, vision_config=CLIPVisionConfig(
             hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14))

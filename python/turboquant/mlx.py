@@ -80,7 +80,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     known = [*_OPTIONS, "calibration_layer"]
     for name in options:
         if name not in known:
-            raise ArgumentError(f"there is no option {name!r}; there are {', '.join(_OPTIONS)}")
+            raise ArgumentError(f"unknown option {name!r}; the options are {', '.join(_OPTIONS)}")
     if "calibration_layer" in options and "calibration" not in options:
         raise ArgumentError("calibration_layer is given without a calibration: give one, or neither")
     plain = {name: _plain(value) for name, value in options.items()}
@@ -161,7 +161,7 @@ class TurboQuantKVCache(BatchCache):
                ) -> mx.array:
         """
         Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape.
-        sinks [n_head]: learned logits of the denominator alone. Computes at once, whatever was lazy.
+        sinks [n_head]: learned logits that only the denominator has. Computes at once, whatever was lazy.
         """
         k, v = _host(keys), _host(values)
 

@@ -72,7 +72,7 @@ class _Handle:
         if model is not None and (not _can_set_attention(model) or model.config._attn_implementation == NAME):
             raise UnsupportedError(f"{asked}: {type(model).__name__} computes its attention itself, and no attention "
                                    "implementation of Transformers changes that. Use DynamicCache")
-        raise ArgumentError(f'{asked}: they are for the attention implementation "{NAME}" alone. Call '
+        raise ArgumentError(f'{asked}: they are only for the attention implementation "{NAME}". Call '
                             f'model.set_attn_implementation("{NAME}"), or pass no TurboQuantCache')
 
     def __getattr__(self, name: str) -> Any:
@@ -607,14 +607,14 @@ def _stock_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
 
 def _refuse_ordinary(module: torch.nn.Module) -> NoReturn:
     got = f'the attention implementation "{NAME}" got ordinary keys in {type(module).__name__}'
-    text_alone = ("model.set_attn_implementation('sdpa'), and then, for the text part of a model with images or sound alone, "
-                  f'model.set_attn_implementation({{"text_config": "{NAME}"}})')
+    text_only = ("model.set_attn_implementation('sdpa'), and then, only for the text part of a model with images or sound, "
+                 f'model.set_attn_implementation({{"text_config": "{NAME}"}})')
     if not getattr(module, "is_causal", True):
-        raise UnsupportedError(f"{got}, which sees all tokens at once and has no cache. Call {text_alone}. Models with an "
+        raise UnsupportedError(f"{got}, which sees all tokens at once and has no cache. Call {text_only}. Models with an "
                                "encoder for text are not supported")
     raise ArgumentError(f"{got}: pass cache=TurboQuantCache(config=model.config) to each call of the model. If one was passed, "
                         "this pass is not of that call's cache (guidance_scale adds a pass, and other parts of the model have "
-                        f"passes): call {text_alone}")
+                        f"passes): call {text_only}")
 
 
 @torch.compiler.disable

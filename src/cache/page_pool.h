@@ -72,8 +72,9 @@ void tq_page_pool_share(tq_page_pool *pool, int32_t page);
 /* One reference fewer; at none the page is kept if its content is known, else free. */
 void tq_page_pool_release(tq_page_pool *pool, int32_t page);
 /*
- * What a call is about to take, so that it can be refused before anything is given up for it: bytes of the budget beside pages,
- * as many more for a while, pages, and pages that come back from the file or stay where they are because they are written.
+ * What a call is about to take, so that it can be refused before anything is given up for it: bytes of the budget besides
+ * pages, as many more for a while, pages, and pages that come back from the file or stay where they are because they are
+ * written.
  */
 typedef struct tq_need {
     size_t bytes, transient_bytes;

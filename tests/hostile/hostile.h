@@ -19,7 +19,7 @@
 
 enum { HOSTILE_SECONDS = 120 };
 
-/* Valid arguments, made anew for every call: a call may free them. */
+/* Valid arguments, made again for every call: a call may free them. */
 static struct {
     tq_cache *cache;
     tq_codec *codec;

@@ -269,7 +269,7 @@ class Runs(RunCase):
         self.check_error("no preset 'TQ9'; there are TQ6", "--presets", "TQ9")
         self.check_error("v=tq9", "--presets", "TQ4:v=tq9")
         self.check_error("no baseline 'q9'", "--baselines", "q9")
-        self.check_error("no list of whole numbers", "--context", "1k")
+        self.check_error("not a list of whole numbers", "--context", "1k")
         self.check_error("8192 tokens; 9000 are too many", "--context", "9000")
         self.check_error("llama-perplexity was not found", "--llama-bin", self.folder)
         self.check_error("no plug-in", "--plugin", "no-such.so")

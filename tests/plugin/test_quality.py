@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """What the README promises, on the real model and real text, by stock llama-perplexity: KL divergence against the FP16 cache
-beside stock q8_0 and q4_0, and memory.
+next to stock q8_0 and q4_0, and memory.
 
-What the stock configurations give does not depend on this project: it is kept in ~/.cache/turboquant, beside the logits that
+What the stock configurations give does not depend on this project: it is kept in ~/.cache/turboquant, next to the logits that
 all are compared with (in TQ_TINY_DIR if nothing can be written there), until llama.cpp, the model, the text or the processor
 changes.
 """

@@ -104,7 +104,7 @@ class Server(ServerCase):
 class CodedServer(ServerCase):
     """
     With quantization a restored slot is coded a second time. Without references that gives the same codes, but for one trellis
-    vector in thousands; the real model's own rounding makes much of it, so it is measured beside what the first coding moves.
+    vector in thousands; the real model's own rounding makes much of it, so it is compared with what the first coding moves.
     """
 
     options = "ref=0,balance=off"

@@ -184,7 +184,7 @@ static void test_an_offload_file_is_the_parents(void **state)
     tq_cache_free(cache);
 }
 
-/* ---- fork beside threads ---- */
+/* ---- fork while threads work ---- */
 
 typedef struct user {
     tq_cache *cache;

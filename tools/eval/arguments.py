@@ -51,7 +51,7 @@ def parse_arguments(argv):
 def numbers(parser, text, least):
     parts = [part for part in text.split(",") if part]
     if any(not part.isdecimal() or int(part) < least for part in parts):
-        parser.error(f"'{text}' is no list of whole numbers of at least {least}")
+        parser.error(f"'{text}' is not a list of whole numbers of at least {least}")
     return sorted({int(part) for part in parts})
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STOCK_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 NO_FLASH = " -fa off"
 SERVER_START_SECONDS = 600  # a large model from a slow disk
-FLUSH_LOG = "libtq-flush-log.so"  # tools/flush_log.c; it lies beside the plug-in
+FLUSH_LOG = "libtq-flush-log.so"  # tools/flush_log.c; it lies next to the plug-in
 LOG_TRIES = 5
 
 
