@@ -257,7 +257,8 @@ typedef struct tq_store_params {
     int32_t ref_block;
     /*
      * Scale channels before they are coded, where a few of a key's channels outweigh the others (and a query's are as much
-     * smaller): learnt once per head, when the first slot is encoded, from the ring and from the queries of tq_store_settle.
+     * smaller): learnt once per head, when the first slot is encoded, from the ring and from the queries of tq_store_settle;
+     * later, if too few of the ring's keys differ then, and all that is encoded is recoded by them.
      */
     bool balance;
     /* Keep a position with each slot (4 bytes), for tq_store_set_key_bias. An exact format needs none and keeps none. */
