@@ -172,12 +172,20 @@ static bool is_equal(const uint8_t *a, const uint8_t *b)
     return true;
 }
 
+static int64_t count_marks(const tq_ggml_kv_tensor *kv)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < N_SLOTS * N_STREAM; i++) n += kv->damaged[i];
+    return n;
+}
+
 static void check_restore(fixture *f)
 {
     static uint8_t first[N_BYTES], second[N_BYTES], third[N_BYTES];
     ggml_backend_buffer_t buffer = f->buffer;
     const tq_ggml_kv_tensor *kv = f->root.extra;
     int64_t n_damaged = kv->n_damaged;
+    ENSURE(n_damaged == count_marks(kv));
     buffer->iface.get_tensor(buffer, &f->root, first, 0, N_BYTES);
     uint8_t *states[] = {first, second, third};
     for (int i = 0; i < 2; i++) {
@@ -185,7 +193,7 @@ static void check_restore(fixture *f)
         buffer->iface.set_tensor(buffer, &f->root, states[i], 0, N_BYTES);
         buffer->iface.get_tensor(buffer, &f->root, states[i + 1], 0, N_BYTES);
     }
-    ENSURE(kv->n_damaged == n_damaged);
+    ENSURE(kv->n_damaged == n_damaged && n_damaged == count_marks(kv));
     /* References and factors are learnt anew from what is restored, so that keys may round otherwise. The product formats,
      * which are there for comparison, have a sketch of the rest that changes with each encoding. */
     const tq_preset *preset = &kv->device->preset;

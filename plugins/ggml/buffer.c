@@ -39,7 +39,7 @@ static void kv_free(ggml_backend_buffer_t buffer)
     for (size_t i = 0; i < kvs->n; i++) {
         if (kvs->tensors[i]->is_refused) atomic_fetch_sub(&kvs->device->n_refused, 1);
         tq_ggml_kv_release(kvs->tensors[i]);
-        free(kvs->tensors[i]->damaged);
+        tq_ggml_damage_close(kvs->tensors[i]);
         free(kvs->tensors[i]);
     }
     free(kvs->tensors);
@@ -81,8 +81,7 @@ static bool add_tensor(kv_buffer *kvs, ggml_backend_buffer_t buffer, struct ggml
     kv->n_slots = t->ne[1];
     kv->n_stream = t->ne[2];
     kv->bytes = tq_ggml_kv_estimate(kvs->device, t);
-    kv->damaged = calloc((size_t)kv->n_slots, (size_t)kv->n_stream);
-    if (!kv->damaged) {
+    if (!tq_ggml_damage_open(kv)) {
         free(kv);
         return false;
     }

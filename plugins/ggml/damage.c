@@ -2,8 +2,25 @@
 #include "damage.h"
 
 #include <string.h>
+#include <sys/mman.h>
 
 #define F16_MINUS_INFINITY 0xfc00
+
+static size_t marks_bytes(const tq_ggml_kv_tensor *kv)
+{
+    return (size_t)(kv->n_slots * kv->n_stream);
+}
+
+bool tq_ggml_damage_open(tq_ggml_kv_tensor *kv)
+{
+    kv->damaged = tq_ggml_map_pages(marks_bytes(kv));
+    return kv->damaged != NULL;
+}
+
+void tq_ggml_damage_close(tq_ggml_kv_tensor *kv)
+{
+    munmap(kv->damaged, marks_bytes(kv));
+}
 
 static uint8_t *marks_of(const tq_ggml_kv_tensor *kv, int64_t stream)
 {
@@ -53,7 +70,7 @@ void tq_ggml_damage_copy(tq_ggml_kv_tensor *to, int64_t to_stream, const tq_ggml
 
 void tq_ggml_damage_clear(tq_ggml_kv_tensor *kv)
 {
-    if (kv->n_damaged > 0) memset(kv->damaged, 0, (size_t)(kv->n_slots * kv->n_stream));
+    if (kv->n_damaged > 0) memset(kv->damaged, 0, marks_bytes(kv));
     kv->n_damaged = 0;
 }
 

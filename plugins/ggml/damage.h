@@ -8,6 +8,9 @@
 
 #include "kv_tensor.h"
 
+/* The marks of all cells. They take no memory until something is damaged. False: out of memory. */
+bool tq_ggml_damage_open(tq_ggml_kv_tensor *kv);
+void tq_ggml_damage_close(tq_ggml_kv_tensor *kv);
 /* Cells [first, first + n) of a stream. */
 void tq_ggml_damage_mark(tq_ggml_kv_tensor *kv, int64_t stream, int64_t first, int64_t n);
 void tq_ggml_damage_heal(tq_ggml_kv_tensor *kv, int64_t stream, int64_t slot);

@@ -211,8 +211,7 @@ bool tq_ggml_kv_reads_refused(const tq_ggml_device *device, const struct ggml_te
 
 static pthread_mutex_t bind_mutex = PTHREAD_MUTEX_INITIALIZER;
 
-/* Memory whose pages cost nothing until they are written, or NULL. */
-static uint8_t *map_pages(size_t bytes)
+uint8_t *tq_ggml_map_pages(size_t bytes)
 {
     void *pages = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return pages == MAP_FAILED ? NULL : pages;
@@ -225,7 +224,7 @@ static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
     if (kv->store_bytes == 0) return TQ_ERR_ARGUMENT;
     if ((size_t)kv->n_stream > SIZE_MAX / kv->store_bytes) return TQ_ERR_MEMORY;
     kv->mapped_bytes = (size_t)kv->n_stream * kv->store_bytes;
-    kv->memory = map_pages(kv->mapped_bytes);
+    kv->memory = tq_ggml_map_pages(kv->mapped_bytes);
     if (!kv->memory) {
         kv->mapped_bytes = 0;
         return TQ_ERR_MEMORY;
@@ -290,7 +289,7 @@ tq_status tq_ggml_kv_open_raised(tq_ggml_kv_tensor *kv, tq_format format, tq_sto
     snprintf(label, sizeof label, "layer %d %s", (int)kv->layer, kv->is_value ? "values" : "keys");
     params.label = label;
     kv->raised_bytes = store_bytes(&params);
-    kv->raised_memory = map_pages(kv->raised_bytes);
+    kv->raised_memory = tq_ggml_map_pages(kv->raised_bytes);
     if (!kv->raised_memory) return TQ_ERR_MEMORY;
     tq_status status = tq_store_open(&kv->raised, &params, kv->raised_memory, kv->raised_bytes);
     if (status == TQ_OK && kv->key_bias) {

@@ -96,6 +96,8 @@ void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv);
  */
 tq_status tq_ggml_kv_open_raised(tq_ggml_kv_tensor *kv, tq_format format, tq_store **out);
 void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format);
+/* Memory whose pages cost nothing until they are written, or NULL; free it with munmap. */
+uint8_t *tq_ggml_map_pages(size_t bytes);
 /* Free what binding allocated. */
 void tq_ggml_kv_release(tq_ggml_kv_tensor *kv);
 
