@@ -596,6 +596,38 @@ static void test_repeated_tokens_teach_nothing(void **state)
 }
 
 /* After tokens that said nothing factors are still learnt, and what was encoded by then stays what it was. */
+/* Outlier channels, so that a ring of enough keys teaches factors. */
+static void test_few_keys_teach_nothing(void **state)
+{
+    (void)state;
+    enum { N_TOK = 64 };
+    static const struct {
+        int32_t n_recent, channels;
+    } cases[] = {{15, TQ_CHANNELS_WAITING}, {16, TQ_CHANNELS_BALANCED}};
+    kv_random random = {.state = 17};
+    float *rows = kv_calloc(N_TOK * LEARN_ROW, sizeof *rows), *q = kv_calloc(N_TOK * 2 * LEARN_ROW, sizeof *q);
+    float *out = kv_calloc(N_TOK * 2 * LEARN_ROW, sizeof *out);
+    kv_fill(&random, rows, N_TOK * LEARN_ROW);
+    kv_fill(&random, q, N_TOK * 2 * LEARN_ROW);
+    for (int64_t i = 0; i < N_TOK * LEARN_ROW; i++) rows[i] *= i % LEARN_DIM % 7 == 1 ? 30.0f : 1;
+    for (int64_t i = 0; i < N_TOK * 2 * LEARN_ROW; i++) q[i] *= i % LEARN_DIM % 7 == 1 ? 1 / 30.0f : 1;
+    int64_t slots[N_TOK];
+    for (int64_t i = 0; i < N_TOK; i++) slots[i] = i;
+    for (int32_t i = 0; i < 2; i++) {
+        learner l;
+        tq_stage *stage;
+        learner_init(&l, TQ_FORMAT_TT4, 4, cases[i].n_recent, 64, true);
+        assert_int_equal(tq_stage_create(&stage), TQ_OK);
+        learner_step(&l, stage, slots, rows, q, 0, N_TOK, out);
+        assert_int_equal(tq_store_header_of(l.store)->channels, cases[i].channels);
+        tq_stage_free(stage);
+        learner_deinit(&l);
+    }
+    free(rows);
+    free(q);
+    free(out);
+}
+
 static void test_factors_are_learnt_late(void **state)
 {
     (void)state;
@@ -836,6 +868,7 @@ int main(void)
         cmocka_unit_test(test_references_take_means_away),
         cmocka_unit_test(test_balance_makes_outliers_harmless),
         cmocka_unit_test(test_repeated_tokens_teach_nothing),
+        cmocka_unit_test(test_few_keys_teach_nothing),
         cmocka_unit_test(test_factors_are_learnt_late),
         cmocka_unit_test(test_late_factors_do_not_depend_on_batches),
         cmocka_unit_test(test_settle_into_another_format),
