@@ -117,6 +117,9 @@ for name in $environments; do
         install_pinned venv scripts/requirements-test.txt
         install_pinned python-venv python/tests/requirements.txt
         ;;
-    torch) install_pinned torch-venv python/tests/requirements-torch.txt direct ;;
+    torch)
+        install_pinned torch-venv python/tests/requirements.txt
+        install_pinned torch-venv python/tests/requirements-torch.txt direct
+        ;;
     esac
 done
