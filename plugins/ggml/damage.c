@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "damage.h"
 
+#include <math.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -74,24 +75,36 @@ void tq_ggml_damage_clear(tq_ggml_kv_tensor *kv)
     kv->n_damaged = 0;
 }
 
-static bool is_seen(const tq_attend_params *queries, int64_t column)
+static bool is_seen(const tq_attend_params *queries, int64_t i_query, int64_t column)
 {
     if (!queries->mask) return true;
     int32_t n_head = queries->mask_head_stride == 0 ? 1 : queries->n_head;
-    for (int64_t i = 0; i < queries->n_query; i++) {
-        for (int32_t head = 0; head < n_head; head++) {
-            const uint16_t *mask = queries->mask;
-            int64_t at = i * queries->mask_token_stride + head * queries->mask_head_stride + column;
-            if (mask[at] != F16_MINUS_INFINITY) return true;
-        }
+    for (int32_t head = 0; head < n_head; head++) {
+        const uint16_t *mask = queries->mask;
+        int64_t at = i_query * queries->mask_token_stride + head * queries->mask_head_stride + column;
+        if (mask[at] != F16_MINUS_INFINITY) return true;
     }
     return false;
 }
 
-int64_t tq_ggml_damage_find(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t n_col, const tq_attend_params *queries)
+static void poison(const tq_attend_params *queries, int64_t i_query)
 {
-    for (int64_t i = 0; kv->n_damaged > 0 && i < n_col; i++) {
-        if (tq_ggml_damage_is_marked(kv, stream, i) && is_seen(queries, i)) return i;
+    for (int32_t head = 0; head < queries->n_head; head++) {
+        float *out = queries->out + i_query * queries->out_token_stride + head * queries->out_head_stride;
+        for (int32_t j = 0; j < queries->out_dim; j++) out[j] = NAN;
     }
-    return -1;
+}
+
+int64_t tq_ggml_damage_poison(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t n_col, const tq_attend_params *queries)
+{
+    int64_t found = -1;
+    for (int64_t cell = 0; kv->n_damaged > 0 && cell < n_col; cell++) {
+        if (!tq_ggml_damage_is_marked(kv, stream, cell)) continue;
+        for (int64_t i = 0; i < queries->n_query; i++) {
+            if (isnan(queries->out[i * queries->out_token_stride]) || !is_seen(queries, i, cell)) continue;
+            poison(queries, i);
+            if (found < 0) found = cell;
+        }
+    }
+    return found;
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Cells whose state could not be taken. ggml's set_tensor can't fail, so a damaged state shows when attention would see it:
- * that graph fails. A cell is whole again when it is written, and one that no query sees harms nobody.
+ * Cells whose keys or values are not numbers: those of a damaged state, which ggml's set_tensor can't refuse, and those that a
+ * model computed. A query that sees one gets NaN, as with an FP16 cache. The graph does not fail: a failed one ends the
+ * requests of all slots. A cell is whole again when it is written, and one that no query sees harms nobody.
  */
 #ifndef TQ_GGML_DAMAGE_H
 #define TQ_GGML_DAMAGE_H
@@ -19,7 +20,10 @@ bool tq_ggml_damage_is_marked(const tq_ggml_kv_tensor *kv, int64_t stream, int64
 void tq_ggml_damage_mark_bytes(tq_ggml_kv_tensor *kv, size_t offset, size_t size);
 void tq_ggml_damage_copy(tq_ggml_kv_tensor *to, int64_t to_stream, const tq_ggml_kv_tensor *from, int64_t from_stream);
 void tq_ggml_damage_clear(tq_ggml_kv_tensor *kv);
-/* The first damaged one of the stream's first n_col cells that a query sees, or -1. */
-int64_t tq_ggml_damage_find(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t n_col, const tq_attend_params *queries);
+/*
+ * After attention over the stream's first n_col cells: NaN for the queries that see a damaged one. Returns the first such cell,
+ * or -1 if there is none or the output was NaN already.
+ */
+int64_t tq_ggml_damage_poison(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t n_col, const tq_attend_params *queries);
 
 #endif

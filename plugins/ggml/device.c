@@ -79,6 +79,7 @@ static void backend_set_n_threads(ggml_backend_t backend, int n_threads)
 {
     tq_ggml_worker *worker = backend->context;
     tq_ggml_threads_set(&worker->threads, n_threads);
+    worker->has_told_damage = false;
     if (worker->has_checked_use) return;
     worker->has_checked_use = true;
     if (!atomic_load(&worker->device->has_kv_tensor)) {

@@ -9,7 +9,6 @@
 #include "log.h"
 
 #define TWO_PI 6.283185307179586
-#define FP16_MAX 65504.0f
 
 /* ---- the graph ---- */
 
@@ -142,7 +141,7 @@ static bool fill(tq_ggml_key_bias *bias, const struct ggml_tensor *rope, const f
     }
     free(sizes);
     /* Keys that are not finite are refused where they are written. */
-    for (int64_t i = 0; i < n_embd; i++) ok = ok && fabsf(bias->values[i]) <= FP16_MAX;
+    for (int64_t i = 0; i < n_embd; i++) ok = ok && fabsf(bias->values[i]) <= TQ_GGML_VALUE_MAX;
     return ok;
 }
 

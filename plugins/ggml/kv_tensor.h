@@ -11,6 +11,8 @@
 
 #include "device.h"
 
+#define TQ_GGML_VALUE_MAX 65504.0f /* FP16's: the largest magnitude that a store takes */
+
 typedef struct tq_ggml_kv_tensor {
     tq_ggml_device *device;
     ggml_backend_buffer_t buffer;
@@ -33,7 +35,8 @@ typedef struct tq_ggml_kv_tensor {
     uint8_t *raised_memory;        /* of the guard's new store, until it is taken */
     tq_store *raised;
     size_t raised_bytes;
-    bool is_refused; /* its attention can't be served: nothing may use it */
+    bool has_numbers; /* has ever been written */
+    bool is_refused;  /* its attention can't be served: nothing may use it */
 } tq_ggml_kv_tensor;
 
 /* Rows of a KV tensor that a view selects: all heads of slots first_slot ... of streams first_stream ... */

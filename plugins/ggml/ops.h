@@ -36,6 +36,7 @@ typedef struct tq_ggml_worker {
     float alibi_max_bias;
     ggml_backend_t cpu;   /* for RoPE; created when first needed */
     bool has_checked_use; /* what can only be told once the model is there, see device.c */
+    bool has_told_damage; /* in this pass of the model */
 } tq_ggml_worker;
 
 bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor *op);

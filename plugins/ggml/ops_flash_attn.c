@@ -149,17 +149,18 @@ static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_at
     return status;
 }
 
-/* Do the queries see no cell whose state could not be taken? */
-static bool is_whole(const attention *a, const tq_attend_params *p, int64_t stream)
+/* What sees damaged cells gets NaN. */
+static void poison(tq_ggml_worker *worker, const attention *a, const tq_attend_params *p, int64_t stream)
 {
-    int64_t cell = tq_ggml_damage_find(a->keys.kv, stream, a->keys.n_slots, p);
-    if (cell < 0) cell = tq_ggml_damage_find(a->values.kv, stream, a->keys.n_slots, p);
-    if (cell < 0) return true;
+    int64_t of_keys = tq_ggml_damage_poison(a->keys.kv, stream, a->keys.n_slots, p);
+    int64_t of_values = tq_ggml_damage_poison(a->values.kv, stream, a->keys.n_slots, p);
+    int64_t cell = of_keys >= 0 ? of_keys : of_values;
+    if (cell < 0 || worker->has_told_damage) return;
+    worker->has_told_damage = true;
     tq_ggml_log(TQ_LOG_ERROR,
-                "layer %d: cell %lld was restored from a state that holds NaN or infinity: erase the sequence, or restore "
-                "another state into it",
+                "layer %d: cell %lld holds NaN or infinity, restored from a damaged state: what its sequence gets is not a "
+                "number. Erase the sequence, or restore another state into it",
                 (int)a->keys.kv->layer, (long long)cell);
-    return false;
 }
 
 enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_tensor *op)
@@ -190,9 +191,9 @@ enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_te
     }
     for (int64_t i = 0; i < a.keys.n_stream; i++) {
         fill_params(&p, &a, op, i);
-        if (!is_whole(&a, &p, a.keys.first_stream + i)) return GGML_STATUS_FAILED;
         tq_status status = attend_stream(worker, &a, &p, a.keys.first_stream + i);
         if (status != TQ_OK) return status == TQ_ERR_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
+        poison(worker, &a, &p, a.keys.first_stream + i);
     }
     return GGML_STATUS_SUCCESS;
 }

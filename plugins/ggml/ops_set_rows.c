@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /* SET_ROWS: new keys or values for slots. The row number counts over all streams. */
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 
+#include "damage.h"
 #include "key_bias.h"
 #include "log.h"
 #include "ops.h"
@@ -39,17 +41,44 @@ bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor
 }
 
 /* The global row number of each new row, counted from the tensor's first row. */
-static const int64_t *row_numbers(tq_ggml_worker *worker, const struct ggml_tensor *op, int64_t first)
+static void read_row_numbers(const struct ggml_tensor *op, int64_t first, int64_t *numbers)
 {
     const struct ggml_tensor *index = op->src[1];
-    int64_t n = op->src[0]->ne[1];
-    if (index->type == GGML_TYPE_I64 && index->nb[0] == sizeof(int64_t) && first == 0) return index->data;
-    int64_t *slots = tq_ggml_worker_slots(worker, 2 * (size_t)n);
-    for (int64_t i = 0; i < n && slots; i++) {
+    for (int64_t i = 0; i < op->src[0]->ne[1]; i++) {
         const void *p = (const char *)index->data + (size_t)i * index->nb[0];
-        slots[n + i] = first + (index->type == GGML_TYPE_I64 ? *(const int64_t *)p : *(const int32_t *)p);
+        numbers[i] = first + (index->type == GGML_TYPE_I64 ? *(const int64_t *)p : *(const int32_t *)p);
     }
-    return slots ? slots + n : NULL;
+}
+
+/* The first value of a row that a store can't take, or n. */
+static int64_t find_bad(const float *row, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        if (!(fabsf(row[i]) <= TQ_GGML_VALUE_MAX)) return i;
+    }
+    return n;
+}
+
+/*
+ * The slots of a run of rows within their stream; -1, which skips it, for one that is not of numbers. Returns how many are not.
+ */
+static int64_t local_slots(tq_ggml_worker *worker, const tq_ggml_kv_tensor *kv, const int64_t *numbers, int64_t n,
+                           const float *rows, int64_t row_stride, int64_t *slots)
+{
+    int64_t n_bad = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const float *row = rows + i * row_stride;
+        int64_t bad = find_bad(row, kv->n_embd);
+        slots[i] = bad == kv->n_embd ? numbers[i] % kv->n_slots : -1;
+        n_bad += slots[i] < 0;
+        if (slots[i] >= 0 || worker->has_told_damage) continue;
+        worker->has_told_damage = true;
+        tq_ggml_log(TQ_LOG_ERROR,
+                    "layer %d %s: head %d of slot %" PRId64 " holds NaN, infinity, or a magnitude above 65504, computed by the "
+                    "model: what its sequence gets is not a number until it is erased",
+                    (int)kv->layer, kv->is_value ? "values" : "keys", (int)(bad / kv->head_dim), numbers[i] % kv->n_slots);
+    }
+    return n_bad;
 }
 
 enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tensor *op)
@@ -65,33 +94,34 @@ enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tens
         return GGML_STATUS_FAILED;
     }
     const struct ggml_tensor *rows = op->src[0];
-    int64_t n = rows->ne[1], row_stride = (int64_t)(rows->nb[1] / sizeof(float));
+    int64_t n = rows->ne[1], row_stride = (int64_t)(rows->nb[1] / sizeof(float)), n_bad = 0;
     int64_t first = (int64_t)(tq_ggml_root_offset(op) / ((size_t)kv->n_embd * sizeof(ggml_fp16_t)));
     const int32_t *positions = kv->key_bias ? tq_ggml_key_bias_positions(worker, kv, op) : NULL;
     if (kv->key_bias && !positions) return GGML_STATUS_ALLOC_FAILED;
-    const int64_t *numbers = row_numbers(worker, op, first);
-    if (!numbers) return GGML_STATUS_ALLOC_FAILED;
+    int64_t *slots = tq_ggml_worker_slots(worker, 2 * (size_t)n);
+    if (!slots) return GGML_STATUS_ALLOC_FAILED;
+    int64_t *numbers = slots + n;
+    read_row_numbers(op, first, numbers);
     for (int64_t i = 0; i < n; i++) {
         if (numbers[i] >= 0 && numbers[i] < kv->n_slots * kv->n_stream) continue;
-        tq_ggml_log(TQ_LOG_ERROR, "%s: there is no row %" PRId64, kv->name, numbers[i]);
+        tq_ggml_log(TQ_LOG_ERROR, "%s: row %" PRId64 " does not exist", kv->name, numbers[i]);
         return GGML_STATUS_FAILED;
     }
     /* Runs of rows of one stream, as a batch of several sequences has them. */
     for (int64_t begin = 0, end; begin < n; begin = end) {
         int64_t stream = numbers[begin] / kv->n_slots;
-        const int64_t *slots = numbers + begin;
         for (end = begin + 1; end < n && numbers[end] / kv->n_slots == stream;) end++;
-        if (stream > 0) {
-            int64_t *own = numbers == worker->slots + n ? worker->slots : tq_ggml_worker_slots(worker, (size_t)n);
-            if (!own) return GGML_STATUS_ALLOC_FAILED;
-            for (int64_t i = begin; i < end; i++) own[i] = numbers[i] - stream * kv->n_slots;
-            slots = own + begin;
-        }
-        tq_status status =
-            tq_ggml_stage_rows(&worker->stages, kv, stream, slots, end - begin, (const float *)rows->data + begin * row_stride,
-                               row_stride, positions ? positions + begin : NULL, &worker->threads.executor);
+        const float *its_rows = (const float *)rows->data + begin * row_stride;
+        n_bad += local_slots(worker, kv, numbers + begin, end - begin, its_rows, row_stride, slots + begin);
+        tq_status status = tq_ggml_stage_rows(&worker->stages, kv, stream, slots + begin, end - begin, its_rows, row_stride,
+                                              positions ? positions + begin : NULL, &worker->threads.executor);
         /* The library has logged the layer, head and slot. */
         if (status != TQ_OK) return status == TQ_ERR_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
+        for (int64_t i = begin; i < end; i++) {
+            if (slots[i] < 0) tq_ggml_damage_mark(kv, stream, numbers[i] % kv->n_slots, 1);
+        }
     }
-    return GGML_STATUS_SUCCESS;
+    /* Of a model that has never made numbers nobody has anything to lose. */
+    kv->has_numbers |= n_bad < n;
+    return kv->has_numbers || n == 0 ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }

@@ -50,6 +50,8 @@ void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries, in
     for (int64_t i = first; i < first + n && header->n_queries < wanted; i++, header->n_queries++) {
         for (int32_t head = 0; head < queries->n_head; head++) {
             const float *q = queries->q + i * queries->q_token_stride + head * queries->q_head_stride;
+            /* Queries are not checked: of one that is not finite only its own answer may be worth nothing. */
+            if (!store->kernels->all_finite(q, head_dim)) continue;
             float *energy = tq_store_energies(store) + (size_t)(head / group) * (size_t)head_dim;
             if (store->transforms) {
                 const uint16_t *matrix = tq_transform_of_head(store->transforms, head / group, head_dim);

@@ -4,7 +4,7 @@ import concurrent.futures
 import math
 
 from common import SETUP, TestCase, main, path_from_env
-from eval.llama import F16, Cache, LlamaError, running_server
+from eval.llama import F16, Cache, running_server
 
 TEXT = path_from_env("TQ_TEXT").read_text()
 N_CHARACTERS = 800  # some 190 tokens, of which TQ4 codes those between the first 4 and the last 64
@@ -130,16 +130,12 @@ class UnifiedServer(CodedServer):
 
 
 class DamagedServer(ServerCase):
-    """A slot's file with one value that is not a number: whoever uses that slot's tokens fails, until they are gone."""
+    """A slot's file with one value that is not a number: who uses that slot's tokens gets no numbers, until they are gone."""
 
     arguments = ("--cache-ram", "0")  # the server would keep the damaged tokens for others, as it does with its own caches
 
-    def fails(self, prompt, slot):
-        try:
-            self.slots.complete(prompt, slot)
-        except LlamaError:
-            return True
-        return False
+    def gets_numbers(self, prompt, slot):
+        return None not in self.slots.next_token(prompt, slot).values()
 
     def restore_damaged(self, prompt, slot):
         self.slots.complete(prompt, 0)
@@ -150,23 +146,32 @@ class DamagedServer(ServerCase):
         (self.directory / "damaged.bin").write_bytes(data)
         self.slots.server.post(f"/slots/{slot}?action=restore", filename="damaged.bin")
 
-    def test_only_who_uses_the_tokens_fails_until_they_are_gone(self):
+    def test_only_who_uses_the_tokens_gets_none_until_they_are_gone(self):
         prompt, other = prompts(2)
-        actions = {"erased": "erase", "restored": "restore"}
-        for name, action in actions.items():
+        for name, action in {"erased": "erase", "restored": "restore"}.items():
             with self.subTest(name):
                 self.restore_damaged(prompt, 1)
-                self.assertTrue(self.fails(prompt + " and", 1))
-                self.assertFalse(self.fails(other, 0))
-                self.assertFalse(self.fails(other, 2))
+                self.assertFalse(self.gets_numbers(prompt + " and", 1))
+                self.assertTrue(self.gets_numbers(other, 0))
+                self.assertTrue(self.gets_numbers(other, 2))
                 self.slots.server.post(f"/slots/1?action={action}", filename="whole.bin")
-                self.assertFalse(self.fails(prompt + " and", 1))
-        self.assertIn("erase the sequence", self.slots.server.read_log())
+                self.assertTrue(self.gets_numbers(prompt + " and", 1))
+        self.assertIn("Erase the sequence", self.slots.server.read_log())
 
     def test_another_prompt_overwrites_them(self):
         prompt, other = prompts(2)
         self.restore_damaged(prompt, 1)
-        self.assertFalse(self.fails(other, 1))
+        self.assertTrue(self.gets_numbers(other, 1))
+
+    def test_requests_at_the_same_time_are_answered(self):
+        """The damaged slot's tokens and theirs are in one batch."""
+        prompt, other = prompts(2)
+        self.restore_damaged(prompt, 1)
+        asked = [(other, 2), (prompt + " and", 1), (other, 0)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            replies = list(pool.map(lambda text_and_slot: self.slots.complete(*text_and_slot, n=16), asked))
+        have_numbers = [all(token["logprob"] is not None for token in reply["completion_probabilities"]) for reply in replies]
+        self.assertEqual(have_numbers, [True, False, True])
 
 
 class DamagedUnifiedServer(DamagedServer):
