@@ -24,6 +24,7 @@ def make_model(kind="llama", seed=1, dtype=mx.float32, **options):
         sizes["sliding_window"] = 64
     else:
         sizes |= {"hidden_size": 256}
+    mx.random.seed(seed)  # for the parameters that keep the model's own values
     model = module.Model(module.ModelArgs.from_dict(sizes))
     rng, scale = np.random.default_rng(seed), .9 / sizes["hidden_size"] ** .5
 
