@@ -253,6 +253,7 @@ def plugin_suites():
     yield plugin_suite("plug-in/all hosts", "test_hosts", "AllHosts", part="plug-in")
     yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "DamagedUnifiedServer", "FirstRequest",
                        part="plug-in")
+    yield plugin_suite("plug-in/chaos", "test_chaos", part="plug-in")
     # Other processors' sums in llama.cpp, and their kernels here.
     variants = {"avx2": " avx2 ", "avx512": " avx512_vnni "}
     for variant in (name for name, flag in variants.items() if flag in cpu_flags()):
