@@ -74,7 +74,8 @@ static float *allocate_rows(const tq_ggml_kv_tensor *kv)
 /* A decoded value may be a little larger than all that was encoded, and then too large for FP16. */
 static void clamp_to_fp16(float *x, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) x[i] = x[i] > TQ_GGML_VALUE_MAX ? TQ_GGML_VALUE_MAX : x[i] < -TQ_GGML_VALUE_MAX ? -TQ_GGML_VALUE_MAX : x[i];
+    for (int64_t i = 0; i < n; i++)
+        x[i] = x[i] > TQ_GGML_VALUE_MAX ? TQ_GGML_VALUE_MAX : x[i] < -TQ_GGML_VALUE_MAX ? -TQ_GGML_VALUE_MAX : x[i];
 }
 
 /* A damaged row must not be saved as values: all bits set is NaN. */
