@@ -35,6 +35,8 @@
 #define KEYS_MIN 16
 #define SIGNATURES_MAX 64
 #define SIGNATURE_MAX 64
+/* The scale of a reference that is set, and is zero: what was coded against it must not get another one later. -0 in FP16. */
+#define REFERENCE_OF_ZERO 0x8000
 /* For recoding: columns of a piece of work where no reference ties them, and the most threads. */
 #define BLOCK_WITHOUT_REFERENCE 64
 #define THREADS_MAX 64
@@ -264,7 +266,7 @@ static void recode_reference(const recode_task *task, const tq_page_view *pages,
     memset(after, 0, head_dim * sizeof *after);
     if (!pages->ref_codec) return;
     tq_block reference = tq_page_view_refs(pages, &store->codec, head, first);
-    if (reference.scales[0] == 0) return;
+    if (reference.scales[0] == 0 || reference.scales[0] == REFERENCE_OF_ZERO) return;
     decode(store, pages->ref_codec, reference, before);
     memcpy(after, before, head_dim * sizeof *after);
     tq_scale_channels(task->steps + (size_t)head * head_dim, 1, store->codec.head_dim, after);
@@ -352,24 +354,12 @@ void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq
     memset(tq_store_energies(store), 0, (size_t)store->n_head_kv * (size_t)store->codec.head_dim * sizeof(float));
 }
 
-/* Is something coded in the block of a slot? Then its reference is in use. */
-static bool block_in_use(const tq_page_view *pages, const tq_codec *codec, int32_t head, int64_t slot)
+void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window, bool is_new)
 {
-    int64_t first = slot - slot % pages->ref_block, end = first + pages->ref_block;
-    if (end > pages->page_size) end = pages->page_size;
-    const uint16_t *scales = tq_page_view_block(pages, codec, head, first).scales;
-    for (int64_t i = 0; i < end - first; i++) {
-        if (scales[i] != 0) return true;
-    }
-    return false;
-}
-
-void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window)
-{
-    if (window->n == 0) return;
     for (int32_t head = 0; head < store->n_head_kv; head++) {
         tq_block reference = tq_page_view_refs(&in->pages, in->codec, head, slot);
-        if (reference.scales[0] != 0 || block_in_use(&in->pages, in->codec, head, slot)) continue;
-        tq_rows_set_reference(in, head, slot, window);
+        if (reference.scales[0] != 0 && !is_new) continue;
+        if (window->n > 0) tq_rows_set_reference(in, head, slot, window);
+        if (reference.scales[0] == 0) reference.scales[0] = REFERENCE_OF_ZERO;
     }
 }

@@ -219,7 +219,7 @@ typedef struct learner {
     size_t bytes;
 } learner;
 
-enum { LEARN_ROW = 128, LEARN_DIM = 64, LEARN_HEADS = 2 };
+enum { LEARN_ROW = 128, LEARN_DIM = 64, LEARN_HEADS = 2, REUSED_SLOTS = 300 };
 
 static void learner_init(learner *l, tq_format format, int32_t n_sink, int32_t n_recent, int32_t ref_block, bool balance)
 {
@@ -505,6 +505,116 @@ static void test_references_take_means_away(void **state)
     free(plain);
     free(shifted);
     free(q);
+}
+
+/* Write rows to slots [first, first + n), in one call or one by one. */
+static void write_rows(learner *l, int64_t first, int64_t n, const float *rows, bool one_by_one)
+{
+    int64_t slots[REUSED_SLOTS];
+    assert_true(n <= REUSED_SLOTS);
+    for (int64_t i = 0; i < n; i++) slots[i] = first + i;
+    int64_t at_once = one_by_one ? 1 : n;
+    for (int64_t i = 0; i < n; i += at_once) {
+        assert_int_equal(tq_store_write(l->store, slots + i, at_once, rows + i * LEARN_ROW, LEARN_ROW, NULL), TQ_OK);
+    }
+}
+
+/* What was in a store's slots before has no part in how the tokens are coded that are written over all of it. */
+static void test_references_go_with_their_tokens(void **state)
+{
+    (void)state;
+    kv_random random = {.state = 12};
+    float *rows = kv_calloc(REUSED_SLOTS * LEARN_ROW, sizeof *rows), *others = kv_calloc(REUSED_SLOTS * LEARN_ROW, sizeof *rows);
+    float found[LEARN_ROW], wanted[LEARN_ROW];
+    kv_fill(&random, rows, REUSED_SLOTS * LEARN_ROW);
+    kv_fill(&random, others, REUSED_SLOTS * LEARN_ROW);
+    for (int64_t i = 0; i < REUSED_SLOTS * LEARN_ROW; i++) others[i] += 30 * cosf((float)(i % LEARN_ROW));
+    static const int32_t n_recent[] = {64, 128};
+    for (int i = 0; i < 4; i++) {
+        learner fresh, used;
+        learner_init(&fresh, TQ_FORMAT_TT3, 4, n_recent[i / 2], 64, false);
+        learner_init(&used, TQ_FORMAT_TT3, 4, n_recent[i / 2], 64, false);
+        write_rows(&used, 0, REUSED_SLOTS, others, false);
+        write_rows(&used, 0, REUSED_SLOTS - 50, rows, i % 2);
+        write_rows(&fresh, 0, REUSED_SLOTS - 50, rows, i % 2);
+        for (int64_t slot = 0; slot < REUSED_SLOTS - 50; slot++) {
+            assert_int_equal(tq_store_read(used.store, slot, 1, found, LEARN_ROW), TQ_OK);
+            assert_int_equal(tq_store_read(fresh.store, slot, 1, wanted, LEARN_ROW), TQ_OK);
+            assert_memory_equal(found, wanted, sizeof found);
+        }
+        learner_deinit(&fresh);
+        learner_deinit(&used);
+    }
+    free(rows);
+    free(others);
+}
+
+/* Slots of a block that are coded keep their reference while others of the block are written over. */
+static void test_references_stay_with_coded_tokens(void **state)
+{
+    (void)state;
+    enum { KEPT = 100 };
+    kv_random random = {.state = 13};
+    float *rows = kv_calloc(REUSED_SLOTS * LEARN_ROW, sizeof *rows);
+    float *before = kv_calloc(KEPT * LEARN_ROW, sizeof *rows), *after = kv_calloc(KEPT * LEARN_ROW, sizeof *rows);
+    learner l;
+    learner_init(&l, TQ_FORMAT_TQ4, 4, 64, 64, false);
+    kv_fill(&random, rows, REUSED_SLOTS * LEARN_ROW);
+    for (int64_t i = 0; i < REUSED_SLOTS * LEARN_ROW; i++) rows[i] += 30 * cosf((float)(i % LEARN_ROW));
+    write_rows(&l, 0, REUSED_SLOTS, rows, false);
+    assert_int_equal(tq_store_read(l.store, 0, KEPT, before, LEARN_ROW), TQ_OK);
+    kv_fill(&random, rows, REUSED_SLOTS * LEARN_ROW);
+    write_rows(&l, KEPT, REUSED_SLOTS - KEPT, rows, false);
+    assert_int_equal(tq_store_read(l.store, 0, KEPT, after, LEARN_ROW), TQ_OK);
+    assert_memory_equal(before, after, KEPT * LEARN_ROW * sizeof *rows);
+    learner_deinit(&l);
+    free(rows);
+    free(before);
+    free(after);
+}
+
+/* Slots that are written again and again in one call leave the bytes of single writes, in blocks with references too. */
+static void test_references_do_not_depend_on_batches(void **state)
+{
+    (void)state;
+    enum { N = 500 };
+    kv_random random = {.state = 14};
+    float *rows = kv_calloc(N * LEARN_ROW, sizeof *rows);
+    int64_t slots[N];
+    kv_fill(&random, rows, N * LEARN_ROW);
+    for (int32_t n_slots = 20; n_slots <= 160; n_slots += 20) {
+        learner batched, single;
+        learner_init(&batched, TQ_FORMAT_TQ4, 4, 64, 16, false);
+        learner_init(&single, TQ_FORMAT_TQ4, 4, 64, 16, false);
+        for (int64_t i = 0; i < N; i++) slots[i] = i % n_slots * 3 % n_slots;
+        assert_int_equal(tq_store_write(batched.store, slots, N, rows, LEARN_ROW, NULL), TQ_OK);
+        for (int64_t i = 0; i < N; i++)
+            assert_int_equal(tq_store_write(single.store, slots + i, 1, rows + i * LEARN_ROW, LEARN_ROW, NULL), TQ_OK);
+        assert_memory_equal(batched.memory, single.memory, single.bytes);
+        learner_deinit(&batched);
+        learner_deinit(&single);
+    }
+    free(rows);
+}
+
+/* A reference of zero is one: keys of zeros that were coded first read as zeros when others of their block are coded. */
+static void test_zeros_stay_zeros(void **state)
+{
+    (void)state;
+    enum { N_ZEROS = 4 + 64, BLOCK = 64 }; /* sinks and a full ring */
+    kv_random random = {.state = 15};
+    float *rows = kv_calloc(REUSED_SLOTS * LEARN_ROW, sizeof *rows), row[LEARN_ROW];
+    learner l;
+    learner_init(&l, TQ_FORMAT_TT4, 4, 64, BLOCK, false);
+    kv_fill(&random, rows + N_ZEROS * LEARN_ROW, (REUSED_SLOTS - N_ZEROS) * LEARN_ROW);
+    for (int64_t i = N_ZEROS * LEARN_ROW; i < REUSED_SLOTS * LEARN_ROW; i++) rows[i] += 5;
+    write_rows(&l, 0, REUSED_SLOTS, rows, true);
+    for (int64_t slot = 0; slot < BLOCK; slot++) {
+        assert_int_equal(tq_store_read(l.store, slot, 1, row, LEARN_ROW), TQ_OK);
+        for (int32_t j = 0; j < LEARN_ROW; j++) assert_true(row[j] == 0);
+    }
+    learner_deinit(&l);
+    free(rows);
 }
 
 /* The error of a logit, in energy: errors of a key's channels weighted by what queries have there. */
@@ -866,6 +976,10 @@ int main(void)
         cmocka_unit_test(test_stage_outlives_its_store),
         cmocka_unit_test(test_stage_without_memory),
         cmocka_unit_test(test_references_take_means_away),
+        cmocka_unit_test(test_references_go_with_their_tokens),
+        cmocka_unit_test(test_references_stay_with_coded_tokens),
+        cmocka_unit_test(test_references_do_not_depend_on_batches),
+        cmocka_unit_test(test_zeros_stay_zeros),
         cmocka_unit_test(test_balance_makes_outliers_harmless),
         cmocka_unit_test(test_repeated_tokens_teach_nothing),
         cmocka_unit_test(test_few_keys_teach_nothing),
