@@ -13,7 +13,6 @@
 
 #define WHO "cache"
 #define LAYERS_MAX 65536
-#define HEADS_MAX 65536
 #define PAGE_SIZE_MIN 16
 #define PAGE_SIZE_MAX 256
 
@@ -65,9 +64,9 @@ static tq_status check_params(const tq_cache_params *params)
         tq_log(TQ_LOG_ERROR, WHO ": unknown struct_size; fill params with tq_cache_params_default first");
         return TQ_ERR_ARGUMENT;
     }
-    if (params->n_layer < 1 || params->n_layer > LAYERS_MAX || params->n_head_kv < 1 || params->n_head_kv > HEADS_MAX) {
+    if (params->n_layer < 1 || params->n_layer > LAYERS_MAX || params->n_head_kv < 1 || params->n_head_kv > TQ_HEADS_MAX) {
         tq_log(TQ_LOG_ERROR, WHO ": n_layer %d and n_head_kv %d: give 1 to %d and 1 to %d", (int)params->n_layer,
-               (int)params->n_head_kv, LAYERS_MAX, HEADS_MAX);
+               (int)params->n_head_kv, LAYERS_MAX, TQ_HEADS_MAX);
         return TQ_ERR_ARGUMENT;
     }
     if (params->page_size < PAGE_SIZE_MIN || params->page_size > PAGE_SIZE_MAX || params->page_size % PAGE_SIZE_MIN != 0) {
