@@ -118,7 +118,8 @@ static bool block_is_exact(const write_batch *batch, int64_t slot)
     return n == end - begin;
 }
 
-/* Jobs of a block that were planned before it got a new reference are coded against the one before, as they would be one by one. */
+/* Jobs of a block that were planned before it got a new reference are coded against the one before, as they would be one by
+ * one. */
 static bool has_job_in_block(const write_batch *batch, int64_t slot)
 {
     int64_t begin = block_begin(batch, slot), end = block_end(batch, slot);

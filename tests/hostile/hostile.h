@@ -113,12 +113,12 @@ static int32_t freed_sequence(void)
 }
 
 /* Lists of the same number, as long as any count that the calls give. */
-#define LIST_OF(name, type)                                                          \
-    static type *name(type value)                                                    \
-    {                                                                                \
-        static type list[N_LIST];                                                    \
-        for (size_t i = 0; i < N_LIST; i++) list[i] = value;                         \
-        return list;                                                                 \
+#define LIST_OF(name, type)                                  \
+    static type *name(type value)                            \
+    {                                                        \
+        static type list[N_LIST];                            \
+        for (size_t i = 0; i < N_LIST; i++) list[i] = value; \
+        return list;                                         \
     }
 enum { N_LIST = 4096 };
 LIST_OF(id_list, int32_t)

@@ -524,7 +524,8 @@ static void test_references_go_with_their_tokens(void **state)
 {
     (void)state;
     kv_random random = {.state = 12};
-    float *rows = kv_calloc(REUSED_SLOTS * LEARN_ROW, sizeof *rows), *others = kv_calloc(REUSED_SLOTS * LEARN_ROW, sizeof *rows);
+    float *rows = kv_calloc(REUSED_SLOTS * LEARN_ROW, sizeof *rows),
+          *others = kv_calloc(REUSED_SLOTS * LEARN_ROW, sizeof *rows);
     float found[LEARN_ROW], wanted[LEARN_ROW];
     kv_fill(&random, rows, REUSED_SLOTS * LEARN_ROW);
     kv_fill(&random, others, REUSED_SLOTS * LEARN_ROW);
