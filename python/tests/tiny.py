@@ -33,8 +33,9 @@ _EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size":
 _TURNS = {"layer_types": ["linear_attention", "full_attention"] * 2}
 RECURRENT = {
     "falcon_h1": ("FalconH1Config", _MAMBA | {"mamba_d_ssm": 128, "mamba_d_head": 32}),
-    "zamba2": ("Zamba2Config", {"layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_d_state": 16, "mamba_ngroups": 1,
-                                "n_mamba_heads": 4, "mamba_headdim": 64, "chunk_size": 32, "num_key_value_heads": 4}),
+    "zamba2": ("Zamba2Config", {"layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_d_state": 16,
+                                "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 64, "chunk_size": 32,
+                                "num_key_value_heads": 4}),
     "zaya": ("ZayaConfig", {}),
     "bamba": ("BambaConfig", _MAMBA | {"attn_layer_indices": [1, 3], "mamba_d_head": 64}),
     "jamba": ("JambaConfig", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 16}),

@@ -141,8 +141,8 @@ class BatchCache(stock._BaseCache):
     @property
     def to_quantized(self) -> NoReturn:
         """MLX-LM looks whether a cache has this where it was given kv_bits, and only there."""
-        raise UnsupportedError("kv_bits: keys and values are compressed already, in the formats of the preset. Leave kv_bits, or "
-                               "--kv-bits, out; or use a cache of MLX-LM, mlx_lm.models.cache.make_prompt_cache")
+        raise UnsupportedError("kv_bits: keys and values are compressed already, in the formats of the preset. Leave kv_bits "
+                               "(--kv-bits) out, or use a cache of MLX-LM, mlx_lm.models.cache.make_prompt_cache")
 
     def is_trimmable(self) -> bool:
         return True

@@ -421,8 +421,9 @@ static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_atte
 {
     if (!batch || batch->struct_size != sizeof *batch || batch->n_seq < 0 || batch->n_seq > BATCH_MAX ||
         (batch->n_seq > 0 && (!batch->seqs || !batch->query_starts || batch->query_starts[0] != 0))) {
-        tq_log(TQ_LOG_ERROR, WHO ": attend: the batch is NULL, not from tq_attend_batch_default, of more than 65536 sequences, or "
-                                 "lacks seqs or query_starts from 0 on");
+        tq_log(TQ_LOG_ERROR,
+               WHO ": attend: the batch is NULL, not from tq_attend_batch_default, of more than 65536 sequences, or "
+                   "lacks seqs or query_starts from 0 on");
         return TQ_ERR_ARGUMENT;
     }
     if (batch->params.mask || batch->params.key_stage || batch->params.value_stage) {
