@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 import turboquant
-from tiny import (BACKEND, CACHE, DEVICE, F16, NO_MEANS, ON_DEVICE, RECURRENT, TQ8, compressed, divergence, generated, ids, logits,
-                  make_model, make_recurrent_model, same_tokens, stock)
+from tiny import (BACKEND, CACHE, DEVICE, F16, NO_MEANS, ON_DEVICE, RECURRENT, TQ8, compressed, divergence, generated, ids,
+                  logits, make_model, make_recurrent_model, same_tokens, stock)
 from turboquant.transformers import TurboQuantCache
 
 # Of these models' logits, whose standard deviation is some 0.9: the largest difference, and the mean KL divergence. tq4 gives

@@ -520,8 +520,8 @@ class TurboQuantCache(Cache):
         the file cannot hold everything: layers left to Transformers, and padding that is not on the left.
         """
         if self._of_transformers():
-            raise UnsupportedError("this model has layers or states that are left to Transformers, and a snapshot holds compressed "
-                                   "keys and values alone: run the prompt again instead of saving it")
+            raise UnsupportedError("this model has layers or states that are left to Transformers, and a snapshot holds "
+                                   "compressed keys and values alone: run the prompt again instead of saving it")
         lengths = self._columns.lengths(len(self.seqs), self._columns.n)
         if not self.seqs or Columns.left_padded(lengths) != self._columns:
             raise UnsupportedError("only a cache that holds tokens, and whose padding is all on the left with a row that has "
