@@ -304,7 +304,7 @@ def test_rows_of_recurrent_states(recurrent):
 
 
 def test_assisted_with_convolutions():
-    """Their states can be taken back, unlike those of a recurrence, where generate() says beforehand that they may have to be."""
+    """Unlike those of a recurrence their states can be taken back, where generate() says beforehand that they have to be."""
     model, assistant = make_recurrent_model("lfm2"), make_model("llama", seed=2)
     options = {"n": 8, "assistant_model": assistant}
     assert same_tokens(model, generated(model, compressed(model, **F16), ids(1, 30), **options),
