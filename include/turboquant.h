@@ -183,7 +183,7 @@ TQ_API TQ_NODISCARD tq_status tq_codec_decode(const tq_codec *codec, const void 
 typedef struct tq_attend_params {
     size_t struct_size;
     int64_t n_query; /* query tokens */
-    int32_t n_head;  /* query heads, a multiple of n_head_kv */
+    int32_t n_head;  /* query heads, a multiple of n_head_kv, at most 65536 */
     const float *q;  /* [n_query, n_head, head_dim] with the strides below */
     int64_t q_token_stride, q_head_stride;
     float *out; /* [n_query, n_head, out_dim] with the strides below; out_dim <= the value head_dim */
@@ -245,13 +245,14 @@ typedef struct tq_store tq_store;
 typedef struct tq_store_params {
     size_t struct_size;
     tq_format format;
-    int32_t head_dim, n_head_kv;
+    int32_t head_dim, n_head_kv; /* at most 65536 heads */
     int64_t n_slots;
     int32_t n_sink, n_recent;
     /*
      * 0: none. Else each ref_block slots of a head share a reference vector, and what is coded of a slot is its difference from
      * that: keys have a mean that costs bits and changes slowly along the context. The reference is the mean of the ring when
-     * the first slot of the block is encoded, kept as tq8; later it stays. Needs a ring; for rotated formats but the product
+     * the first slot of the block is encoded, kept as tq8; it stays until all slots of the block are exact again, as they are
+     * when tokens were written over them in a ring of at least the block. Needs a ring; for rotated formats but the product
      * ones. 64 suits.
      */
     int32_t ref_block;
@@ -494,7 +495,7 @@ TQ_API TQ_NODISCARD tq_status tq_cache_append_slots(tq_cache *cache, int32_t lay
  * sequence seqs[i] and are its last positions: a decode step has one, a speculative one several, prefill many. */
 typedef struct tq_attend_batch {
     size_t struct_size;
-    int32_t n_seq;
+    int32_t n_seq;               /* at most 65536 */
     const int32_t *seqs;         /* [n_seq] */
     const int64_t *query_starts; /* [n_seq + 1], ascending from 0 */
     const int64_t *seq_lens;     /* optional [n_seq]: see only so many tokens, at least the queries */

@@ -53,7 +53,7 @@ UNIT_ROOMS = {
     "attention": "attention", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda", "dry_run": "cache",
     "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api", "key_bias": "cache",
     "offload": "cache", "packing": "codec", "presets": "api", "rotation": "codec", "snapshot": "cache", "store": "cache",
-    "threads": "base",
+    "store_learn": "cache", "threads": "base",
 }
 
 

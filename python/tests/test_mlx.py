@@ -13,7 +13,7 @@ from conftest import ROOT
 from mlx_lm.generate import generate_step, speculative_generate_step
 from tiny_mlx import (F16, OTHER_ORDER, TQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits,
                       make_model, make_sharing_model)
-from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
+from turboquant.mlx import TurboQuantKVCache, from_kvcache, install, make_prompt_cache
 
 CALIBRATION = ROOT / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
 
@@ -243,7 +243,7 @@ def test_bytes(llama):
     logits(llama, cache, ids(2000), parts=4)
     values = 2000 * 2 * 2 * 64
     assert 8 * cache[0].nbytes / values < 1.1 * turboquant.preset("TQ4").bits_per_value(64, 2, 2048)
-    assert not hasattr(cache[0], "bits") and not hasattr(cache[0], "to_quantized")
+    assert not hasattr(cache[0], "bits")
 
 
 def test_memory_is_given_back(llama):
@@ -298,6 +298,53 @@ def test_options_of_other_types(llama, tmp_path):
     assert np.isfinite(logits(llama, make_prompt_cache(llama, max_tok=1 << 12, **options), ids(20))).all()
 
 
+@pytest.mark.parametrize("generate", [generate_step, speculative_generate_step])
+@pytest.mark.parametrize("start", [0, 5000])
+def test_kv_bits_are_refused(llama, generate, start):
+    """MLX-LM would leave a cache that it cannot convert as it is, without a word. Refused before the first token, also where
+    conversion would only come later."""
+    models = [llama] * (2 if generate is speculative_generate_step else 1)
+    cache = [layer for _ in models for layer in make_prompt_cache(llama)]
+    options = {"prompt_cache": cache, "max_tokens": 3, "quantized_kv_start": start}
+    with pytest.raises(turboquant.UnsupportedError, match="compressed already.*Leave kv_bits"):
+        next(generate(mx.array(ids(20)[0]), *models, kv_bits=8, **options))
+    cache = [layer for _ in models for layer in make_prompt_cache(llama)]
+    assert len(list(generate(mx.array(ids(20)[0]), *models, **(options | {"prompt_cache": cache})))) == 3
+
+
+@pytest.mark.parametrize("formats", [F16, TQ8], ids=["f16", "tq8"])
+@pytest.mark.parametrize("n_batch", [1, 2])
+def test_from_kvcache(llama, formats, n_batch):
+    """After a prompt that was read exactly: what the cache holds is that of one which read it itself, but for what coding
+    moved in that."""
+    prompt, more, exact = ids(200, n_batch=n_batch), ids(20, n_batch=n_batch, seed=9), stock.make_prompt_cache(llama)
+    logits(llama, exact, prompt, 3)
+    held = [np.array(x) for layer in exact for x in layer.keys_and_values()]
+    caches = from_kvcache(llama, exact, **formats)
+    assert np.all(np.array(caches[0].offset) == 200)
+    read = caches[0]._sequences[0].store.read(caches[0]._sequences[0].seq, 0)
+    for x, kept in zip(read, held):
+        np.testing.assert_allclose(x.transpose(1, 0, 2), kept[0], atol=.02 * abs(kept).max())
+    found = logits(llama, caches, more)
+    assert all(np.array_equal(x, y) for x, y in zip(held, (x for layer in exact for x in layer.keys_and_values())))
+    wanted = logits(llama, exact, more)
+    largest, mean = TOLERANCES[formats["k_format"]]
+    assert abs(found - wanted).max() < largest and divergence(wanted, found) < mean
+    assert all(cache.empty() for cache in from_kvcache(llama, stock.make_prompt_cache(llama)))
+
+
+def test_from_kvcache_takes_other_caches_over():
+    model = make_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=32)
+    prompt, more, exact = ids(100), ids(20, seed=9), stock.make_prompt_cache(model)
+    logits(model, exact, prompt)
+    caches = from_kvcache(model, exact, **F16)
+    assert [ours is theirs for ours, theirs in zip(caches, exact)] == [True, False, True]
+    wanted = logits(model, copy.deepcopy(exact), more)
+    assert abs(logits(model, caches, more) - wanted).max() < TOLERANCES["f16"][0]
+    with pytest.raises(turboquant.UnsupportedError, match="nothing to compress"):
+        from_kvcache(model, caches)
+
+
 @pytest.fixture
 def installed():
     return install(make_model(), **F16)
@@ -325,7 +372,8 @@ def test_a_bound_is_refused_where_models_make_their_caches():
 @pytest.mark.parametrize("given, told", [
     (["--kv-preset", "TQ5"], "there is no preset 'TQ5'; there are"), (["--kv-preset="], "there is no preset ''"),
     (["--kv-calibration", "missing.tqcal"], "missing.tqcal"), (["--kv-calibration", __file__], "test_mlx.py"),
-    (["--kv-bits", "8"], "compressed already"), (["--kv-bit=8"], "compressed already"), (["--kv-prest", "TQ4"], "--kv-prest")])
+    (["--kv-bits", "8"], "compressed already"), (["--kv-bit=8"], "compressed already"), (["--kv-prest", "TQ4"], "--kv-prest"),
+    (["--kv-group-size", "32"], "compressed already"), (["--quantized-kv-start=0"], "compressed already")])
 def test_server_refuses_before_it_loads(monkeypatch, capsys, given, told):
     from turboquant import mlx_server
     monkeypatch.setattr(mlx_server.server, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))

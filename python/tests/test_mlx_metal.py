@@ -191,7 +191,9 @@ def test_bytes(llama, monkeypatch):
     assert arrays.k_exact.shape[2] == 4 + 64 + 64
     room = arrays.k_codes.shape[2]
     assert layer.nbytes - exact < 1.1 * room * 2 * 2 * 34 and room <= 1200 + metal_kernels.BLOCK + 1024
-    assert not hasattr(layer, "bits") and not hasattr(layer, "to_quantized")
+    assert not hasattr(layer, "bits")
+    with pytest.raises(turboquant.UnsupportedError, match="kv_bits"):
+        layer.to_quantized
 
 
 def test_nothing_is_evaluated(llama, monkeypatch):
@@ -234,3 +236,21 @@ def test_refusals(llama):
     cache.attend(mx.zeros((1, 4, 4, 64)), keys, keys, 1.0)
     with pytest.raises(turboquant.ArgumentError, match="batch of 1"):
         cache.update_and_fetch(mx.zeros((2, 2, 4, 64)), mx.zeros((2, 2, 4, 64)))
+
+
+@pytest.mark.parametrize("n_tok", [10, 100])
+def test_append_without_queries(llama, n_tok):
+    """What from_kvcache does holds what a cache would that attended, too."""
+    rng = np.random.default_rng(4)
+    q, k, v, more = (mx.array(rng.standard_normal((1, n, m, 64), np.float32)) for n, m in (
+        (4, n_tok), (2, n_tok), (2, n_tok), (2, 1)))
+    appended, attended = TurboQuantMetalKVCache(**LIKE_CPU), TurboQuantMetalKVCache(**LIKE_CPU)
+    appended.append(k, v)
+    attended.update_and_fetch(k, v)
+    attended.attend(q, k, v, .125)
+    assert appended.offset == attended.offset == n_tok
+    found = []
+    for cache in (appended, attended):
+        cache.update_and_fetch(more, more)
+        found.append(np.array(cache.attend(q[:, :, :1], more, more, .125)))
+    np.testing.assert_array_equal(*found)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 import turboquant
-from tiny import (BACKEND, CACHE, DEVICE, F16, NO_MEANS, ON_DEVICE, TQ8, compressed, divergence, generated, ids, logits,
-                  make_model, same_tokens, stock)
+from tiny import (BACKEND, CACHE, DEVICE, F16, NO_MEANS, ON_DEVICE, RECURRENT, TQ8, compressed, divergence, generated, ids,
+                  logits, make_model, make_recurrent_model, same_tokens, stock)
 from turboquant.transformers import TurboQuantCache
 
 # Of these models' logits, whose standard deviation is some 0.9: the largest difference, and the mean KL divergence. tq4 gives
@@ -261,6 +261,54 @@ def test_memory(llama):
     bits = 8 * (stats.n_pages_used * stats.page_bytes + stats.exact_bytes) / values
     # The last page is not full.
     assert bits < turboquant.preset("TQ4").bits_per_value(64, 2, n_tok) * (1 + 128 / n_tok) + .1
+
+
+@pytest.fixture(scope="module", params=RECURRENT)
+def recurrent(request):
+    return make_recurrent_model(request.param)
+
+
+def test_recurrent_states(recurrent):
+    """Transformers keeps them, in layers of their own or beside keys and values, which are compressed."""
+    input_ids, more = ids(2, 60), ids(2, 3, seed=9)
+    reference, cache = stock(recurrent), compressed(recurrent, **F16)
+    wanted, found = logits(recurrent, reference, input_ids, 3), logits(recurrent, cache, input_ids, 3)
+    assert abs(found - wanted).max() < .01 * abs(wanted).max()
+    twin, wanted = copy.deepcopy(cache), logits(recurrent, reference, more)
+    for each in (cache, twin):  # neither has changed the other's state
+        assert abs(logits(recurrent, each, more) - wanted).max() < .01 * abs(wanted).max()
+    with pytest.raises(turboquant.UnsupportedError, match="a state of all tokens before.*deepcopy"):
+        cache.crop(-2)
+    with pytest.raises(turboquant.UnsupportedError, match="left to Transformers"):
+        cache.save("unused.tqs")
+    assert cache.get_seq_length() == 63
+    cache.reset()
+    assert torch.equal(logits(recurrent, cache, input_ids, 3), found)
+
+
+def test_rows_of_recurrent_states(recurrent):
+    """They go where the rows' keys and values go."""
+    input_ids, more = ids(2, 30), ids(2, 3, seed=9)
+    caches = [compressed(recurrent, **F16) for _ in range(2)]
+    for cache in caches:
+        logits(recurrent, cache, input_ids)
+    caches[0].batch_repeat_interleave(3)
+    caches[0].batch_select_indices(torch.tensor([False, True, False, True, True, False]))
+    caches[0].reorder_cache(torch.tensor([2, 0]))
+    caches[0].batch_select_indices(torch.tensor([1, 0]))
+    wanted = logits(recurrent, caches[1], more)
+    assert abs(logits(recurrent, caches[0], more) - wanted).max() < .01 * abs(wanted).max()
+    options = {"n": 5, "num_beams": 2, "num_return_sequences": 2}
+    assert same_tokens(recurrent, generated(recurrent, compressed(recurrent, **F16), input_ids, **options),
+                       generated(recurrent, stock(recurrent), input_ids, **options))
+
+
+def test_assisted_with_convolutions():
+    """Unlike those of a recurrence their states can be taken back, where generate() says beforehand that they have to be."""
+    model, assistant = make_recurrent_model("lfm2"), make_model("llama", seed=2)
+    options = {"n": 8, "assistant_model": assistant}
+    assert same_tokens(model, generated(model, compressed(model, **F16), ids(1, 30), **options),
+                       generated(model, stock(model), ids(1, 30), **options))
 
 
 @pytest.mark.skipif(not hasattr(transformers, "NemotronHConfig"), reason="this version of Transformers has no Nemotron-H")

@@ -90,8 +90,8 @@ def test_kinds_of_models(llama):
     config = LlamaConfig(**(llama.config.to_dict() | {"head_dim": 100}))
     with pytest.raises(turboquant.UnsupportedError, match="100"):
         TurboQuantCache(config=config)
-    config.layer_types = ["hybrid"] * 4
-    with pytest.raises(turboquant.UnsupportedError, match="hybrid"):
+    config.layer_types = ["indexed_attention"] * 4
+    with pytest.raises(turboquant.UnsupportedError, match="indexed_attention"):
         TurboQuantCache(config=config)
     config.layer_types = ["sliding_attention"] * 4
     config.sliding_window = 8

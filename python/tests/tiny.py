@@ -5,6 +5,7 @@ emulated, on tests/cuda's device in host memory; or cuda, with the models.
 """
 import os
 
+import pytest
 import torch
 import transformers
 from transformers import (AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig,
@@ -25,6 +26,27 @@ SIZES = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_h
          "eos_token_id": None, "initializer_range": .08}
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig,
            "gpt_oss": GptOssConfig}
+# Models with layers that have a recurrent state: instead of attention, or (falcon_h1, zamba2, zaya) beside it.
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 32}
+_DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+_TURNS = {"layer_types": ["linear_attention", "full_attention"] * 2}
+RECURRENT = {
+    "falcon_h1": ("FalconH1Config", _MAMBA | {"mamba_d_ssm": 128, "mamba_d_head": 32}),
+    "zamba2": ("Zamba2Config", {"layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_d_state": 16,
+                                "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 64, "chunk_size": 32,
+                                "num_key_value_heads": 4}),
+    "zaya": ("ZayaConfig", {}),
+    "bamba": ("BambaConfig", _MAMBA | {"attn_layer_indices": [1, 3], "mamba_d_head": 64}),
+    "jamba": ("JambaConfig", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 16}),
+    "granite": ("GraniteMoeHybridConfig", _MAMBA | _TURNS | {"mamba_d_head": 64, "num_local_experts": 2,
+                                                             "num_experts_per_tok": 1, "shared_intermediate_size": 64}),
+    "nemotron_h": ("NemotronHConfig", {"layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"],
+                                       "mamba_num_heads": 4, "mamba_head_dim": 64, "ssm_state_size": 16, "n_groups": 1,
+                                       "chunk_size": 32}),
+    "qwen3_next": ("Qwen3NextConfig", _DELTA | _EXPERTS | _TURNS | {"shared_expert_intermediate_size": 64}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "hidden_size": 256}),
+}
 # The 8-bit formats, as a preset once was.
 TQ8 = {"k_format": "tq8", "v_format": "tq8"}
 
@@ -32,6 +54,17 @@ TQ8 = {"k_format": "tq8", "v_format": "tq8"}
 def make_model(kind="llama", dtype=torch.float32, seed=1, **options):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **options)).to(DEVICE, dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def make_recurrent_model(kind):
+    name, options = RECURRENT[kind]
+    if not hasattr(transformers, name):
+        pytest.skip(f"this version of Transformers has no {name}")
+    torch.manual_seed(1)
+    config = getattr(transformers, name)(**(SIZES | options))
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE, torch.float32).eval()
     model.generation_config.eos_token_id = None
     return model
 

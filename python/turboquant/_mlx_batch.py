@@ -63,6 +63,10 @@ class BatchCache(stock._BaseCache):
         """
         raise NotImplementedError
 
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Append rows [n_batch, n_head_kv, n_tok, head_dim], which have attended elsewhere."""
+        raise NotImplementedError
+
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         """Attend with the queries of another layer, which shares the rows that were appended last. They see all of them coded
         that are by now, which in a long part of a prompt is more than those of the first layer saw."""
@@ -133,6 +137,12 @@ class BatchCache(stock._BaseCache):
 
     def empty(self) -> bool:
         return self.size() == 0
+
+    @property
+    def to_quantized(self) -> NoReturn:
+        """MLX-LM looks whether a cache has this where it was given kv_bits, and only there."""
+        raise UnsupportedError("kv_bits: keys and values are compressed already, in the formats of the preset. Leave kv_bits "
+                               "(--kv-bits) out, or use a cache of MLX-LM, mlx_lm.models.cache.make_prompt_cache")
 
     def is_trimmable(self) -> bool:
         return True

@@ -170,6 +170,12 @@ class TurboQuantKVCache(BatchCache):
 
         return self._attend(queries, scale, sinks, self._take(queries.shape[2]), append)
 
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        self.update_and_fetch(keys, values)
+        k, v = _host(keys), _host(values)
+        for i, sequence, begin, n in self._take(keys.shape[2]):
+            sequence.store.append(sequence.seq, 0, k[i, begin : begin + n], v[i, begin : begin + n])
+
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         def attend(store: _cache.Cache, seq: int, i: int, begin: int, params: AttendParams) -> None:
             params.causal, params.first_pos = True, store.length(seq) - params.n_query
@@ -317,15 +323,27 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     if max_kv_size is not None:
         raise UnsupportedError(f"max_kv_size is {max_kv_size}, but a compressed cache holds all tokens: leave it out, or use a "
                                "model that turboquant.mlx.install has not changed, with mlx_lm.models.cache.make_prompt_cache")
-    kind = _cache_class()
     make = getattr(model, "make_cache", None)
     caches = make.stock() if getattr(make, "is_turboquant", False) else stock.make_prompt_cache(model)
+    return from_kvcache(model, caches, preset, **options)
+
+
+def from_kvcache(model: Any, caches: Sequence[Any], preset: str = "TQ4", **options: Any) -> list[Any]:
+    """
+    Caches as make_prompt_cache makes them, with what those of MLX-LM hold, a list of all layers: the prompt has been read with
+    exact keys and values, and what follows is read and generated with compressed ones. Each plain KVCache gets a copy of its
+    own, which leaves it as it is; other caches are in both lists.
+    """
+    kind = _cache_class()
     compressed = [i for i, cache in enumerate(caches) if type(cache) is stock.KVCache]
     n = len(compressed)
     if n == 0:
         raise UnsupportedError("none of this model's layers has a plain KVCache: there is nothing to compress")
     of_layers = iter(_options_of_layers(options, compressed, len(caches)))
     applied = [kind(preset, **next(of_layers)) if type(cache) is stock.KVCache else cache for cache in caches]
+    for i in compressed:
+        if caches[i].offset > 0:
+            applied[i].append(*caches[i].keys_and_values())
     _reach_attention(model)
     said = ", ".join(f"{name}={value}" for name, value in {"preset": preset, **options}.items() if value is not None)
     what = f"turboquant: {n} of {len(caches)} layers compressed ({said}), {len(caches) - n} left to MLX-LM"

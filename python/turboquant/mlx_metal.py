@@ -102,8 +102,10 @@ class _Sequence:
         """What is encoded stays encoded."""
         self.length, self.coded = length, min(self.coded, length)
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        """Append keys and values [1, n_head_kv, n_tok, head_dim] and attend with queries [1, n_head, n_tok, head_dim]."""
+    def attend(self, queries: mx.array | None, keys: mx.array, values: mx.array, scale: float = 1,
+               sinks: mx.array | None = None) -> mx.array | None:
+        """Append keys and values [1, n_head_kv, n_tok, head_dim] and attend with queries [1, n_head, n_tok, head_dim], if there
+        are any."""
         options, n_tok = self._options, keys.shape[2]
         begin, n_before = self._first_exact(), self._n_exact()
         self._keep_exact(n_before, keys.astype(mx.float16), values.astype(mx.float16))
@@ -113,8 +115,8 @@ class _Sequence:
         end = max(length - options.n_recent, 0) // options.encode_batch * options.encode_batch
         if end > begin:
             self._encode(begin, end)
-        out = kernels.attend(queries, self.arrays, options.k_format, options.v_format, options.has_refs, extent, scale,
-                             options.seed, sinks)
+        out = None if queries is None else kernels.attend(queries, self.arrays, options.k_format, options.v_format,
+                                                          options.has_refs, extent, scale, options.seed, sinks)
         if end > begin:
             self._forget_exact(end - begin, extent.n_exact)
             self.coded = end
@@ -232,6 +234,11 @@ class TurboQuantMetalKVCache(BatchCache):
             raise ArgumentError(f"{queries.shape[1]} query heads do not share {keys.shape[1]} KV heads evenly")
         return self._attend(queries, self._take(queries.shape[2]), lambda sequence, part: sequence.attend(
             queries[part], keys[part], values[part], scale, sinks))
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        self.update_and_fetch(keys, values)
+        for i, sequence, begin, n in self._take(keys.shape[2]):
+            sequence.attend(None, *(x[i : i + 1, :, begin : begin + n] for x in (keys, values)))
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         return self._attend(queries, self._take_again(), lambda sequence, part: sequence.attend_again(

@@ -18,6 +18,10 @@ from .formats import preset, presets
 from .mlx import install
 
 
+# --kv-bits, --kv-group-size and --quantized-kv-start, which argparse takes shortened, too.
+_OF_STOCK_CACHES = ("--kv-b", "--kv-g", "--qua")
+
+
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those of mlx_lm.server. What is wrong with ours ends the program before a model is loaded."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="%(prog)s [--kv-preset NAME] "
@@ -30,8 +34,9 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     if {"-h", "--help"} & set(rest):
         print(parser.format_help())  # mlx_lm.server's own follows
         return arguments, rest
-    if any(option.startswith("--kv-b") for option in rest):
-        parser.error("--kv-bits: keys and values are compressed already; leave it out, or run mlx_lm.server")
+    for option in rest:
+        if option.startswith(_OF_STOCK_CACHES):
+            parser.error(f"{option}: keys and values are compressed already; leave it out, or run mlx_lm.server")
     try:
         preset(arguments.kv_preset)
         if arguments.kv_calibration is not None:

@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import (DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin,
+                                      LinearAttentionLayer, get_layer_types_and_kwargs)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -37,7 +38,7 @@ NAME = "turboquant"
 
 # What Transformers keeps for such layers is small or bounded: it stays as it is.
 # "dummy" layers have none.
-_STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "dummy"}
+_STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid_sliding", "dummy"}
 # Kinds of torch devices that have tq_cuda_*'s functions.
 _DEVICE_TYPES = {"cuda"}
 # Options of attention functions, and what to do about them.
@@ -184,6 +185,16 @@ class TurboQuantLayer(CacheLayerMixin):
         return out
 
 
+class TurboQuantHybridLayer(LinearAttentionLayer, TurboQuantLayer):
+    """A layer that has full attention and a recurrent state, which is Transformers' own. `options`: of its layer for that."""
+
+    is_compileable = False
+
+    def __init__(self, owner: TurboQuantCache, number: int, **options: Any) -> None:
+        TurboQuantLayer.__init__(self, owner, number)
+        LinearAttentionLayer.__init__(self, **options)
+
+
 def _attend_params(n_head: int, scaling: float, softcap: float | None, sinks: torch.Tensor | None) -> AttendParams:
     params = AttendParams()
     lib.tq_attend_params_default(params)
@@ -214,10 +225,13 @@ def _attend_rows(store: _cache.Cache, seqs: list[int], number: int, query: torch
     return out
 
 
+_COMPRESSED_TYPES = {"full_attention": TurboQuantLayer, "hybrid": TurboQuantHybridLayer}
+
+
 class TurboQuantCache(Cache):
     """
     A cache of Transformers whose layers of full attention are compressed. Layers with a window or a recurrent state keep
-    what Transformers has for them. Other kinds of layers are refused.
+    what Transformers has for them; of hybrid ones, which have both, keys and values are compressed. Other kinds are refused.
 
     config: model.config. preset and options: those of turboquant.Cache, as k_format="tq8", v_format="tq8" or
     layer_k_formats=[...], one for each layer of full attention.
@@ -238,8 +252,9 @@ class TurboQuantCache(Cache):
             layer_options = [layer_options] * len(layer_types)
         layers: list[Any] = []
         for i, (layer_type, kwargs) in enumerate(zip(layer_types, layer_options)):
-            if layer_type == "full_attention":
-                layers.append(TurboQuantLayer(self, sum(isinstance(layer, TurboQuantLayer) for layer in layers)))
+            if layer_type in _COMPRESSED_TYPES:
+                number = sum(isinstance(layer, TurboQuantLayer) for layer in layers)
+                layers.append(_COMPRESSED_TYPES[layer_type](self, number, **kwargs))
             elif layer_type in _STOCK_TYPES:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
             else:
@@ -415,8 +430,14 @@ class TurboQuantCache(Cache):
         tokens_to_remove = int(tokens_to_remove)  # some versions give a tensor
         if tokens_to_remove > 0:
             raise ArgumentError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
-        for layer in self.layers:
-            if not isinstance(layer, TurboQuantLayer):
+        fixed = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)
+                 and not (layer.record_past and layer.is_croppable)]
+        if fixed and tokens_to_remove < 0:
+            raise UnsupportedError(f"layers of this model ({len(fixed)}) have a state of all tokens before, which none can be "
+                                   "taken out of: copy the cache (copy.deepcopy) before tokens that may have to go, or run the "
+                                   "prompt again")
+        for layer in self._of_transformers():
+            if layer not in fixed:
                 layer.crop(tokens_to_remove)
         self._roll_back(max(self._columns.n + tokens_to_remove, 0))
 
@@ -425,8 +446,8 @@ class TurboQuantCache(Cache):
         for layer in self.layers:
             if isinstance(layer, TurboQuantLayer):
                 layer.n_columns, layer._model_config, layer.is_initialized = 0, None, False
-            else:
-                layer.reset()
+        for layer in self._of_transformers():
+            layer.reset()
         self._free(self.seqs)
         self.seqs, self._columns = [], Columns()
         if self._batch is not None:
@@ -434,25 +455,21 @@ class TurboQuantCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row beam_idx[i] was: pages are shared."""
-        self._select(beam_idx.tolist())
-        for layer in self.layers:
-            if not isinstance(layer, TurboQuantLayer):
-                layer.reorder_cache(beam_idx)
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select([row for row in range(len(self.seqs)) for _ in range(repeats)])
-        for layer in self.layers:
-            if not isinstance(layer, TurboQuantLayer):
-                layer.batch_repeat_interleave(repeats)
+        self._select(torch.arange(len(self.seqs)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(torch.arange(len(self.seqs))[indices.cpu()].tolist())
-        for layer in self.layers:
-            if not isinstance(layer, TurboQuantLayer):
-                layer.batch_select_indices(indices)
+        self._select(torch.arange(len(self.seqs))[indices.cpu()])
 
-    def _select(self, rows: Sequence[int]) -> None:
-        """A row's first use keeps its sequence, others fork it."""
+    def _of_transformers(self) -> list[Any]:
+        """Layers whose keys and values, or whose state, Transformers keeps."""
+        return [layer for layer in self.layers if type(layer) is not TurboQuantLayer]
+
+    def _select(self, indices: torch.Tensor) -> None:
+        """Row i becomes what row indices[i] was. A row's first use keeps its sequence, others fork it."""
+        rows = indices.tolist()
         unused, seqs, forks = dict(enumerate(self.seqs)), [], []
         try:
             for row in rows:
@@ -469,6 +486,8 @@ class TurboQuantCache(Cache):
         self._columns.select(rows)
         if self._batch is not None:
             self._batch.is_stale = True
+        for layer in self._of_transformers():  # by this, since it is all that recurrent states have
+            layer.reorder_cache(indices)
 
     def _free(self, seqs: Any) -> None:
         for seq in seqs:
@@ -500,9 +519,9 @@ class TurboQuantCache(Cache):
         Write the cache to a file (docs/snapshot.md), which turboquant.describe_snapshot looks at. Raises UnsupportedError where
         the file cannot hold everything: layers left to Transformers, and padding that is not on the left.
         """
-        if len(self._compressed) < len(self.layers):
-            raise UnsupportedError("this model has layers that are left to Transformers, and a snapshot holds compressed "
-                                   "layers alone: run the prompt again instead of saving it")
+        if self._of_transformers():
+            raise UnsupportedError("this model has layers or states that are left to Transformers, and a snapshot holds "
+                                   "compressed keys and values alone: run the prompt again instead of saving it")
         lengths = self._columns.lengths(len(self.seqs), self._columns.n)
         if not self.seqs or Columns.left_padded(lengths) != self._columns:
             raise UnsupportedError("only a cache that holds tokens, and whose padding is all on the left with a row that has "
@@ -571,6 +590,8 @@ def _copy_layer(layer: Any, owner: TurboQuantCache, memo: dict) -> Any:
         return copy.deepcopy(layer, memo)
     other = copy.copy(layer)
     other._owner = weakref.ref(owner)
+    if isinstance(layer, TurboQuantHybridLayer):  # whose state is changed in place
+        vars(other).update((name, copy.deepcopy(getattr(layer, name), memo)) for name in vars(LinearAttentionLayer()))
     return other
 
 

@@ -13,7 +13,7 @@
 
 #define WHO "cache"
 #define LAYERS_MAX 65536
-#define HEADS_MAX 65536
+#define BATCH_MAX 65536 /* sequences */
 #define PAGE_SIZE_MIN 16
 #define PAGE_SIZE_MAX 256
 
@@ -65,9 +65,9 @@ static tq_status check_params(const tq_cache_params *params)
         tq_log(TQ_LOG_ERROR, WHO ": unknown struct_size; fill params with tq_cache_params_default first");
         return TQ_ERR_ARGUMENT;
     }
-    if (params->n_layer < 1 || params->n_layer > LAYERS_MAX || params->n_head_kv < 1 || params->n_head_kv > HEADS_MAX) {
+    if (params->n_layer < 1 || params->n_layer > LAYERS_MAX || params->n_head_kv < 1 || params->n_head_kv > TQ_HEADS_MAX) {
         tq_log(TQ_LOG_ERROR, WHO ": n_layer %d and n_head_kv %d: give 1 to %d and 1 to %d", (int)params->n_layer,
-               (int)params->n_head_kv, LAYERS_MAX, HEADS_MAX);
+               (int)params->n_head_kv, LAYERS_MAX, TQ_HEADS_MAX);
         return TQ_ERR_ARGUMENT;
     }
     if (params->page_size < PAGE_SIZE_MIN || params->page_size > PAGE_SIZE_MAX || params->page_size % PAGE_SIZE_MIN != 0) {
@@ -419,10 +419,11 @@ void tq_attend_batch_default(tq_attend_batch *batch)
 
 static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_attend_batch *batch)
 {
-    if (!batch || batch->struct_size != sizeof *batch || batch->n_seq < 0 ||
+    if (!batch || batch->struct_size != sizeof *batch || batch->n_seq < 0 || batch->n_seq > BATCH_MAX ||
         (batch->n_seq > 0 && (!batch->seqs || !batch->query_starts || batch->query_starts[0] != 0))) {
-        tq_log(TQ_LOG_ERROR, WHO ": attend: the batch is NULL, not from tq_attend_batch_default, or lacks seqs or query_starts "
-                                 "from 0 on");
+        tq_log(TQ_LOG_ERROR,
+               WHO ": attend: the batch is NULL, not from tq_attend_batch_default, of more than 65536 sequences, or "
+                   "lacks seqs or query_starts from 0 on");
         return TQ_ERR_ARGUMENT;
     }
     if (batch->params.mask || batch->params.key_stage || batch->params.value_stage) {

@@ -39,6 +39,14 @@ static bool all_finite(const float *x, int32_t n)
     return true;
 }
 
+tq_status tq_check_heads(const char *who, int32_t n_head, int32_t n_head_kv)
+{
+    if (n_head > 0 && n_head <= TQ_HEADS_MAX && n_head % n_head_kv == 0) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "%s: n_head is %d, but must be a multiple of n_head_kv, %d, and at most %d", who, (int)n_head,
+           (int)n_head_kv, TQ_HEADS_MAX);
+    return TQ_ERR_SHAPE;
+}
+
 bool tq_check_stride(int64_t n, int64_t stride)
 {
     return n <= 1 || (stride <= PLACE_MAX / n && stride >= -(PLACE_MAX / n));
@@ -61,11 +69,8 @@ tq_status tq_check_attend(const char *who, const tq_attend_params *params, int64
         return bad(who, "attend: unknown struct_size; fill params with tq_attend_params_default first");
     }
     if (n_query < 0 || n_query > TQ_COUNT_MAX) return bad(who, "attend: n_query is out of range");
-    if (params->n_head <= 0 || params->n_head % n_head_kv != 0) {
-        tq_log(TQ_LOG_ERROR, "%s: attend: n_head is %d, but must be a multiple of n_head_kv, %d", who, (int)params->n_head,
-               (int)n_head_kv);
-        return TQ_ERR_SHAPE;
-    }
+    TQ_TRY(tq_check_heads(who, params->n_head, n_head_kv));
+    if (n_query > TQ_COUNT_MAX / params->n_head) return bad(who, "attend: n_query is out of range for so many heads");
     if (params->out_dim < 0 || params->out_dim > head_dim_v) {
         tq_log(TQ_LOG_ERROR, "%s: attend: out_dim is %d, but the values have head_dim %d", who, (int)params->out_dim,
                (int)head_dim_v);

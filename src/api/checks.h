@@ -8,9 +8,14 @@
 
 /* Positions and counts beyond this are mistakes, and keeping them out keeps sums of a few from overflowing. */
 #define TQ_COUNT_MAX (INT64_C(1) << 48)
+/* Of keys and values, and of queries. */
+#define TQ_HEADS_MAX 65536
 
 /* Can n rows lie so many elements apart, or does the place of the last one overflow? */
 bool tq_check_stride(int64_t n, int64_t stride);
+
+/* Query heads for so many KV heads. Errors: SHAPE. */
+tq_status tq_check_heads(const char *who, int32_t n_head, int32_t n_head_kv);
 
 /*
  * Everything about the parameters of an attention call of n_query queries, whatever params says of their number, that does not

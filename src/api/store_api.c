@@ -38,9 +38,9 @@ static tq_status check_params(const tq_store_params *params)
         tq_log(TQ_LOG_ERROR, "%s: head_dim %d has no rotation; see tq_head_dim_list", label, (int)params->head_dim);
         return TQ_ERR_HEAD_DIM;
     }
-    if (params->n_head_kv < 1 || params->n_slots < 1 || params->n_slots >= INT32_MAX) {
-        tq_log(TQ_LOG_ERROR, "%s: n_head_kv %d and n_slots %lld: give at least 1 of each, and fewer than 2^31 - 1 slots", label,
-               (int)params->n_head_kv, (long long)params->n_slots);
+    if (params->n_head_kv < 1 || params->n_head_kv > TQ_HEADS_MAX || params->n_slots < 1 || params->n_slots >= INT32_MAX) {
+        tq_log(TQ_LOG_ERROR, "%s: n_head_kv %d and n_slots %lld: give 1 to %d, and 1 to 2^31 - 2", label,
+               (int)params->n_head_kv, (long long)params->n_slots, TQ_HEADS_MAX);
         return TQ_ERR_ARGUMENT;
     }
     return tq_check_exact(label, params->n_sink, params->n_recent, params->ref_block);
@@ -172,13 +172,13 @@ tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *
 static tq_status check_queries(const tq_store *store, const tq_attend_params *queries)
 {
     if (!queries) return TQ_OK;
-    if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) || queries->n_head < 1 ||
-        queries->n_head % store->n_head_kv != 0 || !tq_check_stride(queries->n_query, queries->q_token_stride) ||
+    if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) ||
+        !tq_check_stride(queries->n_query, queries->q_token_stride) ||
         !tq_check_stride(queries->n_head, queries->q_head_stride)) {
-        tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size, q, or heads, or a stride is out of range", store->label);
+        tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size or q, or a stride is out of range", store->label);
         return TQ_ERR_ARGUMENT;
     }
-    return TQ_OK;
+    return tq_check_heads(store->label, queries->n_head, store->n_head_kv) == TQ_OK ? TQ_OK : TQ_ERR_ARGUMENT;
 }
 
 tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)

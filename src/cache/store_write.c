@@ -95,6 +95,40 @@ static void encode_jobs(write_batch *batch)
     batch->max_column = -1;
 }
 
+static int64_t block_begin(const write_batch *batch, int64_t slot)
+{
+    return slot - slot % batch->store->layout.ref_block;
+}
+
+static int64_t block_end(const write_batch *batch, int64_t slot)
+{
+    int64_t end = block_begin(batch, slot) + batch->store->layout.ref_block;
+    return end < batch->store->n_slots ? end : batch->store->n_slots;
+}
+
+/*
+ * Are all slots of a slot's block exact? Then what is coded there is of tokens that were written over, and so is its reference.
+ * Slots that are written in their order are, when the first of a block leaves a ring of at least a block.
+ */
+static bool block_is_exact(const write_batch *batch, int64_t slot)
+{
+    const tq_store_layout *layout = &batch->store->layout;
+    int64_t begin = block_begin(batch, slot), end = block_end(batch, slot), n = 0;
+    for (int32_t i = 0; i < layout->n_sink + layout->n_recent; i++) n += batch->ids[i] > begin && batch->ids[i] <= end;
+    return n == end - begin;
+}
+
+/* Jobs of a block that were planned before it got a new reference are coded against the one before, as they would be one by
+ * one. */
+static bool has_job_in_block(const write_batch *batch, int64_t slot)
+{
+    int64_t begin = block_begin(batch, slot), end = block_end(batch, slot);
+    for (int32_t i = 0; i < batch->n_jobs; i++) {
+        if (batch->jobs[i].column >= begin && batch->jobs[i].column < end) return true;
+    }
+    return false;
+}
+
 /* What has to be known before a slot is encoded. The ring is full then, since the slot is about to leave it. */
 static void learn(write_batch *batch, int64_t slot, int32_t n_window)
 {
@@ -106,7 +140,10 @@ static void learn(write_batch *batch, int64_t slot, int32_t n_window)
         tq_store_decide_channels(store, &window, batch->executor);
         batch->in.channel_steps = tq_store_view(store, NULL, 0).channel_steps;
     }
-    if (store->layout.ref_block > 0) tq_store_set_reference(store, &batch->in, slot, &window);
+    if (store->layout.ref_block == 0) return;
+    bool is_new = n_window > 0 && block_is_exact(batch, slot);
+    if (is_new && has_job_in_block(batch, slot)) encode_jobs(batch);
+    tq_store_set_reference(store, &batch->in, slot, &window, is_new);
 }
 
 /* A column that is encoded twice in a batch keeps its last values: jobs run in parallel. */

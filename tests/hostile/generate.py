@@ -5,10 +5,10 @@
     generate.py turboquant.h test_hostile.c
 
 Each function is called with valid arguments (hostile.h makes them), with each argument replaced by each hostile value of its
-type, and with each pair of arguments replaced. A call must return: no crash, no hang. By contract (turboquant.h, conventions)
-handles are valid or NULL and memory is as large as counts say; so there are no wild pointers here, and the buffers are larger
-than any count that is accepted. A prototype that cannot be parsed, or a type without values, is an error: a new function
-cannot be forgotten.
+type, with each pair of arguments replaced, and with each field of each struct that it is given replaced. A call must return: no
+crash, no hang. By contract (turboquant.h, conventions) handles are valid or NULL and memory is as large as counts say; so there
+are no wild pointers here, and the buffers are larger than any count that is accepted. A prototype or struct that cannot be
+parsed, or a type without values, is an error: a new function or field cannot be forgotten.
 """
 import itertools
 import re
@@ -17,13 +17,16 @@ from pathlib import Path
 
 # By type, without const: what is valid, and what is hostile.
 NUMBERS = {
-    "int32_t": ["1", "0", "-1", "INT32_MAX", "INT32_MIN"],
+    "int32_t": ["1", "0", "-1", "INT32_MAX", "INT32_MAX - 1", "INT32_MIN"],
     "int64_t": ["1", "0", "-1", "INT64_MAX", "INT64_MIN"],
     "size_t": ["64", "0", "SIZE_MAX", "SIZE_MAX / 2"],
     "uint64_t": ["TQ_SEED_DEFAULT", "0", "UINT64_MAX"],
     "bool": ["true", "false"],
     "tq_format": ["TQ_FORMAT_TQ4", "(tq_format)-1", "TQ_FORMAT_COUNT", "(tq_format)INT32_MAX"],
     "tq_status": ["TQ_OK", "(tq_status)-1000", "(tq_status)INT32_MAX"],
+    "tq_dtype": ["TQ_DTYPE_F32", "(tq_dtype)-1", "(tq_dtype)INT32_MAX"],
+    "tq_cuda_append_half": ["TQ_CUDA_APPEND_BOTH", "(tq_cuda_append_half)-1", "(tq_cuda_append_half)INT32_MAX"],
+    "float": ["1", "0", "-1", "NAN", "INFINITY", "-INFINITY", "FLT_MAX", "FLT_TRUE_MIN"],
     "tq_log_fn": ["drop_message", "NULL"],
 }
 HANDLES = {"tq_cache", "tq_codec", "tq_pool", "tq_store", "tq_stage"}
@@ -35,12 +38,34 @@ VALID = {"head_dim": "64", "seq": "f.seq", "from": "f.seq", "layer": "0", "exact
          "row_stride": "128", "memory_bytes": "sizeof f.memory", "first_page": "0", "first": "0", "first_slot": "0"}
 
 
+# Sequences that were freed are known by their ids, and must be refused.
+FREED = {"seq": "freed_sequence()", "from": "freed_sequence()"}
+# Where a pointer's content can be wrong.
+CONTENTS = {
+    "seqs": ["(freed_sequence(), id_list(f.seq))", "id_list(INT32_MAX)", "id_list(-1)"],
+    "query_starts": ["place_list(0)", "place_list(-1)", "place_list(INT64_MAX)"],
+    "seq_lens": ["place_list(0)", "place_list(-1)", "place_list(INT64_MAX)"],
+    "layer_k_formats": ["format_list((tq_format)-1)"], "layer_v_formats": ["format_list(TQ_FORMAT_COUNT)"],
+    "angles": ["angle_list(NAN)", "angle_list(DBL_MAX)"],
+    **{name: ["float_list(NAN)", "float_list(-INFINITY)", "float_list(FLT_MAX)"]
+       for name in ("q", "mask", "alibi_slopes", "sinks", "bias")},
+    "key_stage": ["f.stage"], "value_stage": ["f.stage"],
+    "pages": ["f.memory + 1"], "workspace": ["f.memory + 1"],
+    "offload_folder": ['""', '"/"', "f.long_text"], "label": ['""', "f.long_text"], "name": ["f.long_text"],
+}
+
+
+def plain(kind):
+    """(a type without qualifiers and stars, the number of stars)"""
+    return re.sub(r"\b(const|struct)\b|\*", "", kind).strip(), kind.count("*")
+
+
 def values(kind, name):
     """Values of one parameter, the valid one first."""
-    base, stars = kind.replace("const ", "").replace("struct ", "").replace("*", "").strip(), kind.count("*")
+    base, stars = plain(kind)
     if stars == 0 and base in NUMBERS:
         own = NUMBERS[base]
-        return [VALID[name], *own] if name in VALID and base not in ("tq_format",) and "*" not in kind else own
+        return [VALID[name], *own, *([FREED[name]] if name in FREED else [])] if name in VALID and base != "tq_format" else own
     if stars == 2:
         return ["(void *)f.handles", "NULL"]
     if stars == 1 and base == "char":
@@ -57,10 +82,43 @@ def values(kind, name):
     sys.exit(f"tests/hostile/generate.py: there is no value for '{kind} {name}': say what is valid and what is hostile")
 
 
-def prototypes(header):
+def without_comments(header):
+    return re.sub(r"^\s*#.*$", "", re.sub(r"/\*.*?\*/", " ", header, flags=re.S), flags=re.M)
+
+
+def fields_of(text, name):
+    """[(type, field), ...] of a struct; a function's type is "function"."""
+    found = re.search(rf"\bstruct {name} \{{([^}}]*)\}}", text)
+    if not found:
+        sys.exit(f"tests/hostile/generate.py: struct {name} could not be parsed")
+    for line in filter(None, map(str.strip, found[1].split(";"))):
+        function = re.fullmatch(r"\w+ \(\*(\w+)\)\(.*\)", line, flags=re.S)
+        if function:
+            yield "function", function[1]
+            continue
+        kind, names = re.fullmatch(r"((?:const |struct )*\w+)\s*(.*)", line, flags=re.S).groups()
+        for declared in names.split(","):
+            stars, field = re.fullmatch(r"\s*(\**)(\w+)\s*", declared).groups()
+            yield kind + stars, field
+
+
+def replaced_fields(text, name, place):
+    """Assignments of a hostile value to a field of the struct at `place`, one each."""
+    for kind, field in fields_of(text, name):
+        base, stars = plain(kind)
+        target = f"{place}.{field}"
+        if stars == 0 and base in STRUCTS:
+            yield from replaced_fields(text, base, target)
+        elif stars or base == "function":
+            yield from (f"{target} = {value}" for value in ["NULL", *CONTENTS.get(field, [])])
+        elif base in NUMBERS:
+            yield from (f"{target} = {value}" for value in NUMBERS[base])
+        else:
+            sys.exit(f"tests/hostile/generate.py: there is no value for '{kind} {field}' of {name}: say what is hostile")
+
+
+def prototypes(text):
     """(name, whether its result must be used, [(type, parameter), ...]) of every TQ_API function."""
-    text = re.sub(r"/\*.*?\*/", " ", header, flags=re.S)
-    text = re.sub(r"^\s*#.*$", "", text, flags=re.M)
     found = re.findall(r"\bTQ_API\s+(TQ_NODISCARD\s+)?[\w\s*]*?\b(tq_\w+)\s*\(([^()]*)\)\s*;", text)
     if len(found) != len(re.findall(r"\bTQ_API\b", text)) or not found:
         sys.exit(f"tests/hostile/generate.py: {len(found)} of {len(re.findall('TQ_API', text))} prototypes could be parsed")
@@ -72,8 +130,8 @@ def prototypes(header):
         yield name, bool(must_use), [(match[1].strip(), match[2]) for match in parsed]
 
 
-def calls(parameters):
-    """Lists of arguments: the valid ones, with one or two replaced."""
+def calls(text, parameters):
+    """Lists of arguments: the valid ones, with one or two replaced, with a field replaced."""
     choices = [values(kind, name) for kind, name in parameters]
     valid = [choice[0] for choice in choices]
     seen = {tuple(valid)}
@@ -85,6 +143,11 @@ def calls(parameters):
             if tuple(arguments) not in seen:
                 seen.add(tuple(arguments))
                 yield arguments
+    for i, (kind, _) in enumerate(parameters):
+        base, stars = plain(kind)
+        if base in STRUCTS and stars == 1 and "const" in kind:
+            for assignment in replaced_fields(text, base, f"f.{base.removeprefix('tq_')}"):
+                yield [*valid[:i], f"({assignment}, {valid[i]})", *valid[i + 1:]]
 
 
 def main():
@@ -92,8 +155,9 @@ def main():
     lines = ["/* Written by tests/hostile/generate.py. */", "#define _GNU_SOURCE /* MAP_ANONYMOUS */",
              '#include "hostile.h"', ""]
     tests = []
-    for name, must_use, parameters in prototypes(header.read_text()):
-        all_calls = [f"{name}({', '.join(arguments)})" for arguments in calls(parameters)]
+    text = without_comments(header.read_text())
+    for name, must_use, parameters in prototypes(text):
+        all_calls = [f"{name}({', '.join(arguments)})" for arguments in calls(text, parameters)]
         lines += [f"static void call_{name}(int i)", "{", "    switch (i) {"]
         for i, call in enumerate(all_calls):
             use = f"{'(void)!' * must_use}{call};"

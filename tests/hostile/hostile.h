@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include <float.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -17,7 +19,7 @@
 #include "cache/cache.h"
 #include "kv_test.h"
 
-enum { HOSTILE_SECONDS = 120 };
+enum { HOSTILE_SECONDS = 120, N_ROWS = 8 };
 
 /* Valid arguments, made again for every call: a call may free them. */
 static struct {
@@ -40,7 +42,7 @@ static struct {
     tq_cuda_attend_params cuda_attend_params;
     void *handles[4];
     char path[256], long_text[1 << 16];
-    _Alignas(64) uint8_t memory[1 << 18];
+    _Alignas(128) uint8_t memory[1 << 18];
     _Alignas(64) uint8_t zeros[4096];
     _Alignas(64) uint8_t buffer[1 << 22];
 } f;
@@ -73,19 +75,57 @@ static void make_structs(void)
     tq_cache_params_default(&f.cache_params);
     f.cache_params.head_dim = 64;
     f.cache_params.n_head_kv = 2;
-    f.cache_params.n_recent = 16;
+    f.cache_params.n_recent = 4;
     f.store_params = kv_store_params(TQ_FORMAT_TQ4, 64, 2, 64);
-    f.store_params.positions = true;
+    f.store_params.n_recent = 4;
+    f.store_params.positions = f.store_params.balance = true;
+    f.store_params.ref_block = 16;
     tq_key_bias_params_default(&f.key_bias_params);
     f.key_bias_params.bias = half;
     f.key_bias_params.angles = angles;
     f.key_bias_params.n_rope = 64;
     f.preset = *tq_preset_get(TQ_PRESET_DEFAULT);
     f.executor = (tq_executor){.n_threads = 1};
+    /* All that there has to be for a device, which there is not. */
     tq_cuda_store_default(&f.cuda_store);
+    f.cuda_store.n_head_kv = 1;
+    f.cuda_store.n_pages = 1;
+    f.cuda_store.pages = f.memory;
     tq_cuda_append_params_default(&f.cuda_append_params);
+    f.cuda_append_params.n_tok = 1;
+    f.cuda_append_params.k = f.cuda_append_params.v = half;
+    f.cuda_append_params.slot_mapping = starts;
     tq_cuda_attend_params_default(&f.cuda_attend_params);
+    f.cuda_attend_params.n_seq = f.cuda_attend_params.n_head = 1;
+    f.cuda_attend_params.q = half;
+    f.cuda_attend_params.out = half + 4096;
+    f.cuda_attend_params.page_table = seqs;
+    f.cuda_attend_params.seq_lens = starts;
+    f.cuda_attend_params.workspace = f.memory;
+    f.cuda_attend_params.workspace_bytes = sizeof f.memory;
 }
+
+/* The id of a sequence that is no more. */
+static int32_t freed_sequence(void)
+{
+    KV_CHECK(tq_cache_seq_free(f.cache, f.seq) == TQ_OK);
+    return f.seq;
+}
+
+/* Lists of the same number, as long as any count that the calls give. */
+#define LIST_OF(name, type)                                  \
+    static type *name(type value)                            \
+    {                                                        \
+        static type list[N_LIST];                            \
+        for (size_t i = 0; i < N_LIST; i++) list[i] = value; \
+        return list;                                         \
+    }
+enum { N_LIST = 4096 };
+LIST_OF(id_list, int32_t)
+LIST_OF(place_list, int64_t)
+LIST_OF(format_list, tq_format)
+LIST_OF(float_list, float)
+LIST_OF(angle_list, double)
 
 /* Nothing of the call before is freed: it may be already. */
 static void begin(int number, const char *text)
@@ -96,10 +136,13 @@ static void begin(int number, const char *text)
     make_structs();
     memset(f.long_text, 'x', sizeof f.long_text - 1);
     snprintf(f.path, sizeof f.path, "%s/turboquant-hostile-%d", kv_temporary_folder(), (int)getpid());
+    /* More rows than sinks and rings hold, so that some are coded. */
     const float *rows = (const float *)(const void *)f.zeros;
+    const int64_t slots[N_ROWS + 1] = {0, 1, 2, 3, 4, 5, 6, 7, 8}, row_stride = 128;
+    KV_CHECK(sizeof f.zeros >= N_ROWS * (size_t)row_stride * sizeof *rows);
     KV_CHECK(tq_cache_create(&f.cache, &f.cache_params) == TQ_OK);
     KV_CHECK(tq_cache_seq_create(f.cache, &f.seq) == TQ_OK);
-    KV_CHECK(tq_cache_append(f.cache, f.seq, 0, 1, rows, rows, NULL) == TQ_OK);
+    KV_CHECK(tq_cache_append(f.cache, f.seq, 0, N_ROWS, rows, rows, NULL) == TQ_OK);
     f.exact_bytes = f.cache->exact_bytes;
     KV_CHECK(tq_codec_create(&f.codec, TQ_FORMAT_TQ4, 64, 0) == TQ_OK);
     KV_CHECK(tq_pool_create(&f.pool, 1) == TQ_OK);
@@ -107,15 +150,20 @@ static void begin(int number, const char *text)
     size_t bytes;
     KV_CHECK(tq_store_bytes(&bytes, &f.store_params) == TQ_OK && bytes <= sizeof f.memory);
     KV_CHECK(tq_store_open(&f.store, &f.store_params, kv_aligned(bytes), bytes) == TQ_OK);
+    KV_CHECK(tq_store_write(f.store, slots, N_ROWS, rows, row_stride, NULL) == TQ_OK);
+    KV_CHECK(tq_store_stage(f.store, f.stage, slots + N_ROWS, 1, rows, row_stride) == TQ_OK);
 }
 
 static void assert_survives(void (*call)(int), int n_calls)
 {
+    static const int fatal[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
     current = mmap(NULL, sizeof *current, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     assert_true(current != MAP_FAILED);
     pid_t child = fork();
     if (child == 0) {
         alarm(HOSTILE_SECONDS);
+        for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++) signal(fatal[i], SIG_DFL); /* which cmocka has taken */
+        setenv("TQ_CUDA_LIBRARY", "/none", 1); /* these are no addresses of a device */
         tq_log_set(drop_message, NULL);
         for (int i = 0; i < n_calls; i++) call(i);
         unlink(f.path);
