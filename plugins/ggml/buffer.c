@@ -331,6 +331,11 @@ static const char *buft_name(ggml_backend_buffer_type_t buft)
     return buft == &device->kv_buft ? device->kv_buft_name : device->preset.name;
 }
 
+tq_ggml_device *tq_ggml_buft_device(ggml_backend_buffer_type_t buft)
+{
+    return buft->iface.get_name == buft_name ? buft->context : NULL;
+}
+
 static size_t buft_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml_tensor *t)
 {
     const tq_ggml_device *device = buft->context;
