@@ -65,7 +65,7 @@ static void set_shape(struct ggml_tensor *t, int64_t ne0, int64_t ne1, int64_t n
 static void make_fixture(fixture *f, tq_ggml_device *device)
 {
     memset(f, 0, sizeof *f);
-    f->buffer = tq_ggml_kv_buffer_create(device, N_BYTES);
+    f->buffer = device->host_buft.iface.alloc_buffer(&device->host_buft, N_BYTES);
     ENSURE(f->buffer);
     set_shape(&f->root, N_EMBD, N_SLOTS, N_STREAM);
     strcpy(f->root.name, "cache_k_l0");

@@ -10,7 +10,7 @@ The vocabulary is one token per byte, so every text can be tokenized and the out
 """
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import gguf
 import numpy as np
@@ -31,6 +31,8 @@ class Shape:
     n_ff: int = 512
     n_ctx: int = 8192
     window: int = 0
+    head_dim_swa: int = 0  # of gemma4's layers with a window
+    n_shared: int = 0  # so many of gemma4's last layers attend to earlier ones' keys and values; gemma3n's beyond 20 do
 
 
 ARCHS = {
@@ -40,12 +42,15 @@ ARCHS = {
     "qwen3": Shape(3, 256, 4, 2, 128),
     "gemma2": Shape(4, 256, 4, 2, 128, window=128),
     "gemma3": Shape(6, 256, 2, 1, 256, window=128),
+    "gemma3n": Shape(25, 128, 4, 2, 64, n_ff=256, window=128),
+    "gemma4": Shape(8, 256, 4, 2, 256, window=128, head_dim_swa=128, n_shared=4),
     "phi3": Shape(3, 384, 4, 2, 96),
     "gpt-oss": Shape(4, 256, 8, 2, 64, window=128),
     "mpt": Shape(3, 256, 4, 4, 64),
     "deepseek2": Shape(3, 256, 4, 1, 576),
 }
 N_EXPERT = 4
+GEMMA3N_ALTUP, GEMMA3N_LAUREL, GEMMA3N_PER_LAYER = 4, 64, 256
 MLA_LATENT, MLA_ROPE, MLA_NOPE, MLA_VALUE, MLA_Q_LORA = 512, 64, 128, 128, 128
 
 
@@ -91,20 +96,31 @@ class Weights:
         self.writer.add_tensor(name + suffix, x)
 
 
+def has_window(i):
+    """gemma4: does layer i see a window only? Every second one does."""
+    return i % 2 == 0
+
+
 def add_attention(w, arch, s, i):
     """Plain attention of layer i (all but deepseek2)."""
     blk = f"blk.{i}."
-    n_q, n_kv = s.n_head * s.head_dim, s.n_head_kv * s.head_dim
+    head_dim = s.head_dim_swa if s.head_dim_swa and has_window(i) else s.head_dim
+    n_q, n_kv = s.n_head * head_dim, s.n_head_kv * head_dim
     if arch in ("phi3", "mpt"):
         w.matrix(blk + "attn_qkv", n_q + 2 * n_kv, s.n_embd, gain=QK_GAIN)
     else:
-        qk_normed = arch in ("qwen3", "gemma3")
+        qk_normed = arch in ("qwen3", "gemma3", "gemma3n", "gemma4")
+        # gemma3n and gemma4 do not divide logits by the root of head_dim.
+        norm_gain = QK_GAIN / head_dim ** 0.25 if arch in ("gemma3n", "gemma4") else QK_GAIN
+        is_shared = i >= s.n_layer - s.n_shared  # gemma3n's files have weights that nothing uses
         w.matrix(blk + "attn_q", n_q, s.n_embd, gain=1.0 if qk_normed else QK_GAIN)
-        w.matrix(blk + "attn_k", n_kv, s.n_embd, gain=1.0 if qk_normed else QK_GAIN)
-        w.matrix(blk + "attn_v", n_kv, s.n_embd)
+        if not is_shared:
+            w.matrix(blk + "attn_k", n_kv, s.n_embd, gain=1.0 if qk_normed else QK_GAIN)
+            w.matrix(blk + "attn_v", n_kv, s.n_embd)
         if qk_normed:
-            w.norm(blk + "attn_q_norm", s.head_dim, gain=QK_GAIN)
-            w.norm(blk + "attn_k_norm", s.head_dim, gain=QK_GAIN)
+            w.norm(blk + "attn_q_norm", head_dim, gain=norm_gain)
+        if qk_normed and not is_shared:
+            w.norm(blk + "attn_k_norm", head_dim, gain=norm_gain)
     w.matrix(blk + "attn_output", s.n_embd, n_q)
     if arch in ("qwen2", "qwen2vl", "gpt-oss"):
         w.bias(blk + "attn_q", n_q)
@@ -127,6 +143,32 @@ def add_latent_attention(w, s, i):
     w.matrix(blk + "attn_k_b", s.n_head, MLA_LATENT, MLA_NOPE, gain=QK_GAIN)
     w.matrix(blk + "attn_v_b", s.n_head, MLA_VALUE, MLA_LATENT)
     w.matrix(blk + "attn_output", s.n_embd, s.n_head * MLA_VALUE)
+
+
+def add_altup(w, s, n_vocab):
+    """gemma3n's own, of all layers."""
+    n_all = GEMMA3N_PER_LAYER * s.n_layer
+    w.matrix("per_layer_token_embd", n_vocab, n_all)
+    w.matrix("per_layer_model_proj", n_all, s.n_embd)
+    w.norm("per_layer_proj_norm", GEMMA3N_PER_LAYER)
+    w.matrix("altup_proj", GEMMA3N_ALTUP - 1, s.n_embd, s.n_embd)
+    w.matrix("altup_unembd_proj", GEMMA3N_ALTUP - 1, s.n_embd, s.n_embd)
+
+
+def add_altup_layer(w, s, i):
+    """gemma3n's own, of layer i."""
+    blk = f"blk.{i}."
+    w.matrix(blk + "inp_gate", GEMMA3N_PER_LAYER, s.n_embd)
+    w.matrix(blk + "proj", s.n_embd, GEMMA3N_PER_LAYER)
+    w.norm(blk + "post_norm", s.n_embd)
+    w.matrix(blk + "altup_correct_coef", GEMMA3N_ALTUP, GEMMA3N_ALTUP)
+    w.norm(blk + "altup_correct_scale", s.n_embd)
+    w.matrix(blk + "altup_predict_coef", GEMMA3N_ALTUP ** 2, GEMMA3N_ALTUP)
+    w.matrix(blk + "altup_router", GEMMA3N_ALTUP, s.n_embd)
+    w.norm(blk + "altup_router_norm", s.n_embd)
+    w.matrix(blk + "laurel_l", GEMMA3N_LAUREL, s.n_embd)
+    w.matrix(blk + "laurel_r", s.n_embd, GEMMA3N_LAUREL)
+    w.norm(blk + "laurel_post_norm", s.n_embd)
 
 
 def add_feed_forward(w, arch, s, i):
@@ -152,6 +194,10 @@ def add_tensors(w, arch, s, n_vocab):
     w.norm("output_norm", s.n_embd)
     if arch != "gemma2":
         w.matrix("output", n_vocab, s.n_embd, gain=2.0)
+    if arch == "gemma4":
+        w.writer.add_tensor("rope_freqs.weight", np.ones(s.head_dim // 2, dtype=np.float32))
+    if arch == "gemma3n":
+        add_altup(w, s, n_vocab)
     for i in range(s.n_layer):
         blk = f"blk.{i}."
         w.norm(blk + "attn_norm", s.n_embd)
@@ -160,13 +206,15 @@ def add_tensors(w, arch, s, n_vocab):
         else:
             add_attention(w, arch, s, i)
         # gemma2 ties the output layer to the embedding; a small gain would leave it with the last token as the only answer.
-        post_gain = 4.0 if arch == "gemma2" else 1.0
-        if arch in ("gemma2", "gemma3", "gpt-oss"):
+        post_gain = 4.0 if arch == "gemma2" else 0.5 if arch == "gemma3n" else 1.0
+        if arch in ("gemma2", "gemma3", "gemma3n", "gemma4", "gpt-oss"):
             w.norm(blk + "post_attention_norm", s.n_embd, gain=post_gain)
         if arch != "gpt-oss":
             w.norm(blk + "ffn_norm", s.n_embd)
-        if arch in ("gemma2", "gemma3"):
+        if arch in ("gemma2", "gemma3", "gemma3n", "gemma4"):
             w.norm(blk + "post_ffw_norm", s.n_embd, gain=post_gain)
+        if arch == "gemma3n":
+            add_altup_layer(w, s, i)
         add_feed_forward(w, arch, s, i)
 
 
@@ -210,6 +258,15 @@ def add_hyperparameters(writer, arch, s, n_vocab):
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(50.0)
         writer.add_final_logit_softcapping(30.0)
+    if arch == "gemma4":
+        writer.add_uint32("gemma4.attention.key_length_swa", s.head_dim_swa)
+        writer.add_uint32("gemma4.attention.value_length_swa", s.head_dim_swa)
+        writer.add_uint32("gemma4.attention.shared_kv_layers", s.n_shared)
+        writer.add_array("gemma4.attention.sliding_window_pattern", [has_window(i) for i in range(s.n_layer)])
+        writer.add_uint32("gemma4.embedding_length_per_layer_input", 0)
+        writer.add_uint32("gemma4.rope.dimension_count_swa", s.head_dim_swa)
+        writer.add_float32("gemma4.rope.freq_base_swa", 10000.0)
+        writer.add_final_logit_softcapping(30.0)
     if arch == "gpt-oss":
         writer.add_expert_count(N_EXPERT)
         writer.add_expert_used_count(2)
@@ -220,7 +277,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Make a small GGUF with random weights.")
     parser.add_argument("--arch", required=True, choices=sorted(ARCHS))
     parser.add_argument("--seed", type=int, default=1)
-    for name in ("n-layer", "n-embd", "n-head", "n-head-kv", "head-dim", "n-ff", "n-ctx", "window"):
+    for name in (field.name.replace("_", "-") for field in fields(Shape)):
         parser.add_argument("--" + name, type=int, help="default: the architecture's")
     parser.add_argument("out")
     return parser.parse_args()

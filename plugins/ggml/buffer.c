@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Buffers. ggml-alloc asks get_alloc_size of each tensor and then alloc_buffer for the sum, on one thread; so the last tensor
- * asked about tells what the buffer is for. A KV buffer is returned by the host buffer type: ggml allows that.
+ * Buffers. What one is for is known when its first tensor is placed: the buffer of a KV cache then changes its kind, before
+ * anything was written to it. Until then all are plain host memory: of graphs, of the host's outputs, of measurements.
  */
 #define _GNU_SOURCE /* MAP_ANONYMOUS */
 
@@ -29,6 +29,12 @@ typedef struct kv_buffer {
 static size_t pad(size_t bytes)
 {
     return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+/* What is mapped for a buffer. ggml before 0.25 asks for buffers of 0 bytes, and wants a base that is not NULL from them. */
+static size_t mapped_bytes(size_t size)
+{
+    return size ? pad(size) : ALIGNMENT;
 }
 
 /* ---- KV buffers ---- */
@@ -90,17 +96,20 @@ static bool add_tensor(kv_buffer *kvs, ggml_backend_buffer_t buffer, struct ggml
     return true;
 }
 
-static _Thread_local size_t pending_kv_bytes; /* of the KV tensor asked about last, 0 if it was another */
-
 static enum ggml_status kv_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t)
 {
     kv_buffer *kvs = buffer->context;
     int32_t layer;
     bool is_value;
-    pending_kv_bytes = 0;
     if (t->view_src) return GGML_STATUS_SUCCESS;
-    if (!tq_ggml_kv_name(t->name, &layer, &is_value) || find_fault(kvs->device, t)) {
+    if (!tq_ggml_kv_name(t->name, &layer, &is_value)) {
         tq_ggml_log(TQ_LOG_ERROR, "%s can't hold the tensor '%s' in a KV cache", kvs->device->preset.name, t->name);
+        return GGML_STATUS_FAILED;
+    }
+    const char *fault = find_fault(kvs->device, t);
+    if (fault) {
+        tq_ggml_log_refusal("%s refuses the KV cache: %s (%s, rows of %lld): %s", kvs->device->preset.name, t->name,
+                            tq_ggml_host.ggml_type_name(t->type), (long long)t->ne[0], fault);
         return GGML_STATUS_FAILED;
     }
     if (add_tensor(kvs, buffer, t)) return GGML_STATUS_SUCCESS;
@@ -178,19 +187,23 @@ static const struct ggml_backend_buffer_i kv_interface = {
     .clear = kv_clear,
 };
 
-ggml_backend_buffer_t tq_ggml_kv_buffer_create(tq_ggml_device *device, size_t size)
+/* Make a host buffer, which nothing was written to, that of a KV cache. */
+static bool become_kv_buffer(ggml_backend_buffer_t buffer)
 {
+    tq_ggml_device *device = buffer->buft->context;
     kv_buffer *kvs = calloc(1, sizeof *kvs);
-    if (!kvs) return NULL;
+    if (!kvs) return false;
+    *kvs = (kv_buffer){.device = device, .reserved = buffer->context, .reserved_bytes = mapped_bytes(buffer->size)};
     /* Nothing is read or written there; a stray access ends the process and does not corrupt a cache. */
-    void *reserved = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (reserved == MAP_FAILED) {
+    if (mprotect(kvs->reserved, kvs->reserved_bytes, PROT_NONE) != 0) {
         free(kvs);
-        return NULL;
+        return false;
     }
-    *kvs = (kv_buffer){.device = device, .reserved = reserved, .reserved_bytes = size};
+    buffer->context = kvs;
+    buffer->buft = &device->kv_buft;
+    buffer->iface = kv_interface;
     atomic_store(&device->has_kv_tensor, true);
-    return tq_ggml_host.ggml_backend_buffer_init(&device->kv_buft, kv_interface, kvs, size);
+    return true;
 }
 
 /* Layers in exact= that other layers stand between have been waved through: models may have caches in every fourth layer only.
@@ -272,7 +285,17 @@ void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv)
 
 static void host_free(ggml_backend_buffer_t buffer)
 {
-    free(buffer->context);
+    munmap(buffer->context, mapped_bytes(buffer->size));
+}
+
+static enum ggml_status host_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t)
+{
+    int32_t layer;
+    bool is_value;
+    if (t->view_src || !tq_ggml_kv_name(t->name, &layer, &is_value)) return GGML_STATUS_SUCCESS;
+    if (become_kv_buffer(buffer)) return kv_init_tensor(buffer, t);
+    tq_ggml_log(TQ_LOG_ERROR, "%s: out of memory", t->name);
+    return GGML_STATUS_ALLOC_FAILED;
 }
 
 static void *host_base(ggml_backend_buffer_t buffer)
@@ -314,6 +337,7 @@ static void host_clear(ggml_backend_buffer_t buffer, uint8_t value)
 static const struct ggml_backend_buffer_i host_interface = {
     .free_buffer = host_free,
     .get_base = host_base,
+    .init_tensor = host_init_tensor,
     .memset_tensor = host_memset_tensor,
     .set_tensor = host_set_tensor,
     .get_tensor = host_get_tensor,
@@ -323,12 +347,15 @@ static const struct ggml_backend_buffer_i host_interface = {
 
 /* ---- buffer types ---- */
 
-static _Thread_local char pending_fault[256]; /* why the KV tensor asked about can't be served; "" if it can */
-
 static const char *buft_name(ggml_backend_buffer_type_t buft)
 {
     const tq_ggml_device *device = buft->context;
     return buft == &device->kv_buft ? device->kv_buft_name : device->preset.name;
+}
+
+tq_ggml_device *tq_ggml_buft_device(ggml_backend_buffer_type_t buft)
+{
+    return buft->iface.get_name == buft_name ? buft->context : NULL;
 }
 
 static size_t buft_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml_tensor *t)
@@ -336,37 +363,18 @@ static size_t buft_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml
     const tq_ggml_device *device = buft->context;
     int32_t layer;
     bool is_value;
-    pending_kv_bytes = 0;
-    if (t->view_src || !tq_ggml_kv_name(t->name, &layer, &is_value)) {
-        pending_fault[0] = '\0';
+    if (t->view_src || !tq_ggml_kv_name(t->name, &layer, &is_value) || find_fault(device, t))
         return tq_ggml_host.ggml_nbytes(t);
-    }
-    const char *fault = find_fault(device, t);
-    if (fault) {
-        snprintf(pending_fault, sizeof pending_fault, "%s (%s, rows of %lld): %s", t->name,
-                 tq_ggml_host.ggml_type_name(t->type), (long long)t->ne[0], fault);
-        return tq_ggml_host.ggml_nbytes(t);
-    }
-    pending_kv_bytes = tq_ggml_kv_estimate(device, t);
-    return pending_kv_bytes;
+    return tq_ggml_kv_estimate(device, t);
 }
 
 static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)
 {
     tq_ggml_device *device = buft->context;
-    size_t kv_bytes = pending_kv_bytes;
-    pending_kv_bytes = 0;
-    if (pending_fault[0] != '\0') {
-        tq_ggml_log_refusal("%s refuses the KV cache: %s", device->preset.name, pending_fault);
-        pending_fault[0] = '\0';
-        return NULL;
-    }
-    if (kv_bytes != 0 && size >= kv_bytes) return tq_ggml_kv_buffer_create(device, size);
     /* A graph over a cache that was refused: without memory for it llama.cpp makes no context, and says so. */
     if (atomic_load(&device->n_refused) > 0) return NULL;
-    void *p = NULL;
-    /* ggml before 0.25 asks for buffers of 0 bytes, and wants a base that is not NULL from them. */
-    if (posix_memalign(&p, ALIGNMENT, size ? pad(size) : ALIGNMENT) != 0) return NULL;
+    void *p = tq_ggml_map_pages(mapped_bytes(size));
+    if (!p) return NULL;
     return tq_ggml_host.ggml_backend_buffer_init(&device->host_buft, host_interface, p, size);
 }
 

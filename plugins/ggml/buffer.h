@@ -9,8 +9,8 @@
 /* Fill the device's two buffer types. */
 void tq_ggml_bufts_init(tq_ggml_device *device);
 
-/* A KV buffer with room for size bytes of tensors, or NULL. */
-ggml_backend_buffer_t tq_ggml_kv_buffer_create(tq_ggml_device *device, size_t size);
+/* The device of ours that a buffer type belongs to, or NULL. */
+tq_ggml_device *tq_ggml_buft_device(ggml_backend_buffer_type_t buft);
 
 /* The size that ggml reports follows what is known of the tensors; when all are bound, one line of log tells the sums. */
 void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv);

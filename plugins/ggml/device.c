@@ -149,6 +149,34 @@ static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t dev)
     return &((tq_ggml_device *)dev->context)->host_buft;
 }
 
+/* Without flash attention other operations read the cache: on the CPU, which needs a decoded copy of it for every layer. */
+static bool refuse_reader(const tq_ggml_device *device, const struct ggml_tensor *op)
+{
+    bool is_dummy;
+    for (int i = 0; i < GGML_MAX_SRC; i++) {
+        tq_ggml_kv_tensor *kv = tq_ggml_kv_of(device, op->src[i], &is_dummy);
+        char why[256];
+        if (!kv) continue;
+        if (atomic_load(&device->n_refused) > 0) return true; /* it has been said for another layer */
+        snprintf(why, sizeof why,
+                 "flash attention is off, so that %s reads it. Give -fa on: auto turns it off for all layers if one layer's is "
+                 "not on the layer's device. If it is on, run this model without the device",
+                 tq_ggml_host.ggml_op_name(op->op));
+        return tq_ggml_kv_refuse(kv, why);
+    }
+    return false;
+}
+
+/*
+ * The host's CPU backend computes in memory of the first device's kind. That is why its scheduler gives us the attention of
+ * layers that share another layer's cache: nothing of ours stands before it, so that it falls to the CPU, until a last pass
+ * looks for a better device with the same kind of memory.
+ */
+static ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t dev)
+{
+    return device_buffer_type(dev);
+}
+
 static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor *op)
 {
     tq_ggml_device *device = dev->context;
@@ -166,14 +194,15 @@ static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor 
     case GGML_OP_ROPE:
         return tq_ggml_rope_supported(device, op);
     default:
-        return tq_ggml_kv_reads_refused(device, op);
+        return refuse_reader(device, op);
     }
 }
 
 static bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft)
 {
-    tq_ggml_device *device = dev->context;
-    return buft == &device->kv_buft || tq_ggml_host.ggml_backend_buft_is_host(buft);
+    (void)dev;
+    /* Another of our devices may hold the cache that an attention reads. */
+    return tq_ggml_buft_device(buft) || tq_ggml_host.ggml_backend_buft_is_host(buft);
 }
 
 /* ---- registry entry ---- */
@@ -251,6 +280,7 @@ tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, cons
                                                          .get_props = device_props,
                                                          .init_backend = device_init_backend,
                                                          .get_buffer_type = device_buffer_type,
+                                                         .get_host_buffer_type = device_host_buffer_type,
                                                          .supports_op = device_supports_op,
                                                          .supports_buft = device_supports_buft},
                                                .reg = &out->reg,

@@ -156,6 +156,7 @@ static bool write_rows(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *fro
 bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in)
 {
     bool ok = check_range(kv, offset, size) && tq_ggml_stage_settle_all(kv) == TQ_OK;
+    if (ok) tq_ggml_stage_forget(kv);
     float *rows = ok ? allocate_rows(kv) : NULL;
     ok = rows != NULL;
     if (!ok) tq_ggml_damage_mark_bytes(kv, offset, size);

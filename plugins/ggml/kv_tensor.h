@@ -24,6 +24,8 @@ typedef struct tq_ggml_kv_tensor {
     size_t bytes;                      /* of all streams' stores; an estimate until bound */
     uint8_t *damaged;                  /* [n_stream, n_slots]: damage.h */
     int64_t n_damaged;
+    const struct ggml_tensor *reader; /* the first attention over it in the graph that is being planned */
+    bool is_shared;                   /* a graph has several: layers that share these keys and values */
     /* From here on zero until bound. */
     int32_t head_dim, n_head_kv;
     tq_format format;

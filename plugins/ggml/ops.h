@@ -42,7 +42,7 @@ typedef struct tq_ggml_worker {
 bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor *op);
 enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tensor *op);
 
-bool tq_ggml_flash_attn_supported(tq_ggml_device *device, const struct ggml_tensor *op);
+bool tq_ggml_flash_attn_supported(tq_ggml_device *asked, const struct ggml_tensor *op);
 enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_tensor *op);
 
 /* RoPE in place on keys: llama.cpp's context shift. */

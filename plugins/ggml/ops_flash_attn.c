@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "buffer.h"
 #include "damage.h"
 #include "log.h"
 #include "ops.h"
@@ -51,6 +52,17 @@ static const char *find_fault(const attention *a, const struct ggml_tensor *op)
     return NULL;
 }
 
+/*
+ * The device that the keys are on. It is not always the one that is asked: where a model's layers are spread over several of
+ * ours, the host's scheduler finds the first for a layer that shares the cache of another.
+ */
+static tq_ggml_device *holder_of(tq_ggml_device *asked, const struct ggml_tensor *k)
+{
+    const struct ggml_tensor *root = tq_ggml_root(k);
+    tq_ggml_device *holder = root->buffer ? tq_ggml_buft_device(root->buffer->buft) : NULL;
+    return holder ? holder : asked;
+}
+
 /* Fill *out, binding tensors at the first call. NULL, or the fault with the tensor that it is about. */
 static tq_ggml_kv_tensor *find_views(attention *out, const tq_ggml_device *device, const struct ggml_tensor *op, char *why,
                                      size_t why_bytes)
@@ -82,10 +94,18 @@ static bool has_exact_layers(const tq_ggml_device *device, char *why, size_t why
     return wanted <= last;
 }
 
-bool tq_ggml_flash_attn_supported(tq_ggml_device *device, const struct ggml_tensor *op)
+/* A second attention in one graph over the same cells is that of a layer without keys and values of its own. */
+static void note_reader(tq_ggml_kv_tensor *kv, const struct ggml_tensor *op)
+{
+    if (!kv->reader) kv->reader = op;
+    kv->is_shared |= kv->reader != op;
+}
+
+bool tq_ggml_flash_attn_supported(tq_ggml_device *asked, const struct ggml_tensor *op)
 {
     bool k_dummy, v_dummy;
     const struct ggml_tensor *k = op->src[1], *v = op->src[2];
+    tq_ggml_device *device = holder_of(asked, k);
     tq_ggml_kv_tensor *keys = tq_ggml_kv_of(device, k, &k_dummy), *values = tq_ggml_kv_of(device, v, &v_dummy);
     if (k_dummy || v_dummy) {
         /* llama.cpp is measuring. Faults are left to the real run: messages of this one are not shown. */
@@ -99,7 +119,10 @@ bool tq_ggml_flash_attn_supported(tq_ggml_device *device, const struct ggml_tens
     char why[256];
     if (!has_exact_layers(device, why, sizeof why)) return tq_ggml_kv_refuse(keys ? keys : values, why);
     tq_ggml_kv_tensor *at_fault = find_views(&a, device, op, why, sizeof why);
-    return at_fault == NULL || tq_ggml_kv_refuse(at_fault, why);
+    if (at_fault) return tq_ggml_kv_refuse(at_fault, why);
+    note_reader(a.keys.kv, op);
+    note_reader(a.values.kv, op);
+    return true;
 }
 
 /* ALiBi's slopes as ggml defines them: a geometric series over the largest power of two of heads, then one between. */
@@ -144,8 +167,8 @@ static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_at
     p->key_stage = tq_ggml_stage_of(keys, stream, p->n_query);
     p->value_stage = tq_ggml_stage_of(values, stream, p->n_query);
     status = tq_store_attend(keys->stores[stream], values->stores[stream], a->keys.n_slots, p, executor);
-    tq_ggml_stage_release(keys, stream);
-    tq_ggml_stage_release(values, stream);
+    if (!keys->is_shared) tq_ggml_stage_release(keys, stream);
+    if (!values->is_shared) tq_ggml_stage_release(values, stream);
     return status;
 }
 
@@ -167,8 +190,9 @@ enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_te
 {
     attention a;
     char why[256];
-    if (tq_ggml_kv_reads_refused(worker->device, op)) return GGML_STATUS_FAILED;
-    tq_ggml_kv_tensor *at_fault = find_views(&a, worker->device, op, why, sizeof why);
+    const tq_ggml_device *device = holder_of(worker->device, op->src[1]);
+    if (tq_ggml_kv_reads_refused(device, op)) return GGML_STATUS_FAILED;
+    tq_ggml_kv_tensor *at_fault = find_views(&a, device, op, why, sizeof why);
     if (at_fault) {
         tq_ggml_kv_refuse(at_fault, why);
         return GGML_STATUS_FAILED;

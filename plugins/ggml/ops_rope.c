@@ -102,6 +102,7 @@ enum ggml_status tq_ggml_rope(tq_ggml_worker *worker, const struct ggml_tensor *
     if (!s.kv || !s.kv->stores || s.kv->is_refused) return GGML_STATUS_FAILED;
     if (!worker->cpu) worker->cpu = tq_ggml_cpu_start();
     if (!worker->cpu || tq_ggml_stage_settle_all(s.kv) != TQ_OK) return GGML_STATUS_FAILED;
+    tq_ggml_stage_forget(s.kv);
     s.first = (int64_t)(tq_ggml_root_offset(op->src[0]) / sizeof(ggml_fp16_t));
     float *rows = malloc(2 * CHUNK_SLOTS * (size_t)s.kv->n_embd * sizeof *rows);
     if (!rows) return GGML_STATUS_ALLOC_FAILED;

@@ -36,6 +36,7 @@ bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor
         rows->nb[0] != sizeof(float) || rows->nb[1] % sizeof(float) != 0 || rows->ne[2] != 1 || rows->ne[3] != 1 ||
         (index->type != GGML_TYPE_I64 && index->type != GGML_TYPE_I32))
         return tq_ggml_kv_refuse(kv, "a graph writes to it in a shape that is not whole rows of floats");
+    kv->reader = NULL; /* ggml's scheduler asks about what writes to a cache before all else */
     tq_ggml_key_bias_find(kv, op);
     return true;
 }

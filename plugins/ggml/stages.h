@@ -2,7 +2,9 @@
 /*
  * Rows between SET_ROWS and the attention of the same graph. They are staged by the former and written by the latter, which
  * knows the queries; whoever comes first, another writer, a reader, a save of the state, has them written before. Stages belong
- * to a worker and serve one layer after the other, so that there are as many as tensors and streams of a layer.
+ * to a worker and serve one layer after the other, so that there are as many as tensors and streams of a layer. Those of a
+ * tensor that several layers read stay until its next rows come, or its cells are written in another way: all these layers see
+ * a batch as decoding would.
  */
 #ifndef TQ_GGML_STAGES_H
 #define TQ_GGML_STAGES_H
@@ -33,7 +35,7 @@ tq_status tq_ggml_stage_settle_all(tq_ggml_kv_tensor *kv);
 const tq_stage *tq_ggml_stage_of(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t n);
 /* Forget what was staged for a tensor, written or not. */
 void tq_ggml_stage_forget(tq_ggml_kv_tensor *kv);
-/* Make the stages of a layer free for the next. */
+/* Make the stage of a stream free for another. */
 void tq_ggml_stage_release(tq_ggml_kv_tensor *kv, int64_t stream);
 void tq_ggml_stages_free(tq_ggml_stages *stages);
 

@@ -4,9 +4,9 @@
  * and, for reference, with floats, and compares the next-token distributions at each check-point by their KL divergence. Then
  * saves and restores states on the device, which must come back to the byte.
  *
- *   host_test PLUGIN MODEL DEVICE... [--max-kl X] [--threads N]
+ *   host_test PLUGIN MODEL DEVICE... [--max-kl X] [--max-batches X] [--threads N]
  *
- * The bound X is a fraction of the divergence between unrelated check-points, so it also means something for models with random
+ * A bound X is a fraction of the divergence between unrelated check-points, so it also means something for models with random
  * weights. TQ_GGML=k=f16,v=f16 takes quantization out, and then X can be small.
  */
 #include <math.h>
@@ -366,6 +366,32 @@ static void check_states(host *h, bool unified)
     free(more);
 }
 
+/*
+ * A batch gives what its tokens give one by one: the attention of all layers sees the same exact tokens, also where layers
+ * share keys and values. The host's sums differ a little between the two, and so does a code here or there.
+ */
+static void check_batches(host *h, double limit)
+{
+    enum { STEP = 16 };
+    points together = {0};
+    llama_memory_clear(h->memory, true);
+    struct llama_batch batch = llama_batch_init(N_BATCH, 0, 1);
+    for (int i = 0; i < N_BATCH; i++) add(&batch, h->tokens[i % h->n_tokens], i, 0, i % STEP == 0);
+    if (llama_decode(h->ctx, batch) != 0) die("llama_decode failed");
+    llama_batch_free(batch);
+    for (int i = 0; i < N_BATCH; i += STEP) note(&together, h, "in a batch", llama_get_logits_ith(h->ctx, i));
+    llama_memory_clear(h->memory, true);
+    double sum = 0;
+    for (int i = 0; i < N_BATCH; i++) {
+        const float *logits = decode(h, 0, i, 1);
+        if (i % STEP == 0) sum += divergence(together.list[i / STEP].logits, logits, h->n_vocab);
+    }
+    sum /= together.n;
+    printf("  a batch differs from its tokens one by one by %.6f\n", sum);
+    check(sum <= limit, "a batch gives what its tokens give one by one");
+    free_points(&together);
+}
+
 /* A state with a NaN among its values: its sequence gets NaN, another one in the same batch does not. Clearing repairs it. */
 static void check_damaged_state(host *h)
 {
@@ -401,6 +427,8 @@ static double default_bound(const char *device)
     return 0;
 }
 
+static double max_batches; /* 0: that is not compared */
+
 /* One device at a time, and what to compare it with. */
 static void test_device(const char *model_path, const char *name, double bound, const points *reference, const points *stock,
                         bool unified, int n_threads)
@@ -413,6 +441,7 @@ static void test_device(const char *model_path, const char *name, double bound, 
     start(&h, model_path, device, false, unified, n_threads);
     run_scenario(&ours, &h);
     compare(reference, stock, &ours, h.n_vocab, bound);
+    if (max_batches > 0) check_batches(&h, max_batches * unrelated(reference, h.n_vocab));
     check_states(&h, unified);
     if (unified) check_damaged_state(&h);
     stop(&h);
@@ -436,10 +465,12 @@ int main(int argc, char **argv)
             max_kl = atof(argv[n_names + 2]);
         else if (strcmp(argv[n_names + 1], "--threads") == 0)
             n_threads = atoi(argv[n_names + 2]);
+        else if (strcmp(argv[n_names + 1], "--max-batches") == 0)
+            max_batches = atof(argv[n_names + 2]);
         else
             die("unknown option");
     }
-    if (n_names < 1) die("usage: host_test PLUGIN MODEL DEVICE... [--max-kl X] [--threads N]");
+    if (n_names < 1) die("usage: host_test PLUGIN MODEL DEVICE... [--max-kl X] [--max-batches X] [--threads N]");
     llama_log_set(log_errors, NULL);
     llama_backend_init();
     if (!ggml_backend_load(argv[1])) die("the plug-in does not load");

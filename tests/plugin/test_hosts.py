@@ -2,7 +2,7 @@
 """host_test.c on the real model with each device, and on random models of all shapes."""
 from common import MODEL, PLUGIN, THREADS, TestCase, build_host, main, run, tiny_model
 
-ARCHS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-oss", "mpt", "deepseek2"]
+ARCHS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "gemma4", "phi3", "gpt-oss", "mpt", "deepseek2"]
 PLAIN = "k=f16,v=f16"  # no quantization: what is left is the plumbing
 
 
@@ -20,10 +20,10 @@ class HostCase(TestCase):
 
 
 class Hosts(HostCase):
-    """Each kind of cache once: whole, with windows, of one latent; with key biases, and without quantization."""
+    """Each kind of cache once: whole, with windows, shared by layers, of one latent; with key biases; without quantization."""
 
     def test_quantized(self):
-        for arch in ("llama", "gemma3", "deepseek2"):
+        for arch in ("llama", "gemma3", "gemma4", "deepseek2"):
             with self.subTest(arch):
                 self.check(tiny_model(arch), "TQ4")
 

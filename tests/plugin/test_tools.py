@@ -22,6 +22,12 @@ class Tools(TestCase):
             self.assert_ok(result)
             self.assertIn("The capital of France is Paris", result.log)
 
+    def test_outputs_larger_than_a_layers_cache(self):
+        # After a measuring run the host asks for the memory of its outputs; 49152 logits are more than 256 cells.
+        result = complete(MODEL, "-c", "256", "-fit", "on", n=4)
+        self.assert_ok(result)
+        self.assertIn("The capital of France is Paris", result.log)
+
     def test_the_reported_size_is_the_compressed_one(self):
         plain = complete(MODEL, "-c", "4096", device="none")
         fitted = complete(MODEL, "-c", "4096", "-fit", "on")
