@@ -287,7 +287,13 @@ TQ_API void tq_store_close(tq_store *store);
  */
 TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                                              int64_t row_stride, const tq_executor *executor);
-/* The same for slots that exist already: each stays exact or encoded as it is, and the order of recency is kept. */
+/*
+ * The same for rows that tq_store_read gave, rounded to FP16 or not. What of them is encoded gets the codes that it was decoded
+ * from, if the store has the same format, references and factors, at a fraction of the time; else it is encoded as any other.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
+                                               int64_t row_stride, const tq_executor *executor);
+/* tq_store_write for slots that exist already: each stays exact or encoded as it is, and the order of recency is kept. */
 TQ_API TQ_NODISCARD tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                                               int64_t row_stride, const tq_executor *executor);
 /*

@@ -6,14 +6,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "buffer.h"
 #include "damage.h"
 #include "key_bias.h"
 #include "kv_tensor.h"
 #include "log.h"
 #include "stages.h"
 
-#define CHUNK_ROWS_MAX 256
-#define CHUNK_VALUES 65536 /* of a chunk of more than one row */
+#define CHUNK_ROWS_MAX 1024 /* the most rows that share a reference */
+#define CHUNK_VALUES 65536  /* of a chunk that is larger than that */
 #define FP16_MAX 65504.0f
 
 /* A piece of a transfer: whole rows, or a part of one, of one stream. */
@@ -28,10 +29,13 @@ static size_t row_bytes(const tq_ggml_kv_tensor *kv)
     return (size_t)kv->n_embd * sizeof(ggml_fp16_t);
 }
 
+/* Rows that share a reference go together, so that they can be given the one that they had. */
 static int64_t chunk_rows(const tq_ggml_kv_tensor *kv)
 {
+    int64_t unit = kv->is_value || kv->device->preset.k_ref_block < 1 ? 1 : kv->device->preset.k_ref_block;
     int64_t n = CHUNK_VALUES / kv->n_embd;
-    return n < 1 ? 1 : n > CHUNK_ROWS_MAX ? CHUNK_ROWS_MAX : n;
+    if (n > CHUNK_ROWS_MAX) n = CHUNK_ROWS_MAX;
+    return n < unit ? unit : n - n % unit;
 }
 
 static piece next_piece(const tq_ggml_kv_tensor *kv, size_t offset, size_t size)
@@ -45,7 +49,8 @@ static piece next_piece(const tq_ggml_kv_tensor *kv, size_t offset, size_t size)
         return p;
     }
     p.n_rows = (int64_t)(size / row_bytes(kv));
-    if (p.n_rows > chunk_rows(kv)) p.n_rows = chunk_rows(kv);
+    int64_t room = chunk_rows(kv) - p.first_slot % chunk_rows(kv);
+    if (p.n_rows > room) p.n_rows = room;
     if (p.n_rows > kv->n_slots - p.first_slot) p.n_rows = kv->n_slots - p.first_slot;
     p.bytes = (size_t)p.n_rows * row_bytes(kv);
     return p;
@@ -126,7 +131,7 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
             tq_status status = tq_store_set_positions(store, slots, p->n_rows, positions);
             if (status != TQ_OK) return status;
         }
-        return tq_store_write(store, slots, p->n_rows, rows, kv->n_embd, NULL);
+        return tq_store_restore(store, slots, p->n_rows, rows, kv->n_embd, tq_ggml_kv_buffer_executor(kv));
     }
     tq_status status = tq_store_read(store, p->first_slot, 1, rows, kv->n_embd);
     if (status != TQ_OK) return status;

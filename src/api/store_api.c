@@ -130,6 +130,15 @@ tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const
     return TQ_OK;
 }
 
+tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
+                           const tq_executor *executor)
+{
+    TQ_TRY(check_write(store, slots, n, rows, row_stride));
+    tq_store_rows decoded = {.slots = slots, .n = n, .rows = rows, .row_stride = row_stride, .is_decoded = true};
+    tq_store_put(store, &decoded, executor);
+    return TQ_OK;
+}
+
 tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
                           const tq_executor *executor)
 {

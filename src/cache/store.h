@@ -105,6 +105,7 @@ typedef struct tq_store_rows {
     int64_t row_stride;
     tq_staged_rows staged;
     const tq_attend_params *queries; /* one a row, to learn from, or NULL */
+    bool is_decoded;                 /* as in tq_rows_in */
 } tq_store_rows;
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
@@ -123,7 +124,13 @@ bool tq_store_must_decide(const tq_store *store);
  * what is encoded, if anything is and factors are new. A window of nothing decides for none.
  */
 void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq_executor *executor);
-/* Set the references of a slot's block to the window's mean, unless something is coded in the block already. */
-void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window);
+/*
+ * Set the references of a slot's block to the window's mean, unless something is coded in the block already. Of the window's
+ * first n_decoded, which belong to the block, they may be those that they were decoded with.
+ */
+void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window,
+                            int32_t n_decoded, const tq_executor *executor);
+/* Let blocks that are written whole, by slots that follow each other, have new references. */
+void tq_store_forget_blocks(const tq_store *store, const int64_t *slots, int64_t n);
 
 #endif

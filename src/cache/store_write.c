@@ -59,7 +59,8 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
                              .n_head_kv = store->n_head_kv,
                              .rows = rows->rows ? rows->rows + first * rows->row_stride : NULL,
                              .row_stride = rows->row_stride,
-                             .staged = rows->staged};
+                             .staged = rows->staged,
+                             .is_decoded = rows->is_decoded};
     if (!rows->rows) batch->in.staged.index += first;
     for (int32_t i = 0; i < n_exact; i++) {
         batch->ids[i] = (int32_t)(tq_store_exact_slot(store, i) + 1);
@@ -95,6 +96,19 @@ static void encode_jobs(write_batch *batch)
     batch->max_column = -1;
 }
 
+/* How many of the ring's oldest slots belong to a slot's block. */
+static int32_t rows_of_block(const write_batch *batch, int64_t slot, int32_t n_window)
+{
+    const tq_store_layout *layout = &batch->store->layout;
+    int32_t n = 0;
+    while (n < n_window) {
+        int64_t other = batch->ids[layout->n_sink + (batch->ring_next + n) % layout->n_recent] - 1;
+        if (other < 0 || other / layout->ref_block != slot / layout->ref_block) break;
+        n++;
+    }
+    return n;
+}
+
 /* What has to be known before a slot is encoded. The ring is full then, since the slot is about to leave it. */
 static void learn(write_batch *batch, int64_t slot, int32_t n_window)
 {
@@ -106,7 +120,9 @@ static void learn(write_batch *batch, int64_t slot, int32_t n_window)
         tq_store_decide_channels(store, &window, batch->executor);
         batch->in.channel_steps = tq_store_view(store, NULL, 0).channel_steps;
     }
-    if (store->layout.ref_block > 0) tq_store_set_reference(store, &batch->in, slot, &window);
+    if (store->layout.ref_block == 0) return;
+    int32_t n_decoded = batch->in.is_decoded ? rows_of_block(batch, slot, n_window) : 0;
+    tq_store_set_reference(store, &batch->in, slot, &window, n_decoded, batch->executor);
 }
 
 /* A column that is encoded twice in a batch keeps its last values: jobs run in parallel. */
@@ -200,6 +216,7 @@ static void run_batches(tq_store *store, const tq_store_rows *rows, const tq_exe
 
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor)
 {
+    if (rows->is_decoded) tq_store_forget_blocks(store, rows->slots, rows->n);
     run_batches(store, rows, executor, plan_write);
 }
 
