@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The nominal FP16 bytes of a KV tensor, read and written: llama.cpp saves and restores states through them. Encoding FP16
- * values that came from decoding gives the bytes that they came from, so a restored state is not quantized a second time.
+ * The nominal FP16 bytes of a KV tensor, read and written: llama.cpp saves and restores states through them. Rows that come
+ * back get the codes that they were decoded from, where the store can find them.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -13,8 +13,8 @@
 #include "log.h"
 #include "stages.h"
 
-#define CHUNK_ROWS_MAX 1024 /* the most rows that share a reference */
-#define CHUNK_VALUES 65536  /* of a chunk that is larger than that */
+#define CHUNK_ROWS_MAX 256
+#define CHUNK_VALUES 65536 /* of a chunk of more than one row */
 #define FP16_MAX 65504.0f
 
 /* A piece of a transfer: whole rows, or a part of one, of one stream. */
@@ -29,13 +29,10 @@ static size_t row_bytes(const tq_ggml_kv_tensor *kv)
     return (size_t)kv->n_embd * sizeof(ggml_fp16_t);
 }
 
-/* Rows that share a reference go together, so that they can be given the one that they had. */
 static int64_t chunk_rows(const tq_ggml_kv_tensor *kv)
 {
-    int64_t unit = kv->is_value || kv->device->preset.k_ref_block < 1 ? 1 : kv->device->preset.k_ref_block;
     int64_t n = CHUNK_VALUES / kv->n_embd;
-    if (n > CHUNK_ROWS_MAX) n = CHUNK_ROWS_MAX;
-    return n < unit ? unit : n - n % unit;
+    return n < 1 ? 1 : n > CHUNK_ROWS_MAX ? CHUNK_ROWS_MAX : n;
 }
 
 static piece next_piece(const tq_ggml_kv_tensor *kv, size_t offset, size_t size)
@@ -49,8 +46,7 @@ static piece next_piece(const tq_ggml_kv_tensor *kv, size_t offset, size_t size)
         return p;
     }
     p.n_rows = (int64_t)(size / row_bytes(kv));
-    int64_t room = chunk_rows(kv) - p.first_slot % chunk_rows(kv);
-    if (p.n_rows > room) p.n_rows = room;
+    if (p.n_rows > chunk_rows(kv)) p.n_rows = chunk_rows(kv);
     if (p.n_rows > kv->n_slots - p.first_slot) p.n_rows = kv->n_slots - p.first_slot;
     p.bytes = (size_t)p.n_rows * row_bytes(kv);
     return p;
@@ -141,6 +137,19 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
     return tq_store_update(store, slots, 1, rows, kv->n_embd, NULL);
 }
 
+/* Whole rows replace what their slots held. */
+static bool discard_rows(tq_ggml_kv_tensor *kv, size_t offset, size_t size)
+{
+    int64_t first = (int64_t)((offset + row_bytes(kv) - 1) / row_bytes(kv)), end = (int64_t)((offset + size) / row_bytes(kv));
+    bool ok = true;
+    for (int64_t next; ok && first < end; first = next) {
+        int64_t stream = first / kv->n_slots;
+        next = (stream + 1) * kv->n_slots < end ? (stream + 1) * kv->n_slots : end;
+        ok = tq_store_discard(kv->stores[stream], first - stream * kv->n_slots, next - first) == TQ_OK;
+    }
+    return ok;
+}
+
 /* Row by row where not all of them can be taken: the others are what they should be. False: some are damaged. */
 static bool write_rows(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows)
 {
@@ -162,7 +171,7 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
 {
     bool ok = check_range(kv, offset, size) && tq_ggml_stage_settle_all(kv) == TQ_OK;
     float *rows = ok ? allocate_rows(kv) : NULL;
-    ok = rows != NULL;
+    ok = rows != NULL && discard_rows(kv, offset, size);
     if (!ok) tq_ggml_damage_mark_bytes(kv, offset, size);
     const uint8_t *from = in;
     while (rows && size > 0) {

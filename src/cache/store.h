@@ -109,6 +109,8 @@ typedef struct tq_store_rows {
 } tq_store_rows;
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
+/* Slots [first, first + n) are about to be written: forget their ring if it is all theirs, and whole blocks. */
+void tq_store_forget(tq_store *store, int64_t first, int64_t n);
 /* The ring entry that the next new slot takes. Never out of range, whatever the memory holds. */
 int32_t tq_store_ring_next(const tq_store *store);
 /* The slot of an exact entry, or -1 for none. Never out of range, whatever the memory holds. */
@@ -130,7 +132,6 @@ void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq
  */
 void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window,
                             int32_t n_decoded, const tq_executor *executor);
-/* Let blocks that are written whole, by slots that follow each other, have new references. */
-void tq_store_forget_blocks(const tq_store *store, const int64_t *slots, int64_t n);
+
 
 #endif

@@ -393,27 +393,3 @@ void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t
     bool is_found = tq_page_view_refs(&in->pages, in->codec, 0, slot).scales[0] != 0;
     tq_run(n_decoded > 0 && !is_found ? executor : NULL, store->n_head_kv, reference_body, &task);
 }
-
-/* Nothing that a block holds is wanted any longer. */
-static void forget_block(const tq_store *store, int64_t first, int64_t n)
-{
-    tq_page_view pages = tq_store_view(store, NULL, 0).pages;
-    for (int32_t head = 0; head < store->n_head_kv; head++) {
-        tq_block block = tq_page_view_block(&pages, &store->codec, head, first);
-        tq_block reference = tq_page_view_refs(&pages, &store->codec, head, first);
-        memset(block.scales, 0, (size_t)(n * store->codec.traits->n_scales) * sizeof *block.scales);
-        memset(reference.codes, 0, store->ref_codec.code_bytes);
-        reference.scales[0] = 0;
-    }
-}
-
-void tq_store_forget_blocks(const tq_store *store, const int64_t *slots, int64_t n)
-{
-    int64_t n_run = 0;
-    for (int64_t i = 0; i < n && store->layout.ref_block > 0; i++) {
-        int64_t first = slots[i] - slots[i] % store->layout.ref_block;
-        n_run = slots[i] >= 0 && n_run > 0 && slots[i] == slots[i - 1] + 1 ? n_run + 1 : 1;
-        bool ends = slots[i] == first + store->layout.ref_block - 1 || slots[i] == store->n_slots - 1;
-        if (slots[i] >= 0 && ends && n_run > slots[i] - first) forget_block(store, first, slots[i] - first + 1);
-    }
-}

@@ -8,7 +8,7 @@
 #include "codec/trellis.h"
 
 #define ROWS_MAX 8     /* that are looked at */
-#define STARTS_MAX 4    /* of them, searched */
+#define STARTS_MAX 8    /* of them, searched */
 #define CONFIRMED_MIN 2 /* the one that the reference was made for, and another */
 
 typedef struct rotated_rows {
@@ -25,14 +25,17 @@ static void leave(const tq_codec *codec, const float *y, tq_block codes, float *
     for (int32_t j = 0; j < codec->head_dim; j++) rest[j] = y[j] - values[j];
 }
 
-/* The mean of what rows leave that are decoded vectors next to a rotated reference. Returns their number. */
-static int32_t confirm(const rotated_rows *rows, const float *reference, float *mean)
+/*
+ * The mean of what rows leave that are decoded vectors next to a rotated reference, the first `enough` of them. Returns their
+ * number.
+ */
+static int32_t confirm(const rotated_rows *rows, const float *reference, int32_t enough, float *mean)
 {
     int32_t head_dim = rows->codec->head_dim, n = 0;
     uint8_t codes[TQ_CODE_BYTES_MAX];
     uint16_t scale;
     float y[TQ_HEAD_DIM_MAX], rest[TQ_HEAD_DIM_MAX], sum[TQ_HEAD_DIM_MAX] = {0};
-    for (int32_t i = 0; i < rows->n; i++) {
+    for (int32_t i = 0; i < rows->n && n < enough; i++) {
         for (int32_t j = 0; j < head_dim; j++) y[j] = rows->y[i][j] - reference[j];
         if (!tq_trellis_recover(rows->codec, y, codes, &scale)) continue;
         leave(rows->codec, rows->y[i], (tq_block){.codes = codes, .scales = &scale}, rest);
@@ -55,8 +58,10 @@ static bool find(const rotated_rows *rows, const float *mean, float *reference)
         for (int32_t j = 0; j < codec->head_dim; j++) x[j] = rows->x[start][j] - mean[j];
         codec->kernels->format[codec->traits->format].encode(codec, x, codec->head_dim, 1, block);
         leave(codec, rows->y[start], block, rest);
-        /* Twice: with the mean the first row's scale is right, too. */
-        if (confirm(rows, rest, rest) >= CONFIRMED_MIN && confirm(rows, rest, reference) >= CONFIRMED_MIN) return true;
+        /* The nearer it is, the more rows' scales are right, which bring it nearer. */
+        if (confirm(rows, rest, CONFIRMED_MIN, rest) >= CONFIRMED_MIN && confirm(rows, rest, rows->n, rest) >= CONFIRMED_MIN &&
+            confirm(rows, rest, rows->n, reference) >= CONFIRMED_MIN)
+            return true;
     }
     return false;
 }

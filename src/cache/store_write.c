@@ -216,11 +216,38 @@ static void run_batches(tq_store *store, const tq_store_rows *rows, const tq_exe
 
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor)
 {
-    if (rows->is_decoded) tq_store_forget_blocks(store, rows->slots, rows->n);
     run_batches(store, rows, executor, plan_write);
 }
 
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor)
 {
     run_batches(store, rows, executor, plan_update);
+}
+
+static void forget_block(const tq_store *store, const tq_page_view *pages, int64_t first, int64_t n)
+{
+    for (int32_t head = 0; head < store->n_head_kv; head++) {
+        tq_block block = tq_page_view_block(pages, &store->codec, head, first);
+        tq_block reference = tq_page_view_refs(pages, &store->codec, head, first);
+        memset(block.scales, 0, (size_t)(n * store->codec.traits->n_scales) * sizeof *block.scales);
+        memset(reference.codes, 0, store->ref_codec.code_bytes);
+        reference.scales[0] = 0;
+    }
+}
+
+void tq_store_forget(tq_store *store, int64_t first, int64_t n)
+{
+    const tq_store_layout *layout = &store->layout;
+    tq_page_view pages = tq_store_view(store, NULL, 0).pages;
+    int64_t block = layout->ref_block, end = first + n;
+    for (int64_t i = block > 0 ? (first + block - 1) / block * block : end; i < end; i += block) {
+        int64_t next = i + block < store->n_slots ? i + block : store->n_slots;
+        if (next <= end) forget_block(store, &pages, i, next - i);
+    }
+    /* A ring with gaps would hold fewer tokens than it can. */
+    for (int32_t i = layout->n_sink; i < layout->n_sink + layout->n_recent; i++) {
+        int64_t slot = tq_store_exact_slot(store, i);
+        if (slot >= 0 && (slot < first || slot >= end)) return;
+    }
+    if (layout->n_recent > 0) memset(exact_ids(store) + layout->n_sink, 0, (size_t)layout->n_recent * sizeof(int32_t));
 }

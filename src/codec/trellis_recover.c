@@ -12,10 +12,15 @@
 
 #include "base/half.h"
 
-/* Scales within this by 2^bits of that of a vector whose values have mean square 1: 5 standard deviations at head_dim 64. */
-#define SCALE_RANGE 0.8f
+/*
+ * How far scales may lie from that of a vector whose values have mean square 1, by 2^bits: below it, and above. Codes have less
+ * energy than what they were found for, and so larger scales. First what hardly any leave, 4 standard deviations at head_dim
+ * 64, then what none do.
+ */
+static const float scale_ranges[][2] = {{0.6f, 0.8f}, {1.6f, 1.8f}};
+enum { N_RANGES = sizeof scale_ranges / sizeof scale_ranges[0] };
 #define SCALE_STEP 0x4000u /* of tq_scale_from_float, in a float's bits */
-#define SCALES_MAX 384     /* that are so near */
+#define SCALES_MAX 1024    /* in the widest range */
 /* Far more than any value in units of a scale that is right. */
 #define Z_MAX 0x1p15f
 /* Values that choose among the scales. */
@@ -43,10 +48,10 @@ static inline float error_of(const float *y, float inverse)
 }
 
 /* The scale that brings the first values nearest to whole numbers. */
-static float find_scale(const float *y, int32_t bits, float typical)
+static float find_scale(const float *y, int32_t bits, float typical, const float *range)
 {
-    float scale[SCALES_MAX], error[SCALES_MAX], range = SCALE_RANGE / (float)(1 << bits);
-    float first = typical * (1.0f - range), last = typical * (1.0f + range);
+    float scale[SCALES_MAX], error[SCALES_MAX], share = 1.0f / (float)(1 << bits);
+    float first = typical * (1.0f - range[0] * share), last = typical * (1.0f + range[1] * share);
     uint32_t first_bits, last_bits;
     memcpy(&first_bits, &first, sizeof first_bits);
     memcpy(&last_bits, &last, sizeof last_bits);
@@ -168,22 +173,31 @@ static bool find_circle(const tq_codec *codec, const int8_t *values, uint8_t *co
     return false;
 }
 
-bool tq_trellis_recover(const tq_codec *codec, const float *y, uint8_t *codes, uint16_t *scale)
+/* From a scale that is right or next to it. */
+static bool recover_from(const tq_codec *codec, const float *y, float ss, float found, uint8_t *codes, uint16_t *scale)
 {
     enum { ROUNDS_MAX = 3 };
-    int32_t n = codec->head_dim;
     int8_t values[TQ_HEAD_DIM_MAX];
-    float ss = tq_sum_squares(y, n), factor = tq_unit_factor(ss, n) * TQ_TRELLIS_UNIT;
-    if (factor == 0.0f || !(factor < INFINITY)) return false;
-    float found = find_scale(y, codec->traits->bits, 1.0f / factor);
     for (int32_t round = 0; round < ROUNDS_MAX; round++) {
         int32_t energy;
-        if (!(sqrtf(ss) < Z_MAX * found) || !round_values(y, n, found, values, &energy) || energy == 0) return false;
+        if (!(sqrtf(ss) < Z_MAX * found) || !round_values(y, codec->head_dim, found, values, &energy) || energy == 0)
+            return false;
         *scale = tq_scale_from_float(sqrtf(ss) / sqrtf((float)energy));
         float better = tq_half_to_float(*scale);
         if (better == 0.0f) return false;
         if (better == found) return find_circle(codec, values, codes);
         found = better;
+    }
+    return false;
+}
+
+bool tq_trellis_recover(const tq_codec *codec, const float *y, uint8_t *codes, uint16_t *scale)
+{
+    float ss = tq_sum_squares(y, codec->head_dim), factor = tq_unit_factor(ss, codec->head_dim) * TQ_TRELLIS_UNIT;
+    if (factor == 0.0f || !(factor < INFINITY)) return false;
+    for (int32_t i = 0; i < N_RANGES; i++) {
+        float found = find_scale(y, codec->traits->bits, 1.0f / factor, scale_ranges[i]);
+        if (recover_from(codec, y, ss, found, codes, scale)) return true;
     }
     return false;
 }
