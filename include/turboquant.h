@@ -288,7 +288,20 @@ TQ_API void tq_store_close(tq_store *store);
  */
 TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                                              int64_t row_stride, const tq_executor *executor);
-/* The same for slots that exist already: each stays exact or encoded as it is, and the order of recency is kept. */
+/*
+ * The same for rows that tq_store_read gave, rounded to FP16 or not. What of them is encoded gets the codes that it was decoded
+ * from, at a fraction of the time, and blocks in which nothing is encoded get the references that they had then. What can't be
+ * found (other formats or factors, other references where some are in use) is encoded as any other.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
+                                               int64_t row_stride, const tq_executor *executor);
+/*
+ * What slots [first_slot, first_slot + n) hold is not wanted any longer: they are about to be written again, and may read as
+ * anything until then. Without it a write encodes what it pushes out of the ring, and keeps the references of blocks. Errors:
+ * ARGUMENT, RANGE.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n);
+/* tq_store_write for slots that exist already: each stays exact or encoded as it is, and the order of recency is kept. */
 TQ_API TQ_NODISCARD tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                                               int64_t row_stride, const tq_executor *executor);
 /*

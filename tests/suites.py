@@ -52,8 +52,8 @@ FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 
 UNIT_ROOMS = {
     "attention": "attention", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda", "dry_run": "cache",
     "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api", "key_bias": "cache",
-    "offload": "cache", "packing": "codec", "presets": "api", "rotation": "codec", "snapshot": "cache", "store": "cache",
-    "store_learn": "cache", "threads": "base",
+    "offload": "cache", "packing": "codec", "presets": "api", "restore": "cache", "rotation": "codec", "snapshot": "cache",
+    "store": "cache", "store_learn": "cache", "threads": "base",
 }
 
 

@@ -14,6 +14,7 @@
 
 #include "damage.h"
 #include "log.h"
+#include "threads.h"
 
 #define ALIGNMENT 64
 
@@ -24,6 +25,7 @@ typedef struct kv_buffer {
     tq_ggml_kv_tensor **tensors;
     size_t n, capacity;
     bool is_bound; /* all of them */
+    tq_ggml_threads threads;
 } kv_buffer;
 
 static size_t pad(size_t bytes)
@@ -49,6 +51,7 @@ static void kv_free(ggml_backend_buffer_t buffer)
         free(kvs->tensors[i]);
     }
     free(kvs->tensors);
+    tq_ggml_threads_free(&kvs->threads);
     munmap(kvs->reserved, kvs->reserved_bytes);
     free(kvs);
 }
@@ -279,6 +282,13 @@ void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv)
     }
     kv->buffer->size = bytes;
     if (n_bound == kvs->n) log_binding(kvs, bytes);
+}
+
+const tq_executor *tq_ggml_kv_buffer_executor(const tq_ggml_kv_tensor *kv)
+{
+    kv_buffer *kvs = kv->buffer->context;
+    tq_ggml_threads_set_pool(&kvs->threads, atomic_load(&kvs->device->n_threads));
+    return &kvs->threads.executor;
 }
 
 /* ---- host buffers ---- */

@@ -80,6 +80,9 @@ static void backend_set_n_threads(ggml_backend_t backend, int n_threads)
     tq_ggml_worker *worker = backend->context;
     tq_ggml_threads_set(&worker->threads, n_threads);
     worker->has_told_damage = false;
+    int seen = atomic_load(&worker->device->n_threads);
+    while (n_threads > seen && !atomic_compare_exchange_weak(&worker->device->n_threads, &seen, n_threads)) {
+    }
     if (worker->has_checked_use) return;
     worker->has_checked_use = true;
     if (!atomic_load(&worker->device->has_kv_tensor)) {

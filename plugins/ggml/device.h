@@ -27,6 +27,7 @@ typedef struct tq_ggml_device {
     struct ggml_backend_buffer_type host_buft, kv_buft;
     atomic_bool has_kv_tensor; /* a KV cache was placed here at least once */
     atomic_int n_refused;      /* of its KV tensors, those that can't be served */
+    atomic_int n_threads;      /* the most that a graph was computed with */
 } tq_ggml_device;
 
 /* Fill *out for one preset. Errors: what tq_store_bytes says of the formats and counts. */

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The nominal FP16 bytes of a KV tensor, read and written: llama.cpp saves and restores states through them. Encoding FP16
- * values that came from decoding gives the bytes that they came from, so a restored state is not quantized a second time.
+ * The nominal FP16 bytes of a KV tensor, read and written: llama.cpp saves and restores states through them. Rows that come
+ * back get the codes that they were decoded from, where the store can find them.
  */
 #include <stdlib.h>
 #include <string.h>
 
+#include "buffer.h"
 #include "damage.h"
 #include "key_bias.h"
 #include "kv_tensor.h"
@@ -126,7 +127,7 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
             tq_status status = tq_store_set_positions(store, slots, p->n_rows, positions);
             if (status != TQ_OK) return status;
         }
-        return tq_store_write(store, slots, p->n_rows, rows, kv->n_embd, NULL);
+        return tq_store_restore(store, slots, p->n_rows, rows, kv->n_embd, tq_ggml_kv_buffer_executor(kv));
     }
     tq_status status = tq_store_read(store, p->first_slot, 1, rows, kv->n_embd);
     if (status != TQ_OK) return status;
@@ -134,6 +135,19 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
     tq_ggml_host.ggml_fp16_to_fp32_row(halves, rows + p->first_byte / sizeof(ggml_fp16_t),
                                        (int64_t)(p->bytes / sizeof(ggml_fp16_t)));
     return tq_store_update(store, slots, 1, rows, kv->n_embd, NULL);
+}
+
+/* Whole rows replace what their slots held. */
+static bool discard_rows(tq_ggml_kv_tensor *kv, size_t offset, size_t size)
+{
+    int64_t first = (int64_t)((offset + row_bytes(kv) - 1) / row_bytes(kv)), end = (int64_t)((offset + size) / row_bytes(kv));
+    bool ok = true;
+    for (int64_t next; ok && first < end; first = next) {
+        int64_t stream = first / kv->n_slots;
+        next = (stream + 1) * kv->n_slots < end ? (stream + 1) * kv->n_slots : end;
+        ok = tq_store_discard(kv->stores[stream], first - stream * kv->n_slots, next - first) == TQ_OK;
+    }
+    return ok;
 }
 
 /* Row by row where not all of them can be taken: the others are what they should be. False: some are damaged. */
@@ -158,7 +172,7 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
     bool ok = check_range(kv, offset, size) && tq_ggml_stage_settle_all(kv) == TQ_OK;
     if (ok) tq_ggml_stage_forget(kv);
     float *rows = ok ? allocate_rows(kv) : NULL;
-    ok = rows != NULL;
+    ok = rows != NULL && discard_rows(kv, offset, size);
     if (!ok) tq_ggml_damage_mark_bytes(kv, offset, size);
     const uint8_t *from = in;
     while (rows && size > 0) {

@@ -78,6 +78,11 @@ void tq_ggml_threads_set(tq_ggml_threads *threads, int32_t n_threads)
         threads->executor = (tq_executor){.n_threads = n_threads, .run = run_gomp};
 }
 
+void tq_ggml_threads_set_pool(tq_ggml_threads *threads, int32_t n_threads)
+{
+    if (n_threads > 1 && n_threads != threads->executor.n_threads) use_pool(threads, n_threads);
+}
+
 void tq_ggml_threads_free(tq_ggml_threads *threads)
 {
     tq_pool_free(threads->pool);

@@ -130,6 +130,27 @@ tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const
     return TQ_OK;
 }
 
+tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n)
+{
+    if (!store || n < 0) return TQ_ERR_ARGUMENT;
+    if (first_slot < 0 || first_slot > store->n_slots || n > store->n_slots - first_slot) {
+        tq_log(TQ_LOG_ERROR, "%s: slots %lld to %lld are out of range; there are %lld slots", store->label,
+               (long long)first_slot, (long long)(first_slot + n - 1), (long long)store->n_slots);
+        return TQ_ERR_RANGE;
+    }
+    tq_store_forget(store, first_slot, n);
+    return TQ_OK;
+}
+
+tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
+                           const tq_executor *executor)
+{
+    TQ_TRY(check_write(store, slots, n, rows, row_stride));
+    tq_store_rows decoded = {.slots = slots, .n = n, .rows = rows, .row_stride = row_stride, .is_decoded = true};
+    tq_store_put(store, &decoded, executor);
+    return TQ_OK;
+}
+
 tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
                           const tq_executor *executor)
 {

@@ -7,6 +7,7 @@
 
 #include "base/threads.h"
 #include "codec/transform.h"
+#include "codec/trellis.h"
 
 /* Vectors handled at a time. */
 #define GROUP_MAX 4
@@ -97,6 +98,20 @@ static void to_coded(const tq_rows_in *in, int32_t head, int64_t column, int32_t
     }
 }
 
+/* The codes that vectors were decoded from; those that were not are encoded. */
+static void recover(const tq_codec *codec, const float *x, int32_t n, tq_block block)
+{
+    const tq_format_kernels *format = &codec->kernels->format[codec->traits->format];
+    int32_t head_dim = codec->head_dim;
+    _Alignas(64) float y[GROUP_MAX * TQ_HEAD_DIM_MAX];
+    format->prepare(codec, x, head_dim, n, y);
+    for (int32_t i = 0; i < n; i++) {
+        tq_block one = {.codes = block.codes + (size_t)i * codec->code_bytes, .scales = block.scales + i};
+        if (!tq_trellis_recover(codec, y + i * head_dim, one.codes, one.scales))
+            format->encode(codec, x + i * head_dim, head_dim, 1, one);
+    }
+}
+
 static void encode_group(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n, int32_t head)
 {
     size_t head_dim = (size_t)in->codec->head_dim;
@@ -112,7 +127,10 @@ static void encode_group(const tq_rows_in *in, const tq_encode_job *jobs, int32_
     }
     to_coded(in, head, jobs[0].column, n, x);
     tq_block block = tq_page_view_block(&in->pages, in->codec, head, jobs[0].column);
-    in->kernels->format[in->codec->traits->format].encode(in->codec, x, (int64_t)head_dim, n, block);
+    if (in->is_decoded && in->codec->traits->family == TQ_FAMILY_TRELLIS)
+        recover(in->codec, x, n, block);
+    else
+        in->kernels->format[in->codec->traits->format].encode(in->codec, x, (int64_t)head_dim, n, block);
 }
 
 static void encode_body(void *arg, int32_t i_thread, int32_t n_threads)

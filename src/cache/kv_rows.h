@@ -41,6 +41,7 @@ typedef struct tq_rows_in {
     const float *rows; /* [n, n_head_kv, head_dim], or NULL: staged */
     int64_t row_stride;
     tq_staged_rows staged;
+    bool is_decoded; /* try to find the codes that the rows were decoded from */
 } tq_rows_in;
 
 /* A run of vectors of each head, in plain floats: the ring as it is at some moment, oldest first. */
@@ -70,6 +71,11 @@ void tq_rows_keep_exact(const tq_rows_in *in, int64_t row, int32_t index);
 void tq_window_mean(const tq_window *window, int32_t head, int32_t head_dim, float *mean);
 /* Set one head's reference of a column's block to the mean of the window. */
 void tq_rows_set_reference(const tq_rows_in *in, int32_t head, int64_t column, const tq_window *window);
+/*
+ * The same for rows that were decoded, the first n_rows of the window among them: the reference that they were decoded with.
+ * False if it can't be found; then nothing is set.
+ */
+bool tq_rows_recover_reference(const tq_rows_in *in, int32_t head, int64_t column, const tq_window *window, int32_t n_rows);
 
 /* Decode columns [first, first + n) of a view to rows [n, n_head_kv, head_dim]. */
 void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_head_kv, int64_t first, int64_t n, float *rows,

@@ -105,9 +105,12 @@ typedef struct tq_store_rows {
     int64_t row_stride;
     tq_staged_rows staged;
     const tq_attend_params *queries; /* one a row, to learn from, or NULL */
+    bool is_decoded;                 /* as in tq_rows_in */
 } tq_store_rows;
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
+/* Slots [first, first + n) are about to be written: forget their ring if it is all theirs, and whole blocks. */
+void tq_store_forget(tq_store *store, int64_t first, int64_t n);
 /* The ring entry that the next new slot takes. Never out of range, whatever the memory holds. */
 int32_t tq_store_ring_next(const tq_store *store);
 /* The slot of an exact entry, or -1 for none. Never out of range, whatever the memory holds. */
@@ -123,8 +126,12 @@ bool tq_store_must_decide(const tq_store *store);
  * what is encoded, if anything is and factors are new. A window of nothing decides for none.
  */
 void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq_executor *executor);
-/* Set the references of a slot's block to the window's mean, or to zero if that is empty, unless they are set. is_new: nothing
- * that is coded in the block is in use, so they are set in any case. */
-void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window, bool is_new);
+/*
+ * Set the references of a slot's block to the window's mean, or to zero if that is empty, unless they are set. is_new: nothing
+ * that is coded in the block is in use, so they are set in any case. Of the window's first n_decoded, which belong to the block,
+ * they may be those that they were decoded with.
+ */
+void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window, bool is_new,
+                            int32_t n_decoded, const tq_executor *executor);
 
 #endif

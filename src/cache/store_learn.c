@@ -364,12 +364,33 @@ void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq
     memset(tq_store_energies(store), 0, (size_t)store->n_head_kv * (size_t)store->codec.head_dim * sizeof(float));
 }
 
-void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window, bool is_new)
+typedef struct reference_task {
+    const tq_store *store;
+    const tq_rows_in *in;
+    int64_t slot;
+    const tq_window *window;
+    bool is_new;
+    int32_t n_decoded;
+} reference_task;
+
+static void reference_body(void *arg, int32_t i_thread, int32_t n_threads)
 {
-    for (int32_t head = 0; head < store->n_head_kv; head++) {
-        tq_block reference = tq_page_view_refs(&in->pages, in->codec, head, slot);
-        if (reference.scales[0] != 0 && !is_new) continue;
-        if (window->n > 0) tq_rows_set_reference(in, head, slot, window);
+    const reference_task *task = arg;
+    const tq_rows_in *in = task->in;
+    for (int32_t head = i_thread; head < task->store->n_head_kv; head += n_threads) {
+        tq_block reference = tq_page_view_refs(&in->pages, in->codec, head, task->slot);
+        if (reference.scales[0] != 0 && !task->is_new) continue;
+        bool is_found = task->n_decoded > 0 && tq_rows_recover_reference(in, head, task->slot, task->window, task->n_decoded);
+        if (!is_found && task->window->n > 0) tq_rows_set_reference(in, head, task->slot, task->window);
         if (reference.scales[0] == 0) reference.scales[0] = REFERENCE_OF_ZERO;
     }
+}
+
+void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window, bool is_new,
+                            int32_t n_decoded, const tq_executor *executor)
+{
+    reference_task task = {store, in, slot, window, is_new, n_decoded};
+    /* Only searching for a head's is worth a thread. */
+    bool is_searched = n_decoded > 0 && (is_new || tq_page_view_refs(&in->pages, in->codec, 0, slot).scales[0] == 0);
+    tq_run(is_searched ? executor : NULL, store->n_head_kv, reference_body, &task);
 }

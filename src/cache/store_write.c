@@ -59,7 +59,8 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
                              .n_head_kv = store->n_head_kv,
                              .rows = rows->rows ? rows->rows + first * rows->row_stride : NULL,
                              .row_stride = rows->row_stride,
-                             .staged = rows->staged};
+                             .staged = rows->staged,
+                             .is_decoded = rows->is_decoded};
     if (!rows->rows) batch->in.staged.index += first;
     for (int32_t i = 0; i < n_exact; i++) {
         batch->ids[i] = (int32_t)(tq_store_exact_slot(store, i) + 1);
@@ -129,6 +130,19 @@ static bool has_job_in_block(const write_batch *batch, int64_t slot)
     return false;
 }
 
+/* How many of the ring's oldest slots belong to a slot's block. */
+static int32_t rows_of_block(const write_batch *batch, int64_t slot, int32_t n_window)
+{
+    const tq_store_layout *layout = &batch->store->layout;
+    int32_t n = 0;
+    while (n < n_window) {
+        int64_t other = batch->ids[layout->n_sink + (batch->ring_next + n) % layout->n_recent] - 1;
+        if (other < 0 || other / layout->ref_block != slot / layout->ref_block) break;
+        n++;
+    }
+    return n;
+}
+
 /* What has to be known before a slot is encoded. The ring is full then, since the slot is about to leave it. */
 static void learn(write_batch *batch, int64_t slot, int32_t n_window)
 {
@@ -143,7 +157,8 @@ static void learn(write_batch *batch, int64_t slot, int32_t n_window)
     if (store->layout.ref_block == 0) return;
     bool is_new = n_window > 0 && block_is_exact(batch, slot);
     if (is_new && has_job_in_block(batch, slot)) encode_jobs(batch);
-    tq_store_set_reference(store, &batch->in, slot, &window, is_new);
+    int32_t n_decoded = batch->in.is_decoded ? rows_of_block(batch, slot, n_window) : 0;
+    tq_store_set_reference(store, &batch->in, slot, &window, is_new, n_decoded, batch->executor);
 }
 
 /* A column that is encoded twice in a batch keeps its last values: jobs run in parallel. */
@@ -243,4 +258,32 @@ void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor 
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor)
 {
     run_batches(store, rows, executor, plan_update);
+}
+
+static void forget_block(const tq_store *store, const tq_page_view *pages, int64_t first, int64_t n)
+{
+    for (int32_t head = 0; head < store->n_head_kv; head++) {
+        tq_block block = tq_page_view_block(pages, &store->codec, head, first);
+        tq_block reference = tq_page_view_refs(pages, &store->codec, head, first);
+        memset(block.scales, 0, (size_t)(n * store->codec.traits->n_scales) * sizeof *block.scales);
+        memset(reference.codes, 0, store->ref_codec.code_bytes);
+        reference.scales[0] = 0;
+    }
+}
+
+void tq_store_forget(tq_store *store, int64_t first, int64_t n)
+{
+    const tq_store_layout *layout = &store->layout;
+    tq_page_view pages = tq_store_view(store, NULL, 0).pages;
+    int64_t block = layout->ref_block, end = first + n;
+    for (int64_t i = block > 0 ? (first + block - 1) / block * block : end; i < end; i += block) {
+        int64_t next = i + block < store->n_slots ? i + block : store->n_slots;
+        if (next <= end) forget_block(store, &pages, i, next - i);
+    }
+    /* A ring with gaps would hold fewer tokens than it can. */
+    for (int32_t i = layout->n_sink; i < layout->n_sink + layout->n_recent; i++) {
+        int64_t slot = tq_store_exact_slot(store, i);
+        if (slot >= 0 && (slot < first || slot >= end)) return;
+    }
+    if (layout->n_recent > 0) memset(exact_ids(store) + layout->n_sink, 0, (size_t)layout->n_recent * sizeof(int32_t));
 }
