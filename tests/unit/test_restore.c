@@ -115,13 +115,17 @@ static void test_batches_and_threads_make_no_difference(void **state)
     free_pair(&s);
 }
 
-/* Where another text was: its references go with its rows, and its ring. Written without that, rows are coded otherwise. */
+/*
+ * Where another text was: its references go with its rows, and its ring. Without that, rows are coded otherwise where the ring
+ * is shorter than a block.
+ */
 static void test_what_was_there_is_discarded(void **state)
 {
     (void)state;
     float *other = kv_calloc((size_t)N_ROWS * ROW, sizeof *other), *again = kv_calloc((size_t)N_ROWS * ROW, sizeof *again);
     fill_rows(77, -3.0f, other);
     tq_store_params p = params_of(TQ_FORMAT_TT4, 64);
+    p.n_recent = 32;
     for (int discards = 0; discards < 2; discards++) {
         pair s = make_pair(&p, 1.0f);
         assert_int_equal(tq_store_write(s.other, slots, N_ROWS, other, ROW, NULL), TQ_OK);
