@@ -8,7 +8,8 @@ import os
 import torch
 import transformers
 from transformers import (AutoModelForCausalLM, CohereConfig, DynamicCache, Gemma2Config, Gemma3TextConfig, GlmConfig,
-                          GPT2Config, GPTNeoXConfig, GptOssConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen2Config, Qwen3Config)
+                          GPT2Config, GPTNeoXConfig, GptOssConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen2Config,
+                          Qwen3Config)
 import turboquant.transformers
 from turboquant.transformers import TurboQuantCache
 
@@ -24,8 +25,8 @@ SIZES = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_h
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": None, "initializer_range": .08}
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig,
-           "gpt_oss": GptOssConfig, "cohere": CohereConfig, "glm": GlmConfig, "gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig, "olmo2": Olmo2Config,
-           "phi3": Phi3Config}
+           "gpt_oss": GptOssConfig, "cohere": CohereConfig, "glm": GlmConfig, "gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig,
+           "olmo2": Olmo2Config, "phi3": Phi3Config}
 # The 8-bit formats, as a preset once was.
 TQ8 = {"k_format": "tq8", "v_format": "tq8"}
 

@@ -57,7 +57,7 @@ def _find_factors(options: dict[str, Any], module: Any, n_head_kv: int, head_dim
     if is_off or weight_factors.is_exact(weight_factors.formats_of(options, 1, "k")[0]):
         return _Factors()
     shape = n_head_kv, head_dim
-    found = None if module is None else _known.get(module, shape, lambda: weight_factors.exponents_of(
+    found = _known.get(module, shape, lambda: weight_factors.exponents_of(
         module, None, *shape, mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _partners(module, head_dim)))
     if found is None:
         return _Factors(None, weight_factors.without(options, 1, module))

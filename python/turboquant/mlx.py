@@ -213,8 +213,8 @@ class TurboQuantKVCache(BatchCache):
     @property
     def state(self) -> _State:
         """
-        {"options": JSON, "batched": 0 or 1, "factors": JSON, "snapshot": uint8 of docs/snapshot.md}, the last two if anything is
-        held; made when read.
+        {"options": JSON, "batched": 0 or 1, "factors": JSON, "snapshot": uint8 of docs/snapshot.md}, the last two if anything
+        is held; made when read.
         """
         return _State(self._save)
 

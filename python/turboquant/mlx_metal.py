@@ -202,8 +202,8 @@ class _Sequence:
 class TurboQuantMetalKVCache(BatchCache):
     """
     The cache of one layer on an Apple GPU. Options: k_format, v_format, n_sink, n_recent and k_ref_block in place of the
-    preset's; encode_batch, how many tokens are encoded at a time (a divisor of 64); seed; factors, as on the CPU. Each sequence of a batch has launches
-    of its own.
+    preset's; encode_batch, how many tokens are encoded at a time (a divisor of 64); seed; factors, as on the CPU. Each
+    sequence of a batch has launches of its own.
     """
 
     def __init__(self, preset: str = "TQ4", **options: Any) -> None:

@@ -119,19 +119,12 @@ _known = weight_factors.Known()
 
 
 @torch.no_grad()
-def _exponents_of(module: torch.nn.Module, n_head: int, n_head_kv: int, head_dim: int) -> np.ndarray | None:
-    """weight_factors.exponents_of, once for each module."""
-    like = next(module.parameters(), None)
-
-    def find() -> np.ndarray | None:
-        if like is None:
-            return None
-        dtype = like.dtype if like.dtype.is_floating_point and like.dtype.itemsize > 1 else torch.get_default_dtype()
-        return weight_factors.exponents_of(
-            module, n_head, n_head_kv, head_dim, lambda x: torch.from_numpy(x).to(like.device, dtype),
-            lambda x: x.float().cpu().numpy(), lambda: _partners(module, head_dim))
-
-    return _known.get(module, (n_head, n_head_kv, head_dim), find)
+def _exponents_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor) -> np.ndarray | None:
+    """weight_factors.exponents_of, once for each module; query and keys say what it makes, and where."""
+    shape = query.shape[1], keys.shape[1], keys.shape[3]
+    return _known.get(module, shape, lambda: weight_factors.exponents_of(
+        module, *shape, lambda x: torch.from_numpy(x).to(query.device, query.dtype), lambda x: x.float().cpu().numpy(),
+        lambda: _partners(module, shape[2])))
 
 
 def _partners(module: torch.nn.Module, head_dim: int) -> np.ndarray:
@@ -207,7 +200,7 @@ class TurboQuantLayer(CacheLayerMixin):
         """Those of the keys to come, from the weights of the module that brings the first."""
         owner, found = self._cache(), None
         if owner._factors == "weights" and not weight_factors.is_exact(owner._key_formats[self._number]):
-            exponents = _exponents_of(module, query.shape[1], keys.shape[1], keys.shape[3])
+            exponents = _exponents_of(module, query, keys)
             if exponents is None:
                 owner._do_without_factors(module, self)
             elif exponents.any():

@@ -65,6 +65,11 @@ def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.n
     return np.where(found[found] == np.arange(head_dim), found, np.arange(head_dim))
 
 
+def has_projections(module: Any) -> bool:
+    """Has this attention projections by names that are known here?"""
+    return all(hasattr(module, name) for name in _APART) or hasattr(module, _SIDE_BY_SIDE) or hasattr(module, _IN_HEADS)
+
+
 def _n_input(module: Any) -> int:
     """The width of what an attention with projections takes."""
     names = (_APART[0], _SIDE_BY_SIDE, _IN_HEADS)
@@ -77,16 +82,20 @@ def _n_input(module: Any) -> int:
 
 
 def _projected(module: Any, x: Any, n_head: int | None, n_head_kv: int, head_dim: int) -> tuple[Any, Any]:
-    """Queries [n, n_head, head_dim] and keys [n, n_head_kv, head_dim] of x [n, width], before RoPE, their norms applied."""
-    n, n_key = len(x), n_head_kv * head_dim
+    """Queries [n, n_head, head_dim] and keys [n, n_head_kv, head_dim] of x [1, n, width], before RoPE, their norms applied."""
+    n, n_key = x.shape[1], n_head_kv * head_dim
+
+    def made_by(name: str) -> Any:
+        return getattr(module, name)(x).reshape(n, -1)
+
     if all(hasattr(module, name) for name in _APART):
-        q, k = (getattr(module, name)(x) for name in _APART)
+        q, k = map(made_by, _APART)
     elif hasattr(module, _SIDE_BY_SIDE):
-        rows = getattr(module, _SIDE_BY_SIDE)(x)
+        rows = made_by(_SIDE_BY_SIDE)
         n_query = rows.shape[-1] - 2 * n_key if n_head is None else n_head * head_dim
         q, k = rows[:, :n_query], rows[:, n_query : n_query + n_key]
     else:
-        rows = getattr(module, _IN_HEADS)(x).reshape(n, n_head_kv, 3 * head_dim)
+        rows = made_by(_IN_HEADS).reshape(n, n_head_kv, 3 * head_dim)
         q, k = (rows[:, :, i * head_dim : (i + 1) * head_dim].reshape(n, n_key) for i in range(2))
     if n_head is not None and q.shape[-1] == 2 * n_head * head_dim:  # each head's queries, and a gate for its output
         q = q.reshape(n, n_head, 2 * head_dim)[:, :, :head_dim].reshape(n, -1)
@@ -114,10 +123,8 @@ def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int,
     be found. Its projections are called with white vectors, the same ones each time, so quantized weights, adapters and weights
     that are kept elsewhere are what they are in the model. to_engine, to_host: float32 arrays to the engine's and back.
     """
-    if not (all(hasattr(module, name) for name in _APART) or hasattr(module, _SIDE_BY_SIDE) or hasattr(module, _IN_HEADS)):
-        return None
     try:
-        x = np.random.default_rng(_SEED).standard_normal((_N_PROBE, _n_input(module)), np.float32)
+        x = np.random.default_rng(_SEED).standard_normal((1, _N_PROBE, _n_input(module)), np.float32)
         rows = [to_host(y) for y in _projected(module, to_engine(x), n_head, n_head_kv, head_dim)]
     except Exception:  # by these names modules of other kinds may do anything: they are not known, which is told
         return None
@@ -132,6 +139,9 @@ class Known:
         self._found: dict[tuple, tuple[weakref.ref, Any]] = {}
 
     def get(self, module: Any, shape: tuple, make: Callable[[], Any]) -> Any:
+        """make() for a module of which this shape is asked for the first time; None if it has no projections that are known."""
+        if not has_projections(module):
+            return None
         key = (id(module), *shape)
         held = self._found.get(key)
         if held is None or held[0]() is not module:
@@ -188,9 +198,10 @@ _MARK = np.frombuffer(b"exponents of two", np.uint8)
 
 
 def to_exact_data(exponents: Sequence[np.ndarray | None], formats: Sequence[int], n_bytes: int) -> np.ndarray:
-    """Of all layers, whose keys have these formats, as exact data of so many bytes. Raises UnsupportedError if they do not fit."""
+    """Of all layers, whose keys have these formats, as exact data of n_bytes. Raises UnsupportedError if they are too few."""
     shape = next(found.shape for found in exponents if found is not None)
-    layers = [np.zeros(shape, np.int8) if found is None else found for found, fmt in zip(exponents, formats) if not is_exact(fmt)]
+    layers = [np.zeros(shape, np.int8) if found is None else found
+              for found, fmt in zip(exponents, formats) if not is_exact(fmt)]
     said = np.concatenate([_MARK, np.stack(layers).view(np.uint8).ravel()])
     if len(said) > n_bytes:
         raise UnsupportedError("a cache with factors for its keys needs exact tokens to be saved, whose place in the file they "
