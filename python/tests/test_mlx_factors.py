@@ -84,6 +84,17 @@ def test_outliers(kind):
     assert found < 2 * kl(plain, tokens, wanted) < .2 * kl(model, tokens, wanted, factors="off")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_angles(kind):
+    partners, angles = turboquant._mlx_batch._rope(attentions(make(kind))[0], 64)
+    numbers = KINDS[kind][1]
+    n = 16 if kind == "gpt_neox" else 64
+    assert (numbers[partners] == numbers).all() and (partners != np.arange(64)).sum() == n
+    base = 1e6 if kind == "qwen2" else 1e4
+    np.testing.assert_allclose(angles[:n], base ** (-2 * numbers[:n] / n), rtol=.01)
+    assert (angles[n:] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_quantized_weights(dtype):
     model, tokens = make("llama", dtype=dtype), ids(120)

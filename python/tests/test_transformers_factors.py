@@ -111,6 +111,20 @@ def test_key_biases(preset, limit):
     assert kl(model, input_ids, wanted, preset=preset) < limit < kl(model, input_ids, wanted, preset=preset, factors="off")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_angles(kind):
+    """Of pairs, from token to token: those of the model's rotary embedding."""
+    model, numbers = make(kind), KINDS[kind][1]
+    partners, angles = turboquant.transformers._rope(attentions(model)[0], 64)
+    ropes = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq") and "visual" not in name}
+    wanted = next((found for name, found in ropes.items() if "full" in name and "original" not in name), None)
+    wanted = next(iter(ropes.values())) if wanted is None else wanted
+    n = 2 * len(wanted)
+    assert (numbers[partners] == numbers).all() and (partners != np.arange(64)).sum() == n
+    np.testing.assert_allclose(np.sort(angles[:n]), np.sort(wanted.cpu().numpy().repeat(2)), rtol=1e-5)
+    assert (angles[n:] == 0).all()
+
+
 def exponents(cache):
     return [None if layer._factors is None else layer._factors.exponents.tolist() for layer in cache._compressed]
 
@@ -247,7 +261,8 @@ def test_unknown_projections(unknown):
 
 
 @pytest.mark.parametrize("options, wanted, is_told", [
-    ({"k_format": "tq4"}, "tq4", True), ({"k_format": "tq8"}, "tq8", False), ({"preset": "TQ3", "factors": "off"}, "tt3", False),
+    ({"k_format": "tq4"}, "tq4", True), ({"k_format": "tq8"}, "tq8", False),
+    ({"preset": "TQ3", "factors": "off"}, "tt3", False),
     ({"layer_k_formats": ["tq4"] * 3}, "tq4", True)], ids=str)
 def test_formats_that_were_chosen(unknown, options, wanted, is_told):
     """They stay, with a warning if they are of few bits."""

@@ -71,6 +71,27 @@ def test_partners(kind, n_turned):
     assert np.array_equal(weight_factors.partners_of(rope, 64), wanted)
 
 
+@pytest.mark.parametrize("n_ref", [1, 16, 64])
+def test_what_references_leave_of_a_constant(n_ref):
+    """By definition: the mean square, over a block, of what turns, less its mean."""
+    angles = np.array([1, .3, .05, 1e-3, 1e-6, 0])
+    turned = np.exp(1j * angles[:, None] * np.arange(n_ref))
+    wanted = (abs(turned - turned.mean(axis=1, keepdims=True)) ** 2).mean(axis=1)
+    np.testing.assert_allclose(weight_factors.kept_of_constants(angles, n_ref), wanted, atol=1e-7)
+    assert (weight_factors.kept_of_constants(angles, 0) == 1).all()
+
+
+def test_biases_that_references_take_out(weights):
+    """They do not count: in pairs that hardly turn within a block. In those that do, and without references, they do."""
+    q, _, _ = weights
+    bias, angles = np.tile(np.array([0, 1000, 0, 1000.0]), 4), np.tile(np.array([1, .9, 1e-4, 1e-4]), 2)
+    module = Attention(q_proj=Projection(q), k_proj=Projection(np.abs(q[:16]), bias))
+    found = [weight_factors.exponents_of(module, 4, 2, 8, lambda x: x, np.asarray, lambda: (halves(8), angles), n)
+             for n in (0, 64)]
+    gaps = [exponents[:, [1, 3]] - exponents[:, [0, 2]] for exponents in found]
+    assert (gaps[0] >= 2).all() and (gaps[1][:, 0] >= 2).all() and (abs(gaps[1][:, 1]) <= 1).all()
+
+
 class Projection:
     def __init__(self, weight, bias=0):
         self.weight, self.bias = weight, bias
@@ -85,7 +106,7 @@ class Attention:
 
 
 def exponents_of(module, n_head=4):
-    return weight_factors.exponents_of(module, n_head, 2, 8, lambda x: x, np.asarray, lambda: halves(8))
+    return weight_factors.exponents_of(module, n_head, 2, 8, lambda x: x, np.asarray, lambda: (halves(8), np.ones(8)), 0)
 
 
 @pytest.fixture(scope="module")

@@ -56,24 +56,29 @@ def _find_factors(options: dict[str, Any], module: Any, n_head_kv: int, head_dim
     is_off = weight_factors.chosen(options.get("factors"), options.get("calibration")) == "off"
     if is_off or weight_factors.is_exact(weight_factors.formats_of(options, 1, "k")[0]):
         return _Factors()
-    shape = n_head_kv, head_dim
-    found = _known.get(module, shape, lambda: weight_factors.exponents_of(
-        module, None, *shape, mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _partners(module, head_dim)))
+    shape, n_ref = (n_head_kv, head_dim), weight_factors.references_of(options)
+    found = _known.get(module, (*shape, n_ref), lambda: weight_factors.exponents_of(
+        module, None, *shape, mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _rope(module, head_dim), n_ref))
     if found is None:
         return _Factors(None, weight_factors.without(options, 1, module))
     return _Factors(found.tolist() if found.any() else None)
 
 
-def _partners(module: Any, head_dim: int) -> np.ndarray:
-    """Which channels the module's RoPE turns together; halves if it has none of its own."""
+def _rope(module: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which channels the module's RoPE turns together, and by which angles from token to token; if it has none of its own,
+    halves, by what is usual."""
     rope = getattr(module, "rope", None)
 
     def turn(x: np.ndarray) -> np.ndarray:
         if rope is None:
             return np.roll(x, head_dim // 2, axis=1)
-        return np.array(rope(mx.array(x[:, None, None]), offset=1000))[:, 0, 0]
+        return np.array(rope(mx.array(x[:, None, None]), offset=1))[:, 0, 0]
 
-    return weight_factors.partners_of(turn, head_dim)
+    partners, channels = weight_factors.partners_of(turn, head_dim), np.arange(head_dim)
+    if rope is None:
+        return partners, 10000.0 ** (-(channels % (head_dim // 2)) / (head_dim // 2))
+    turned = turn(np.eye(head_dim, dtype=np.float32))
+    return partners, np.where(partners == channels, 0, np.arctan2(abs(turned[channels, partners]), turned[channels, channels]))
 
 
 class BatchCache(stock._BaseCache):

@@ -119,19 +119,24 @@ _known = weight_factors.Known()
 
 
 @torch.no_grad()
-def _exponents_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor) -> np.ndarray | None:
+def _exponents_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int) -> np.ndarray | None:
     """weight_factors.exponents_of, once for each module; query and keys say what it makes, and where."""
     shape = query.shape[1], keys.shape[1], keys.shape[3]
-    return _known.get(module, shape, lambda: weight_factors.exponents_of(
+    return _known.get(module, (*shape, n_ref), lambda: weight_factors.exponents_of(
         module, *shape, lambda x: torch.from_numpy(x).to(query.device, query.dtype), lambda x: x.float().cpu().numpy(),
-        lambda: _partners(module, shape[2])))
+        lambda: _rope(module, shape[2]), n_ref))
 
 
-def _partners(module: torch.nn.Module, head_dim: int) -> np.ndarray:
-    """Which channels RoPE turns together: what the model's own rotate_half does to the channels that are turned."""
+def _rope(module: torch.nn.Module, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Which channels RoPE turns together: what the model's own rotate_half does to the channels that are turned; and by which
+    angles from token to token, without what a model does to slow ones for long contexts.
+    """
     config = getattr(module, "config", None)
     ropes = getattr(config, "rope_parameters", None) or {}
-    share = ropes.get("full_attention", ropes).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    ropes = ropes.get("full_attention", ropes)
+    share = ropes.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    theta = ropes.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
     n_turned = int(head_dim * (share or 1))
     rotate = getattr(sys.modules[type(module).__module__], "rotate_half", None)
 
@@ -140,7 +145,10 @@ def _partners(module: torch.nn.Module, head_dim: int) -> np.ndarray:
         turned = np.roll(turned, n_turned // 2, axis=1) if rotate is None else rotate(torch.from_numpy(turned)).numpy()
         return np.concatenate([turned, x[:, n_turned:]], axis=1)
 
-    return weight_factors.partners_of(turn, head_dim)
+    partners, angles = weight_factors.partners_of(turn, head_dim), np.zeros(head_dim)
+    first = np.flatnonzero(partners > np.arange(head_dim))
+    angles[first] = angles[partners[first]] = theta ** (-np.arange(len(first)) / max(len(first), 1))
+    return partners, angles
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -200,7 +208,9 @@ class TurboQuantLayer(CacheLayerMixin):
         """Those of the keys to come, from the weights of the module that brings the first."""
         owner, found = self._cache(), None
         if owner._factors == "weights" and not weight_factors.is_exact(owner._key_formats[self._number]):
-            exponents = _exponents_of(module, query, keys)
+            # A device takes one mean from all keys, which leaves what turns.
+            n_ref = 0 if query.device.type in _DEVICE_TYPES else weight_factors.references_of(owner._options)
+            exponents = _exponents_of(module, query, keys, n_ref)
             if exponents is None:
                 owner._do_without_factors(module, self)
             elif exponents.any():

@@ -65,6 +65,19 @@ def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.n
     return np.where(found[found] == np.arange(head_dim), found, np.arange(head_dim))
 
 
+def kept_of_constants(angles: np.ndarray, n_ref: int) -> np.ndarray:
+    """
+    The part of its energy that a constant keeps, which RoPE turns by these angles from token to token, where the mean of each
+    n_ref tokens is taken away (references); 0: none is. [head_dim]
+    """
+    if n_ref == 0:
+        return np.ones(len(angles))
+    half = np.asarray(angles, np.float64) / 2
+    is_still = abs(np.sin(half)) < 1e-9
+    mean = np.sin(n_ref * half) / np.where(is_still, 1, n_ref * np.sin(half))
+    return np.where(is_still, 0, 1 - mean**2)
+
+
 def has_projections(module: Any) -> bool:
     """Has this attention projections by names that are known here?"""
     return all(hasattr(module, name) for name in _APART) or hasattr(module, _SIDE_BY_SIDE) or hasattr(module, _IN_HEADS)
@@ -117,11 +130,16 @@ def _normed(norm: Any, rows: Any, head_dim: int) -> Any:
 
 
 def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
-                 to_host: Callable[[Any], np.ndarray], partners: Callable[[], np.ndarray]) -> np.ndarray | None:
+                 to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int
+                 ) -> np.ndarray | None:
     """
     from_energies for an attention module, None if its projections of queries and keys are not known. n_head: None if it is to
-    be found. Its projections are called with white vectors, the same ones each time, so quantized weights, adapters and weights
-    that are kept elsewhere are what they are in the model. to_engine, to_host: float32 arrays to the engine's and back.
+    be found. rope: partners and angles of channels; n_ref: of kept_of_constants. to_engine, to_host: float32 arrays to the
+    engine's and back.
+
+    The projections are called with white vectors, the same ones each time, so quantized weights, adapters and weights that are
+    kept elsewhere are what they are in the model. What keys have in common, a bias, counts with what references leave of it: in
+    pairs that turn slowly that is nothing.
     """
     try:
         x = np.random.default_rng(_SEED).standard_normal((1, _N_PROBE, _n_input(module)), np.float32)
@@ -129,7 +147,9 @@ def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int,
     except Exception:  # by these names modules of other kinds may do anything: they are not known, which is told
         return None
     queries, keys = (np.square(y, dtype=np.float32).mean(axis=0) for y in rows)
-    return from_energies(keys, queries, partners())
+    partners, angles = rope()
+    lost = np.square(rows[1].mean(axis=0)) * (1 - kept_of_constants(angles, n_ref))
+    return from_energies(keys - lost, queries, partners)
 
 
 class Known:
@@ -168,6 +188,14 @@ def formats_of(options: dict[str, Any], n_layer: int, side: str) -> list[int]:
         return [format_number(fmt) for fmt in of_layers]
     one = options.get(f"{side}_format")
     return [getattr(find_preset(options["preset"]), f"{side}_format") if one is None else format_number(one)] * n_layer
+
+
+def references_of(options: dict[str, Any]) -> int:
+    """How many tokens share a reference of a cache's keys, of its options; 0: none has one."""
+    of_preset = find_preset(options["preset"])
+    n_ref, n_recent = (getattr(of_preset, name) if options.get(name) is None else int(options[name])
+                       for name in ("k_ref_block", "n_recent"))
+    return n_ref if n_recent else 0
 
 
 def is_exact(fmt: int) -> bool:
