@@ -313,8 +313,8 @@ def pytest(name, venv, *files, more=(), **options):
 
 
 def python_suites():
-    yield pytest("python/core", PYTHON_VENV, "buffers", "cache", "codec", "header", tier="test")
-    yield pytest("python/mlx", PYTHON_VENV, "mlx", tier="test")
+    yield pytest("python/core", PYTHON_VENV, "buffers", "cache", "codec", "header", "weight_factors", tier="test")
+    yield pytest("python/mlx", PYTHON_VENV, "mlx", "mlx_factors", tier="test")
 
 
 def metal_suites():
@@ -324,18 +324,19 @@ def metal_suites():
 
 def transformers_suites():
     needed = {"builds": ("release", "torch")}
-    yield pytest("python/transformers", TORCH_VENV, "transformers", "transformers_refusals", **needed)
+    files = "transformers", "transformers_factors", "transformers_refusals"
+    yield pytest("python/transformers", TORCH_VENV, *files, **needed)
     for name in ("real_model", "mlx_real_model", "examples"):
         yield pytest(f"python/{name}", TORCH_VENV, name, missing=absent(MODEL), **needed)
     # TurboQuantCache as on a GPU, on a device in host memory, and the benchmark that drives whole models.
     emulated = {"TQ_TEST_BACKEND": "emulated",
                 "TQ_CUDA_LIBRARY": str(BUILD / "release/tests/cuda/libturboquant-cuda-emulated.so")}
     headline = [TORCH_VENV / "bin/python", ROOT / "bench/headline.py", "--tiny"]
-    yield pytest("python/cuda emulated", TORCH_VENV, "cuda", "cuda_snapshot", "transformers", "transformers_refusals",
-                 environment=emulated, more=[(headline, {})], **needed)
+    yield pytest("python/cuda emulated", TORCH_VENV, "cuda", "cuda_snapshot", *files, environment=emulated,
+                 more=[(headline, {})], **needed)
     on_device = {"TQ_TEST_BACKEND": "cuda", "TQ_CUDA_LIBRARY": str(BUILD / "release/libturboquant-cuda.so")}
-    yield pytest("python/cuda", TORCH_VENV, "cuda", "cuda_graph", "cuda_snapshot", "transformers", environment=on_device,
-                 builds=("cuda", "torch"), missing=device_missing(), optional=True)
+    yield pytest("python/cuda", TORCH_VENV, "cuda", "cuda_graph", "cuda_snapshot", "transformers", "transformers_factors",
+                 environment=on_device, builds=("cuda", "torch"), missing=device_missing(), optional=True)
 
 
 def part(name, found):

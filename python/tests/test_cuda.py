@@ -54,7 +54,7 @@ class Checked:
 
     def __init__(self, rng, **options):
         self.rng, self.rows, self.real = rng, [], np.zeros((0, 0), bool)
-        self.cache = TurboQuantCache(config=CONFIG, **options)
+        self.cache = TurboQuantCache(config=CONFIG, factors="off", **options)
 
     def run(self, n_batch, n_tok, padding=None, dtype=torch.float32):
         """A pass of random rows; `padding` [n_batch]: so many of its first columns are none."""
@@ -213,7 +213,7 @@ def test_cuts_change_no_byte(formats):
     rows = torch.from_numpy(rng.standard_normal((2, 2, N_HEAD_KV, 300, HEAD_DIM)).astype(np.float32)).to(DEVICE)
     query = torch.from_numpy(rng.standard_normal((2, N_HEAD, 300, HEAD_DIM)).astype(np.float32)).to(DEVICE)
     for parts in (1, 7):
-        cache = TurboQuantCache(config=CONFIG, k_ref_block=0, **formats)
+        cache = TurboQuantCache(config=CONFIG, factors="off", k_ref_block=0, **formats)
         for part in torch.arange(300).tensor_split(parts):
             cut = slice(int(part[0]), int(part[-1]) + 1)
             for layer in range(N_LAYER):
@@ -338,7 +338,7 @@ def run_rows(head_dim, **options):
     """A pass of rows of a head_dim through a cache."""
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim,
                          hidden_size=2 * head_dim)
-    cache, rows = TurboQuantCache(config=config, **options), torch.randn(1, 1, 40, head_dim, device=DEVICE)
+    cache, rows = TurboQuantCache(config=config, factors="off", **options), torch.randn(1, 1, 40, head_dim, device=DEVICE)
     try:
         attention_forward(types.SimpleNamespace(config=config), rows.expand(1, 2, 40, head_dim), *cache.update(rows, rows, 0),
                           None)

@@ -75,7 +75,7 @@ def calibrated(model, **options):
 def test_calibration(llama):
     """Each layer takes its own: attention is that of one cache of all layers, and the second layer has no transforms."""
     rng, whole = np.random.default_rng(4), turboquant.Cache(3, 2, 64, calibration=CALIBRATION)
-    seq, plain = whole.seq_create(), make_prompt_cache(llama)
+    seq, plain = whole.seq_create(), make_prompt_cache(llama, factors="off")
     for i, (layer, other) in enumerate(zip(calibrated(llama), plain)):
         k, v, q = (rng.standard_normal((300, n, 64), np.float32) for n in (2, 2, 4))
         found = [attended(cache, q, k, v) for cache in (layer, other)]

@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 import transformers
-from transformers import (AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig,
-                          Qwen2Config, Qwen3Config)
+from transformers import (AutoModelForCausalLM, CohereConfig, DynamicCache, Gemma2Config, Gemma3TextConfig, GlmConfig,
+                          GPT2Config, GPTNeoXConfig, GptOssConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen2Config,
+                          Qwen3Config)
 import turboquant.transformers
 from turboquant.transformers import TurboQuantCache
 
@@ -25,7 +26,8 @@ SIZES = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_h
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": None, "initializer_range": .08}
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig,
-           "gpt_oss": GptOssConfig}
+           "gpt_oss": GptOssConfig, "cohere": CohereConfig, "glm": GlmConfig, "gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig,
+           "olmo2": Olmo2Config, "phi3": Phi3Config}
 # Models with layers that have a recurrent state: instead of attention, or (falcon_h1, zamba2, zaya) beside it.
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 32}
 _DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -53,7 +55,7 @@ TQ8 = {"k_format": "tq8", "v_format": "tq8"}
 
 def make_model(kind="llama", dtype=torch.float32, seed=1, **options):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **options)).to(DEVICE, dtype).eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES | options)).to(DEVICE, dtype).eval()
     model.generation_config.eos_token_id = None
     return model
 

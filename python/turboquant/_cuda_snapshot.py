@@ -10,7 +10,7 @@ one sequence without tokens for each, whose exact data are the device's, and a l
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,14 +127,15 @@ def _exact_shape(store: DeviceStore | Cache, n_layer: int) -> tuple[int, ...]:
 
 # ---- to the CPU ----
 
-def save(store: DeviceStore, seqs: Sequence[int], path: str | os.PathLike, options: dict[str, Any]) -> None:
-    """Write sequences to a file that a cache with these options loads."""
+def save(store: DeviceStore, seqs: Sequence[int], path: str | os.PathLike, options: dict[str, Any],
+         more: Callable[[Cache], list[int]]) -> None:
+    """Write sequences to a file that a cache with these options loads; more: makes others, to stand behind them."""
     store.check_finite(int(store.n_not_finite))
     n_pages = sum(-(-store.length(seq) // store.page_size) for seq in seqs)
     options = options | {"page_size": store.page_size, "max_tok": max(n_pages, 1) * store.page_size}
     host = Cache(len(store.layers), store.n_head_kv, store.head_dim, **options)
     try:
-        host.save(path, _to_host(store, seqs, host))
+        host.save(path, [*_to_host(store, seqs, host), *more(host)])
     finally:
         host.close()
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import mlx.core as mx
 import mlx_lm.models.cache as stock
+import numpy as np
 
+from . import weight_factors
 from .errors import ArgumentError, UnsupportedError
 
 
@@ -36,6 +40,47 @@ class Rows:
                             "own, which turboquant.mlx does not reach. Use mlx_lm.models.cache.make_prompt_cache")
 
 
+class _Factors(NamedTuple):
+    """Of a layer's keys: exponents of two [n_head_kv][head_dim], None for none; and the options that take the place of those
+    given, where a layer's weights give no factors."""
+
+    exponents: list[list[int]] | None = None
+    instead: dict[str, Any] = {}
+
+
+_known = weight_factors.Known()
+
+
+def _find_factors(options: dict[str, Any], module: Any, n_head_kv: int, head_dim: int) -> _Factors:
+    """Those of a cache with these options, from the weights of the attention that brings it keys."""
+    is_off = weight_factors.chosen(options.get("factors"), options.get("calibration")) == "off"
+    if is_off or weight_factors.is_exact(weight_factors.formats_of(options, 1, "k")[0]):
+        return _Factors()
+    shape, n_ref = (n_head_kv, head_dim), weight_factors.references_of(options)
+    found = _known.get(module, (*shape, n_ref), lambda: weight_factors.exponents_of(
+        module, None, *shape, mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _rope(module, head_dim), n_ref))
+    if found is None:
+        return _Factors(None, weight_factors.without(options, 1, module))
+    return _Factors(found.tolist() if found.any() else None)
+
+
+def _rope(module: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which channels the module's RoPE turns together, and by which angles from token to token; if it has none of its own,
+    halves, by what is usual."""
+    rope = getattr(module, "rope", None)
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        if rope is None:
+            return np.roll(x, head_dim // 2, axis=1)
+        return np.array(rope(mx.array(x[:, None, None]), offset=1))[:, 0, 0]
+
+    partners, channels = weight_factors.partners_of(turn, head_dim), np.arange(head_dim)
+    if rope is None:
+        return partners, 10000.0 ** (-(channels % (head_dim // 2)) / (head_dim // 2))
+    turned = turn(np.eye(head_dim, dtype=np.float32))
+    return partners, np.where(partners == channels, 0, np.arctan2(abs(turned[channels, partners]), turned[channels, channels]))
+
+
 class BatchCache(stock._BaseCache):
     """
     The cache of one layer for a batch of sequences, in the place of MLX-LM's KVCache and BatchKVCache. Padding is not stored.
@@ -43,7 +88,9 @@ class BatchCache(stock._BaseCache):
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
+        weight_factors.chosen(options.get("factors"), options.get("calibration"))
         self._options = options
+        self._factors = _Factors()  # of the keys that it holds
         self._sequences: list[Any] = [None]  # Held; None: empty
         self._left = [0]  # padding to come before a row's first token
         self._to_come: list[int] | None = None  # tokens to come of each row, right padding after them; None: all
@@ -89,6 +136,9 @@ class BatchCache(stock._BaseCache):
             raise ArgumentError(f"this cache holds a batch of {len(self._sequences)}, and was given one of {n_batch}")
         if n_batch != len(self._sequences):
             self._sequences, self._left, self._batched = [None] * n_batch, [0] * n_batch, True
+        if self.empty():
+            module = sys._getframe(1).f_locals.get("self")  # the attention whose keys these are
+            self._factors = _find_factors(self._options, module, keys.shape[1], keys.shape[3])
         self._begin(keys, values)
         self._pending = n_tok
         return Rows(self, keys), Rows(self, values)
@@ -98,6 +148,23 @@ class BatchCache(stock._BaseCache):
         if self._pending or self._taken is None:
             raise ArgumentError("a layer shares keys and values that no layer has brought yet: make a new cache")
         return Rows(self, None), Rows(self, None)
+
+    def _used_options(self) -> dict[str, Any]:
+        """What sequences are made with."""
+        return {name: value for name, value in self._options.items() if name != "factors"} | self._factors.instead
+
+    def scaled(self, x: mx.array, sign: int) -> mx.array:
+        """Queries (sign 1) or keys (-1) [n_batch, n_head, n_tok, head_dim] with their factors, which is exact in every type."""
+        if self._factors.exponents is None:
+            return x
+        factors = np.ldexp(np.float32(1), sign * np.array(self._factors.exponents, np.int32))
+        factors = factors.repeat(x.shape[1] // len(factors), axis=0)
+        return x * mx.array(factors[:, None]).astype(x.dtype)
+
+    def _take_factors(self, said: str | None) -> None:
+        """Of a saved cache: JSON of them; files of before have none."""
+        if said is not None:
+            self._factors = _Factors(*json.loads(said))
 
     def _take(self, n_tok: int) -> Iterator[tuple[int, Any, int, int]]:
         """
@@ -194,6 +261,11 @@ class BatchCache(stock._BaseCache):
         """Add another cache's rows."""
         if other._options != self._options:
             raise ArgumentError(f"caches of {self._options} and {other._options} do not go together in a batch")
+        if not other.empty():
+            if not self.empty() and other._factors != self._factors:
+                raise ArgumentError("caches whose keys have different factors do not go together in a batch: they are of "
+                                    "different layers or models")
+            self._factors = other._factors
         self._sequences, self._left = self._sequences + other._sequences, self._left + other._left
         self._batched = True
 

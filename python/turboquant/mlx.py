@@ -72,7 +72,9 @@ def _store(shape: Sequence[int], options: dict[str, Any]) -> _cache.Cache:
 
 # What comes with the first keys, or is no matter of a model's cache.
 _NOT_OPTIONS = {"self", "n_layer", "n_head_kv", "head_dim", "head_dim_v", "dry_run"}
-_OPTIONS = [name for name in inspect.signature(_cache.Cache.__init__).parameters if name not in _NOT_OPTIONS]
+_OPTIONS = [name for name in inspect.signature(_cache.Cache.__init__).parameters if name not in _NOT_OPTIONS] + ["factors"]
+# Those that are no matter of the smallest cache: calibrations know shapes, and are read elsewhere.
+_CHECKED_ELSEWHERE = ("calibration", "calibration_layer", "factors")
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
@@ -99,8 +101,8 @@ def _plain(value: Any) -> Any:
 
 @functools.cache
 def _try(options: str) -> None:
-    """Make the smallest cache with these options. Calibrations know shapes, and are read elsewhere."""
-    found = {name: value for name, value in json.loads(options).items() if not name.startswith("calibration")}
+    """Make the smallest cache with these options."""
+    found = {name: value for name, value in json.loads(options).items() if name not in _CHECKED_ELSEWHERE}
     _cache.Cache(1, 1, 128, **found).close()
 
 
@@ -150,7 +152,7 @@ class TurboQuantKVCache(BatchCache):
 
     def _begin(self, keys: mx.array, values: mx.array) -> None:
         _, n_head_kv, _, head_dim = keys.shape
-        store = _store((n_head_kv, head_dim, values.shape[3]), self._options)
+        store = _store((n_head_kv, head_dim, values.shape[3]), self._used_options())
         for sequence in self._sequences:
             if sequence is not None and sequence.store is not store:
                 raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs "
@@ -216,7 +218,10 @@ class TurboQuantKVCache(BatchCache):
 
     @property
     def state(self) -> _State:
-        """{"options": JSON, "batched": 0 or 1, "snapshot": uint8 of docs/snapshot.md, if anything is held}, made when read."""
+        """
+        {"options": JSON, "batched": 0 or 1, "factors": JSON, "snapshot": uint8 of docs/snapshot.md}, the last two if anything
+        is held; made when read.
+        """
         return _State(self._save)
 
     @state.setter
@@ -225,11 +230,12 @@ class TurboQuantKVCache(BatchCache):
         self._batched = bool(value["batched"])
         if "snapshot" not in value:
             return
+        self._take_factors(value.get("factors"))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache.tqs"
             path.write_bytes(np.array(value["snapshot"]).tobytes())
             info = _cache.describe_snapshot(path)
-            store = _store((info.n_head_kv, info.head_dim, info.head_dim_v), self._options)
+            store = _store((info.n_head_kv, info.head_dim, info.head_dim_v), self._used_options())
             self._sequences = [_Sequence(store, seq) for seq in store.load(path)]
         self._left = [0] * len(self._sequences)
 
@@ -240,6 +246,7 @@ class TurboQuantKVCache(BatchCache):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "cache.tqs"
                 sequences[0].store.save(path, [sequence.seq for sequence in sequences])
+                found["factors"] = json.dumps(self._factors)
                 found["snapshot"] = mx.array(np.fromfile(path, np.uint8))
         return found
 
@@ -256,9 +263,10 @@ def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cach
         return _stock_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     if mask is not None and not (isinstance(mask, str) and mask == "causal"):
         raise UnsupportedError("a mask as an array: compressed attention is causal alone, and knows padding from the cache")
+    queries = keys.cache.scaled(queries, 1)
     if keys.rows is None:
         return keys.cache.attend_again(queries, scale, sinks)
-    out = keys.cache.attend(queries, keys.rows, values.rows, scale, sinks)
+    out = keys.cache.attend(queries, keys.cache.scaled(keys.rows, -1), values.rows, scale, sinks)
     keys.rows = values.rows = None  # they are appended: a layer that is given them shares them
     return out
 
@@ -318,7 +326,8 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="tq8"; on
     an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
     for each compressed layer. A calibration, a path or a Calibration, is of the whole model. What was applied is printed once.
-    Options are checked now. max_kv_size is MLX-LM's, and refused: there is no bound.
+    factors="off" leaves channels of keys as they are; by default factors from the model's weights keep outlier channels from
+    costing the others precision. Options are checked now. max_kv_size is MLX-LM's, and refused: there is no bound.
     """
     if max_kv_size is not None:
         raise UnsupportedError(f"max_kv_size is {max_kv_size}, but a compressed cache holds all tokens: leave it out, or use a "

@@ -46,7 +46,7 @@ def _options(preset: str, k_format: str | int | None = None, v_format: str | int
                                "(mx.set_default_device(mx.cpu))")
     if other:
         raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, "
-                               "v_format, n_sink, n_recent, k_ref_block, encode_batch and seed")
+                               "v_format, n_sink, n_recent, k_ref_block, encode_batch, seed and factors")
     base = find_preset(preset)
     integer(seed, c_uint64, "seed")
     numbers = {"n_sink": n_sink, "n_recent": n_recent, "k_ref_block": k_ref_block, "encode_batch": encode_batch}
@@ -204,13 +204,13 @@ class _Sequence:
 class TurboQuantMetalKVCache(BatchCache):
     """
     The cache of one layer on an Apple GPU. Options: k_format, v_format, n_sink, n_recent and k_ref_block in place of the
-    preset's; encode_batch, how many tokens are encoded at a time (a divisor of 64); seed. Each sequence of a batch has launches
-    of its own.
+    preset's; encode_batch, how many tokens are encoded at a time (a divisor of 64); seed; factors, as on the CPU. Each
+    sequence of a batch has launches of its own.
     """
 
     def __init__(self, preset: str = "TQ4", **options: Any) -> None:
         super().__init__({"preset": preset, **options})
-        self._chosen = _options(**self._options)
+        _options(**self._used_options())
 
     def _begin(self, keys: mx.array, values: mx.array) -> None:
         _, n_head_kv, _, head_dim = keys.shape
@@ -221,7 +221,8 @@ class TurboQuantMetalKVCache(BatchCache):
             if sequence is not None and sequence.shape != (n_head_kv, head_dim):
                 raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs "
                                     "to another model. Make a new one")
-        self._sequences = [_Sequence(self._chosen, n_head_kv, head_dim) if sequence is None else sequence
+        chosen = _options(**self._used_options())
+        self._sequences = [_Sequence(chosen, n_head_kv, head_dim) if sequence is None else sequence
                            for sequence in self._sequences]
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
@@ -265,7 +266,8 @@ class TurboQuantMetalKVCache(BatchCache):
         """What it is, in JSON, and the arrays of all sequences; MLX-LM evaluates them after each part of a prompt."""
         held = [None if sequence is None else [sequence.length, sequence.coded, *sequence.shape]
                 for sequence in self._sequences]
-        said = json.dumps({"options": self._options, "batched": self._batched, "sequences": held})
+        said = json.dumps({"options": self._options, "batched": self._batched, "sequences": held,
+                           "factors": json.dumps(self._factors)})
         return [said, *(x for sequence in self._sequences if sequence is not None for x in sequence.arrays)]
 
     @state.setter
@@ -273,10 +275,12 @@ class TurboQuantMetalKVCache(BatchCache):
         said, arrays = json.loads(value[0]), iter(value[1:])
         self.__init__(**said["options"])
         self._batched, self._sequences = said["batched"], []
+        self._take_factors(said.get("factors"))
+        chosen = _options(**self._used_options())
         for held in said["sequences"]:
             sequence = None
             if held is not None:
-                sequence = _Sequence(self._chosen, *held[2:])
+                sequence = _Sequence(chosen, *held[2:])
                 sequence.length, sequence.coded = held[:2]
                 sequence.arrays = kernels.Arrays(*(next(arrays) for _ in kernels.Arrays._fields))
             self._sequences.append(sequence)

@@ -28,10 +28,11 @@ from transformers.cache_utils import (DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLa
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from . import cache as _cache
+from . import cache as _cache, weight_factors
 from ._columns import Columns
 from ._library import AttendParams, lib
 from .errors import ArgumentError, SnapshotError, UnsupportedError
+from .formats import preset as find_preset
 
 NAME = "turboquant"
 """The attention implementation, for model.set_attn_implementation."""
@@ -41,6 +42,9 @@ NAME = "turboquant"
 _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid_sliding", "dummy"}
 # Kinds of torch devices that have tq_cuda_*'s functions.
 _DEVICE_TYPES = {"cuda"}
+# One mean of all keys, as devices have it, takes out of a key bias what a reference for so many tokens would: 1024 to 16384 do
+# nearly as well in Qwen2.5-0.5B's layers, at 3072 tokens, whether the mean is that of 256 or of 2048.
+_MEAN_SPAN = 4096
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
@@ -100,6 +104,57 @@ class _Stock(_Handle):
         self.tensor = tensor
 
 
+class _Factors:
+    """Factors of a layer's keys, powers of two: exponents int8 [n_head_kv, head_dim]."""
+
+    def __init__(self, exponents: np.ndarray) -> None:
+        self.exponents = exponents
+        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None  # of queries and keys, [n_head, 1, head_dim]
+
+    def scaled(self, query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Multiply queries, divide keys: exact in every type."""
+        if self._tensors is None or self._tensors[0].device != query.device or len(self._tensors[0]) != query.shape[1]:
+            of_keys = torch.from_numpy(np.ldexp(np.float32(1), -self.exponents)).to(query.device)[:, None]
+            self._tensors = (1 / of_keys).repeat_interleave(query.shape[1] // keys.shape[1], dim=0), of_keys
+        return tuple(torch.mul(x, factors, out=torch.empty_like(x)) for x, factors in zip((query, keys), self._tensors))
+
+
+_known = weight_factors.Known()
+
+
+@torch.no_grad()
+def _exponents_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int) -> np.ndarray | None:
+    """weight_factors.exponents_of, once for each module; query and keys say what it makes, and where."""
+    shape = query.shape[1], keys.shape[1], keys.shape[3]
+    return _known.get(module, (*shape, n_ref), lambda: weight_factors.exponents_of(
+        module, *shape, lambda x: torch.from_numpy(x).to(query.device, query.dtype), lambda x: x.float().cpu().numpy(),
+        lambda: _rope(module, shape[2]), n_ref))
+
+
+def _rope(module: torch.nn.Module, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Which channels RoPE turns together: what the model's own rotate_half does to the channels that are turned; and by which
+    angles from token to token, without what a model does to slow ones for long contexts.
+    """
+    config = getattr(module, "config", None)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = ropes.get("full_attention", ropes)
+    share = ropes.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    theta = ropes.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    n_turned = int(head_dim * (share or 1))
+    rotate = getattr(sys.modules[type(module).__module__], "rotate_half", None)
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        turned = x[:, :n_turned]
+        turned = np.roll(turned, n_turned // 2, axis=1) if rotate is None else rotate(torch.from_numpy(turned)).numpy()
+        return np.concatenate([turned, x[:, n_turned:]], axis=1)
+
+    partners, angles = weight_factors.partners_of(turn, head_dim), np.zeros(head_dim)
+    first = np.flatnonzero(partners > np.arange(head_dim))
+    angles[first] = angles[partners[first]] = theta ** (-np.arange(len(first)) / max(len(first), 1))
+    return partners, angles
+
+
 class TurboQuantLayer(CacheLayerMixin):
     """One layer with full attention. `number`: of the library's layers."""
 
@@ -112,6 +167,7 @@ class TurboQuantLayer(CacheLayerMixin):
         # Weak, so that a cache and its memory go when the last user of the cache does.
         self._owner, self._number = weakref.ref(owner), number
         self._model_config: Any = None
+        self._factors: _Factors | None = None  # of the keys that it holds
         self.n_columns = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -152,6 +208,22 @@ class TurboQuantLayer(CacheLayerMixin):
                                 f"cache was made for {wanted[0]} of {wanted[1]} and {wanted[2]}: pass the model's config")
         self._model_config = config
 
+    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, may_shift: bool) -> None:
+        """Those of the keys to come, from the weights of the module that brings the first. may_shift: a device takes a mean."""
+        owner, found = self._cache(), None
+        if owner._factors == "weights" and not weight_factors.is_exact(owner._key_formats[self._number]):
+            n_ref = weight_factors.references_of(owner._options)
+            if query.device.type in _DEVICE_TYPES:
+                n_ref = _MEAN_SPAN if n_ref and may_shift else 0
+            exponents = _exponents_of(module, query, keys, n_ref)
+            if exponents is None:
+                owner._do_without_factors(module, self)
+            elif exponents.any():
+                found = exponents
+        # The same tensors, if they may be, for CUDA graphs that have been captured.
+        if found is None or self._factors is None or not np.array_equal(self._factors.exponents, found):
+            self._factors = None if found is None else _Factors(found)
+
     def attend(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                mask: torch.Tensor | None, scaling: float | None, softcap: float | None = None,
                sinks: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,8 +232,12 @@ class TurboQuantLayer(CacheLayerMixin):
         mask: None, or bool [n_batch, n_columns + n_tok], where False is padding. A row of padding gives zeros.
         softcap: logits become softcap * tanh(logit / softcap). sinks [n_head]: logits of the denominator alone.
         """
+        if self.n_columns == 0:
+            self._find_factors(module, query, keys, not softcap and sinks is None)
         self._check(module.config, query, keys, values)
         owner, n_tok = self._cache(), query.shape[2]
+        if self._factors is not None:
+            query, keys = self._factors.scaled(query, keys)
         kept = owner._begin(self.n_columns, query, mask)
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         if sinks is not None:
@@ -235,13 +311,17 @@ class TurboQuantCache(Cache):
 
     config: model.config. preset and options: those of turboquant.Cache, as k_format="tq8", v_format="tq8" or
     layer_k_formats=[...], one for each layer of full attention.
+    factors: "weights" (default) scales channels of keys by factors from the model's weights, so that outlier channels cost
+    other channels no precision; "off" does not. With a calibration, which does what factors do, "off" is the default.
     max_tokens: reserve memory for so many tokens of each row at first; on a CUDA device, where CUDA graphs need it, more are
     refused then.
     For generate(), forward() and pipelines; greedy, sampling, beams, assisted; batches with padding on any side. For one thread
     at a time. copy.deepcopy shares pages until they differ. The memory is the CPU's, or the model's CUDA device's.
     """
 
-    def __init__(self, config: Any, preset: str = "TQ4", max_tokens: int | None = None, **options: Any) -> None:
+    def __init__(self, config: Any, preset: str = "TQ4", max_tokens: int | None = None, factors: str | None = None,
+                 **options: Any) -> None:
+        self._factors = weight_factors.chosen(factors, options.get("calibration"))
         self.config = config.get_text_config(decoder=True)
         n_shared = getattr(self.config, "num_kv_shared_layers", None) or 0
         if n_shared > 0:
@@ -271,6 +351,7 @@ class TurboQuantCache(Cache):
         self._max_tokens = max_tokens
         # Of the CPU until a tensor on another device comes. Memory is taken when it is used.
         self.store: Any = _cache.Cache(len(self._compressed), n_head_kv, head_dim, **self._options)
+        self._key_formats = weight_factors.formats_of(self._options, len(self._compressed), "k")
         self.seqs: list[int] = []
         self._columns = Columns()
         self._device: torch.device | None = None
@@ -305,6 +386,25 @@ class TurboQuantCache(Cache):
         return tuple(map(_Stock, layer.update(key_states, value_states, *args, **kwargs)))
 
     # ---- a forward pass ----
+
+    def _do_without_factors(self, module: torch.nn.Module, layer: TurboQuantLayer) -> None:
+        """A layer that holds nothing has projections that are not known: all keys get 8 bits, unless formats were chosen."""
+        if layer is self._compressed[0]:
+            more = weight_factors.without(self._options, len(self._compressed), module)
+            self._factors = "off"
+            if more:
+                self._free(self.seqs)  # which hold no tokens
+                self.seqs, self._columns = [], Columns()
+                self._options |= more
+                store = self.store
+                self.store = _cache.Cache(store.n_layer, store.n_head_kv, store.head_dim, **self._options)
+                self._device = self._batch = None
+                self._key_formats = weight_factors.formats_of(self._options, store.n_layer, "k")
+        else:
+            raise UnsupportedError(
+                f"the projections of queries and keys in {type(module).__name__}, of compressed layer {layer._number}, are not "
+                "known, while the first layer's are, so some keys would have factors for outlier channels and others none: "
+                'make the cache with k_format="tq8", factors="off"')
 
     def _use(self, device: torch.device, of_means: Sequence[int] = ()) -> None:
         """All layers are on one device, the first one's. of_means: sequences of a file that a device wrote."""
@@ -530,18 +630,57 @@ class TurboQuantCache(Cache):
         if is_torn or any(layer.n_columns != self._columns.n for layer in self._compressed):
             raise ArgumentError("a forward pass was interrupted: reset() the cache and run the prompt again before saving it")
         if isinstance(self.store, _cache.Cache):
-            self.store.save(path, self.seqs)
+            of_factors = self._factors_to(self.store)
+            try:
+                self.store.save(path, [*self.seqs, *of_factors])
+            finally:
+                self._free(of_factors)
             return
         from ._cuda_snapshot import save
 
-        save(self.store, self.seqs, path, self._options)
+        save(self.store, self.seqs, path, self._options, self._factors_to)
+
+    def _factors_to(self, store: _cache.Cache) -> list[int]:
+        """A sequence without tokens that holds the factors, for a file; none where no layer has any."""
+        exponents = [None if layer._factors is None else layer._factors.exponents for layer in self._compressed]
+        if all(found is None for found in exponents):
+            return []
+        of_preset = find_preset(self._options["preset"])
+        n_exact = sum(getattr(of_preset, name) if self._options.get(name) is None else self._options[name]
+                      for name in ("n_sink", "n_recent"))
+        n_values = sum(store.head_dim * (not weight_factors.is_exact(k)) + store.head_dim_v * (not weight_factors.is_exact(v))
+                       for k, v in zip(self._key_formats, weight_factors.formats_of(self._options, store.n_layer, "v")))
+        n_bytes = 2 * n_values * store.n_head_kv * n_exact
+        data = weight_factors.to_exact_data(exponents, self._key_formats, n_bytes)
+        seq = store.seq_create()
+        try:
+            store.seq_import(seq, 0, 0, None, data)
+        except BaseException:
+            store.seq_free(seq)
+            raise
+        return [seq]
+
+    def _take_factors(self, seqs: list[int], exact_bytes: int) -> list[int]:
+        """The inverse, for a file's sequences: those without that one."""
+        if self.store.length(seqs[-1]) > 0:
+            return seqs
+        data = np.zeros(exact_bytes, np.uint8)
+        self.store.seq_export(seqs[-1], exact=data)
+        exponents = weight_factors.from_exact_data(data, self._key_formats, (self.store.n_head_kv, self.store.head_dim))
+        if exponents is None:
+            return seqs
+        for layer, found in zip(self._compressed, exponents):
+            layer._factors = None if found is None else _Factors(found)
+        self._free(seqs[-1:])
+        return seqs[:-1]
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: Any, preset: str | None = None, device: str | torch.device | None = None,
              **options: Any) -> TurboQuantCache:
         """
         A cache from a file that `save` wrote. Formats and what else the file says are the file's; where a preset or options are
-        given, they must be those of the saved cache. A calibration must be given. On a CUDA device if that is given, else in
+        given, they must be those of the saved cache; factors are the file's, and `factors` is for tokens after a reset(). A
+        calibration must be given. On a CUDA device if that is given, else in
         the CPU's memory, from which the first forward pass takes it to the model's. Raises SnapshotError; UnsupportedError
         where a device cannot hold it: keys that the CPU has coded against references.
         """
@@ -557,7 +696,8 @@ class TurboQuantCache(Cache):
             if f"{side}_format" in options:
                 of_file.pop(f"layer_{side}_formats", None)
         cache = cls(config, "TQ4" if preset is None else preset, **(of_file | options))
-        cache.seqs, of_means = split(cache.store, cache.store.load(path), info.exact_bytes)
+        seqs = cache._take_factors(cache.store.load(path), info.exact_bytes)
+        cache.seqs, of_means = split(cache.store, seqs, info.exact_bytes)
         cache._columns = Columns.left_padded([cache.store.length(seq) for seq in cache.seqs])
         for layer in cache._compressed:
             layer.n_columns, layer.is_initialized = cache._columns.n, True

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""Factors from the weights in MLX-LM: models with outlier keys, which compute the same as models without."""
+import copy
+import json
+import warnings
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.cache as stock
+import numpy as np
+import pytest
+import turboquant
+from conftest import ROOT
+from mlx_lm.generate import generate_step
+from tiny_mlx import F16, TQ8, check_batch, divergence, ids, logits, make_model, make_sharing_model
+from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
+
+HALVES = np.arange(64) % 32
+# Options of small models, and which channels RoPE turns together: those with the same number.
+KINDS = {
+    "llama": ({}, HALVES), "qwen2": ({}, HALVES), "qwen3": ({}, HALVES), "phi3": ({}, HALVES),
+    "cohere": ({"head_dim": 64, "layer_norm_eps": 1e-5, "logit_scale": 1.0, "rope_theta": 1e4}, np.arange(64) // 2),
+    "gpt_neox": ({"num_key_value_heads": 4, "max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "rotary_emb_base": 10000,
+                  "rotary_pct": .25}, np.where(np.arange(64) < 16, np.arange(64) % 8, np.arange(64)))}
+PRESET = {"v_format": "tq8", "n_recent": 16}
+
+
+def make(kind, **options):
+    mx.random.seed(1)  # of biases
+    return make_model(kind, **KINDS[kind][0] | options)
+
+
+def attentions(model):
+    return [module for _, module in model.named_modules()
+            if any(name in module for name in ("k_proj", "qkv_proj", "query_key_value"))]
+
+
+def scale(module, factors):
+    """Multiply keys of a module by factors [head_dim] before RoPE and divide queries by them, in weights alone."""
+    def rows(linear, by):
+        for name in ("weight", "scales", "biases", "bias"):
+            if name in linear and not (name == "weight" and "scales" in linear):
+                x = linear[name]
+                linear[name] = (x.T * mx.array(by, mx.float32)).T.astype(x.dtype)
+
+    n, one = len(factors), np.ones_like(factors)
+    if "k_norm" in module:
+        for norm, by in ((module.q_norm, 1 / factors), (module.k_norm, factors)):
+            norm.weight = norm.weight * mx.array(by)
+    elif "k_proj" in module:
+        rows(module.q_proj, np.tile(1 / factors, module.q_proj.weight.shape[0] // n))
+        rows(module.k_proj, np.tile(factors, module.k_proj.weight.shape[0] // n))
+    elif "qkv_proj" in module:
+        rows(module.qkv_proj, np.concatenate([np.tile(1 / factors, 4), np.tile(factors, 2), np.tile(one, 2)]))
+    else:
+        rows(module.query_key_value, np.tile(np.concatenate([1 / factors, factors, one]), 4))
+
+
+def with_outliers(model, numbers=HALVES):
+    """Every fifth of the channels' numbers is 64 times larger in keys."""
+    for i, module in enumerate(attentions(model)):
+        scale(module, np.where(np.random.default_rng(i).random(64) < .2, 64.0, 1.0)[numbers].astype(np.float32))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return with_outliers(make("qwen2"))
+
+
+def kl(model, tokens, wanted, **options):
+    return divergence(wanted, logits(model, make_prompt_cache(model, **PRESET | options), tokens, parts=2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outliers(kind):
+    """They cost nothing: the same divergence as in the model without them, where without factors it is many times as much."""
+    plain, model, tokens = make(kind), with_outliers(make(kind), KINDS[kind][1]), ids(160)
+    wanted = logits(plain, stock.make_prompt_cache(plain), tokens)
+    assert abs(divergence(wanted, logits(model, stock.make_prompt_cache(model), tokens))) < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = kl(model, tokens, wanted)
+    assert found < 2 * kl(plain, tokens, wanted) < .2 * kl(model, tokens, wanted, factors="off")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_angles(kind):
+    partners, angles = turboquant._mlx_batch._rope(attentions(make(kind))[0], 64)
+    numbers = KINDS[kind][1]
+    n = 16 if kind == "gpt_neox" else 64
+    assert (numbers[partners] == numbers).all() and (partners != np.arange(64)).sum() == n
+    base = 1e6 if kind == "qwen2" else 1e4
+    np.testing.assert_allclose(angles[:n], base ** (-2 * numbers[:n] / n), rtol=.01)
+    assert (angles[n:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_quantized_weights(dtype):
+    model, tokens = make("llama", dtype=dtype), ids(120)
+    nn.quantize(model, group_size=64, bits=4)
+    model = with_outliers(model)
+    wanted = logits(model, stock.make_prompt_cache(model), tokens)
+    assert kl(model, tokens, wanted) < .2 * kl(model, tokens, wanted, factors="off")
+
+
+def factors(cache):
+    return [layer._factors.exponents for layer in cache]
+
+
+def test_scaling_rounds_nothing(model):
+    """While all keys are exact, logits are those without factors; next to nothing is so small that half floats cut it."""
+    found = [logits(model, make_prompt_cache(model, factors=each), ids(60, n_batch=2), 3) for each in ("weights", "off")]
+    assert abs(found[0] - found[1]).max() < 1e-3 * abs(found[1]).max()
+
+
+def test_nothing_of_a_request_matters(model):
+    found = []
+    for tokens in (ids(100), np.full((1, 80), 7), ids(1), ids(20, n_batch=3)):
+        cache = make_prompt_cache(model)
+        logits(model, cache, tokens)
+        found.append(factors(cache))
+    assert None not in found[0] and found.count(found[0]) == 4
+    stock.trim_prompt_cache(cache, 1000)
+    logits(model, cache, ids(9, n_batch=3))
+    assert factors(cache) == found[0]
+
+
+def test_exact_keys_have_none(model):
+    cache = make_prompt_cache(model, **F16)
+    logits(model, cache, ids(20))
+    assert factors(cache) == [None] * 3
+
+
+def test_batches(model):
+    """Merged, extended, filtered, extracted: factors come along; those of other layers are refused."""
+    check_batch(model, lambda model: make_prompt_cache(model, **TQ8), [40, 150, 97], 8, .02)
+    cache, empty = make_prompt_cache(model), make_prompt_cache(model)
+    logits(model, cache, ids(30))
+    merged = cache[0].merge([empty[0], cache[0]])
+    assert merged._factors == cache[0]._factors and copy.deepcopy(merged)._factors == cache[0]._factors
+    with pytest.raises(turboquant.ArgumentError, match="different factors"):
+        cache[0].extend(cache[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"factors": "off"}], ids=["weights", "off"])
+def test_saved_by_the_stock_functions(model, tmp_path, options):
+    path, cache = str(tmp_path / "prompt.safetensors"), make_prompt_cache(model, **PRESET | options)
+    logits(model, cache, ids(100))
+    stock.save_prompt_cache(path, cache)
+    loaded = stock.load_prompt_cache(path)
+    assert factors(loaded) == factors(cache)
+    assert np.array_equal(logits(model, loaded, ids(10, seed=9)), logits(model, cache, ids(10, seed=9)))
+
+
+def test_a_file_from_before(model):
+    """Without a word of factors: its keys have none."""
+    cache, other = make_prompt_cache(model, factors="off")[0], TurboQuantKVCache()
+    rows = mx.zeros((1, 2, 4, 64))
+    handles = cache.update_and_fetch(rows, rows)
+    cache.attend(mx.zeros((1, 4, 4, 64)), handles[0].rows, handles[1].rows, 1.0)
+    said = dict(cache.state.items())
+    del said["factors"]
+    other.state = said | {"options": json.dumps({"preset": "TQ4"})}
+    assert other.offset == 4 and other._factors.exponents is None
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])
+def test_layers_that_share_keys(kind, monkeypatch):
+    """Queries of all of them get the factors of the keys that they share."""
+    rng = np.random.default_rng(5)
+    monkeypatch.setattr(turboquant.weight_factors, "exponents_of", lambda *_: rng.integers(-3, 4, (2, 64), np.int8))
+    model, tokens = make_sharing_model(kind), ids(120, n_batch=2)
+    wanted = logits(model, stock.make_prompt_cache(model), tokens)
+    cache = make_prompt_cache(model, n_recent=200)  # so that all keys are exact
+    found = logits(model, cache, tokens, 3)
+    assert any(isinstance(each, TurboQuantKVCache) and each._factors.exponents for each in cache)
+    assert abs(found - wanted).max() < .005 * abs(wanted).max()
+
+
+@pytest.fixture
+def unknown():
+    return make_model("gpt2", n_ctx=512, n_positions=512, n_embd=256, n_head=4, n_layer=2, num_key_value_heads=4,
+                      layer_norm_epsilon=1e-5)
+
+
+def test_unknown_projections(unknown):
+    """A preset's keys get 8 bits, and a warning says why and what to do."""
+    cache, tokens = make_prompt_cache(unknown, preset="TQ3"), ids(100)
+    with pytest.warns(UserWarning, match="projections.*Attention.*keys have 8 bits, not those of TQ3.*k_format=.*off"):
+        found = logits(unknown, cache, tokens, 3)
+    chosen = make_prompt_cache(unknown, preset="TQ3", k_format="tq8", factors="off")
+    assert np.array_equal(found, logits(unknown, chosen, tokens, 3))
+    copied = copy.deepcopy(cache)
+    assert np.array_equal(logits(unknown, copied, ids(5)), logits(unknown, chosen, ids(5)))
+
+
+def test_formats_that_were_chosen(unknown):
+    tokens = ids(100)
+    with pytest.warns(UserWarning, match="keys have the format that was asked for"):
+        found = logits(unknown, make_prompt_cache(unknown, k_format="tq4"), tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert np.array_equal(found, logits(unknown, make_prompt_cache(unknown, k_format="tq4", factors="off"), tokens))
+        logits(unknown, make_prompt_cache(unknown, **TQ8), tokens)
+
+
+def test_choices(model):
+    calibration = ROOT / "tests/golden/calibration_1.tqcal"
+    for call in (make_prompt_cache, install):
+        with pytest.raises(turboquant.ArgumentError, match="'weights', 'off'"):
+            call(model, factors="on")
+        with pytest.raises(turboquant.ArgumentError, match="calibration"):
+            call(model, factors="weights", calibration=calibration)
+    cache = make_prompt_cache(model, calibration=calibration)
+    logits(model, cache, ids(20))
+    assert factors(cache) == [None] * 3
+
+
+def test_generation(model):
+    tokens = mx.array(ids(100)[0])
+    found = [[int(token) for token, _ in generate_step(tokens, model, max_tokens=12, prompt_cache=cache)]
+             for cache in (stock.make_prompt_cache(model), make_prompt_cache(model, **TQ8))]
+    assert found[0] == found[1]

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: MIT
+"""
+Factors for channels of keys, from a model's weights: docs/quality.md, "Factors from the weights".
+
+A coded key's error is even over its channels, so a channel that outweighs the others costs them their precision. Keys are
+divided by a factor for each channel before they are coded, and queries multiplied by it: logits stay what they are, whatever
+the factors. They depend on weights only, never on what is read, and are powers of two, so that scaling rounds nothing.
+
+An engine says what its modules are called with; the rest is here. Modules are those of Transformers or of MLX-LM, which have
+the same names.
+"""
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import ArgumentError, UnsupportedError
+from .formats import format_info, format_number, preset as find_preset
+
+CHOICES = ("weights", "off")
+
+# White vectors that are projected in place of a model's own: a pair's energies come out to some 9 %.
+_N_PROBE = 128
+_SEED = 1
+# What a channel counts for at least, of the mean of all: one without any energy must not take a factor without bound.
+_FLOOR = 1e-4
+# Factors are at most 2 to this, so that half floats hold what they make.
+_EXPONENT_MAX = 8
+# Projections of queries and keys: apart, side by side, or side by side in each head.
+_APART, _SIDE_BY_SIDE, _IN_HEADS = ("q_proj", "k_proj"), "qkv_proj", "query_key_value"
+_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
+
+
+def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray) -> np.ndarray:
+    """
+    Exponents of two, int8 [n_head_kv, head_dim], from the mean squares of keys [n_head_kv, head_dim] and queries [n_head,
+    head_dim] before RoPE. partners [head_dim]: the channel that RoPE turns each with, itself if there is none.
+
+    With factors s the error of a logit is in energy proportional to sum(keys / s^2) * sum(queries * s^2), least at s = (keys /
+    queries)^(1/4). RoPE makes the energies of a pair equal. The geometric mean of a head's factors is 1.
+    """
+    queries = queries.reshape(len(keys), -1, keys.shape[1]).mean(axis=1)
+    logs = []
+    for energy in (keys, queries):
+        energy = (energy + energy[:, partners]).astype(np.float64)
+        mean = energy.mean(axis=1, keepdims=True)
+        if not np.isfinite(mean).all() or (mean <= 0).any():
+            return np.zeros(keys.shape, np.int8)
+        logs.append(np.log2(np.maximum(energy, _FLOOR * mean)) / 4)
+    found = logs[0] - logs[1]
+    found -= found.mean(axis=1, keepdims=True)
+    return np.rint(found.clip(-_EXPONENT_MAX, _EXPONENT_MAX)).astype(np.int8)
+
+
+def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.ndarray:
+    """The partner of each channel, for from_energies. turn: a rotation of rows [n, head_dim], in any axes' order."""
+    turned = abs(turn(np.eye(head_dim, dtype=np.float32)))
+    np.fill_diagonal(turned, 0)
+    found = turned.argmax(axis=1)
+    found = np.where(turned.max(axis=1) > 0, found, np.arange(head_dim))
+    return np.where(found[found] == np.arange(head_dim), found, np.arange(head_dim))
+
+
+def kept_of_constants(angles: np.ndarray, n_ref: int) -> np.ndarray:
+    """
+    The part of its energy that a constant keeps, which RoPE turns by these angles from token to token, where the mean of each
+    n_ref tokens is taken away (references); 0: none is. [head_dim]
+    """
+    if n_ref == 0:
+        return np.ones(len(angles))
+    half = np.asarray(angles, np.float64) / 2
+    is_still = abs(np.sin(half)) < 1e-9
+    mean = np.sin(n_ref * half) / np.where(is_still, 1, n_ref * np.sin(half))
+    return np.where(is_still, 0, 1 - mean**2)
+
+
+def has_projections(module: Any) -> bool:
+    """Has this attention projections by names that are known here?"""
+    return all(hasattr(module, name) for name in _APART) or hasattr(module, _SIDE_BY_SIDE) or hasattr(module, _IN_HEADS)
+
+
+def _n_input(module: Any) -> int:
+    """The width of what an attention with projections takes."""
+    names = (_APART[0], _SIDE_BY_SIDE, _IN_HEADS)
+    projection = next(getattr(module, name) for name in names if hasattr(module, name))
+    if hasattr(projection, "in_features"):
+        return int(projection.in_features)
+    if hasattr(projection, "scales"):  # MLX's quantized matrices, which hold several values a word
+        return int(projection.scales.shape[-1] * projection.group_size)
+    return int(projection.weight.shape[-1])
+
+
+def _projected(module: Any, x: Any, n_head: int | None, n_head_kv: int, head_dim: int) -> tuple[Any, Any]:
+    """Queries [n, n_head, head_dim] and keys [n, n_head_kv, head_dim] of x [1, n, width], before RoPE, their norms applied."""
+    n, n_key = x.shape[1], n_head_kv * head_dim
+
+    def made_by(name: str) -> Any:
+        return getattr(module, name)(x).reshape(n, -1)
+
+    if all(hasattr(module, name) for name in _APART):
+        q, k = map(made_by, _APART)
+    elif hasattr(module, _SIDE_BY_SIDE):
+        rows = made_by(_SIDE_BY_SIDE)
+        n_query = rows.shape[-1] - 2 * n_key if n_head is None else n_head * head_dim
+        q, k = rows[:, :n_query], rows[:, n_query : n_query + n_key]
+    else:
+        rows = made_by(_IN_HEADS).reshape(n, n_head_kv, 3 * head_dim)
+        q, k = (rows[:, :, i * head_dim : (i + 1) * head_dim].reshape(n, n_key) for i in range(2))
+    if n_head is not None and q.shape[-1] == 2 * n_head * head_dim:  # each head's queries, and a gate for its output
+        q = q.reshape(n, n_head, 2 * head_dim)[:, :, :head_dim].reshape(n, -1)
+    for names in _NORMS:
+        norms = [getattr(module, name, None) for name in names]
+        if None not in norms:
+            q, k = (_normed(norm, rows, head_dim) for norm, rows in zip(norms, (q, k)))
+    found = q.reshape(n, -1, head_dim), k.reshape(n, n_head_kv, head_dim)
+    if found[0].shape[1] % n_head_kv != 0 or n_head not in (None, found[0].shape[1]):
+        raise ValueError(f"{found[0].shape[1]} query heads")
+    return found
+
+
+def _normed(norm: Any, rows: Any, head_dim: int) -> Any:
+    """Norms are of heads, or of all of them together if they have that many weights."""
+    weight = getattr(norm, "weight", None)
+    is_of_all = weight is not None and len(weight.shape) == 1 and weight.shape[0] == rows.shape[-1]
+    return norm(rows if is_of_all else rows.reshape(len(rows), -1, head_dim))
+
+
+def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
+                 to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int
+                 ) -> np.ndarray | None:
+    """
+    from_energies for an attention module, None if its projections of queries and keys are not known. n_head: None if it is to
+    be found. rope: partners and angles of channels; n_ref: of kept_of_constants. to_engine, to_host: float32 arrays to the
+    engine's and back.
+
+    The projections are called with white vectors, the same ones each time, so quantized weights, adapters and weights that are
+    kept elsewhere are what they are in the model. What keys have in common, a bias, counts with what references leave of it: in
+    pairs that turn slowly that is nothing.
+    """
+    try:
+        x = np.random.default_rng(_SEED).standard_normal((1, _N_PROBE, _n_input(module)), np.float32)
+        rows = [to_host(y) for y in _projected(module, to_engine(x), n_head, n_head_kv, head_dim)]
+    except Exception:  # by these names modules of other kinds may do anything: they are not known, which is told
+        return None
+    queries, keys = (np.square(y, dtype=np.float32).mean(axis=0) for y in rows)
+    partners, angles = rope()
+    lost = np.square(rows[1].mean(axis=0)) * (1 - kept_of_constants(angles, n_ref))
+    return from_energies(keys - lost, queries, partners)
+
+
+class Known:
+    """What was found for modules that still exist. Not a WeakKeyDictionary, since MLX's modules have no hash."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple, tuple[weakref.ref, Any]] = {}
+
+    def get(self, module: Any, shape: tuple, make: Callable[[], Any]) -> Any:
+        """make() for a module of which this shape is asked for the first time; None if it has no projections that are known."""
+        if not has_projections(module):
+            return None
+        key = (id(module), *shape)
+        held = self._found.get(key)
+        if held is None or held[0]() is not module:
+            held = self._found[key] = (weakref.ref(module, lambda _: self._found.pop(key, None)), make())
+        return held[1]
+
+
+# ---- what the caches of both engines are told ----
+
+def chosen(factors: str | None, calibration: Any) -> str:
+    """factors= of a cache, checked. A calibration's transforms do what factors do, and were learnt from keys without them."""
+    if factors not in (None, *CHOICES):
+        raise ArgumentError(f"factors is {factors!r}; give one of {', '.join(map(repr, CHOICES))}")
+    if factors == "weights" and calibration is not None:
+        raise ArgumentError("factors='weights' with a calibration, which was learnt from keys without factors: leave one of "
+                            "them out")
+    return factors or ("off" if calibration is not None else "weights")
+
+
+def formats_of(options: dict[str, Any], n_layer: int, side: str) -> list[int]:
+    """The format of each layer's keys, side "k", or values, "v", of a cache's options, a preset among them."""
+    of_layers = options.get(f"layer_{side}_formats")
+    if of_layers is not None:
+        return [format_number(fmt) for fmt in of_layers]
+    one = options.get(f"{side}_format")
+    return [getattr(find_preset(options["preset"]), f"{side}_format") if one is None else format_number(one)] * n_layer
+
+
+def references_of(options: dict[str, Any]) -> int:
+    """How many tokens share a reference of a cache's keys, of its options; 0: none has one."""
+    of_preset = find_preset(options["preset"])
+    n_ref, n_recent = (getattr(of_preset, name) if options.get(name) is None else int(options[name])
+                       for name in ("k_ref_block", "n_recent"))
+    return n_ref if n_recent else 0
+
+
+def is_exact(fmt: int) -> bool:
+    """Would factors change nothing? Half floats have a scale each."""
+    return format_info(fmt).bits >= 16
+
+
+def without(options: dict[str, Any], n_layer: int, module: Any) -> dict[str, Any]:
+    """
+    What takes the place of a cache's options where a module's projections are not known: keys of 8 bits, for fewer that a
+    preset, and nobody else, has chosen. Warns if keys have fewer than 8 bits, or would have.
+    """
+    if all(format_info(fmt).bits >= 8 for fmt in formats_of(options, n_layer, "k")):
+        return {}
+    is_presets = options.get("k_format") is None and options.get("layer_k_formats") is None
+    what = f"keys have 8 bits, not those of {options['preset']}" if is_presets else "keys have the format that was asked for"
+    warnings.warn(
+        f"turboquant does not know the projections of queries and keys in {type(module).__name__}, so it has no factors for "
+        f"outlier channels, and few bits may ruin what such a model says: {what}. To choose yourself pass k_format=, or "
+        "factors='off', which leaves the preset as it is", UserWarning, stacklevel=2)
+    return {"k_format": "tq8"} if is_presets else {}
+
+
+# ---- in files: docs/snapshot.md ----
+
+# Begins the exact data that hold them.
+_MARK = np.frombuffer(b"exponents of two", np.uint8)
+
+
+def to_exact_data(exponents: Sequence[np.ndarray | None], formats: Sequence[int], n_bytes: int) -> np.ndarray:
+    """Of all layers, whose keys have these formats, as exact data of n_bytes. Raises UnsupportedError if they are too few."""
+    shape = next(found.shape for found in exponents if found is not None)
+    layers = [np.zeros(shape, np.int8) if found is None else found
+              for found, fmt in zip(exponents, formats) if not is_exact(fmt)]
+    said = np.concatenate([_MARK, np.stack(layers).view(np.uint8).ravel()])
+    if len(said) > n_bytes:
+        raise UnsupportedError("a cache with factors for its keys needs exact tokens to be saved, whose place in the file they "
+                               "take: make it with the preset's n_sink and n_recent, or with factors='off'")
+    return np.pad(said, (0, n_bytes - len(said)))
+
+
+def from_exact_data(data: np.ndarray, formats: Sequence[int], shape: tuple[int, int]) -> list[np.ndarray | None] | None:
+    """The inverse; None if that is not what the bytes are. shape: (n_head_kv, head_dim)."""
+    has_some = [not is_exact(fmt) for fmt in formats]
+    n = sum(has_some) * shape[0] * shape[1]
+    if len(data) < len(_MARK) + n or not np.array_equal(data[: len(_MARK)], _MARK):
+        return None
+    layers = iter(data[len(_MARK) : len(_MARK) + n].view(np.int8).reshape(-1, *shape).copy())
+    found = [next(layers) if has else None for has in has_some]
+    return [layer if layer is not None and layer.any() else None for layer in found]
