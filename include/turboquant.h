@@ -94,9 +94,9 @@ TQ_API void tq_log_set(tq_log_fn log, void *user);
 /* ---- executor ------------------------------------------------------------------------------------------------------ */
 
 /*
- * How the library runs on several threads. run() calls body(arg, i_thread, n_threads) once on each of n_threads threads, the
- * caller's among them, and returns when all are done; it may use fewer threads than `n_threads` says, provided that each body
- * call is told the number really used. Results never depend on the number of threads.
+ * How the library runs on several threads. run() calls body(arg, i_thread, n_threads) once for each i_thread below n_threads,
+ * at the same time or one after the other, on any threads, and returns when all are done; it may use a smaller number than it
+ * is given, provided that each body call is told that. Results never depend on the number of threads.
  */
 typedef void (*tq_body_fn)(void *arg, int32_t i_thread, int32_t n_threads);
 typedef struct tq_executor {
@@ -106,8 +106,9 @@ typedef struct tq_executor {
 } tq_executor;
 
 /*
- * A pool of threads. It sleeps when idle and spins at most some tens of microseconds. In a child of fork() it has no threads:
- * it runs on the caller's, and can be freed.
+ * A pool of threads. It sleeps when idle and spins at most some tens of microseconds. The calling thread does what no other has
+ * begun, so that it waits for none that the system lets wait. In a child of fork() a pool has no threads: it runs on the
+ * caller's, and can be freed.
  */
 typedef struct tq_pool tq_pool;
 /* n_threads >= 1 counts the caller's thread. Errors: ARGUMENT, MEMORY, THREAD. */
@@ -116,6 +117,18 @@ TQ_API TQ_NODISCARD tq_status tq_pool_create(tq_pool **out, int32_t n_threads);
 TQ_API void tq_pool_free(tq_pool *pool);
 /* Valid until tq_pool_free. One run at a time per pool. */
 TQ_API tq_executor tq_pool_executor(tq_pool *pool);
+
+/*
+ * The OpenMP runtime that a host computes with, GCC's or LLVM's: its functions GOMP_parallel, omp_get_thread_num and
+ * omp_get_num_threads, as dlsym finds them, and the number of threads of the host's regions. Where the host's threads spin
+ * between two regions, a pool next to them takes their cores. A child of fork() may not run on it if the parent has.
+ */
+typedef struct tq_openmp {
+    int32_t n_threads;
+    void *parallel, *thread_num, *num_threads;
+} tq_openmp;
+/* Valid as long as *runtime is there and as it was. One thread if that is NULL or not filled. */
+TQ_API tq_executor tq_openmp_executor(tq_openmp *runtime);
 
 /* ---- formats ------------------------------------------------------------------------------------------------------- */
 

@@ -7,10 +7,8 @@
 #include "host.h"
 #include "log.h"
 
-/* What GCC's OpenMP runtime (and LLVM's, which has the same entry) runs a parallel region with. */
-static void (*gomp_parallel)(void (*body)(void *), void *data, unsigned n_threads, unsigned flags);
-static int (*gomp_thread_num)(void);
-static int (*gomp_num_threads)(void);
+/* Functions of GCC's OpenMP runtime, or of LLVM's, which has the same. */
+static tq_openmp libgomp;
 
 static void find_libgomp(void)
 {
@@ -18,28 +16,9 @@ static void find_libgomp(void)
     if (!cpu) return;
     /* Any function of the CPU backend tells which library it is. */
     const void *inside = *(void **)(void *)&cpu->iface.get_name;
-    *(void **)(void *)&gomp_thread_num = tq_ggml_host_symbol_near(inside, "omp_get_thread_num");
-    *(void **)(void *)&gomp_num_threads = tq_ggml_host_symbol_near(inside, "omp_get_num_threads");
-    if (!gomp_thread_num || !gomp_num_threads) return;
-    *(void **)(void *)&gomp_parallel = tq_ggml_host_symbol_near(inside, "GOMP_parallel");
-}
-
-typedef struct region {
-    tq_body_fn body;
-    void *arg;
-} region;
-
-static void run_region(void *data)
-{
-    const region *r = data;
-    r->body(r->arg, gomp_thread_num(), gomp_num_threads());
-}
-
-static void run_gomp(void *user, int32_t n_threads, tq_body_fn body, void *arg)
-{
-    (void)user;
-    region r = {body, arg};
-    gomp_parallel(run_region, &r, (unsigned)n_threads, 0);
+    libgomp.thread_num = tq_ggml_host_symbol_near(inside, "omp_get_thread_num");
+    libgomp.num_threads = tq_ggml_host_symbol_near(inside, "omp_get_num_threads");
+    libgomp.parallel = tq_ggml_host_symbol_near(inside, "GOMP_parallel");
 }
 
 static void use_pool(tq_ggml_threads *threads, int32_t n_threads)
@@ -72,10 +51,10 @@ void tq_ggml_threads_set(tq_ggml_threads *threads, int32_t n_threads)
     pthread_once(&once, find_libgomp);
     if (n_threads < 1) n_threads = 1;
     if (n_threads == threads->executor.n_threads) return;
-    if (n_threads > 1 && !gomp_parallel)
-        use_pool(threads, n_threads);
-    else
-        threads->executor = (tq_executor){.n_threads = n_threads, .run = run_gomp};
+    threads->openmp = libgomp;
+    threads->openmp.n_threads = n_threads;
+    threads->executor = tq_openmp_executor(&threads->openmp);
+    if (threads->executor.n_threads < n_threads) use_pool(threads, n_threads);
 }
 
 void tq_ggml_threads_set_pool(tq_ggml_threads *threads, int32_t n_threads)

@@ -10,6 +10,7 @@
 
 typedef struct tq_ggml_threads {
     tq_executor executor; /* n_threads 0: not set up */
+    tq_openmp openmp;     /* libgomp, if the CPU backend has it */
     tq_pool *pool;        /* NULL with libgomp */
     int32_t n_pool;
 } tq_ggml_threads;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* tq_pool_*: argument checks in front of base/threads.c. */
+/* tq_pool_* and tq_openmp_*: argument checks in front of base/threads.c and base/openmp.c. */
 #include "base/log.h"
 #include "base/threads.h"
 
@@ -26,4 +26,10 @@ void tq_pool_free(tq_pool *pool)
 tq_executor tq_pool_executor(tq_pool *pool)
 {
     return pool ? tq_pool_as_executor(pool) : (tq_executor){.n_threads = 1};
+}
+
+tq_executor tq_openmp_executor(tq_openmp *runtime)
+{
+    bool is_filled = runtime && runtime->parallel && runtime->thread_num && runtime->num_threads && runtime->n_threads > 0;
+    return is_filled ? tq_openmp_as_executor(runtime) : (tq_executor){.n_threads = 1};
 }

@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The thread pool. Its workers spin for a few tens of microseconds after a run, because the next layer's attention is usually
- * that close, and then sleep: a host's own pool (ggml's, say) shares the cores, and two pools that spin at each other cost an
- * order of magnitude.
+ * The thread pool. A run has parts, which whoever is awake takes: the caller takes what no worker has begun, so that it waits
+ * only for parts that are being worked on, and never for a worker to get a core. A machine with more runnable threads than
+ * cores may give a worker one only some milliseconds later, when a layer's attention is long over.
+ *
+ * Workers spin for some tens of microseconds after a part, because the next layer's attention may be that close, and then
+ * sleep: a host's own pool (ggml's, say) shares the cores, and two pools that spin at each other cost an order of magnitude.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -18,25 +21,36 @@
 #define SPIN_NANOSECONDS 30000
 #define SPINS_PER_CLOCK_READ 64
 
+/* n_done also says that the caller sleeps until it is n_parts. */
+#define CALLER_SLEEPS (1 << 30)
+
+/*
+ * Where one thread sleeps. glibc's pthread_cond_signal waits for a thread that was woken before and has had no core since, so
+ * nobody is woken twice.
+ */
+typedef struct bed {
+    pthread_mutex_t mutex;
+    pthread_cond_t cond;
+    atomic_bool is_asleep; /* or about to be; until somebody wakes it */
+} bed;
+
 typedef struct worker {
     tq_pool *pool;
     pthread_t thread;
-    int32_t i_thread;
+    bed bed;
 } worker;
 
 struct tq_pool {
     tq_fork_record fork;
     int32_t n_threads; /* the caller's included */
     int32_t n_started; /* workers that exist */
-    pthread_mutex_t mutex;
-    pthread_cond_t wake, done;
-    atomic_uint generation; /* counts runs; changed under the mutex */
-    atomic_int n_pending;   /* workers that have not finished this run */
-    /* The run; under the mutex. */
+    /* The run. Parts are taken and done without a lock, which a thread without a core might hold. */
     tq_body_fn body;
     void *arg;
-    int32_t n_run;
-    bool stop;
+    atomic_ullong parts; /* the run's number, how many there are, how many are taken: 32, 16 and 16 bits */
+    atomic_int n_done;
+    atomic_bool stop;
+    bed caller;
     worker workers[]; /* n_threads - 1 */
 };
 
@@ -56,84 +70,125 @@ static void cpu_pause(void)
 #endif
 }
 
-/* Spin until the pool's generation is no longer `seen`, or the time is up. */
-static void spin_for_run(tq_pool *pool, unsigned seen)
+static int32_t n_parts_of(unsigned long long parts)
+{
+    return (int32_t)(parts >> 16 & 0xffff);
+}
+
+static bool has_parts(unsigned long long parts)
+{
+    return (int32_t)(parts & 0xffff) < n_parts_of(parts);
+}
+
+static bool may_take(tq_pool *pool)
+{
+    return has_parts(atomic_load(&pool->parts));
+}
+
+static bool may_take_or_stop(tq_pool *pool)
+{
+    return may_take(pool) || atomic_load(&pool->stop);
+}
+
+static bool is_done(tq_pool *pool)
+{
+    return (atomic_load(&pool->n_done) & ~CALLER_SLEEPS) == n_parts_of(atomic_load(&pool->parts));
+}
+
+/* Spin until that is so, or the time is up. */
+static void spin_until(bool (*is_so)(tq_pool *), tq_pool *pool)
 {
     int64_t end = now_nanoseconds() + SPIN_NANOSECONDS;
     do {
         for (int i = 0; i < SPINS_PER_CLOCK_READ; i++) {
-            if (atomic_load_explicit(&pool->generation, memory_order_relaxed) != seen) return;
+            if (is_so(pool)) return;
             cpu_pause();
         }
     } while (now_nanoseconds() < end);
 }
 
-static void spin_for_workers(tq_pool *pool)
+/* What makes it so is done before wake_up. */
+static void sleep_until(bool (*is_so)(tq_pool *), tq_pool *pool, bed *bed)
 {
-    int64_t end = now_nanoseconds() + SPIN_NANOSECONDS;
+    pthread_mutex_lock(&bed->mutex);
+    for (;;) {
+        atomic_store(&bed->is_asleep, true);
+        if (is_so(pool)) break;
+        while (atomic_load(&bed->is_asleep)) pthread_cond_wait(&bed->cond, &bed->mutex);
+    }
+    atomic_store(&bed->is_asleep, false);
+    pthread_mutex_unlock(&bed->mutex);
+}
+
+/* Returns false if the thread is not asleep, or somebody has woken it already. */
+static bool wake_up(bed *bed)
+{
+    if (!atomic_load(&bed->is_asleep) || !atomic_exchange(&bed->is_asleep, false)) return false;
+    /* It may be about to wait. */
+    pthread_mutex_lock(&bed->mutex);
+    pthread_mutex_unlock(&bed->mutex);
+    pthread_cond_signal(&bed->cond);
+    return true;
+}
+
+/* Take a part and do it, if any is left. */
+static bool do_part(tq_pool *pool)
+{
+    unsigned long long parts = atomic_load_explicit(&pool->parts, memory_order_relaxed);
     do {
-        for (int i = 0; i < SPINS_PER_CLOCK_READ; i++) {
-            if (atomic_load_explicit(&pool->n_pending, memory_order_acquire) == 0) return;
-            cpu_pause();
-        }
-    } while (now_nanoseconds() < end);
+        if (!has_parts(parts)) return false;
+    } while (
+        !atomic_compare_exchange_weak_explicit(&pool->parts, &parts, parts + 1, memory_order_acq_rel, memory_order_relaxed));
+    /* From here to n_done the run cannot end. */
+    int32_t n_parts = n_parts_of(parts);
+    pool->body(pool->arg, (int32_t)(parts & 0xffff), n_parts);
+    int32_t n_done = atomic_fetch_add(&pool->n_done, 1) + 1;
+    if (n_done == (n_parts | CALLER_SLEEPS)) wake_up(&pool->caller);
+    return true;
 }
 
 static void *worker_main(void *arg)
 {
     worker *self = arg;
-    tq_pool *pool = self->pool;
-    unsigned seen = 0;
-    for (;;) {
-        spin_for_run(pool, seen);
-        pthread_mutex_lock(&pool->mutex);
-        while (atomic_load_explicit(&pool->generation, memory_order_relaxed) == seen && !pool->stop) {
-            pthread_cond_wait(&pool->wake, &pool->mutex);
-        }
-        /* The mutex makes the run's fields consistent with its number. A worker that a run does not need may miss it. */
-        seen = atomic_load_explicit(&pool->generation, memory_order_relaxed);
-        tq_body_fn body = pool->body;
-        void *body_arg = pool->arg;
-        int32_t n_run = pool->n_run;
-        bool stop = pool->stop;
-        pthread_mutex_unlock(&pool->mutex);
-        if (stop) return NULL;
-        if (self->i_thread >= n_run) continue;
-
-        body(body_arg, self->i_thread, n_run);
-        if (atomic_fetch_sub_explicit(&pool->n_pending, 1, memory_order_acq_rel) == 1) {
-            pthread_mutex_lock(&pool->mutex);
-            pthread_cond_signal(&pool->done);
-            pthread_mutex_unlock(&pool->mutex);
-        }
+    while (!atomic_load(&self->pool->stop)) {
+        sleep_until(may_take_or_stop, self->pool, &self->bed);
+        while (do_part(self->pool)) spin_until(may_take, self->pool);
     }
+    return NULL;
 }
 
 static void pool_run(void *user, int32_t n_threads, tq_body_fn body, void *arg)
 {
     tq_pool *pool = user;
-    int32_t n_run = n_threads < pool->n_threads ? n_threads : pool->n_threads;
+    int32_t n_parts = n_threads < pool->n_threads ? n_threads : pool->n_threads;
     /* fork() copies no workers, and one of them may have held the mutex. */
-    if (n_run <= 1 || pool->fork.is_copy) {
+    if (n_parts <= 1 || pool->fork.is_copy) {
         body(arg, 0, 1);
         return;
     }
-    pthread_mutex_lock(&pool->mutex);
     pool->body = body;
     pool->arg = arg;
-    pool->n_run = n_run;
-    atomic_store_explicit(&pool->n_pending, n_run - 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&pool->generation, 1, memory_order_relaxed);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
+    atomic_store_explicit(&pool->n_done, 0, memory_order_relaxed);
+    unsigned long long number = (atomic_load_explicit(&pool->parts, memory_order_relaxed) >> 32) + 1;
+    atomic_store(&pool->parts, number << 32 | (unsigned long long)n_parts << 16);
+    for (int32_t i = 0, n = 1; i < pool->n_threads - 1 && n < n_parts; i++) n += wake_up(&pool->workers[i].bed);
+    while (do_part(pool)) continue;
+    spin_until(is_done, pool);
+    if (is_done(pool) || atomic_fetch_or(&pool->n_done, CALLER_SLEEPS) == n_parts) return;
+    sleep_until(is_done, pool, &pool->caller);
+}
 
-    body(arg, 0, n_run);
+/* These do not fail on the systems that we know; with default attributes they allocate nothing. */
+static void make_bed(bed *bed)
+{
+    pthread_mutex_init(&bed->mutex, NULL);
+    pthread_cond_init(&bed->cond, NULL);
+}
 
-    spin_for_workers(pool);
-    if (atomic_load_explicit(&pool->n_pending, memory_order_acquire) == 0) return;
-    pthread_mutex_lock(&pool->mutex);
-    while (atomic_load_explicit(&pool->n_pending, memory_order_acquire) != 0) pthread_cond_wait(&pool->done, &pool->mutex);
-    pthread_mutex_unlock(&pool->mutex);
+static void destroy_bed(bed *bed)
+{
+    pthread_cond_destroy(&bed->cond);
+    pthread_mutex_destroy(&bed->mutex);
 }
 
 tq_status tq_pool_start(tq_pool **out, int32_t n_threads)
@@ -147,15 +202,13 @@ tq_status tq_pool_start(tq_pool **out, int32_t n_threads)
         return status;
     }
     pool->n_threads = n_threads;
-    /* These three do not fail on the systems that we know; with default attributes they allocate nothing. */
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
-    pthread_cond_init(&pool->done, NULL);
+    make_bed(&pool->caller);
     for (size_t i = 0; i < n_workers; i++) {
         worker *w = &pool->workers[i];
         w->pool = pool;
-        w->i_thread = (int32_t)i + 1;
+        make_bed(&w->bed);
         if (pthread_create(&w->thread, NULL, worker_main, w) != 0) {
+            destroy_bed(&w->bed);
             tq_pool_stop(pool);
             return TQ_ERR_THREAD;
         }
@@ -172,16 +225,13 @@ void tq_pool_stop(tq_pool *pool)
         tq_free(pool);
         return;
     }
-    pthread_mutex_lock(&pool->mutex);
-    pool->stop = true;
-    pool->n_run = 0;
-    atomic_fetch_add_explicit(&pool->generation, 1, memory_order_relaxed);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
-    for (int32_t i = 0; i < pool->n_started; i++) pthread_join(pool->workers[i].thread, NULL);
-    pthread_cond_destroy(&pool->done);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->mutex);
+    atomic_store(&pool->stop, true);
+    for (int32_t i = 0; i < pool->n_started; i++) {
+        wake_up(&pool->workers[i].bed);
+        pthread_join(pool->workers[i].thread, NULL);
+        destroy_bed(&pool->workers[i].bed);
+    }
+    destroy_bed(&pool->caller);
     tq_free(pool);
 }
 

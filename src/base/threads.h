@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The thread pool behind tq_pool_create, and the way the rest of the library runs work on a tq_executor. */
+/* The thread pool behind tq_pool_create, the host's threads, and the way the rest of the library runs work on a tq_executor. */
 #ifndef TQ_BASE_THREADS_H
 #define TQ_BASE_THREADS_H
 
@@ -11,6 +11,8 @@
 tq_status tq_pool_start(tq_pool **out, int32_t n_threads);
 void tq_pool_stop(tq_pool *pool);
 tq_executor tq_pool_as_executor(tq_pool *pool);
+/* Behind tq_openmp_executor, in openmp.c; *runtime is filled. */
+tq_executor tq_openmp_as_executor(tq_openmp *runtime);
 
 /* Run body on the executor's threads; executor NULL, or max_threads 1: on the caller's alone. */
 void tq_run(const tq_executor *executor, int32_t max_threads, tq_body_fn body, void *arg);

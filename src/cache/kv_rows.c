@@ -3,6 +3,7 @@
 #include "cache/kv_rows.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "base/threads.h"
@@ -13,11 +14,14 @@
 #define GROUP_MAX 4
 /* Vectors that are worth waking one more thread, some 20 us of one core. */
 #define VECTORS_PER_THREAD 64
+/* Jobs that a thread takes at a time: few, so that one that loses its core holds up little. */
+#define JOBS_TAKEN (4 * GROUP_MAX)
 
 typedef struct encode_task {
     const tq_rows_in *in;
     const tq_encode_job *jobs;
     int32_t n_jobs;
+    atomic_int next;
 } encode_task;
 
 void tq_row_half(const tq_rows_in *in, int64_t row, int32_t head, uint16_t *to)
@@ -135,20 +139,24 @@ static void encode_group(const tq_rows_in *in, const tq_encode_job *jobs, int32_
 
 static void encode_body(void *arg, int32_t i_thread, int32_t n_threads)
 {
-    const encode_task *task = arg;
-    int32_t begin = (int32_t)((int64_t)task->n_jobs * i_thread / n_threads);
-    int32_t end = (int32_t)((int64_t)task->n_jobs * (i_thread + 1) / n_threads);
-    for (int32_t i = begin, n; i < end; i += n) {
-        n = group_length(task->in, task->jobs + i, end - i);
-        for (int32_t head = 0; head < task->in->n_head_kv; head++) encode_group(task->in, task->jobs + i, n, head);
+    (void)i_thread;
+    (void)n_threads;
+    encode_task *task = arg;
+    for (int32_t i; (i = atomic_fetch_add_explicit(&task->next, JOBS_TAKEN, memory_order_relaxed)) < task->n_jobs;) {
+        int32_t end = i + JOBS_TAKEN < task->n_jobs ? i + JOBS_TAKEN : task->n_jobs;
+        for (int32_t n; i < end; i += n) {
+            n = group_length(task->in, task->jobs + i, end - i);
+            for (int32_t head = 0; head < task->in->n_head_kv; head++) encode_group(task->in, task->jobs + i, n, head);
+        }
     }
 }
 
 void tq_rows_encode(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n_jobs, const tq_executor *executor)
 {
     int64_t max_threads = (int64_t)n_jobs * in->n_head_kv / VECTORS_PER_THREAD + 1;
-    if (max_threads > n_jobs) max_threads = n_jobs;
-    encode_task task = {in, jobs, n_jobs};
+    int64_t n_taken = (n_jobs + JOBS_TAKEN - 1) / JOBS_TAKEN;
+    if (max_threads > n_taken) max_threads = n_taken;
+    encode_task task = {.in = in, .jobs = jobs, .n_jobs = n_jobs};
     tq_run(executor, (int32_t)max_threads, encode_body, &task);
 }
 

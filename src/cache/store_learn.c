@@ -8,6 +8,7 @@
  * looks again each time the ring has been replaced; if factors then bring something, all that is encoded is recoded once.
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "base/threads.h"
@@ -250,6 +251,7 @@ typedef struct recode_task {
     const tq_store *store;
     const int8_t *steps;
     int64_t block, n_blocks; /* columns that share a reference, if there are any */
+    atomic_llong next;       /* block */
 } recode_task;
 
 static void decode(const tq_store *store, const tq_codec *codec, tq_block block, float *x)
@@ -312,9 +314,11 @@ static void recode_block(const recode_task *task, const tq_page_view *pages, int
 
 static void recode_body(void *arg, int32_t i_thread, int32_t n_threads)
 {
-    const recode_task *task = arg;
+    (void)i_thread;
+    (void)n_threads;
+    recode_task *task = arg;
     tq_page_view pages = tq_store_view(task->store, NULL, 0).pages;
-    for (int64_t i = i_thread; i < task->n_blocks; i += n_threads) {
+    for (int64_t i; (i = atomic_fetch_add_explicit(&task->next, 1, memory_order_relaxed)) < task->n_blocks;) {
         for (int32_t head = 0; head < task->store->n_head_kv; head++) recode_block(task, &pages, head, i * task->block);
     }
 }
@@ -322,7 +326,8 @@ static void recode_body(void *arg, int32_t i_thread, int32_t n_threads)
 static void recode(const tq_store *store, const tq_executor *executor)
 {
     int32_t block = store->layout.ref_block > 0 ? store->layout.ref_block : BLOCK_WITHOUT_REFERENCE;
-    recode_task task = {store, tq_store_steps(store), block, (store->n_slots + block - 1) / block};
+    recode_task task = {
+        .store = store, .steps = tq_store_steps(store), .block = block, .n_blocks = (store->n_slots + block - 1) / block};
     tq_run(executor, (int32_t)(task.n_blocks < THREADS_MAX ? task.n_blocks : THREADS_MAX), recode_body, &task);
 }
 

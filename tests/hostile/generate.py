@@ -31,7 +31,7 @@ NUMBERS = {
 }
 HANDLES = {"tq_cache", "tq_codec", "tq_pool", "tq_store", "tq_stage"}
 STRUCTS = {"tq_attend_params", "tq_attend_batch", "tq_cache_params", "tq_store_params", "tq_key_bias_params", "tq_preset",
-           "tq_executor", "tq_cuda_store", "tq_cuda_append_params", "tq_cuda_attend_params"}
+           "tq_executor", "tq_openmp", "tq_cuda_store", "tq_cuda_append_params", "tq_cuda_attend_params"}
 BUFFERS = {"float", "double", "int32_t", "int64_t", "size_t", "void", "tq_format", "tq_format_info", "tq_cache_stats",
            "tq_snapshot_info", "tq_cuda_info", "tq_cuda_sizes"}
 VALID = {"head_dim": "64", "seq": "f.seq", "from": "f.seq", "layer": "0", "exact_bytes": "f.exact_bytes",

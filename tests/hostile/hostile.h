@@ -37,6 +37,7 @@ static struct {
     tq_key_bias_params key_bias_params;
     tq_preset preset;
     tq_executor executor;
+    tq_openmp openmp; /* without a runtime: one thread */
     tq_cuda_store cuda_store;
     tq_cuda_append_params cuda_append_params;
     tq_cuda_attend_params cuda_attend_params;

@@ -14,6 +14,8 @@
 #include <cmocka.h>
 
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <unistd.h>
 
 #include "base/alloc.h"
@@ -86,6 +88,83 @@ static void test_workers_that_sleep_wake_up(void **state)
         tq_run(&executor, 3, count_body, &c);
     }
     assert_int_equal(atomic_load(&c.n_calls), 60);
+    tq_pool_free(pool);
+}
+
+/* A worker that gets no core: it sits in a signal handler. */
+static atomic_bool is_held, may_go;
+
+static void hold_worker(int signal)
+{
+    (void)signal;
+    atomic_store(&is_held, true);
+    /* Who waits for the worker shall fail, not hang. */
+    for (int i = 0; i < 2000 && !atomic_load(&may_go); i++) nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    atomic_store(&is_held, false);
+}
+
+typedef struct meeting {
+    atomic_int n_here;
+    pthread_t threads[3];
+} meeting;
+
+/* Each part waits for the others, so that each is on a thread of its own. */
+static void meet_body(void *arg, int32_t i_thread, int32_t n_threads)
+{
+    meeting *m = arg;
+    m->threads[i_thread] = pthread_self();
+    atomic_fetch_add(&m->n_here, 1);
+    while (atomic_load(&m->n_here) < n_threads) sched_yield();
+}
+
+static void test_the_caller_does_what_no_worker_begins(void **state)
+{
+    (void)state;
+    tq_pool *pool;
+    assert_int_equal(tq_pool_create(&pool, 3), TQ_OK);
+    tq_executor executor = tq_pool_executor(pool);
+    struct sigaction action = {.sa_handler = hold_worker}, before;
+    assert_int_equal(sigaction(SIGUSR1, &action, &before), 0);
+    for (int i = 0; i < 3; i++) {
+        meeting m = {.n_here = 0};
+        tq_run(&executor, 3, meet_body, &m);
+        if (pthread_equal(m.threads[i], pthread_self())) continue;
+        atomic_store(&may_go, false);
+        pthread_kill(m.threads[i], SIGUSR1);
+        while (!atomic_load(&is_held)) sched_yield();
+        count c = {.n_calls = 0};
+        for (int run = 0; run < 5; run++) tq_run(&executor, 3, count_body, &c);
+        assert_true(atomic_load(&is_held));
+        for (int part = 0; part < 3; part++) assert_int_equal(c.plain[part], 5);
+        atomic_store(&may_go, true);
+        while (atomic_load(&is_held)) sched_yield();
+    }
+    sigaction(SIGUSR1, &before, NULL);
+    tq_pool_free(pool);
+}
+
+/* What is written into memory of the run, after the caller has run out of parts. */
+static void late_body(void *arg, int32_t i_thread, int32_t n_threads)
+{
+    meeting *m = arg;
+    meet_body(m, i_thread, n_threads);
+    if (!pthread_equal(m->threads[i_thread], m->threads[0])) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        m->threads[i_thread] = m->threads[0];
+    }
+}
+
+static void test_the_caller_waits_for_what_is_begun(void **state)
+{
+    (void)state;
+    tq_pool *pool;
+    assert_int_equal(tq_pool_create(&pool, 3), TQ_OK);
+    tq_executor executor = tq_pool_executor(pool);
+    for (int i = 0; i < 20; i++) {
+        meeting m = {.n_here = 0};
+        tq_run(&executor, 3, late_body, &m);
+        for (int part = 1; part < 3; part++) assert_true(pthread_equal(m.threads[part], m.threads[0]));
+    }
     tq_pool_free(pool);
 }
 
@@ -394,6 +473,8 @@ int main(void)
         cmocka_unit_test(test_every_thread_runs_once),
         cmocka_unit_test(test_fewer_threads),
         cmocka_unit_test(test_workers_that_sleep_wake_up),
+        cmocka_unit_test(test_the_caller_does_what_no_worker_begins),
+        cmocka_unit_test(test_the_caller_waits_for_what_is_begun),
         cmocka_unit_test(test_without_executor),
         cmocka_unit_test(test_arguments),
         cmocka_unit_test(test_users_of_a_cache_do_not_see_each_other),
