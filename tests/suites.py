@@ -323,7 +323,7 @@ def metal_suites():
 
 def transformers_suites():
     needed = {"builds": ("release", "torch")}
-    yield pytest("python/transformers", TORCH_VENV, "transformers", "transformers_refusals", **needed)
+    yield pytest("python/transformers", TORCH_VENV, "transformers", "transformers_refusals", "interrupted", **needed)
     for name in ("real_model", "mlx_real_model", "examples"):
         yield pytest(f"python/{name}", TORCH_VENV, name, missing=absent(MODEL), **needed)
     # TurboQuantCache as on a GPU, on a device in host memory, and the benchmark that drives whole models.
@@ -331,10 +331,10 @@ def transformers_suites():
                 "TQ_CUDA_LIBRARY": str(BUILD / "release/tests/cuda/libturboquant-cuda-emulated.so")}
     headline = [TORCH_VENV / "bin/python", ROOT / "bench/headline.py", "--tiny"]
     yield pytest("python/cuda emulated", TORCH_VENV, "cuda", "cuda_snapshot", "transformers", "transformers_refusals",
-                 environment=emulated, more=[(headline, {})], **needed)
+                 "interrupted", environment=emulated, more=[(headline, {})], **needed)
     on_device = {"TQ_TEST_BACKEND": "cuda", "TQ_CUDA_LIBRARY": str(BUILD / "release/libturboquant-cuda.so")}
-    yield pytest("python/cuda", TORCH_VENV, "cuda", "cuda_graph", "cuda_snapshot", "transformers", environment=on_device,
-                 builds=("cuda", "torch"), missing=device_missing(), optional=True)
+    yield pytest("python/cuda", TORCH_VENV, "cuda", "cuda_graph", "cuda_snapshot", "transformers", "interrupted",
+                 environment=on_device, builds=("cuda", "torch"), missing=device_missing(), optional=True)
 
 
 def part(name, found):

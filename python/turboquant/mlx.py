@@ -32,7 +32,7 @@ import numpy as np
 
 from . import cache as _cache
 from ._library import AttendParams, lib
-from ._mlx_batch import BatchCache, Rows
+from ._mlx_batch import BatchCache, Rows, guard_passes
 from .errors import ArgumentError, UnsupportedError
 from .mlx_metal import TurboQuantMetalKVCache
 
@@ -327,6 +327,7 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     of_layers = iter(_options_of_layers(options, compressed, len(caches)))
     applied = [kind(preset, **next(of_layers)) if type(cache) is stock.KVCache else cache for cache in caches]
     _reach_attention(model)
+    guard_passes(type(model))
     said = ", ".join(f"{name}={value}" for name, value in {"preset": preset, **options}.items() if value is not None)
     what = f"turboquant: {n} of {len(caches)} layers compressed ({said}), {len(caches) - n} left to MLX-LM"
     if what not in _announced:
