@@ -324,7 +324,7 @@ def metal_suites():
 
 def transformers_suites():
     needed = {"builds": ("release", "torch")}
-    files = "transformers", "transformers_factors", "transformers_refusals"
+    files = "transformers", "transformers_factors", "transformers_refusals", "interrupted"
     yield pytest("python/transformers", TORCH_VENV, *files, **needed)
     for name in ("real_model", "mlx_real_model", "examples"):
         yield pytest(f"python/{name}", TORCH_VENV, name, missing=absent(MODEL), **needed)
@@ -336,6 +336,7 @@ def transformers_suites():
                  more=[(headline, {})], **needed)
     on_device = {"TQ_TEST_BACKEND": "cuda", "TQ_CUDA_LIBRARY": str(BUILD / "release/libturboquant-cuda.so")}
     yield pytest("python/cuda", TORCH_VENV, "cuda", "cuda_graph", "cuda_snapshot", "transformers", "transformers_factors",
+                 "interrupted",
                  environment=on_device, builds=("cuda", "torch"), missing=device_missing(), optional=True)
 
 

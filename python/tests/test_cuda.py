@@ -255,13 +255,18 @@ def test_captured_passes_encode_first(monkeypatch):
         halves.append(params._obj.half)
         append(store, params, stream)
 
-    def end_and_replay(begin):
-        n_tok = cache.cache._columns.n - begin
-        end(begin)
+    def recorded_step(statuses, *arguments):
+        statuses.append(0)
+        recorded_append(*arguments)
+
+    def end_and_replay():
+        n_tok = cache.cache._columns.n - cache.cache._pass.n_columns
+        end()
         cache.cache.replayed(n_tok)
 
     monkeypatch.setattr(_cuda_batch, "is_capturing", lambda device: True)
     monkeypatch.setattr(_cuda_batch.lib, "tq_cuda_append", recorded_append)
+    monkeypatch.setattr(_cuda_batch, "cuda_append", recorded_step)
     cache.cache._end = end_and_replay
     for n_tok in (1, 1, 5, 64, 1):
         cache.run(2, n_tok)
@@ -432,17 +437,63 @@ def test_failing_layer_is_rolled_back(llama):
     torch.testing.assert_close(logits(llama, cache, ids(1, 5)), logits(llama, fresh, ids(1, 5)), atol=.05, rtol=0)
 
 
-def test_torn_pass(llama, monkeypatch):
-    cache = compressed(llama)
-    logits(llama, cache, ids(1, 50))
-    monkeypatch.setattr("turboquant._cuda_batch.Batch._step", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        logits(llama, cache, ids(1, 5))
-    monkeypatch.undo()
-    with pytest.raises(turboquant.ArgumentError, match="interrupted within a layer: reset"):
-        logits(llama, cache, ids(1, 5))
-    cache.reset()
-    logits(llama, cache, ids(1, 5))
+@pytest.mark.parametrize("n_calls", [0, 1, 2, 3, 5, 8, 15])
+@pytest.mark.parametrize("is_appended", [False, True])
+def test_interrupted_within_a_layer(llama, monkeypatch, n_calls, is_appended):
+    """Between the parts of a prompt and the rows of a batch that a layer appends, before and after a call of the library."""
+    monkeypatch.setattr(_cuda_batch, "CHUNK_MAX", 16)
+    cache, fresh, mask = compressed(llama, n_recent=32), compressed(llama, n_recent=32), torch.ones(2, 100, dtype=torch.long)
+    mask[0, :30] = mask[0, 70:75] = 0  # two parts for each row and layer
+    mask = mask.to(DEVICE)
+    for each in (cache, fresh):
+        logits(llama, each, ids(2, 70), attention_mask=mask[:, :70])
+    append, left = _cuda_batch.cuda_append, n_calls
+
+    def interrupted(*arguments):
+        nonlocal left
+        if left == 0 and not is_appended:
+            raise KeyboardInterrupt
+        append(*arguments)
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_cuda_batch, "cuda_append", interrupted)
+        logits(llama, cache, ids(2, 30, seed=8), attention_mask=mask)
+    assert [cache.store.length(seq) for seq in cache.seqs] == [40, 70]
+    for layer in range(4):
+        for row, seq in enumerate(cache.seqs):
+            for found, wanted in zip(cache.store.read(seq, layer), fresh.store.read(fresh.seqs[row], layer)):
+                np.testing.assert_allclose(found, wanted, atol=.05 if layer <= n_calls // 4 else 0)
+    more = torch.cat([mask[:, :70], torch.ones_like(mask[:, :5])], 1)
+    torch.testing.assert_close(logits(llama, cache, ids(2, 5), attention_mask=more),
+                               logits(llama, fresh, ids(2, 5), attention_mask=more), atol=.05, rtol=0)
+
+
+@pytest.mark.parametrize("n_calls", [0, 1, 2])
+def test_going_back_is_interrupted(llama, monkeypatch, n_calls):
+    """It is done at the next use, of the rows that have not gone back."""
+    cache, fresh = compressed(llama, n_recent=32), compressed(llama, n_recent=32)
+    for each in (cache, fresh):
+        logits(llama, each, ids(2, 150))
+    store, trim, left = cache.store, cache.store.trim, n_calls
+
+    def interrupted(*arguments):
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        trim(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+        patch.setattr(store, "trim", interrupted)
+        append = _cuda_batch.cuda_append
+        patch.setattr(_cuda_batch, "cuda_append", lambda statuses, layer, *rest: (
+            1 / 0 if layer is store.layers[2].ref else append(statuses, layer, *rest)))
+        logits(llama, cache, ids(2, 90))
+    torch.testing.assert_close(logits(llama, cache, ids(2, 5)), logits(llama, fresh, ids(2, 5)), atol=.05, rtol=0)
+    assert [store.length(seq) for seq in cache.seqs] == [155] * 2
 
 
 def capture(batch):
@@ -514,7 +565,8 @@ def test_failing_capture(llama):
         batch.lens.copy_(lens)  # which a captured pass has not changed
         assert getattr(owner, name) == kept
     assert len(cache.store._sequences[cache.seqs[0]].pages) == n_pages
-    cache.crop(-2)  # the token that nobody has said to be none, and another
+    assert cache.get_seq_length() == 151
+    cache.crop(-1)
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 150
     assert [layer.n_columns for layer in cache._compressed] == [150] * 4
 

@@ -238,6 +238,73 @@ def test_windows_are_left_to_mlx(capsys):
     np.testing.assert_allclose(logits(model, cache, tokens), logits(model, model.make_cache(), tokens), atol=.006)
 
 
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, which would end the tests."""
+
+
+class Interrupts:
+    """In place of a model's module: its next call raises."""
+
+    def __call__(self, *arguments, **options):
+        raise Interrupted
+
+
+def interrupt(model, cache, layer, part, tokens):
+    """Give tokens to the model, whose layer raises in its part."""
+    kept = getattr(model.layers[layer], part)
+    setattr(model.layers[layer], part, Interrupts())
+    with pytest.raises(Interrupted):
+        logits(model, cache, tokens)
+    setattr(model.layers[layer], part, kept)
+
+
+def check_going_back(model, make_cache, n_before, n_batch=1):
+    """What comes after interrupted passes is what there would be without them."""
+    for layer, part in ((0, "self_attn"), (1, "mlp"), (2, "post_attention_layernorm")):
+        cache, fresh = make_cache(model), make_cache(model)
+        for each in (cache, fresh):
+            if n_before:
+                logits(model, each, ids(n_before, n_batch=n_batch))
+        interrupt(model, cache, layer, part, ids(40, seed=5, n_batch=n_batch))
+        assert [each.size() for each in cache] == [n_before] * len(cache)
+        for n, seed in ((9, 6), (1, 7)):
+            tokens = ids(n, seed=seed, n_batch=n_batch)
+            np.testing.assert_array_equal(logits(model, cache, tokens), logits(model, fresh, tokens))
+
+
+@pytest.mark.parametrize("n_batch", [1, 3])
+@pytest.mark.parametrize("n_before", [0, 50, 200])
+def test_interrupted_pass(llama, n_before, n_batch):
+    check_going_back(llama, lambda model: make_prompt_cache(model, n_recent=508, **TQ8), n_before, n_batch)
+
+
+def test_interrupted_attention(llama, monkeypatch):
+    """Between a layer's keys and what comes of them."""
+    cache, fresh = exact(llama), exact(llama)
+    for each in (cache, fresh):
+        logits(llama, each, ids(50))
+    with monkeypatch.context() as patch:
+        patch.setattr(TurboQuantKVCache, "attend", Interrupts())
+        with pytest.raises(Interrupted):
+            logits(llama, cache, ids(8, seed=4))
+    np.testing.assert_array_equal(logits(llama, cache, ids(9, seed=5)), logits(llama, fresh, ids(9, seed=5)))
+
+
+@pytest.mark.parametrize("n_before", [10, 100])
+def test_interrupted_pass_with_windows(n_before):
+    """A window goes back until it is full; then that is said."""
+    model = make_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=64)
+    cache, fresh = exact(model), exact(model)
+    for each in (cache, fresh):
+        logits(model, each, ids(n_before))
+    interrupt(model, cache, 2, "mlp", ids(5, seed=4))
+    if n_before > 64:
+        with pytest.raises(turboquant.ArgumentError, match="interrupted.*new cache"):
+            logits(model, cache, ids(5, seed=5))
+        return
+    np.testing.assert_array_equal(logits(model, cache, ids(9, seed=5)), logits(model, fresh, ids(9, seed=5)))
+
+
 def test_bytes(llama):
     cache = make_prompt_cache(llama)
     logits(llama, cache, ids(2000), parts=4)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """TurboQuantCache in small random models of Transformers, against DynamicCache with the stock attention."""
 import copy
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -79,6 +80,22 @@ def test_few_bits_are_worse(llama):
     exact = divergence(wanted, logits(llama, compressed(llama, **F16), input_ids))
     coarse = divergence(wanted, logits(llama, compressed(llama, k_format="tq2", v_format="tq2"), input_ids))
     assert coarse > 100 * exact
+
+
+@pytest.mark.skipif(ON_DEVICE or not os.path.exists("/proc/self/task"), reason="the CPU's, on Linux")
+def test_runs_on_the_threads_of_torch(llama):
+    """There are no threads next to them. A number of its own has threads of its own, and gives the same."""
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.rand(1 << 20).exp()
+        n_threads, input_ids = len(os.listdir("/proc/self/task")), ids(1, 600)
+        found = logits(llama, compressed(llama), input_ids)
+        assert len(os.listdir("/proc/self/task")) == n_threads
+        assert torch.equal(logits(llama, compressed(llama, n_threads=2), input_ids), found)
+        assert len(os.listdir("/proc/self/task")) > n_threads
+    finally:
+        torch.set_num_threads(n_before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

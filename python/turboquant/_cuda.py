@@ -217,10 +217,15 @@ class DeviceStore:
         self._release(sequence.pages)
         self._free_slots.append(sequence.slot)
         if not self._sequences:  # what comes next may be of another model
+            self.forget_means()
+            self.n_not_finite.zero_()
+
+    def forget_means(self) -> None:
+        """If no sequence holds a token: the next pass is the first."""
+        if not any(sequence.length for sequence in self._sequences.values()):
             for layer in self.layers:
                 layer.set_mean(None)
                 layer.has_settled = False
-            self.n_not_finite.zero_()
 
     def length(self, seq: int, layer: int = 0) -> int:
         return self._sequences[seq].length
@@ -368,15 +373,17 @@ class DeviceStore:
         decoded into the ring. held: what each layer really holds, where a forward pass was interrupted.
         """
         sequence = self._sequences[seq]
+        if sequence.length <= n_tok:  # also where this was interrupted and comes again
+            return
         begin = max(self.n_sink, n_tok - self.n_recent)
         for number in range(len(self.layers)):
             end = min(self._n_coded(sequence.length if held is None else held[number]), n_tok)
             if end > begin:
                 self._restore(number, sequence, begin, end)
-        sequence.length = min(sequence.length, n_tok)
-        n_pages = self._n_pages(sequence.length)
-        self._release(sequence.pages[n_pages:])
+        sequence.length, n_pages = n_tok, self._n_pages(n_tok)
+        unused = sequence.pages[n_pages:]
         del sequence.pages[n_pages:]
+        self._release(unused)
 
     def _restore(self, number: int, sequence: _Sequence, begin: int, end: int) -> None:
         rows = torch.from_numpy(self._decode(number, sequence, begin, end)).to(self.device, torch.float16)

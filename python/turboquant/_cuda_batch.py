@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ._cuda import DTYPES, DeviceStore, Layer, empty_bytes, is_capturing, new_stream, stream, to_device, use
-from ._library import CudaAppendParams, CudaAttendParams, lib
+from ._library import CudaAppendParams, CudaAttendParams, cuda_append, lib
 from .errors import ArgumentError, UnsupportedError
 
 # Tokens of a row that are appended before their queries attend, at most: a part of a prompt.
@@ -76,7 +76,7 @@ class Batch:
     def forget(self) -> None:
         """The sequences are gone."""
         self.is_stale = True  # the sequences are others, or have changed beside append
-        self.is_torn = False  # a layer has appended a part of its rows, and then failed
+        self.end()
         self.is_capturing = False
         # What n_not_finite was at the last pass that the device has begun. A new one: a copy may be on its way to the old.
         self._n_not_finite = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -105,12 +105,12 @@ class Batch:
         are advanced, and the device's on its stream.
         """
         store = self.store
-        if self.is_torn:
-            raise ArgumentError("a forward pass was interrupted within a layer: reset() the cache and run the prompt again")
         store.check_finite(int(self._n_not_finite[0]))
         if store.max_tokens is None:
             self._refuse_capture("its cache grows")
         counts = [n_tok] * self.n_rows if kept is None else kept.sum(axis=1).tolist()
+        self.end()
+        self._lengths = [store.length(seq) for seq in seqs]
         if not store.is_ready(seqs, counts):
             self._refuse_capture("a page is needed")
             store.reserve(seqs, counts)
@@ -130,6 +130,25 @@ class Batch:
             self._encode_first()
         for seq, n in zip(seqs, counts):
             store.advance(seq, n)
+
+    def trim(self, seqs: Sequence[int], lengths: Sequence[int], held: list[list[int]]) -> None:
+        """Keep so many tokens of each row. held: what rows have in each layer, but for one that was interrupted."""
+        self.is_stale = True
+        if self._number is not None:
+            held[self._number] = list(self._lengths)
+            for (first, n_rows, n_tok), status in zip(self._calls, self._statuses):
+                for row in range(first, first + n_rows if status == 0 else first):
+                    held[self._number][row] += n_tok
+        for row, (seq, length) in enumerate(zip(seqs, lengths)):
+            self.store.trim(seq, length, [of_layer[row] for of_layer in held])
+        self.end()
+
+    def end(self) -> None:
+        """The pass is over, with what it has appended or without."""
+        self._number: int | None = None  # the layer that came last
+        self._lengths: list[int] = []  # of the rows before the pass
+        self._calls: list[tuple[int, int, int]] = []  # what that began to append: first row, number of rows, tokens of each
+        self._statuses: list[int] = []  # and of the calls that returned
 
     def _refuse_capture(self, why: str) -> None:
         if self.is_capturing:
@@ -257,7 +276,7 @@ class Batch:
         params = self._attend
         params.softmax_scale, params.softcap, params.n_head = scaling, softcap or 0, query.shape[2]
         params.sinks = None if sinks is None else sinks.data_ptr()
-        self.is_torn = True
+        self._start(number)
         with use(self.device):
             for part in self._parts:
                 if self._is_whole:
@@ -271,7 +290,6 @@ class Batch:
                 self._attend_part(layer, part, *taken, result)
                 if part.tokens is not None:
                     out[rows].index_copy_(1, part.tokens, result)
-        self.is_torn = False
         return out
 
     def append(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -279,10 +297,16 @@ class Batch:
         layer = self.store.layers[number]
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         self._settle(layer, keys, True)
+        self._start(number)
         with use(self.device):
             for part in self._parts:
                 for step in part.steps:
                     self._append_step(layer, part, step, keys[:, step.begin: step.end], values[:, step.begin: step.end])
+
+    def _start(self, number: int) -> None:
+        self._number = None
+        self._calls, self._statuses = [], []
+        self._number = number
 
     def _settle(self, layer: Layer, keys: torch.Tensor, may_shift: bool) -> None:
         """The mean that all keys lose is that of the first pass's, [n_rows, n_tok, n_head_kv, head_dim]."""
@@ -332,7 +356,8 @@ class Batch:
             a.half, encoded = _STORE, self._encoded.pop(layer)
             if encoded is not None:
                 torch.cuda.current_stream(self.device).wait_event(encoded)
-        lib.tq_cuda_append(layer.ref, self._append_ref, stream(self.device))
+        self._calls.append((part.row, part.n_rows, step.end - step.begin))
+        cuda_append(self._statuses, layer.ref, self._append_ref, stream(self.device))
 
     def _set_places(self, part: _Part, step: _Step) -> None:
         """Where the tokens of a step go."""

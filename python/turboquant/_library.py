@@ -95,6 +95,10 @@ class Executor(_Struct):
     _fields_ = [("n_threads", c_int32), ("user", c_void_p), ("run", c_void_p)]
 
 
+class OpenMP(_Struct):
+    _fields_ = [("n_threads", c_int32), ("parallel", c_void_p), ("thread_num", c_void_p), ("num_threads", c_void_p)]
+
+
 class AttendParams(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_query", c_int64), ("n_head", c_int32), ("q", c_void_p), ("q_token_stride", c_int64),
@@ -184,10 +188,10 @@ class CudaAttendParams(_Struct):
 
 
 STRUCTS = {
-    "tq_format_info": FormatInfo, "tq_preset": Preset, "tq_executor": Executor, "tq_attend_params": AttendParams,
-    "tq_attend_batch": AttendBatch, "tq_cache_params": CacheParams, "tq_cache_stats": CacheStats,
-    "tq_snapshot_info": SnapshotInfo, "tq_cuda_info": CudaInfo, "tq_cuda_store": CudaStore, "tq_cuda_sizes": CudaSizes,
-    "tq_cuda_append_params": CudaAppendParams, "tq_cuda_attend_params": CudaAttendParams,
+    "tq_format_info": FormatInfo, "tq_preset": Preset, "tq_executor": Executor, "tq_openmp": OpenMP,
+    "tq_attend_params": AttendParams, "tq_attend_batch": AttendBatch, "tq_cache_params": CacheParams,
+    "tq_cache_stats": CacheStats, "tq_snapshot_info": SnapshotInfo, "tq_cuda_info": CudaInfo, "tq_cuda_store": CudaStore,
+    "tq_cuda_sizes": CudaSizes, "tq_cuda_append_params": CudaAppendParams, "tq_cuda_attend_params": CudaAttendParams,
 }
 
 # Arguments that are checked before ctypes takes them.
@@ -274,6 +278,7 @@ _OTHER = {
     "tq_cache_free": (None, [c_void_p]),
     "tq_pool_free": (None, [c_void_p]),
     "tq_pool_executor": (Executor, [c_void_p]),
+    "tq_openmp_executor": (Executor, [POINTER(OpenMP)]),
     "tq_cpu_name": (c_char_p, []),
 }
 
@@ -339,7 +344,16 @@ def _load() -> types.SimpleNamespace:
         function.restype, function.argtypes = result, arguments
         setattr(functions, name, _guarded(function))
     functions.tq_log_set(_callback, None)
+    functions.append_unchecked = library["tq_cuda_append"]  # a function of its own, without a check
+    functions.append_unchecked.argtypes = _FALLIBLE["tq_cuda_append"]
     return functions
+
+
+def cuda_append(statuses: list[int], *arguments: Any) -> None:
+    """tq_cuda_append, whose status is also added to `statuses`, in one step of the interpreter: a KeyboardInterrupt comes
+    before or after both, so that the list says what was appended."""
+    statuses.extend(map(lib.append_unchecked, *((argument,) for argument in arguments)))
+    _check(statuses[-1], lib.append_unchecked, arguments)
 
 
 lib = _load()

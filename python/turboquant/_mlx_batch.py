@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What the caches of MLX-LM on the CPU and on Apple GPUs share: a batch of sequences of different lengths, and its padding."""
+"""
+What the caches of MLX-LM on the CPU and on Apple GPUs share: a batch of sequences of different lengths, its padding, and the
+way back from a forward pass that was interrupted.
+"""
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,7 +134,7 @@ class BatchCache(stock._BaseCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Handles of the rows. They are appended when the attention that follows brings the queries."""
         if self._pending:
-            raise ArgumentError("a forward pass was interrupted between a layer's keys and its attention: make a new cache")
+            raise ArgumentError("a forward pass was interrupted and could not be taken back: make a new cache")
         n_batch, _, n_tok, _ = keys.shape
         if n_batch != len(self._sequences) and any(self._lengths()):
             raise ArgumentError(f"this cache holds a batch of {len(self._sequences)}, and was given one of {n_batch}")
@@ -186,6 +190,19 @@ class BatchCache(stock._BaseCache):
     def _take_again(self) -> Iterator[tuple[int, Any, int, int]]:
         for i, begin, n in self._taken or []:
             yield i, self._sequences[i], begin, n
+
+    def _mark(self) -> tuple[dict[str, Any], list[int]]:
+        """What there is, for _go_back."""
+        state = {name: copy.copy(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+        return state, self._lengths()
+
+    def _go_back(self, mark: tuple[dict[str, Any], list[int]]) -> None:
+        """Forget what a forward pass has brought since then."""
+        state, lengths = mark
+        vars(self).update(state)
+        for sequence, length in zip(self._sequences, lengths):
+            if sequence is not None:
+                sequence.trim(length)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
         """None or "causal": there is no mask but causality, and padding is not stored."""
@@ -296,3 +313,51 @@ class BatchCache(stock._BaseCache):
         other = self._like(self._sequences)
         other._left, other._to_come = list(self._left), copy.copy(self._to_come)
         return other
+
+
+def guard_passes(kind: type) -> None:
+    """
+    Let a forward pass of models of this class that raises anything, a KeyboardInterrupt too, take back what it has appended to
+    compressed caches.
+    """
+    call = kind.__call__
+    if getattr(call, "is_turboquant", False):
+        return
+
+    @functools.wraps(call)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        caches = [cache for given in (*args, *kwargs.values()) if isinstance(given, (list, tuple)) for cache in given]
+        marks = [(cache, cache._mark()) for cache in caches if isinstance(cache, BatchCache)]
+        if not marks:
+            return call(self, *args, **kwargs)
+        others = [(cache, _count(cache)) for cache in caches if isinstance(cache, stock._BaseCache)
+                  and not isinstance(cache, BatchCache)]
+        try:
+            return call(self, *args, **kwargs)
+        except BaseException:
+            is_begun = any(cache._lengths() != lengths for cache, (_, lengths) in marks)
+            can_go_back = all([_go_back(cache, before, is_begun) for cache, before in others])
+            for cache, mark in marks:
+                cache._go_back(mark)
+                if not can_go_back:
+                    cache._pending = 1
+            raise
+
+    guarded.is_turboquant = True
+    kind.__call__ = guarded
+
+
+def _count(cache: stock._BaseCache) -> int | None:
+    """The columns of a cache of MLX-LM; None: it does not say."""
+    counts = (getattr(cache, name, None) for name in ("offset", "_offset", "_idx"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _go_back(cache: stock._BaseCache, before: int | None, is_begun: bool) -> bool:
+    """Trim a cache of MLX-LM to what it was, if it can be; windows that are full and recurrent states cannot."""
+    after = _count(cache)
+    if before is None or after is None:
+        return not is_begun
+    if after == before:
+        return True
+    return cache.is_trimmable() and cache.trim(after - before) == after - before

@@ -193,7 +193,7 @@ class Cache:
         self.k_format, self.v_format = params.k_format, params.v_format
         self.n_sink, self.n_recent = params.n_sink, params.n_recent
         if n_threads is not None:
-            _threads.pool(n_threads)  # refuses now what the first tokens would be refused for
+            self._threads(n_threads)  # refuses now what the first tokens would be refused for
         self._n_threads = _threads.default_n_threads() if n_threads is None else n_threads
 
     def close(self) -> None:
@@ -210,8 +210,13 @@ class Cache:
     def __reduce__(self) -> Any:
         raise TypeError("a turboquant cache can be neither copied nor pickled: fork its sequences (seq_fork), or save() it")
 
+    @staticmethod
+    def _threads(n_threads: int) -> Any:
+        """What calls run on."""
+        return _threads.pool(n_threads)
+
     def _executor(self) -> Any:
-        return _threads.pool(self._n_threads).executor()
+        return self._threads(self._n_threads).executor()
 
     # ---- sequences ----
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from . import cache as _cache
 from ._library import AttendParams, lib
-from ._mlx_batch import BatchCache, Rows
+from ._mlx_batch import BatchCache, Rows, guard_passes
 from .errors import ArgumentError, UnsupportedError
 from .mlx_metal import TurboQuantMetalKVCache
 
@@ -354,6 +354,7 @@ def from_kvcache(model: Any, caches: Sequence[Any], preset: str = "TQ4", **optio
         if caches[i].offset > 0:
             applied[i].append(*caches[i].keys_and_values())
     _reach_attention(model)
+    guard_passes(type(model))
     said = ", ".join(f"{name}={value}" for name, value in {"preset": preset, **options}.items() if value is not None)
     what = f"turboquant: {n} of {len(caches)} layers compressed ({said}), {len(caches) - n} left to MLX-LM"
     if what not in _announced:

@@ -23,14 +23,15 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import (DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin,
-                                      LinearAttentionLayer, get_layer_types_and_kwargs)
+from transformers.cache_utils import (DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicLayer,
+                                      DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer,
+                                      get_layer_types_and_kwargs)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from . import cache as _cache, weight_factors
+from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
-from ._library import AttendParams, lib
+from ._library import AttendParams, lib, log
 from .errors import ArgumentError, SnapshotError, UnsupportedError
 from .formats import preset as find_preset
 
@@ -40,6 +41,8 @@ NAME = "turboquant"
 # What Transformers keeps for such layers is small or bounded: it stays as it is.
 # "dummy" layers have none.
 _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid_sliding", "dummy"}
+# Layers of Transformers that an interrupted pass can be taken back from: they replace their tensors, and change none.
+_WITH_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 # Kinds of torch devices that have tq_cuda_*'s functions.
 _DEVICE_TYPES = {"cuda"}
 # One mean of all keys, as devices have it, takes out of a key bias what a reference for so many tokens would: 1024 to 16384 do
@@ -155,17 +158,29 @@ def _rope(module: torch.nn.Module, head_dim: int) -> tuple[np.ndarray, np.ndarra
     return partners, angles
 
 
+class _Pass:
+    """
+    A forward pass that is not over, and what there was before it. Nobody tells the cache of one that was interrupted: a layer
+    that comes a second time begins another pass.
+    """
+
+    def __init__(self, n_columns: int) -> None:
+        self.n_columns = n_columns
+        self.came: dict[int, Any] = {}  # layers that have come; of those left to Transformers, copies of before
+        self.is_recurrent = False  # a recurrent state has changed, which knows no way back
+
+
 class TurboQuantLayer(CacheLayerMixin):
-    """One layer with full attention. `number`: of the library's layers."""
+    """One layer with full attention. `number`: of the library's layers; `index`: of the model's."""
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, owner: TurboQuantCache, number: int) -> None:
+    def __init__(self, owner: TurboQuantCache, number: int, index: int) -> None:
         super().__init__()
         # Weak, so that a cache and its memory go when the last user of the cache does.
-        self._owner, self._number = weakref.ref(owner), number
+        self._owner, self._number, self.index = weakref.ref(owner), number, index
         self._model_config: Any = None
         self._factors: _Factors | None = None  # of the keys that it holds
         self.n_columns = 0
@@ -179,10 +194,11 @@ class TurboQuantLayer(CacheLayerMixin):
         return _Compressed(self, key_states), _Compressed(self, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.n_columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.n_columns
+        """Of whole forward passes."""
+        return min(self.n_columns, self._cache()._n_whole)
 
     def get_max_length(self) -> int:
         return -1
@@ -232,17 +248,17 @@ class TurboQuantLayer(CacheLayerMixin):
         mask: None, or bool [n_batch, n_columns + n_tok], where False is padding. A row of padding gives zeros.
         softcap: logits become softcap * tanh(logit / softcap). sinks [n_head]: logits of the denominator alone.
         """
-        if self.n_columns == 0:
-            self._find_factors(module, query, keys, not softcap and sinks is None)
-        self._check(module.config, query, keys, values)
         owner, n_tok = self._cache(), query.shape[2]
-        if self._factors is not None:
-            query, keys = self._factors.scaled(query, keys)
-        kept = owner._begin(self.n_columns, query, mask)
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         if sinks is not None:
             sinks = sinks.detach().to(torch.float32).contiguous()
         try:
+            if self.n_columns == 0:
+                self._find_factors(module, query, keys, not softcap and sinks is None)
+            self._check(module.config, query, keys, values)
+            if self._factors is not None:
+                query, keys = self._factors.scaled(query, keys)
+            kept = owner._begin(self, query, mask)
             if owner._batch is not None:
                 out = owner._batch.attend(self._number, query, keys, values, scaling, softcap, sinks)
             else:
@@ -252,12 +268,13 @@ class TurboQuantLayer(CacheLayerMixin):
                 out = _attend_rows(owner.store, owner.seqs, self._number, query.to(torch.float32), *rows, kept, params)
                 out = out.to(query.dtype)
         except BaseException:
-            owner._roll_back(self.n_columns)
+            if owner._pass is not None and not owner._pass.is_recurrent:
+                owner._take_back()
             raise
         self.n_columns += n_tok
         self.is_initialized = True
-        if self is owner._compressed[-1]:
-            owner._end(self.n_columns - n_tok)
+        if self.index == owner._last:
+            owner._end()
         return out
 
 
@@ -266,8 +283,8 @@ class TurboQuantHybridLayer(LinearAttentionLayer, TurboQuantLayer):
 
     is_compileable = False
 
-    def __init__(self, owner: TurboQuantCache, number: int, **options: Any) -> None:
-        TurboQuantLayer.__init__(self, owner, number)
+    def __init__(self, owner: TurboQuantCache, number: int, index: int, **options: Any) -> None:
+        TurboQuantLayer.__init__(self, owner, number, index)
         LinearAttentionLayer.__init__(self, **options)
 
 
@@ -304,6 +321,14 @@ def _attend_rows(store: _cache.Cache, seqs: list[int], number: int, query: torch
 _COMPRESSED_TYPES = {"full_attention": TurboQuantLayer, "hybrid": TurboQuantHybridLayer}
 
 
+class _HostStore(_cache.Cache):
+    @staticmethod
+    def _threads(n_threads: int) -> Any:
+        """PyTorch's, if there are as many as its own operations have: a region of another size makes it start others."""
+        found = _threads.openmp(n_threads) if n_threads == torch.get_num_threads() else None
+        return found or _threads.pool(n_threads)
+
+
 class TurboQuantCache(Cache):
     """
     A cache of Transformers whose layers of full attention are compressed. Layers with a window or a recurrent state keep
@@ -334,7 +359,7 @@ class TurboQuantCache(Cache):
         for i, (layer_type, kwargs) in enumerate(zip(layer_types, layer_options)):
             if layer_type in _COMPRESSED_TYPES:
                 number = sum(isinstance(layer, TurboQuantLayer) for layer in layers)
-                layers.append(_COMPRESSED_TYPES[layer_type](self, number, **kwargs))
+                layers.append(_COMPRESSED_TYPES[layer_type](self, number, i, **kwargs))
             elif layer_type in _STOCK_TYPES:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
             else:
@@ -344,16 +369,20 @@ class TurboQuantCache(Cache):
         self._compressed = [layer for layer in layers if isinstance(layer, TurboQuantLayer)]
         if not self._compressed:
             raise UnsupportedError("no layer of this model has full attention: there is nothing to compress. Use DynamicCache")
+        # With this layer all that can be taken back have come.
+        self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer) or type(layer) in _WITH_KEYS)
         n_head_kv, head_dim, head_dim_v = _head_shape(
             self.config, [i for i, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer)])
         of_model = {} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}
         self._options = {"preset": preset, "n_threads": torch.get_num_threads()} | of_model | options
         self._max_tokens = max_tokens
         # Of the CPU until a tensor on another device comes. Memory is taken when it is used.
-        self.store: Any = _cache.Cache(len(self._compressed), n_head_kv, head_dim, **self._options)
+        self.store: Any = _HostStore(len(self._compressed), n_head_kv, head_dim, **self._options)
         self._key_formats = weight_factors.formats_of(self._options, len(self._compressed), "k")
         self.seqs: list[int] = []
         self._columns = Columns()
+        self._pass: _Pass | None = None
+        self._ended_after: int | None = None  # the layer with which the first pass ended, if it did not reach the last
         self._device: torch.device | None = None
         self._batch: Any = None  # _cuda_batch.Batch, where store is a _cuda.DeviceStore
 
@@ -365,7 +394,7 @@ class TurboQuantCache(Cache):
     def __repr__(self) -> str:
         n_stock = len(self.layers) - len(self._compressed)
         return (f"TurboQuantCache({len(self._compressed)} layers compressed, {n_stock} left to Transformers, "
-                f"{len(self.seqs)} sequences of {self._columns.n} tokens, {self.nbytes} bytes)")
+                f"{len(self.seqs)} sequences of {self._n_whole} tokens, {self.nbytes} bytes)")
 
     @property
     def is_initialized(self) -> bool:
@@ -383,7 +412,29 @@ class TurboQuantCache(Cache):
         layer = self.layers[layer_idx]
         if isinstance(layer, TurboQuantLayer):
             return layer.update(key_states, value_states)
-        return tuple(map(_Stock, layer.update(key_states, value_states, *args, **kwargs)))
+        self._come(layer_idx)
+        handles = tuple(map(_Stock, layer.update(key_states, value_states, *args, **kwargs)))
+        if layer_idx == self._last:
+            self._end()
+        return handles
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._come_recurrent(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+                               ) -> torch.Tensor:
+        self._come_recurrent(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    # What models ask before a pass, so of whole ones.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx) if self._pass is None else self._pass.n_columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        before = None if self._pass is None else self._pass.came.get(layer_idx)
+        return super().get_mask_sizes(query_length, layer_idx) if before is None else before.get_mask_sizes(query_length)
 
     # ---- a forward pass ----
 
@@ -397,7 +448,7 @@ class TurboQuantCache(Cache):
                 self.seqs, self._columns = [], Columns()
                 self._options |= more
                 store = self.store
-                self.store = _cache.Cache(store.n_layer, store.n_head_kv, store.head_dim, **self._options)
+                self.store = _HostStore(store.n_layer, store.n_head_kv, store.head_dim, **self._options)
                 self._device = self._batch = None
                 self._key_formats = weight_factors.formats_of(self._options, store.n_layer, "k")
         else:
@@ -405,6 +456,59 @@ class TurboQuantCache(Cache):
                 f"the projections of queries and keys in {type(module).__name__}, of compressed layer {layer._number}, are not "
                 "known, while the first layer's are, so some keys would have factors for outlier channels and others none: "
                 'make the cache with k_format="tq8", factors="off"')
+
+    @property
+    def _n_whole(self) -> int:
+        """Columns of whole passes."""
+        return self._columns.n if self._pass is None else self._pass.n_columns
+
+    def _come(self, index: int) -> _Pass:
+        """A layer's turn. What it changes comes after this."""
+        if self._pass is not None and index in self._pass.came:
+            self._refuse_missing_layers()
+            self._settle()
+        if self._pass is None:
+            self._pass = _Pass(self._columns.n)
+        layer = self.layers[index]
+        self._pass.came[index] = None if isinstance(layer, TurboQuantLayer) else copy.copy(layer)
+        return self._pass
+
+    def _come_recurrent(self, index: int) -> None:
+        """The same, of a layer that comes several times in a pass, or after its end."""
+        if index < self._last:
+            if self._pass is None:
+                self._pass = _Pass(self._columns.n)
+            self._pass.is_recurrent = True
+
+    def _refuse_missing_layers(self) -> None:
+        """A model that has fewer layers than its configuration says never ends a pass."""
+        if self._pass.n_columns > 0:
+            return
+        before, self._ended_after = self._ended_after, max(self._pass.came)
+        if before == self._ended_after:
+            raise ArgumentError(f"the first forward pass has ended after layer {before} of {len(self.layers)}, twice: make the "
+                                "cache with a config that has the model's num_hidden_layers; if both were interrupted, "
+                                "reset() the cache")
+
+    def _settle(self) -> None:
+        """Take back what a pass has left that was interrupted: for what never comes in the midst of one."""
+        if self._pass is None:
+            return
+        if self._pass.is_recurrent:
+            raise ArgumentError("a forward pass was interrupted, and layers with a recurrent state cannot go back: reset() the "
+                                "cache and run the prompt again")
+        log.warning("a forward pass was interrupted after layer %d of %d: the cache goes back to the %d tokens before it",
+                    max(self._pass.came, default=0), len(self.layers), self._pass.n_columns)
+        self._take_back()
+
+    def _take_back(self) -> None:
+        for index, before in self._pass.came.items():
+            if before is not None:
+                self.layers[index].__dict__ = dict(before.__dict__)
+        self._roll_back(self._pass.n_columns)
+        if self._batch is not None and self._columns.n == 0:
+            self.store.forget_means()
+        self._pass = None
 
     def _use(self, device: torch.device, of_means: Sequence[int] = ()) -> None:
         """All layers are on one device, the first one's. of_means: sequences of a file that a device wrote."""
@@ -439,15 +543,16 @@ class TurboQuantCache(Cache):
             return
         self.seqs = self.store.seq_create(n_batch)
 
-    def _begin(self, begin: int, query: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray | None:
-        """Which of the columns [begin, begin + n_tok) of a layer's queries [n_batch, n_head, n_tok, head_dim] are tokens, bool
-        [n_batch, n_tok]; None: all. A pass's first layer adds them."""
+    def _begin(self, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray | None:
+        """Which of the new columns of a layer's queries [n_batch, n_head, n_tok, head_dim] are tokens, bool [n_batch, n_tok];
+        None: all. A pass's first layer adds them."""
         n_batch, n_head, n_tok, _ = query.shape
         if not self.seqs:
             self._open(n_batch)
         if len(self.seqs) != n_batch:
             raise ArgumentError(f"this cache holds a batch of {len(self.seqs)}, and was given one of {n_batch}: use a new one, "
                                 "batch_repeat_interleave or batch_select_indices")
+        begin = self._come(layer.index).n_columns
         if begin == self._columns.n:
             if self._device.type in _DEVICE_TYPES and (self._batch is None or self._batch.n_rows != n_batch):
                 from ._cuda_batch import Batch
@@ -456,18 +561,14 @@ class TurboQuantCache(Cache):
             is_captured = self._batch is not None and self._batch.look()
             tokens = self._extend(n_tok) if is_captured and mask is None else self._columns.extend(
                 n_batch, n_tok, None if mask is None else mask.cpu().numpy())
-            try:
-                if self._batch is not None:
-                    self._batch.begin(self.seqs, n_tok, tokens, n_head)
-                    return tokens
-                for row, seq in enumerate(self.seqs):
-                    self.store.reserve(seq, n_tok if tokens is None else int(tokens[row].sum()))
-            except BaseException:
-                self._columns.cut(begin)
-                raise
-        elif begin + n_tok != self._columns.n:
-            raise ArgumentError(f"a layer holds {begin} tokens and others {self._columns.n}: a forward pass was interrupted. "
-                                "reset() the cache and run the prompt again")
+            if self._batch is not None:
+                self._batch.begin(self.seqs, n_tok, tokens, n_head)
+                return tokens
+            for row, seq in enumerate(self.seqs):
+                self.store.reserve(seq, n_tok if tokens is None else int(tokens[row].sum()))
+        if layer.n_columns != begin or begin + n_tok != self._columns.n:
+            raise ArgumentError(f"layer {layer.index} holds {layer.n_columns} tokens and gets {n_tok}, others held {begin} and "
+                                f"hold {self._columns.n}: it was left out of a forward pass. reset() the cache")
         return self._columns.tokens(begin)
 
     def _extend(self, n_tok: int) -> np.ndarray | None:
@@ -476,11 +577,13 @@ class TurboQuantCache(Cache):
         mask = None if kept is None else np.pad(kept, ((0, 0), (0, n_tok)), constant_values=True)
         return self._columns.extend(len(self.seqs), n_tok, mask)
 
-    def _end(self, begin: int) -> None:
-        """The last layer has attended, in a pass that began at this column. What a CUDA graph has captured did not happen;
-        replayed() says when it does."""
-        if self._batch is not None and self._batch.is_capturing:
-            self._forget_capture(begin)
+    def _end(self) -> None:
+        """The last layer has come. What a CUDA graph has captured did not happen; replayed() says when it does."""
+        if self._batch is not None:
+            if self._batch.is_capturing:
+                self._forget_capture(self._pass.n_columns)
+            self._batch.end()
+        self._pass = self._ended_after = None
 
     def _forget_capture(self, n: int) -> None:
         """The host alone has counted what comes after n columns: the device's lengths and pages are as they were."""
@@ -516,12 +619,10 @@ class TurboQuantCache(Cache):
                 self.store.trim(seq, length)
         else:
             held = [self._columns.lengths(len(self.seqs), layer.n_columns) for layer in self._compressed]
-            for row, (seq, length) in enumerate(zip(self.seqs, lengths)):
-                self.store.trim(seq, length, [of_layer[row] for of_layer in held])
-            self._batch.is_stale = True
-        self._columns.cut(n)
+            self._batch.trim(self.seqs, lengths, held)
         for layer in self._compressed:
             layer.n_columns = min(layer.n_columns, n)
+        self._columns.cut(n)  # at last: until then a roll back that is interrupted can be done again
 
     # ---- what generate() asks for ----
 
@@ -530,6 +631,7 @@ class TurboQuantCache(Cache):
         tokens_to_remove = int(tokens_to_remove)  # some versions give a tensor
         if tokens_to_remove > 0:
             raise ArgumentError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
+        self._settle()
         fixed = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)
                  and not (layer.record_past and layer.is_croppable)]
         if fixed and tokens_to_remove < 0:
@@ -549,7 +651,7 @@ class TurboQuantCache(Cache):
         for layer in self._of_transformers():
             layer.reset()
         self._free(self.seqs)
-        self.seqs, self._columns = [], Columns()
+        self.seqs, self._columns, self._pass, self._ended_after = [], Columns(), None, None
         if self._batch is not None:
             self._batch.forget()
 
@@ -570,6 +672,7 @@ class TurboQuantCache(Cache):
     def _select(self, indices: torch.Tensor) -> None:
         """Row i becomes what row indices[i] was. A row's first use keeps its sequence, others fork it."""
         rows = indices.tolist()
+        self._settle()
         unused, seqs, forks = dict(enumerate(self.seqs)), [], []
         try:
             for row in rows:
@@ -595,6 +698,7 @@ class TurboQuantCache(Cache):
 
     def __deepcopy__(self, memo: dict) -> TurboQuantCache:
         """For prefixes that several conversations begin with: the copy shares the library's pages."""
+        self._settle()
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__, seqs=[], _batch=None)
         memo[id(self)] = other
@@ -622,13 +726,14 @@ class TurboQuantCache(Cache):
         if self._of_transformers():
             raise UnsupportedError("this model has layers or states that are left to Transformers, and a snapshot holds "
                                    "compressed keys and values alone: run the prompt again instead of saving it")
+        self._settle()
         lengths = self._columns.lengths(len(self.seqs), self._columns.n)
         if not self.seqs or Columns.left_padded(lengths) != self._columns:
             raise UnsupportedError("only a cache that holds tokens, and whose padding is all on the left with a row that has "
                                    "none, can be saved")
-        is_torn = self._batch is not None and self._batch.is_torn
-        if is_torn or any(layer.n_columns != self._columns.n for layer in self._compressed):
-            raise ArgumentError("a forward pass was interrupted: reset() the cache and run the prompt again before saving it")
+        if any(layer.n_columns != self._columns.n for layer in self._compressed):
+            raise ArgumentError("a layer was left out of a forward pass: reset() the cache and run the prompt again before "
+                                "saving it")
         if isinstance(self.store, _cache.Cache):
             of_factors = self._factors_to(self.store)
             try:
@@ -824,5 +929,6 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
     return attention_mask.to(torch.bool)
 
 
+_threads.use_openmp_of(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
