@@ -128,8 +128,8 @@ bool tq_store_must_decide(const tq_store *store);
 void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq_executor *executor);
 /*
  * Set the references of a slot's block to the window's mean, or to zero if that is empty, unless they are set. is_new: nothing
- * that is coded in the block is in use, so they are set in any case. Of the window's first n_decoded, which belong to the block,
- * they may be those that they were decoded with.
+ * that is coded in the block is in use, so they are set in any case. Of the window's first n_decoded, which belong to the
+ * block, they may be those that they were decoded with.
  */
 void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window, bool is_new,
                             int32_t n_decoded, const tq_executor *executor);

@@ -7,7 +7,7 @@
 #include "cache/store.h"
 #include "codec/trellis.h"
 
-#define ROWS_MAX 8     /* that are looked at */
+#define ROWS_MAX 8      /* that are looked at */
 #define STARTS_MAX 8    /* of them, searched */
 #define CONFIRMED_MIN 2 /* the one that the reference was made for, and another */
 

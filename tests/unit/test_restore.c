@@ -265,14 +265,10 @@ static void test_extreme_vectors(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_an_empty_store_becomes_the_same),
-        cmocka_unit_test(test_batches_and_threads_make_no_difference),
-        cmocka_unit_test(test_what_was_there_is_discarded),
-        cmocka_unit_test(test_discarding_a_part_keeps_the_rest),
-        cmocka_unit_test(test_other_rows_are_written),
-        cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_codes_are_found_again),
-        cmocka_unit_test(test_extreme_vectors),
+        cmocka_unit_test(test_an_empty_store_becomes_the_same), cmocka_unit_test(test_batches_and_threads_make_no_difference),
+        cmocka_unit_test(test_what_was_there_is_discarded),     cmocka_unit_test(test_discarding_a_part_keeps_the_rest),
+        cmocka_unit_test(test_other_rows_are_written),          cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_codes_are_found_again),           cmocka_unit_test(test_extreme_vectors),
     };
     for (int64_t i = 0; i < N_SLOTS; i++) slots[i] = i;
     return cmocka_run_group_tests(tests, NULL, NULL);
