@@ -364,6 +364,11 @@ static bool block_in_use(const tq_page_view *pages, const tq_codec *codec, int32
     return false;
 }
 
+static bool is_set(tq_block reference)
+{
+    return reference.scales[0] != 0 && !(reference.scales[0] & TQ_REFERENCE_LEFT);
+}
+
 typedef struct reference_task {
     const tq_store *store;
     const tq_rows_in *in;
@@ -378,7 +383,7 @@ static void reference_body(void *arg, int32_t i_thread, int32_t n_threads)
     const tq_rows_in *in = task->in;
     for (int32_t head = i_thread; head < task->store->n_head_kv; head += n_threads) {
         tq_block reference = tq_page_view_refs(&in->pages, in->codec, head, task->slot);
-        if (reference.scales[0] != 0 || block_in_use(&in->pages, in->codec, head, task->slot)) continue;
+        if (is_set(reference) || block_in_use(&in->pages, in->codec, head, task->slot)) continue;
         if (task->n_decoded > 0 && tq_rows_recover_reference(in, head, task->slot, task->window, task->n_decoded)) continue;
         tq_rows_set_reference(in, head, task->slot, task->window);
     }
@@ -389,7 +394,7 @@ void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t
 {
     if (window->n == 0) return;
     reference_task task = {store, in, slot, window, n_decoded};
-    /* One head is not worth a thread, but where it is searched for. */
-    bool is_found = tq_page_view_refs(&in->pages, in->codec, 0, slot).scales[0] != 0;
-    tq_run(n_decoded > 0 && !is_found ? executor : NULL, store->n_head_kv, reference_body, &task);
+    /* A mean is not worth a thread, a search is. */
+    bool is_search = n_decoded > 0 && !is_set(tq_page_view_refs(&in->pages, in->codec, 0, slot));
+    tq_run(is_search ? executor : NULL, store->n_head_kv, reference_body, &task);
 }
