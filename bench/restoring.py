@@ -78,7 +78,8 @@ def main():
         for i, name in enumerate(a.configs.split(",")):
             path = Path(folder) / str(i)
             path.mkdir()
-            for case, n, more in (("slots", n_slots, ["--cache-ram", "0", "--slot-save-path", path]), ("swap", 1, ["-lv", "4"])):
+            cases = ("slots", n_slots, ["--cache-ram", "0", "--slot-save-path", path]), ("swap", 1, ["-lv", "4"])
+            for case, n, more in cases:
                 arguments = ["-c", 2 * a.tokens * n, "-np", n, "--slots", *more]
                 server = stack.enter_context(running_server(setup, Cache(name), list(map(str, arguments))))
                 prompts = [tokens_of(server, text[start:start + 10 * a.tokens], a.tokens) for start in (20000, 60000)]

@@ -40,8 +40,6 @@
 #define KEYS_MIN 16
 #define SIGNATURES_MAX 64
 #define SIGNATURE_MAX 64
-/* The scale of a reference that is set, and is zero: what was coded against it must not get another one later. -0 in FP16. */
-#define REFERENCE_OF_ZERO 0x8000
 /* For recoding: columns of a piece of work where no reference ties them, and the most threads. */
 #define BLOCK_WITHOUT_REFERENCE 64
 #define THREADS_MAX 64
@@ -277,7 +275,7 @@ static void recode_reference(const recode_task *task, const tq_page_view *pages,
     memset(after, 0, head_dim * sizeof *after);
     if (!pages->ref_codec) return;
     tq_block reference = tq_page_view_refs(pages, &store->codec, head, first);
-    if (reference.scales[0] == 0 || reference.scales[0] == REFERENCE_OF_ZERO) return;
+    if (reference.scales[0] == 0 || reference.scales[0] & TQ_REFERENCE_LEFT) return; /* unset, left, or zero */
     decode(store, pages->ref_codec, reference, before);
     memcpy(after, before, head_dim * sizeof *after);
     tq_scale_channels(task->steps + (size_t)head * head_dim, 1, store->codec.head_dim, after);
@@ -369,6 +367,12 @@ void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq
     memset(tq_store_energies(store), 0, (size_t)store->n_head_kv * (size_t)store->codec.head_dim * sizeof(float));
 }
 
+static bool is_set(tq_block reference)
+{
+    uint16_t scale = reference.scales[0];
+    return scale == TQ_REFERENCE_OF_ZERO || (scale != 0 && !(scale & TQ_REFERENCE_LEFT));
+}
+
 typedef struct reference_task {
     const tq_store *store;
     const tq_rows_in *in;
@@ -384,10 +388,10 @@ static void reference_body(void *arg, int32_t i_thread, int32_t n_threads)
     const tq_rows_in *in = task->in;
     for (int32_t head = i_thread; head < task->store->n_head_kv; head += n_threads) {
         tq_block reference = tq_page_view_refs(&in->pages, in->codec, head, task->slot);
-        if (reference.scales[0] != 0 && !task->is_new) continue;
+        if (is_set(reference) && !task->is_new) continue;
         bool is_found = task->n_decoded > 0 && tq_rows_recover_reference(in, head, task->slot, task->window, task->n_decoded);
         if (!is_found && task->window->n > 0) tq_rows_set_reference(in, head, task->slot, task->window);
-        if (reference.scales[0] == 0) reference.scales[0] = REFERENCE_OF_ZERO;
+        if (!is_set(reference)) reference.scales[0] = TQ_REFERENCE_OF_ZERO;
     }
 }
 
@@ -395,7 +399,7 @@ void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t
                             int32_t n_decoded, const tq_executor *executor)
 {
     reference_task task = {store, in, slot, window, is_new, n_decoded};
-    /* Only searching for a head's is worth a thread. */
-    bool is_searched = n_decoded > 0 && (is_new || tq_page_view_refs(&in->pages, in->codec, 0, slot).scales[0] == 0);
-    tq_run(is_searched ? executor : NULL, store->n_head_kv, reference_body, &task);
+    /* A mean is not worth a thread, a search is. */
+    bool is_search = n_decoded > 0 && (is_new || !is_set(tq_page_view_refs(&in->pages, in->codec, 0, slot)));
+    tq_run(is_search ? executor : NULL, store->n_head_kv, reference_body, &task);
 }

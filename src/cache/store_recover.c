@@ -46,6 +46,14 @@ static int32_t confirm(const rotated_rows *rows, const float *reference, int32_t
     return n;
 }
 
+/* From something near the rotated reference to itself; false if that can't be. */
+static bool approach(const rotated_rows *rows, float *near, float *reference)
+{
+    /* The nearer it is, the more rows' scales are right, which bring it nearer. */
+    return confirm(rows, near, CONFIRMED_MIN, near) >= CONFIRMED_MIN &&
+           confirm(rows, near, rows->n, near) >= CONFIRMED_MIN && confirm(rows, near, rows->n, reference) >= CONFIRMED_MIN;
+}
+
 /* The rotated reference; false if it is not found. */
 static bool find(const rotated_rows *rows, const float *mean, float *reference)
 {
@@ -58,10 +66,7 @@ static bool find(const rotated_rows *rows, const float *mean, float *reference)
         for (int32_t j = 0; j < codec->head_dim; j++) x[j] = rows->x[start][j] - mean[j];
         codec->kernels->format[codec->traits->format].encode(codec, x, codec->head_dim, 1, block);
         leave(codec, rows->y[start], block, rest);
-        /* The nearer it is, the more rows' scales are right, which bring it nearer. */
-        if (confirm(rows, rest, CONFIRMED_MIN, rest) >= CONFIRMED_MIN && confirm(rows, rest, rows->n, rest) >= CONFIRMED_MIN &&
-            confirm(rows, rest, rows->n, reference) >= CONFIRMED_MIN)
-            return true;
+        if (approach(rows, rest, reference)) return true;
     }
     return false;
 }
@@ -80,9 +85,16 @@ bool tq_rows_recover_reference(const tq_rows_in *in, int32_t head, int64_t colum
         tq_rows_to_basis(in, head, 1, rows.x[i]);
         in->kernels->format[codec->traits->format].prepare(codec, rows.x[i], head_dim, 1, rows.y[i]);
     }
+    tq_block block = tq_page_view_refs(&in->pages, codec, head, column);
+    /* The one that is left, first. References are rotated as vectors are. */
+    uint16_t scale = (uint16_t)(block.scales[0] & ~TQ_REFERENCE_LEFT);
+    tq_vector_expand(ref_codec, block.codes, &scale, reference);
+    if (scale != 0 && confirm(&rows, reference, CONFIRMED_MIN, x) >= CONFIRMED_MIN) {
+        block.scales[0] = scale;
+        return true;
+    }
     if (!find(&rows, mean, reference)) return false;
     tq_rotation_inverse(&codec->rotation, reference, x);
-    tq_block block = tq_page_view_refs(&in->pages, codec, head, column);
     in->kernels->format[ref_codec->traits->format].encode(ref_codec, x, head_dim, 1, block);
     return true;
 }

@@ -260,14 +260,14 @@ void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_execu
     run_batches(store, rows, executor, plan_update);
 }
 
+/* The reference stays, marked, until the block is written: it may be that of what is restored. */
 static void forget_block(const tq_store *store, const tq_page_view *pages, int64_t first, int64_t n)
 {
     for (int32_t head = 0; head < store->n_head_kv; head++) {
         tq_block block = tq_page_view_block(pages, &store->codec, head, first);
-        tq_block reference = tq_page_view_refs(pages, &store->codec, head, first);
         memset(block.scales, 0, (size_t)(n * store->codec.traits->n_scales) * sizeof *block.scales);
-        memset(reference.codes, 0, store->ref_codec.code_bytes);
-        reference.scales[0] = 0;
+        uint16_t *scale = tq_page_view_refs(pages, &store->codec, head, first).scales;
+        *scale = *scale == 0 || *scale == TQ_REFERENCE_OF_ZERO ? 0 : *scale | TQ_REFERENCE_LEFT;
     }
 }
 

@@ -141,6 +141,29 @@ static void test_what_was_there_is_discarded(void **state)
     free(again);
 }
 
+/* A slot that has read two texts codes the second against the first one's references, also when it is restored. */
+static void test_references_that_are_left_serve_again(void **state)
+{
+    (void)state;
+    float *other = kv_calloc((size_t)N_ROWS * ROW, sizeof *other), *again = kv_calloc((size_t)N_ROWS * ROW, sizeof *again);
+    fill_rows(77, -3.0f, other);
+    tq_store_params p = params_of(TQ_FORMAT_TT4, 64);
+    pair s = make_pair(&p, 1.0f);
+    assert_int_equal(tq_store_write(s.store, slots, N_ROWS, other, ROW, NULL), TQ_OK);
+    assert_int_equal(tq_store_read(s.store, 0, N_ROWS, other, ROW), TQ_OK);
+    round_rows(other, (int64_t)N_ROWS * ROW);
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(tq_store_discard(s.store, 0, N_ROWS), TQ_OK);
+        assert_int_equal(tq_store_restore(s.store, slots, N_ROWS, other, ROW, NULL), TQ_OK);
+        assert_int_equal(tq_store_read(s.store, 0, N_ROWS, again, ROW), TQ_OK);
+        round_rows(again, (int64_t)N_ROWS * ROW);
+        assert_memory_equal(again, other, (size_t)N_ROWS * ROW * sizeof *again);
+    }
+    free(other);
+    free(again);
+    free_pair(&s);
+}
+
 /* A range that leaves a part of the ring and of blocks: those keep what they hold. */
 static void test_discarding_a_part_keeps_the_rest(void **state)
 {
@@ -265,10 +288,15 @@ static void test_extreme_vectors(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_an_empty_store_becomes_the_same), cmocka_unit_test(test_batches_and_threads_make_no_difference),
-        cmocka_unit_test(test_what_was_there_is_discarded),     cmocka_unit_test(test_discarding_a_part_keeps_the_rest),
-        cmocka_unit_test(test_other_rows_are_written),          cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_codes_are_found_again),           cmocka_unit_test(test_extreme_vectors),
+        cmocka_unit_test(test_an_empty_store_becomes_the_same),
+        cmocka_unit_test(test_batches_and_threads_make_no_difference),
+        cmocka_unit_test(test_what_was_there_is_discarded),
+        cmocka_unit_test(test_references_that_are_left_serve_again),
+        cmocka_unit_test(test_discarding_a_part_keeps_the_rest),
+        cmocka_unit_test(test_other_rows_are_written),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_codes_are_found_again),
+        cmocka_unit_test(test_extreme_vectors),
     };
     for (int64_t i = 0; i < N_SLOTS; i++) slots[i] = i;
     return cmocka_run_group_tests(tests, NULL, NULL);
