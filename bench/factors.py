@@ -108,7 +108,8 @@ def main():
     text = args.text.read_text()[args.skip : args.skip + 8 * args.n_tok]
     tokens = list(engine.tokenizer.encode(text))[: args.n_tok]
     wanted = engine.read(tokens, None, None)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                            text=True).stdout.strip()
     with open(args.csv, "w", newline="") as file:
         file.write(f"# {' '.join(['bench/factors.py', args.model.name, *sys.argv[2:]])}, commit {commit}\n")
         writer = csv.writer(file)
