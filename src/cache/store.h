@@ -133,5 +133,4 @@ void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq
 void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t slot, const tq_window *window,
                             int32_t n_decoded, const tq_executor *executor);
 
-
 #endif

@@ -131,7 +131,8 @@ static uint64_t states_before(const uint8_t *table, int32_t bits, uint64_t after
 }
 
 /* The codes [n] of the values if the circle closes in a state; false if it does not. */
-static inline bool walk(const uint8_t *table, const int32_t bits, const int8_t *values, int32_t n, int32_t closing, uint8_t *code)
+static inline bool walk(const uint8_t *table, const int32_t bits, const int8_t *values, int32_t n, int32_t closing,
+                        uint8_t *code)
 {
     const int32_t n_states = TQ_TRELLIS_WINDOWS >> bits;
     int32_t state = closing;
