@@ -17,7 +17,7 @@ typedef struct tq_ggml_threads {
 
 /* The executor for n_threads. Falls back to fewer threads, with a message, if they can't be had. */
 void tq_ggml_threads_set(tq_ggml_threads *threads, int32_t n_threads);
-/* The same, but on the library's pool whatever the host has: for calls that may come from any of its threads, and after fork().
+/* The same on the library's pool, whatever the host has: for calls that may come from any of its threads or after fork().
  */
 void tq_ggml_threads_set_pool(tq_ggml_threads *threads, int32_t n_threads);
 void tq_ggml_threads_free(tq_ggml_threads *threads);

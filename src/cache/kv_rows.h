@@ -70,8 +70,8 @@ void tq_rows_keep_exact(const tq_rows_in *in, int64_t row, int32_t index);
 /* The mean of a window's vectors of one head. */
 void tq_window_mean(const tq_window *window, int32_t head, int32_t head_dim, float *mean);
 /*
- * The sign of a reference's scale, which is FP16: nothing is coded against it any longer. By itself, -0, it marks one that is set
- * and is zero: what was coded against it must not get another one later.
+ * The sign of a reference's FP16 scale: nothing is coded against it any longer. By itself, -0, it marks one that is set and is
+ * zero: what was coded against it must not get another one later.
  */
 #define TQ_REFERENCE_LEFT 0x8000
 #define TQ_REFERENCE_OF_ZERO TQ_REFERENCE_LEFT

@@ -50,8 +50,8 @@ static int32_t confirm(const rotated_rows *rows, const float *reference, int32_t
 static bool approach(const rotated_rows *rows, float *near, float *reference)
 {
     /* The nearer it is, the more rows' scales are right, which bring it nearer. */
-    return confirm(rows, near, CONFIRMED_MIN, near) >= CONFIRMED_MIN &&
-           confirm(rows, near, rows->n, near) >= CONFIRMED_MIN && confirm(rows, near, rows->n, reference) >= CONFIRMED_MIN;
+    return confirm(rows, near, CONFIRMED_MIN, near) >= CONFIRMED_MIN && confirm(rows, near, rows->n, near) >= CONFIRMED_MIN &&
+           confirm(rows, near, rows->n, reference) >= CONFIRMED_MIN;
 }
 
 /* The rotated reference; false if it is not found. */
