@@ -92,8 +92,8 @@ def main():
         for i, name in enumerate(a.configs.split(",")):
             path = Path(folder) / str(i)
             path.mkdir()
-            cases = ("slots", n_slots, ["--cache-ram", "0", "--slot-save-path", path]), ("swap", 1, ["-lv", "4"])
-            for case, n, more in cases:
+            kinds = ("slots", n_slots, ["--cache-ram", "0", "--slot-save-path", path]), ("swap", 1, ["-lv", "4"])
+            for case, n, more in kinds:
                 arguments = ["-c", 2 * a.tokens * n, "-np", n, "--slots", *more]
                 before = children()
                 server = stack.enter_context(running_server(setup, Cache(name), list(map(str, arguments))))

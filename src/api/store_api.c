@@ -134,8 +134,8 @@ tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n)
 {
     if (!store || n < 0) return TQ_ERR_ARGUMENT;
     if (first_slot < 0 || first_slot > store->n_slots || n > store->n_slots - first_slot) {
-        tq_log(TQ_LOG_ERROR, "%s: slots %lld to %lld are out of range; there are %lld slots", store->label,
-               (long long)first_slot, (long long)(first_slot + n - 1), (long long)store->n_slots);
+        tq_log(TQ_LOG_ERROR, "%s: %lld slots from %lld on are out of range; there are %lld slots", store->label, (long long)n,
+               (long long)first_slot, (long long)store->n_slots);
         return TQ_ERR_RANGE;
     }
     tq_store_forget(store, first_slot, n);

@@ -128,6 +128,7 @@ class CodedServer(ServerCase):
 class UnifiedServer(CodedServer):
     """Slots share the cells. One that is restored into others is added up in another order; its first tokens are coded now."""
 
+    options = "ref=0,balance=off"
     arguments = ("-kvu", *CodedServer.arguments)
     bound = TWO_CODINGS
 
