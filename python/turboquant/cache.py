@@ -2,6 +2,7 @@
 """tq_cache: sequences of keys and values over compressed pages. docs/cache.md explains; names are those of turboquant.h."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from .errors import ArgumentError, RangeError
 from .formats import SEED_DEFAULT, format_number, preset as find_preset
 
 MAX_TOK_DEFAULT = 1 << 22
+# Multiplications that one thread does in some 80 us.
+_SMALL = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,14 @@ class Cache:
     def _executor(self) -> Any:
         return self._threads(self._n_threads).executor()
 
+    def _executor_of(self, n_score: int) -> Any:
+        """
+        The same, or the caller's thread for few scores. It takes some 80 us at most for them, and a framework that computes a
+        layer around them has its threads elsewhere: on a busy machine each call of others waits for one of them to get a core.
+        """
+        is_small = n_score * (self.head_dim + self.head_dim_v) < _SMALL
+        return contextlib.nullcontext() if is_small else self._executor()
+
     # ---- sequences ----
 
     def seq_create(self) -> int:
@@ -333,7 +344,7 @@ class Cache:
 
     def prefill_raw(self, seq: int, layer: int, n_tok: int, k: int, v: int, params: AttendParams) -> None:
         """prefill on addresses of contiguous float32 memory, which is what adapters of frameworks use; nothing is checked."""
-        with self._executor() as executor:
+        with self._executor_of(n_tok * params.n_head * (self.length(seq) + n_tok)) as executor:
             lib.tq_cache_prefill(self._handle, seq, layer, n_tok, k, v, ctypes.byref(params), executor)
 
     def attend_raw(self, seq: int, layer: int, params: AttendParams) -> None:
