@@ -25,19 +25,19 @@
 #define CALLER_SLEEPS (1 << 30)
 
 /*
- * Where one thread sleeps. glibc's pthread_cond_signal waits for a thread that was woken before and has had no core since, so
+ * A thread that may sleep. glibc's pthread_cond_signal waits for a thread that was woken before and has had no core since, so
  * nobody is woken twice.
  */
-typedef struct bed {
+typedef struct sleeper {
     pthread_mutex_t mutex;
     pthread_cond_t cond;
     atomic_bool is_asleep; /* or about to be; until somebody wakes it */
-} bed;
+} sleeper;
 
 typedef struct worker {
     tq_pool *pool;
     pthread_t thread;
-    bed bed;
+    sleeper who;
 } worker;
 
 struct tq_pool {
@@ -50,7 +50,7 @@ struct tq_pool {
     atomic_ullong parts; /* the run's number, how many there are, how many are taken: 32, 16 and 16 bits */
     atomic_int n_done;
     atomic_bool stop;
-    bed caller;
+    sleeper caller;
     worker workers[]; /* n_threads - 1 */
 };
 
@@ -108,26 +108,26 @@ static void spin_until(bool (*is_so)(tq_pool *), tq_pool *pool)
 }
 
 /* What makes it so is done before wake_up. */
-static void sleep_until(bool (*is_so)(tq_pool *), tq_pool *pool, bed *bed)
+static void sleep_until(bool (*is_so)(tq_pool *), tq_pool *pool, sleeper *who)
 {
-    pthread_mutex_lock(&bed->mutex);
+    pthread_mutex_lock(&who->mutex);
     for (;;) {
-        atomic_store(&bed->is_asleep, true);
+        atomic_store(&who->is_asleep, true);
         if (is_so(pool)) break;
-        while (atomic_load(&bed->is_asleep)) pthread_cond_wait(&bed->cond, &bed->mutex);
+        while (atomic_load(&who->is_asleep)) pthread_cond_wait(&who->cond, &who->mutex);
     }
-    atomic_store(&bed->is_asleep, false);
-    pthread_mutex_unlock(&bed->mutex);
+    atomic_store(&who->is_asleep, false);
+    pthread_mutex_unlock(&who->mutex);
 }
 
 /* Returns false if the thread is not asleep, or somebody has woken it already. */
-static bool wake_up(bed *bed)
+static bool wake_up(sleeper *who)
 {
-    if (!atomic_load(&bed->is_asleep) || !atomic_exchange(&bed->is_asleep, false)) return false;
+    if (!atomic_load(&who->is_asleep) || !atomic_exchange(&who->is_asleep, false)) return false;
     /* It may be about to wait. */
-    pthread_mutex_lock(&bed->mutex);
-    pthread_mutex_unlock(&bed->mutex);
-    pthread_cond_signal(&bed->cond);
+    pthread_mutex_lock(&who->mutex);
+    pthread_mutex_unlock(&who->mutex);
+    pthread_cond_signal(&who->cond);
     return true;
 }
 
@@ -151,7 +151,7 @@ static void *worker_main(void *arg)
 {
     worker *self = arg;
     while (!atomic_load(&self->pool->stop)) {
-        sleep_until(may_take_or_stop, self->pool, &self->bed);
+        sleep_until(may_take_or_stop, self->pool, &self->who);
         while (do_part(self->pool)) spin_until(may_take, self->pool);
     }
     return NULL;
@@ -171,7 +171,7 @@ static void pool_run(void *user, int32_t n_threads, tq_body_fn body, void *arg)
     atomic_store_explicit(&pool->n_done, 0, memory_order_relaxed);
     unsigned long long number = (atomic_load_explicit(&pool->parts, memory_order_relaxed) >> 32) + 1;
     atomic_store(&pool->parts, number << 32 | (unsigned long long)n_parts << 16);
-    for (int32_t i = 0, n = 1; i < pool->n_threads - 1 && n < n_parts; i++) n += wake_up(&pool->workers[i].bed);
+    for (int32_t i = 0, n = 1; i < pool->n_threads - 1 && n < n_parts; i++) n += wake_up(&pool->workers[i].who);
     while (do_part(pool)) continue;
     spin_until(is_done, pool);
     if (is_done(pool) || atomic_fetch_or(&pool->n_done, CALLER_SLEEPS) == n_parts) return;
@@ -179,16 +179,16 @@ static void pool_run(void *user, int32_t n_threads, tq_body_fn body, void *arg)
 }
 
 /* These do not fail on the systems that we know; with default attributes they allocate nothing. */
-static void make_bed(bed *bed)
+static void make_sleeper(sleeper *who)
 {
-    pthread_mutex_init(&bed->mutex, NULL);
-    pthread_cond_init(&bed->cond, NULL);
+    pthread_mutex_init(&who->mutex, NULL);
+    pthread_cond_init(&who->cond, NULL);
 }
 
-static void destroy_bed(bed *bed)
+static void destroy_sleeper(sleeper *who)
 {
-    pthread_cond_destroy(&bed->cond);
-    pthread_mutex_destroy(&bed->mutex);
+    pthread_cond_destroy(&who->cond);
+    pthread_mutex_destroy(&who->mutex);
 }
 
 tq_status tq_pool_start(tq_pool **out, int32_t n_threads)
@@ -202,13 +202,13 @@ tq_status tq_pool_start(tq_pool **out, int32_t n_threads)
         return status;
     }
     pool->n_threads = n_threads;
-    make_bed(&pool->caller);
+    make_sleeper(&pool->caller);
     for (size_t i = 0; i < n_workers; i++) {
         worker *w = &pool->workers[i];
         w->pool = pool;
-        make_bed(&w->bed);
+        make_sleeper(&w->who);
         if (pthread_create(&w->thread, NULL, worker_main, w) != 0) {
-            destroy_bed(&w->bed);
+            destroy_sleeper(&w->who);
             tq_pool_stop(pool);
             return TQ_ERR_THREAD;
         }
@@ -227,11 +227,11 @@ void tq_pool_stop(tq_pool *pool)
     }
     atomic_store(&pool->stop, true);
     for (int32_t i = 0; i < pool->n_started; i++) {
-        wake_up(&pool->workers[i].bed);
+        wake_up(&pool->workers[i].who);
         pthread_join(pool->workers[i].thread, NULL);
-        destroy_bed(&pool->workers[i].bed);
+        destroy_sleeper(&pool->workers[i].who);
     }
-    destroy_bed(&pool->caller);
+    destroy_sleeper(&pool->caller);
     tq_free(pool);
 }
 
