@@ -106,7 +106,7 @@ def test_key_biases(preset, limit):
         attention, is_large = model.model.layers[i].self_attn, np.random.default_rng(i).random(32) < .2
         with torch.no_grad():
             attention.k_proj.bias.copy_(torch.from_numpy(np.tile(40.0 * is_large, 4)))
-            attention.q_proj.weight.mul_(torch.from_numpy(np.tile(np.where(is_large, 1 / 16, 1), 8))[:, None].float())
+            attention.q_proj.weight.mul_(torch.from_numpy(np.tile(np.where(is_large, 1 / 16, 1), 8))[:, None].to(model.device))
     wanted = logits(model, stock(model), input_ids)
     assert kl(model, input_ids, wanted, preset=preset) < limit < kl(model, input_ids, wanted, preset=preset, factors="off")
 

@@ -318,9 +318,6 @@ def _attend_rows(store: _cache.Cache, seqs: list[int], number: int, query: torch
     return out
 
 
-_COMPRESSED_TYPES = {"full_attention": TurboQuantLayer, "hybrid": TurboQuantHybridLayer}
-
-
 class _HostStore(_cache.Cache):
     @staticmethod
     def _threads(n_threads: int) -> Any:
@@ -357,9 +354,11 @@ class TurboQuantCache(Cache):
             layer_options = [layer_options] * len(layer_types)
         layers: list[Any] = []
         for i, (layer_type, kwargs) in enumerate(zip(layer_types, layer_options)):
-            if layer_type in _COMPRESSED_TYPES:
+            if layer_type in ("full_attention", "hybrid"):
                 number = sum(isinstance(layer, TurboQuantLayer) for layer in layers)
-                layers.append(_COMPRESSED_TYPES[layer_type](self, number, i, **kwargs))
+                # Before 5.18 all layers have the options of those with a window.
+                layers.append(TurboQuantHybridLayer(self, number, i, **kwargs) if layer_type == "hybrid"
+                              else TurboQuantLayer(self, number, i))
             elif layer_type in _STOCK_TYPES:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
             else:

@@ -44,8 +44,8 @@ class Client(threading.Thread):
             action = self.random.choices(list(actions), actions.values())[0]
             try:
                 action()
-            except LlamaError as error:
-                self.faults.append(f"slot {self.slot}, {action.__name__}: {error}")
+            except Exception as error:
+                self.faults.append(f"slot {self.slot}, {action.__name__}: {error!r}")
 
     def text(self):
         at = self.random.randrange(len(TEXT) // 2)
@@ -103,11 +103,12 @@ class Client(threading.Thread):
         self.save_and_restore()
         data = bytearray((self.folder / self.file).read_bytes())
         kind = self.random.choice(("nan", "infinity", "cut", "noise"))
-        for _ in range(self.random.choice((1, 50))):
-            at = self.random.randrange(len(data) // 4, len(data)) // 2 * 2
-            if kind == "cut":
-                del data[at:]
-            data[at:at + 2] = {"nan": b"\x00\x7e", "infinity": b"\x00\x7c", "cut": b""}.get(kind, self.random.randbytes(2))
+        places = [self.random.randrange(len(data) // 4, len(data)) // 2 * 2 for _ in range(self.random.choice((1, 50)))]
+        if kind == "cut":
+            del data[places[0]:]
+        else:
+            for at in places:
+                data[at:at + 2] = {"nan": b"\x00\x7e", "infinity": b"\x00\x7c"}.get(kind, self.random.randbytes(2))
         (self.folder / ("damaged" + self.file)).write_bytes(data)
         self.is_damaged = True
         self.n_damaged += 1
