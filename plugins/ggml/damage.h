@@ -22,7 +22,7 @@ void tq_ggml_damage_copy(tq_ggml_kv_tensor *to, int64_t to_stream, const tq_ggml
 void tq_ggml_damage_clear(tq_ggml_kv_tensor *kv);
 /*
  * After attention over the stream's first n_col cells: NaN for the queries that see a damaged one. Returns the first such cell,
- * or -1 if there is none or the output was NaN already.
+ * or -1 if no query sees one, or only queries whose output was NaN already.
  */
 int64_t tq_ggml_damage_poison(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t n_col, const tq_attend_params *queries);
 

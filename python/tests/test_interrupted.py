@@ -197,7 +197,7 @@ def test_whole_after_the_last_layer(llama):
 
 
 def test_layers_with_a_window():
-    """They go back, too, exactly."""
+    """They also go back, exactly."""
     model = make_model("gemma3", sliding_window=32, layer_types=["sliding_attention", "full_attention"] * 2)
     for last in ("full", "sliding"):
         if last == "sliding":

@@ -36,7 +36,7 @@ def attentions(model):
 
 
 def scale(module, factors):
-    """Multiply keys of a module by factors [head_dim] before RoPE and divide queries by them, in weights alone."""
+    """Multiply keys of a module by factors [head_dim] before RoPE and divide queries by them, in weights only."""
     def rows(linear, by):
         for name in ("weight", "scales", "biases", "bias"):
             if name in linear and not (name == "weight" and "scales" in linear):

@@ -240,7 +240,7 @@ def test_refusals(llama):
 
 @pytest.mark.parametrize("n_tok", [10, 100])
 def test_append_without_queries(llama, n_tok):
-    """What from_kvcache does holds what a cache would that attended, too."""
+    """What from_kvcache makes holds what a cache that attended would."""
     rng = np.random.default_rng(4)
     q, k, v, more = (mx.array(rng.standard_normal((1, n, m, 64), np.float32)) for n, m in (
         (4, n_tok), (2, n_tok), (2, n_tok), (2, 1)))

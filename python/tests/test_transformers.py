@@ -286,7 +286,7 @@ def recurrent(request):
 
 
 def test_recurrent_states(recurrent):
-    """Transformers keeps them, in layers of their own or beside keys and values, which are compressed."""
+    """Transformers keeps them, in layers of their own or next to keys and values, which are compressed."""
     input_ids, more = ids(2, 60), ids(2, 3, seed=9)
     reference, cache = stock(recurrent), compressed(recurrent, **F16)
     wanted, found = logits(recurrent, reference, input_ids, 3), logits(recurrent, cache, input_ids, 3)

@@ -48,7 +48,7 @@ def attentions(model):
 
 @torch.no_grad()
 def scale(module, factors):
-    """Multiply keys of a module by factors [head_dim] before RoPE and divide queries by them, in weights alone."""
+    """Multiply keys of a module by factors [head_dim] before RoPE and divide queries by them, in weights only."""
     f, parts = torch.as_tensor(factors, dtype=torch.float32, device=DEVICE), []
     norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
     if norms[0] is not None:

@@ -28,7 +28,7 @@ SIZES = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 192, "num_h
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig,
            "gpt_oss": GptOssConfig, "cohere": CohereConfig, "glm": GlmConfig, "gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig,
            "olmo2": Olmo2Config, "phi3": Phi3Config}
-# Models with layers that have a recurrent state: instead of attention, or (falcon_h1, zamba2, zaya) beside it.
+# Models with layers that have a recurrent state: instead of attention, or (falcon_h1, zamba2, zaya) next to it.
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 32}
 _DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 _EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}

@@ -109,7 +109,7 @@ def stream(device: torch.device) -> int:
 
 
 def new_stream(device: torch.device) -> Any:
-    """A stream beside the current one; None where there are none."""
+    """A stream beside the current one; None where they do not exist."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 

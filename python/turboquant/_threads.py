@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """
 The pools of threads, one for each number of threads, that all caches of the process share; and the threads of a framework, on
-which its caches run instead. A framework's threads spin between two operations, and on a busy machine threads beside them take
+which its caches run instead. A framework's threads spin between two operations, and on a busy machine threads next to them take
 their cores just before they are needed.
 """
 from __future__ import annotations
@@ -67,7 +67,7 @@ def use_openmp_of(path: str) -> None:
 
 
 def openmp(n_threads: int) -> OpenMPThreads | None:
-    """None where there are none."""
+    """None where they do not exist."""
     if _openmp_library is None:
         return None
     if n_threads not in _openmp:
@@ -94,7 +94,7 @@ def default_n_threads() -> int:
 
 
 def _forget_after_fork() -> None:
-    """A forked child has none of the threads; their handles are left alone, since freeing them would wait for ever. Nor may it
+    """A forked child has none of the threads; their handles are left alone, since freeing them would never end. Nor may it
     use the parent's OpenMP."""
     global _pools_lock, _openmp_library
     _pools_lock, _openmp_library = threading.Lock(), None

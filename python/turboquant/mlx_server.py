@@ -19,7 +19,7 @@ from .mlx import install
 from .weight_factors import CHOICES, chosen
 
 
-# --kv-bits, --kv-group-size and --quantized-kv-start, which argparse takes shortened, too.
+# --kv-bits, --kv-group-size and --quantized-kv-start, which argparse also takes shortened.
 _OF_STOCK_CACHES = ("--kv-b", "--kv-g", "--qua")
 
 

@@ -724,7 +724,7 @@ class TurboQuantCache(Cache):
         """
         if self._of_transformers():
             raise UnsupportedError("this model has layers or states that are left to Transformers, and a snapshot holds "
-                                   "compressed keys and values alone: run the prompt again instead of saving it")
+                                   "compressed keys and values only: run the prompt again instead of saving it")
         self._settle()
         lengths = self._columns.lengths(len(self.seqs), self._columns.n)
         if not self.seqs or Columns.left_padded(lengths) != self._columns:

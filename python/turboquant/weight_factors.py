@@ -38,7 +38,7 @@ _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernor
 def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray) -> np.ndarray:
     """
     Exponents of two, int8 [n_head_kv, head_dim], from the mean squares of keys [n_head_kv, head_dim] and queries [n_head,
-    head_dim] before RoPE. partners [head_dim]: the channel that RoPE turns each with, itself if there is none.
+    head_dim] before RoPE. partners [head_dim]: the channel that RoPE turns each with, itself if it has no partner.
 
     With factors s the error of a logit is in energy proportional to sum(keys / s^2) * sum(queries * s^2), least at s = (keys /
     queries)^(1/4). RoPE makes the energies of a pair equal. The geometric mean of a head's factors is 1.

@@ -114,7 +114,7 @@ def replaced_fields(text, name, place):
         elif base in NUMBERS:
             yield from (f"{target} = {value}" for value in NUMBERS[base])
         else:
-            sys.exit(f"tests/hostile/generate.py: there is no value for '{kind} {field}' of {name}: say what is hostile")
+            sys.exit(f"tests/hostile/generate.py: a hostile value for '{kind} {field}' of {name} does not exist: add one")
 
 
 def prototypes(text):
