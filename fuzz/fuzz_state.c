@@ -85,7 +85,7 @@ static void make_fixture(fixture *f, tq_ggml_device *device)
     view.nb[2] = HEAD_DIM * 2;
     char why[128];
     tq_ggml_kv_view ignored;
-    ENSURE(tq_ggml_kv_attend_view(&ignored, f->root.extra, &view, false, why, sizeof why));
+    ENSURE(tq_ggml_kv_attend_view(&ignored, f->root.extra, &view, NULL, false, why, sizeof why));
 }
 
 static void free_fixture(fixture *f)
@@ -194,10 +194,10 @@ static void check_restore(fixture *f)
         buffer->iface.get_tensor(buffer, &f->root, states[i + 1], 0, N_BYTES);
     }
     ENSURE(kv->n_damaged == n_damaged && n_damaged == count_marks(kv));
-    /* References and factors are learnt anew from what is restored, so that keys may round otherwise. The product formats,
+    /* References are made again of what is restored, so that keys may round otherwise. The product formats,
      * which are there for comparison, have a sketch of the rest that changes with each encoding. */
     const tq_preset *preset = &kv->device->preset;
-    if (preset->k_ref_block == 0 && !preset->k_balance && preset->k_format < TQ_FORMAT_TQ4_PROD && is_moderate(first))
+    if (preset->k_ref_block == 0 && preset->k_format < TQ_FORMAT_TQ4_PROD && is_moderate(first))
         ENSURE(is_equal(second, third));
 }
 
@@ -213,7 +213,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     /* Which is refused where it would have no effect. */
     bool may_learn = n_recent > 0 && !strstr(format, "f16") && !strstr(format, "_prod");
     snprintf(text, sizeof text, "k=%s,sinks=%u,recent=%u,%s", format, (unsigned)(kind / 10 % 3), (unsigned)n_recent,
-             kind % 4 == 0 && may_learn ? "ref=16" : "ref=0,balance=off,guard=off");
+             kind % 4 == 0 && may_learn ? "ref=16" : "ref=0");
     ENSURE(tq_ggml_options_parse(&options, text, error, sizeof error));
     tq_ggml_log_set_level(-1);
     tq_ggml_host.ggml_fp16_to_fp32_row = fp16_to_fp32;

@@ -245,6 +245,39 @@ TQ_API const char *tq_calibration_model(const tq_calibration *calibration);
 TQ_API size_t tq_calibration_bytes(const tq_calibration *calibration);
 TQ_API size_t tq_calibration_layer_bytes(const tq_calibration *calibration, int32_t layer);
 
+/* ---- factors from a model's weights -------------------------------------------------------------------------------- */
+
+/*
+ * Coding spreads a key's error evenly over its channels, so a channel that outweighs the others costs all of them their
+ * precision. Dividing keys by a factor for each channel, and multiplying queries, changes no product; the best factors follow
+ * from the energies of keys and queries before RoPE, which a model's weights tell (docs/quality.md): project vectors of random
+ * signs, as its norm would scale them, and take mean squares.
+ */
+typedef struct tq_key_factors_params {
+    size_t struct_size;
+    int32_t n_head, n_head_kv, head_dim; /* n_head a multiple of n_head_kv */
+    const float *k_square;               /* [n_head_kv, head_dim]: mean squares of keys before RoPE */
+    const float *k_mean;                 /* optional [n_head_kv, head_dim]: their means, a bias for example */
+    const float *q_square;               /* [n_head, head_dim] */
+    const int32_t *partners;             /* optional [head_dim]: the channel that RoPE turns each with, or itself */
+    const double *angles;                /* optional [head_dim]: by how many radians a position */
+    int32_t ref_block; /* of what codes the keys (tq_store_params): references take away what turns slowly */
+    bool whole;        /* whole octaves only, by which every type multiplies exactly: for callers that scale rows themselves */
+} tq_key_factors_params;
+TQ_API void tq_key_factors_params_default(tq_key_factors_params *params);
+/*
+ * Fill out [n_head_kv, head_dim] with quarters of an octave, as tq_store_params.factors; zeros for a head whose energies are
+ * not positive, finite numbers. *spread, optional, gets what tq_key_guard wants: the root mean square of a product of query and
+ * key, of the head where it is largest, in the basis that is coded. Errors: ARGUMENT, HEAD_DIM, SHAPE (n_head).
+ */
+TQ_API TQ_NODISCARD tq_status tq_key_factors(int8_t *out, float *spread, const tq_key_factors_params *params);
+/*
+ * The guard: the smallest of `wanted`, tt2, tt3, tt4, tq8, f16, no smaller than `wanted`, that moves logits of such a spread
+ * (softmax_scale included) by at most 1, root mean square. Beyond that attention's weights are off by a factor of e one time in
+ * three. `wanted` if the spread is no positive, finite number.
+ */
+TQ_API tq_format tq_key_guard(tq_format wanted, float spread);
+
 /* ---- store --------------------------------------------------------------------------------------------------------- */
 
 /*
@@ -270,16 +303,14 @@ typedef struct tq_store_params {
      */
     int32_t ref_block;
     /*
-     * Scale channels before they are coded, where a few of a key's channels outweigh the others (and a query's are as much
-     * smaller): learnt once per head, when the first slot is encoded, from the ring and from the queries of tq_store_settle;
-     * later, if too few of the ring's keys differ then, and all that is encoded is recoded by them.
+     * Optional [n_head_kv, head_dim], of keys, copied: each value is divided by 2^(factor / 4) before it is coded, and queries
+     * are multiplied, so that products stay what they are. -32 to 32; tq_key_factors finds them. Whoever opens the memory again
+     * gives the same ones. An exact format needs none.
      */
-    bool balance;
-    /* Keep a position with each slot (4 bytes), for tq_store_set_key_bias. An exact format needs none and keeps none. */
-    bool positions;
+    const int8_t *factors;
     /*
-     * Optional, for keys in an encoded format: this layer's transforms, in place of the channels' factors. Read as long as the
-     * store is open. SHAPE, if the layer has another shape there.
+     * Optional, for keys in an encoded format, in place of factors: this layer's transforms. Read as long as the store is
+     * open. SHAPE, if the layer has another shape there.
      */
     const tq_calibration *calibration;
     int32_t layer;
@@ -326,37 +357,6 @@ TQ_API TQ_NODISCARD tq_status tq_store_read(const tq_store *store, int64_t first
 /* How many slots are exact now. */
 TQ_API int32_t tq_store_n_exact(const tq_store *store);
 /*
- * A bias of keys that RoPE turns: k = R(p) (W x + b). It says nothing of the token, and where it is large (Qwen2) it costs a
- * format all its precision. With it known, what is coded of a key is k - R(p) b, and attention adds q . R(p) b to the score:
- * exact whatever bias, angles and positions are, so what is not quite the model's own costs precision alone. R(p) turns pairs
- * of values, (x0, x1) to (x0 cos - x1 sin, x0 sin + x1 cos), by p times the pair's angle.
- */
-typedef struct tq_key_bias_params {
-    size_t struct_size;
-    const float *bias;    /* [n_head_kv, head_dim], finite; times the factor, if any, that RoPE multiplies keys with */
-    const double *angles; /* [n_rope / 2], radians per position, finite */
-    int32_t n_rope;       /* the first n_rope values of a head turn; even, at most head_dim */
-    bool interleaved;     /* pair i is values 2i and 2i + 1; else i and i + n_rope / 2 */
-} tq_key_bias_params;
-TQ_API void tq_key_bias_params_default(tq_key_bias_params *params);
-/*
- * Give a store of keys with tq_store_params.positions its bias, which is copied, before anything is coded. It belongs to the
- * open store, not to its memory: whoever opens that again, or a copy of it, gives the same bias again. A store in an exact
- * format takes it and does nothing. Such a store's values cannot be attended to: it is keys alone. Errors: ARGUMENT (no
- * positions; or slots were coded without this bias), SHAPE (n_rope), MEMORY; then nothing changed.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_set_key_bias(tq_store *store, const tq_key_bias_params *params);
-/* The memory that the store's copy takes beside the store's own; 0 if there is none. */
-TQ_API size_t tq_store_key_bias_bytes(const tq_store *store);
-/*
- * The positions [n] of slots [n] that are about to be written, staged or updated; each is kept until the slot's next. A slot <
- * 0 is skipped; a position < 0 is none, and then the bias stays in what is coded. Errors: ARGUMENT, RANGE; then nothing is set.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_set_positions(tq_store *store, const int64_t *slots, int64_t n,
-                                                     const int32_t *positions);
-/* The position of a slot, or -1: none is known. */
-TQ_API int64_t tq_store_position(const tq_store *store, int64_t slot);
-/*
  * A stage keeps the exact rows of one batch until the batch has attended. A token is then seen exact by all queries for which
  * it is among the last n_recent tokens, no matter how many are written at once: prefill gives what decoding token by token
  * would. Its memory grows with the batch and is used again; one stage serves many stores in turn. Not thread-safe.
@@ -377,27 +377,8 @@ TQ_API int64_t tq_stage_n_rows(const tq_stage *stage);
  */
 TQ_API TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *slots, int64_t n,
                                              const float *rows, int64_t row_stride);
-/*
- * Write what was staged for this store. queries (optional): the attention that follows, of which n_query, n_head, q and its
- * strides are read, for tq_store_params.balance. Errors: ARGUMENT (nothing is staged for this store, or it was settled).
- */
-TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries,
-                                              const tq_executor *executor);
-/*
- * Write to an empty store `to` what the stage holds: its rows, and the slots that were exact before them. If nothing was
- * encoded before, that is all there is, and `to`, of another format, can take the place of the store that was staged for,
- * which may be closed by then. queries as in tq_store_settle. Errors: ARGUMENT (nothing is staged, or a single row whose write
- * was not the first to encode a slot: the stage holds no more than that row then), SHAPE (another head_dim, n_head_kv or
- * n_slots).
- */
-TQ_API TQ_NODISCARD tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries,
-                                                   const tq_executor *executor);
-/*
- * How far coding the keys moves a logit q . k (softmax_scale left out), root mean square, for each KV head: out [n_head_kv].
- * Estimated from the ring and the first queries when the first slot is encoded, if tq_store_params.balance is set; until then,
- * or without queries, false. Above 1, times softmax_scale, attention weights are off by factors.
- */
-TQ_API bool tq_store_logit_error(const tq_store *store, float *out);
+/* Write what was staged for this store. Errors: ARGUMENT (nothing is staged for this store, or it was settled). */
+TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_executor *executor);
 /*
  * Attend over slots [0, n_col) of a pair of stores (the same n_head_kv and n_slots; keys and values may be one store). Several
  * threads may attend at once, none may write meanwhile. Errors: ARGUMENT, SHAPE, RANGE, MEMORY. executor may be NULL. Scratch
@@ -446,7 +427,7 @@ typedef struct tq_cache_params {
 } tq_cache_params;
 /* The preset TQ4, 64 pages of 128 tokens, one layer and one KV head. head_dim is to be set. */
 TQ_API void tq_cache_params_default(tq_cache_params *params);
-/* Formats, sinks, ring and references as a preset has them, but for its k_balance: a cache has no channel factors. */
+/* Formats, sinks, ring and references as a preset has them. */
 struct tq_preset;
 TQ_API void tq_cache_params_set_preset(tq_cache_params *params, const struct tq_preset *preset);
 /* Pages are allocated as they are first used. Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, FULL (the budget), IO, CPU. */
@@ -601,8 +582,7 @@ typedef struct tq_preset {
     const char *description; /* one line */
     tq_format k_format, v_format;
     int32_t n_sink, n_recent;
-    int32_t k_ref_block; /* of the keys' stores, as k_balance */
-    bool k_balance;
+    int32_t k_ref_block; /* of keys */
 } tq_preset;
 TQ_API int32_t tq_preset_count(void);
 /* The number of TQ4. */

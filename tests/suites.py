@@ -51,9 +51,9 @@ FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 
 # Whose unit tests these are. The hostile ones are written by tests/hostile/generate.py, the others are tests/unit/test_*.c.
 UNIT_ROOMS = {
     "attention": "attention", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda", "dry_run": "cache",
-    "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api", "key_bias": "cache",
+    "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api", "factors": "codec",
     "offload": "cache", "packing": "codec", "presets": "api", "restore": "cache", "rotation": "codec", "snapshot": "cache",
-    "store": "cache", "store_learn": "cache", "threads": "base",
+    "store": "cache", "store_references": "cache", "threads": "base",
 }
 
 
@@ -245,7 +245,7 @@ def absent(*paths):
 
 def plugin_suites():
     """The plug-in in stock llama.cpp. tests/plugin/common.py explains the environment."""
-    quick = {"abi": (), "ctypes": (), "key_bias": (), "log": (), "options": (), "refusals": (), "shared_layers": (),
+    quick = {"abi": (), "ctypes": (), "factors": (), "log": (), "options": (), "refusals": (), "shared_layers": (),
              "tools": (), "hosts": ("Hosts",), "server": ("Server", "CodedServer", "DamagedServer"),
              "quality": ("ShortQuality",), "eval": ("Parsing", "Needles", "Waiting", "Runs")}
     for name, classes in quick.items():
@@ -257,7 +257,7 @@ def plugin_suites():
     # Other processors' sums in llama.cpp, and their kernels here.
     variants = {"avx2": " avx2 ", "avx512": " avx512_vnni "}
     for variant in (name for name, flag in variants.items() if flag in cpu_flags()):
-        for name in ("hosts", "key_bias", "server", "quality"):
+        for name in ("hosts", "factors", "server", "quality"):
             yield plugin_suite(f"plug-in/{name} {variant}", f"test_{name}", *quick[name], part="plug-in",
                                llama_bin=DEPS / f"llama-{variant}/bin", cpu=variant, builds=("release", "llama variants"))
     yield plugin_suite("plug-in/4096 tokens", "test_quality", "Quality", part="quality")

@@ -159,7 +159,6 @@ void bench_store_params(tq_store_params *keys, tq_store_params *values, const tq
     keys->n_sink = values->n_sink = preset->n_sink;
     keys->n_recent = values->n_recent = preset->n_recent;
     keys->ref_block = preset->k_ref_block;
-    keys->balance = preset->k_balance;
 }
 
 static tq_status write_store(tq_store *store, const bench_data *data, const float *rows)

@@ -53,7 +53,6 @@ static tq_status fill_store(bench *b, int side)
     tq_store_params keys, values, p;
     bench_store_params(&keys, &values, &b->formats);
     p = side == 0 ? keys : values;
-    p.balance = false; /* a cache has none */
     p.head_dim = HEAD_DIM;
     p.n_head_kv = N_HEAD_KV;
     p.n_slots = b->context;

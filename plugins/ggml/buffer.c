@@ -24,7 +24,6 @@ typedef struct kv_buffer {
     size_t reserved_bytes;
     tq_ggml_kv_tensor **tensors;
     size_t n, capacity;
-    bool is_bound; /* all of them */
     tq_ggml_threads threads;
 } kv_buffer;
 
@@ -225,20 +224,19 @@ static void warn_of_layers(const tq_ggml_options *options)
 }
 
 /* What was asked for by name, and cannot be had with this model. */
-static void warn_of_effects(const tq_ggml_options *options, bool has_values, bool has_biases, bool is_all_exact)
+static void warn_of_effects(const tq_ggml_options *options, bool has_values, bool is_all_exact)
 {
     warn_of_layers(options);
     if (is_all_exact) {
         if (options->has_k_format || options->has_v_format || options->has_n_sink || options->has_n_recent ||
-            options->ref_block > 0 || options->balance || options->has_guard || options->calibration[0])
+            options->ref_block > 0 || (options->has_factors && options->factors) || options->has_guard ||
+            options->calibration[0])
             tq_ggml_log(TQ_LOG_WARNING,
                         "TQ_GGML: exact= names every layer, so that formats and what belongs to them have no effect");
         return;
     }
     if (options->has_v_format && !has_values)
         tq_ggml_log(TQ_LOG_WARNING, "TQ_GGML: v= has no effect: this model reads its values from its keys");
-    if (options->has_key_bias && options->key_bias && !has_biases)
-        tq_ggml_log(TQ_LOG_WARNING, "TQ_GGML: bias=on has no effect: this model adds none to its keys that RoPE turns");
 }
 
 static void log_binding(kv_buffer *kvs, size_t bytes)
@@ -247,11 +245,10 @@ static void log_binding(kv_buffer *kvs, size_t bytes)
     tq_format_info k = {.name = "?"}, v = {.name = "?"};
     const tq_ggml_kv_tensor *first = kvs->tensors[0];
     double n_values = 0;
-    int n_exact = 0, n_biases = 0, n_value_tensors = 0;
+    int n_exact = 0, n_value_tensors = 0;
     for (size_t i = 0; i < kvs->n; i++) {
         const tq_ggml_kv_tensor *kv = kvs->tensors[i];
         n_values += (double)kv->n_embd * (double)kv->n_slots * (double)kv->n_stream;
-        n_biases += kv->key_bias != NULL;
         n_value_tensors += kv->is_value;
         n_exact += !kv->is_value && tq_ggml_options_is_exact(kvs->device->options, kv->layer);
     }
@@ -264,11 +261,7 @@ static void log_binding(kv_buffer *kvs, size_t bytes)
         "cells, %lld streams; %.2f MiB, %.3f bits per value with everything counted",
         preset->name, k.name, v.name, (int)preset->n_sink, (int)preset->n_recent, n_exact, (int)first->head_dim,
         (long long)first->n_slots, (long long)first->n_stream, (double)bytes / 1048576, 8 * (double)bytes / n_values);
-    if (n_biases > 0) tq_ggml_log(TQ_LOG_INFO, "%s: key biases of %d layers are kept apart", preset->name, n_biases);
-    if (kvs->is_bound) return; /* but the guard has changed its size */
-    kvs->is_bound = true;
-    warn_of_effects(kvs->device->options, n_value_tensors > 0, n_biases > 0,
-                    n_exact > 0 && n_exact + n_value_tensors == (int)kvs->n);
+    warn_of_effects(kvs->device->options, n_value_tensors > 0, n_exact > 0 && n_exact + n_value_tensors == (int)kvs->n);
     if (atomic_load(&kvs->device->n_refused) == 0) tq_ggml_log_forget_refusal();
 }
 

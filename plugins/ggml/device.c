@@ -26,13 +26,11 @@ static const char *backend_name(ggml_backend_t backend)
 static void backend_free(ggml_backend_t backend)
 {
     tq_ggml_worker *worker = backend->context;
-    tq_ggml_report_finish(&worker->report, worker->device->options->report);
     tq_ggml_observer_close(&worker->observer);
     tq_ggml_stages_free(&worker->stages);
     if (worker->cpu) tq_ggml_host.ggml_backend_free(worker->cpu);
     tq_ggml_threads_free(&worker->threads);
     free(worker->slots);
-    free(worker->positions.data);
     free(worker->alibi_slopes);
     free(worker);
     free(backend);
@@ -267,7 +265,6 @@ tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, cons
     if (options->has_n_sink) out->preset.n_sink = options->n_sink;
     if (options->has_n_recent) out->preset.n_recent = options->n_recent;
     if (options->has_ref_block) out->preset.k_ref_block = options->ref_block;
-    if (options->has_balance) out->preset.k_balance = options->balance;
     tq_status status = describe(out);
     if (status != TQ_OK) return status;
     snprintf(out->kv_buft_name, sizeof out->kv_buft_name, "%s_KV", preset->name);

@@ -163,9 +163,6 @@ TQ_API ggml_backend_reg_t ggml_backend_init(void)
         return NULL;
     }
     tq_ggml_log_set_level((int)options.log_level);
-    const char *no_estimates = tq_ggml_options_no_estimates(&options);
-    if (options.report[0] && no_estimates)
-        tq_ggml_log(TQ_LOG_WARNING, "TQ_GGML: report= has no effect: %s. Nothing will be written", no_estimates);
     tq_log_set(tq_ggml_log_from_library, NULL);
     if (!tq_cpu_name()) {
         tq_ggml_log_refusal("not loaded: %s", tq_status_string(TQ_ERR_CPU));

@@ -26,7 +26,10 @@
     X(ggml_tensor_overhead)              \
     X(ggml_graph_overhead)               \
     X(ggml_new_tensor_1d)                \
+    X(ggml_new_tensor_2d)                \
     X(ggml_new_tensor_3d)                \
+    X(ggml_mul_mat)                      \
+    X(ggml_nelements)                    \
     X(ggml_view_2d)                      \
     X(ggml_set_name)                     \
     X(ggml_rope_ext_inplace)             \
@@ -44,6 +47,7 @@
     X(ggml_backend_dev_memory)           \
     X(ggml_backend_reg_get_proc_address) \
     X(ggml_backend_free)                 \
+    X(ggml_backend_supports_op)          \
     X(ggml_backend_graph_compute)
 
 typedef struct tq_ggml_host_table {

@@ -8,7 +8,6 @@
 
 #include "buffer.h"
 #include "damage.h"
-#include "key_bias.h"
 #include "kv_tensor.h"
 #include "log.h"
 #include "stages.h"
@@ -121,12 +120,6 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
     for (int64_t i = 0; i < p->n_rows; i++) slots[i] = p->first_slot + i;
     if (p->bytes == (size_t)p->n_rows * row_bytes(kv)) {
         tq_ggml_host.ggml_fp16_to_fp32_row(halves, rows, p->n_rows * kv->n_embd);
-        if (kv->key_bias) {
-            int32_t positions[CHUNK_ROWS_MAX];
-            tq_ggml_key_bias_guess(kv, p->stream, p->first_slot, rows, p->n_rows, positions);
-            tq_status status = tq_store_set_positions(store, slots, p->n_rows, positions);
-            if (status != TQ_OK) return status;
-        }
         return tq_store_restore(store, slots, p->n_rows, rows, kv->n_embd, tq_ggml_kv_buffer_executor(kv));
     }
     tq_status status = tq_store_read(store, p->first_slot, 1, rows, kv->n_embd);
@@ -188,7 +181,7 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
 
 bool tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, tq_ggml_kv_tensor *from, int64_t from_stream)
 {
-    if (tq_ggml_stage_settle(from, from_stream, NULL, NULL) != TQ_OK) return false;
+    if (tq_ggml_stage_settle(from, from_stream, NULL) != TQ_OK) return false;
     tq_ggml_stage_release(to, to_stream);
     /* Equal pieces stay untouched: pages that neither store has written take no memory. */
     enum { PIECE = 4096 };

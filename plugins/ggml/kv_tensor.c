@@ -12,7 +12,7 @@
 
 #include "buffer.h"
 #include "damage.h"
-#include "key_bias.h"
+#include "factors.h"
 #include "log.h"
 #include "stages.h"
 
@@ -120,7 +120,6 @@ static void fill_params(tq_store_params *params, const tq_ggml_device *device, i
     params->n_sink = device->preset.n_sink;
     params->n_recent = device->preset.n_recent;
     params->ref_block = is_value ? 0 : device->preset.k_ref_block;
-    params->balance = !is_value && device->preset.k_balance;
     params->calibration = is_value ? NULL : device->calibration;
     params->layer = layer;
     if (tq_ggml_options_is_exact(device->options, layer)) params->format = TQ_FORMAT_F16;
@@ -241,7 +240,6 @@ static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
         if (kv->n_stream > 1) snprintf(label + n, sizeof label - (size_t)n, " of stream %lld", (long long)i);
         params->label = label;
         tq_status status = tq_store_open(&kv->stores[i], params, kv->memory + (size_t)i * kv->store_bytes, kv->store_bytes);
-        if (status == TQ_OK && kv->key_bias) status = tq_store_set_key_bias(kv->stores[i], &kv->key_bias->params);
         if (status == TQ_OK) continue;
         tq_ggml_kv_release(kv);
         return status;
@@ -249,7 +247,61 @@ static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
     return TQ_OK;
 }
 
-static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size_t why_bytes)
+bool tq_ggml_kv_wants_factors(const tq_ggml_kv_tensor *kv)
+{
+    tq_format_info info;
+    const tq_ggml_device *device = kv->device;
+    return !kv->is_value && device->options->factors && !device->calibration &&
+           !tq_ggml_options_is_exact(device->options, kv->layer) &&
+           tq_format_describe(&info, device->preset.k_format, 64) == TQ_OK && info.bits < 16;
+}
+
+static const char *format_name(tq_format format)
+{
+    tq_format_info info;
+    return tq_format_describe(&info, format, 64) == TQ_OK ? info.name : "?";
+}
+
+/* What a layer gets whose weights tell no factors: more bits, unless somebody chose the format. */
+static void do_without_factors(const tq_ggml_kv_tensor *kv, tq_store_params *params)
+{
+    tq_format_info info;
+    if (tq_format_describe(&info, params->format, params->head_dim) != TQ_OK || info.bits >= 8) return;
+    bool is_chosen = kv->device->options->has_k_format;
+    if (!is_chosen) params->format = TQ_FORMAT_TQ8;
+    tq_ggml_log(TQ_LOG_WARNING,
+                "layer %d: how the model projects its queries and keys is not understood, so that there are no factors for "
+                "outlier channels, and few bits may ruin what it says: its keys have %s. TQ_GGML=k=FORMAT chooses another "
+                "format, factors=off the preset's",
+                (int)kv->layer, is_chosen ? "the format that k= gives" : "8 bits");
+}
+
+/* The guard, before any token: does a format suit logits of such a spread? False: it refuses. */
+static bool judge(const tq_ggml_kv_tensor *kv, float spread, tq_store_params *params, char *why, size_t why_bytes)
+{
+    tq_ggml_guard guard = kv->device->options->guard;
+    tq_format better = tq_key_guard(params->format, spread);
+    if (better == params->format || guard == TQ_GGML_GUARD_OFF) return true;
+    if (guard == TQ_GGML_GUARD_REFUSE) {
+        snprintf(why, why_bytes,
+                 "guard: by the model's weights its logits have a spread of %.1f, which %s would move by more than 1. "
+                 "Take another preset, k=%s, or guard=raise",
+                 (double)spread, format_name(params->format), format_name(better));
+        return false;
+    }
+    bool is_raised = guard == TQ_GGML_GUARD_RAISE;
+    tq_ggml_log(TQ_LOG_WARNING,
+                "guard: layer %d: by the model's weights its logits have a spread of %.1f, which %s would move by more "
+                "than 1%s%s. TQ_GGML=guard=%s",
+                (int)kv->layer, (double)spread, format_name(params->format), is_raised ? ": its keys are kept as " : "",
+                is_raised ? format_name(better) : "",
+                is_raised ? "warn keeps the format, guard=refuse fails" : "raise takes a better one");
+    if (is_raised) params->format = better;
+    return true;
+}
+
+static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct ggml_tensor *attention, char *why,
+                        size_t why_bytes)
 {
     int32_t wanted = kv->device->options->head_dim;
     /* Values may have another head_dim than keys. */
@@ -260,57 +312,32 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, char *why, size
     }
     tq_store_params params;
     fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, head_dim);
-    if (kv->key_bias && kv->key_bias->head_dim != head_dim) {
-        tq_ggml_key_bias_free(kv->key_bias);
-        kv->key_bias = NULL;
+    int8_t *factors = attention && tq_ggml_kv_wants_factors(kv) ? malloc((size_t)kv->n_embd) : NULL;
+    float spread, softmax_scale = 1;
+    if (factors && tq_ggml_factors_find(factors, &spread, kv, head_dim, attention->src[0])) {
+        params.factors = factors;
+        memcpy(&softmax_scale, attention->op_params, sizeof softmax_scale);
+        if (!judge(kv, spread * softmax_scale, &params, why, why_bytes)) {
+            free(factors);
+            return false;
+        }
+    } else if (factors) {
+        do_without_factors(kv, &params);
     }
-    params.positions = kv->key_bias != NULL;
     tq_status status = open_stores(kv, &params);
+    free(factors);
+    tq_ggml_key_energies_free(kv->energies);
+    kv->energies = NULL;
     if (status != TQ_OK) {
         snprintf(why, why_bytes, "%s", tq_status_string(status));
         return false;
     }
     kv->n_head_kv = params.n_head_kv;
     kv->format = params.format;
-    kv->bytes = (size_t)kv->n_stream * (kv->store_bytes + tq_store_key_bias_bytes(kv->stores[0])) +
-                table_bytes(kv->device, kv->layer, kv->is_value);
+    kv->bytes = (size_t)kv->n_stream * kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
     kv->head_dim = head_dim;
     tq_ggml_kv_buffer_update(kv);
     return true;
-}
-
-tq_status tq_ggml_kv_open_raised(tq_ggml_kv_tensor *kv, tq_format format, tq_store **out)
-{
-    tq_store_params params;
-    fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, kv->head_dim);
-    params.format = format;
-    params.positions = kv->key_bias != NULL;
-    char label[64];
-    snprintf(label, sizeof label, "layer %d %s", (int)kv->layer, kv->is_value ? "values" : "keys");
-    params.label = label;
-    kv->raised_bytes = store_bytes(&params);
-    kv->raised_memory = tq_ggml_map_pages(kv->raised_bytes);
-    if (!kv->raised_memory) return TQ_ERR_MEMORY;
-    tq_status status = tq_store_open(&kv->raised, &params, kv->raised_memory, kv->raised_bytes);
-    if (status == TQ_OK && kv->key_bias) {
-        status = tq_store_set_key_bias(kv->raised, &kv->key_bias->params);
-        if (status != TQ_OK) tq_store_close(kv->raised);
-    }
-    if (status != TQ_OK) munmap(kv->raised_memory, kv->raised_bytes);
-    *out = kv->raised;
-    return status;
-}
-
-void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format)
-{
-    tq_store_close(kv->stores[0]);
-    munmap(kv->memory, kv->mapped_bytes);
-    kv->stores[0] = kv->raised;
-    kv->memory = kv->raised_memory;
-    kv->store_bytes = kv->mapped_bytes = kv->raised_bytes;
-    kv->bytes = kv->store_bytes + tq_store_key_bias_bytes(kv->stores[0]) + table_bytes(kv->device, kv->layer, kv->is_value);
-    kv->format = format;
-    tq_ggml_kv_buffer_update(kv);
 }
 
 /* List the supported head_dims in a reason, as the library keeps them. */
@@ -344,8 +371,8 @@ static bool has_cache_strides(const tq_ggml_kv_tensor *kv, const struct ggml_ten
            (view->ne[3] == 1 || view->nb[3] == stream) && tq_ggml_root_offset(view) % stream == 0;
 }
 
-bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const struct ggml_tensor *view, bool allow_part,
-                            char *why, size_t why_bytes)
+bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const struct ggml_tensor *view,
+                            const struct ggml_tensor *attention, bool allow_part, char *why, size_t why_bytes)
 {
     int64_t n_head_kv = view->ne[2];
     int64_t head_dim = n_head_kv > 0 ? kv->n_embd / n_head_kv : 0;
@@ -359,7 +386,7 @@ bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const s
         return false;
     }
     pthread_mutex_lock(&bind_mutex);
-    bool ok = kv->head_dim != 0 || bind_stores(kv, (int32_t)head_dim, why, why_bytes);
+    bool ok = kv->head_dim != 0 || bind_stores(kv, (int32_t)head_dim, attention, why, why_bytes);
     pthread_mutex_unlock(&bind_mutex);
     if (!ok) return false;
     if (kv->head_dim != head_dim) {
@@ -393,8 +420,8 @@ void tq_ggml_kv_release(tq_ggml_kv_tensor *kv)
     if (kv->memory) munmap(kv->memory, kv->mapped_bytes);
     kv->memory = NULL;
     kv->mapped_bytes = 0;
-    tq_ggml_key_bias_free(kv->key_bias);
-    kv->key_bias = NULL;
+    tq_ggml_key_energies_free(kv->energies);
+    kv->energies = NULL;
 }
 
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv)

@@ -20,9 +20,9 @@ typedef struct tq_ggml_kv_tensor {
     int32_t layer;
     bool is_value;
     int64_t n_embd, n_slots, n_stream;
-    struct tq_ggml_key_bias *key_bias; /* found before binding, or NULL: key_bias.h */
-    size_t bytes;                      /* of all streams' stores; an estimate until bound */
-    uint8_t *damaged;                  /* [n_stream, n_slots]: damage.h */
+    struct tq_ggml_key_energies *energies; /* until bound, or NULL: factors.h */
+    size_t bytes;                          /* of all streams' stores; an estimate until bound */
+    uint8_t *damaged;                      /* [n_stream, n_slots]: damage.h */
     int64_t n_damaged;
     const struct ggml_tensor *reader; /* the first attention over it in the graph that is being planned */
     bool is_shared;                   /* a graph has several: layers that share these keys and values */
@@ -34,11 +34,8 @@ typedef struct tq_ggml_kv_tensor {
     size_t mapped_bytes;
     tq_store **stores;             /* [n_stream] */
     struct tq_ggml_stage **stages; /* [n_stream] where rows wait to be written, or NULL: stages.h */
-    uint8_t *raised_memory;        /* of the guard's new store, until it is taken */
-    tq_store *raised;
-    size_t raised_bytes;
-    bool has_numbers; /* has ever been written */
-    bool is_refused;  /* its attention can't be served: nothing may use it */
+    bool has_numbers;              /* has ever been written */
+    bool is_refused;               /* its attention can't be served: nothing may use it */
 } tq_ggml_kv_tensor;
 
 /* Rows of a KV tensor that a view selects: all heads of slots first_slot ... of streams first_stream ... */
@@ -67,6 +64,9 @@ int32_t tq_ggml_kv_last_layer(void);
 bool tq_ggml_kv_has_layer(int32_t layer);
 void tq_ggml_kv_note_layer(int32_t layer);
 
+/* Are its keys to have factors from the weights? */
+bool tq_ggml_kv_wants_factors(const tq_ggml_kv_tensor *kv);
+
 /* The bytes to reserve for a KV tensor, 0 if no head_dim that we support divides its rows. */
 size_t tq_ggml_kv_estimate(const tq_ggml_device *device, const struct ggml_tensor *t);
 
@@ -81,11 +81,11 @@ void tq_ggml_kv_learn(const struct ggml_tensor *t, int32_t head_dim);
 
 /*
  * Take a view as ggml's attention passes it, [head_dim, n_slots, n_head_kv, n_stream] over whole heads of whole slots. Binds
- * the tensor if it is not bound yet. allow_part: the view may hold only the first values of each head (MLA reads its values
- * from the keys). Returns false with the reason in why.
+ * the tensor if it is not bound yet, keys with factors for that attention (NULL for values). allow_part: the view may hold only
+ * the first values of each head (MLA reads its values from the keys). Returns false with the reason in why.
  */
-bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const struct ggml_tensor *view, bool allow_part,
-                            char *why, size_t why_bytes);
+bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const struct ggml_tensor *view,
+                            const struct ggml_tensor *attention, bool allow_part, char *why, size_t why_bytes);
 
 /* Bytes [offset, offset + size) of the tensor's nominal FP16. The tensor must be bound; false: the reason was logged. */
 bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out);
@@ -95,12 +95,6 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
 bool tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, tq_ggml_kv_tensor *from, int64_t from_stream);
 /* Empty all stores and give their pages back. */
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv);
-/*
- * The guard's way to give a tensor of one stream a better format: open a store of that format over memory of its own, then,
- * when it holds what the old one did, put it in its place. Nothing but these two may come between.
- */
-tq_status tq_ggml_kv_open_raised(tq_ggml_kv_tensor *kv, tq_format format, tq_store **out);
-void tq_ggml_kv_take_raised(tq_ggml_kv_tensor *kv, tq_format format);
 /* Memory whose pages cost nothing until they are written, or NULL; free it with munmap. */
 uint8_t *tq_ggml_map_pages(size_t bytes);
 /* Free what binding allocated. */

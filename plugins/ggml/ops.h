@@ -6,31 +6,19 @@
 #ifndef TQ_GGML_OPS_H
 #define TQ_GGML_OPS_H
 
-#include "guard.h"
 #include "kv_tensor.h"
 #include "observe.h"
 #include "stages.h"
 #include "threads.h"
-
-/* The positions that were read last, and where: see key_bias.h. */
-typedef struct tq_ggml_positions {
-    const struct ggml_tensor *pos;
-    int32_t layer;
-    int64_t n;
-    int32_t *data;
-    size_t capacity;
-} tq_ggml_positions;
 
 /* What one backend (ggml's word for a stream of work on a device) keeps between operations. Used by one thread at a time. */
 typedef struct tq_ggml_worker {
     tq_ggml_device *device;
     tq_ggml_threads threads;
     tq_ggml_stages stages;
-    tq_ggml_report report;
     tq_ggml_observer observer;
     int64_t *slots; /* scratch, grown as needed */
     size_t n_slots;
-    tq_ggml_positions positions;
     float *alibi_slopes;
     int32_t n_alibi_slopes;
     float alibi_max_bias;

@@ -75,8 +75,8 @@ static tq_ggml_kv_tensor *find_views(attention *out, const tq_ggml_device *devic
         return keys ? keys : values;
     }
     read_params(out, op);
-    if (!tq_ggml_kv_attend_view(&out->keys, keys, k, false, why, why_bytes)) return keys;
-    if (!tq_ggml_kv_attend_view(&out->values, values, v, values == keys, why, why_bytes)) return values;
+    if (!tq_ggml_kv_attend_view(&out->keys, keys, k, op, false, why, why_bytes)) return keys;
+    if (!tq_ggml_kv_attend_view(&out->values, values, v, NULL, values == keys, why, why_bytes)) return values;
     const char *fault = find_fault(out, op);
     if (!fault) return NULL;
     snprintf(why, why_bytes, "%s", fault);
@@ -159,8 +159,8 @@ static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_at
 {
     tq_ggml_kv_tensor *keys = a->keys.kv, *values = a->values.kv;
     const tq_executor *executor = &worker->threads.executor;
-    tq_status status = tq_ggml_guard_settle(&worker->report, keys, stream, p, executor);
-    if (status == TQ_OK) status = tq_ggml_stage_settle(values, stream, NULL, executor);
+    tq_status status = tq_ggml_stage_settle(keys, stream, executor);
+    if (status == TQ_OK) status = tq_ggml_stage_settle(values, stream, executor);
     if (status == TQ_OK && keys->device->options->observe[0])
         status = tq_ggml_observe(&worker->observer, keys, stream, a->keys.n_slots, p);
     if (status != TQ_OK) return status;

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * ROPE in place on keys, llama.cpp's context shift: decode the slots that move, rotate them with the CPU backend's own RoPE
- * (all its variants stay its business), and encode them anew. Slots with a shift of 0 keep their bytes.
+ * (all its variants stay its business), and encode them again. Slots with a shift of 0 keep their bytes.
  */
 #include <stdlib.h>
 #include <string.h>
 
-#include "cpu_rope.h"
+#include "cpu_ops.h"
 #include "ops.h"
 
 #define CHUNK_SLOTS 64
@@ -47,17 +47,6 @@ static void scatter(const shift *s, float *rows, int64_t n, const float *x)
         memcpy(rows + i * s->kv->head_dim + s->first, x + i * s->n_rope, (size_t)s->n_rope * sizeof *x);
 }
 
-/* What has no position gets none. */
-static bool move_positions(tq_store *store, const int64_t *slots, const int32_t *shifts, int64_t n)
-{
-    int32_t positions[CHUNK_SLOTS];
-    for (int64_t i = 0; i < n; i++) {
-        int64_t position = tq_store_position(store, slots[i]);
-        positions[i] = position < 0 || position + shifts[i] > INT32_MAX ? -1 : (int32_t)(position + shifts[i]);
-    }
-    return tq_store_set_positions(store, slots, n, positions) == TQ_OK;
-}
-
 /* Shift up to CHUNK_SLOTS slots of one stream. */
 static enum ggml_status shift_slots(tq_ggml_worker *worker, const shift *s, int64_t stream, const int64_t *slots, int32_t *pos,
                                     int64_t n, float *rows, float *x)
@@ -71,7 +60,6 @@ static enum ggml_status shift_slots(tq_ggml_worker *worker, const shift *s, int6
     enum ggml_status status = tq_ggml_cpu_rope(worker->cpu, s->op, x, s->n_rope, s->kv->n_head_kv, pos, n);
     if (status != GGML_STATUS_SUCCESS) return status;
     scatter(s, rows, n, x);
-    if (!move_positions(store, slots, pos, n)) return GGML_STATUS_FAILED;
     bool ok = tq_store_update(store, slots, n, rows, n_embd, &worker->threads.executor) == TQ_OK;
     return ok ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
@@ -100,7 +88,7 @@ enum ggml_status tq_ggml_rope(tq_ggml_worker *worker, const struct ggml_tensor *
     bool is_dummy;
     shift s = {.kv = tq_ggml_kv_of(worker->device, op, &is_dummy), .op = op, .n_rope = op->src[0]->ne[0]};
     if (!s.kv || !s.kv->stores || s.kv->is_refused) return GGML_STATUS_FAILED;
-    if (!worker->cpu) worker->cpu = tq_ggml_cpu_start();
+    if (!worker->cpu) worker->cpu = tq_ggml_cpu_start(1);
     if (!worker->cpu || tq_ggml_stage_settle_all(s.kv) != TQ_OK) return GGML_STATUS_FAILED;
     tq_ggml_stage_forget(s.kv);
     s.first = (int64_t)(tq_ggml_root_offset(op->src[0]) / sizeof(ggml_fp16_t));

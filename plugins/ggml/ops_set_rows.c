@@ -5,7 +5,7 @@
 #include <stdlib.h>
 
 #include "damage.h"
-#include "key_bias.h"
+#include "factors.h"
 #include "log.h"
 #include "ops.h"
 
@@ -37,7 +37,7 @@ bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor
         (index->type != GGML_TYPE_I64 && index->type != GGML_TYPE_I32))
         return tq_ggml_kv_refuse(kv, "a graph writes to it in a shape that is not whole rows of floats");
     kv->reader = NULL; /* ggml's scheduler asks about what writes to a cache before all else */
-    tq_ggml_key_bias_find(kv, op);
+    tq_ggml_factors_look(kv, op);
     return true;
 }
 
@@ -97,8 +97,6 @@ enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tens
     const struct ggml_tensor *rows = op->src[0];
     int64_t n = rows->ne[1], row_stride = (int64_t)(rows->nb[1] / sizeof(float)), n_bad = 0;
     int64_t first = (int64_t)(tq_ggml_root_offset(op) / ((size_t)kv->n_embd * sizeof(ggml_fp16_t)));
-    const int32_t *positions = kv->key_bias ? tq_ggml_key_bias_positions(worker, kv, op) : NULL;
-    if (kv->key_bias && !positions) return GGML_STATUS_ALLOC_FAILED;
     int64_t *slots = tq_ggml_worker_slots(worker, 2 * (size_t)n);
     if (!slots) return GGML_STATUS_ALLOC_FAILED;
     int64_t *numbers = slots + n;
@@ -115,7 +113,7 @@ enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tens
         const float *its_rows = (const float *)rows->data + begin * row_stride;
         n_bad += local_slots(worker, kv, numbers + begin, end - begin, its_rows, row_stride, slots + begin);
         tq_status status = tq_ggml_stage_rows(&worker->stages, kv, stream, slots + begin, end - begin, its_rows, row_stride,
-                                              positions ? positions + begin : NULL, &worker->threads.executor);
+                                              &worker->threads.executor);
         /* The library has logged the layer, head and slot. */
         if (status != TQ_OK) return status == TQ_ERR_MEMORY ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
         for (int64_t i = begin; i < end; i++) {

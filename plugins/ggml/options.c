@@ -131,18 +131,11 @@ static bool parse_ref(tq_ggml_options *options, const char *value, error_text *e
     return fail(error, "ref", value, "give the number of cells that share a reference, 16 to 1024, or 0 for none");
 }
 
-static bool parse_balance(tq_ggml_options *options, const char *value, error_text *error)
+static bool parse_factors(tq_ggml_options *options, const char *value, error_text *error)
 {
-    options->has_balance = true;
-    options->balance = strcmp(value, "on") == 0;
-    return options->balance || strcmp(value, "off") == 0 || fail(error, "balance", value, "give on or off");
-}
-
-static bool parse_bias(tq_ggml_options *options, const char *value, error_text *error)
-{
-    options->has_key_bias = true;
-    options->key_bias = strcmp(value, "on") == 0;
-    return options->key_bias || strcmp(value, "off") == 0 || fail(error, "bias", value, "give on or off");
+    options->has_factors = true;
+    options->factors = strcmp(value, "weights") == 0;
+    return options->factors || strcmp(value, "off") == 0 || fail(error, "factors", value, "give weights or off");
 }
 
 /* LAYER[-LAYER], joined by +. */
@@ -215,11 +208,6 @@ static bool parse_path(char out[TQ_GGML_PATH_MAX], const char *key, const char *
     return true;
 }
 
-static bool parse_report(tq_ggml_options *options, const char *value, error_text *error)
-{
-    return parse_path(options->report, "report", value, error);
-}
-
 static bool parse_calibration(tq_ggml_options *options, const char *value, error_text *error)
 {
     return parse_path(options->calibration, "calibration", value, error);
@@ -236,13 +224,11 @@ static const option_key keys[] = {
     {"sinks", "N", parse_sinks},
     {"recent", "N", parse_recent},
     {"ref", "N", parse_ref},
-    {"balance", "on|off", parse_balance},
-    {"bias", "on|off", parse_bias},
+    {"factors", "weights|off", parse_factors},
     {"calibration", "FILE", parse_calibration},
     {"exact", "LAYER[-LAYER][+...]", parse_exact},
     {"head_dim", "N", parse_head_dim},
     {"guard", "raise|warn|refuse|off", parse_guard},
-    {"report", "FILE", parse_report},
     {"observe", "FILE", parse_observe},
     {"log", "LEVEL", parse_log},
 };
@@ -295,19 +281,9 @@ static bool has_no_ring(const tq_ggml_options *options)
     return options->has_n_recent && options->n_recent == 0;
 }
 
-const char *tq_ggml_options_no_estimates(const tq_ggml_options *options)
-{
-    if (has_exact_keys(options)) return "keys of the format that k= gives have no error";
-    if (has_prod_keys(options)) return "the error of keys in the format that k= gives is not estimated";
-    if (has_no_ring(options)) return "with recent=0 there are no tokens to estimate errors from";
-    if (options->has_balance && !options->balance) return "with balance=off no errors are estimated";
-    return NULL;
-}
-
 /* Options that others leave without effect. Only a user can ask for such a pair: no preset does. */
 static bool check_effects(const tq_ggml_options *o, error_text *error)
 {
-    const char *no_estimates = tq_ggml_options_no_estimates(o);
     bool exact_keys = has_exact_keys(o), all_exact = exact_keys && o->has_v_format && is_exact_format(o->v_format);
     const char *is_exact = "keys of the format that k= gives are kept as they are";
     const char *are_exact = "the formats that k= and v= give keep all as it is";
@@ -316,14 +292,13 @@ static bool check_effects(const tq_ggml_options *o, error_text *error)
         bool is_wanted, is_idle;
         const char *why;
     } pairs[] = {
-        {"guard", o->has_guard && o->guard != TQ_GGML_GUARD_OFF, no_estimates != NULL, no_estimates},
         {"ref", o->ref_block > 0, exact_keys, is_exact},
         {"ref", o->ref_block > 0, has_prod_keys(o), "keys of the format that k= gives have no references"},
         {"ref", o->ref_block > 0, has_no_ring(o), "with recent=0 there are no tokens to make a reference from"},
-        {"balance", o->balance, exact_keys, is_exact},
-        {"balance", o->balance, has_no_ring(o), "with recent=0 there are no tokens to learn factors from"},
-        {"bias", o->has_key_bias && o->key_bias, exact_keys, is_exact},
-        {"bias", o->has_key_bias && o->key_bias, o->calibration[0] != '\0', "a calibration does without"},
+        {"factors", o->has_factors && o->factors, exact_keys, is_exact},
+        {"guard", o->has_guard && o->guard != TQ_GGML_GUARD_OFF, exact_keys, is_exact},
+        {"guard", o->has_guard && o->guard != TQ_GGML_GUARD_OFF, !o->factors, "with factors=off the weights are not looked at"},
+        {"factors", o->has_factors && o->factors, o->calibration[0] != '\0', "a calibration takes their place"},
         {"calibration", o->calibration[0] != '\0', exact_keys, is_exact},
         {"sinks", o->n_sink > 0, all_exact, are_exact},
         {"recent", o->n_recent > 0, all_exact, are_exact},
@@ -358,7 +333,7 @@ static bool take_item(char item[ITEM_MAX], const char **text)
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes)
 {
     error_text to = {error, error_bytes};
-    tq_ggml_options options = {.key_bias = true, .log_level = TQ_LOG_INFO, .max_exact_layer = -1};
+    tq_ggml_options options = {.factors = true, .log_level = TQ_LOG_INFO, .max_exact_layer = -1};
     uint32_t seen = 0;
     const char *p = text ? text : "";
     while (*p) {

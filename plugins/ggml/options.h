@@ -15,21 +15,19 @@
 #define TQ_GGML_LAYERS_MAX 1024
 #define TQ_GGML_PATH_MAX 4096
 
-/* What happens to a layer whose keys the format can't hold well enough: see guard.h. */
+/* What happens to a layer whose keys the format can't hold well enough, by its weights. */
 typedef enum tq_ggml_guard { TQ_GGML_GUARD_RAISE, TQ_GGML_GUARD_WARN, TQ_GGML_GUARD_REFUSE, TQ_GGML_GUARD_OFF } tq_ggml_guard;
 
 typedef struct tq_ggml_options {
-    bool has_k_format, has_v_format, has_n_sink, has_n_recent, has_ref_block, has_balance; /* else the preset's */
-    bool has_key_bias, has_guard;
+    bool has_k_format, has_v_format, has_n_sink, has_n_recent, has_ref_block; /* else the preset's */
+    bool has_factors, has_guard;
     tq_format k_format, v_format;
     int32_t n_sink, n_recent;
     int32_t ref_block;
-    bool balance;
-    bool key_bias;    /* keep biases of keys apart */
+    bool factors;     /* of keys' channels, from the weights */
     int32_t head_dim; /* 0: not given */
     tq_log_level log_level;
     tq_ggml_guard guard;
-    char report[TQ_GGML_PATH_MAX];                /* a file for the logits' errors, or "" */
     char calibration[TQ_GGML_PATH_MAX];           /* of `tq calibrate`, or "" */
     char observe[TQ_GGML_PATH_MAX];               /* what `tq calibrate` reads, or "" */
     uint8_t exact_layers[TQ_GGML_LAYERS_MAX / 8]; /* bit set: keys and values stay FP16 */
@@ -41,9 +39,6 @@ typedef struct tq_ggml_options {
  * option and what it may be. An option that others leave without effect is such a failure.
  */
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes);
-
-/* Why nothing is known of the logits' errors with these options, so that there is neither guard nor report; NULL if it is. */
-const char *tq_ggml_options_no_estimates(const tq_ggml_options *options);
 
 static inline bool tq_ggml_options_is_exact(const tq_ggml_options *options, int32_t layer)
 {

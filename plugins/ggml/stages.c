@@ -35,12 +35,11 @@ static tq_status find_free(tq_ggml_stages *stages, tq_ggml_stage **out)
 }
 
 tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int64_t stream, const int64_t *slots, int64_t n,
-                             const float *rows, int64_t row_stride, const int32_t *positions, const tq_executor *executor)
+                             const float *rows, int64_t row_stride, const tq_executor *executor)
 {
     /* Two writes before an attention: the first has nobody left who sees its rows as they come in. */
-    tq_status status = tq_ggml_stage_settle(kv, stream, NULL, executor);
+    tq_status status = tq_ggml_stage_settle(kv, stream, executor);
     tq_ggml_stage *s = kv->stages[stream];
-    if (status == TQ_OK && positions) status = tq_store_set_positions(kv->stores[stream], slots, n, positions);
     if (status == TQ_OK && !s) status = find_free(stages, &s);
     if (status == TQ_OK) status = tq_store_stage(kv->stores[stream], s->stage, slots, n, rows, row_stride);
     if (status != TQ_OK) return status;
@@ -52,19 +51,18 @@ tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int6
     return TQ_OK;
 }
 
-tq_status tq_ggml_stage_settle(tq_ggml_kv_tensor *kv, int64_t stream, const tq_attend_params *queries,
-                               const tq_executor *executor)
+tq_status tq_ggml_stage_settle(tq_ggml_kv_tensor *kv, int64_t stream, const tq_executor *executor)
 {
     tq_ggml_stage *s = kv->stages ? kv->stages[stream] : NULL;
     if (!s || !s->is_pending) return TQ_OK;
     s->is_pending = false;
-    return tq_store_settle(kv->stores[stream], s->stage, queries, executor);
+    return tq_store_settle(kv->stores[stream], s->stage, executor);
 }
 
 tq_status tq_ggml_stage_settle_all(tq_ggml_kv_tensor *kv)
 {
     for (int64_t i = 0; kv->stages && i < kv->n_stream; i++) {
-        tq_status status = tq_ggml_stage_settle(kv, i, NULL, NULL);
+        tq_status status = tq_ggml_stage_settle(kv, i, NULL);
         if (status != TQ_OK) return status;
     }
     return TQ_OK;
@@ -91,7 +89,7 @@ void tq_ggml_stages_free(tq_ggml_stages *stages)
     for (size_t i = 0; i < stages->n; i++) {
         tq_ggml_stage *s = stages->list[i];
         /* Rows that nobody attended to still belong to the cache. */
-        if (s->kv && tq_ggml_stage_settle(s->kv, s->stream, NULL, NULL) != TQ_OK)
+        if (s->kv && tq_ggml_stage_settle(s->kv, s->stream, NULL) != TQ_OK)
             tq_ggml_damage_mark(s->kv, s->stream, 0, s->kv->n_slots);
         unbind(s);
         tq_stage_free(s->stage);

@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Rows between SET_ROWS and the attention of the same graph. They are staged by the former and written by the latter, which
- * knows the queries; whoever comes first, another writer, a reader, a save of the state, has them written before. Stages belong
- * to a worker and serve one layer after the other, so that there are as many as tensors and streams of a layer. Those of a
- * tensor that several layers read stay until its next rows come, or its cells are written in another way: all these layers see
- * a batch as decoding would.
+ * Rows between SET_ROWS and the attention of the same graph. They are staged by the former and written by the latter; whoever
+ * comes first, another writer, a reader, a save of the state, has them written before. Stages belong to a worker and serve one
+ * layer after the other, so that there are as many as tensors and streams of a layer. Those of a tensor that several layers
+ * read stay until its next rows come, or its cells are written in another way: all these layers see a batch as decoding would.
  */
 #ifndef TQ_GGML_STAGES_H
 #define TQ_GGML_STAGES_H
@@ -23,12 +22,11 @@ typedef struct tq_ggml_stages {
     size_t n;
 } tq_ggml_stages;
 
-/* Stage rows for one stream of a tensor; with positions [n] if it has a key bias. Errors: those of tq_store_stage. */
+/* Stage rows for one stream of a tensor. Errors: those of tq_store_stage. */
 tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int64_t stream, const int64_t *slots, int64_t n,
-                             const float *rows, int64_t row_stride, const int32_t *positions, const tq_executor *executor);
-/* Write the rows that wait for a stream, if any. queries may be NULL. */
-tq_status tq_ggml_stage_settle(tq_ggml_kv_tensor *kv, int64_t stream, const tq_attend_params *queries,
-                               const tq_executor *executor);
+                             const float *rows, int64_t row_stride, const tq_executor *executor);
+/* Write the rows that wait for a stream, if any. */
+tq_status tq_ggml_stage_settle(tq_ggml_kv_tensor *kv, int64_t stream, const tq_executor *executor);
 /* The same for all streams of a tensor. */
 tq_status tq_ggml_stage_settle_all(tq_ggml_kv_tensor *kv);
 /* The settled stage of a stream if it holds n rows, else NULL. It stays until the next rows. */

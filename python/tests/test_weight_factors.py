@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Factors for channels of keys, against their definition; no engine is needed."""
+import warnings
+
 import numpy as np
 import pytest
 import turboquant
@@ -23,7 +25,7 @@ def test_least_error(partners):
     """Near the least that any factors give: rounding them to powers of two costs some 17 %, 56 % at the very most."""
     rng = np.random.default_rng(1)
     keys, queries = np.exp2(4 * rng.standard_normal((2, 64))), np.exp2(2 * rng.standard_normal((6, 64)))
-    found = weight_factors.from_energies(keys, queries, partners)
+    found, _ = weight_factors.from_energies(keys, queries, partners)
     assert found.dtype == np.int8 and found.shape == (2, 64) and (found == found[:, partners]).all()
     least = error(keys, queries, partners, found)
     assert (least < .5 * error(keys, queries, partners, 0 * found)).all()
@@ -36,8 +38,8 @@ def test_least_error(partners):
 def test_a_common_factor_changes_nothing(scale):
     rng = np.random.default_rng(2)
     keys, queries = np.exp2(4 * rng.standard_normal((2, 64))), np.exp2(rng.standard_normal((4, 64)))
-    plain = weight_factors.from_energies(keys, queries, halves(64))
-    assert np.array_equal(weight_factors.from_energies(scale * keys, queries / scale, halves(64)), plain)
+    plain, _ = weight_factors.from_energies(keys, queries, halves(64))
+    assert np.array_equal(weight_factors.from_energies(scale * keys, queries / scale, halves(64))[0], plain)
     assert abs(plain.mean()) < .1
 
 
@@ -46,16 +48,16 @@ def test_channels_without_energy():
     keys, queries = np.ones((2, 64)), np.ones((2, 64))
     keys[:, :8] = 0
     keys[:, 32:40] = 0
-    assert abs(weight_factors.from_energies(keys, queries, halves(64))).max() <= 4
+    assert abs(weight_factors.from_energies(keys, queries, halves(64))[0]).max() <= 4
     for bad in (0, np.nan, np.inf):
         keys[1] = bad
-        assert not weight_factors.from_energies(keys, queries, halves(64)).any()
+        assert not weight_factors.from_energies(keys, queries, halves(64))[0][1].any()
 
 
 def test_factors_are_bounded():
     keys, queries = np.ones((1, 64)), np.ones((1, 64))
     keys[0, ::4], queries[0, ::4] = 1e30, 1e-30
-    assert abs(weight_factors.from_energies(keys, queries, np.arange(64))).max() <= 8
+    assert abs(weight_factors.from_energies(keys, queries, np.arange(64))[0]).max() <= 8
 
 
 @pytest.mark.parametrize("n_turned", [64, 16])
@@ -73,12 +75,17 @@ def test_partners(kind, n_turned):
 
 @pytest.mark.parametrize("n_ref", [1, 16, 64])
 def test_what_references_leave_of_a_constant(n_ref):
-    """By definition: the mean square, over a block, of what turns, less its mean."""
-    angles = np.array([1, .3, .05, 1e-3, 1e-6, 0])
+    """By definition: the mean square, over a block, of what turns, less its mean. Factors are those of keys that have only it."""
+    angles = np.array([1, .3, .05, 1e-3, 1e-6, 0] + [.7] * 58)
     turned = np.exp(1j * angles[:, None] * np.arange(n_ref))
-    wanted = (abs(turned - turned.mean(axis=1, keepdims=True)) ** 2).mean(axis=1)
-    np.testing.assert_allclose(weight_factors.kept_of_constants(angles, n_ref), wanted, atol=1e-7)
-    assert (weight_factors.kept_of_constants(angles, 0) == 1).all()
+    left = (abs(turned - turned.mean(axis=1, keepdims=True)) ** 2).mean(axis=1)
+    rng = np.random.default_rng(5)
+    means, noise = 2 ** rng.standard_normal((1, 64)), 2 ** rng.standard_normal((1, 64))
+    queries, none = np.ones((2, 64)), np.arange(64)
+    for n, part in ((n_ref, left), (0, np.ones(64))):
+        found, spread = weight_factors.from_energies(means**2 + noise, queries, none, means, angles, n)
+        wanted, of_wanted = weight_factors.from_energies(part * means**2 + noise, queries, none)
+        assert np.array_equal(found, wanted) and abs(spread / of_wanted - 1) < 1e-4
 
 
 def test_biases_that_references_take_out(weights):
@@ -86,7 +93,7 @@ def test_biases_that_references_take_out(weights):
     q, _, _ = weights
     bias, angles = np.tile(np.array([0, 1000, 0, 1000.0]), 4), np.tile(np.array([1, .9, 1e-4, 1e-4]), 2)
     module = Attention(q_proj=Projection(q), k_proj=Projection(np.abs(q[:16]), bias))
-    found = [weight_factors.exponents_of(module, 4, 2, 8, lambda x: x, np.asarray, lambda: (halves(8), angles), n)
+    found = [weight_factors.exponents_of(module, 4, 2, 8, lambda x: x, np.asarray, lambda: (halves(8), angles), n)[0]
              for n in (0, 64)]
     gaps = [exponents[:, [1, 3]] - exponents[:, [0, 2]] for exponents in found]
     assert (gaps[0] >= 2).all() and (gaps[1][:, 0] >= 2).all() and (abs(gaps[1][:, 1]) <= 1).all()
@@ -106,7 +113,8 @@ class Attention:
 
 
 def exponents_of(module, n_head=4):
-    return weight_factors.exponents_of(module, n_head, 2, 8, lambda x: x, np.asarray, lambda: (halves(8), np.ones(8)), 0)
+    found = weight_factors.exponents_of(module, n_head, 2, 8, lambda x: x, np.asarray, lambda: (halves(8), np.ones(8)), 0)
+    return found if found is None else found[0]
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +163,41 @@ def test_norms(weights):
         for of_queries, of_keys in ((np.ones(8), by_channel), (np.ones(32), np.tile(by_channel, 2))):
             found = exponents_of(Attention(**parts, **dict(zip(names, (Norm(of_queries), Norm(of_keys))))))
             assert np.array_equal(found, wanted)
+
+
+def test_the_norm_before_counts(weights):
+    """It is found where its layer calls the attention, and its weights scale what is projected."""
+    q, k, _ = weights
+
+    class Layer:
+        def __init__(self, **parts):
+            self._modules = parts
+
+        def __call__(self):
+            return self._modules["self_attn"]()
+
+    class Called(Attention):
+        def __call__(self):
+            return weight_factors.norm_before(self)
+
+    norm, attention = object(), Called()
+    assert Layer(input_layernorm=norm, self_attn=attention)() is norm
+    assert Layer(self_attn=attention)() is None and weight_factors.norm_before(attention) is None
+    gains = np.ones(48)
+    gains[:8] = 64
+    of_gains = k * np.where(np.arange(48) < 8, 0, 1)
+    of_gains[1::8, :8] = 4  # channel 1 takes what the norm makes large
+    found = [weight_factors.exponents_of(Attention(q_proj=Projection(q), k_proj=Projection(of_gains)), 4, 2, 8, lambda x: x,
+                                         np.asarray, lambda: (halves(8), np.ones(8)), 0, norm)[0]
+             for norm in (None, lambda x: x * gains)]
+    assert (found[1][:, 1] - found[1][:, 0] >= found[0][:, 1] - found[0][:, 0] + 2).all()
+
+
+def test_the_guard_tells():
+    with pytest.warns(UserWarning, match="k_format='tq8'"):
+        weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 200, .1, "layer 3")
+    with warnings.catch_warnings(action="error"):
+        weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 60, .1, "layer 3")
 
 
 def test_what_is_not_known(weights):

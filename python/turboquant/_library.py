@@ -87,7 +87,15 @@ class FormatInfo(_Struct):
 class Preset(_Struct):
     _fields_ = [
         ("name", c_char_p), ("description", c_char_p), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int),
-        ("n_sink", c_int32), ("n_recent", c_int32), ("k_ref_block", c_int32), ("k_balance", c_bool),
+        ("n_sink", c_int32), ("n_recent", c_int32), ("k_ref_block", c_int32),
+    ]
+
+
+class KeyFactorsParams(_Struct):
+    _fields_ = [
+        ("struct_size", c_size_t), ("n_head", c_int32), ("n_head_kv", c_int32), ("head_dim", c_int32),
+        ("k_square", c_void_p), ("k_mean", c_void_p), ("q_square", c_void_p), ("partners", c_void_p), ("angles", c_void_p),
+        ("ref_block", c_int32), ("whole", c_bool),
     ]
 
 
@@ -223,6 +231,7 @@ _FALLIBLE = {
     "tq_codec_encode": [c_void_p, c_void_p, _N, c_void_p],
     "tq_codec_decode": [c_void_p, c_void_p, _N, c_void_p],
     "tq_preset_bits_per_value": [POINTER(c_double), POINTER(Preset), _HEAD_DIM, _N_HEAD_KV, _N_TOK],
+    "tq_key_factors": [c_void_p, POINTER(c_float), POINTER(KeyFactorsParams)],
     "tq_calibration_load": [POINTER(c_void_p), _PATH],
     "tq_calibration_take_layer": [POINTER(c_void_p), c_void_p, _LAYER],
     "tq_cache_create": [POINTER(c_void_p), POINTER(CacheParams)],
@@ -262,6 +271,8 @@ _OTHER = {
     "tq_head_dim_list": (POINTER(c_int32), [POINTER(c_int32)]),
     "tq_preset_count": (c_int32, []),
     "tq_preset_get": (POINTER(Preset), [_INDEX]),
+    "tq_key_factors_params_default": (None, [POINTER(KeyFactorsParams)]),
+    "tq_key_guard": (ctypes.c_int, [_FORMAT, c_float]),
     "tq_calibration_free": (None, [c_void_p]),
     "tq_calibration_model": (c_char_p, [c_void_p]),
     "tq_calibration_bytes": (c_size_t, [c_void_p]),

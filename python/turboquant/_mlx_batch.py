@@ -61,11 +61,16 @@ def _find_factors(options: dict[str, Any], module: Any, n_head_kv: int, head_dim
     if is_off or weight_factors.is_exact(weight_factors.formats_of(options, 1, "k")[0]):
         return _Factors()
     shape, n_ref = (n_head_kv, head_dim), weight_factors.references_of(options)
+    norm = weight_factors.norm_before(module)
     found = _known.get(module, (*shape, n_ref), lambda: weight_factors.exponents_of(
-        module, None, *shape, mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _rope(module, head_dim), n_ref))
+        module, None, *shape, mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _rope(module, head_dim), n_ref,
+        norm))
     if found is None:
         return _Factors(None, weight_factors.without(options, 1, module))
-    return _Factors(found.tolist() if found.any() else None)
+    exponents, spread = found
+    weight_factors.warn_of_spread(weight_factors.formats_of(options, 1, "k")[0], spread, getattr(module, "scale", head_dim**-0.5),
+                                  "a layer")
+    return _Factors(exponents.tolist() if exponents.any() else None)
 
 
 def _rope(module: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -126,12 +126,13 @@ _known = weight_factors.Known()
 
 
 @torch.no_grad()
-def _exponents_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int) -> np.ndarray | None:
+def _exponents_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int
+                  ) -> tuple[np.ndarray, float] | None:
     """weight_factors.exponents_of, once for each module; query and keys say what it makes, and where."""
-    shape = query.shape[1], keys.shape[1], keys.shape[3]
+    shape, norm = (query.shape[1], keys.shape[1], keys.shape[3]), weight_factors.norm_before(module)
     return _known.get(module, (*shape, n_ref), lambda: weight_factors.exponents_of(
         module, *shape, lambda x: torch.from_numpy(x).to(query.device, query.dtype), lambda x: x.float().cpu().numpy(),
-        lambda: _rope(module, shape[2]), n_ref))
+        lambda: _rope(module, shape[2]), n_ref, norm))
 
 
 def _rope(module: torch.nn.Module, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -224,18 +225,21 @@ class TurboQuantLayer(CacheLayerMixin):
                                 f"cache was made for {wanted[0]} of {wanted[1]} and {wanted[2]}: pass the model's config")
         self._model_config = config
 
-    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, may_shift: bool) -> None:
+    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, scaling: float,
+                      may_shift: bool) -> None:
         """Those of the keys to come, from the weights of the module that brings the first. may_shift: a device takes a mean."""
         owner, found = self._cache(), None
         if owner._factors == "weights" and not weight_factors.is_exact(owner._key_formats[self._number]):
             n_ref = weight_factors.references_of(owner._options)
             if query.device.type in _DEVICE_TYPES:
                 n_ref = _MEAN_SPAN if n_ref and may_shift else 0
-            exponents = _exponents_of(module, query, keys, n_ref)
-            if exponents is None:
+            of_weights = _exponents_of(module, query, keys, n_ref)
+            if of_weights is None:
                 owner._do_without_factors(module, self)
-            elif exponents.any():
-                found = exponents
+            else:
+                exponents, spread = of_weights
+                weight_factors.warn_of_spread(owner._key_formats[self._number], spread, scaling, f"compressed layer {self._number}")
+                found = exponents if exponents.any() else None
         # The same tensors, if they may be, for CUDA graphs that have been captured.
         if found is None or self._factors is None or not np.array_equal(self._factors.exponents, found):
             self._factors = None if found is None else _Factors(found)
@@ -254,7 +258,7 @@ class TurboQuantLayer(CacheLayerMixin):
             sinks = sinks.detach().to(torch.float32).contiguous()
         try:
             if self.n_columns == 0:
-                self._find_factors(module, query, keys, not softcap and sinks is None)
+                self._find_factors(module, query, keys, scaling, not softcap and sinks is None)
             self._check(module.config, query, keys, values)
             if self._factors is not None:
                 query, keys = self._factors.scaled(query, keys)

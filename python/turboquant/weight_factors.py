@@ -11,6 +11,8 @@ the same names.
 """
 from __future__ import annotations
 
+import ctypes
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _library
 from .errors import ArgumentError, UnsupportedError
 from .formats import format_info, format_number, preset as find_preset
 
@@ -26,34 +29,30 @@ CHOICES = ("weights", "off")
 # White vectors that are projected in place of a model's own: a pair's energies come out to some 9 %.
 _N_PROBE = 128
 _SEED = 1
-# What a channel counts for at least, of the mean of all: one without any energy must not take a factor without bound.
-_FLOOR = 1e-4
-# Factors are at most 2 to this, so that half floats hold what they make.
-_EXPONENT_MAX = 8
 # Projections of queries and keys: apart, side by side, or side by side in each head.
 _APART, _SIDE_BY_SIDE, _IN_HEADS = ("q_proj", "k_proj"), "qkv_proj", "query_key_value"
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 
 
-def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray) -> np.ndarray:
+def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray, means: np.ndarray | None = None,
+                  angles: np.ndarray | None = None, n_ref: int = 0) -> tuple[np.ndarray, float]:
     """
     Exponents of two, int8 [n_head_kv, head_dim], from the mean squares of keys [n_head_kv, head_dim] and queries [n_head,
-    head_dim] before RoPE. partners [head_dim]: the channel that RoPE turns each with, itself if it has no partner.
-
-    With factors s the error of a logit is in energy proportional to sum(keys / s^2) * sum(queries * s^2), least at s = (keys /
-    queries)^(1/4). RoPE makes the energies of a pair equal. The geometric mean of a head's factors is 1.
+    head_dim] before RoPE, and the spread of their products: tq_key_factors. partners [head_dim]: the channel that RoPE turns
+    each with, itself if it has no partner; angles [head_dim]: by how much from token to token; means: of keys; n_ref: how many
+    tokens share a reference.
     """
-    queries = queries.reshape(len(keys), -1, keys.shape[1]).mean(axis=1)
-    logs = []
-    for energy in (keys, queries):
-        energy = (energy + energy[:, partners]).astype(np.float64)
-        mean = energy.mean(axis=1, keepdims=True)
-        if not np.isfinite(mean).all() or (mean <= 0).any():
-            return np.zeros(keys.shape, np.int8)
-        logs.append(np.log2(np.maximum(energy, _FLOOR * mean)) / 4)
-    found = logs[0] - logs[1]
-    found -= found.mean(axis=1, keepdims=True)
-    return np.rint(found.clip(-_EXPONENT_MAX, _EXPONENT_MAX)).astype(np.int8)
+    arrays = [np.ascontiguousarray(x, kind) if x is not None else None for x, kind in
+              ((keys, np.float32), (means, np.float32), (queries, np.float32), (partners, np.int32), (angles, np.float64))]
+    k_square, k_mean, q_square, of_pairs, turns = (None if x is None else x.ctypes.data for x in arrays)
+    params = _library.KeyFactorsParams()
+    _library.lib.tq_key_factors_params_default(ctypes.byref(params))
+    params.n_head_kv, params.head_dim = keys.shape
+    params.n_head, params.ref_block, params.whole = len(queries), n_ref, True
+    params.k_square, params.k_mean, params.q_square, params.partners, params.angles = k_square, k_mean, q_square, of_pairs, turns
+    found, spread = np.empty(keys.shape, np.int8), ctypes.c_float()
+    _library.lib.tq_key_factors(found.ctypes.data, ctypes.byref(spread), ctypes.byref(params))
+    return found // 4, spread.value
 
 
 def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.ndarray:
@@ -65,22 +64,31 @@ def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.n
     return np.where(found[found] == np.arange(head_dim), found, np.arange(head_dim))
 
 
-def kept_of_constants(angles: np.ndarray, n_ref: int) -> np.ndarray:
+def norm_before(module: Any) -> Any:
     """
-    The part of its energy that a constant keeps, which RoPE turns by these angles from token to token, where the mean of each
-    n_ref tokens is taken away (references); 0: none is. [head_dim]
+    The norm whose output an attention takes, found in the layer that is calling it: its own is the caller of what runs now. None
+    if there is no such layer, or none by a name that is known.
     """
-    if n_ref == 0:
-        return np.ones(len(angles))
-    half = np.asarray(angles, np.float64) / 2
-    is_still = abs(np.sin(half)) < 1e-9
-    mean = np.sin(n_ref * half) / np.where(is_still, 1, n_ref * np.sin(half))
-    return np.where(is_still, 0, 1 - mean**2)
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES_MAX):
+        owner = frame.f_locals.get("self")
+        parts = owner if isinstance(owner, dict) else getattr(owner, "_modules", None)
+        if isinstance(parts, dict) and any(part is module for part in parts.values()):
+            return next((parts[name] for name in _INPUT_NORMS if name in parts), None)
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
 
 
 def has_projections(module: Any) -> bool:
     """Has this attention projections by names that are known here?"""
     return all(hasattr(module, name) for name in _APART) or hasattr(module, _SIDE_BY_SIDE) or hasattr(module, _IN_HEADS)
+
+
+# Of layers, and how far above the cache they are called.
+_INPUT_NORMS = ("input_layernorm", "attention_norm", "ln_1", "norm1", "operator_norm")
+_FRAMES_MAX = 24
 
 
 def _n_input(module: Any) -> int:
@@ -130,26 +138,28 @@ def _normed(norm: Any, rows: Any, head_dim: int) -> Any:
 
 
 def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
-                 to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int
-                 ) -> np.ndarray | None:
+                 to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int,
+                 norm: Any = None
+                 ) -> tuple[np.ndarray, float] | None:
     """
     from_energies for an attention module, None if its projections of queries and keys are not known. n_head: None if it is to
-    be found. rope: partners and angles of channels; n_ref: of kept_of_constants. to_engine, to_host: float32 arrays to the
+    be found. rope: partners and angles of channels. to_engine, to_host: float32 arrays to the
     engine's and back.
 
-    The projections are called with white vectors, the same ones each time, so quantized weights, adapters and weights that are
+    The projections are called with white vectors, the same ones each time, as `norm` (of norm_before) makes them, so quantized
+    weights, adapters and weights that are
     kept elsewhere are what they are in the model. What keys have in common, a bias, counts with what references leave of it: in
     pairs that turn slowly that is nothing.
     """
     try:
         x = np.random.default_rng(_SEED).standard_normal((1, _N_PROBE, _n_input(module)), np.float32)
-        rows = [to_host(y) for y in _projected(module, to_engine(x), n_head, n_head_kv, head_dim)]
+        white = to_engine(x)
+        rows = [to_host(y) for y in _projected(module, white if norm is None else norm(white), n_head, n_head_kv, head_dim)]
     except Exception:  # by these names modules of other kinds may do anything: they are not known, which is told
         return None
     queries, keys = (np.square(y, dtype=np.float32).mean(axis=0) for y in rows)
     partners, angles = rope()
-    lost = np.square(rows[1].mean(axis=0)) * (1 - kept_of_constants(angles, n_ref))
-    return from_energies(keys - lost, queries, partners)
+    return from_energies(keys, queries, partners, rows[1].mean(axis=0), angles, n_ref)
 
 
 class Known:
@@ -179,6 +189,16 @@ def chosen(factors: str | None, calibration: Any) -> str:
         raise ArgumentError("factors='weights' with a calibration, which was learnt from keys without factors: leave one of "
                             "them out")
     return factors or ("off" if calibration is not None else "weights")
+
+
+def warn_of_spread(fmt: int, spread: float, softmax_scale: float, layer: str) -> None:
+    """The guard: tell where a format moves logits, whose spread the weights tell, by more than attention bears."""
+    better = int(_library.lib.tq_key_guard(fmt, spread * softmax_scale))
+    if better != fmt:
+        name, more = (format_info(number).name for number in (fmt, better))
+        warnings.warn(f"turboquant: by the model's weights the logits of {layer} have a spread of {spread * softmax_scale:.1f}, which "
+                      f"keys in {name} would move by more than 1: pass k_format={more!r} for keys that it can hold", UserWarning,
+                      stacklevel=2)
 
 
 def formats_of(options: dict[str, Any], n_layer: int, side: str) -> list[int]:

@@ -6,10 +6,10 @@
 /* docs/quality.md tells how they were chosen. */
 // clang-format off
 static const tq_preset presets[] = {
-    {"TQ6", "keys tq8, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TQ8, TQ_FORMAT_TT4, 4, 64, 64, true},
-    {"TQ4", "keys tt4, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TT4, TQ_FORMAT_TT4, 4, 64, 64, true},
-    {"TQ3", "keys tt3, values tt3; first 4 and last 128 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT3, 4, 128, 64, true},
-    {"TQ2", "keys tt3, values tt2; first 4 and last 64 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT2, 4, 64, 64, true},
+    {"TQ6", "keys tq8, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TQ8, TQ_FORMAT_TT4, 4, 64, 64},
+    {"TQ4", "keys tt4, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TT4, TQ_FORMAT_TT4, 4, 64, 64},
+    {"TQ3", "keys tt3, values tt3; first 4 and last 128 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT3, 4, 128, 64},
+    {"TQ2", "keys tt3, values tt2; first 4 and last 64 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT2, 4, 64, 64},
 };
 // clang-format on
 enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
@@ -37,10 +37,8 @@ tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t
     size_t k_bytes, v_bytes;
     params.format = preset->k_format;
     params.ref_block = preset->k_ref_block;
-    params.balance = preset->k_balance;
     TQ_TRY(tq_store_bytes(&k_bytes, &params));
     params.ref_block = 0;
-    params.balance = false;
     params.format = preset->v_format;
     TQ_TRY(tq_store_bytes(&v_bytes, &params));
     double n_values = 2.0 * (double)n_slots * n_head_kv * head_dim;

@@ -1,12 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_store_*: argument checks in front of cache/store.c. */
-#include <math.h>
-#include <string.h>
-
 #include "api/checks.h"
 #include "base/alloc.h"
 #include "base/log.h"
 #include "cache/stage.h"
+#include "codec/factors.h"
 
 #define MEMORY_ALIGN 64
 
@@ -20,6 +18,21 @@ void tq_store_params_default(tq_store_params *params)
 static const char *label_of(const tq_store_params *params)
 {
     return params->label ? params->label : "store";
+}
+
+static tq_status check_factors(const tq_store_params *params)
+{
+    if (params->calibration) {
+        tq_log(TQ_LOG_ERROR, "%s: a calibration takes the place of factors; leave one of them out", label_of(params));
+        return TQ_ERR_ARGUMENT;
+    }
+    for (int64_t i = 0; i < (int64_t)params->n_head_kv * params->head_dim; i++) {
+        if (params->factors[i] >= -TQ_FACTOR_MAX && params->factors[i] <= TQ_FACTOR_MAX) continue;
+        tq_log(TQ_LOG_ERROR, "%s: factor %lld is %d; give -%d to %d", label_of(params), (long long)i, (int)params->factors[i],
+               TQ_FACTOR_MAX, TQ_FACTOR_MAX);
+        return TQ_ERR_ARGUMENT;
+    }
+    return TQ_OK;
 }
 
 static tq_status check_params(const tq_store_params *params)
@@ -43,6 +56,7 @@ static tq_status check_params(const tq_store_params *params)
                (int)params->n_head_kv, (long long)params->n_slots, TQ_HEADS_MAX);
         return TQ_ERR_ARGUMENT;
     }
+    if (params->factors) TQ_TRY(check_factors(params));
     return tq_check_exact(label, params->n_sink, params->n_recent, params->ref_block);
 }
 
@@ -190,144 +204,18 @@ tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *
     return status;
 }
 
-static tq_status check_queries(const tq_store *store, const tq_attend_params *queries)
-{
-    if (!queries) return TQ_OK;
-    if (queries->struct_size != sizeof *queries || (queries->n_query > 0 && !queries->q) ||
-        !tq_check_stride(queries->n_query, queries->q_token_stride) ||
-        !tq_check_stride(queries->n_head, queries->q_head_stride)) {
-        tq_log(TQ_LOG_ERROR, "%s: settle: queries lack struct_size or q, or a stride is out of range", store->label);
-        return TQ_ERR_ARGUMENT;
-    }
-    return tq_check_heads(store->label, queries->n_head, store->n_head_kv) == TQ_OK ? TQ_OK : TQ_ERR_ARGUMENT;
-}
-
-tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
+tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_executor *executor)
 {
     if (!store || !stage) return TQ_ERR_ARGUMENT;
     if (stage->store != store->number || stage->is_settled) {
         tq_log(TQ_LOG_ERROR, "%s: settle: no rows are staged for it", store->label);
         return TQ_ERR_ARGUMENT;
     }
-    TQ_TRY(check_queries(store, queries));
-    bool is_paired = queries && queries->n_query == stage->n_rows;
-    if (queries && !is_paired) tq_store_learn_queries(store, queries, 0, queries->n_query);
-    tq_store_rows rows = {.slots = stage->slots,
-                          .n = stage->n_rows,
-                          .staged = {stage->data, stage->head_stride_bytes, stage->index},
-                          .queries = is_paired ? queries : NULL};
+    tq_store_rows rows = {
+        .slots = stage->slots, .n = stage->n_rows, .staged = {stage->data, stage->head_stride_bytes, stage->index}};
     tq_store_put(store, &rows, executor);
     stage->is_settled = true;
     return TQ_OK;
-}
-
-tq_status tq_store_settle_into(tq_store *to, tq_stage *stage, const tq_attend_params *queries, const tq_executor *executor)
-{
-    if (!to || !stage) return TQ_ERR_ARGUMENT;
-    if (!stage->store) {
-        tq_log(TQ_LOG_ERROR, "%s: settle: nothing is staged", to->label);
-        return TQ_ERR_ARGUMENT;
-    }
-    if (stage->is_plain) {
-        tq_log(TQ_LOG_ERROR,
-               "%s: settle: the stage has one row of %s alone, since its write was not the first to encode a slot", to->label,
-               stage->label);
-        return TQ_ERR_ARGUMENT;
-    }
-    if (to->codec.head_dim != stage->head_dim || to->n_head_kv != stage->n_head_kv || to->n_slots != stage->n_slots) {
-        tq_log(TQ_LOG_ERROR, "%s: settle: it has another shape than %s, which the rows were staged for", to->label,
-               stage->label);
-        return TQ_ERR_SHAPE;
-    }
-    TQ_TRY(check_queries(to, queries));
-    if (queries) tq_store_learn_queries(to, queries, 0, queries->n_query);
-    tq_stage_replay(stage, to, executor);
-    return TQ_OK;
-}
-
-void tq_key_bias_params_default(tq_key_bias_params *params)
-{
-    if (params) *params = (tq_key_bias_params){.struct_size = sizeof *params};
-}
-
-static tq_status check_bias(const tq_store *store, const tq_key_bias_params *params)
-{
-    int32_t head_dim = store->codec.head_dim, n_rope = params->n_rope;
-    if (params->struct_size != sizeof *params || !params->bias || (n_rope > 0 && !params->angles)) {
-        tq_log(TQ_LOG_ERROR, "%s: a key bias lacks struct_size, bias or angles", store->label);
-        return TQ_ERR_ARGUMENT;
-    }
-    if (n_rope < 0 || n_rope % 2 != 0 || n_rope > head_dim) {
-        tq_log(TQ_LOG_ERROR, "%s: a key bias of n_rope %d: give an even number up to %d", store->label, (int)n_rope,
-               (int)head_dim);
-        return TQ_ERR_SHAPE;
-    }
-    for (int32_t i = 0; i < n_rope / 2; i++) {
-        if (isfinite(params->angles[i])) continue;
-        tq_log(TQ_LOG_ERROR, "%s: angle %d of a key bias is not finite", store->label, (int)i);
-        return TQ_ERR_ARGUMENT;
-    }
-    int32_t head = tq_check_row(store->kernels, params->bias, store->n_head_kv, head_dim);
-    if (head < 0) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, "%s: head %d of a key bias holds NaN, infinity, or a magnitude above 65504", store->label, (int)head);
-    return TQ_ERR_ARGUMENT;
-}
-
-tq_status tq_store_set_key_bias(tq_store *store, const tq_key_bias_params *params)
-{
-    if (!store || !params) return TQ_ERR_ARGUMENT;
-    TQ_TRY(check_bias(store, params));
-    if (store->codec.traits->family == TQ_FAMILY_EXACT) return TQ_OK;
-    if (!store->layout.positions) {
-        tq_log(TQ_LOG_ERROR, "%s: it keeps no positions for a key bias; set tq_store_params.positions", store->label);
-        return TQ_ERR_ARGUMENT;
-    }
-    tq_key_bias *bias;
-    TQ_TRY(tq_key_bias_create(&bias, params, store->n_head_kv, store->codec.head_dim));
-    const tq_store_header *header = tq_store_header_of(store);
-    if (header->channels != TQ_CHANNELS_OPEN && header->bias_hash != bias->hash) {
-        tq_log(TQ_LOG_ERROR, "%s: slots were coded without this key bias; give it to an empty store", store->label);
-        tq_key_bias_free(bias);
-        return TQ_ERR_ARGUMENT;
-    }
-    tq_key_bias_free(store->bias);
-    store->bias = bias;
-    return TQ_OK;
-}
-
-size_t tq_store_key_bias_bytes(const tq_store *store)
-{
-    return store && store->bias ? store->bias->bytes : 0;
-}
-
-tq_status tq_store_set_positions(tq_store *store, const int64_t *slots, int64_t n, const int32_t *positions)
-{
-    if (!store || n < 0 || n > TQ_COUNT_MAX || (n > 0 && (!slots || !positions))) return TQ_ERR_ARGUMENT;
-    for (int64_t i = 0; i < n; i++) {
-        if (slots[i] < store->n_slots) continue;
-        tq_log(TQ_LOG_ERROR, "%s: the position of slot %lld is out of range; there are %lld slots", store->label,
-               (long long)slots[i], (long long)store->n_slots);
-        return TQ_ERR_RANGE;
-    }
-    int32_t *to = tq_store_positions(store);
-    for (int64_t i = 0; i < n && to; i++) {
-        if (slots[i] >= 0) to[slots[i]] = positions[i] < 0 || positions[i] == INT32_MAX ? 0 : positions[i] + 1;
-    }
-    return TQ_OK;
-}
-
-int64_t tq_store_position(const tq_store *store, int64_t slot)
-{
-    if (!store || slot < 0 || slot >= store->n_slots || !store->layout.positions) return -1;
-    int32_t mark = tq_store_positions(store)[slot];
-    return mark > 0 ? mark - 1 : -1;
-}
-
-bool tq_store_logit_error(const tq_store *store, float *out)
-{
-    if (!store || !out || !store->layout.balance || !tq_store_header_of(store)->has_errors) return false;
-    memcpy(out, tq_store_errors(store), (size_t)store->n_head_kv * sizeof *out);
-    return true;
 }
 
 tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, float *rows, int64_t row_stride)
@@ -383,10 +271,6 @@ tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t 
         tq_log(TQ_LOG_ERROR, "%s: attend: n_col is %lld, but there are %lld slots", keys->label, (long long)n_col,
                (long long)keys->n_slots);
         return TQ_ERR_RANGE;
-    }
-    if (values->bias) {
-        tq_log(TQ_LOG_ERROR, "%s: attend: its slots are coded without their key bias, so they cannot be values", values->label);
-        return TQ_ERR_ARGUMENT;
     }
     TQ_TRY(tq_check_attend(keys->label, params, params ? params->n_query : 0, keys->n_head_kv, values->codec.head_dim));
 

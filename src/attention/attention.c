@@ -78,8 +78,7 @@ static void plan_memory(tq_attend_plan *plan)
     plan->n_splits = splits > 1 ? (int32_t)splits : 1;
 
     size_t expanded = expands(plan) ? (size_t)plan->tile_cols * larger_width(plan) : 0;
-    size_t bias = (2 * n + TQ_TURNS) * (size_t)plan->bias_width;
-    plan->scratch_floats = align_floats(n * (size_t)plan->head_dim) + align_floats(n * (size_t)plan->width_k) + bias +
+    plan->scratch_floats = align_floats(n * (size_t)plan->head_dim) + align_floats(n * (size_t)plan->width_k) +
                            align_floats(n * (size_t)plan->tile_cols) + align_floats(expanded) +
                            align_floats(n * (size_t)plan->head_dim_v) + (plan->n_splits == 1 ? plan->partial_floats : 0);
 }
@@ -92,7 +91,6 @@ static void plan_init(tq_attend_plan *plan)
     plan->out_dim = params->out_dim > 0 ? params->out_dim : plan->head_dim_v;
     plan->width_k = plan->keys->codec->width;
     plan->width_v = plan->values->codec->width;
-    plan->bias_width = plan->keys->bias ? 2 * plan->keys->bias->n_pairs : 0;
     plan->group = params->n_head / plan->n_head_kv;
     plan->n_row = params->n_query * plan->group;
     plan->window = params->window > 0 && params->window < params->first_pos + params->n_query ? params->window : 0;
@@ -134,9 +132,6 @@ static tq_attend_scratch scratch_at(const tq_attend_plan *plan, float *memory)
     tq_attend_scratch scratch;
     scratch.q = take(&memory, n * (size_t)plan->head_dim);
     scratch.q_working = take(&memory, n * (size_t)plan->width_k);
-    scratch.q_bias = take(&memory, n * (size_t)plan->bias_width);
-    scratch.turned = take(&memory, n * (size_t)plan->bias_width);
-    scratch.turns = take(&memory, TQ_TURNS * (size_t)plan->bias_width);
     scratch.scores = take(&memory, n * (size_t)plan->tile_cols);
     scratch.expanded = expands(plan) ? take(&memory, (size_t)plan->tile_cols * larger_width(plan)) : NULL;
     scratch.finished = take(&memory, n * (size_t)plan->head_dim_v);

@@ -9,7 +9,6 @@
 #include <stdint.h>
 
 #include "codec/codec.h"
-#include "codec/key_bias.h"
 #include "kernels/kernels.h"
 
 /* Fewer columns to a reference would cost more bits than they save. */
@@ -79,15 +78,12 @@ typedef struct tq_exact_entry {
 typedef struct tq_kv_view {
     const tq_codec *codec;
     tq_page_view pages;
-    /* Optional [n_head_kv, head_dim]: pages hold value j of head h times tq_channel_factor(channel_steps[h * head_dim + j]). */
-    const int8_t *channel_steps;
+    /* Optional [n_head_kv, head_dim]: pages hold value j of head h divided by tq_channel_factor(factors[h * head_dim + j]).
+     */
+    const int8_t *factors;
     /* Optional, in place of those: pages hold what tq_transform_key makes of head h's vectors with the h-th of these matrices.
      */
     const uint16_t *transforms;
-    /* Optional, of keys: pages hold head h's vectors less its bias at each column's position, positions[column] - 1; 0: none.
-     */
-    const tq_key_bias *bias;
-    const int32_t *positions;
     const tq_codec *exact_codec; /* F16 at the same head_dim */
     const uint8_t *exact_data;   /* head h's vectors at exact_data + h * exact_head_stride_bytes, FP16 */
     size_t exact_head_stride_bytes;
@@ -95,7 +91,7 @@ typedef struct tq_kv_view {
     int32_t n_exact;
 } tq_kv_view;
 
-/* x [n, head_dim] of one head, as coded, back to what it was, but for its bias. */
+/* x [n, head_dim] of one head, as coded, back to what it was. */
 void tq_from_basis(const tq_kv_view *view, int32_t head, int64_t n, float *x);
 
 /*

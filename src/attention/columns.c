@@ -195,34 +195,6 @@ static void accumulate_references(const tq_attend_plan *plan, const tq_kv_view *
     plan->kernels->format[codec->traits->format].accumulate(codec, refs, i_ref, sums, TILE_REFS_MAX, n_row, acc);
 }
 
-/* Add q . R(p) b to the scores of columns [begin, end), s[row * tile_cols + column - begin], for the rows from i_row on. */
-static void score_bias(const tq_attend_plan *plan, const tq_tile_part *part, int64_t begin, int64_t end,
-                       const tq_attend_scratch *scratch, int32_t i_row, float *s)
-{
-    const tq_key_bias *bias = plan->keys->bias;
-    const float *q = scratch->q_bias + (size_t)i_row * (size_t)plan->bias_width;
-    _Alignas(64) float add[TQ_TILE_ROWS_MAX * TQ_TURNS];
-    tq_key_turns start;
-    start.mark = 0;
-    for (int64_t c = begin, n; c < end; c += n) {
-        n = end - c < TQ_TURNS ? end - c : TQ_TURNS;
-        const int32_t *marks = plan->keys->positions + c;
-        if (tq_key_bias_is_run(marks, (int32_t)n)) {
-            tq_key_turns_move(&start, bias, part->head, marks[0]);
-            tq_key_bias_turn_query(bias, &start, q, part->n_row, scratch->turned);
-            plan->kernels->score_f32(tq_key_bias_table(bias, part->head), plan->bias_width, n, scratch->turned, part->n_row,
-                                     add, TQ_TURNS);
-        } else {
-            tq_key_bias_turns(bias, part->head, marks, (int32_t)n, scratch->turns);
-            plan->kernels->score_f32(scratch->turns, plan->bias_width, n, q, part->n_row, add, TQ_TURNS);
-        }
-        for (int32_t row = 0; row < part->n_row; row++) {
-            float *to = s + row * (int64_t)plan->tile_cols + (c - begin);
-            for (int64_t i = 0; i < n; i++) to[i] += add[row * TQ_TURNS + i];
-        }
-    }
-}
-
 void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, const tq_attend_scratch *scratch, int32_t i_row)
 {
     const tq_kv_view *keys = plan->keys;
@@ -245,7 +217,6 @@ void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, cons
                                                                  stride);
         if (keys->pages.ref_codec) score_references(plan, keys, part->head, c, next, q_working, part->n_row, s, stride);
     }
-    if (keys->bias) score_bias(plan, part, begin, end, scratch, i_row, scores + (begin - part->col_begin));
     const tq_format_kernels *exact = &plan->kernels->format[keys->exact_codec->traits->format];
     for (int32_t i = 0, n; i < range.n; i += n) {
         n = run_length(&range, i);

@@ -70,7 +70,7 @@ void tq_from_basis(const tq_kv_view *view, int32_t head, int64_t n, float *x)
     int32_t head_dim = view->codec->head_dim;
     for (int64_t i = 0; i < n; i++) {
         float *vector = x + i * head_dim;
-        if (view->channel_steps) tq_scale_channels(view->channel_steps + (size_t)head * (size_t)head_dim, -1, head_dim, vector);
+        if (view->factors) tq_scale_channels(view->factors + (size_t)head * (size_t)head_dim, 1, head_dim, vector);
         if (view->transforms) tq_transform_inverse(tq_transform_of_head(view->transforms, head, head_dim), head_dim, vector);
     }
 }

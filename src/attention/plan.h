@@ -28,9 +28,6 @@ typedef struct tq_partial {
 typedef struct tq_attend_scratch {
     float *q;         /* [tile_rows, head_dim], times softmax_scale */
     float *q_working; /* [tile_rows, width of the keys' codec] */
-    float *q_bias;    /* [tile_rows, bias_width], if keys have a bias */
-    float *turned;    /* [tile_rows, bias_width], likewise */
-    float *turns;     /* [TQ_TURNS, bias_width], likewise */
     float *scores;    /* [tile_rows, tile_cols], then probabilities */
     float *expanded;  /* [tile_cols, the larger width] */
     float *finished;  /* [tile_rows, head_dim of the values] */
@@ -44,7 +41,6 @@ typedef struct tq_attend_plan {
     int32_t n_head_kv, group;
     int32_t head_dim, head_dim_v, out_dim;
     int32_t width_k, width_v;
-    int32_t bias_width; /* of what a query meets the keys' bias with; 0: there is none */
     int64_t n_col;
     int64_t window; /* 0 if it hides nothing */
     int64_t n_row;  /* of one KV head */

@@ -89,15 +89,15 @@ static void prepare_queries(const tq_attend_plan *plan, const tq_attend_tile *ti
         }
         return;
     }
-    if (!plan->keys->channel_steps) {
+    if (!plan->keys->factors) {
         format->prepare(codec, scratch->q, plan->head_dim, tile->n_row, scratch->q_working);
         return;
     }
-    const int8_t *steps = plan->keys->channel_steps + (size_t)tile->head * (size_t)plan->head_dim;
+    const int8_t *factors = plan->keys->factors + (size_t)tile->head * (size_t)plan->head_dim;
     for (int32_t i = 0; i < tile->n_row; i++) {
         _Alignas(64) float q[TQ_HEAD_DIM_MAX];
         memcpy(q, scratch->q + (size_t)i * (size_t)plan->head_dim, (size_t)plan->head_dim * sizeof *q);
-        tq_scale_channels(steps, -1, plan->head_dim, q);
+        tq_scale_channels(factors, 1, plan->head_dim, q);
         format->prepare(codec, q, plan->head_dim, 1, scratch->q_working + (size_t)i * (size_t)plan->width_k);
     }
 }
@@ -113,7 +113,6 @@ static void gather_queries(const tq_attend_plan *plan, const tq_attend_tile *til
         for (int32_t j = 0; j < plan->head_dim; j++) to[j] = q[j] * params->softmax_scale;
     }
     prepare_queries(plan, tile, scratch);
-    if (plan->keys->bias) tq_key_bias_query(plan->keys->bias, tile->head, scratch->q, tile->n_row, scratch->q_bias);
 }
 
 static void clear_partial(const tq_attend_plan *plan, int32_t n_row, tq_partial partial)

@@ -70,17 +70,12 @@ static void read_reference(const tq_kernels *kernels, const tq_page_view *pages,
     format->finish(pages->ref_codec, working, 1, x);
 }
 
-void tq_rows_subtract_bias(const tq_rows_in *in, int32_t head, int64_t column, float *x)
-{
-    if (in->bias) tq_key_bias_add(in->bias, head, in->positions[column], -1.0f, x);
-}
-
 void tq_rows_to_basis(const tq_rows_in *in, int32_t head, int32_t n, float *x)
 {
     int32_t head_dim = in->codec->head_dim;
     for (int32_t i = 0; i < n; i++) {
         float *vector = x + i * head_dim;
-        if (in->channel_steps) tq_scale_channels(in->channel_steps + (size_t)head * (size_t)head_dim, 1, head_dim, vector);
+        if (in->factors) tq_scale_channels(in->factors + (size_t)head * (size_t)head_dim, -1, head_dim, vector);
         if (!in->transforms) continue;
         _Alignas(64) float plain[TQ_HEAD_DIM_MAX];
         memcpy(plain, vector, (size_t)head_dim * sizeof *plain);
@@ -92,7 +87,6 @@ void tq_rows_to_basis(const tq_rows_in *in, int32_t head, int32_t n, float *x)
 static void to_coded(const tq_rows_in *in, int32_t head, int64_t column, int32_t n, float *x)
 {
     int32_t head_dim = in->codec->head_dim;
-    for (int32_t i = 0; i < n; i++) tq_rows_subtract_bias(in, head, column + i, x + i * head_dim);
     tq_rows_to_basis(in, head, n, x);
     if (!in->pages.ref_codec) return;
     _Alignas(64) float reference[TQ_HEAD_DIM_MAX];
@@ -202,8 +196,6 @@ static void read_encoded(const tq_kernels *kernels, const tq_kv_view *view, int3
         for (int64_t i = 0; i < n * head_dim; i++) x[i] += reference[i % head_dim];
     }
     tq_from_basis(view, head, n, x);
-    for (int64_t i = 0; view->bias && i < n; i++)
-        tq_key_bias_add(view->bias, head, view->positions[column + i], 1.0f, x + i * head_dim);
 }
 
 void tq_rows_read(const tq_kernels *kernels, const tq_kv_view *view, int32_t n_head_kv, int64_t first, int64_t n, float *rows,

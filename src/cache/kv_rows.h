@@ -31,11 +31,9 @@ typedef struct tq_rows_in {
     const tq_kernels *kernels;
     const tq_codec *codec, *exact_codec;
     tq_page_view pages;
-    const int8_t *channel_steps; /* as in tq_kv_view */
-    const uint16_t *transforms;  /* as in tq_kv_view */
-    const tq_key_bias *bias;     /* as in tq_kv_view */
-    const int32_t *positions;    /* as in tq_kv_view */
-    uint8_t *exact_data;         /* head h's vectors at exact_data + h * exact_head_stride_bytes */
+    const int8_t *factors;      /* as in tq_kv_view */
+    const uint16_t *transforms; /* as in tq_kv_view */
+    uint8_t *exact_data;        /* head h's vectors at exact_data + h * exact_head_stride_bytes */
     size_t exact_head_stride_bytes;
     int32_t n_head_kv;
     const float *rows; /* [n, n_head_kv, head_dim], or NULL: staged */
@@ -58,8 +56,6 @@ uint16_t *tq_exact_vector(const tq_rows_in *in, int32_t head, int32_t index);
 /* n FP16 values as floats. */
 void tq_half_expand(const tq_rows_in *in, const uint16_t *half, int64_t n_vectors, float *x);
 
-/* x [head_dim] of one head and column, less the keys' bias there, if any. */
-void tq_rows_subtract_bias(const tq_rows_in *in, int32_t head, int64_t column, float *x);
 /* x [n, head_dim] of one head to the basis that is coded: channels scaled, or transformed. */
 void tq_rows_to_basis(const tq_rows_in *in, int32_t head, int32_t n, float *x);
 /* Encode jobs with pairwise different columns. Values are rounded to FP16 first. */

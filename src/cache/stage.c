@@ -30,7 +30,6 @@ static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
     size_t exact = take(&total, n_vectors, sizeof *stage->exact);
     size_t pushes = take(&total, n_vectors, sizeof *stage->pushes);
     size_t index = take(&total, (size_t)n, sizeof *stage->index);
-    size_t positions = take(&total, n_vectors, sizeof *stage->positions);
     size_t data = take(&total, head_stride, (size_t)store->n_head_kv);
     if (total > stage->capacity) {
         void *memory = tq_alloc(total);
@@ -44,7 +43,6 @@ static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
     stage->exact = (tq_exact_entry *)(void *)(base + exact);
     stage->pushes = (tq_stage_push *)(void *)(base + pushes);
     stage->index = (int32_t *)(void *)(base + index);
-    stage->positions = (int32_t *)(void *)(base + positions);
     stage->data = base + data;
     stage->head_stride_bytes = head_stride;
     return TQ_OK;
@@ -56,15 +54,8 @@ static uint16_t *vector_at(const tq_stage *stage, int32_t head, int32_t index)
     return (uint16_t *)(void *)data + (size_t)index * (size_t)stage->head_dim;
 }
 
-static void copy_position(tq_stage *stage, const tq_store *store, int64_t slot, int32_t index)
+static void copy_exact(tq_stage *stage, const tq_store *store, int32_t entry, int32_t index)
 {
-    const int32_t *positions = tq_store_positions(store);
-    stage->positions[index] = positions ? positions[slot] : 0;
-}
-
-static void copy_exact(tq_stage *stage, const tq_store *store, int32_t entry, int64_t slot, int32_t index)
-{
-    copy_position(stage, store, slot, index);
     size_t vector_bytes = (size_t)store->codec.head_dim * sizeof(uint16_t);
     for (int32_t head = 0; head < store->n_head_kv; head++) {
         const uint8_t *data =
@@ -73,9 +64,8 @@ static void copy_exact(tq_stage *stage, const tq_store *store, int32_t entry, in
     }
 }
 
-static void copy_row(tq_stage *stage, const tq_store *store, int64_t slot, const float *row, int32_t index)
+static void copy_row(tq_stage *stage, const tq_store *store, const float *row, int32_t index)
 {
-    copy_position(stage, store, slot, index);
     int64_t head_dim = store->codec.head_dim;
     for (int32_t head = 0; head < store->n_head_kv; head++) {
         store->kernels->half_from_float(row + head * head_dim, head_dim, vector_at(stage, head, index));
@@ -96,14 +86,14 @@ static void play_store(player *p)
     int32_t n_sink = store->layout.n_sink, n_recent = store->layout.n_recent;
     for (int32_t i = 0; i < n_sink; i++) {
         p->sinks[i] = tq_store_exact_slot(store, i) >= 0 ? p->n_vectors++ : -1;
-        if (p->sinks[i] >= 0) copy_exact(p->stage, store, i, i, p->sinks[i]);
+        if (p->sinks[i] >= 0) copy_exact(p->stage, store, i, p->sinks[i]);
     }
     int32_t next = n_recent > 0 ? tq_store_ring_next(store) : 0;
     for (int32_t i = 0; i < n_recent; i++) {
         int32_t entry = n_sink + (next + i) % n_recent;
         int64_t slot = tq_store_exact_slot(store, entry);
         if (slot < 0) continue;
-        copy_exact(p->stage, store, entry, slot, p->n_vectors);
+        copy_exact(p->stage, store, entry, p->n_vectors);
         p->stage->pushes[p->n_pushes++] = (tq_stage_push){slot, p->n_vectors++, PUSH_STAYS};
     }
 }
@@ -143,7 +133,7 @@ static void list_exact(player *p)
 {
     tq_stage *stage = p->stage;
     int32_t n = 0;
-    for (int32_t i = 0; i < stage->n_sink; i++) {
+    for (int32_t i = 0; i < p->store->layout.n_sink; i++) {
         if (p->sinks[i] >= 0) n = tq_exact_insert(stage->exact, n, (tq_exact_entry){.column = i, .index = p->sinks[i]});
     }
     for (int32_t i = 0; i < p->n_pushes; i++) {
@@ -153,16 +143,6 @@ static void list_exact(player *p)
         n = tq_exact_insert(stage->exact, n, (tq_exact_entry){push->slot, push->index, expires});
     }
     stage->n_exact = n;
-    stage->n_pushes = p->n_pushes;
-}
-
-/* May writing one row encode another, for the first time? All that is exact must be held then: another store may have to be
- * filled. */
-static bool may_encode_first(const tq_store *store)
-{
-    const tq_store_layout *layout = &store->layout;
-    if (tq_store_header_of(store)->channels != TQ_CHANNELS_OPEN) return false;
-    return layout->n_recent == 0 || tq_store_exact_slot(store, layout->n_sink + tq_store_ring_next(store)) >= 0;
 }
 
 tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
@@ -172,43 +152,18 @@ tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *s
     TQ_TRY(reserve(stage, store, n));
     stage->store = store->number;
     stage->head_dim = store->codec.head_dim;
-    stage->n_head_kv = store->n_head_kv;
-    stage->n_sink = store->layout.n_sink;
-    stage->n_slots = store->n_slots;
-    memcpy(stage->label, store->label, sizeof stage->label);
     stage->is_settled = false;
     stage->n_rows = n;
     if (n > 0) memcpy(stage->slots, slots, (size_t)n * sizeof *slots);
     player p = {.stage = stage, .store = store};
-    stage->is_plain = n <= 1 && !may_encode_first(store);
+    stage->is_plain = n <= 1;
     if (!stage->is_plain) play_store(&p);
     for (int32_t i = 0; i < n; i++) {
         stage->index[i] = slots[i] < 0 ? 0 : play_row(&p, slots[i], i);
-        if (slots[i] >= 0) copy_row(stage, store, slots[i], rows + i * row_stride, stage->index[i]);
+        if (slots[i] >= 0) copy_row(stage, store, rows + i * row_stride, stage->index[i]);
     }
     list_exact(&p);
     return TQ_OK;
-}
-
-static void replay_vector(const tq_stage *stage, tq_store *to, int64_t slot, int32_t index, const tq_executor *executor)
-{
-    int32_t *positions = tq_store_positions(to);
-    if (positions) positions[slot] = stage->positions[index];
-    tq_store_rows rows = {.slots = &slot, .n = 1, .staged = {stage->data, stage->head_stride_bytes, &index}};
-    tq_store_put(to, &rows, executor);
-}
-
-void tq_stage_replay(tq_stage *stage, tq_store *to, const tq_executor *executor)
-{
-    /* Sinks stand first in the list, ascending by column; then what the ring took, in its order. */
-    for (int32_t i = 0; i < stage->n_exact && stage->exact[i].column < stage->n_sink; i++) {
-        replay_vector(stage, to, stage->exact[i].column, stage->exact[i].index, executor);
-    }
-    for (int32_t i = 0; i < stage->n_pushes; i++) {
-        replay_vector(stage, to, stage->pushes[i].slot, stage->pushes[i].index, executor);
-    }
-    stage->store = to->number;
-    stage->is_settled = true;
 }
 
 tq_kv_view tq_stage_view(const tq_stage *stage, const tq_store *store)

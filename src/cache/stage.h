@@ -17,21 +17,17 @@ typedef struct tq_stage_push {
 
 struct tq_stage {
     uint64_t store; /* the number of the store's opening: it may be closed by now. 0: nothing is staged */
-    /* Of the store that was staged for. */
-    int32_t head_dim, n_head_kv, n_sink;
-    int64_t n_slots;
-    char label[64];
+    int32_t head_dim;
     bool is_settled;
     bool is_plain; /* one row sees the store as it is once that is written: nothing else is held */
     int64_t n_rows;
-    int32_t n_exact, n_pushes;
+    int32_t n_exact;
     /* Parts of memory. */
     int64_t *slots;        /* [n_rows] */
     tq_exact_entry *exact; /* [n_exact] ascending by column */
     tq_stage_push *pushes;
-    int32_t *index;     /* [n_rows] the vectors of the rows; a skipped row has none */
-    int32_t *positions; /* [vectors] position + 1 of each, 0 for none */
-    uint8_t *data;      /* FP16 [n_head_kv, vectors, head_dim] */
+    int32_t *index; /* [n_rows] the vectors of the rows; a skipped row has none */
+    uint8_t *data;  /* FP16 [n_head_kv, vectors, head_dim] */
     size_t head_stride_bytes;
     void *memory;
     size_t capacity;
@@ -40,8 +36,6 @@ struct tq_stage {
 /* Errors: MEMORY; then nothing is staged. */
 tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                         int64_t row_stride);
-/* Write all that the stage holds, the batch and what was exact before it, to another, empty store, which it then belongs to. */
-void tq_stage_replay(tq_stage *stage, tq_store *to, const tq_executor *executor);
 /* The view of the store that it belongs to, with the stage's exact vectors. Not for plain ones. */
 tq_kv_view tq_stage_view(const tq_stage *stage, const tq_store *store);
 

@@ -33,18 +33,9 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
     if (family != TQ_FAMILY_EXACT) {
         layout.n_sink = params->n_sink;
         layout.n_recent = params->n_recent;
-        layout.balance = params->balance;
-        layout.positions = params->positions;
         layout.ref_block = params->n_recent > 0 && family != TQ_FAMILY_PROD ? params->ref_block : 0;
     }
-    size_t head_dim = (size_t)params->head_dim, n_channels, steps_bytes = 0, energies_bytes = 0, errors_bytes = 0;
-    size_t positions_bytes = layout.positions ? align_section((size_t)params->n_slots * sizeof(int32_t)) : 0;
-    TQ_TRY(multiply(head_dim, (size_t)params->n_head_kv, &n_channels));
-    if (layout.balance) {
-        steps_bytes = align_section(n_channels * sizeof(int8_t));
-        energies_bytes = align_section(n_channels * sizeof(float));
-        errors_bytes = align_section((size_t)params->n_head_kv * sizeof(float));
-    }
+    size_t head_dim = (size_t)params->head_dim;
     size_t n_exact = (size_t)layout.n_sink + (size_t)layout.n_recent, exact_bytes, encoded_bytes, unused;
     TQ_TRY(multiply((size_t)params->n_slots, vector_bytes, &unused));
     size_t ref_bytes = 0;
@@ -57,11 +48,7 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
     TQ_TRY(multiply(n_exact, sizeof(uint16_t) * head_dim, &layout.exact_head_stride_bytes));
     TQ_TRY(multiply(layout.exact_head_stride_bytes, (size_t)params->n_head_kv, &exact_bytes));
     TQ_TRY(multiply(layout.encoded_head_stride_bytes, (size_t)params->n_head_kv, &encoded_bytes));
-    layout.steps_offset = sizeof(tq_store_header);
-    layout.energies_offset = layout.steps_offset + steps_bytes;
-    layout.errors_offset = layout.energies_offset + energies_bytes;
-    layout.positions_offset = layout.errors_offset + errors_bytes;
-    layout.exact_ids_offset = layout.positions_offset + positions_bytes;
+    layout.exact_ids_offset = sizeof(tq_store_header);
     layout.exact_data_offset = layout.exact_ids_offset + align_section(n_exact * sizeof(int32_t));
     layout.encoded_offset = layout.exact_data_offset + align_section(exact_bytes);
     layout.bytes = layout.encoded_offset + encoded_bytes;
@@ -85,6 +72,14 @@ tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const t
             tq_store_layout_init(&store->layout, store->codec.traits->family, params, tq_codec_vector_bytes(&store->codec));
     }
     const char *label = params->label ? params->label : "store";
+    if (status == TQ_OK && params->factors && store->codec.traits->family != TQ_FAMILY_EXACT) {
+        size_t n = (size_t)params->n_head_kv * (size_t)params->head_dim;
+        store->factors = tq_alloc(n);
+        if (store->factors)
+            memcpy(store->factors, params->factors, n);
+        else
+            status = TQ_ERR_MEMORY;
+    }
     if (status == TQ_OK && params->calibration && store->codec.traits->family != TQ_FAMILY_EXACT) {
         status = tq_calibration_find(params->calibration, params->layer, params->n_head_kv, params->head_dim, label,
                                      &store->transforms);
@@ -109,7 +104,7 @@ void tq_store_detach(tq_store *store)
     tq_codec_deinit(&store->ref_codec);
     tq_codec_deinit(&store->exact_codec);
     tq_codec_deinit(&store->codec);
-    tq_key_bias_free(store->bias);
+    tq_free(store->factors);
     tq_free(store);
 }
 
@@ -162,11 +157,8 @@ tq_kv_view tq_store_view(const tq_store *store, const tq_exact_entry *exact, int
                   .head_stride_bytes = layout->encoded_head_stride_bytes,
                   .ref_codec = layout->ref_block > 0 ? &store->ref_codec : NULL,
                   .ref_block = layout->ref_block},
-        .channel_steps =
-            tq_store_header_of(store)->channels == TQ_CHANNELS_BALANCED && layout->balance ? tq_store_steps(store) : NULL,
+        .factors = store->factors,
         .transforms = store->transforms,
-        .bias = store->bias,
-        .positions = tq_store_positions(store),
         .exact_codec = &store->exact_codec,
         .exact_data = store->memory + layout->exact_data_offset,
         .exact_head_stride_bytes = layout->exact_head_stride_bytes,

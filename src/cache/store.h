@@ -4,10 +4,6 @@
  *
  * The memory, each part aligned to 64 bytes:
  *   header      tq_store_header
- *   steps       int8 [n_head_kv, head_dim]: the channels' factors (if the store balances)
- *   energies    float [n_head_kv, head_dim]: sums of squares of the first queries (if the store balances)
- *   errors      float [n_head_kv]: the logits' error, root mean square (if the store balances)
- *   positions   int32 [n_slots]: position + 1 of each slot, 0 for none (if the store keeps them)
  *   exact ids   int32 [n_sink + n_recent]: slot + 1 of each exact entry, 0 for none; entry s < n_sink is slot s
  *   exact data  FP16 [n_head_kv, n_sink + n_recent, head_dim]
  *   encoded     [n_head_kv] head pages of n_slots, with their references
@@ -21,26 +17,14 @@
 
 typedef struct tq_store_header {
     int32_t ring_next; /* ring entry that the next new slot takes */
-    int32_t channels;  /* tq_store_channels */
-    int32_t n_queries; /* query tokens in the energies, at most n_sink + n_recent */
-    int32_t has_errors;
-    uint64_t bias_hash; /* of the key bias that slots are coded without, 0 for none; set with channels */
-    int32_t n_left;     /* slots that left the ring since the channels were looked at last */
-    int32_t reserved[9];
+    int32_t reserved[15];
 } tq_store_header;
 _Static_assert(sizeof(tq_store_header) == 64, "the exact ids begin at the next 64-byte boundary");
-
-/*
- * Set when the first slot is encoded: PLAIN needs no factors, WAITING has seen too little to tell. Anything but BALANCED is
- * read as no factors.
- */
-enum tq_store_channels { TQ_CHANNELS_OPEN = 0, TQ_CHANNELS_PLAIN = 1, TQ_CHANNELS_BALANCED = 2, TQ_CHANNELS_WAITING = 3 };
 
 typedef struct tq_store_layout {
     int32_t n_sink, n_recent; /* as the format needs them */
     int32_t ref_block;        /* likewise; 0: no references */
-    bool balance, positions;
-    size_t steps_offset, energies_offset, errors_offset, positions_offset, exact_ids_offset, exact_data_offset, encoded_offset;
+    size_t exact_ids_offset, exact_data_offset, encoded_offset;
     size_t bytes;
     size_t exact_head_stride_bytes, encoded_head_stride_bytes;
 } tq_store_layout;
@@ -50,7 +34,7 @@ struct tq_store {
     tq_codec codec, exact_codec, ref_codec;
     tq_store_layout layout;
     const uint16_t *transforms; /* of the calibration, or NULL */
-    tq_key_bias *bias;          /* of keys, owned, or NULL */
+    int8_t *factors;            /* [n_head_kv, head_dim] as in tq_kv_view, owned, or NULL */
     uint64_t number;            /* of this opening, never used again in a process, while addresses are */
     int32_t n_head_kv;
     int64_t n_slots;
@@ -62,26 +46,6 @@ struct tq_store {
 static inline tq_store_header *tq_store_header_of(const tq_store *store)
 {
     return (tq_store_header *)(void *)store->memory;
-}
-static inline int8_t *tq_store_steps(const tq_store *store)
-{
-    return (int8_t *)(store->memory + store->layout.steps_offset);
-}
-static inline float *tq_store_energies(const tq_store *store)
-{
-    return (float *)(void *)(store->memory + store->layout.energies_offset);
-}
-
-static inline float *tq_store_errors(const tq_store *store)
-{
-    return (float *)(void *)(store->memory + store->layout.errors_offset);
-}
-
-/* [n_slots] position + 1, or 0; NULL if the store keeps none. */
-static inline int32_t *tq_store_positions(const tq_store *store)
-{
-    if (!store->layout.positions) return NULL;
-    return (int32_t *)(void *)(store->memory + store->layout.positions_offset);
 }
 
 /* store.c */
@@ -104,8 +68,7 @@ typedef struct tq_store_rows {
     const float *rows;
     int64_t row_stride;
     tq_staged_rows staged;
-    const tq_attend_params *queries; /* one a row, to learn from, or NULL */
-    bool is_decoded;                 /* as in tq_rows_in */
+    bool is_decoded; /* as in tq_rows_in */
 } tq_store_rows;
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
@@ -116,16 +79,7 @@ int32_t tq_store_ring_next(const tq_store *store);
 /* The slot of an exact entry, or -1 for none. Never out of range, whatever the memory holds. */
 int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
 
-/* store_learn.c: what a store learns from its first tokens. */
-/* Add n query tokens from `first` on to the energies, until there are enough; transformed, if keys are. */
-void tq_store_learn_queries(tq_store *store, const tq_attend_params *queries, int64_t first, int64_t n);
-/* Has the store to look at its channels before a slot is encoded? */
-bool tq_store_must_decide(const tq_store *store);
-/*
- * Decide the channels' factors and estimate the errors, or leave both for later if the window has too little variety. Recodes
- * what is encoded, if anything is and factors are new. A window of nothing decides for none.
- */
-void tq_store_decide_channels(tq_store *store, const tq_window *window, const tq_executor *executor);
+/* store_reference.c */
 /*
  * Set the references of a slot's block to the window's mean, or to zero if that is empty, unless they are set. is_new: nothing
  * that is coded in the block is in use, so they are set in any case. Of the window's first n_decoded, which belong to the

@@ -50,10 +50,8 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
                              .codec = &store->codec,
                              .exact_codec = &store->exact_codec,
                              .pages = view.pages,
-                             .channel_steps = view.channel_steps,
+                             .factors = view.factors,
                              .transforms = view.transforms,
-                             .bias = view.bias,
-                             .positions = view.positions,
                              .exact_data = store->memory + store->layout.exact_data_offset,
                              .exact_head_stride_bytes = store->layout.exact_head_stride_bytes,
                              .n_head_kv = store->n_head_kv,
@@ -71,7 +69,7 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
     batch->max_column = -1;
 }
 
-/* The ring as the batch has left it so far, oldest first, without the keys' bias. */
+/* The ring as the batch has left it so far, oldest first. */
 static void read_window(const void *context, int32_t i, int32_t head, float *x)
 {
     const write_batch *batch = context;
@@ -84,8 +82,6 @@ static void read_window(const void *context, int32_t i, int32_t head, float *x)
         tq_row_half(&batch->in, batch->from[entry], head, half);
     }
     tq_half_expand(&batch->in, half, 1, x);
-    int64_t slot = (int64_t)batch->ids[entry] - 1;
-    if (slot >= 0) tq_rows_subtract_bias(&batch->in, head, slot, x);
 }
 
 /* Before the ring changes: some jobs read it. */
@@ -143,18 +139,12 @@ static int32_t rows_of_block(const write_batch *batch, int64_t slot, int32_t n_w
     return n;
 }
 
-/* What has to be known before a slot is encoded. The ring is full then, since the slot is about to leave it. */
-static void learn(write_batch *batch, int64_t slot, int32_t n_window)
+/* What a slot is encoded against. The ring is full then, since the slot is about to leave it. */
+static void set_reference(write_batch *batch, int64_t slot, int32_t n_window)
 {
     tq_store *store = batch->store;
-    tq_window window = {batch, n_window, read_window};
-    if (n_window > 0) tq_store_header_of(store)->n_left++;
-    if (tq_store_must_decide(store)) {
-        encode_jobs(batch); /* as they would be one by one */
-        tq_store_decide_channels(store, &window, batch->executor);
-        batch->in.channel_steps = tq_store_view(store, NULL, 0).channel_steps;
-    }
     if (store->layout.ref_block == 0) return;
+    tq_window window = {batch, n_window, read_window};
     bool is_new = n_window > 0 && block_is_exact(batch, slot);
     if (is_new && has_job_in_block(batch, slot)) encode_jobs(batch);
     int32_t n_decoded = batch->in.is_decoded ? rows_of_block(batch, slot, n_window) : 0;
@@ -194,13 +184,13 @@ static void plan_write(write_batch *batch, int64_t slot, int32_t row)
     const tq_store_layout *layout = &batch->store->layout;
     int32_t entry = slot < layout->n_sink ? (int32_t)slot : find_entry(batch, slot);
     if (entry < 0 && layout->n_recent == 0) {
-        learn(batch, slot, 0);
+        set_reference(batch, slot, 0);
         add_job(batch, (tq_encode_job){.column = slot, .row = row});
         return;
     }
     if (entry < 0) {
         entry = layout->n_sink + batch->ring_next;
-        if (batch->ids[entry] != 0) learn(batch, batch->ids[entry] - 1, layout->n_recent);
+        if (batch->ids[entry] != 0) set_reference(batch, batch->ids[entry] - 1, layout->n_recent);
         batch->ring_next = (batch->ring_next + 1) % layout->n_recent;
         if (batch->ids[entry] != 0) {
             add_job(batch, (tq_encode_job){batch->ids[entry] - 1, batch->from[entry], entry});
@@ -216,7 +206,7 @@ static void plan_update(write_batch *batch, int64_t slot, int32_t row)
     if (entry >= 0) {
         batch->from[entry] = row;
     } else {
-        learn(batch, slot, 0);
+        set_reference(batch, slot, 0);
         add_job(batch, (tq_encode_job){.column = slot, .row = row});
     }
 }
@@ -243,7 +233,6 @@ static void run_batches(tq_store *store, const tq_store_rows *rows, const tq_exe
         batch_begin(&batch, store, rows, first);
         batch.executor = executor;
         for (int32_t i = 0; i < n; i++) {
-            if (rows->queries) tq_store_learn_queries(store, rows->queries, first + i, 1);
             if (rows->slots[first + i] >= 0) plan_row(&batch, rows->slots[first + i], i);
         }
         batch_commit(&batch);

@@ -132,7 +132,7 @@ float tq_unit_factor(float ss, int32_t head_dim);
  */
 uint16_t tq_scale_from_float(float scale);
 
-/* The factor 2^(step / 4) by which a channel is scaled before it is coded; |step| <= 127. */
+/* The factor 2^(step / 4) of a channel; |step| <= 127. */
 float tq_channel_factor(int8_t step);
 /* x[i] times the factor of sign * steps[i], sign 1 or -1. */
 void tq_scale_channels(const int8_t *steps, int32_t sign, int32_t n, float *x);

@@ -348,7 +348,7 @@ class Command(WithStandIn):
         for option, value in (("-c", "256"), ("-b", "256"), ("-ub", "256"), ("--chunks", "1"), ("-dev", "TQ4"), ("-fa", "on")):
             self.assertEqual(words[words.index(option) + 1], value)
         self.assertIn("--no-warmup", words)
-        self.assertTrue(options.startswith("k=f16,v=f16,sinks=0,recent=0,ref=0,balance=off,guard=off,observe="))
+        self.assertTrue(options.startswith("k=f16,v=f16,sinks=0,recent=0,ref=0,observe="))
 
     def test_nothing_but_exact_tokens(self):
         self.write(make_record(1, 0)[0])

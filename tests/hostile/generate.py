@@ -30,9 +30,9 @@ NUMBERS = {
     "tq_log_fn": ["drop_message", "NULL"],
 }
 HANDLES = {"tq_cache", "tq_codec", "tq_pool", "tq_store", "tq_stage"}
-STRUCTS = {"tq_attend_params", "tq_attend_batch", "tq_cache_params", "tq_store_params", "tq_key_bias_params", "tq_preset",
+STRUCTS = {"tq_attend_params", "tq_attend_batch", "tq_cache_params", "tq_store_params", "tq_key_factors_params", "tq_preset",
            "tq_executor", "tq_openmp", "tq_cuda_store", "tq_cuda_append_params", "tq_cuda_attend_params"}
-BUFFERS = {"float", "double", "int32_t", "int64_t", "size_t", "void", "tq_format", "tq_format_info", "tq_cache_stats",
+BUFFERS = {"float", "double", "int8_t", "int32_t", "int64_t", "size_t", "void", "tq_format", "tq_format_info", "tq_cache_stats",
            "tq_snapshot_info", "tq_cuda_info", "tq_cuda_sizes"}
 VALID = {"head_dim": "64", "seq": "f.seq", "from": "f.seq", "layer": "0", "exact_bytes": "f.exact_bytes",
          "row_stride": "128", "memory_bytes": "sizeof f.memory", "first_page": "0", "first": "0", "first_slot": "0"}
@@ -48,7 +48,8 @@ CONTENTS = {
     "layer_k_formats": ["format_list((tq_format)-1)"], "layer_v_formats": ["format_list(TQ_FORMAT_COUNT)"],
     "angles": ["angle_list(NAN)", "angle_list(DBL_MAX)"],
     **{name: ["float_list(NAN)", "float_list(-INFINITY)", "float_list(FLT_MAX)"]
-       for name in ("q", "mask", "alibi_slopes", "sinks", "bias")},
+       for name in ("q", "mask", "alibi_slopes", "sinks", "k_square", "k_mean", "q_square")},
+    "partners": ["partner_list(-1)", "partner_list(INT32_MAX)"], "factors": ["factor_list(127)", "factor_list(-128)"],
     "key_stage": ["f.stage"], "value_stage": ["f.stage"],
     "pages": ["f.memory + 1"], "workspace": ["f.memory + 1"],
     "offload_folder": ['""', '"/"', "f.long_text"], "label": ['""', "f.long_text"], "name": ["f.long_text"],

@@ -34,7 +34,7 @@ static struct {
     tq_attend_batch attend_batch;
     tq_cache_params cache_params;
     tq_store_params store_params;
-    tq_key_bias_params key_bias_params;
+    tq_key_factors_params key_factors_params;
     tq_preset preset;
     tq_executor executor;
     tq_openmp openmp; /* without a runtime: one thread */
@@ -66,7 +66,7 @@ static void make_structs(void)
     float *half = (float *)(void *)(f.buffer + sizeof f.buffer / 2);
     static const int32_t seqs[1] = {0};
     static const int64_t starts[2] = {0, 1};
-    static const double angles[32];
+    static const double angles[64];
     f.attend_params = kv_attend_params(1, 2, 64, half, half + 4096);
     tq_attend_batch_default(&f.attend_batch);
     f.attend_batch.n_seq = 1;
@@ -79,12 +79,11 @@ static void make_structs(void)
     f.cache_params.n_recent = 4;
     f.store_params = kv_store_params(TQ_FORMAT_TQ4, 64, 2, 64);
     f.store_params.n_recent = 4;
-    f.store_params.positions = f.store_params.balance = true;
     f.store_params.ref_block = 16;
-    tq_key_bias_params_default(&f.key_bias_params);
-    f.key_bias_params.bias = half;
-    f.key_bias_params.angles = angles;
-    f.key_bias_params.n_rope = 64;
+    tq_key_factors_params_default(&f.key_factors_params);
+    f.key_factors_params.head_dim = 64;
+    f.key_factors_params.k_square = f.key_factors_params.k_mean = f.key_factors_params.q_square = half;
+    f.key_factors_params.angles = angles;
     f.preset = *tq_preset_get(TQ_PRESET_DEFAULT);
     f.executor = (tq_executor){.n_threads = 1};
     /* All that there has to be for a device, which there is not. */
@@ -127,6 +126,8 @@ LIST_OF(place_list, int64_t)
 LIST_OF(format_list, tq_format)
 LIST_OF(float_list, float)
 LIST_OF(angle_list, double)
+LIST_OF(partner_list, int32_t)
+LIST_OF(factor_list, int8_t)
 
 /* Nothing of the call before is freed: it may be already. */
 static void begin(int number, const char *text)

@@ -27,15 +27,15 @@ class Hosts(HostCase):
             with self.subTest(arch):
                 self.check(tiny_model(arch), "TQ4")
 
-    def test_positions_of_key_biases(self):
-        # 8 bits are enough for qwen2's keys only without their biases, also after a restored state or a context shift.
-        self.check(tiny_model("qwen2"), "TQ4", "--max-kl", "0.01", TQ_GGML="k=tq8,v=f16,recent=8")
+    def test_outlier_keys(self):
+        # Of qwen2's keys, which have large biases; also after a restored state or a context shift.
+        self.check(tiny_model("qwen2"), "TQ4", TQ_GGML="v=f16")
 
     def test_without_quantization(self):
         self.check(tiny_model("gemma2"), "TQ4", "--max-kl", "2e-5", TQ_GGML=PLAIN)
 
     def test_states_are_exact_without_references(self):
-        self.check(tiny_model("llama"), "TQ4", TQ_GGML="ref=0,balance=off")
+        self.check(tiny_model("llama"), "TQ4", TQ_GGML="ref=0")
 
     def test_the_divergence_is_measured(self):
         # A bound that no 2-bit cache keeps: the host must be able to fail.
@@ -51,7 +51,7 @@ class AllHosts(HostCase):
         self.check(MODEL, "TQ6", "TQ4", "TQ3", "TQ2")
 
     def test_states_are_exact_without_references(self):
-        self.check(tiny_model("llama"), "TQ6", "TQ2", TQ_GGML="ref=0,balance=off")
+        self.check(tiny_model("llama"), "TQ6", "TQ2", TQ_GGML="ref=0")
 
     def test_every_shape_without_quantization(self):
         for arch in ARCHS:

@@ -56,29 +56,28 @@ class Options(TestCase):
                                ("exact=3-1", "layers counted from 0"), ("exact=0+", "layers counted from 0"),
                                ("exact=5000", "layers counted from 0"), ("head_dim=48", "64, 80, 96"),
                                ("log=loud", "error, warning, info"), ("ref=8", "16 to 1024"), ("ref=x", "16 to 1024"),
-                               ("balance=yes", "on or off"), ("bias=1", "on or off"),
-                               ("guard=on", "raise, warn, refuse, off"), ("report=", "a file's path"),
+                               ("factors=on", "weights or off"), ("guard=on", "raise, warn, refuse, off"),
+                               ("calibration=", "a file's path"),
                                ("k=tq4,k=tq8", "given twice")):
             with self.subTest(text):
                 self.assert_refused(text, expected)
 
     def test_options_that_have_no_effect_together_are_refused(self):
         for option in ("guard=raise", "guard=warn", "guard=refuse"):
-            for other in ("balance=off", "recent=0", "k=f16", "k=bf16", "k=tq4_prod", "k=tq2_prod"):
+            for other in ("factors=off", "k=f16", "k=bf16"):
                 with self.subTest(option, other=other):
                     self.assert_refused(f"{other},{option}", "guard= has no effect", other.partition("=")[0] + "=")
-        for option, other in (("ref=64", "recent=0"), ("ref=64", "k=f16"), ("ref=64", "k=tq3_prod"), ("balance=on", "recent=0"),
-                              ("balance=on", "k=bf16"), ("bias=on", "k=f16"), ("calibration=x", "k=f16"),
-                              ("bias=on", "calibration=x"), ("sinks=4", "k=f16,v=bf16"), ("recent=4", "k=f16,v=f16"),
+        for option, other in (("ref=64", "recent=0"), ("ref=64", "k=f16"), ("ref=64", "k=tq3_prod"), ("factors=weights", "k=bf16"),
+                              ("factors=weights", "calibration=x"), ("calibration=x", "k=f16"), ("sinks=4", "k=f16,v=bf16"), ("recent=4", "k=f16,v=f16"),
                               ("exact=0", "k=f16,v=f16")):
             with self.subTest(option, other=other):
                 for text in (f"{option},{other}", f"{other},{option}"):
                     self.assert_refused(text, f"{option.partition('=')[0]}= has no effect", "Leave one of the two out")
 
     def test_options_that_switch_off_what_is_off_are_taken(self):
-        for text in ("guard=off,balance=off", "ref=0,recent=0,balance=off,guard=off",
-                     "k=f16,v=f16,sinks=0,recent=0,ref=0,bias=off", "k=f16,sinks=2,recent=8,exact=1", "k=bf16,v=bf16,exact=1",
-                     "balance=on,k=tq4_prod,v=tq4_prod"):
+        for text in ("guard=off,factors=off", "ref=0,recent=0,factors=off,guard=off",
+                     "k=f16,v=f16,sinks=0,recent=0,ref=0,factors=off", "k=f16,sinks=2,recent=8,exact=1", "k=bf16,v=bf16,exact=1",
+                     "factors=weights,k=tq4_prod,v=tq4_prod"):
             with self.subTest(text):
                 self.assert_ok(complete(tiny_model("llama"), TQ_GGML=text))
 
@@ -87,27 +86,11 @@ class Options(TestCase):
         folder.mkdir(parents=True)
         for name in ("c,d.json", "e\\,.json"):
             path = folder / name
-            option = path_option("report", path)
+            option = path_option("observe", path)
             self.assert_ok(complete(tiny_model("llama"), "-f", self.long_prompt(), TQ_GGML=f"{option},sinks=4"))
             self.assertTrue(path.exists(), option)
 
-    def test_a_report_that_has_nothing_to_say_is_announced(self):
-        for more, words in (("balance=off", "with balance=off"), ("recent=0", "with recent=0"), ("k=f16", "have no error")):
-            path = self.directory / "nothing.json"
-            result = complete(tiny_model("llama"), "-f", self.long_prompt(), TQ_GGML=f"{more},report={path}")
-            self.assert_ok(result)
-            self.assert_line(result, "report= has no effect", words)
-            self.assertFalse(path.exists())
-        # The prompt is too short to leave the ring.
-        result = complete(tiny_model("llama"), TQ_GGML=f"report={path}")
-        self.assert_ok(result)
-        self.assert_line(result, f"report={path} was not written")
-
     def test_what_the_model_leaves_without_effect_is_announced(self):
-        result = complete(tiny_model("llama"), TQ_GGML="bias=on")
-        self.assert_ok(result)
-        self.assert_line(result, "bias=on has no effect")
-        self.assertEqual(complete(tiny_model("qwen2"), TQ_GGML="bias=on").lines("has no effect"), [])
         self.assertEqual(complete(tiny_model("llama"), TQ_GGML="v=tt3,exact=0").lines("has no effect"), [])
         for more in ("k=tq8", "guard=refuse", "ref=32"):
             result = complete(tiny_model("llama"), TQ_GGML=f"exact=0-2,{more}")
@@ -140,39 +123,21 @@ class Options(TestCase):
         self.assertLess(plain, bits)
 
     def test_the_guard(self):
-        # 2 bits without references or factors: qwen2's keys with their biases are beyond them.
-        def answer(guard, key_bias="off"):
-            return complete(tiny_model("qwen2"), "-c", "256", "-f", self.long_prompt(), "-n", "4",
-                            TQ_GGML=f"k=tq2,ref=0,bias={key_bias},guard={guard}")
+        # By their weights 2 bits move the logits of qwen2's keys, with their biases, too far.
+        def answer(guard):
+            return complete(tiny_model("qwen2"), TQ_GGML=f"k=tq2,guard={guard}")
 
         self.assertEqual(answer("off").lines("guard:"), [])
         warned = answer("warn")
         self.assert_ok(warned)
-        self.assert_line(warned, "turboquant: guard: layer 0: tq2 moves its logits by", "Take another preset")
+        self.assert_line(warned, "turboquant: guard: layer 0: by the model's weights", "tq2 would move by more than 1")
         raised = answer("raise")
         self.assert_ok(raised)
-        self.assert_line(raised, "guard: layer 0: tq2 would move its logits by", "its keys are kept as")
+        self.assert_line(raised, "guard: layer 0: by the model's weights", "its keys are kept as tq8")
         refused = answer("refuse")
         self.assertNotEqual(refused.status, 0)
-        self.assert_line(refused, "guard: layer 0: tq2 moves its logits by", "refused")
-
-    def test_key_biases_are_kept_apart(self):
-        def answer(model, options):
-            result = complete(tiny_model(model), "-c", "4096", "-f", self.long_prompt(), "-n", "4", TQ_GGML=options)
-            self.assert_ok(result)
-            bits = float(re.search(r"([\d.]+) bits per value", result.lines("turboquant: TQ4 holds the KV cache")[0])[1])
-            return result, bits
-
-        kept, bits = answer("qwen2", "k=tq3,guard=warn")
-        self.assert_line(kept, "turboquant: TQ4: key biases of 4 layers are kept apart")
-        self.assertEqual(kept.lines("guard:"), [])
-        # Beyond 3 bits otherwise. Of 256 values a cell has 4 bytes of its position, and a layer some 10 KiB of tables.
-        coded, bits_without = answer("qwen2", "k=tq3,guard=warn,bias=off")
-        self.assertEqual(coded.lines("kept apart"), [])
-        self.assert_line(coded, "turboquant: guard: layer 0: tq3 moves its logits by")
-        self.assertAlmostEqual(bits - bits_without, 32 / 256 + 8 * 10240 / 256 / 4096, delta=0.01)
-        self.assertEqual(answer("qwen2", "exact=0-2")[0].lines("kept apart")[0].split("biases of ")[1][:1], "1")
-        self.assertEqual(answer("llama", "bias=on")[0].lines("kept apart"), [])
+        self.assert_line(refused, "refuses", "guard: by the model's weights", "Take another preset, k=tq8, or guard=raise")
+        self.assertEqual(complete(tiny_model("llama"), TQ_GGML="guard=refuse").lines("guard:"), [])
 
     def long_prompt(self):
         path = self.directory / "prompt"

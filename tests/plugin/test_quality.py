@@ -95,7 +95,7 @@ class Quality(unittest.TestCase):
         measurements = Measurements(4096)
         cls.stock = measurements.stock("f16", "q8_0", "q4_0")
         cls.ours = {name: measurements.measure(name) for name in ("TQ6", "TQ4", "TQ3")}
-        bare = "recent=0,sinks=0,ref=0,balance=off"
+        bare = "recent=0,sinks=0,ref=0,factors=off"
         cls.trellis = measurements.measure(f"TQ4:{bare}")
         cls.scalar = measurements.measure(f"TQ4:k=tq4,v=tq4,{bare}")
 

@@ -1,15 +1,17 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * A store beside a naive model of it, driven by bytes: the fuzz target's and the unit test's random operations. The model knows
- * of each slot whether it is exact and what it must read as; of a store that learns (references, balance) only how near that
+ * of each slot whether it is exact and what it must read as; of a store with references only how near that
  * must be. A twin store gets every batch row by row and must hold the same bytes.
  */
 #ifndef TQ_TESTS_STORE_MODEL_H
 #define TQ_TESTS_STORE_MODEL_H
 
+#include "codec/codec.h"
 #include "kv_test.h"
 
 #define STORE_MODEL_BATCH 24
+#define STORE_MODEL_ROW (3 * 128)
 
 typedef struct store_model {
     tq_store_params params;
@@ -18,6 +20,7 @@ typedef struct store_model {
     void *memory, *twin_memory, *before;
     tq_store *store, *twin;
     kv_random random;
+    int8_t factors[STORE_MODEL_ROW];
     const tq_executor *executor;
     int32_t row_floats;
     float *values; /* [n_slots, n_head_kv, head_dim]: what a slot must read as */
@@ -35,17 +38,34 @@ static inline bool store_model_keeps(const store_model *m, int64_t slot)
 }
 
 /* Does what a slot is encoded to depend on others? */
-static inline bool store_model_learns(const store_model *m)
+static inline bool store_model_has_references(const store_model *m)
 {
-    return m->params.ref_block > 0 || m->params.balance;
+    return m->params.ref_block > 0;
+}
+
+/* What is read of a row that was encoded by itself. */
+static inline void store_model_round_trip(const store_model *m, const float *row, float *value)
+{
+    int32_t head_dim = m->params.head_dim;
+    bool has_factors = m->params.factors && m->params.format != TQ_FORMAT_F16 && m->params.format != TQ_FORMAT_BF16;
+    for (int32_t head = 0; head < m->params.n_head_kv; head++) {
+        const int8_t *factors = m->factors + head * head_dim;
+        float x[128], *y = value + head * head_dim;
+        uint8_t bytes[2 * 128 + 4];
+        for (int32_t j = 0; j < head_dim; j++) x[j] = kv_round(row[head * head_dim + j]);
+        if (has_factors) tq_scale_channels(factors, -1, head_dim, x);
+        KV_CHECK(tq_codec_encode(m->codec, x, 1, bytes) == TQ_OK);
+        KV_CHECK(tq_codec_decode(m->codec, bytes, 1, y) == TQ_OK);
+        if (has_factors) tq_scale_channels(factors, 1, head_dim, y);
+    }
 }
 
 static inline void store_model_set(store_model *m, int64_t slot, const float *row, bool exact)
 {
     float *value = m->values + slot * m->row_floats;
     m->exact[slot] = exact;
-    if (!exact && !store_model_learns(m)) {
-        kv_round_trip(m->codec, m->params.head_dim, row, m->params.n_head_kv, value);
+    if (!exact && !store_model_has_references(m)) {
+        store_model_round_trip(m, row, value);
         return;
     }
     for (int32_t i = 0; i < m->row_floats; i++) value[i] = kv_round(row[i]);
@@ -90,7 +110,10 @@ static inline void store_model_init(store_model *m, kv_input *input, const tq_ex
     m->random.state = (uint64_t)kv_take(input, 256) * 7919 + 1;
     static const int32_t ref_blocks[] = {0, 0, 16, 64};
     m->params.ref_block = ref_blocks[kv_take(input, 4)];
-    m->params.balance = kv_take(input, 3) == 0;
+    if (kv_take(input, 3) == 0 && m->params.ref_block == 0) {
+        for (int32_t i = 0; i < STORE_MODEL_ROW; i++) m->factors[i] = (int8_t)(kv_below(&m->random, 25) - 12);
+        m->params.factors = m->factors;
+    }
     m->executor = executor;
     KV_CHECK(tq_store_bytes(&m->bytes, &m->params) == TQ_OK);
     KV_CHECK(tq_codec_create(&m->codec, m->params.format, m->params.head_dim, m->params.seed) == TQ_OK);
@@ -189,7 +212,7 @@ static inline void store_model_move(store_model *m)
     store_model_open(m);
 }
 
-/* Is a slot of a store that learns as near to what was written as its format brings it? */
+/* Is a slot of a store with references as near to what was written as its format brings it? */
 static inline bool store_model_is_near(const store_model *m, const float *row, const float *value)
 {
     double error = 0, size = 0;
@@ -211,7 +234,7 @@ static inline void store_model_check(const store_model *m, int64_t first, int64_
     KV_CHECK(tq_store_read(m->store, first, n, rows, m->row_floats) == TQ_OK);
     for (int64_t i = 0; i < n; i++) {
         const float *row = rows + i * m->row_floats, *value = m->values + (first + i) * m->row_floats;
-        if (store_model_learns(m) && !m->exact[first + i]) {
+        if (store_model_has_references(m) && !m->exact[first + i]) {
             KV_CHECK(store_model_is_near(m, row, value));
             continue;
         }

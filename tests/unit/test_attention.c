@@ -28,7 +28,7 @@ typedef struct shape {
     float softcap;
     int32_t out_dim;
     int32_t ref_block;
-    bool balance; /* and the stores' vectors have outlier channels, the queries the opposite */
+    bool factors; /* and the stores' vectors have outlier channels, the queries the opposite */
     int hidden;   /* one in so many mask entries is visible; 0: causal mask */
 } shape;
 
@@ -57,6 +57,12 @@ typedef struct fixture {
 
 static tq_pool *pool;
 
+/* Is a value of rows of heads one of the channels that outweigh the others? */
+static bool is_outlier(const shape *s, int64_t i)
+{
+    return i % s->head_dim % 11 == 3;
+}
+
 static tq_store *open_store(const shape *s, bool is_k, void **memory)
 {
     tq_store_params p =
@@ -64,7 +70,9 @@ static tq_store *open_store(const shape *s, bool is_k, void **memory)
     p.n_sink = s->n_sink;
     p.n_recent = s->n_recent;
     p.ref_block = s->ref_block;
-    p.balance = s->balance;
+    int8_t factors[2 * TQ_HEAD_DIM_MAX];
+    for (int32_t i = 0; i < s->n_head_kv * s->head_dim; i++) factors[i] = is_outlier(s, i) ? 14 : (int8_t)(i % 5 - 2);
+    if (s->factors && is_k) p.factors = factors;
     return kv_open_store(&p, memory);
 }
 
@@ -78,7 +86,7 @@ static void fill_store(const shape *s, tq_store *store, kv_random *random, int64
     for (int64_t i = 0; i < n * row_floats; i++) {
         /* A mean that drifts along the columns, for references; some channels above the others, for factors. */
         if (s->ref_block > 0) rows[i] += 3 * sinf((float)(i / row_floats) / 200 + (float)(i % row_floats));
-        if (s->balance && i % 11 == 3) rows[i] *= 16;
+        if (s->factors && is_outlier(s, i)) rows[i] *= 16;
     }
     assert_int_equal(tq_store_write(store, slots, n, rows, row_floats, NULL), TQ_OK);
     free(slots);
@@ -138,6 +146,9 @@ static void make_params(fixture *f, kv_random *random)
     p->out_head_stride = s->n_query * p->out_token_stride;
     f->q = kv_calloc((size_t)(s->n_query * p->q_token_stride), sizeof *f->q);
     kv_fill(random, f->q, s->n_query * p->q_token_stride);
+    for (int64_t i = 0; s->factors && i < s->n_query * p->q_token_stride; i++) {
+        if (is_outlier(s, i % p->q_token_stride)) f->q[i] /= 16;
+    }
     p->q = f->q;
     f->n_out = (size_t)(p->n_head * p->out_head_stride);
     f->slopes = kv_calloc((size_t)p->n_head, sizeof *f->slopes);
@@ -541,7 +552,7 @@ static void test_references_and_factors(void **state)
         s.first_pos = s.n_col - s.n_query;
         s.causal = run % 5 != 0;
         s.ref_block = ref_blocks[run % 5];
-        s.balance = run % 3 != 1;
+        s.factors = run % 3 != 1;
         s.one_store = run % 4 == 3;
         if (s.one_store && run % 8 == 3) s.out_dim = s.head_dim / 2;
         if (run % 7 == 2) s.mask = MASK_F16;

@@ -166,47 +166,6 @@ static void test_store_takes_its_layer(void **state)
     tq_calibration_free(c);
 }
 
-/* The guard's estimate is of the error that queries really meet. */
-static void test_error_is_estimated(void **state)
-{
-    (void)state;
-    kv_random random = {.state = 12};
-    tq_calibration *c = make_calibration(&random, 2, N_HEAD_KV, HEAD_DIM);
-    tq_store_params p = store_params(TQ_FORMAT_TT2, c);
-    p.balance = true;
-    void *memory;
-    tq_store *store = kv_open_store(&p, &memory);
-    tq_stage *stage;
-    tq_attend_params queries = attention();
-    float estimate[N_HEAD_KV];
-    assert_int_equal(tq_stage_create(&stage), TQ_OK);
-    assert_int_equal(tq_store_stage(store, stage, slots, N_TOK, k, ROW), TQ_OK);
-    assert_int_equal(tq_store_settle(store, stage, &queries, NULL), TQ_OK);
-    assert_true(tq_store_logit_error(store, estimate));
-    static float read[N_TOK * ROW];
-    assert_int_equal(tq_store_read(store, 0, N_TOK, read, ROW), TQ_OK);
-    for (int32_t head = 0; head < N_HEAD_KV; head++) {
-        double sum = 0;
-        int64_t n = 0;
-        for (int64_t i = p.n_sink; i < N_TOK - p.n_recent; i++) {
-            float e[HEAD_DIM];
-            for (int32_t j = 0; j < HEAD_DIM; j++)
-                e[j] = read[i * ROW + head * HEAD_DIM + j] - k[i * ROW + head * HEAD_DIM + j];
-            for (int32_t r = 0; r < N_QUERY * N_HEAD; r++) {
-                if (r % N_HEAD / (N_HEAD / N_HEAD_KV) != head) continue;
-                double error = dot(q + r * HEAD_DIM, e, HEAD_DIM);
-                sum += error * error;
-                n++;
-            }
-        }
-        assert_true(fabs((double)estimate[head] / sqrt(sum / (double)n) - 1) < 0.2);
-    }
-    tq_stage_free(stage);
-    tq_store_close(store);
-    free(memory);
-    tq_calibration_free(c);
-}
-
 static tq_cache_params cache_params(const tq_calibration *c)
 {
     tq_cache_params p;
@@ -444,7 +403,6 @@ int main(void)
         cmocka_unit_test(test_dot_products_and_keys_survive),
         cmocka_unit_test(test_store),
         cmocka_unit_test(test_store_takes_its_layer),
-        cmocka_unit_test(test_error_is_estimated),
         cmocka_unit_test(test_cache_and_snapshot),
         cmocka_unit_test(test_single_layers),
         cmocka_unit_test(test_another_model_is_refused),

@@ -9,7 +9,7 @@
 
 #include "base/alloc.h"
 #include "cache/store.h"
-#include "learner.h"
+#include "store_fixture.h"
 #include "store_model.h"
 #include "last_message.h"
 
@@ -204,7 +204,6 @@ static void test_refusals(void **state)
         assert_int_equal(tq_store_write(store, slots, 1, rows, stride, NULL), TQ_OK);
     }
     assert_int_equal(tq_store_write(store, slots, INT64_MAX, rows, 128, NULL), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_store_set_positions(store, slots, INT64_MAX, (const int32_t[]){0}), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_n_exact(NULL), 0);
     tq_store_close(store);
     tq_store_close(NULL);
@@ -222,29 +221,30 @@ static void test_stage_equals_single_tokens(void **state)
     const int64_t n = 800;
     kv_random random = {.state = 5};
     int64_t slots[800];
-    float *rows = kv_calloc((size_t)n * LEARN_ROW, sizeof *rows), *q = kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *q);
-    float *out[2] = {kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *rows), kv_calloc((size_t)n * 2 * LEARN_ROW, sizeof *rows)};
+    float *rows = kv_calloc((size_t)n * FIXTURE_ROW, sizeof *rows), *q = kv_calloc((size_t)n * 2 * FIXTURE_ROW, sizeof *q);
+    float *out[2] = {kv_calloc((size_t)n * 2 * FIXTURE_ROW, sizeof *rows),
+                     kv_calloc((size_t)n * 2 * FIXTURE_ROW, sizeof *rows)};
     for (int64_t i = 0; i < n; i++) slots[i] = i;
-    kv_fill(&random, rows, n * LEARN_ROW);
-    kv_fill(&random, q, n * 2 * LEARN_ROW);
-    for (int64_t i = 0; i < n * LEARN_ROW; i++) rows[i] *= i % LEARN_DIM == 9 ? 20.0f : 1.0f;
+    kv_fill(&random, rows, n * FIXTURE_ROW);
+    kv_fill(&random, q, n * 2 * FIXTURE_ROW);
+    for (int64_t i = 0; i < n * FIXTURE_ROW; i++) rows[i] *= i % FIXTURE_DIM == 9 ? 20.0f : 1.0f;
     tq_stage *stage;
     assert_int_equal(tq_stage_create(&stage), TQ_OK);
     for (int run = 0, n_runs = kv_runs(9); run < n_runs; run++) {
-        learner l[2];
+        store_fixture l[2];
         for (int i = 0; i < 2; i++) {
-            learner_init(&l[i], run % 2 ? TQ_FORMAT_TQ3 : TQ_FORMAT_TT4, run % 3 == 1 ? 0 : 4, rings[run / 3], run % 3 ? 64 : 0,
-                         run % 2);
+            fixture_init(&l[i], run % 2 ? TQ_FORMAT_TQ3 : TQ_FORMAT_TT4, run % 3 == 1 ? 0 : 4, rings[run / 3], run % 3 ? 64 : 0,
+                         NULL);
         }
-        for (int64_t first = 0; first < n; first++) learner_step(&l[0], stage, slots, rows, q, first, 1, out[0]);
+        for (int64_t first = 0; first < n; first++) fixture_step(&l[0], stage, slots, rows, q, first, 1, out[0]);
         for (int64_t first = 0; first < n; first += batches[run % 3]) {
             int64_t n_batch = n - first < batches[run % 3] ? n - first : batches[run % 3];
-            learner_step(&l[1], stage, slots, rows, q, first, n_batch, out[1]);
+            fixture_step(&l[1], stage, slots, rows, q, first, n_batch, out[1]);
         }
         assert_memory_equal(l[0].memory, l[1].memory, l[0].bytes);
         /* Values reach 60; kernels for many query rows do not round queries to 16 bits, and |q| |k| is 160 here. */
-        for (int64_t i = 0; i < n * 2 * LEARN_ROW; i++) assert_true(fabsf(out[0][i] - out[1][i]) < 60 * (float)KV_TOLERANCE);
-        for (int i = 0; i < 2; i++) learner_deinit(&l[i]);
+        for (int64_t i = 0; i < n * 2 * FIXTURE_ROW; i++) assert_true(fabsf(out[0][i] - out[1][i]) < 60 * (float)KV_TOLERANCE);
+        for (int i = 0; i < 2; i++) fixture_deinit(&l[i]);
     }
     tq_stage_free(stage);
     free(rows);
@@ -260,20 +260,20 @@ static void test_stage_writes_as_write_does(void **state)
     kv_random random = {.state = 6};
     tq_stage *stage;
     assert_int_equal(tq_stage_create(&stage), TQ_OK);
-    float *rows = kv_calloc(600 * LEARN_ROW, sizeof *rows);
+    float *rows = kv_calloc(600 * FIXTURE_ROW, sizeof *rows);
     for (int run = 0, n_runs = kv_runs(20); run < n_runs; run++) {
-        learner l[2];
-        for (int i = 0; i < 2; i++) learner_init(&l[i], TQ_FORMAT_TQ4, run % 5, run % 3 * 20, run % 2 ? 16 : 0, run % 2);
+        store_fixture l[2];
+        for (int i = 0; i < 2; i++) fixture_init(&l[i], TQ_FORMAT_TQ4, run % 5, run % 3 * 20, run % 2 ? 16 : 0, NULL);
         for (int batch = 0; batch < 4; batch++) {
             int64_t slots[600], n = 1 + kv_below(&random, batch == 3 ? 600 : 60);
             for (int64_t i = 0; i < n; i++) slots[i] = kv_below(&random, 8) == 0 ? -1 : kv_below(&random, 90);
-            kv_fill(&random, rows, n * LEARN_ROW);
-            assert_int_equal(tq_store_write(l[0].store, slots, n, rows, LEARN_ROW, NULL), TQ_OK);
-            assert_int_equal(tq_store_stage(l[1].store, stage, slots, n, rows, LEARN_ROW), TQ_OK);
-            assert_int_equal(tq_store_settle(l[1].store, stage, NULL, NULL), TQ_OK);
+            kv_fill(&random, rows, n * FIXTURE_ROW);
+            assert_int_equal(tq_store_write(l[0].store, slots, n, rows, FIXTURE_ROW, NULL), TQ_OK);
+            assert_int_equal(tq_store_stage(l[1].store, stage, slots, n, rows, FIXTURE_ROW), TQ_OK);
+            assert_int_equal(tq_store_settle(l[1].store, stage, NULL), TQ_OK);
             assert_memory_equal(l[0].memory, l[1].memory, l[0].bytes);
         }
-        for (int i = 0; i < 2; i++) learner_deinit(&l[i]);
+        for (int i = 0; i < 2; i++) fixture_deinit(&l[i]);
     }
     tq_stage_free(stage);
     free(rows);
@@ -282,36 +282,28 @@ static void test_stage_writes_as_write_does(void **state)
 static void test_stage_refusals(void **state)
 {
     (void)state;
-    learner l, other;
-    learner_init(&l, TQ_FORMAT_TT4, 4, 16, 64, true);
-    learner_init(&other, TQ_FORMAT_TQ8, 4, 16, 64, true);
-    float rows[LEARN_ROW * 3] = {0}, q[2 * LEARN_ROW * 3] = {0}, out[2 * LEARN_ROW * 3];
+    store_fixture l, other;
+    fixture_init(&l, TQ_FORMAT_TT4, 4, 16, 64, NULL);
+    fixture_init(&other, TQ_FORMAT_TQ8, 4, 16, 64, NULL);
+    float rows[FIXTURE_ROW * 3] = {0}, q[2 * FIXTURE_ROW * 3] = {0}, out[2 * FIXTURE_ROW * 3];
     int64_t slots[3] = {0, 1, 2};
     tq_stage *stage;
     assert_int_equal(tq_stage_create(NULL), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_stage_create(&stage), TQ_OK);
     assert_int_equal(tq_stage_n_rows(stage), 0);
-    assert_int_equal(tq_store_settle(l.store, stage, NULL, NULL), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_store_settle_into(other.store, stage, NULL, NULL), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_store_stage(l.store, NULL, slots, 3, rows, LEARN_ROW), TQ_ERR_ARGUMENT);
-    rows[LEARN_ROW] = NAN;
-    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, LEARN_ROW), TQ_ERR_NOT_FINITE);
+    assert_int_equal(tq_store_settle(l.store, stage, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_stage(l.store, NULL, slots, 3, rows, FIXTURE_ROW), TQ_ERR_ARGUMENT);
+    rows[FIXTURE_ROW] = NAN;
+    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, FIXTURE_ROW), TQ_ERR_NOT_FINITE);
     assert_int_equal(tq_stage_n_rows(stage), 0);
-    rows[LEARN_ROW] = 0;
-    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, LEARN_ROW), TQ_OK);
-    assert_int_equal(tq_store_settle(other.store, stage, NULL, NULL), TQ_ERR_ARGUMENT);
-    tq_attend_params p = learner_queries(q, 3, out);
+    rows[FIXTURE_ROW] = 0;
+    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, FIXTURE_ROW), TQ_OK);
+    assert_int_equal(tq_store_settle(other.store, stage, NULL), TQ_ERR_ARGUMENT);
+    tq_attend_params p = fixture_queries(q, 3, out);
     p.key_stage = p.value_stage = stage;
     assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_ERR_ARGUMENT); /* not settled */
-    p.n_head = 3;
-    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
-    p.n_head = 4;
-    p.q_token_stride = INT64_MAX;
-    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
-    p = learner_queries(q, 3, out);
-    p.key_stage = p.value_stage = stage;
-    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_OK);
-    assert_int_equal(tq_store_settle(l.store, stage, &p, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_settle(l.store, stage, NULL), TQ_OK);
+    assert_int_equal(tq_store_settle(l.store, stage, NULL), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_OK);
     assert_int_equal(tq_store_attend(other.store, other.store, 3, &p, NULL), TQ_ERR_ARGUMENT);
     p.n_query = 2;
@@ -322,8 +314,8 @@ static void test_stage_refusals(void **state)
     assert_int_equal(tq_store_bytes(&l.bytes, &l.params), TQ_ERR_ARGUMENT);
     tq_stage_free(stage);
     tq_stage_free(NULL);
-    learner_deinit(&l);
-    learner_deinit(&other);
+    fixture_deinit(&l);
+    fixture_deinit(&other);
 }
 
 /* A stage knows its store by more than an address, which the next store may get. */
@@ -331,21 +323,15 @@ static void test_stage_outlives_its_store(void **state)
 {
     (void)state;
     tq_store_params p = kv_store_params(TQ_FORMAT_TQ4, 64, 1, 32);
-    p.positions = true;
-    float rows[20 * 64], q[20 * 64] = {0}, out[20 * 64], read[64];
+    float rows[20 * 64], q[20 * 64] = {0}, out[20 * 64];
     int64_t slots[20];
-    int32_t positions[20];
     kv_random random = {.state = 3};
     kv_fill(&random, rows, 20 * 64);
-    for (int32_t i = 0; i < 20; i++) {
-        slots[i] = i;
-        positions[i] = 100 + i;
-    }
+    for (int32_t i = 0; i < 20; i++) slots[i] = i;
     void *memory, *other_memory;
     tq_stage *stage;
     assert_int_equal(tq_stage_create(&stage), TQ_OK);
     tq_store *store = kv_open_store(&p, &memory);
-    assert_int_equal(tq_store_set_positions(store, slots, 20, positions), TQ_OK);
     assert_int_equal(tq_store_stage(store, stage, slots, 20, rows, 64), TQ_OK);
     tq_store_close(store);
     memset(memory, 0x7b, 64);
@@ -354,17 +340,8 @@ static void test_stage_outlives_its_store(void **state)
     tq_store *other = kv_open_store(&p, &other_memory); /* often at the same address */
     tq_attend_params a = kv_attend_params(20, 1, 64, q, out);
     a.key_stage = stage;
-    assert_int_equal(tq_store_settle(other, stage, NULL, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_settle(other, stage, NULL), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_store_attend(other, other, 20, &a, NULL), TQ_ERR_ARGUMENT);
-    tq_store_close(other);
-    free(other_memory);
-    p.format = TQ_FORMAT_TQ8;
-    other = kv_open_store(&p, &other_memory);
-    assert_int_equal(tq_store_settle_into(other, stage, NULL, NULL), TQ_OK);
-    for (int32_t i = 0; i < 20; i++) assert_int_equal(tq_store_position(other, i), positions[i]);
-    assert_int_equal(tq_store_read(other, 19, 1, read, 64), TQ_OK);
-    for (int32_t j = 0; j < 64; j++) assert_true(read[j] == kv_round(rows[19 * 64 + j]));
-    assert_int_equal(tq_store_attend(other, other, 20, &a, NULL), TQ_OK);
     tq_stage_free(stage);
     tq_store_close(other);
     free(other_memory);
@@ -373,9 +350,9 @@ static void test_stage_outlives_its_store(void **state)
 static void test_stage_without_memory(void **state)
 {
     (void)state;
-    learner l;
-    learner_init(&l, TQ_FORMAT_TQ4, 4, 16, 64, true);
-    float rows[LEARN_ROW * 3] = {0};
+    store_fixture l;
+    fixture_init(&l, TQ_FORMAT_TQ4, 4, 16, 64, NULL);
+    float rows[FIXTURE_ROW * 3] = {0};
     int64_t slots[3] = {0, 1, 2};
     tq_stage *stage = NULL;
     tq_alloc_fail_after(0);
@@ -384,88 +361,14 @@ static void test_stage_without_memory(void **state)
     assert_null(stage);
     assert_int_equal(tq_stage_create(&stage), TQ_OK);
     tq_alloc_fail_after(0);
-    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, LEARN_ROW), TQ_ERR_MEMORY);
+    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, FIXTURE_ROW), TQ_ERR_MEMORY);
     tq_alloc_fail_after(-1);
     assert_int_equal(tq_store_n_exact(l.store), 0);
-    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, LEARN_ROW), TQ_OK);
-    assert_int_equal(tq_store_settle(l.store, stage, NULL, NULL), TQ_OK);
+    assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, FIXTURE_ROW), TQ_OK);
+    assert_int_equal(tq_store_settle(l.store, stage, NULL), TQ_OK);
     assert_int_equal(tq_store_n_exact(l.store), 3);
     tq_stage_free(stage);
-    learner_deinit(&l);
-}
-
-/* A stage's rows and what was exact before them make another store what it would be had it got all rows itself. */
-static void test_settle_into_another_format(void **state)
-{
-    (void)state;
-    learner from, to, truth;
-    learner_init(&from, TQ_FORMAT_TT2, 4, 32, 64, true);
-    learner_init(&to, TQ_FORMAT_TQ8, 4, 32, 64, true);
-    learner_init(&truth, TQ_FORMAT_TQ8, 4, 32, 64, true);
-    kv_random random = {.state = 13};
-    float *rows = kv_calloc(120 * LEARN_ROW, sizeof *rows), *q = kv_calloc(120 * 2 * LEARN_ROW, sizeof *q);
-    float *out = kv_calloc(120 * 2 * LEARN_ROW, sizeof *out);
-    kv_fill(&random, rows, 120 * LEARN_ROW);
-    int64_t slots[120];
-    for (int64_t i = 0; i < 120; i++) slots[i] = i;
-    tq_stage *stage;
-    assert_int_equal(tq_stage_create(&stage), TQ_OK);
-    learner_step(&from, stage, slots, rows, q, 0, 30, out);
-    learner_step(&truth, stage, slots, rows, q, 0, 30, out);
-    learner_step(&truth, stage, slots, rows, q, 30, 90, out);
-    tq_attend_params p = learner_queries(q, 90, out);
-    assert_int_equal(tq_store_stage(from.store, stage, slots + 30, 90, rows + 30 * LEARN_ROW, LEARN_ROW), TQ_OK);
-    assert_int_equal(tq_store_settle_into(to.store, stage, NULL, NULL), TQ_OK);
-    float got[LEARN_ROW], wanted[LEARN_ROW];
-    for (int64_t i = 0; i < 120; i++) {
-        assert_int_equal(tq_store_read(to.store, i, 1, got, LEARN_ROW), TQ_OK);
-        assert_int_equal(tq_store_read(truth.store, i, 1, wanted, LEARN_ROW), TQ_OK);
-        assert_memory_equal(got, wanted, sizeof got);
-    }
-    p.key_stage = p.value_stage = stage;
-    assert_int_equal(tq_store_attend(to.store, to.store, 120, &p, NULL), TQ_OK);
-    tq_stage_free(stage);
-    learner_deinit(&from);
-    learner_deinit(&to);
-    learner_deinit(&truth);
-    free(rows);
-    free(q);
-    free(out);
-}
-
-/*
- * Token by token a stage holds one row alone, as long as nothing is encoded and once it was; but with the first row that pushes
- * one out of the ring it holds all, so that another store can take over.
- */
-static void test_settle_into_after_single_tokens(void **state)
-{
-    (void)state;
-    enum { N_EXACT = 4 + 32 };
-    learner from, to, truth;
-    learner_init(&from, TQ_FORMAT_TT2, 4, 32, 64, true);
-    learner_init(&to, TQ_FORMAT_TQ8, 4, 32, 64, true);
-    learner_init(&truth, TQ_FORMAT_TQ8, 4, 32, 64, true);
-    kv_random random = {.state = 14};
-    float *rows = kv_calloc((N_EXACT + 2) * LEARN_ROW, sizeof *rows), got[LEARN_ROW], wanted[LEARN_ROW];
-    kv_fill(&random, rows, (N_EXACT + 2) * LEARN_ROW);
-    tq_stage *stage;
-    assert_int_equal(tq_stage_create(&stage), TQ_OK);
-    for (int64_t i = 0; i <= N_EXACT + 1; i++) {
-        assert_int_equal(tq_store_stage(from.store, stage, &i, 1, rows + i * LEARN_ROW, LEARN_ROW), TQ_OK);
-        assert_int_equal(tq_store_settle(from.store, stage, NULL, NULL), TQ_OK);
-        assert_int_equal(tq_store_settle_into(to.store, stage, NULL, NULL), i == N_EXACT ? TQ_OK : TQ_ERR_ARGUMENT);
-        if (i <= N_EXACT) assert_int_equal(tq_store_write(truth.store, &i, 1, rows + i * LEARN_ROW, LEARN_ROW, NULL), TQ_OK);
-    }
-    for (int64_t i = 0; i <= N_EXACT; i++) {
-        assert_int_equal(tq_store_read(to.store, i, 1, got, LEARN_ROW), TQ_OK);
-        assert_int_equal(tq_store_read(truth.store, i, 1, wanted, LEARN_ROW), TQ_OK);
-        assert_memory_equal(got, wanted, sizeof got);
-    }
-    tq_stage_free(stage);
-    learner_deinit(&from);
-    learner_deinit(&to);
-    learner_deinit(&truth);
-    free(rows);
+    fixture_deinit(&l);
 }
 
 static void test_stores_that_do_not_match(void **state)
@@ -568,8 +471,6 @@ int main(void)
         cmocka_unit_test(test_stage_refusals),
         cmocka_unit_test(test_stage_outlives_its_store),
         cmocka_unit_test(test_stage_without_memory),
-        cmocka_unit_test(test_settle_into_another_format),
-        cmocka_unit_test(test_settle_into_after_single_tokens),
         cmocka_unit_test(test_stores_that_do_not_match),
         cmocka_unit_test(test_failing_allocation),
         cmocka_unit_test(test_damaged_memory),

@@ -14,7 +14,7 @@ import numpy as np
 from eval.llama import Cache, LlamaError, path_option, run_tool
 
 # All as the model has it: the plug-in changes nothing, and forgets nothing.
-EXACT = Cache("TQ4:k=f16,v=f16,sinks=0,recent=0,ref=0,balance=off,guard=off")
+EXACT = Cache("TQ4:k=f16,v=f16,sinks=0,recent=0,ref=0")
 HEADER = struct.Struct("<4s6i2f")
 MAGIC = b"TQOB"
 HIDDEN = 0xfc00  # -inf in FP16

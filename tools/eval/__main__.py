@@ -15,7 +15,7 @@ except ImportError as error:
     sys.exit(f"tq eval: {error}. `make deps` installs what it needs; or: pip install matplotlib jinja2 tqdm, and name that "
              "Python in TQ_PYTHON")
 from .llama import (F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, commit, describe_model, list_devices, machine,
-                    path_option, version)
+                    version)
 from .needle import Needles
 from .options import begin, end_with, make_setup
 from .outputs import check_outputs
@@ -62,8 +62,7 @@ def plan(args):
 class Evaluation:
     def __init__(self, args, setup, model):
         self.setup, self.model, self.n_vocab = setup, model, model["n_vocab"]
-        self.error_map = args.error_map
-        common = [setup.model, setup.plugin, version(setup), args.error_map]
+        common = [setup.model, setup.plugin, version(setup)]
         self.work, self.fresh, self.failed = Work(args.work, common), args.fresh, []
         self.work.hold()
 
@@ -97,22 +96,12 @@ class Evaluation:
             quality.write_base(self.setup, group[0], base)
             bar.update(group[0].tokens)
             for m in group:
-                self.attempt(m, bar, lambda m=m: self.measure_quality(m, base))
+                self.attempt(m, bar, lambda m=m: quality.measure(self.setup, m, base))
         except LlamaError as error:
             bar.write(f"tq eval: {group[0].text.stem}, {group[0].n_ctx}: no reference: {error}", file=sys.stderr)
             self.failed += [{"name": f"{m.name}, {m.text.stem}, {m.n_ctx}", "error": str(error)} for m in group]
         finally:
             base.unlink(missing_ok=True)
-
-    def measure_quality(self, m, base):
-        if not self.error_map or m.cache.is_stock:
-            return quality.measure(self.setup, m, base)
-        report_file = self.work.path(m).with_suffix(".layers")
-        report_file.unlink(missing_ok=True)
-        figures = quality.measure(self.setup, m, base, path_option("report", report_file))
-        figures["layers"] = report.json.loads(report_file.read_text())["layers"] if report_file.exists() else []
-        report_file.unlink(missing_ok=True)
-        return figures
 
     def attempt(self, m, bar, measure):
         bar.set_description(f"{m.text.stem} {getattr(m, 'n_ctx', 'needles')}: {m.name}")
@@ -138,16 +127,11 @@ class Evaluation:
 
 def collect(args, evaluation, groups, needles):
     rows = list(evaluation.rows(groups))
-    error_maps = {}
-    for row in rows:
-        layers = row.pop("layers", None)
-        if layers:
-            error_maps.setdefault(row["name"], layers)
     found = [(m, evaluation.work.load(m)) for m in needles]
     command = "tq eval " + " ".join(re.sub(r"(.*[\s*].*)", r"'\1'", str(word)) for word in args.words)
     return {"version": 1, "command": command.replace(str(ROOT) + "/", ""), "machine": machine(), "commit": commit(),
             "llama_cpp": version(evaluation.setup), "model": {**evaluation.model, "file": args.model.name}, "rows": rows,
-            "needle": [{"name": m.name, **result} for m, result in found if result], "error_maps": error_maps,
+            "needle": [{"name": m.name, **result} for m, result in found if result],
             "failed": evaluation.failed}
 
 

@@ -29,7 +29,6 @@ def parse_arguments(argv):
     parser.add_argument("--chunks", type=int, default=1, metavar="N", help="windows of each text (1)")
     parser.add_argument("--needle", default="", metavar="N[,N...]", help="also look for needles in that many tokens")
     parser.add_argument("--needle-depths", type=int, default=5, metavar="N", help="from the beginning to the end (5)")
-    parser.add_argument("--error-map", action="store_true", help="also map the error of the logits by layer and head")
     for kind in KINDS:
         parser.add_argument(f"--{kind}", metavar="OUT", help="write the result there")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where results wait, to go on after an interruption "

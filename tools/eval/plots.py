@@ -90,10 +90,3 @@ def needle_map(name, cells):
     scores = {(cell["depth"], cell["length"]): cell["score"] for cell in single}
     values = [[scores[depth, length] for length in lengths] for depth in depths]
     return heat_map(values, lengths, [f"{depth:.0%}" for depth in depths], name, "tokens", "depth", "RdYlGn", 0, 1)
-
-
-def error_map(name, layers):
-    values = [[head["logit_error"] for head in layer["heads"]] for layer in layers]
-    heads = range(max(map(len, values)))
-    values = [line + [math.nan] * (len(heads) - len(line)) for line in values]
-    return heat_map(values, heads, [layer["layer"] for layer in layers], name, "KV head", "layer", "viridis", 0, None)

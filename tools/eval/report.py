@@ -64,8 +64,7 @@ def html(result):
     return page.render(result=result, tables=list(tables(result["rows"])),
                        needle_table=list(needle_table(needles)) if needles else [],
                        curves=plots.curves(result["rows"]) if result["rows"] else "",
-                       needle_maps=[plots.needle_map(row["name"], row["cells"]) for row in needles],
-                       error_maps=[plots.error_map(name, layers) for name, layers in result["error_maps"].items()])
+                       needle_maps=[plots.needle_map(row["name"], row["cells"]) for row in needles])
 
 
 def csv_text(result):

@@ -1,25 +1,24 @@
 /* SPDX-License-Identifier: MIT */
-#include "cpu_rope.h"
+#include "cpu_ops.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #include "log.h"
 
-ggml_backend_t tq_ggml_cpu_start(void)
+ggml_backend_t tq_ggml_cpu_start(int n_threads)
 {
     ggml_backend_dev_t dev = tq_ggml_host.ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     ggml_backend_t cpu = dev ? tq_ggml_host.ggml_backend_dev_init(dev, NULL) : NULL;
     if (!cpu) {
-        tq_ggml_log(TQ_LOG_ERROR, "there is no CPU backend to turn keys with");
+        tq_ggml_log(TQ_LOG_ERROR, "ggml has no CPU backend");
         return NULL;
     }
-    /* The rows are few: more threads would wait for each other. */
     typedef void (*set_n_threads_fn)(ggml_backend_t, int);
     set_n_threads_fn set_n_threads;
     *(void **)(void *)&set_n_threads = tq_ggml_host.ggml_backend_reg_get_proc_address(
         tq_ggml_host.ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads");
-    if (set_n_threads) set_n_threads(cpu, 1);
+    if (set_n_threads) set_n_threads(cpu, n_threads);
     return cpu;
 }
 
@@ -69,4 +68,21 @@ enum ggml_status tq_ggml_cpu_rope(ggml_backend_t cpu, const struct ggml_tensor *
     host->ggml_free(context);
     free(positions);
     return status;
+}
+
+bool tq_ggml_cpu_multiply(ggml_backend_t cpu, struct ggml_tensor *weight, float *x, int64_t n, float *y)
+{
+    const tq_ggml_host_table *host = &tq_ggml_host;
+    struct ggml_init_params init = {4 * host->ggml_tensor_overhead() + host->ggml_graph_overhead(), NULL, true};
+    struct ggml_context *context = host->ggml_init(init);
+    if (!context) return false;
+    struct ggml_tensor *in = host->ggml_new_tensor_2d(context, GGML_TYPE_F32, weight->ne[0], n);
+    struct ggml_tensor *out = host->ggml_mul_mat(context, weight, in);
+    in->data = x;
+    out->data = y;
+    struct ggml_cgraph *graph = host->ggml_new_graph(context);
+    host->ggml_build_forward_expand(graph, out);
+    bool ok = host->ggml_backend_supports_op(cpu, out) && host->ggml_backend_graph_compute(cpu, graph) == GGML_STATUS_SUCCESS;
+    host->ggml_free(context);
+    return ok;
 }

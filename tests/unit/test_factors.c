@@ -1,0 +1,241 @@
+/* SPDX-License-Identifier: MIT */
+/* Factors of key channels from the energies of keys and queries: tq_key_factors. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <math.h>
+
+#include "codec/codec.h"
+#include "codec/factors.h"
+#include "kv_test.h"
+
+enum { DIM = 64, N_HEAD_KV = 2, N_HEAD = 6, GROUP = N_HEAD / N_HEAD_KV };
+
+typedef struct energies {
+    float k[N_HEAD_KV * DIM], k_mean[N_HEAD_KV * DIM], q[N_HEAD * DIM];
+    int32_t partners[DIM];
+    double angles[DIM];
+    tq_key_factors_params params;
+} energies;
+
+/* Energies over several octaves. RoPE turns the halves of the first `n_rope` channels, the pairs ever more slowly. */
+static void make(energies *e, uint64_t seed, int32_t n_rope)
+{
+    kv_random random = {.state = seed};
+    memset(e, 0, sizeof *e);
+    kv_fill(&random, e->k, N_HEAD_KV * DIM);
+    kv_fill(&random, e->q, N_HEAD * DIM);
+    for (int32_t i = 0; i < N_HEAD_KV * DIM; i++) e->k[i] = exp2f(3 * e->k[i]);
+    for (int32_t i = 0; i < N_HEAD * DIM; i++) e->q[i] = exp2f(3 * e->q[i]);
+    for (int32_t j = 0; j < DIM; j++) {
+        e->partners[j] = j < n_rope ? (j + n_rope / 2) % n_rope : j;
+        e->angles[j] = j < n_rope ? pow(0.7, j % (n_rope / 2)) : 0;
+    }
+    tq_key_factors_params_default(&e->params);
+    e->params.n_head = N_HEAD;
+    e->params.n_head_kv = N_HEAD_KV;
+    e->params.head_dim = DIM;
+    e->params.k_square = e->k;
+    e->params.q_square = e->q;
+    e->params.partners = e->partners;
+    e->params.angles = e->angles;
+}
+
+/* The energy of a logit's error, up to a constant: coding spreads a key's error evenly. RoPE makes a pair's energies equal. */
+static double error_of(const energies *e, int32_t head, const int8_t *factors)
+{
+    double keys = 0, queries = 0;
+    for (int32_t j = 0; j < DIM; j++) {
+        int32_t pair[2] = {j, e->partners[j]};
+        double s = pow(2, factors[head * DIM + j] / 4.0);
+        for (int32_t i = 0; i < 2; i++) {
+            keys += (double)e->k[head * DIM + pair[i]] / 2 / (s * s);
+            for (int32_t g = 0; g < GROUP; g++) queries += (double)e->q[(head * GROUP + g) * DIM + pair[i]] / 2 * s * s;
+        }
+    }
+    return keys * queries;
+}
+
+static void test_no_other_factors_are_better(void **state)
+{
+    (void)state;
+    for (int32_t run = 0; run < 20; run++) {
+        energies e;
+        make(&e, (uint64_t)run + 1, run % 2 ? DIM : DIM / 2);
+        int8_t factors[N_HEAD_KV * DIM], none[N_HEAD_KV * DIM] = {0};
+        assert_int_equal(tq_key_factors(factors, NULL, &e.params), TQ_OK);
+        for (int32_t head = 0; head < N_HEAD_KV; head++) {
+            double least = error_of(&e, head, factors), plain = error_of(&e, head, none);
+            assert_true(least < plain);
+            for (int32_t j = 0; j < DIM; j++) {
+                int8_t *one = factors + head * DIM + j, *other = factors + head * DIM + e.partners[j], kept = *one;
+                assert_int_equal(*one, *other); /* a pair has one factor, or turning would not commute with it */
+                for (int32_t step = -8; step <= 8; step += 16) {
+                    *one = *other = (int8_t)(kept + step);
+                    assert_true(error_of(&e, head, factors) > least);
+                }
+                *one = *other = kept;
+            }
+        }
+    }
+}
+
+/* What all keys have in common counts where references leave it, which is where RoPE turns quickly. */
+static void test_references_take_constants_away(void **state)
+{
+    (void)state;
+    energies e;
+    make(&e, 5, DIM);
+    int8_t with_references[N_HEAD_KV * DIM], without[N_HEAD_KV * DIM], plain[N_HEAD_KV * DIM];
+    e.angles[0] = e.angles[DIM / 2] = 1.0;
+    e.angles[1] = e.angles[DIM / 2 + 1] = 1e-6;
+    assert_int_equal(tq_key_factors(plain, NULL, &e.params), TQ_OK);
+    e.params.k_mean = e.k_mean;
+    for (int32_t j = 0; j < 2; j++) {
+        e.k_mean[j] = 1000;
+        e.k[j] += 1e6f;
+    }
+    assert_int_equal(tq_key_factors(without, NULL, &e.params), TQ_OK);
+    e.params.ref_block = 64;
+    assert_int_equal(tq_key_factors(with_references, NULL, &e.params), TQ_OK);
+    assert_true(without[0] > plain[0] + 8 && without[1] > plain[1] + 8);
+    assert_true(with_references[0] > plain[0] + 8);
+    /* The geometric mean of a head is 1, so that one large factor moves all others a little. */
+    assert_true(abs(with_references[1] - plain[1]) <= 2);
+}
+
+static void test_bounds_and_degenerate_energies(void **state)
+{
+    (void)state;
+    energies e;
+    int8_t factors[N_HEAD_KV * DIM];
+    make(&e, 6, DIM);
+    e.k[3] = 1e30f;
+    e.q[DIM * GROUP] = INFINITY;
+    assert_int_equal(tq_key_factors(factors, NULL, &e.params), TQ_OK);
+    for (int32_t j = 0; j < DIM; j++) {
+        assert_true(abs(factors[j]) <= 32);
+        assert_int_equal(factors[DIM + j], 0);
+    }
+    memset(e.k, 0, sizeof e.k);
+    assert_int_equal(tq_key_factors(factors, NULL, &e.params), TQ_OK);
+    for (int32_t j = 0; j < N_HEAD_KV * DIM; j++) assert_int_equal(factors[j], 0);
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    energies e;
+    int8_t factors[N_HEAD_KV * DIM];
+    make(&e, 7, DIM);
+    assert_int_equal(tq_key_factors(NULL, NULL, &e.params), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_key_factors(factors, NULL, NULL), TQ_ERR_ARGUMENT);
+    tq_key_factors_params p = e.params;
+    p.struct_size = 0;
+    assert_int_equal(tq_key_factors(factors, NULL, &p), TQ_ERR_ARGUMENT);
+    p = e.params, p.k_square = NULL;
+    assert_int_equal(tq_key_factors(factors, NULL, &p), TQ_ERR_ARGUMENT);
+    p = e.params, p.n_head = 5;
+    assert_int_equal(tq_key_factors(factors, NULL, &p), TQ_ERR_SHAPE);
+    p = e.params, p.head_dim = 577;
+    assert_int_equal(tq_key_factors(factors, NULL, &p), TQ_ERR_HEAD_DIM);
+    e.partners[3] = DIM;
+    assert_int_equal(tq_key_factors(factors, NULL, &e.params), TQ_ERR_ARGUMENT);
+    e.partners[3] = 4;
+    assert_int_equal(tq_key_factors(factors, NULL, &e.params), TQ_ERR_ARGUMENT);
+}
+
+/* A store takes factors within bounds, and none with a calibration; in an exact format they change nothing. */
+static void test_stores_take_factors(void **state)
+{
+    (void)state;
+    int8_t factors[DIM] = {[3] = 32, [4] = -32};
+    tq_store_params p = kv_store_params(TQ_FORMAT_F16, DIM, 1, 16);
+    size_t bytes;
+    p.factors = factors;
+    void *memory;
+    tq_store *store = kv_open_store(&p, &memory);
+    float row[DIM] = {[3] = 1000, [4] = 1.5f}, read[DIM];
+    assert_int_equal(tq_store_write(store, (const int64_t[]){2}, 1, row, DIM, NULL), TQ_OK);
+    assert_int_equal(tq_store_read(store, 2, 1, read, DIM), TQ_OK);
+    assert_memory_equal(read, row, sizeof row);
+    tq_store_close(store);
+    free(memory);
+    factors[3] = 33;
+    assert_int_equal(tq_store_bytes(&bytes, &p), TQ_ERR_ARGUMENT);
+    factors[3] = -33;
+    assert_int_equal(tq_store_bytes(&bytes, &p), TQ_ERR_ARGUMENT);
+}
+
+/* Random keys and queries with these energies: their products' spread, and what a format moves them by. */
+static void test_the_guard_knows_the_error_of_logits(void **state)
+{
+    (void)state;
+    enum { N = 2000 };
+    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
+                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    energies e;
+    make(&e, 8, 0);
+    int8_t factors[N_HEAD_KV * DIM];
+    float spread;
+    e.params.n_head_kv = e.params.n_head = 1;
+    assert_int_equal(tq_key_factors(factors, &spread, &e.params), TQ_OK);
+    kv_random random = {.state = 9};
+    for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
+        tq_codec *codec;
+        assert_int_equal(tq_codec_create(&codec, formats[f], DIM, TQ_SEED_DEFAULT), TQ_OK);
+        double square = 0;
+        for (int32_t i = 0; i < N; i++) {
+            float k[DIM], q[DIM], decoded[DIM];
+            uint8_t bytes[2 * DIM + 4];
+            kv_fill(&random, k, DIM);
+            kv_fill(&random, q, DIM);
+            for (int32_t j = 0; j < DIM; j++) {
+                k[j] *= sqrtf(e.k[j]);
+                q[j] *= sqrtf(e.q[j]);
+            }
+            tq_scale_channels(factors, -1, DIM, k);
+            tq_scale_channels(factors, 1, DIM, q);
+            assert_int_equal(tq_codec_encode(codec, k, 1, bytes), TQ_OK);
+            assert_int_equal(tq_codec_decode(codec, bytes, 1, decoded), TQ_OK);
+            double error = 0;
+            for (int32_t j = 0; j < DIM; j++) error += (double)q[j] * (double)(k[j] - decoded[j]);
+            square += error * error / N;
+        }
+        tq_codec_free(codec);
+        double found = sqrt(square), told = (double)(spread * tq_format_relative_error(formats[f]));
+        assert_true(found > 0.75 * told && found < 1.25 * told);
+    }
+}
+
+static void test_the_guard_takes_the_next_format_that_does(void **state)
+{
+    (void)state;
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TT3, 7.0f), TQ_FORMAT_TT3);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TT3, 8.0f), TQ_FORMAT_TT4);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TQ2, 3.2f), TQ_FORMAT_TT2);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TT2, 20.0f), TQ_FORMAT_TQ8);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TQ8, 20.0f), TQ_FORMAT_TQ8);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TT2, 1e6f), TQ_FORMAT_F16);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_BF16, 1e6f), TQ_FORMAT_BF16);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TT2, NAN), TQ_FORMAT_TT2);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TT2, INFINITY), TQ_FORMAT_TT2);
+    assert_int_equal((int)tq_key_guard((tq_format)99, 1e6f), 99);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_no_other_factors_are_better),
+        cmocka_unit_test(test_references_take_constants_away),
+        cmocka_unit_test(test_bounds_and_degenerate_energies),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_stores_take_factors),
+        cmocka_unit_test(test_the_guard_knows_the_error_of_logits),
+        cmocka_unit_test(test_the_guard_takes_the_next_format_that_does),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
