@@ -261,8 +261,8 @@ typedef struct tq_key_factors_params {
     const float *q_square;               /* [n_head, head_dim] */
     const int32_t *partners;             /* optional [head_dim]: the channel that RoPE turns each with, or itself */
     const double *angles;                /* optional [head_dim]: by how many radians a position */
-    int32_t ref_block; /* of what codes the keys (tq_store_params): references take away what turns slowly */
-    bool whole;        /* whole octaves only, by which every type multiplies exactly: for callers that scale rows themselves */
+    int32_t ref_block;                   /* of what codes the keys (tq_store_params): references take away what turns slowly */
+    bool whole; /* whole octaves only, by which every type multiplies exactly: for callers that scale rows themselves */
 } tq_key_factors_params;
 TQ_API void tq_key_factors_params_default(tq_key_factors_params *params);
 /*

@@ -14,8 +14,8 @@ NOT_UNDERSTOOD = "projects its queries and keys is not understood"
 
 class Factors(TestCase):
     def divergence(self, options):
-        command = [LLAMA_BIN / "llama-perplexity", "-m", tiny_model("qwen2"), "-f", TEXT, "-c", 512, "-b", 512, "--chunks", 1, "-t", 1,
-                   "-fa", "on", "--kl-divergence-base", self.directory / "logits"]
+        command = [LLAMA_BIN / "llama-perplexity", "-m", tiny_model("qwen2"), "-f", TEXT, "-c", 512, "-b", 512, "--chunks", 1,
+                   "-t", 1, "-fa", "on", "--kl-divergence-base", self.directory / "logits"]
         base = self.directory / "logits"
         if not base.exists():
             self.assert_ok(run([*command, "-dev", "none"]))

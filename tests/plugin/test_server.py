@@ -108,7 +108,7 @@ class CodedServer(ServerCase):
 
     arguments = ("-np", "12")
     n_prompts = 6
-    bound = .4
+    bound = .5
 
     def test_what_restoring_moves(self):
         stock = self.start(F16)
