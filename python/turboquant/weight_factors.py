@@ -44,12 +44,12 @@ def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray, m
     """
     arrays = [np.ascontiguousarray(x, kind) if x is not None else None for x, kind in
               ((keys, np.float32), (means, np.float32), (queries, np.float32), (partners, np.int32), (angles, np.float64))]
-    k_square, k_mean, q_square, of_pairs, turns = (None if x is None else x.ctypes.data for x in arrays)
     params = _library.KeyFactorsParams()
     _library.lib.tq_key_factors_params_default(ctypes.byref(params))
     params.n_head_kv, params.head_dim = keys.shape
     params.n_head, params.ref_block, params.whole = len(queries), n_ref, True
-    params.k_square, params.k_mean, params.q_square, params.partners, params.angles = k_square, k_mean, q_square, of_pairs, turns
+    for name, x in zip(("k_square", "k_mean", "q_square", "partners", "angles"), arrays):
+        setattr(params, name, None if x is None else x.ctypes.data)
     found, spread = np.empty(keys.shape, np.int8), ctypes.c_float()
     _library.lib.tq_key_factors(found.ctypes.data, ctypes.byref(spread), ctypes.byref(params))
     return found // 4, spread.value

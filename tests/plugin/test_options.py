@@ -67,9 +67,9 @@ class Options(TestCase):
             for other in ("factors=off", "k=f16", "k=bf16"):
                 with self.subTest(option, other=other):
                     self.assert_refused(f"{other},{option}", "guard= has no effect", other.partition("=")[0] + "=")
-        for option, other in (("ref=64", "recent=0"), ("ref=64", "k=f16"), ("ref=64", "k=tq3_prod"), ("factors=weights", "k=bf16"),
-                              ("factors=weights", "calibration=x"), ("calibration=x", "k=f16"), ("sinks=4", "k=f16,v=bf16"),
-                              ("recent=4", "k=f16,v=f16"), ("exact=0", "k=f16,v=f16")):
+        for option, other in (("ref=64", "recent=0"), ("ref=64", "k=f16"), ("ref=64", "k=tq3_prod"),
+                              ("factors=weights", "k=bf16"), ("factors=weights", "calibration=x"), ("calibration=x", "k=f16"),
+                              ("sinks=4", "k=f16,v=bf16"), ("recent=4", "k=f16,v=f16"), ("exact=0", "k=f16,v=f16")):
             with self.subTest(option, other=other):
                 for text in (f"{option},{other}", f"{other},{option}"):
                     self.assert_refused(text, f"{option.partition('=')[0]}= has no effect", "Leave one of the two out")
