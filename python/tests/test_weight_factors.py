@@ -75,7 +75,7 @@ def test_partners(kind, n_turned):
 
 @pytest.mark.parametrize("n_ref", [1, 16, 64])
 def test_what_references_leave_of_a_constant(n_ref):
-    """By definition: the mean square, over a block, of what turns, less its mean. Factors are those of keys that have only it."""
+    """By definition: the mean square, over a block, of what turns, less its mean. Factors are those of keys with only that."""
     angles = np.array([1, .3, .05, 1e-3, 1e-6, 0] + [.7] * 58)
     turned = np.exp(1j * angles[:, None] * np.arange(n_ref))
     left = (abs(turned - turned.mean(axis=1, keepdims=True)) ** 2).mean(axis=1)
@@ -195,9 +195,9 @@ def test_the_norm_before_counts(weights):
 
 def test_the_guard_tells():
     with pytest.warns(UserWarning, match="k_format='tq8'"):
-        weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 200, .1, "layer 3")
+        weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 20, "layer 3")
     with warnings.catch_warnings(action="error"):
-        weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 60, .1, "layer 3")
+        weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 6, "layer 3")
 
 
 def test_what_is_not_known(weights):

@@ -68,8 +68,8 @@ def _find_factors(options: dict[str, Any], module: Any, n_head_kv: int, head_dim
     if found is None:
         return _Factors(None, weight_factors.without(options, 1, module))
     exponents, spread = found
-    weight_factors.warn_of_spread(weight_factors.formats_of(options, 1, "k")[0], spread, getattr(module, "scale", head_dim**-0.5),
-                                  "a layer")
+    fmt, scale = weight_factors.formats_of(options, 1, "k")[0], getattr(module, "scale", head_dim**-0.5)
+    weight_factors.warn_of_spread(fmt, spread * scale, "a layer")
     return _Factors(exponents.tolist() if exponents.any() else None)
 
 

@@ -238,7 +238,8 @@ class TurboQuantLayer(CacheLayerMixin):
                 owner._do_without_factors(module, self)
             else:
                 exponents, spread = of_weights
-                weight_factors.warn_of_spread(owner._key_formats[self._number], spread, scaling, f"compressed layer {self._number}")
+                fmt, layer = owner._key_formats[self._number], f"compressed layer {self._number}"
+                weight_factors.warn_of_spread(fmt, spread * scaling, layer)
                 found = exponents if exponents.any() else None
         # The same tensors, if they may be, for CUDA graphs that have been captured.
         if found is None or self._factors is None or not np.array_equal(self._factors.exponents, found):

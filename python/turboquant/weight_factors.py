@@ -66,8 +66,8 @@ def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.n
 
 def norm_before(module: Any) -> Any:
     """
-    The norm whose output an attention takes, found in the layer that is calling it: its own is the caller of what runs now. None
-    if there is no such layer, or none by a name that is known.
+    The norm whose output an attention takes, found in the layer that is calling it now. None if there is no such layer, or none
+    by a name that is known.
     """
     frame = sys._getframe(1)
     for _ in range(_FRAMES_MAX):
@@ -191,14 +191,13 @@ def chosen(factors: str | None, calibration: Any) -> str:
     return factors or ("off" if calibration is not None else "weights")
 
 
-def warn_of_spread(fmt: int, spread: float, softmax_scale: float, layer: str) -> None:
+def warn_of_spread(fmt: int, spread: float, layer: str) -> None:
     """The guard: tell where a format moves logits, whose spread the weights tell, by more than attention bears."""
-    better = int(_library.lib.tq_key_guard(fmt, spread * softmax_scale))
+    better = int(_library.lib.tq_key_guard(fmt, spread))
     if better != fmt:
         name, more = (format_info(number).name for number in (fmt, better))
-        warnings.warn(f"turboquant: by the model's weights the logits of {layer} have a spread of {spread * softmax_scale:.1f}, which "
-                      f"keys in {name} would move by more than 1: pass k_format={more!r} for keys that it can hold", UserWarning,
-                      stacklevel=2)
+        warnings.warn(f"turboquant: by the model's weights the logits of {layer} have a spread of {spread:.1f}, which keys in "
+                      f"{name} would move by more than 1: pass k_format={more!r}, which can hold them", UserWarning, stacklevel=2)
 
 
 def formats_of(options: dict[str, Any], n_layer: int, side: str) -> list[int]:
