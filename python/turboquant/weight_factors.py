@@ -197,7 +197,7 @@ def warn_of_spread(fmt: int, spread: float, layer: str) -> None:
     if better != fmt:
         name, more = (format_info(number).name for number in (fmt, better))
         warnings.warn(f"turboquant: by the model's weights the logits of {layer} have a spread of {spread:.1f}, which keys in "
-                      f"{name} would move by more than 1: pass k_format={more!r}, which can hold them", UserWarning, stacklevel=2)
+                      f"{name} would move by more than 1: pass k_format={more!r}, which holds them", UserWarning, stacklevel=2)
 
 
 def formats_of(options: dict[str, Any], n_layer: int, side: str) -> list[int]:
