@@ -14,6 +14,7 @@
 
 #include "damage.h"
 #include "log.h"
+#include "pages.h"
 #include "threads.h"
 
 #define ALIGNMENT 64
@@ -119,10 +120,19 @@ static enum ggml_status kv_init_tensor(ggml_backend_buffer_t buffer, struct ggml
     return GGML_STATUS_ALLOC_FAILED;
 }
 
+/*
+ * The threads that states are restored on: as many as graphs have, in a pool of the buffer's own, since nothing says which of
+ * the host's threads restores. They sleep between. After fork() the child has the calling thread only.
+ */
+static const tq_executor *executor_of(kv_buffer *kvs)
+{
+    tq_ggml_threads_set_pool(&kvs->threads, atomic_load(&kvs->device->n_threads));
+    return &kvs->threads.executor;
+}
+
 static void kv_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, const void *data, size_t offset, size_t size)
 {
-    (void)buffer;
-    tq_ggml_kv_write(tq_ggml_root(t)->extra, tq_ggml_root_offset(t) + offset, size, data);
+    tq_ggml_kv_write(tq_ggml_root(t)->extra, tq_ggml_root_offset(t) + offset, size, data, executor_of(buffer->context));
 }
 
 static void kv_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor *t, void *data, size_t offset, size_t size)
@@ -265,8 +275,10 @@ static void log_binding(kv_buffer *kvs, size_t bytes)
     if (atomic_load(&kvs->device->n_refused) == 0) tq_ggml_log_forget_refusal();
 }
 
-void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv)
+void tq_ggml_kv_buffer_count(tq_ggml_kv_tensor *kv)
 {
+    if (kv->is_counted) return;
+    kv->is_counted = true;
     kv_buffer *kvs = kv->buffer->context;
     size_t bytes = 0, n_bound = 0;
     for (size_t i = 0; i < kvs->n; i++) {
@@ -275,13 +287,6 @@ void tq_ggml_kv_buffer_update(tq_ggml_kv_tensor *kv)
     }
     kv->buffer->size = bytes;
     if (n_bound == kvs->n) log_binding(kvs, bytes);
-}
-
-const tq_executor *tq_ggml_kv_buffer_executor(const tq_ggml_kv_tensor *kv)
-{
-    kv_buffer *kvs = kv->buffer->context;
-    tq_ggml_threads_set_pool(&kvs->threads, atomic_load(&kvs->device->n_threads));
-    return &kvs->threads.executor;
 }
 
 /* ---- host buffers ---- */

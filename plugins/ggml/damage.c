@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 #include "damage.h"
 
+#include "pages.h"
+
 #include <math.h>
 #include <string.h>
 #include <sys/mman.h>

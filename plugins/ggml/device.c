@@ -208,6 +208,24 @@ static bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_typ
 
 /* ---- registry entry ---- */
 
+static tq_ggml_device devices[TQ_GGML_DEVICES_MAX];
+static size_t n_devices;
+
+size_t tq_ggml_device_count(void)
+{
+    return n_devices;
+}
+
+tq_ggml_device *tq_ggml_device_get(size_t i)
+{
+    return &devices[i];
+}
+
+void tq_ggml_devices_clear(void)
+{
+    n_devices = 0;
+}
+
 static const char *reg_name(ggml_backend_reg_t reg)
 {
     (void)reg;
@@ -287,4 +305,12 @@ tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, cons
                                                .context = out};
     tq_ggml_bufts_init(out);
     return TQ_OK;
+}
+
+tq_status tq_ggml_device_add(const tq_preset *preset, const tq_ggml_options *options, const tq_calibration *calibration)
+{
+    if (n_devices == TQ_GGML_DEVICES_MAX) return TQ_ERR_RANGE;
+    tq_status status = tq_ggml_device_init(&devices[n_devices], preset, options, calibration);
+    if (status == TQ_OK) n_devices++;
+    return status;
 }

@@ -34,7 +34,9 @@ typedef struct tq_ggml_device {
 tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options,
                               const tq_calibration *calibration);
 
-/* The devices' registry is the one that lists all of them: entry.c. */
+/* The devices of this process: made one by one when the plug-in is loaded. Errors: those of tq_ggml_device_init, RANGE. */
+tq_status tq_ggml_device_add(const tq_preset *preset, const tq_ggml_options *options, const tq_calibration *calibration);
+void tq_ggml_devices_clear(void);
 size_t tq_ggml_device_count(void);
 tq_ggml_device *tq_ggml_device_get(size_t i);
 

@@ -17,20 +17,8 @@
 #define GGML_MINOR_MIN 25
 #define GGML_MINOR_MAX 25
 
-static tq_ggml_device devices[TQ_GGML_DEVICES_MAX];
-static size_t n_devices;
 static tq_ggml_options options;
 static tq_calibration *calibration; /* NULL: none */
-
-size_t tq_ggml_device_count(void)
-{
-    return n_devices;
-}
-
-tq_ggml_device *tq_ggml_device_get(size_t i)
-{
-    return &devices[i];
-}
 
 /* ---- guards ---- */
 
@@ -105,9 +93,10 @@ static bool check_buffer_layout(void)
     struct ggml_backend_buffer_i none;
     memset(&none, 0, sizeof none);
     char context;
-    ggml_backend_buffer_t buffer = tq_ggml_host.ggml_backend_buffer_init(&devices[0].host_buft, none, &context, 1234);
-    bool ok = buffer && buffer->buft == &devices[0].host_buft && buffer->context == &context && buffer->size == 1234 &&
-              tq_ggml_host.ggml_backend_buffer_get_size(buffer) == 1234;
+    ggml_backend_buffer_t buffer =
+        tq_ggml_host.ggml_backend_buffer_init(&tq_ggml_device_get(0)->host_buft, none, &context, 1234);
+    bool ok = buffer && buffer->buft == &tq_ggml_device_get(0)->host_buft && buffer->context == &context &&
+              buffer->size == 1234 && tq_ggml_host.ggml_backend_buffer_get_size(buffer) == 1234;
     if (ok) tq_ggml_host.ggml_backend_buffer_free(buffer);
     return ok || refuse("the host's ggml lays out its buffers in another way");
 }
@@ -133,17 +122,14 @@ static bool load_calibration(void)
 
 static bool make_devices(void)
 {
-    n_devices = 0;
-    for (int32_t i = 0; i < tq_preset_count() && n_devices < TQ_GGML_DEVICES_MAX; i++) {
+    for (int32_t i = 0; i < tq_preset_count(); i++) {
         const tq_preset *preset = tq_preset_get(i);
-        tq_status status = tq_ggml_device_init(&devices[n_devices], preset, &options, calibration);
-        if (status != TQ_OK) {
-            tq_ggml_log_refusal("not loaded: device %s: %s", preset->name, tq_status_string(status));
-            return false;
-        }
-        n_devices++;
+        tq_status status = tq_ggml_device_add(preset, &options, calibration);
+        if (status == TQ_OK) continue;
+        tq_ggml_log_refusal("not loaded: device %s: %s", preset->name, tq_status_string(status));
+        return false;
     }
-    return n_devices > 0;
+    return true;
 }
 
 /* Returns NULL, with the reason in the log, if the plug-in can't work in this host. */
@@ -151,7 +137,7 @@ TQ_API ggml_backend_reg_t ggml_backend_init(void);
 TQ_API ggml_backend_reg_t ggml_backend_init(void)
 {
     /* The host looks a library up by its path, so it may ask for the same one twice. */
-    if (n_devices > 0) return &devices[0].reg;
+    if (tq_ggml_device_count() > 0) return &tq_ggml_device_get(0)->reg;
     const char *missing;
     if (!tq_ggml_host_resolve(__builtin_extract_return_addr(__builtin_return_address(0)), &missing)) {
         tq_ggml_log_refusal("not loaded: the host does not export %s; a llama.cpp with shared libraries does", missing);
@@ -169,10 +155,10 @@ TQ_API ggml_backend_reg_t ggml_backend_init(void)
         return NULL;
     }
     if (!load_calibration() || !make_devices() || !check_host()) {
-        n_devices = 0;
+        tq_ggml_devices_clear();
         tq_calibration_free(calibration);
         calibration = NULL;
         return NULL;
     }
-    return &devices[0].reg;
+    return &tq_ggml_device_get(0)->reg;
 }

@@ -319,7 +319,7 @@ void tq_ggml_key_energies_free(tq_ggml_key_energies *energies)
 void tq_ggml_factors_look(tq_ggml_kv_tensor *kv, const struct ggml_tensor *set_rows)
 {
     chain c;
-    if (kv->energies || kv->head_dim != 0 || !tq_ggml_kv_wants_factors(kv) || !follow(&c, set_rows->src[0])) return;
+    if (kv->energies || kv->head_dim != 0 || !follow(&c, set_rows->src[0])) return;
     tq_ggml_key_energies *energies = allocate(kv->n_embd, c.rope ? c.rope->ne[0] : 0);
     if (energies && probe(&c, kv->n_embd, energies->squares, energies->means) &&
         (!c.rope || measure(c.rope, energies->partners, energies->angles))) {

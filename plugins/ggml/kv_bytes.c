@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "buffer.h"
 #include "damage.h"
 #include "kv_tensor.h"
 #include "log.h"
@@ -112,7 +111,8 @@ bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *ou
 }
 
 /* A part of a row leaves the slot as it was, exact or encoded; a whole row is a new one. */
-static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows)
+static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows,
+                             const tq_executor *executor)
 {
     tq_store *store = kv->stores[p->stream];
     const ggml_fp16_t *halves = (const ggml_fp16_t *)(const void *)from;
@@ -120,7 +120,7 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
     for (int64_t i = 0; i < p->n_rows; i++) slots[i] = p->first_slot + i;
     if (p->bytes == (size_t)p->n_rows * row_bytes(kv)) {
         tq_ggml_host.ggml_fp16_to_fp32_row(halves, rows, p->n_rows * kv->n_embd);
-        return tq_store_restore(store, slots, p->n_rows, rows, kv->n_embd, tq_ggml_kv_buffer_executor(kv));
+        return tq_store_restore(store, slots, p->n_rows, rows, kv->n_embd, executor);
     }
     tq_status status = tq_store_read(store, p->first_slot, 1, rows, kv->n_embd);
     if (status != TQ_OK) return status;
@@ -144,13 +144,13 @@ static bool discard_rows(tq_ggml_kv_tensor *kv, size_t offset, size_t size)
 }
 
 /* Row by row where not all of them can be taken: the others are what they should be. False: some are damaged. */
-static bool write_rows(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows)
+static bool write_rows(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows, const tq_executor *executor)
 {
-    bool ok = write_piece(kv, p, from, rows) == TQ_OK;
+    bool ok = write_piece(kv, p, from, rows, executor) == TQ_OK;
     if (!ok && p->n_rows > 1) {
         for (int64_t i = 0; i < p->n_rows; i++) {
             piece one = {p->stream, p->first_slot + i, 1, 0, row_bytes(kv)};
-            write_rows(kv, &one, from + (size_t)i * row_bytes(kv), rows);
+            write_rows(kv, &one, from + (size_t)i * row_bytes(kv), rows, executor);
         }
         return false;
     }
@@ -160,7 +160,7 @@ static bool write_rows(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *fro
     return ok;
 }
 
-bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in)
+bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in, const tq_executor *executor)
 {
     bool ok = check_range(kv, offset, size) && tq_ggml_stage_settle_all(kv) == TQ_OK;
     if (ok) tq_ggml_stage_forget(kv);
@@ -170,7 +170,7 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
     const uint8_t *from = in;
     while (rows && size > 0) {
         piece p = next_piece(kv, offset, size);
-        ok &= write_rows(kv, &p, from, rows);
+        ok &= write_rows(kv, &p, from, rows, executor);
         from += p.bytes;
         offset += p.bytes;
         size -= p.bytes;

@@ -10,10 +10,10 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "buffer.h"
 #include "damage.h"
 #include "factors.h"
 #include "log.h"
+#include "pages.h"
 #include "stages.h"
 
 #define STORE_ALIGN 64
@@ -210,12 +210,6 @@ bool tq_ggml_kv_reads_refused(const tq_ggml_device *device, const struct ggml_te
 
 static pthread_mutex_t bind_mutex = PTHREAD_MUTEX_INITIALIZER;
 
-uint8_t *tq_ggml_map_pages(size_t bytes)
-{
-    void *pages = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return pages == MAP_FAILED ? NULL : pages;
-}
-
 /* Open the stores over fresh memory. On failure releases all of it. */
 static tq_status open_stores(tq_ggml_kv_tensor *kv, tq_store_params *params)
 {
@@ -336,7 +330,6 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct gg
     kv->format = params.format;
     kv->bytes = (size_t)kv->n_stream * kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
     kv->head_dim = head_dim;
-    tq_ggml_kv_buffer_update(kv);
     return true;
 }
 

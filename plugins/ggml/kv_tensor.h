@@ -35,6 +35,7 @@ typedef struct tq_ggml_kv_tensor {
     tq_store **stores;             /* [n_stream] */
     struct tq_ggml_stage **stages; /* [n_stream] where rows wait to be written, or NULL: stages.h */
     bool has_numbers;              /* has ever been written */
+    bool is_counted;               /* its size is in its buffer's */
     bool is_refused;               /* its attention can't be served: nothing may use it */
 } tq_ggml_kv_tensor;
 
@@ -89,14 +90,12 @@ bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const s
 
 /* Bytes [offset, offset + size) of the tensor's nominal FP16. The tensor must be bound; false: the reason was logged. */
 bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out);
-bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in);
+bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in, const tq_executor *executor);
 
 /* Copy one stream's store, ring and all. False: rows that waited could not be written. */
 bool tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, tq_ggml_kv_tensor *from, int64_t from_stream);
 /* Empty all stores and give their pages back. */
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv);
-/* Memory whose pages cost nothing until they are written, or NULL; free it with munmap. */
-uint8_t *tq_ggml_map_pages(size_t bytes);
 /* Free what binding allocated. */
 void tq_ggml_kv_release(tq_ggml_kv_tensor *kv);
 

@@ -76,7 +76,9 @@ static tq_ggml_kv_tensor *find_views(attention *out, const tq_ggml_device *devic
     }
     read_params(out, op);
     if (!tq_ggml_kv_attend_view(&out->keys, keys, k, op, false, why, why_bytes)) return keys;
+    tq_ggml_kv_buffer_count(keys);
     if (!tq_ggml_kv_attend_view(&out->values, values, v, NULL, values == keys, why, why_bytes)) return values;
+    tq_ggml_kv_buffer_count(values);
     const char *fault = find_fault(out, op);
     if (!fault) return NULL;
     snprintf(why, why_bytes, "%s", fault);

@@ -37,7 +37,7 @@ bool tq_ggml_set_rows_supported(tq_ggml_device *device, const struct ggml_tensor
         (index->type != GGML_TYPE_I64 && index->type != GGML_TYPE_I32))
         return tq_ggml_kv_refuse(kv, "a graph writes to it in a shape that is not whole rows of floats");
     kv->reader = NULL; /* ggml's scheduler asks about what writes to a cache before all else */
-    tq_ggml_factors_look(kv, op);
+    if (tq_ggml_kv_wants_factors(kv)) tq_ggml_factors_look(kv, op);
     return true;
 }
 

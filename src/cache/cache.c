@@ -212,17 +212,6 @@ static int32_t list_exact(const tq_cache_side *side, int64_t ring_begin, int64_t
     return n;
 }
 
-tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side)
-{
-    return (tq_page_view){.page_data = cache->pool.data,
-                          .page_table = sequence->page_table,
-                          .page_size = cache->page_size,
-                          .offset_bytes = side->page_offset_bytes,
-                          .head_stride_bytes = side->head_stride_bytes,
-                          .ref_codec = side->ref_codec,
-                          .ref_block = side->ref_block};
-}
-
 tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side,
                          tq_exact_entry *exact)
 {

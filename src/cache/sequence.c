@@ -403,6 +403,17 @@ tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t la
     return TQ_OK;
 }
 
+tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side)
+{
+    return (tq_page_view){.page_data = cache->pool.data,
+                          .page_table = sequence->page_table,
+                          .page_size = cache->page_size,
+                          .offset_bytes = side->page_offset_bytes,
+                          .head_stride_bytes = side->head_stride_bytes,
+                          .ref_codec = side->ref_codec,
+                          .ref_block = side->ref_block};
+}
+
 /* Encode positions [begin, end), which leave the ring or never enter it. */
 static void encode_positions(const tq_rows_in *in, const tq_cache_side *side, int64_t begin, int64_t end, int64_t length,
                              const tq_executor *executor)

@@ -108,6 +108,19 @@ void tq_store_detach(tq_store *store)
     tq_free(store);
 }
 
+int32_t tq_store_ring_next(const tq_store *store)
+{
+    return (int32_t)((uint32_t)tq_store_header_of(store)->ring_next % (uint32_t)store->layout.n_recent);
+}
+
+int64_t tq_store_exact_slot(const tq_store *store, int32_t entry)
+{
+    int64_t slot = (int64_t)tq_store_exact_ids(store)[entry] - 1;
+    int32_t n_sink = store->layout.n_sink;
+    if (slot < 0 || slot >= store->n_slots) return -1;
+    return (entry < n_sink ? slot == entry : slot >= n_sink) ? slot : -1;
+}
+
 int32_t tq_exact_insert(tq_exact_entry *list, int32_t n, tq_exact_entry entry)
 {
     /* Write order is nearly that order, so the common case is an append. */

@@ -48,12 +48,21 @@ static inline tq_store_header *tq_store_header_of(const tq_store *store)
     return (tq_store_header *)(void *)store->memory;
 }
 
+static inline int32_t *tq_store_exact_ids(const tq_store *store)
+{
+    return (int32_t *)(void *)(store->memory + store->layout.exact_ids_offset);
+}
+
 /* store.c */
 /* Errors: ARGUMENT if the size overflows. */
 tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_store_params *params, size_t vector_bytes);
 /* Errors: FORMAT, HEAD_DIM, MEMORY, SHAPE (the calibration's). */
 tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const tq_kernels *kernels, void *memory);
 void tq_store_detach(tq_store *store);
+/* The ring entry that the next new slot takes. Never out of range, whatever the memory holds. */
+int32_t tq_store_ring_next(const tq_store *store);
+/* The slot of an exact entry, or -1 for none. Never out of range, whatever the memory holds. */
+int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
 /* Put an entry where the order by column wants it, instead of one of the same column if there is any; returns the new number.
  */
 int32_t tq_exact_insert(tq_exact_entry *list, int32_t n, tq_exact_entry entry);
@@ -74,10 +83,6 @@ void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor 
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 /* Slots [first, first + n) are about to be written: forget their ring if it is all theirs, and whole blocks. */
 void tq_store_forget(tq_store *store, int64_t first, int64_t n);
-/* The ring entry that the next new slot takes. Never out of range, whatever the memory holds. */
-int32_t tq_store_ring_next(const tq_store *store);
-/* The slot of an exact entry, or -1 for none. Never out of range, whatever the memory holds. */
-int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
 
 /* store_reference.c */
 /*

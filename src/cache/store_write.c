@@ -22,24 +22,6 @@ typedef struct write_batch {
     const tq_executor *executor;
 } write_batch;
 
-static int32_t *exact_ids(const tq_store *store)
-{
-    return (int32_t *)(void *)(store->memory + store->layout.exact_ids_offset);
-}
-
-int32_t tq_store_ring_next(const tq_store *store)
-{
-    return (int32_t)((uint32_t)tq_store_header_of(store)->ring_next % (uint32_t)store->layout.n_recent);
-}
-
-int64_t tq_store_exact_slot(const tq_store *store, int32_t entry)
-{
-    int64_t slot = (int64_t)exact_ids(store)[entry] - 1;
-    int32_t n_sink = store->layout.n_sink;
-    if (slot < 0 || slot >= store->n_slots) return -1;
-    return (entry < n_sink ? slot == entry : slot >= n_sink) ? slot : -1;
-}
-
 /* Rows [first, first + TQ_ENCODE_BATCH) at most. */
 static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows *rows, int64_t first)
 {
@@ -219,7 +201,7 @@ static void batch_commit(write_batch *batch)
     for (int32_t i = 0; i < n_exact; i++) {
         if (batch->from[i] == NO_ROW) continue;
         tq_rows_keep_exact(&batch->in, batch->from[i], i);
-        exact_ids(store)[i] = batch->ids[i];
+        tq_store_exact_ids(store)[i] = batch->ids[i];
     }
     tq_store_header_of(store)->ring_next = batch->ring_next;
 }
@@ -274,5 +256,5 @@ void tq_store_forget(tq_store *store, int64_t first, int64_t n)
         int64_t slot = tq_store_exact_slot(store, i);
         if (slot >= 0 && (slot < first || slot >= end)) return;
     }
-    if (layout->n_recent > 0) memset(exact_ids(store) + layout->n_sink, 0, (size_t)layout->n_recent * sizeof(int32_t));
+    if (layout->n_recent > 0) memset(tq_store_exact_ids(store) + layout->n_sink, 0, (size_t)layout->n_recent * sizeof(int32_t));
 }

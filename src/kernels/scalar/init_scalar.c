@@ -6,28 +6,6 @@
 #include "codec/transform.h"
 #include "kernels/scalar/scalar.h"
 
-void tq_score_f32_scalar(const float *y, int32_t width, int64_t n, const float *q, int64_t n_row, float *s, int64_t s_stride)
-{
-    for (int64_t r = 0; r < n_row; r++) {
-        for (int64_t i = 0; i < n; i++) {
-            double sum = 0.0; /* a reference should not add an error of its own */
-            for (int32_t j = 0; j < width; j++) sum += (double)q[r * width + j] * (double)y[i * width + j];
-            s[r * s_stride + i] = (float)sum;
-        }
-    }
-}
-
-void tq_accumulate_f32_scalar(const float *y, int32_t width, int64_t n, const float *p, int64_t p_stride, int64_t n_row,
-                              float *acc)
-{
-    for (int64_t r = 0; r < n_row; r++) {
-        for (int64_t i = 0; i < n; i++) {
-            float weight = p[r * p_stride + i];
-            for (int32_t j = 0; j < width; j++) acc[r * width + j] += weight * y[i * width + j];
-        }
-    }
-}
-
 static float row_max_scalar(const float *s, int64_t n)
 {
     float largest = -INFINITY;
