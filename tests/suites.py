@@ -140,6 +140,7 @@ def counted(commands):
 def static_suites():
     yield Suite("style", [python("scripts/check_style.py")], "check", builds=(), rooms=("",))
     yield Suite("layers", [python("scripts/check_layers.py")], "check", builds=(), rooms=("",))
+    yield Suite("circles", [python("scripts/check_circles.py", BUILD / "release")], "check", rooms=("",))
     yield Suite("tables", counted([python("scripts/gen_tables.py", "--check")]), "check", builds=(),
                 rooms=("codec", "kernels", "scripts"))
     yield Suite("runner", [python("tests/api/test_runner.py")], "check", builds=(), rooms=("tests",))
