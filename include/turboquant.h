@@ -8,7 +8,9 @@
  *
  * Conventions that hold throughout:
  *  - Every function that can fail returns tq_status; out parameters come first and are untouched on failure.
- *  - Every struct that a caller fills starts with struct_size; the matching *_default function sets it.
+ *  - Every struct that a caller fills starts with struct_size; the matching *_default function sets it. Where the library and
+ *    the header that a caller was compiled with are of different versions, the fields that only the library knows have their
+ *    defaults, and those that only the caller knows must be zero.
  *  - Strides are in elements unless the name ends in _bytes. Shapes are written [n_tok, n_head_kv, head_dim], last dimension
  *    contiguous.
  *  - Counts are checked, memory is not: a handle comes from its create, open or load function and has not been freed; a

@@ -51,9 +51,9 @@ FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 
 # Whose unit tests these are. The hostile ones are written by tests/hostile/generate.py, the others are tests/unit/test_*.c.
 UNIT_ROOMS = {
     "attention": "attention", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda", "dry_run": "cache",
-    "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api", "factors": "codec",
-    "offload": "cache", "packing": "codec", "presets": "api", "restore": "cache", "rotation": "codec", "snapshot": "cache",
-    "store": "cache", "store_references": "cache", "threads": "base",
+    "factors": "codec", "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api",
+    "offload": "cache", "packing": "codec", "params": "api", "presets": "api", "restore": "cache", "rotation": "codec",
+    "snapshot": "cache", "store": "cache", "store_references": "cache", "threads": "base",
 }
 
 

@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include "api/checks.h"
+#include "api/params.h"
 #include "base/alloc.h"
 #include "base/log.h"
 #include "cache/calibration.h"
@@ -60,11 +61,6 @@ static tq_status check_head_dim(int32_t head_dim)
 
 static tq_status check_params(const tq_cache_params *params)
 {
-    if (!params) return TQ_ERR_ARGUMENT;
-    if (params->struct_size != sizeof *params) {
-        tq_log(TQ_LOG_ERROR, WHO ": unknown struct_size; fill params with tq_cache_params_default first");
-        return TQ_ERR_ARGUMENT;
-    }
     if (params->n_layer < 1 || params->n_layer > LAYERS_MAX || params->n_head_kv < 1 || params->n_head_kv > TQ_HEADS_MAX) {
         tq_log(TQ_LOG_ERROR, WHO ": n_layer %d and n_head_kv %d: give 1 to %d and 1 to %d", (int)params->n_layer,
                (int)params->n_head_kv, LAYERS_MAX, TQ_HEADS_MAX);
@@ -104,17 +100,18 @@ static tq_status check_params(const tq_cache_params *params)
 tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params)
 {
     if (!out) return TQ_ERR_ARGUMENT;
-    TQ_TRY(check_params(params));
+    TQ_PARAMS(tq_cache_params, own, params, WHO);
+    TQ_TRY(check_params(&own));
     const tq_kernels *kernels = tq_kernels_get();
     if (!kernels) return TQ_ERR_CPU;
-    tq_status status = tq_cache_build(out, params, kernels);
+    tq_status status = tq_cache_build(out, &own, kernels);
     if (status == TQ_ERR_ARGUMENT)
         tq_log(TQ_LOG_ERROR, WHO ": a page's bytes overflow; lower n_layer, n_head_kv or page_size");
     else if (status == TQ_ERR_FULL)
         tq_log(TQ_LOG_ERROR,
                WHO ": budget_bytes %zu does not hold one page and the tables of all, or offload_bytes %zu not two pages: raise "
                    "them, or lower n_pages",
-               params->budget_bytes, params->offload_bytes);
+               own.budget_bytes, own.offload_bytes);
     else if (status != TQ_OK)
         tq_log(TQ_LOG_ERROR, WHO ": %s", tq_status_string(status));
     return status;
@@ -328,15 +325,16 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
     tq_sequence *sequence;
     TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
-    TQ_TRY(tq_check_attend(WHO, params, n_tok, cache->n_head_kv, value_dim(cache, layer)));
-    if (params->mask || params->key_stage || params->value_stage) {
+    TQ_PARAMS(tq_attend_params, own, params, WHO);
+    TQ_TRY(tq_check_attend(WHO, &own, n_tok, cache->n_head_kv, value_dim(cache, layer)));
+    if (own.mask || own.key_stage || own.value_stage) {
         tq_log(TQ_LOG_ERROR, WHO ": prefill: there is neither mask nor stage");
         return TQ_ERR_ARGUMENT;
     }
     TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
     if (n_tok == 0) return TQ_OK;
     int64_t started = now_ns();
-    tq_status status = tq_sequence_prefill(cache, sequence, layer, n_tok, k, v, params, executor);
+    tq_status status = tq_sequence_prefill(cache, sequence, layer, n_tok, k, v, &own, executor);
     atomic_fetch_add(&cache->attend_ns, now_ns() - started);
     tq_cache_end_writing(cache, sequence);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": layer %d: prefill: %s", (int)layer, tq_status_string(status));
@@ -397,13 +395,14 @@ tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_
     tq_sequence *sequence;
     TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
-    TQ_TRY(tq_check_attend(WHO, params, params ? params->n_query : 0, cache->n_head_kv, value_dim(cache, layer)));
+    TQ_PARAMS(tq_attend_params, own, params, WHO);
+    TQ_TRY(tq_check_attend(WHO, &own, own.n_query, cache->n_head_kv, value_dim(cache, layer)));
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
     tq_kv_view keys = tq_cache_view(cache, sequence, layer, TQ_SIDE_K, exact_k);
     tq_kv_view values = tq_cache_view(cache, sequence, layer, TQ_SIDE_V, exact_v);
     int64_t started = now_ns();
     tq_cache_begin_reading(cache, &sequence, 1);
-    tq_status status = tq_attend(cache->kernels, &keys, &values, cache->n_head_kv, sequence->length[layer], params, executor);
+    tq_status status = tq_attend(cache->kernels, &keys, &values, cache->n_head_kv, sequence->length[layer], &own, executor);
     tq_cache_end_reading(cache, &sequence, 1);
     atomic_fetch_add(&cache->attend_ns, now_ns() - started);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": layer %d: attend: %s", (int)layer, tq_status_string(status));
@@ -419,11 +418,10 @@ void tq_attend_batch_default(tq_attend_batch *batch)
 
 static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_attend_batch *batch)
 {
-    if (!batch || batch->struct_size != sizeof *batch || batch->n_seq < 0 || batch->n_seq > BATCH_MAX ||
+    if (batch->n_seq < 0 || batch->n_seq > BATCH_MAX ||
         (batch->n_seq > 0 && (!batch->seqs || !batch->query_starts || batch->query_starts[0] != 0))) {
         tq_log(TQ_LOG_ERROR,
-               WHO ": attend: the batch is NULL, not from tq_attend_batch_default, of more than 65536 sequences, or "
-                   "lacks seqs or query_starts from 0 on");
+               WHO ": attend: the batch is of more than 65536 sequences, or lacks seqs or query_starts from 0 on");
         return TQ_ERR_ARGUMENT;
     }
     if (batch->params.mask || batch->params.key_stage || batch->params.value_stage) {
@@ -459,14 +457,15 @@ tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_
 {
     TQ_TRY(check_vectors(cache));
     TQ_TRY(check_layer(cache, layer));
-    TQ_TRY(check_batch(cache, layer, batch));
-    if (batch->n_seq == 0 || batch->query_starts[batch->n_seq] == 0) return TQ_OK;
-    tq_sequence **sequences = tq_alloc((size_t)batch->n_seq * sizeof *sequences);
+    TQ_PARAMS(tq_attend_batch, own, batch, WHO);
+    TQ_TRY(check_batch(cache, layer, &own));
+    if (own.n_seq == 0 || own.query_starts[own.n_seq] == 0) return TQ_OK;
+    tq_sequence **sequences = tq_alloc((size_t)own.n_seq * sizeof *sequences);
     if (!sequences) return TQ_ERR_MEMORY;
-    tq_status status = find_batch(cache, layer, batch, sequences);
+    tq_status status = find_batch(cache, layer, &own, sequences);
     if (status == TQ_OK) {
         int64_t started = now_ns();
-        status = tq_slots_attend(cache, layer, sequences, batch, executor);
+        status = tq_slots_attend(cache, layer, sequences, &own, executor);
         atomic_fetch_add(&cache->attend_ns, now_ns() - started);
     }
     tq_free(sequences);

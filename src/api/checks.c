@@ -64,7 +64,6 @@ static bool strides_fit(const tq_attend_params *params, int64_t n_query)
 tq_status tq_check_attend(const char *who, const tq_attend_params *params, int64_t n_query, int32_t n_head_kv,
                           int32_t head_dim_v)
 {
-    if (!params) return bad(who, "attend: params is NULL");
     if (params->struct_size != sizeof *params) {
         return bad(who, "attend: unknown struct_size; fill params with tq_attend_params_default first");
     }

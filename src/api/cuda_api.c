@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "api/checks.h"
+#include "api/params.h"
 #include "base/log.h"
 #include "codec/codec.h"
 #include "kernels/cuda/device.h"
@@ -66,9 +67,13 @@ static tq_status check_format(tq_format format, int32_t head_dim)
     return has_head_dim ? TQ_ERR_FORMAT : TQ_ERR_HEAD_DIM;
 }
 
+/* The caller's store, `from`, as `store`. */
+#define OWN_STORE                                      \
+    TQ_PARAMS(tq_cuda_store, own_store, from, "CUDA"); \
+    const tq_cuda_store *store = &own_store
+
 static tq_status check_shape(const tq_cuda_store *store)
 {
-    if (!store || store->struct_size != sizeof *store) return bad("unknown struct_size; fill it with tq_cuda_store_default");
     TQ_TRY(check_format(store->k_format, store->head_dim));
     TQ_TRY(check_format(store->v_format, store->head_dim));
     if (store->n_head_kv < 1 || store->n_head_kv > 65535) return bad("n_head_kv must be 1 to 65535");
@@ -82,9 +87,10 @@ static tq_status check_shape(const tq_cuda_store *store)
     return TQ_OK;
 }
 
-tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *store)
+tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *from)
 {
     if (!out) return TQ_ERR_ARGUMENT;
+    OWN_STORE;
     TQ_TRY(check_shape(store));
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
     tq_plane value = plane_of_format(store->v_format, store->head_dim, true);
@@ -178,14 +184,12 @@ static bool is_dtype(tq_dtype dtype)
     return dtype == TQ_DTYPE_F32 || dtype == TQ_DTYPE_F16 || dtype == TQ_DTYPE_BF16;
 }
 
-tq_status tq_cuda_append(const tq_cuda_store *store, const tq_cuda_append_params *params, void *stream)
+tq_status tq_cuda_append(const tq_cuda_store *from, const tq_cuda_append_params *params, void *stream)
 {
-    if (!params || params->struct_size != sizeof *params) {
-        return bad("append: unknown struct_size; fill params with tq_cuda_append_params_default");
-    }
+    OWN_STORE;
+    TQ_PARAMS(tq_cuda_append_params, copy, params, "CUDA: append");
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
-    tq_cuda_append_params copy = *params;
     int64_t row = (int64_t)store->n_head_kv * store->head_dim;
     if (copy.n_tok < 0 || copy.n_tok > INT32_MAX / store->n_head_kv) return bad("append: n_tok is out of range");
     if (copy.n_tok == 0) return TQ_OK;
@@ -209,9 +213,6 @@ tq_status tq_cuda_append(const tq_cuda_store *store, const tq_cuda_append_params
 
 static tq_status check_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params)
 {
-    if (!params || params->struct_size != sizeof *params) {
-        return bad("attend: unknown struct_size; fill params with tq_cuda_attend_params_default");
-    }
     if (params->n_seq < 1 || params->n_seq > 65535) return bad("attend: n_seq must be 1 to 65535");
     if (params->n_query < 1) return bad("attend: n_query must be at least 1");
     if (params->n_head < 1 || params->n_head % store->n_head_kv != 0) {
@@ -241,11 +242,13 @@ static tq_status workspace_bytes(size_t *out, const tq_device_table *table, cons
     return TQ_OK;
 }
 
-tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *store, const tq_cuda_attend_params *params)
+tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *from, const tq_cuda_attend_params *params)
 {
     if (!out) return TQ_ERR_ARGUMENT;
+    OWN_STORE;
+    TQ_PARAMS(tq_cuda_attend_params, own, params, "CUDA: attend");
     TQ_TRY(check_shape(store));
-    TQ_TRY(check_attend(store, params));
+    TQ_TRY(check_attend(store, &own));
     const tq_device_table *table;
     TQ_TRY(tq_device_load(&table));
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
@@ -254,15 +257,16 @@ tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *store, const
                               .value = {.bits = value.bits, .is_trellis = value.is_trellis},
                               .n_head_kv = store->n_head_kv,
                               .head_dim = store->head_dim};
-    return workspace_bytes(out, table, &device, params);
+    return workspace_bytes(out, table, &device, &own);
 }
 
-tq_status tq_cuda_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params, void *stream)
+tq_status tq_cuda_attend(const tq_cuda_store *from, const tq_cuda_attend_params *params, void *stream)
 {
+    OWN_STORE;
+    TQ_PARAMS(tq_cuda_attend_params, copy, params, "CUDA: attend");
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
-    TQ_TRY(check_attend(store, params));
-    tq_cuda_attend_params copy = *params;
+    TQ_TRY(check_attend(store, &copy));
     if (!is_dtype(copy.dtype)) return bad("attend: unknown dtype");
     if (!copy.q || !copy.out || !copy.page_table || !copy.seq_lens || !copy.workspace) {
         return bad("attend: q, out, page_table, seq_lens or workspace is NULL");
@@ -287,9 +291,10 @@ tq_status tq_cuda_attend(const tq_cuda_store *store, const tq_cuda_attend_params
     return report(table->attend(&device, &copy, stream, message), message);
 }
 
-static tq_status prepare_pages(tq_device_store *device, const tq_device_table **table, const tq_cuda_store *store, int64_t n,
+static tq_status prepare_pages(tq_device_store *device, const tq_device_table **table, const tq_cuda_store *from, int64_t n,
                                const void *a, const void *b)
 {
+    OWN_STORE;
     TQ_TRY(prepare(device, store));
     if (n < 0 || n > INT32_MAX / 256 / store->n_head_kv) return bad("pages: n is out of range");
     if (n > 0 && (!a || !b)) return bad("pages: a pointer is NULL");

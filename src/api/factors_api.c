@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_key_factors: argument checks in front of codec/factors.c. */
 #include "api/checks.h"
+#include "api/params.h"
 #include "base/log.h"
 #include "codec/factors.h"
 
@@ -9,12 +10,13 @@ void tq_key_factors_params_default(tq_key_factors_params *params)
     if (params) *params = (tq_key_factors_params){.struct_size = sizeof *params, .n_head = 1, .n_head_kv = 1};
 }
 
-tq_status tq_key_factors(int8_t *out, float *spread, const tq_key_factors_params *params)
+tq_status tq_key_factors(int8_t *out, float *spread, const tq_key_factors_params *from)
 {
-    if (!out || !params) return TQ_ERR_ARGUMENT;
-    if (params->struct_size != sizeof *params || !params->k_square || !params->q_square) {
-        tq_log(TQ_LOG_ERROR, "key factors: struct_size, k_square or q_square is missing; begin with "
-                             "tq_key_factors_params_default");
+    if (!out) return TQ_ERR_ARGUMENT;
+    TQ_PARAMS(tq_key_factors_params, own, from, "key factors");
+    const tq_key_factors_params *params = &own;
+    if (!params->k_square || !params->q_square) {
+        tq_log(TQ_LOG_ERROR, "key factors: k_square or q_square is NULL");
         return TQ_ERR_ARGUMENT;
     }
     if (params->head_dim < 1 || params->head_dim > TQ_HEAD_DIM_MAX) {

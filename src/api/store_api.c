@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_store_*: argument checks in front of cache/store.c. */
 #include "api/checks.h"
+#include "api/params.h"
 #include "base/alloc.h"
 #include "base/log.h"
 #include "cache/stage.h"
@@ -37,11 +38,6 @@ static tq_status check_factors(const tq_store_params *params)
 
 static tq_status check_params(const tq_store_params *params)
 {
-    if (!params) return TQ_ERR_ARGUMENT;
-    if (params->struct_size != sizeof *params) {
-        tq_log(TQ_LOG_ERROR, "store: unknown struct_size; fill params with tq_store_params_default first");
-        return TQ_ERR_ARGUMENT;
-    }
     const char *label = label_of(params);
     if (!tq_format_traits_get(params->format)) {
         tq_log(TQ_LOG_ERROR, "%s: there is no format %d", label, (int)params->format);
@@ -73,9 +69,10 @@ static tq_status layout_of(tq_store_layout *out, const tq_store_params *params)
 tq_status tq_store_bytes(size_t *out, const tq_store_params *params)
 {
     if (!out) return TQ_ERR_ARGUMENT;
-    TQ_TRY(check_params(params));
+    TQ_PARAMS(tq_store_params, own, params, "store");
+    TQ_TRY(check_params(&own));
     tq_store_layout layout;
-    TQ_TRY(layout_of(&layout, params));
+    TQ_TRY(layout_of(&layout, &own));
     *out = layout.bytes;
     return TQ_OK;
 }
@@ -83,22 +80,23 @@ tq_status tq_store_bytes(size_t *out, const tq_store_params *params)
 tq_status tq_store_open(tq_store **out, const tq_store_params *params, void *memory, size_t memory_bytes)
 {
     if (!out) return TQ_ERR_ARGUMENT;
-    TQ_TRY(check_params(params));
+    TQ_PARAMS(tq_store_params, own, params, "store");
+    TQ_TRY(check_params(&own));
     if (!memory || (uintptr_t)memory % MEMORY_ALIGN != 0) {
-        tq_log(TQ_LOG_ERROR, "%s: its memory must not be NULL and must be aligned to %d bytes", label_of(params), MEMORY_ALIGN);
+        tq_log(TQ_LOG_ERROR, "%s: its memory must not be NULL and must be aligned to %d bytes", label_of(&own), MEMORY_ALIGN);
         return TQ_ERR_ARGUMENT;
     }
     tq_store_layout layout;
-    TQ_TRY(layout_of(&layout, params));
+    TQ_TRY(layout_of(&layout, &own));
     if (memory_bytes < layout.bytes) {
-        tq_log(TQ_LOG_ERROR, "%s: %zu bytes of memory, but %zu are needed; ask tq_store_bytes", label_of(params), memory_bytes,
+        tq_log(TQ_LOG_ERROR, "%s: %zu bytes of memory, but %zu are needed; ask tq_store_bytes", label_of(&own), memory_bytes,
                layout.bytes);
         return TQ_ERR_SHAPE;
     }
     const tq_kernels *kernels = tq_kernels_get();
     if (!kernels) return TQ_ERR_CPU;
-    tq_status status = tq_store_attach(out, params, kernels, memory);
-    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: %s", label_of(params), tq_status_string(status));
+    tq_status status = tq_store_attach(out, &own, kernels, memory);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: %s", label_of(&own), tq_status_string(status));
     return status;
 }
 
@@ -272,16 +270,17 @@ tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t 
                (long long)keys->n_slots);
         return TQ_ERR_RANGE;
     }
-    TQ_TRY(tq_check_attend(keys->label, params, params ? params->n_query : 0, keys->n_head_kv, values->codec.head_dim));
+    TQ_PARAMS(tq_attend_params, own, params, keys->label);
+    TQ_TRY(tq_check_attend(keys->label, &own, own.n_query, keys->n_head_kv, values->codec.head_dim));
 
-    TQ_TRY(check_stage(keys, params->key_stage, params));
-    TQ_TRY(check_stage(values, params->value_stage, params));
+    TQ_TRY(check_stage(keys, own.key_stage, &own));
+    TQ_TRY(check_stage(values, own.value_stage, &own));
 
     tq_exact_entry exact_keys[TQ_EXACT_MAX], exact_values[TQ_EXACT_MAX];
-    tq_kv_view key_view = view_of(keys, params->key_stage, n_col, exact_keys), value_view;
-    if (values != keys) value_view = view_of(values, params->value_stage, n_col, exact_values);
+    tq_kv_view key_view = view_of(keys, own.key_stage, n_col, exact_keys), value_view;
+    if (values != keys) value_view = view_of(values, own.value_stage, n_col, exact_values);
     tq_status status =
-        tq_attend(keys->kernels, &key_view, values != keys ? &value_view : &key_view, keys->n_head_kv, n_col, params, executor);
+        tq_attend(keys->kernels, &key_view, values != keys ? &value_view : &key_view, keys->n_head_kv, n_col, &own, executor);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: attend: %s", keys->label, tq_status_string(status));
     return status;
 }

@@ -158,7 +158,7 @@ static void test_refusals(void **state)
         assert_int_equal(tq_store_bytes(&bytes, &p), status); \
         assert_int_equal(bytes, 0);                           \
     } while (0)
-    REFUSED(TQ_ERR_ARGUMENT, p.struct_size++);
+    REFUSED(TQ_ERR_ARGUMENT, p.struct_size = 0);
     REFUSED(TQ_ERR_FORMAT, p.format = TQ_FORMAT_COUNT);
     REFUSED(TQ_ERR_HEAD_DIM, p.head_dim = 65);
     REFUSED(TQ_ERR_HEAD_DIM, p.head_dim = 0);
