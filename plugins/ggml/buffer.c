@@ -28,15 +28,10 @@ typedef struct kv_buffer {
     tq_ggml_threads threads;
 } kv_buffer;
 
-static size_t pad(size_t bytes)
-{
-    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-}
-
 /* What is mapped for a buffer. ggml before 0.25 asks for buffers of 0 bytes, and wants a base that is not NULL from them. */
 static size_t mapped_bytes(size_t size)
 {
-    return size ? pad(size) : ALIGNMENT;
+    return size ? tq_ggml_align_up(size, ALIGNMENT) : ALIGNMENT;
 }
 
 /* ---- KV buffers ---- */
@@ -282,7 +277,7 @@ void tq_ggml_kv_buffer_count(tq_ggml_kv_tensor *kv)
     kv_buffer *kvs = kv->buffer->context;
     size_t bytes = 0, n_bound = 0;
     for (size_t i = 0; i < kvs->n; i++) {
-        bytes += pad(kvs->tensors[i]->bytes);
+        bytes += tq_ggml_align_up(kvs->tensors[i]->bytes, ALIGNMENT);
         n_bound += kvs->tensors[i]->stores != NULL;
     }
     kv->buffer->size = bytes;

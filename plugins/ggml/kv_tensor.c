@@ -128,16 +128,11 @@ static void fill_params(tq_store_params *params, const tq_ggml_device *device, i
     params->n_slots = n_slots;
 }
 
-static size_t pad(size_t bytes, size_t multiple)
-{
-    return (bytes + multiple - 1) / multiple * multiple;
-}
-
 /* Bytes of one stream's store, 0 if there is none like that. */
 static size_t store_bytes(const tq_store_params *params)
 {
     size_t bytes;
-    return tq_store_bytes(&bytes, params) == TQ_OK ? pad(bytes, STORE_ALIGN) : 0;
+    return tq_store_bytes(&bytes, params) == TQ_OK ? tq_ggml_align_up(bytes, STORE_ALIGN) : 0;
 }
 
 /* The layer's part of the calibration counts with its keys. */

@@ -7,6 +7,7 @@
 #include "attention/attention.h"
 
 #include "attention/plan.h"
+#include "base/align.h"
 #include "base/alloc.h"
 #include "base/threads.h"
 
@@ -26,7 +27,7 @@
 
 static size_t align_floats(size_t n)
 {
-    return (n + FLOATS_ALIGN - 1) / FLOATS_ALIGN * FLOATS_ALIGN;
+    return tq_align_up(n, FLOATS_ALIGN);
 }
 
 static size_t larger_width(const tq_attend_plan *plan)

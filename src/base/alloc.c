@@ -2,6 +2,7 @@
 /* The allocator: aligned memory, and a switch by which tests make it fail. */
 #define _GNU_SOURCE /* MAP_ANONYMOUS, madvise */
 
+#include "base/align.h"
 #include "base/alloc.h"
 
 #include <stdint.h>
@@ -63,7 +64,7 @@ void *tq_region_reserve(size_t bytes)
     if (bytes == 0 || bytes > SIZE_MAX / 2 || !may_allocate()) return NULL;
     uint8_t *mapped = mmap(NULL, bytes + LARGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) return NULL;
-    size_t system_page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + system_page - 1) / system_page * system_page;
+    size_t system_page = (size_t)sysconf(_SC_PAGESIZE), whole = tq_align_up(bytes, system_page);
     size_t before = (LARGE_PAGE - (uintptr_t)mapped % LARGE_PAGE) % LARGE_PAGE;
     if (before > 0) munmap(mapped, before);
     munmap(mapped + before + whole, LARGE_PAGE - before);
@@ -86,7 +87,7 @@ bool tq_region_commit(void *region, size_t offset, size_t bytes)
 
 void tq_region_decommit(void *region, size_t offset, size_t bytes)
 {
-    size_t system_page = (size_t)sysconf(_SC_PAGESIZE), begin = (offset + system_page - 1) / system_page * system_page;
+    size_t system_page = (size_t)sysconf(_SC_PAGESIZE), begin = tq_align_up(offset, system_page);
     size_t end = (offset + bytes) / system_page * system_page;
     if (begin >= end) return;
 #if defined(__APPLE__) /* there the advice leaves the pages' content */

@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "base/align.h"
 #include "base/alloc.h"
 #include "cache/calibration.h"
 #include "base/log.h"
@@ -11,11 +12,6 @@
 #define ALIGN_BYTES 64
 /* Sizes of pages and of a sequence's exact data stay below this, so that no sum overflows. */
 #define BYTES_MAX (SIZE_MAX / 4)
-
-static size_t align_up(size_t bytes)
-{
-    return (bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
-}
 
 /* The side's codec for a format, made when it is first asked for. */
 static tq_status get_codec(tq_cache *cache, int32_t side, tq_format format, int32_t head_dim, uint64_t seed,
@@ -70,7 +66,8 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
         ref_bytes = tq_codec_vector_bytes(side->ref_codec);
     }
     size_t vector_bytes = tq_codec_vector_bytes(side->codec);
-    side->head_stride_bytes = align_up(tq_head_page_bytes(vector_bytes, params->page_size, ref_bytes, side->ref_block));
+    side->head_stride_bytes =
+        tq_align_up(tq_head_page_bytes(vector_bytes, params->page_size, ref_bytes, side->ref_block), ALIGN_BYTES);
     side->exact_head_stride_bytes = (size_t)(side->n_sink + side->n_recent) * tq_codec_vector_bytes(side->exact_codec);
     TQ_TRY(lay_out(page_bytes, &side->page_offset_bytes, side->head_stride_bytes, params->n_head_kv));
     return lay_out(&cache->exact_bytes, &side->exact_offset_bytes, side->exact_head_stride_bytes, params->n_head_kv);

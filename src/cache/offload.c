@@ -2,6 +2,7 @@
 /* See offload.h. */
 #include "cache/offload.h"
 
+#include "base/align.h"
 #include "base/alloc.h"
 #include "base/file.h"
 #include "base/log.h"
@@ -9,14 +10,9 @@
 /* Slots begin at the boundaries of system pages, of which the largest usual ones have 16 KiB. */
 #define SLOT_ALIGN ((size_t)16384)
 
-static size_t slot_bytes_for(size_t page_bytes)
-{
-    return (page_bytes + SLOT_ALIGN - 1) / SLOT_ALIGN * SLOT_ALIGN;
-}
-
 int32_t tq_offload_slots(size_t file_bytes, size_t page_bytes)
 {
-    size_t n = file_bytes / slot_bytes_for(page_bytes);
+    size_t n = file_bytes / tq_align_up(page_bytes, SLOT_ALIGN);
     return n < INT32_MAX / 2 ? (int32_t)n : INT32_MAX / 2;
 }
 
@@ -30,7 +26,7 @@ tq_status tq_offload_open(tq_offload **out, const char *folder, int32_t n_slots,
     tq_offload *offload = tq_alloc_zero(tq_offload_bytes(n_slots));
     if (!offload) return TQ_ERR_MEMORY;
     offload->page_bytes = page_bytes;
-    offload->slot_bytes = slot_bytes_for(page_bytes);
+    offload->slot_bytes = tq_align_up(page_bytes, SLOT_ALIGN);
     offload->n_slots = offload->n_free = n_slots;
     offload->free_slots = (int32_t *)(void *)(offload + 1);
     for (int32_t i = 0; i < n_slots; i++) offload->free_slots[i] = n_slots - 1 - i;

@@ -14,6 +14,7 @@
 #ifndef TQ_CACHE_SNAPSHOT_H
 #define TQ_CACHE_SNAPSHOT_H
 
+#include "base/align.h"
 #include "cache/cache.h"
 
 #define TQ_SNAPSHOT_MAGIC "TQCACHE\n"
@@ -44,7 +45,7 @@ typedef struct tq_snapshot_bytes {
 static inline size_t tq_snapshot_data_offset(const tq_snapshot_header *header)
 {
     size_t end = sizeof *header + (size_t)header->meta_bytes;
-    return (end + TQ_SNAPSHOT_ALIGN - 1) / TQ_SNAPSHOT_ALIGN * TQ_SNAPSHOT_ALIGN;
+    return tq_align_up(end, TQ_SNAPSHOT_ALIGN);
 }
 
 /* The header that a cache's snapshots have; counts, sizes of the file and hashes left zero. */

@@ -2,6 +2,7 @@
 /* Loading: everything is checked before anything is believed, and believed before anything is changed. */
 #include <string.h>
 
+#include "base/align.h"
 #include "base/alloc.h"
 #include "base/hash.h"
 #include "base/log.h"
@@ -67,7 +68,7 @@ tq_status tq_snapshot_check_header(tq_snapshot_bytes file, tq_snapshot_header *o
 
 static size_t formats_bytes(const tq_snapshot_header *h)
 {
-    return ((size_t)h->n_layer * TQ_N_SIDES + 7) / 8 * 8;
+    return tq_align_up((size_t)h->n_layer * TQ_N_SIDES, 8);
 }
 
 tq_status tq_snapshot_check(tq_snapshot_bytes file, tq_snapshot_header *out)

@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include "base/align.h"
 #include "base/alloc.h"
 #include "base/log.h"
 
@@ -16,7 +17,7 @@
 static size_t take(size_t *total, size_t n, size_t item_bytes)
 {
     size_t offset = *total;
-    *total += (n * item_bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+    *total += tq_align_up(n * item_bytes, ALIGN_BYTES);
     return offset;
 }
 

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/align.h"
 #include "base/alloc.h"
 #include "base/log.h"
 #include "cache/calibration.h"
@@ -20,11 +21,6 @@ static tq_status multiply(size_t a, size_t b, size_t *out)
     if (b != 0 && a > SIZE_MAX / 16 / b) return TQ_ERR_ARGUMENT;
     *out = a * b;
     return TQ_OK;
-}
-
-static size_t align_section(size_t bytes)
-{
-    return (bytes + SECTION_ALIGN - 1) / SECTION_ALIGN * SECTION_ALIGN;
 }
 
 tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_store_params *params, size_t vector_bytes)
@@ -44,13 +40,13 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
         TQ_TRY(multiply((size_t)params->n_slots, ref_bytes, &unused));
     }
     layout.encoded_head_stride_bytes =
-        align_section(tq_head_page_bytes(vector_bytes, params->n_slots, ref_bytes, layout.ref_block));
+        tq_align_up(tq_head_page_bytes(vector_bytes, params->n_slots, ref_bytes, layout.ref_block), SECTION_ALIGN);
     TQ_TRY(multiply(n_exact, sizeof(uint16_t) * head_dim, &layout.exact_head_stride_bytes));
     TQ_TRY(multiply(layout.exact_head_stride_bytes, (size_t)params->n_head_kv, &exact_bytes));
     TQ_TRY(multiply(layout.encoded_head_stride_bytes, (size_t)params->n_head_kv, &encoded_bytes));
     layout.exact_ids_offset = sizeof(tq_store_header);
-    layout.exact_data_offset = layout.exact_ids_offset + align_section(n_exact * sizeof(int32_t));
-    layout.encoded_offset = layout.exact_data_offset + align_section(exact_bytes);
+    layout.exact_data_offset = layout.exact_ids_offset + tq_align_up(n_exact * sizeof(int32_t), SECTION_ALIGN);
+    layout.encoded_offset = layout.exact_data_offset + tq_align_up(exact_bytes, SECTION_ALIGN);
     layout.bytes = layout.encoded_offset + encoded_bytes;
     *out = layout;
     return TQ_OK;
