@@ -591,6 +591,8 @@ TQ_API int32_t tq_preset_count(void);
 #define TQ_PRESET_DEFAULT 1
 /* NULL if i is out of range. Static storage. */
 TQ_API const tq_preset *tq_preset_get(int32_t i);
+/* The preset of a name, in upper or lower case; NULL if it does not exist. */
+TQ_API const tq_preset *tq_preset_find(const char *name);
 /*
  * Mean bits of a value, keys and values together, with everything counted (norms, sinks, ring and its bookkeeping) in a store
  * of n_slots tokens. Errors: ARGUMENT, HEAD_DIM.

@@ -79,7 +79,7 @@ static int execute(const request *r, char *plugin, char *tool)
     /* Without this a llama.cpp with backends linked in would not even load the plug-in. */
     if (!has_option(r, "-dev", "--device", "")) {
         argv[n++] = device_option;
-        argv[n++] = (char *)r->preset;
+        argv[n++] = (char *)tq_preset_find(r->preset)->name;
     }
     if (!has_option(r, "-ngl", "--gpu-layers", "--n-gpu-layers")) {
         argv[n++] = layers_option;
@@ -105,9 +105,8 @@ static int run(const request *r)
     bool known = false;
     for (size_t i = 0; i < sizeof tools / sizeof tools[0]; i++) known |= strcmp(r->tool, tools[i]) == 0;
     if (!known) return tool_error(EXIT_USAGE, "--tool is completion, server, bench or perplexity, not '%s'", r->tool);
-    known = false;
-    for (int32_t i = 0; i < tq_preset_count(); i++) known |= strcmp(r->preset, tq_preset_get(i)->name) == 0;
-    if (!known) return tool_error(EXIT_USAGE, "there is no preset '%s'; 'tq presets' lists them", r->preset);
+    if (!tq_preset_find(r->preset))
+        return tool_error(EXIT_USAGE, "there is no preset '%s'; 'tq presets' lists them", r->preset);
     if (access(r->model, R_OK) != 0) return tool_error(1, "cannot read the model '%s'", r->model);
     char plugin[PATH_MAX], tool[PATH_MAX];
     if (!find_plugin(plugin)) {

@@ -76,12 +76,11 @@ static bool parse_presets(options *o, char *text)
     o->n_caches = 0;
     o->caches[o->n_caches++] = &f16;
     for (char *name = strtok(text, ","); name; name = strtok(NULL, ",")) {
-        int32_t i = 0, n = tq_preset_count();
-        while (i < n && strcmp(tq_preset_get(i)->name, name) != 0) i++;
+        const tq_preset *preset = tq_preset_find(name);
         if (strcmp(name, f16.name) == 0) continue;
-        if (i == n) return tool_error(EXIT_USAGE, "there is no preset '%s'; see 'tq presets'", name) == 0;
+        if (!preset) return tool_error(EXIT_USAGE, "there is no preset '%s'; see 'tq presets'", name) == 0;
         if (o->n_caches == CACHES_MAX) return tool_error(EXIT_USAGE, "too many presets") == 0;
-        o->caches[o->n_caches++] = tq_preset_get(i);
+        o->caches[o->n_caches++] = preset;
     }
     return true;
 }

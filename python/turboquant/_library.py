@@ -271,6 +271,7 @@ _OTHER = {
     "tq_head_dim_list": (POINTER(c_int32), [POINTER(c_int32)]),
     "tq_preset_count": (c_int32, []),
     "tq_preset_get": (POINTER(Preset), [_INDEX]),
+    "tq_preset_find": (POINTER(Preset), [c_char_p]),
     "tq_key_factors_params_default": (None, [POINTER(KeyFactorsParams)]),
     "tq_key_guard": (ctypes.c_int, [_FORMAT, c_float]),
     "tq_calibration_free": (None, [c_void_p]),

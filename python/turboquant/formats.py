@@ -79,11 +79,12 @@ def presets() -> dict[str, Preset]:
 
 
 def preset(name: str) -> Preset:
-    """A preset by name. Raises ArgumentError with the names that there are."""
+    """A preset by name, in upper or lower case. Raises ArgumentError with the names that there are."""
     known = presets()
-    if name not in known:
+    found = known.get(name.upper()) if isinstance(name, str) else None
+    if found is None:
         raise ArgumentError(f"there is no preset {name!r}; there are {', '.join(known)}")
-    return known[name]
+    return found
 
 
 def head_dims() -> list[int]:

@@ -24,6 +24,21 @@ const tq_preset *tq_preset_get(int32_t i)
     return i >= 0 && i < N_PRESETS ? &presets[i] : NULL;
 }
 
+static char to_upper(char c)
+{
+    return c >= 'a' && c <= 'z' ? (char)(c - 'a' + 'A') : c;
+}
+
+const tq_preset *tq_preset_find(const char *name)
+{
+    for (int32_t i = 0; name && i < N_PRESETS; i++) {
+        size_t n = 0;
+        while (name[n] && to_upper(name[n]) == presets[i].name[n]) n++;
+        if (!name[n] && !presets[i].name[n]) return &presets[i];
+    }
+    return NULL;
+}
+
 tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t head_dim, int32_t n_head_kv, int64_t n_slots)
 {
     if (out == NULL || preset == NULL || n_head_kv < 1 || n_slots < 1) return TQ_ERR_ARGUMENT;

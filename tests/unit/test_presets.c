@@ -11,24 +11,18 @@
 
 #include "turboquant.h"
 
-static const tq_preset *find(const char *name)
-{
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
-        if (strcmp(tq_preset_get(i)->name, name) == 0) return tq_preset_get(i);
-    }
-    fail_msg("no preset %s", name);
-    return NULL;
-}
-
 static void test_list(void **state)
 {
     (void)state;
     assert_null(tq_preset_get(-1));
     assert_null(tq_preset_get(tq_preset_count()));
-    assert_int_equal(find("TQ6")->k_format, TQ_FORMAT_TQ8);
-    assert_int_equal(find("TQ4")->v_format, TQ_FORMAT_TT4);
-    assert_int_equal(find("TQ3")->k_format, TQ_FORMAT_TT3);
-    assert_int_equal(find("TQ2")->v_format, TQ_FORMAT_TT2);
+    assert_int_equal(tq_preset_find("TQ6")->k_format, TQ_FORMAT_TQ8);
+    assert_ptr_equal(tq_preset_find("tq6"), tq_preset_find("TQ6"));
+    const char *const none[] = {"", "TQ", "TQ66", "TQ5", " TQ6", NULL};
+    for (size_t i = 0; i < sizeof none / sizeof *none; i++) assert_null(tq_preset_find(none[i]));
+    assert_int_equal(tq_preset_find("TQ4")->v_format, TQ_FORMAT_TT4);
+    assert_int_equal(tq_preset_find("TQ3")->k_format, TQ_FORMAT_TT3);
+    assert_int_equal(tq_preset_find("TQ2")->v_format, TQ_FORMAT_TT2);
     for (int32_t i = 0; i < tq_preset_count(); i++) {
         assert_int_equal(tq_preset_get(i)->n_sink, 4);
         assert_true(tq_preset_get(i)->n_recent >= 64);
@@ -63,7 +57,7 @@ static void test_bits_per_value(void **state)
 static void test_mean_of_keys_and_values(void **state)
 {
     (void)state;
-    tq_preset all_8 = *find("TQ6"), all_2 = all_8, mixed = all_8;
+    tq_preset all_8 = *tq_preset_find("TQ6"), all_2 = all_8, mixed = all_8;
     all_8.k_format = all_8.v_format = mixed.k_format = TQ_FORMAT_TQ8;
     all_2.k_format = all_2.v_format = mixed.v_format = TQ_FORMAT_TQ2;
     double eight = 0.0, two = 0.0, both = 0.0;
@@ -92,7 +86,7 @@ static void test_refusals(void **state)
 {
     (void)state;
     double bits = -1.0;
-    const tq_preset *preset = find("TQ4");
+    const tq_preset *preset = tq_preset_find("TQ4");
     assert_int_equal(tq_preset_bits_per_value(&bits, preset, 72, 8, 4096), TQ_ERR_HEAD_DIM);
     assert_int_equal(tq_preset_bits_per_value(&bits, preset, 128, 0, 4096), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_preset_bits_per_value(&bits, preset, 128, 8, 0), TQ_ERR_ARGUMENT);

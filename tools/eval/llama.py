@@ -58,7 +58,7 @@ class Cache:
 
     @property
     def device(self):
-        return self.name.partition(":")[0]
+        return self.name.partition(":")[0].upper()
 
     @property
     def plugin_options(self):
