@@ -28,8 +28,8 @@ if(tq_cuda_architectures STREQUAL "native")
         list(TRANSFORM tq_cuda_found APPEND "-real" OUTPUT_VARIABLE tq_cuda_architectures)
     else()
         set(tq_cuda_architectures ${TQ_CUDA_RELEASE_ARCHITECTURES})
-        message(STATUS "TQ_CUDA_ARCHITECTURES=native, but nvidia-smi shows no GPU: building for all architectures of a release, "
-                       "which takes minutes; name those that you need")
+        message(STATUS "TQ_CUDA_ARCHITECTURES=native, but nvidia-smi shows no GPU: building for all architectures of a "
+                       "release, which takes minutes; name those that you need")
     endif()
 elseif(tq_cuda_architectures STREQUAL "release")
     set(tq_cuda_architectures ${TQ_CUDA_RELEASE_ARCHITECTURES})
@@ -38,8 +38,8 @@ message(STATUS "libturboquant-cuda.so is built for ${tq_cuda_architectures}")
 set(tq_cuda_targets)
 foreach(arch ${tq_cuda_architectures})
     if(NOT arch MATCHES "^([0-9]+[af]?)(-real|-virtual)?$")
-        message(FATAL_ERROR "TQ_CUDA_ARCHITECTURES: '${arch}' is not native, release, or a number as 90a, 90a-real (machine code "
-                            "only) or 90-virtual (PTX only)")
+        message(FATAL_ERROR "TQ_CUDA_ARCHITECTURES: '${arch}' is not native, release, or a number as 90a, 90a-real (machine "
+                            "code only) or 90-virtual (PTX only)")
     endif()
     set(number ${CMAKE_MATCH_1})
     if(NOT CMAKE_MATCH_2 STREQUAL "-virtual")
