@@ -438,16 +438,6 @@ template <int D> struct tile_partials {
     }
 };
 
-/* Count this block in; what the others that were counted before have written can then be read. */
-__device__ __forceinline__ uint32_t arrive(uint32_t *counter)
-{
-    uint32_t before;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 700
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-#endif
-    return before;
-}
-
 /* Leave this block's part in the workspace; true for the block that comes last and finds all others' parts there. */
 template <int D, int N_THREADS, int N_WARPS>
 __device__ __forceinline__ bool publish(const float *work, const tile_id &tile, const attend_args &args,

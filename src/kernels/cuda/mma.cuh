@@ -120,6 +120,16 @@ __device__ __forceinline__ void copies_wait()
 #endif
 }
 
+/* Count this block in; what the others that were counted before have written can then be read. */
+__device__ __forceinline__ uint32_t arrive(uint32_t *counter)
+{
+    uint32_t before;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 700
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+#endif
+    return before;
+}
+
 /*
  * A warp's queue of records on their way into shared memory, N_STAGE of n_bytes bytes. Every lane calls; stages are filled and
  * waited for in order, and `skip` stands for a record when there is none left. With sm_90 one instruction copies a record, with

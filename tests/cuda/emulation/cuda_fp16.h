@@ -44,6 +44,9 @@ struct int2 {
 struct float2 {
     float x, y;
 };
+struct float4 {
+    float x, y, z, w;
+};
 struct dim3 {
     uint32_t x, y, z;
 };
@@ -60,12 +63,17 @@ static inline float2 make_float2(float x, float y)
     return {x, y};
 }
 
+static inline float4 make_float4(float x, float y, float z, float w)
+{
+    return {x, y, z, w};
+}
+
 /* ---- the device ---- */
 
 namespace emulation
 {
 
-enum { WARP = 32, THREADS_MAX = 256, STACK_BYTES = 1 << 18, SLOT_BYTES = 32 };
+enum { WARP = 32, THREADS_MAX = 512, STACK_BYTES = 1 << 18, SLOT_BYTES = 32 };
 enum wait_kind { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
 
 struct coroutine {
@@ -286,6 +294,19 @@ template <typename T> static inline T __ldg(const T *p)
 {
     return *p;
 }
+template <typename T> static inline T __ldcg(const T *p)
+{
+    return *p;
+}
+template <typename T> static inline void __stcg(T *p, T x)
+{
+    *p = x;
+}
+static inline int atomicAdd(int *p, int n)
+{
+    *p += n;
+    return *p - n;
+}
 static inline uint32_t __umulhi(uint32_t a, uint32_t b)
 {
     return (uint32_t)((uint64_t)a * b >> 32);
@@ -305,6 +326,14 @@ static inline float __uint_as_float(uint32_t bits)
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+static inline float __int_as_float(int32_t bits)
+{
+    return __uint_as_float((uint32_t)bits);
+}
+static inline int __float2int_rn(float x)
+{
+    return (int)nearbyintf(x);
 }
 static inline float __fadd_rn(float a, float b)
 {

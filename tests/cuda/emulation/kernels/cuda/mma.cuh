@@ -58,6 +58,24 @@ static inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
     }
 }
 
+/* c += a b, a [16, 32] signed and b [32, 8] unsigned bytes: as above, with 4 bytes where there are 2 numbers. */
+static inline void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE())
+{
+    struct operands {
+        uint32_t a[4], b[2];
+    };
+    const uint32_t lane = emulation::lane(), g = lane / 4, t = lane % 4;
+    emulation::exchange<operands> all({{a[0], a[1], a[2], a[3]}, {b0, b1}}, ~0u, line);
+    for (uint32_t k = 0; k < 32; k++) {
+        const operands row = all[4 * g + k % 16 / 4];
+        for (uint32_t n = 0; n < 2; n++) {
+            const uint8_t b = (uint8_t)(all[4 * (2 * t + n) + k % 16 / 4].b[k / 16] >> 8 * (k % 4));
+            c[n] += (int8_t)(row.a[2 * (k / 16)] >> 8 * (k % 4)) * b;
+            c[2 + n] += (int8_t)(row.a[2 * (k / 16) + 1] >> 8 * (k % 4)) * b;
+        }
+    }
+}
+
 /* Row r of matrix i begins where lane 8 i + r says. */
 static inline void load_matrices(uint32_t (&m)[4], const void *row, int line = __builtin_LINE())
 {
@@ -102,5 +120,36 @@ static inline void copies_wait()
     for (int i = 0; i < mine.n; i++) memcpy(mine.copies[i].to, mine.copies[i].from, 16);
     mine.n = 0;
 }
+
+/* Blocks run one after the other. */
+static inline uint32_t arrive(uint32_t *counter)
+{
+    return (*counter)++;
+}
+
+/* A warp's queue of records; each lane copies a part when it waits. */
+template <int N_STAGE> struct warp_queue {
+    uint8_t *stages;
+    int n_bytes;
+    const uint8_t *from[N_STAGE] = {};
+
+    void open(uint8_t *stage_memory, uint64_t *, int record_bytes, int)
+    {
+        stages = stage_memory, n_bytes = record_bytes;
+    }
+    void fill(int stage, const uint8_t *record, int)
+    {
+        from[stage] = record;
+    }
+    void skip()
+    {
+    }
+    void wait(int stage, uint32_t)
+    {
+        uint8_t *to = stages + stage * n_bytes;
+        for (int i = (int)emulation::lane() * 16; i < n_bytes; i += 512) memcpy(to + i, from[stage] + i, 16);
+        __syncwarp();
+    }
+};
 
 #endif

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The prefill of any pair (src/kernels/cuda/prefill.cuh) on an emulated device, against attention in double precision over what
- * the codec decodes: every pair of formats at every head_dim. tests/cuda/check_emulated.py compiles and runs it.
+ * Decode and the portable prefill (src/kernels/cuda) on an emulated device, against attention in double precision over what the
+ * codec decodes: the kernels for any pair with every pair of formats at every head_dim, and those of a pair's own.
+ * tests/cuda/check_emulated.py compiles and runs it.
  */
 #include <cuda_fp16.h>
 #include <vector>
@@ -11,20 +12,23 @@ extern "C" {
 #include "codec/codec.h"
 #include "vectors.h"
 }
+#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill.cuh"
 
-/* What blocks call so: all the shared memory that the kernel may use. */
-uint8_t memory[99 * 1024] __attribute__((aligned(1024)));
+/* What blocks call so: all the shared memory that prefill and decode may use. */
+uint8_t memory[99 * 1024] __attribute__((aligned(1024))), work[227 * 1024] __attribute__((aligned(1024)));
 
-enum { N_HEAD_KV = 2, GROUP = 3, N_HEAD = N_HEAD_KV * GROUP, N_SEQ = 2, N_QUERY = 25 };
+enum { N_HEAD_KV = 2, GROUP = 3, N_HEAD = N_HEAD_KV * GROUP, N_SEQ = 2, SPLITS = 3 };
 enum { PAGE = 64, PAGES_OF_SEQ = 2, N_PAGES = 5 };
 static const int32_t lens[N_SEQ] = {115, 39};
 
 struct test_setup {
+    const char *kernel;
     tq_format formats[2];
-    int32_t head_dim, n_sink, n_recent, window;
+    int32_t head_dim, n_query, n_sink, n_recent, window;
     float softcap;
-    bool sinks, descending;
+    bool sinks, deterministic, descending;
 };
 
 struct test_data {
@@ -33,7 +37,8 @@ struct test_data {
     std::vector<float> rows[2]; /* [seq, position, KV head, head_dim]: what attention should see */
     std::vector<uint8_t> pages;
     std::vector<__half> exact;
-    std::vector<float> q, out, lse;
+    std::vector<float> q, out, lse, partials;
+    std::vector<uint32_t> counters;
     float sinks[N_HEAD];
     int32_t page_table[N_SEQ * PAGES_OF_SEQ];
 
@@ -106,9 +111,9 @@ static void fill_data(test_data &d, uint64_t seed)
             }
         }
     }
-    d.q.resize((size_t)N_SEQ * N_QUERY * N_HEAD * s.head_dim);
+    d.q.resize((size_t)N_SEQ * s.n_query * N_HEAD * s.head_dim);
     for (float &x : d.q) x = __half2float(__float2half_rn((float)random_gaussian(&random) * 1.5f));
-    d.out.assign(d.q.size(), NAN), d.lse.assign((size_t)N_SEQ * N_QUERY * N_HEAD, NAN);
+    d.out.assign(d.q.size(), NAN), d.lse.assign((size_t)N_SEQ * s.n_query * N_HEAD, NAN);
     for (int32_t i = 0; i < N_HEAD; i++) d.sinks[i] = (float)(i % 5) - 1.0f;
 }
 
@@ -141,24 +146,48 @@ static attend_args args_of(test_data &d)
     args.q_token_stride = args.out_token_stride = (int64_t)N_HEAD * s.head_dim;
     args.q_head_stride = args.out_head_stride = s.head_dim;
     args.page_table = d.page_table, args.page_table_stride = PAGES_OF_SEQ, args.seq_lens = lens;
-    args.n_query = N_QUERY, args.n_head = N_HEAD, args.group = GROUP, args.splits_allowed = 1;
+    args.n_query = s.n_query, args.n_head = N_HEAD, args.group = GROUP;
+    args.splits_allowed = SPLITS, args.split_records_min = 1;
+    args.n_row_tiles = (uint32_t)tq_ceil_div(s.n_query * GROUP, TQ_TILE_ROWS), args.deterministic = s.deterministic;
+    const size_t n_tiles = (size_t)N_SEQ * N_HEAD_KV * args.n_row_tiles;
+    d.counters.assign(n_tiles * TQ_COUNTER_STRIDE, 0);
+    d.partials.assign(n_tiles * (SPLITS + 1) * TQ_TILE_ROWS * (s.head_dim + 2), NAN);
+    args.counters = d.counters.data(), args.partials = d.partials.data();
     args.scale_log2 = log2_e / sqrtf((float)s.head_dim);
     args.cap_log2 = s.softcap * log2_e, args.cap_inverse = s.softcap > 0 ? 1.0f / args.cap_log2 : 0.0f;
     args.window = s.window, args.sinks = s.sinks ? d.sinks : nullptr;
     return args;
 }
 
-template <int D> static void run_prefill(const attend_args &args, bool descending)
+/* The kernel in each thread; it may use n_bytes of shared memory. */
+template <void KERNEL(attend_args), size_t N>
+static void run_kernel(const attend_args &args, dim3 grid, int n_threads, bool descending, uint8_t (&shared)[N], int n_bytes)
+{
+    if (n_bytes > (int)N) emulation::fail("more shared memory than there is", __LINE__);
+    memset(shared + n_bytes, 0x5a, N - n_bytes);
+    emulation::run([](const void *args) { KERNEL(*(const attend_args *)args); }, &args, grid, n_threads, descending, shared,
+                   (size_t)n_bytes);
+    for (size_t i = n_bytes; i < N; i++) {
+        if (shared[i] != 0x5a) emulation::fail("wrote behind its shared memory", __LINE__);
+    }
+}
+
+template <int D> static void run_prefill(attend_args args, bool descending)
 {
     using shape = prefill_shape<D>;
-    const dim3 grid = {(uint32_t)tq_ceil_div(N_QUERY * GROUP, shape::n_rows), N_HEAD_KV, N_SEQ};
+    args.splits_allowed = 1;
+    const dim3 grid = {(uint32_t)tq_ceil_div(args.n_query * GROUP, shape::n_rows), N_HEAD_KV, N_SEQ};
     const int n_bytes = prefill_bytes<D>(prefill_pair<D>(args));
-    memset(memory + n_bytes, 0x5a, sizeof memory - n_bytes);
-    emulation::run([](const void *args) { prefill_kernel<D>(*(const attend_args *)args); }, &args, grid, shape::n_threads,
-                   descending, memory, (size_t)n_bytes);
-    for (size_t i = n_bytes; i < sizeof memory; i++) {
-        if (memory[i] != 0x5a) emulation::fail("wrote behind its shared memory", __LINE__);
-    }
+    run_kernel<prefill_kernel<D>>(args, grid, shape::n_threads, descending, memory, n_bytes);
+}
+
+template <class F, int D, int N_WARPS> static void run_decode(const attend_args &args, bool descending)
+{
+    using shape = decode_shape<D, N_WARPS, F::n_stages>;
+    const F formats(args);
+    const dim3 grid = {args.n_row_tiles * N_HEAD_KV, N_SEQ, SPLITS};
+    const int n_bytes = shape::work_bytes(formats.record_bytes) + formats.table_bytes;
+    run_kernel<decode_kernel<F, D, N_WARPS>>(args, grid, shape::n_threads, descending, work, n_bytes);
 }
 
 static float bf16(float x)
@@ -170,8 +199,8 @@ static float bf16(float x)
 static double attend_row(const test_data &d, int32_t seq, int32_t i_query, int32_t head, bool narrow, double *out)
 {
     const test_setup &s = d.s;
-    const int32_t position = lens[seq] - N_QUERY + i_query, n = s.head_dim;
-    const float *q = &d.q[(((size_t)seq * N_QUERY + i_query) * N_HEAD + head) * n];
+    const int32_t position = lens[seq] - s.n_query + i_query, n = s.head_dim;
+    const float *q = &d.q[(((size_t)seq * s.n_query + i_query) * N_HEAD + head) * n];
     double max = s.sinks ? d.sinks[head] : -INFINITY, sum = 0;
     std::vector<double> logits(position + 1);
     const int32_t begin = s.window > 0 && position + 1 > s.window ? position + 1 - s.window : 0;
@@ -196,31 +225,17 @@ static double attend_row(const test_data &d, int32_t seq, int32_t i_query, int32
     return max + log(sum);
 }
 
-static bool check(const test_setup &s, uint64_t seed)
+typedef void (*runner)(attend_args args, bool descending);
+
+static bool check(const test_setup &s, runner run, uint64_t seed)
 {
     test_data d = {};
     d.s = s;
     fill_data(d, seed);
-    const attend_args args = args_of(d);
-    switch (s.head_dim) {
-    case 64:
-        run_prefill<64>(args, s.descending);
-        break;
-    case 96:
-        run_prefill<96>(args, s.descending);
-        break;
-    case 128:
-        run_prefill<128>(args, s.descending);
-        break;
-    case 192:
-        run_prefill<192>(args, s.descending);
-        break;
-    default:
-        run_prefill<256>(args, s.descending);
-    }
+    run(args_of(d), s.descending);
     double error = 0, error_narrow = 0, size = 0, lse_error = 0, lse_narrow = 0, wanted[256], narrow[256];
-    for (int32_t row = 0; row < N_SEQ * N_QUERY * N_HEAD; row++) {
-        const int32_t head = row % N_HEAD, i = row / N_HEAD % N_QUERY, seq = row / N_HEAD / N_QUERY;
+    for (int32_t row = 0; row < N_SEQ * s.n_query * N_HEAD; row++) {
+        const int32_t head = row % N_HEAD, i = row / N_HEAD % s.n_query, seq = row / N_HEAD / s.n_query;
         const double lse = attend_row(d, seq, i, head, false, wanted);
         lse_error = fmax(lse_error, fabs(d.lse[row] - lse));
         lse_narrow = fmax(lse_narrow, fabs(attend_row(d, seq, i, head, true, narrow) - lse));
@@ -234,30 +249,63 @@ static bool check(const test_setup &s, uint64_t seed)
     error = sqrt(error / size), error_narrow = sqrt(error_narrow / size);
     /* As on a device: tests/cuda/device_model.c. */
     const bool good = error <= 2 * error_narrow && lse_error <= 4 * lse_narrow + 1e-3;
-    printf("%s %s/%s, head_dim %d, sinks %d, ring %d, window %d, softcap %g, learned sinks %d: ", good ? "ok    " : "FAILED",
-           d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.n_sink, s.n_recent, s.window, (double)s.softcap,
+    printf("%s %s %s/%s, head_dim %d, sinks %d, ring %d, window %d, softcap %g, learned sinks %d: ", good ? "ok    " : "FAILED",
+           s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.n_sink, s.n_recent, s.window, (double)s.softcap,
            s.sinks);
     printf("error %.2e (BF16 %.2e), lse %.1e (%.1e)\n", error, error_narrow, lse_error, lse_narrow);
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     return good;
 }
 
+static int n_passed, n_failed;
+
+/* Options by a number; prefill wants many queries. */
+static void test(const char *kernel, runner run, tq_format k, tq_format v, int32_t head_dim, bool is_prefill, int i)
+{
+    test_setup s = {};
+    s.kernel = kernel, s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4;
+    s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
+    if (i % 3 == 1) s.window = 60;
+    if (i % 4 == 2) s.softcap = 3.0f, s.sinks = true;
+    if (i % 5 == 3) s.n_sink = s.n_recent = 0;
+    if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
+    else n_failed++;
+}
+
+static const struct {
+    const char *name;
+    tq_format format;
+} formats[] = {{"tq8", TQ_FORMAT_TQ8}, {"tq4", TQ_FORMAT_TQ4}, {"tq3", TQ_FORMAT_TQ3}, {"tq2", TQ_FORMAT_TQ2},
+               {"tt4", TQ_FORMAT_TT4}, {"tt3", TQ_FORMAT_TT3}, {"tt2", TQ_FORMAT_TT2}};
+
+static tq_format format_of(const char *name)
+{
+    int i = 0;
+    while (strcmp(formats[i].name, name) != 0) i++;
+    return formats[i].format;
+}
+
+template <int D> static void test_head_dim()
+{
+    const int n = D % 64 == 0 ? 7 : 4; /* trellises have no layout at 96 */
+    for (int i = 0; i < n * n; i++) {
+        const tq_format k = formats[i / n].format, v = formats[i % n].format;
+        test("prefill", [](attend_args args, bool descending) { run_prefill<D>(args, descending); }, k, v, D, true, i);
+        test("decode", [](attend_args args, bool descending) { run_decode<any_formats<D, 16>, D, 8>(args, descending); }, k, v,
+             D, false, i);
+        if (i % 8 != 0) continue; /* prefill in place of decode, where decode has no room */
+        test("prefill of few", [](attend_args args, bool descending) { run_prefill<D>(args, descending); }, k, v, D, false, i);
+    }
+}
+
 int main()
 {
-    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
-                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
-    int n_passed = 0, n_failed = 0;
-    for (int32_t head_dim : {64, 96, 128, 192, 256}) {
-        const int n_formats = head_dim % 64 == 0 ? 7 : 4; /* trellises have no layout at 96 */
-        for (int i = 0; i < n_formats * n_formats; i++) {
-            test_setup s = {{formats[i / n_formats], formats[i % n_formats]}, head_dim, 4, 21, 0, 0.0f, false, i % 2 == 1};
-            if (i % 3 == 1) s.window = 60;
-            if (i % 4 == 2) s.softcap = 3.0f, s.sinks = true;
-            if (i % 5 == 3) s.n_sink = s.n_recent = 0;
-            if (check(s, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
-            else n_failed++;
-        }
-    }
+    test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();
+    int i = 0;
+#define TQ_TEST(D, K, V)                                                                                                        \
+    test("own decode", [](attend_args args, bool descending) { run_decode<known_formats<K, V, D>, D, 8>(args, descending); }, \
+         format_of(#K), format_of(#V), D, false, i++);
+    TQ_PAIRS(TQ_TEST)
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed > 0;
 }
