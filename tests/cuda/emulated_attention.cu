@@ -250,8 +250,8 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
     /* As on a device: tests/cuda/device_model.c. */
     const bool good = error <= 2 * error_narrow && lse_error <= 4 * lse_narrow + 1e-3;
     printf("%s %s %s/%s, head_dim %d, sinks %d, ring %d, window %d, softcap %g, learned sinks %d: ", good ? "ok    " : "FAILED",
-           s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.n_sink, s.n_recent, s.window, (double)s.softcap,
-           s.sinks);
+           s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.n_sink, s.n_recent, s.window,
+           (double)s.softcap, s.sinks);
     printf("error %.2e (BF16 %.2e), lse %.1e (%.1e)\n", error, error_narrow, lse_error, lse_narrow);
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     return good;
@@ -298,13 +298,17 @@ template <int D> static void test_head_dim()
     }
 }
 
+template <class K, class V, int D> static void run_own(attend_args args, bool descending)
+{
+    run_decode<known_formats<K, V, D>, D, 8>(args, descending);
+}
+
 int main()
 {
     test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();
     int i = 0;
-#define TQ_TEST(D, K, V)                                                                                                        \
-    test("own decode", [](attend_args args, bool descending) { run_decode<known_formats<K, V, D>, D, 8>(args, descending); }, \
-         format_of(#K), format_of(#V), D, false, i++);
+#define TQ_TEST(D, K, V)                                                                       \
+    test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++);
     TQ_PAIRS(TQ_TEST)
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed > 0;
