@@ -38,23 +38,23 @@ def worker(path):
 
     from cuda_attention import PAGE, calls_for, decode_calls
     from cuda_device import Cache, Library
-    library, graphs, kept = Library(path), {}, []
+    library, graphs, kept, filled = Library(path), {}, [], {}  # filled: the last cache, by what it is
 
-    def capture(case, switches):
+    def capture(cache, case, switches):
         for name in SWITCHES:
             os.environ.pop(name, None)
         os.environ.update(switches)
         if case["what"] == "decode":
             n_seq, length = case["size"]
-            calls, n_bytes = decode_calls(kept[0], n_seq, [length] * n_seq, N_HEAD, False)
+            calls, n_bytes = decode_calls(cache, n_seq, [length] * n_seq, N_HEAD, False)
             n_calls = calls_for(len(calls), n_bytes)
         else:
             n_query, length = case["size"]
             table = torch.randperm(length // PAGE, device="cuda", dtype=torch.int32).view(1, -1)
             queries = torch.randn(n_query, N_HEAD, case["head_dim"], dtype=torch.bfloat16, device="cuda")
             lens = torch.tensor([length], dtype=torch.int32, device="cuda")
-            params = kept[0].attend_params(queries, torch.empty_like(queries), table, lens, length, n_query)
-            calls, n_calls = [lambda: kept[0].attend(params)], 2
+            params = cache.attend_params(queries, torch.empty_like(queries), table, lens, length, n_query)
+            calls, n_calls = [lambda: cache.attend(params)], 2
         calls[0]()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -76,11 +76,14 @@ def worker(path):
             answer = begin.elapsed_time(end) * 1000 / n_calls
         else:
             graphs.clear(), kept.clear()
-            torch.cuda.empty_cache()
             tokens = 524288 if case["what"] == "decode" else case["size"][1]
-            kept.append(Cache(library, *case["formats"], case["head_dim"], N_HEAD_KV, PAGE, tokens // PAGE))
-            kept[0].fill()
-            graphs.update({name: capture(case, switches) for name, switches in case["variants"].items()})
+            kind = (*case["formats"], case["head_dim"], N_HEAD_KV, PAGE, tokens // PAGE)
+            if kind not in filled:
+                filled.clear()
+                torch.cuda.empty_cache()
+                filled[kind] = Cache(library, *kind)
+                filled[kind].fill()
+            graphs.update({name: capture(filled[kind], case, switches) for name, switches in case["variants"].items()})
             answer = torch.cuda.get_device_name()
         print(json.dumps(answer), flush=True)
 
