@@ -216,7 +216,7 @@ def emulated_suites():
         haswell = ["qemu-x86_64", "-cpu", "Haswell"]
         yield Suite("checkkern/haswell", [([*haswell, BUILD / "release/tests/checkkern", "--quick"], {})],
                     builds=("release", "qemu"))
-    yield Suite("cuda/emulated", [python("tests/cuda/check_emulated.py", BUILD / "release")])
+    yield Suite("cuda/emulated", [python("tests/cuda/check_emulated.py", BUILD / "release")], timeout=1800)
 
 
 def plugin_environment(llama_bin):
