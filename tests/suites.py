@@ -19,7 +19,7 @@ MODEL = DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = {
     "sanitizers": "thread sanitizer; the kernels of instruction sets and long runs of the fuzz targets under address sanitizer",
     "fuzzing": "Clang's sanitizers and libFuzzer",
-    "emulated": "AArch64 and x86-64 without AVX-512 under qemu",
+    "emulated": "AArch64 and x86-64 without AVX-512 under qemu, CUDA's prefill on an emulated device",
     "package": "installed library, wheel in a clean environment, beyond 4 GiB, CUDA compiled for all architectures",
     "metal": "the Metal kernels on an emulation, and in MLX-LM",
     "plug-in": "all shapes and options in stock llama.cpp, also with its AVX2 and AVX-512 code",
@@ -29,7 +29,7 @@ PARTS = {
 PART_FILES = {
     "sanitizers": ("src/base", "src/cache", "src/kernels", "src/attention", "src/api", "fuzz", "tests/unit", "tests/kernels"),
     "fuzzing": ("src/cache", "src/api", "src/codec", "plugins", "fuzz", "tests/unit"),
-    "emulated": ("src/kernels", "src/codec", "src/attention", "src/base", "tests/kernels", "tests/cross"),
+    "emulated": ("src/kernels", "src/codec", "src/attention", "src/base", "tests/kernels", "tests/cross", "tests/cuda"),
     "package": ("include", "cmake", "CMake", "pyproject", "src/kernels/cuda", "tests/api", "tests/cuda", "scripts/setup"),
     "metal": ("src/kernels/metal", "python", "tests/metal"),
     "plug-in": ("plugins", "src/cache", "src/attention", "tests/plugin", "scripts/get_llama", "scripts/make_"),
@@ -217,6 +217,7 @@ def emulated_suites():
         haswell = ["qemu-x86_64", "-cpu", "Haswell"]
         yield Suite("checkkern/haswell", [([*haswell, BUILD / "release/tests/checkkern", "--quick"], {})],
                     builds=("release", "qemu"))
+    yield Suite("cuda/emulated", [python("tests/cuda/check_emulated.py", BUILD / "release")], timeout=1800)
 
 
 def plugin_environment(llama_bin):

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -273,7 +274,7 @@ class Cuda(Folder):
     def configure(self, *options, nvcc=True):
         """(exit status, output without line breaks, whether libturboquant-cuda.so would be built)"""
         fake = self.folder / "bin/nvcc"
-        fake.parent.mkdir()
+        fake.parent.mkdir(exist_ok=True)
         fake.write_text("#!/bin/sh\n")
         fake.chmod(0o755)
         done = subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", self.folder / "build", "-DTQ_BUILD_TESTS=OFF",
@@ -288,6 +289,50 @@ class Cuda(Folder):
 
     def test_on(self):
         self.assertEqual(self.configure("-DTQ_BUILD_CUDA=ON"), (0, "", True))
+
+    def compiled_for(self, architectures):
+        """{name of an object: what nvcc makes it for}"""
+        self.assertEqual(self.configure("-DTQ_BUILD_CUDA=ON", f"-DTQ_CUDA_ARCHITECTURES={architectures}")[:2], (0, ""))
+        plan = (self.folder / "build/build.ninja").read_text()
+        return {name: re.findall(r",code=(\w+)", command)
+                for command, name in re.findall(r"COMMAND = (.*bin/nvcc .* -c .*/cuda/(\w+)\.o)\b", plan)}
+
+    def test_release_architectures(self):
+        found = self.compiled_for("release")
+        self.assertEqual(found["decode_128"], ["sm_80", "sm_86", "sm_89", "sm_90a", "compute_90", "sm_120"])
+        self.assertEqual(found["prefill"], found["decode_128"])
+        self.assertEqual(found["prefill_hopper_128"], ["sm_90a"])
+
+    def test_named_architectures(self):
+        found = self.compiled_for("80-real;89")
+        self.assertEqual(found["decode_64_256"], ["sm_80", "sm_89", "compute_89"])
+        self.assertNotIn("prefill_hopper_128", found)
+
+    def test_unknown_architecture(self):
+        status, errors, _ = self.configure("-DTQ_BUILD_CUDA=ON", "-DTQ_CUDA_ARCHITECTURES=hopper")
+        self.assertEqual(status, 1)
+        self.assertIn("'hopper' is not native, release, or a number", errors)
+
+    def test_native(self):
+        """The GPUs that nvidia-smi shows, or all of a release."""
+        smi = self.folder / "smi/nvidia-smi"
+        smi.parent.mkdir()
+        for shown, wanted in (("9.0\n9.0\n8.9\n", ["sm_90a", "sm_89"]),
+                              ("No devices were found\n", ["sm_80", "sm_86", "sm_89", "sm_90a", "compute_90", "sm_120"])):
+            smi.write_text(f"#!/bin/sh\nprintf '{shown}'\n")
+            smi.chmod(0o755)
+            with unittest.mock.patch.dict(os.environ, {"PATH": f"{smi.parent}{os.pathsep}{os.environ['PATH']}"}):
+                self.assertEqual(self.compiled_for("native")["entry"], wanted)
+
+    def test_pairs_in_docs(self):
+        """docs/cuda.md lists the pairs of pairs.h."""
+        source = '#include "kernels/cuda/pairs.h"\n#define PAIR(D, K, V) D K/V;\nTQ_PAIRS(PAIR)\n'
+        listed = subprocess.run(["cc", "-E", "-P", "-I", ROOT / "src", "-"], input=source, capture_output=True, text=True,
+                                check=True).stdout
+        of_header = sorted(re.findall(r"(\d+) (\w+/\w+);", listed))
+        section = (ROOT / "docs/cuda.md").read_text().split("## What there is")[1].split("##")[0]
+        rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", section, re.MULTILINE)
+        self.assertEqual(sorted((d, pair) for d, pairs in rows for pair in pairs.strip().split(", ")), of_header)
 
     def test_on_without_nvcc(self):
         status, errors, _ = self.configure("-DTQ_BUILD_CUDA=ON", nvcc=False)

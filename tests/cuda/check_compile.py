@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ARCHITECTURES = ["75", "80", "89", "90a", "100", "120"]
+ARCHITECTURES = ["75", "80", "86", "89", "90", "90a", "100", "120"]
 SOURCES = ["tests/cuda/compile_check.cu"] + [f"src/kernels/cuda/{name}.cu" for name in ("append", "pages", "entry")]
 NVCC = os.environ.get("TQ_NVCC", "nvcc")
 

@@ -62,18 +62,19 @@ static setup plain(tq_format k, tq_format v, int32_t head_dim)
                    .lens = lens};
 }
 
-/* Every pair that has a kernel of its own; and others, for the kernel that takes any, with each format on each side. */
+/* Every pair that has kernels of its own; and others, for those that take any, with each format on each side. */
 #define PAIR(D, K, V) {D, #K, #V},
 // clang-format off
 #define OTHERS(D) PAIR(D, tq8, tt2) PAIR(D, tq4, tt3) PAIR(D, tq3, tq8) PAIR(D, tq2, tq4) PAIR(D, tt4, tq3) \
-                  PAIR(D, tt3, tt4) PAIR(D, tt2, tq2)
+                  PAIR(D, tt3, tt4) PAIR(D, tt2, tq2) PAIR(D, tq8, tq4) PAIR(D, tq2, tq2) PAIR(D, tt2, tt2)
 // clang-format on
 static const struct {
     int32_t head_dim;
     const char *k, *v;
-} pairs[] = {TQ_PAIRS_128(PAIR) TQ_PAIRS_64(PAIR) TQ_PAIRS_96(PAIR) TQ_PAIRS_192(PAIR) TQ_PAIRS_256(PAIR)},
-  others[] = {OTHERS(64) OTHERS(128) OTHERS(192) OTHERS(256) PAIR(192, tt3, tt3) PAIR(96, tq8, tq3) PAIR(96, tq4, tq8)
-                  PAIR(96, tq3, tq2) PAIR(96, tq3, tq4) PAIR(96, tq2, tq4)};
+} pairs[] = {TQ_PAIRS(PAIR)},
+  others[] = {OTHERS(64) OTHERS(128) OTHERS(192) OTHERS(256) PAIR(192, tt3, tt3) PAIR(192, tq3, tq3) PAIR(64, tq3, tq3)
+                  PAIR(96, tq8, tq3) PAIR(96, tq4, tq8) PAIR(96, tq3, tq2) PAIR(96, tq3, tq4) PAIR(96, tq2, tq4)
+                      PAIR(96, tq4, tq4) PAIR(128, tq8, tq8) PAIR(256, tq8, tq8)};
 enum { N_PAIRS = sizeof pairs / sizeof pairs[0], N_OTHERS = sizeof others / sizeof others[0] };
 
 static void test_pairs(void)
@@ -86,6 +87,12 @@ static void test_pairs(void)
         if (quick && i % 3 != 0) continue;
         run("other pair", plain(format_of(others[i].k), format_of(others[i].v), others[i].head_dim), 150 + i);
     }
+    setenv("TQ_CUDA_GENERAL", "1", 1);
+    for (size_t i = 0; i < N_PAIRS; i++) {
+        if (quick && i % 5 != 0) continue;
+        run("pair, general", plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim), 250 + i);
+    }
+    unsetenv("TQ_CUDA_GENERAL");
 }
 
 /* Vectors that are hard for a quantizer must still give the CPU's bytes. */
@@ -165,30 +172,40 @@ static void test_random(void)
     }
 }
 
-/* Enough query rows for the prefill kernels, at the end of a past or with none: those of the device's architecture, and those
- * of every one, which only some pairs have. */
-static void test_prefill(void)
+/* Enough query rows for prefill, at the end of a past or with none. */
+static void test_prefill_of(const char *what, tq_format k, tq_format v, int32_t head_dim, int i, uint64_t seed)
 {
     static const int64_t lens[] = {90, 611, 333};
+    setup s = plain(k, v, head_dim);
+    s.lens = lens, s.n_seq = 3, s.n_query = 90 - 7 * (i % 4), s.group = 1 + i % 5;
+    if (i % 3 == 1) s.window = 100;
+    if (i % 3 == 2) s.sinks = true, s.softcap = 3.0f;
+    if (i % 7 == 4) s.n_sink = s.n_recent = 0;
+    if (i % 7 == 5) s.dtype = TQ_DTYPE_BF16, s.n_recent = 200, s.page_size = 96;
+    run(what, s, seed);
+}
+
+/* The kernels of the device's architecture: a pair's own, and those for any; and the one that every architecture has. */
+static void test_prefill(void)
+{
+    for (int i = 0; i < N_PAIRS; i++) {
+        if (quick && i % 5 != 0) continue;
+        test_prefill_of("prefill", format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim, i, 600 + (uint64_t)i);
+    }
     for (int portable = 0; portable < 2; portable++) {
         if (portable) setenv("TQ_CUDA_PORTABLE", "1", 1);
-        for (size_t i = 0; i < N_PAIRS; i++) {
-            setup s = plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim);
+        setenv("TQ_CUDA_GENERAL", "1", 1);
+        for (int i = 0; i < N_PAIRS + N_OTHERS; i++) {
+            const int other = i - N_PAIRS;
             if (quick && i % 5 != 0) continue;
-            s.lens = lens, s.n_seq = 3, s.n_query = 90 + 7 * (int32_t)(i % 10), s.group = 1 + (int32_t)i % 5;
-            if (i % 3 == 1) s.window = 100;
-            if (i % 3 == 2) s.sinks = true, s.softcap = 3.0f;
-            if (i == 4) s.n_sink = s.n_recent = 0;
-            if (i == 5) s.dtype = TQ_DTYPE_BF16, s.n_recent = 200, s.page_size = 96;
-            run(portable ? "portable prefill" : "prefill", s, 600 + i);
+            test_prefill_of(portable ? "portable prefill" : "general prefill",
+                            format_of(other < 0 ? pairs[i].k : others[other].k),
+                            format_of(other < 0 ? pairs[i].v : others[other].v),
+                            other < 0 ? pairs[i].head_dim : others[other].head_dim, i, 650 + (uint64_t)i);
         }
+        unsetenv("TQ_CUDA_GENERAL");
     }
     unsetenv("TQ_CUDA_PORTABLE");
-    for (size_t i = 0; i < N_OTHERS; i += 5) { /* which have none */
-        setup s = plain(format_of(others[i].k), format_of(others[i].v), others[i].head_dim);
-        s.lens = lens, s.n_seq = 3, s.n_query = 90, s.group = 3;
-        run("prefill by decode", s, 650 + i);
-    }
 }
 
 /* Long enough for many splits of a tile. */

@@ -2,8 +2,8 @@
 /*
  * Append: tokens that have left the ring are rotated and encoded into their pages, then the batch's exact tokens are written.
  * The order of the launches matters: the first read the ring that the last overwrites. Scalar formats take half a warp a vector
- * here, which is soon done, and a thread in large batches (encode_many.cuh); trellis.cu has the trellis. Expected bound:
- * arithmetic of the encoder.
+ * here, which is quick enough for few tokens, and four lanes a vector in large batches (encode_many.cuh); trellis.cu has the
+ * trellis. Expected bound: arithmetic of the encoder.
  */
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/encode.cuh"

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/split.h"
 
@@ -176,9 +177,7 @@ struct record_finder {
 /* c tanh(s / c), both in base 2: cap_log2 is c log2(e), and cap_inverse its inverse. One instruction, good to 2^-11. */
 __device__ __forceinline__ float cap_score(float s, const attend_args &args)
 {
-    float y;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(s * args.cap_inverse));
-    return args.cap_log2 * y;
+    return args.cap_log2 * tanh_approx(s * args.cap_inverse);
 }
 
 /* The queries of a tile, rotated, in bytes: x = (128 high + low) * scale; and as they came, for the exact tokens. */

@@ -19,14 +19,10 @@
 
 #include "kernels/cuda/attend_args.cuh"
 #include "kernels/cuda/exact.cuh"
-#include "kernels/cuda/expand.cuh"
+#include "kernels/cuda/formats.cuh"
 #include "kernels/cuda/overlap.cuh"
-#include "kernels/cuda/trellis_codes.cuh"
 
-/*
- * What is known of the formats is F below: all of it when a kernel is compiled (known_formats), or only when it runs
- * (any_formats). Either has the bytes of a record and of the tables, the steps of levels, and a record's two halves.
- */
+/* F below is what is known of the formats when a kernel is compiled: all (known_formats) or nothing (any_formats). */
 
 /* Everything else about a kernel, which depends on records by their bytes alone. */
 template <int D, int N_WARPS, int N_STAGES> struct decode_shape {
@@ -165,7 +161,7 @@ __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8
     if constexpr (V::is_trellis) {
 #pragma unroll
         for (int s = 0; s < 2; s++) {
-            V::template value_pairs<D>(words, 2 * s, table, lane, [&](int x, const uint32_t(&pair)[2][2]) {
+            V::template value_pairs<D, 2>(words, 2 * s, table, lane, [&](int x, const uint32_t(&pair)[2][2]) {
                 mma_half(acc.c[x], pair[0][0], pair[0][1], pair[1][0], pair[1][1], weights[2 * s], weights[2 * s + 1]);
             });
         }
@@ -186,37 +182,43 @@ __device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8
     }
 }
 
-/* One trellis for keys and values is looked up in pairs, where accumulators leave room for the table. */
-template <class K, class V, int D> constexpr bool has_pairs()
-{
-    return K::is_trellis && V::is_trellis && K::bits == V::bits && D <= 128;
-}
-
-/* A pair of formats that has a kernel of its own. */
-template <class K, class V, int D> struct known_formats {
-    using tables = std::conditional_t<has_pairs<K, V, D>(), pair_tables<K::bits>, window_tables<K, V>>;
-    static constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits, table_bytes = tables::bytes;
-    static constexpr int record_bytes = key_bytes + value_bytes + 2 * TQ_RECORD_SCALE_BYTES;
-    static constexpr float key_step = K::step, value_step = V::step;
-    static constexpr bool is_known = true, is_large = has_pairs<K, V, D>(); /* a table leaves no room for a second block */
+/* A pair of formats that has a kernel of its own. One trellis for keys and values is looked up in pairs, where accumulators
+ * leave room for the table. */
+template <class K, class V, int D> struct known_formats : known_pair<K, V, D, 32> {
+    using base = known_pair<K, V, D, 32>;
+    static constexpr bool has_pairs = K::is_trellis && V::is_trellis && K::bits == V::bits && D <= 128;
+    using tables = std::conditional_t<has_pairs, pair_tables<K::bits>, typename base::tables>;
+    static constexpr int table_bytes = has_pairs ? pair_tables<K::bits>::bytes : base::table_bytes;
+    static constexpr bool is_known = true, is_large = has_pairs; /* a table leaves no room for a second block */
     /* 16 warps with one record of 4 KB each keep the memory busy; more on their way only add latency. */
-    static constexpr int n_stages = record_bytes * 16 <= 56 * 1024 && !is_large ? 2 : 1;
+    static constexpr int n_stages = base::record_bytes * 16 <= 56 * 1024 && !is_large ? 2 : 1;
 
-    __host__ __device__ explicit known_formats(const attend_args &) {}
-    __device__ __forceinline__ static tables open_tables(uint8_t *memory, const attend_args &args, int lane)
+    using base::base;
+    __device__ __forceinline__ tables open_tables(uint8_t *memory, const attend_args &args, int lane) const
     {
-        tables::fill(memory, args.windows);
-        return tables(memory, lane);
+        if constexpr (has_pairs) {
+            tables::fill(memory, args.windows);
+            return tables(memory, lane);
+        } else {
+            fill_tables(*this, memory, args.windows);
+            return tables_at(*this, memory, lane);
+        }
     }
-    __device__ __forceinline__ static void score(float (&s)[8], const query_operand<D> &q, const uint8_t *plane,
-                                                 const float (&key_scales)[8], const tables &tables, int lane)
+};
+
+/* Any pair. Trellises are looked up one window at a time, and fewer records are on their way. Blocks of 16 warps have tables of
+ * 32 copies, those of 8 half as many: so they fit the shared memory of all devices at head_dims up to 128. */
+template <int D, int N_COPIES> struct any_formats : any_pair<D, N_COPIES> {
+    using base = any_pair<D, N_COPIES>;
+    using tables = typename base::tables;
+    static constexpr bool is_known = false, is_large = false;
+    static constexpr int n_stages = D <= 64 ? 2 : 1; /* records of more than 4 KB need no company */
+
+    using base::base;
+    __device__ __forceinline__ tables open_tables(uint8_t *memory, const attend_args &args, int lane) const
     {
-        score_record<K, D>(s, q, plane, key_scales, tables.key, lane);
-    }
-    __device__ __forceinline__ static void add(warp_accumulator<D> &acc, const uint8_t *plane, const uint32_t (&weights)[4],
-                                               const tables &tables, int lane)
-    {
-        add_values<V, D>(acc, plane, weights, tables.value, lane);
+        fill_tables(*this, memory, args.windows);
+        return tables_at(*this, memory, lane);
     }
 };
 
@@ -230,7 +232,7 @@ __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const qu
     const uint8_t *scales = record + formats.key_bytes + formats.value_bytes;
     float key_scales[8], s[8];
     load_scales(key_scales, scales, t);
-    formats.score(s, q, record, key_scales, tables, lane);
+    formats.with_keys([&](auto codes) { score_record<decltype(codes), D>(s, q, record, key_scales, tables.key, lane); });
     if (args.cap_log2 > 0.0f) {
 #pragma unroll
         for (int i = 0; i < 8; i++) s[i] = cap_score(s[i], args);
@@ -258,7 +260,9 @@ __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const qu
         }
         weights[i] = as_bits(__floats2half2_rn(p0, p1));
     }
-    formats.add(acc, record + formats.key_bytes, weights, tables, lane);
+    formats.with_values([&](auto codes) {
+        add_values<decltype(codes), D>(acc, record + formats.key_bytes, weights, tables.value, lane);
+    });
 }
 
 /* The records of this block's split, each warp some of them. query: load_query's, of the first 8 half warps. */
@@ -433,16 +437,6 @@ template <int D> struct tile_partials {
         states = reinterpret_cast<float2 *>(base + TQ_TILE_ROWS * D);
     }
 };
-
-/* Count this block in; what the others that were counted before have written can then be read. */
-__device__ __forceinline__ uint32_t arrive(uint32_t *counter)
-{
-    uint32_t before;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 700
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-#endif
-    return before;
-}
 
 /* Leave this block's part in the workspace; true for the block that comes last and finds all others' parts there. */
 template <int D, int N_THREADS, int N_WARPS>

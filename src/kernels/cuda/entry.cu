@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "kernels/cuda/append.cuh"
-#include "kernels/cuda/decode_launch.cuh"
+#include "kernels/cuda/attend_launch.cuh"
 
 static tq_status fail(char *message, const char *what, cudaError_t error)
 {
@@ -79,60 +79,66 @@ static tq_status cut_of(tq_decode_cut *out, const tq_device_store *store, const 
     return TQ_OK;
 }
 
-static decode_launch find_decode(const tq_device_store &store)
+static bool get_attribute(int *out, cudaDeviceAttr attribute)
 {
-    int pair = codes_pair_of(store);
+    int device;
+    return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(out, attribute, device) == cudaSuccess;
+}
+
+#ifdef TQ_CUDA_HOPPER
+/* Has the device the kernels of sm_90, unless the environment asks for those of every architecture, as their tests do? */
+static bool is_hopper()
+{
+    int major = 0, minor = 0;
+    return get_attribute(&major, cudaDevAttrComputeCapabilityMajor) &&
+           get_attribute(&minor, cudaDevAttrComputeCapabilityMinor) && major == 9 && minor == 0 && !getenv("TQ_CUDA_PORTABLE");
+}
+#endif
+
+/* Prefill reads its pages once for 64 rows or more, decode for 8, but decode has splits: the former pays from some rows on, and
+ * is also there where decode's blocks do not fit the device. */
+template <int D> static attend_launch find_at(const attend_choice &choice, int32_t n_rows, bool *is_prefill)
+{
+    attend_launch found = nullptr;
+    *is_prefill = n_rows > TQ_PREFILL_ROWS_MIN;
+#ifdef TQ_CUDA_HOPPER
+    if (*is_prefill && is_hopper()) return find_prefill_hopper<D>(choice);
+#endif
+    if (*is_prefill) found = find_prefill<D>(choice);
+    if (!found) *is_prefill = false, found = find_decode<D>(choice);
+    if (!found) *is_prefill = true, found = find_prefill<D>(choice);
+    return found;
+}
+
+/* With TQ_CUDA_GENERAL in the environment no pair has kernels of its own: so the others are tested and timed with all pairs. */
+static attend_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
+{
+    attend_choice choice = {codes_kind(store.key.bits, store.key.is_trellis),
+                            codes_kind(store.value.bits, store.value.is_trellis), 0, getenv("TQ_CUDA_GENERAL") != nullptr};
+    int32_t n_rows = params.n_query * (params.n_head / store.n_head_kv);
+    *is_prefill = false;
+    if (!get_attribute(&choice.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return nullptr;
     switch (store.head_dim) {
     case 64:
-        return decode_find_64(pair);
+        return find_at<64>(choice, n_rows, is_prefill);
     case 96:
-        return decode_find_96(pair);
+        return find_at<96>(choice, n_rows, is_prefill);
     case 128:
-        return decode_find_128(pair);
+        return find_at<128>(choice, n_rows, is_prefill);
     case 192:
-        return decode_find_192(pair);
+        return find_at<192>(choice, n_rows, is_prefill);
     case 256:
-        return decode_find_256(pair);
+        return find_at<256>(choice, n_rows, is_prefill);
     default:
         return nullptr;
     }
 }
 
-/* Kernels that sm_90 alone has, unless the environment asks for those of every architecture, as their tests do. */
-static decode_launch find_hopper(int head_dim, int pair)
-{
-#ifdef TQ_CUDA_HOPPER
-    int device, major = 0, minor = 0;
-    bool is_hopper = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-                     minor == 0;
-    if (is_hopper && !getenv("TQ_CUDA_PORTABLE")) return prefill_find_hopper(head_dim, pair);
-#else
-    (void)head_dim, (void)pair;
-#endif
-    return nullptr;
-}
-
-/* Prefill reads its pages once for 128 rows or more, decode for 8, but decode has splits: the former pays from some rows on. */
-static decode_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
-{
-    decode_launch prefill = nullptr;
-    if (params.n_query * (params.n_head / store.n_head_kv) > TQ_PREFILL_ROWS_MIN) {
-        int pair = codes_pair_of(store);
-        prefill = find_hopper(store.head_dim, pair);
-        if (!prefill) prefill = prefill_find(store.head_dim, pair);
-    }
-    *is_prefill = prefill != nullptr;
-    return prefill ? prefill : find_decode(store);
-}
-
-/* Kernels can begin beside the one before them from sm_90 on (overlap.cuh). */
+/* Kernels can begin next to the one before them from sm_90 on (overlap.cuh). */
 static bool can_overlap()
 {
-    int device, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+    int major = 0;
+    return get_attribute(&major, cudaDevAttrComputeCapabilityMajor) && major >= 9;
 }
 
 static tq_status splits(int32_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message)
@@ -166,15 +172,16 @@ static void fill_store(attend_args &args, const tq_device_store &store)
 static tq_status attend(const tq_device_store *store, const tq_cuda_attend_params *params, void *stream, char *message)
 {
     bool is_prefill;
-    decode_launch launch = find_launch(*store, *params, &is_prefill);
-    if (!launch) {
-        snprintf(message, TQ_DEVICE_MESSAGE, "attend: no kernel at head_dim %d", store->head_dim);
-        return TQ_ERR_HEAD_DIM;
-    }
-    attend_args args = {};
     tq_decode_cut cut = {};
     tq_status status = cut_of(&cut, store, params, message);
     if (status != TQ_OK) return status;
+    attend_launch launch = find_launch(*store, *params, &is_prefill);
+    if (!launch) {
+        snprintf(message, TQ_DEVICE_MESSAGE, "attend: no kernel at head_dim %d fits this device's shared memory",
+                 store->head_dim);
+        return TQ_ERR_HEAD_DIM;
+    }
+    attend_args args = {};
     args.splits_allowed = cut.splits_allowed, args.split_records_min = cut.split_records_min;
     args.small_blocks = cut.small_blocks;
     if (is_prefill) args.splits_allowed = 1;

@@ -24,6 +24,13 @@ __device__ __forceinline__ float exp2_approx(float x)
     return y;
 }
 
+__device__ __forceinline__ float tanh_approx(float x)
+{
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ uint32_t as_bits(__half2 x)
 {
     return *reinterpret_cast<uint32_t *>(&x);
@@ -87,6 +94,42 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void *row)
                  : "memory");
 }
 
+/* Four matrices in columns. */
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&m)[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+/* 16 bytes from global to shared memory, there for this thread after copies_wait. Before sm_80 a plain copy. */
+__device__ __forceinline__ void copy_async(uint8_t *to, const uint8_t *from)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+#else
+    *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
+#endif
+}
+
+__device__ __forceinline__ void copies_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+/* Count this block in; what the others that were counted before have written can then be read. */
+__device__ __forceinline__ uint32_t arrive(uint32_t *counter)
+{
+    uint32_t before;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 700
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+#endif
+    return before;
+}
+
 /*
  * A warp's queue of records on their way into shared memory, N_STAGE of n_bytes bytes. Every lane calls; stages are filled and
  * waited for in order, and `skip` stands for a record when there is none left. With sm_90 one instruction copies a record, with
@@ -126,15 +169,7 @@ template <int N_STAGE> struct warp_queue {
                          : "memory");
         }
 #else
-        for (int i = lane * 16; i < n_bytes; i += 512) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(stages + stage * n_bytes + i)),
-                         "l"(from + i)
-                         : "memory");
-#else
-            *reinterpret_cast<uint4 *>(stages + stage * n_bytes + i) = *reinterpret_cast<const uint4 *>(from + i);
-#endif
-        }
+        for (int i = lane * 16; i < n_bytes; i += 512) copy_async(stages + stage * n_bytes + i, from + i);
         skip();
 #endif
     }

@@ -1,24 +1,20 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The pairs of key and value formats that have kernels of their own at each head_dim, in decode and in Hopper's prefill; others
- * go through decode_any.cuh. X(head_dim, keys, values). The one list: kernels and tests are made of it.
+ * The pairs of key and value formats that have kernels of their own, in decode and in Hopper's prefill: the presets', and those
+ * scalar ones that are used most. All other pairs go through the kernels that look at formats when they run (formats.cuh), and
+ * the portable prefill has only such. X(head_dim, keys, values). The one list: kernels and tests are made of it, and a test
+ * compares docs/cuda.md with it.
  */
 #ifndef TQ_KERNELS_CUDA_PAIRS_H
 #define TQ_KERNELS_CUDA_PAIRS_H
 
 // clang-format off
-#define TQ_PAIRS_64(X) X(64, tq8, tq8) X(64, tq8, tq4) X(64, tq4, tq4) X(64, tq4, tq3) X(64, tq4, tq2) \
-                       X(64, tq3, tq3) X(64, tq2, tq2) \
-                       X(64, tq8, tt4) X(64, tt4, tt4) X(64, tt3, tt3) X(64, tt3, tt2) X(64, tt2, tt2)
-#define TQ_PAIRS_96(X) X(96, tq8, tq8) X(96, tq8, tq4) X(96, tq4, tq4) X(96, tq4, tq3) X(96, tq4, tq2) \
-                       X(96, tq3, tq3) X(96, tq2, tq2)
-#define TQ_PAIRS_128(X) X(128, tq8, tq8) X(128, tq8, tq4) X(128, tq4, tq4) X(128, tq4, tq3) X(128, tq4, tq2) \
-                        X(128, tq3, tq3) X(128, tq3, tq2) X(128, tq2, tq2) \
-                        X(128, tq8, tt4) X(128, tt4, tt4) X(128, tt3, tt3) X(128, tt3, tt2) X(128, tt2, tt2)
-#define TQ_PAIRS_192(X) X(192, tq8, tq8) X(192, tq8, tq4) X(192, tq4, tq4) X(192, tq4, tq3) X(192, tq4, tq2) \
-                        X(192, tq3, tq3)
-#define TQ_PAIRS_256(X) X(256, tq8, tq8) X(256, tq8, tq4) X(256, tq4, tq4) X(256, tq4, tq3) X(256, tq3, tq3) \
-                        X(256, tq2, tq2) X(256, tt4, tt4) X(256, tt3, tt3)
+/* TQ6, TQ4, TQ3 and TQ2 */
+#define TQ_PAIRS_OF_PRESETS(X, D) X(D, tq8, tt4) X(D, tt4, tt4) X(D, tt3, tt3) X(D, tt3, tt2)
+#define TQ_PAIRS(X) \
+    TQ_PAIRS_OF_PRESETS(X, 64) X(64, tq4, tq4) \
+    TQ_PAIRS_OF_PRESETS(X, 128) X(128, tq4, tq4) X(128, tq4, tq3) X(128, tq3, tq3) \
+    TQ_PAIRS_OF_PRESETS(X, 256) X(256, tq4, tq4)
 // clang-format on
 
 #endif

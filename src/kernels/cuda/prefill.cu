@@ -1,38 +1,25 @@
 /* SPDX-License-Identifier: MIT */
-#include "kernels/cuda/pairs.cuh"
+/* Prefill's launch on all architectures at all head_dims. */
+#include "kernels/cuda/attend_launch.cuh"
 #include "kernels/cuda/prefill.cuh"
 
-template <class K, class V, int D>
-static cudaError_t launch_prefill(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
+template <int D> static cudaError_t launch_prefill(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
 {
-    constexpr int bytes = (int)sizeof(prefill_shared<D>);
-    cudaError_t error = cudaFuncSetAttribute(prefill_kernel<K, V, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    using shape = prefill_shape<D>;
+    cudaError_t error = allow_most_shared_bytes(prefill_kernel<D>);
     if (error != cudaSuccess) return error;
-    uint32_t n_rows = (uint32_t)(args.n_query * args.group);
-    dim3 grid((n_rows + TQ_PREFILL_ROWS - 1) / TQ_PREFILL_ROWS, (uint32_t)args.n_head_kv, n_seq);
-    prefill_kernel<K, V, D><<<grid, prefill_threads, bytes, stream>>>(args);
+    dim3 grid((uint32_t)tq_ceil_div((int64_t)args.n_query * args.group, shape::n_rows), (uint32_t)args.n_head_kv, n_seq);
+    prefill_kernel<D><<<grid, shape::n_threads, prefill_bytes<D>(prefill_pair<D>(args)), stream>>>(args);
     return cudaGetLastError();
 }
 
-#define TQ_PREFILL_CASE(D, K, V) TQ_PAIR_CASE(launch_prefill, D, K, V)
-
-decode_launch prefill_find(int head_dim, int pair)
+template <int D> attend_launch find_prefill(const attend_choice &choice)
 {
-    if (head_dim == 128) {
-        switch (pair) {
-            TQ_PREFILL_CASE(128, tq8, tq8)
-            TQ_PREFILL_CASE(128, tq8, tq4)
-            TQ_PREFILL_CASE(128, tq4, tq4)
-            TQ_PREFILL_CASE(128, tq4, tq3)
-            TQ_PREFILL_CASE(128, tq3, tq3)
-            TQ_PREFILL_CASE(128, tq2, tq2)
-        }
-    } else if (head_dim == 64) {
-        switch (pair) {
-            TQ_PREFILL_CASE(64, tq8, tq8)
-            TQ_PREFILL_CASE(64, tq8, tq4)
-            TQ_PREFILL_CASE(64, tq4, tq4)
-        }
-    }
-    return nullptr;
+    return prefill_bytes<D>({choice.key_kind, choice.value_kind}) <= choice.shared_bytes ? launch_prefill<D> : nullptr;
 }
+
+template attend_launch find_prefill<64>(const attend_choice &choice);
+template attend_launch find_prefill<96>(const attend_choice &choice);
+template attend_launch find_prefill<128>(const attend_choice &choice);
+template attend_launch find_prefill<192>(const attend_choice &choice);
+template attend_launch find_prefill<256>(const attend_choice &choice);

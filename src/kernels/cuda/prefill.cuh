@@ -1,22 +1,19 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Prefill: many query rows over a compressed past. A thread block has 128 rows (query tokens x heads of a group) of one KV head
- * of one sequence, 16 to a warp, and walks over the columns in tiles of 32: a record, or 32 exact tokens. Eight warps expand a
- * tile into FP16 rows in shared memory, keys and values times their scales, all in the rotated basis; then each multiplies its
- * rows with it on tensor cores (FlashAttention's loop). The next tile is expanded into a second buffer meanwhile, so there is
- * one barrier a tile. Exact tokens are rotated on the way in; queries once before, results once after. Memory beside the cache:
- * none. Expected bound: tensor cores through mma.sync, then the expansion.
+ * Prefill on all architectures, of any pair of formats: many query rows over a compressed past. A thread block has 128 rows (64
+ * at head_dims above 128; query tokens x heads of a group) of one KV head of one sequence, 16 to a warp, and walks over the
+ * columns in tiles of 32: a record, or 32 exact tokens. Its warps expand a tile into FP16 rows in shared memory, keys and
+ * values times their scales, all in the rotated basis: a warp has the keys or the values of 8 tokens, and looks at their format
+ * once. Then each multiplies its rows with the tile on tensor cores (FlashAttention's loop). The next tile is expanded into a
+ * second buffer meanwhile, where there is room for one, so there is one barrier a tile; the bytes of the one after are on their
+ * way. Exact tokens are rotated on the way in; queries once before, results once after. Other memory than the cache: none.
+ * Expected bound: tensor cores through mma.sync, then the expansion.
  */
 #ifndef TQ_KERNELS_CUDA_PREFILL_CUH
 #define TQ_KERNELS_CUDA_PREFILL_CUH
 
-#include "kernels/cuda/attend_args.cuh"
-#include "kernels/cuda/expand.cuh"
+#include "kernels/cuda/formats.cuh"
 #include "kernels/cuda/prefill_rows.cuh"
-
-#define TQ_PREFILL_ROWS 128
-
-constexpr int prefill_warps = 8, prefill_threads = 32 * prefill_warps;
 
 /* One buffer: a tile's keys and values, rows of D FP16 numbers and 8 that keep rows apart in the banks; and its positions. */
 template <int D> struct prefill_tile {
@@ -25,102 +22,162 @@ template <int D> struct prefill_tile {
     int positions[TQ_RECORD_TOKENS]; /* -1: nothing there */
 };
 
+/* Eight copies of a table: more would take the memory that a second block of a multiprocessor needs. */
+template <int D> using prefill_pair = any_pair<D, 8>;
+
+template <int D> struct prefill_shape {
+    static constexpr int n_warps = D <= 128 ? 8 : 4, n_threads = 32 * n_warps, n_rows = 16 * n_warps;
+    static constexpr int n_buffers = D <= 128 ? 2 : 1; /* of tiles, and of records on their way */
+};
+
 template <int D> union prefill_shared {
     struct {
-        prefill_tile<D> tiles[2];
-        __align__(16) __half queries[TQ_PREFILL_ROWS][D + 8]; /* in base 2; read anew for each tile, to save registers */
+        prefill_tile<D> tiles[prefill_shape<D>::n_buffers];
+        /* In base 2; read again for each tile, to save registers. */
+        __align__(16) __half queries[prefill_shape<D>::n_rows][D + 8];
     } work;
-    float rows[TQ_PREFILL_ROWS][D + 4];
+    float rows[prefill_shape<D>::n_rows][D + 4];
 };
 
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&m)[4], const __half *row)
+/* With the tables and the records behind it. Devices of 8.6, 8.9 and 12.0 have 99 KB. */
+template <int D> int prefill_bytes(const prefill_pair<D> &pair)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(shared_address(row))
-                 : "memory");
+    static_assert(sizeof(prefill_shared<D>) + prefill_pair<D>::room(prefill_shape<D>::n_buffers) <= 99 * 1024, "fits all");
+    return (int)sizeof(prefill_shared<D>) + pair.table_bytes + prefill_shape<D>::n_buffers * pair.record_bytes;
 }
 
-/* A quarter of a record as it lies in memory, held by a warp until its place is free: warps 0 to 3 have 8 tokens' keys each,
- * warps 4 to 7 their values. */
-template <class K, class V, int D> struct raw_part {
-    static constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits;
-    static constexpr int key_words = D * K::bits / 128, value_words = D * V::bits / 128;
-    uint32_t words[key_words > value_words ? key_words : value_words];
-    __half scales[2];
-
-    template <int BITS, int N> __device__ __forceinline__ void load_words(const uint8_t *plane, int part, int lane)
-    {
-        constexpr int vector = D * BITS % 128 == 0 ? 16 : D * BITS % 64 == 0 ? 8 : 4;
-        if constexpr (vector == 16 && N % 4 == 0) {
-#pragma unroll
-            for (int i = 0; i < N / 4; i++) {
-                uint4 v = __ldg(reinterpret_cast<const uint4 *>(plane) + (part * (N / 4) + i) * 32 + lane);
-                words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                int y = 4 * (part * N + i), at = y / vector * 32 * vector + lane * vector + y % vector;
-                words[i] = __ldg(reinterpret_cast<const uint32_t *>(plane + at));
-            }
-        }
-    }
-
-    __device__ __forceinline__ void load(const uint8_t *record, int warp, int lane)
-    {
-        const __half *from = reinterpret_cast<const __half *>(record + key_bytes + value_bytes);
-        const int g = lane >> 2, t = lane & 3, part = warp & 3;
-        if (warp < 4) {
-            load_words<K::bits, key_words>(record, part, lane);
-            scales[0] = from[8 * (g >> 1) + 2 * part + (g & 1)];
-        } else {
-            load_words<V::bits, value_words>(record + key_bytes, part, lane);
-            scales[0] = from[TQ_RECORD_TOKENS + 8 * t + 2 * part], scales[1] = from[TQ_RECORD_TOKENS + 8 * t + 2 * part + 1];
-        }
-    }
-
-    /* To the rows of a tile whose first position is `first`. */
-    __device__ __forceinline__ void expand(prefill_tile<D> &tile, int first, int warp, int lane) const
-    {
-        const int g = lane >> 2, t = lane & 3, part = warp & 3;
-        if (warp < 4) {
-            __half2 scale = __float2half2_rn(__half2float(scales[0]) * K::step);
-            uint4 *to = reinterpret_cast<uint4 *>(&tile.keys[8 * (g >> 1) + 2 * part + (g & 1)][t * (D / 4)]);
-#pragma unroll
-            for (int k = 0; k < D / 32; k++) {
-                uint32_t low, high;
-                K::template octet<D>(words, k, low, high);
-                to[k] = make_uint4(scaled_pair<0x4140>(low, scale), scaled_pair<0x4342>(low, scale),
-                                   scaled_pair<0x4140>(high, scale), scaled_pair<0x4342>(high, scale));
-            }
-        } else {
-            __half2 scale0 = __float2half2_rn(__half2float(scales[0]) * V::step);
-            __half2 scale1 = __float2half2_rn(__half2float(scales[1]) * V::step);
-            uint2 *to0 = reinterpret_cast<uint2 *>(&tile.values[8 * t + 2 * part][g * (D / 8)]);
-            uint2 *to1 = reinterpret_cast<uint2 *>(&tile.values[8 * t + 2 * part + 1][g * (D / 8)]);
-#pragma unroll
-            for (int k = 0; k < D / 32; k++) {
-                uint32_t low, high;
-                V::template octet<D>(words, k, low, high);
-                to0[k] = make_uint2(scaled_pair<0x4140>(low, scale0), scaled_pair<0x4140>(high, scale0));
-                to1[k] = make_uint2(scaled_pair<0x4342>(low, scale1), scaled_pair<0x4342>(high, scale1));
-            }
-        }
-        if (threadIdx.x < TQ_RECORD_TOKENS) tile.positions[threadIdx.x] = first + (int)threadIdx.x;
-    }
-};
-
-/* Tokens outside [begin, end) are exact or not there: nobody may see them here, and values that nobody wrote could be NaN. */
-template <int D> __device__ __forceinline__ void blank_outside(prefill_tile<D> &tile, int begin, int end)
+/* The part of a lane's string that is its token `part` of keys or pair `part` of values, from 0 to 3, to where part 0 stands in
+ * words: so octet() and the trellises take it for that one, and only this function knows that there are others. */
+template <class C, int D, bool IS_VALUE>
+__device__ __forceinline__ void load_part(uint32_t (&words)[D * C::bits / 32], const uint8_t *plane, int part, int lane)
 {
-    __syncthreads();
-    for (int token = threadIdx.x / 32; token < TQ_RECORD_TOKENS; token += prefill_warps) {
-        int position = tile.positions[token];
-        if (position >= begin && position < end) continue;
-        for (int i = threadIdx.x & 31; i < D; i += 32) tile.keys[token][i] = tile.values[token][i] = __half(0.0f);
-        __syncwarp();
-        if ((threadIdx.x & 31) == 0) tile.positions[token] = -1;
+    constexpr tq_plane shape = {C::bits, D, IS_VALUE, C::is_trellis};
+    constexpr int part_bits = D * C::bits / 4, tail_bits = C::is_trellis ? 0 : tq_octet_group_of(shape).tail_bits;
+    auto half = [&](int y) { return *reinterpret_cast<const uint16_t *>(plane + tq_plane_offset(shape, lane, y)); };
+    auto word = [&](int y) { return *reinterpret_cast<const uint32_t *>(plane + tq_plane_offset(shape, lane, y)); };
+    if constexpr (tail_bits > 0) {
+        constexpr int n_words = tq_plane_words(shape), part_words = n_words / 4;
+        constexpr int n_tails = D / 32 / tq_octet_group_of(shape).octets; /* of 2 bits a code: halves of words */
+#pragma unroll
+        for (int i = 0; i < part_words; i++) words[i] = word(4 * (part * part_words + i));
+        if constexpr (tail_bits == 1) {
+            words[n_words] = spread_tails<IS_VALUE>(word(4 * n_words), lane) >> part;
+        } else {
+#pragma unroll
+            for (int i = 0; i < n_tails; i++) {
+                uint32_t tail = half(4 * n_words + 2 * (part * n_tails + i));
+                words[n_words + i / 2] = i % 2 ? words[n_words + i / 2] | tail << 16 : tail;
+            }
+        }
+    } else if constexpr (part_bits % 128 == 0) {
+#pragma unroll
+        for (int i = 0; i < part_bits / 128; i++) {
+            uint4 v = reinterpret_cast<const uint4 *>(plane)[(part * (part_bits / 128) + i) * 32 + lane];
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        }
+    } else if constexpr (part_bits % 32 == 0) {
+#pragma unroll
+        for (int i = 0; i < part_bits / 32; i++) words[i] = word(part * (part_bits / 8) + 4 * i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < part_bits / 16; i++) {
+            uint32_t next = half(part * (part_bits / 8) + 2 * i);
+            words[i / 2] = i % 2 ? words[i / 2] | next << 16 : next;
+        }
+    }
+}
+
+/* This lane's dimensions of a token's key, to where they stand in the token's row. */
+template <class K, int D, class T>
+__device__ __forceinline__ void expand_key_part(__half *row, const uint8_t *plane, int part, __half2 scale, const T &table,
+                                                int lane)
+{
+    uint4 *to = reinterpret_cast<uint4 *>(row + (lane & 3) * (D / 4));
+    auto put = [&](int k, uint32_t low, uint32_t high) {
+        to[k] = make_uint4(scaled_pair<0x4140>(low, scale), scaled_pair<0x4342>(low, scale),
+                           scaled_pair<0x4140>(high, scale), scaled_pair<0x4342>(high, scale));
+    };
+    uint32_t words[D * K::bits / 32];
+    load_part<K, D, false>(words, plane, part, lane);
+    if constexpr (K::is_trellis) {
+        uint32_t bytes[D / 16];
+        K::template key_bytes<D>(bytes, words, 0, table, lane);
+#pragma unroll
+        for (int k = 0; k < D / 32; k++) put(k, bytes[2 * k], bytes[2 * k + 1]);
+    } else {
+#pragma unroll
+        for (int k = 0; k < D / 32; k++) {
+            uint32_t low, high;
+            K::template octet<D>(words, k, low, high);
+            put(k, low, high);
+        }
+    }
+}
+
+/* The same of the values of two tokens, to the two rows. */
+template <class V, int D, class T>
+__device__ __forceinline__ void expand_value_part(__half *row0, __half *row1, const uint8_t *plane, int part, __half2 scale0,
+                                                  __half2 scale1, const T &table, int lane)
+{
+    const int first = (lane >> 2) * (D / 8);
+    uint32_t words[D * V::bits / 32];
+    load_part<V, D, true>(words, plane, part, lane);
+    if constexpr (V::is_trellis) {
+        __half2 *to0 = reinterpret_cast<__half2 *>(row0 + first), *to1 = reinterpret_cast<__half2 *>(row1 + first);
+        V::template value_pairs<D, 1>(words, 0, table, lane, [&](int x, const uint32_t(&pair)[1][2]) {
+            to0[x] = __hmul2(as_half2(permute(pair[0][0], pair[0][1], 0x5410)), scale0);
+            to1[x] = __hmul2(as_half2(permute(pair[0][0], pair[0][1], 0x7632)), scale1);
+        });
+    } else {
+        uint2 *to0 = reinterpret_cast<uint2 *>(row0 + first), *to1 = reinterpret_cast<uint2 *>(row1 + first);
+#pragma unroll
+        for (int k = 0; k < D / 32; k++) {
+            uint32_t low, high;
+            V::template octet<D>(words, k, low, high);
+            to0[k] = make_uint2(scaled_pair<0x4140>(low, scale0), scaled_pair<0x4140>(high, scale0));
+            to1[k] = make_uint2(scaled_pair<0x4342>(low, scale1), scaled_pair<0x4342>(high, scale1));
+        }
+    }
+}
+
+/* A token's scale in units of a level, twice; 0 outside [begin, end), where tokens are exact or not there and codes and scales
+ * may be anything. */
+__device__ __forceinline__ __half2 scale_within(const __half *scales, float step, int first, int token, int begin, int end)
+{
+    bool is_there = first + token >= begin && first + token < end;
+    return __float2half2_rn(is_there ? __half2float(scales[token]) * step : 0.0f);
+}
+
+/* A record, whose first position is `first`, to a tile; of it this tile has positions [begin, end). */
+template <int D>
+__device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8_t *record, int first, int begin, int end,
+                                              const prefill_pair<D> &pair, const typename prefill_pair<D>::tables &tables,
+                                              int warp, int lane)
+{
+    const int g = lane >> 2, t = lane & 3;
+    const __half *key_scales = reinterpret_cast<const __half *>(record + pair.key_bytes + pair.value_bytes);
+    const __half *value_scales = key_scales + TQ_RECORD_TOKENS;
+#pragma unroll 1
+    for (int part = warp; part < 8; part += prefill_shape<D>::n_warps) {
+        if (part < 4) {
+            const int token = 8 * (g >> 1) + 2 * part + (g & 1);
+            const __half2 scale = scale_within(key_scales, pair.key_step, first, token, begin, end);
+            pair.with_keys([&](auto codes) {
+                expand_key_part<decltype(codes), D>(tile.keys[token], record, part, scale, tables.key, lane);
+            });
+        } else {
+            const int token = 8 * t + 2 * (part - 4);
+            const __half2 scale0 = scale_within(value_scales, pair.value_step, first, token, begin, end);
+            const __half2 scale1 = scale_within(value_scales, pair.value_step, first, token + 1, begin, end);
+            pair.with_values([&](auto codes) {
+                expand_value_part<decltype(codes), D>(tile.values[token], tile.values[token + 1], record + pair.key_bytes,
+                                                      part - 4, scale0, scale1, tables.value, lane);
+            });
+        }
+    }
+    if (threadIdx.x < TQ_RECORD_TOKENS) {
+        int position = first + (int)threadIdx.x;
+        tile.positions[threadIdx.x] = position >= begin && position < end ? position : -1;
     }
 }
 
@@ -130,7 +187,7 @@ __device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_i
 {
     const int lane16 = threadIdx.x & 15;
     const exact_finder finder(id, args, D);
-    for (int k = threadIdx.x / 16; k < 2 * TQ_RECORD_TOKENS; k += prefill_threads / 16) {
+    for (int k = threadIdx.x / 16; k < 2 * TQ_RECORD_TOKENS; k += prefill_shape<D>::n_threads / 16) {
         int token = k / 2, e = TQ_RECORD_TOKENS * i + token;
         float x[D / 16] = {};
         if (e < id.n_exact) {
@@ -185,7 +242,7 @@ template <int D>
 __device__ __forceinline__ void prefill_queries(prefill_shared<D> &shared, const tile_id &id, const attend_args &args)
 {
     const int lane16 = threadIdx.x & 15;
-    for (int row = threadIdx.x / 16; row < TQ_PREFILL_ROWS; row += prefill_threads / 16) {
+    for (int row = threadIdx.x / 16; row < prefill_shape<D>::n_rows; row += prefill_shape<D>::n_threads / 16) {
         float x[D / 16] = {};
         if (row < id.n_rows) {
             row_place place = place_of(id, args, row);
@@ -217,7 +274,7 @@ __device__ __forceinline__ void prefill_finish(const float (&out)[D / 8][4], con
     }
     __syncthreads();
     const int lane16 = threadIdx.x & 15;
-    for (int row = threadIdx.x / 16; row < id.n_rows; row += prefill_threads / 16) {
+    for (int row = threadIdx.x / 16; row < id.n_rows; row += prefill_shape<D>::n_threads / 16) {
         float x[D / 16];
 #pragma unroll
         for (int k = 0; k < D / 16; k++) x[k] = shared.rows[row][16 * k + lane16];
@@ -228,29 +285,25 @@ __device__ __forceinline__ void prefill_finish(const float (&out)[D / 8][4], con
     }
 }
 
-template <class K, class V, int D>
-__global__ void __launch_bounds__(prefill_threads, 2) prefill_kernel(const __grid_constant__ attend_args args)
+template <int D>
+__global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel(const __grid_constant__ attend_args args)
 {
+    using shape = prefill_shape<D>;
+    constexpr int N = shape::n_buffers;
     extern __shared__ __align__(128) uint8_t memory[];
     auto &shared = *reinterpret_cast<prefill_shared<D> *>(memory);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    constexpr int record_bytes = 4 * D * (K::bits + V::bits) + 2 * TQ_RECORD_SCALE_BYTES;
+    const prefill_pair<D> pair(args);
+    uint8_t *const table_memory = memory + sizeof(prefill_shared<D>), *const records = table_memory + pair.table_bytes;
 
     tile_id id = {};
     id.sequence = (int32_t)blockIdx.z, id.head = (int32_t)blockIdx.y;
-    id.first_row = (int32_t)(gridDim.x - 1 - blockIdx.x) * TQ_PREFILL_ROWS; /* those that see most first */
-    id.n_rows = min(args.n_query * args.group - id.first_row, TQ_PREFILL_ROWS);
+    id.first_row = (int32_t)(gridDim.x - 1 - blockIdx.x) * shape::n_rows; /* those that see most first */
+    id.n_rows = min(args.n_query * args.group - id.first_row, shape::n_rows);
     id.first_token = token_of(id.first_row, args), id.last_token = token_of(id.first_row + id.n_rows - 1, args);
     measure_tile(id, args, length_of(args, id.sequence)); /* one split: all records */
 
-    prefill_queries(shared, id, args);
-    prefill_rows rows = open_rows(id, args, 16 * warp, lane);
-    float out[D / 8][4];
-#pragma unroll
-    for (int x = 0; x < D / 8; x++) out[x][0] = out[x][1] = out[x][2] = out[x][3] = 0.0f;
-    __syncthreads();
-
-    const record_finder finder(id, args, record_bytes);
+    const record_finder finder(id, args, pair.record_bytes);
     const int n_records = max(id.record_end - id.record_begin, 0);
     const int n_tiles = n_records + (id.n_exact + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
     const int2 first = visible_to(id, args, id.first_token), last = visible_to(id, args, id.last_token);
@@ -258,34 +311,43 @@ __global__ void __launch_bounds__(prefill_threads, 2) prefill_kernel(const __gri
         int begin = (id.record_begin + i) * TQ_RECORD_TOKENS, end = begin + TQ_RECORD_TOKENS;
         return i < n_records && begin >= max(last.x, id.coded_begin) && end <= min(first.y, id.coded_end);
     };
-    raw_part<K, V, D> raw;             /* of the next record: on its way while this one is worked on */
-    const uint8_t *raw_from = nullptr; /* of the one after */
+    const uint8_t *from = n_records > 0 ? finder.at(id.record_begin, args) : nullptr; /* of the next record to load */
     auto load = [&](int i) {
-        if (i < n_records) raw.load(raw_from, warp, lane);
-        if (i + 1 < n_records) raw_from = finder.at(id.record_begin + i + 1, args);
+        uint8_t *to = records + i % N * pair.record_bytes;
+        if (i < n_records) {
+            for (int k = 16 * threadIdx.x; k < pair.record_bytes; k += 16 * shape::n_threads) copy_async(to + k, from + k);
+        }
+        if (i + 1 < n_records) from = finder.at(id.record_begin + i + 1, args);
     };
+    const auto tables = tables_at(pair, table_memory, lane);
     auto expand = [&](int i) {
-        prefill_tile<D> &tile = shared.work.tiles[i & 1];
+        prefill_tile<D> &tile = shared.work.tiles[i % N];
         if (i >= n_records) {
             expand_exact<D>(tile, id, args, i - n_records);
-            return;
-        }
-        int begin = (id.record_begin + i) * TQ_RECORD_TOKENS;
-        raw.expand(tile, begin, warp, lane);
-        if (begin < id.coded_begin || begin + TQ_RECORD_TOKENS > id.coded_end) { /* the whole block comes here or none of it */
-            blank_outside<D>(tile, id.coded_begin, id.coded_end);
+        } else {
+            expand_record<D>(tile, records + i % N * pair.record_bytes, (id.record_begin + i) * TQ_RECORD_TOKENS,
+                             id.coded_begin, id.coded_end, pair, tables, warp, lane);
         }
     };
-    if (n_records > 0) raw_from = finder.at(id.record_begin, args);
+
     load(0);
-    if (n_tiles > 0) expand(0);
-    load(1);
+    fill_tables(pair, table_memory, args.windows);
+    prefill_queries(shared, id, args);
+    prefill_rows rows = open_rows(id, args, 16 * warp, lane);
+    float out[D / 8][4];
+#pragma unroll
+    for (int x = 0; x < D / 8; x++) out[x][0] = out[x][1] = out[x][2] = out[x][3] = 0.0f;
+    copies_wait();
     __syncthreads();
 #pragma unroll 1
-    for (int i = 0; i < n_tiles; i++) {
-        if (i + 1 < n_tiles) expand(i + 1);
-        load(i + 2);
-        attend_tile<D>(out, rows, shared.work.tiles[i & 1], shared.work.queries[16 * warp], args, is_whole(i), lane);
+    for (int i = 1 - N; i < n_tiles; i++) { /* before 0 only tiles are expanded */
+        if (i + N - 1 < n_tiles) expand(i + N - 1);
+        if (N == 1) __syncthreads();
+        load(i + N);
+        if (i >= 0) {
+            attend_tile<D>(out, rows, shared.work.tiles[i % N], shared.work.queries[16 * warp], args, is_whole(i), lane);
+        }
+        copies_wait();
         __syncthreads();
     }
     prefill_finish<D>(out, rows, shared, id, args, warp, lane);

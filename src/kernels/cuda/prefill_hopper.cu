@@ -1,43 +1,37 @@
 /* SPDX-License-Identifier: MIT */
-#include "kernels/cuda/pairs.cuh"
+/* Hopper's prefill launches at TQ_HEAD_DIMS. */
+#include <type_traits>
+
+#include "kernels/cuda/attend_launch.cuh"
+#include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill_hopper.cuh"
 
-template <class K, class V, int D>
-static cudaError_t launch_prefill(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
+template <class F, int D> static cudaError_t launch_formats(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
 {
-    using shape = hopper_shape<K, V, D>;
-    cudaError_t error =
-        cudaFuncSetAttribute(prefill_hopper_kernel<K, V, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::shared_bytes);
+    using shape = hopper_shape<F, D>;
+    static_assert(shape::fits, "the shared memory of a block");
+    cudaError_t error = allow_shared_bytes(prefill_hopper_kernel<F, D>, shape::shared_bytes);
     if (error != cudaSuccess) return error;
     dim3 grid((uint32_t)tq_ceil_div((int64_t)args.n_query * args.group, shape::n_rows), (uint32_t)args.n_head_kv, n_seq);
-    prefill_hopper_kernel<K, V, D><<<grid, shape::n_threads, shape::shared_bytes, stream>>>(args);
+    prefill_hopper_kernel<F, D><<<grid, shape::n_threads, shape::shared_bytes, stream>>>(args);
     return cudaGetLastError();
 }
 
-#define TQ_HOPPER_CASE(D, K, V) TQ_PAIR_CASE(launch_prefill, D, K, V)
+/* tq8/tt4 at head_dim 256 has no room for all copies of a table. */
+template <class K, class V, int D>
+using hopper_pair =
+    std::conditional_t<hopper_shape<known_pair<K, V, D, 32>, D>::fits, known_pair<K, V, D, 32>, known_pair<K, V, D, 16>>;
 
-decode_launch prefill_find_hopper(int head_dim, int pair)
-{
-    if (head_dim == 64) {
-        switch (pair) {
-            TQ_PAIRS_64(TQ_HOPPER_CASE)
-        }
-    } else if (head_dim == 96) {
-        switch (pair) {
-            TQ_PAIRS_96(TQ_HOPPER_CASE)
-        }
-    } else if (head_dim == 128) {
-        switch (pair) {
-            TQ_PAIRS_128(TQ_HOPPER_CASE)
-        }
-    } else if (head_dim == 192) {
-        switch (pair) {
-            TQ_PAIRS_192(TQ_HOPPER_CASE)
-        }
-    } else if (head_dim == 256) {
-        switch (pair) {
-            TQ_PAIRS_256(TQ_HOPPER_CASE)
-        }
+#define TQ_LINE(HEAD_DIM, K, V)                                                    \
+    if constexpr (D == HEAD_DIM) {                                                 \
+        if (is_pair<K, V>(choice)) return launch_formats<hopper_pair<K, V, D>, D>; \
     }
-    return nullptr;
+
+template <int D> attend_launch find_prefill_hopper(const attend_choice &choice)
+{
+    TQ_PAIRS(TQ_LINE)
+    return launch_formats<any_pair<D, 16>, D>;
 }
+
+#define TQ_INSTANCE(D) template attend_launch find_prefill_hopper<D>(const attend_choice &choice);
+TQ_HEAD_DIMS(TQ_INSTANCE)

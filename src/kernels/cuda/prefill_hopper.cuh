@@ -15,18 +15,17 @@
 #ifndef TQ_KERNELS_CUDA_PREFILL_HOPPER_CUH
 #define TQ_KERNELS_CUDA_PREFILL_HOPPER_CUH
 
-#include "kernels/cuda/expand.cuh"
+#include "kernels/cuda/formats.cuh"
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/prefill_rows.cuh"
-#include "kernels/cuda/trellis_codes.cuh"
 
-template <class K, class V, int D> struct hopper_shape {
-    static constexpr int table_bytes = window_tables<K, V>::bytes;
+/* F is what is known of the formats when a kernel is compiled: known_pair, or any_pair<D, 16>. Its tables have half the copies,
+ * so that tiles of 128 tokens fit at head_dim 128. */
+template <class F, int D> struct hopper_shape {
     /* Warp groups that expand, each every second tile, and that multiply. */
     static constexpr int n_expanders = 2, n_groups = D <= 192 ? 2 : 1;
     static constexpr int n_rows = 64 * n_groups, n_threads = 128 * (n_expanders + n_groups);
     static constexpr int depth = (D + 63) / 64 * 64; /* of scores, and rows of values: whole panels */
-    static constexpr int record_bytes = 4 * D * (K::bits + V::bits) + 2 * TQ_RECORD_SCALE_BYTES;
     /* Multiples of 8 that use the 65536 registers up. */
     static constexpr int multiply_registers = D <= 192 ? 176 : 240, expand_registers = D <= 192 ? 80 : 128;
 
@@ -34,30 +33,32 @@ template <class K, class V, int D> struct hopper_shape {
     /* Of a block whose tiles have so many tokens and whose expanders have a queue of so many tiles. */
     static constexpr int bytes_of(int tokens, int queue)
     {
-        return query_bytes + n_buffers * 4 * tokens * depth + table_bytes + 1024 +
-               n_expanders * queue * tokens / TQ_RECORD_TOKENS * record_bytes;
+        return query_bytes + n_buffers * 4 * tokens * depth + 1024 + F::room(n_expanders * queue * tokens / TQ_RECORD_TOKENS);
     }
     static constexpr int n_tokens = D <= 128 && bytes_of(128, 1) <= limit ? 128 : 64;
     static constexpr int n_records = n_tokens / TQ_RECORD_TOKENS;
     static constexpr int side_bytes = 2 * n_tokens * depth, tile_bytes = n_buffers * 2 * side_bytes;
-    static constexpr int queue_bytes = n_records * record_bytes;
     static constexpr int n_queue = bytes_of(n_tokens, 2) <= limit ? 2 : 1; /* of an expander */
-    static constexpr int shared_bytes = bytes_of(n_tokens, n_queue);
-    static_assert(shared_bytes <= limit, "a block has 227 KB, and its barriers take some");
+    static constexpr int shared_bytes = bytes_of(n_tokens, n_queue); /* at most */
+    static constexpr bool fits = shared_bytes <= limit; /* a block has 227 KB, and its barriers take some */
 };
 
 #ifdef TQ_HOPPER
+
+/* Barriers of some warps by number (0 is __syncthreads'): of an expanding group, + its number; of all that multiply; and of one
+ * of those, + its number. */
+enum named_barrier { EXPANDER_BARRIER = 1, MULTIPLIERS_BARRIER = 3, MULTIPLIER_BARRIER = 4 };
 
 /* Shared memory, in this order; then 1024 bytes of positions. */
 template <class S> struct hopper_shared {
     uint8_t *queries, *tiles, *table, *queue;
     int *positions;                    /* [n_buffers, n_tokens] */
     uint64_t *filled, *free, *arrived; /* of the buffers; of the queues */
-    __device__ __forceinline__ explicit hopper_shared(uint8_t *memory)
-        : queries(memory), tiles(queries + S::query_bytes), table(tiles + S::tile_bytes), queue(table + S::table_bytes)
+    __device__ __forceinline__ hopper_shared(uint8_t *memory, int table_bytes, int record_bytes)
+        : queries(memory), tiles(queries + S::query_bytes), table(tiles + S::tile_bytes), queue(table + table_bytes)
     {
         static_assert(S::n_buffers * S::n_tokens * 4 <= 1024, "positions fit the tail");
-        positions = reinterpret_cast<int *>(queue + S::n_expanders * S::n_queue * S::queue_bytes);
+        positions = reinterpret_cast<int *>(queue + S::n_expanders * S::n_queue * S::n_records * record_bytes);
     }
     __device__ __forceinline__ uint8_t *keys(int buffer) const
     {
@@ -117,9 +118,9 @@ __device__ __forceinline__ void put_octet(uint8_t *to, uint32_t low, uint32_t hi
 }
 
 /* Keys of a record to rows first_row on; scales[j] of this lane's token j. */
-template <class K, int D>
+template <class K, int D, class T>
 __device__ __forceinline__ void expand_keys(uint8_t *tile, int n_rows, int first_row, const uint8_t *plane,
-                                            const __half2 (&scales)[4], const window_table &table, int lane)
+                                            const __half2 (&scales)[4], const T &table, int lane)
 {
     const int g = lane >> 2, t = lane & 3;
     uint8_t *to = tile + (first_row + 8 * (g >> 1) + (g & 1)) * 128;
@@ -156,9 +157,9 @@ __device__ __forceinline__ void expand_keys(uint8_t *tile, int n_rows, int first
 }
 
 /* Values of a record to tokens first_token on; scales[i] of this lane's pair i of tokens. */
-template <class V, int D>
+template <class V, int D, class T>
 __device__ __forceinline__ void expand_values(uint8_t *tile, int depth, int first_token, const uint8_t *plane,
-                                              const __half2 (&scales)[4], const window_table &table, int lane)
+                                              const __half2 (&scales)[4], const T &table, int lane)
 {
     const int g = lane >> 2, t = lane & 3, chunk = first_token % 64 / 8 + t;
     uint8_t *to = tile + first_token / 64 * depth * 128 + value_row<D>(g, 0, 0) * 128;
@@ -169,7 +170,7 @@ __device__ __forceinline__ void expand_values(uint8_t *tile, int depth, int firs
         load_string(words, plane, lane);
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            V::template value_pairs<D>(words, i, table, lane, [&](int x, const uint32_t(&pair)[2][2]) {
+            V::template value_pairs<D, 2>(words, i, table, lane, [&](int x, const uint32_t(&pair)[2][2]) {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     *reinterpret_cast<uint2 *>(chunk_of(x / 2, 2 * (x % 2) + h) + 4 * i) =
@@ -216,13 +217,13 @@ __device__ __forceinline__ __half2 scales_within(__half2 scales, float step, int
 }
 
 /* One side of a record, whose first position is `first`, to its place in a tile; one warp. */
-template <class K, class V, int D>
+template <class F, int D>
 __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int place, bool is_value, const uint8_t *record,
-                                            int first, int begin, int end, const window_tables<K, V> &tables, int lane)
+                                            int first, int begin, int end, const F &formats,
+                                            const typename F::tables &tables, int lane)
 {
-    using S = hopper_shape<K, V, D>;
-    constexpr int key_bytes = 4 * D * K::bits, value_bytes = 4 * D * V::bits;
-    const uint8_t *from = record + key_bytes + value_bytes + (is_value ? TQ_RECORD_SCALE_BYTES : 0);
+    using S = hopper_shape<F, D>;
+    const uint8_t *from = record + formats.key_bytes + formats.value_bytes + (is_value ? TQ_RECORD_SCALE_BYTES : 0);
     const int g = lane >> 2, t = lane & 3;
     __half2 scales[4];
     if (is_value) {
@@ -231,9 +232,12 @@ __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int position = first + 8 * t + 2 * i;
-            scales[i] = scales_within(as_half2(pairs[i]), V::step, position, position + 1, begin, end);
+            scales[i] = scales_within(as_half2(pairs[i]), formats.value_step, position, position + 1, begin, end);
         }
-        expand_values<V, D>(values, S::depth, place * TQ_RECORD_TOKENS, record + key_bytes, scales, tables.value, lane);
+        formats.with_values([&](auto codes) {
+            expand_values<decltype(codes), D>(values, S::depth, place * TQ_RECORD_TOKENS, record + formats.key_bytes, scales,
+                                              tables.value, lane);
+        });
     } else {
         uint4 v = reinterpret_cast<const uint4 *>(from)[g >> 1];
         const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
@@ -241,9 +245,11 @@ __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int 
         for (int j = 0; j < 4; j++) { /* the lane's token twice */
             int position = first + 8 * (g >> 1) + 2 * j + (g & 1);
             __half2 twice = as_half2(permute(pairs[j], 0, g & 1 ? 0x3232 : 0x1010));
-            scales[j] = scales_within(twice, K::step, position, position, begin, end);
+            scales[j] = scales_within(twice, formats.key_step, position, position, begin, end);
         }
-        expand_keys<K, D>(keys, S::n_tokens, place * TQ_RECORD_TOKENS, record, scales, tables.key, lane);
+        formats.with_keys([&](auto codes) {
+            expand_keys<decltype(codes), D>(keys, S::n_tokens, place * TQ_RECORD_TOKENS, record, scales, tables.key, lane);
+        });
     }
 }
 
@@ -273,21 +279,22 @@ __device__ __forceinline__ void expand_exact_tile(uint8_t *keys, uint8_t *values
 }
 
 /* A warp group that expands: tiles `group`, group + 2, ... */
-template <class K, class V, int D>
-__device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<K, V, D>> &shared, const tile_id &id,
-                                             const attend_args &args, int n_records, int n_tiles, int group)
+template <class F, int D>
+__device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<F, D>> &shared, const tile_id &id,
+                                             const attend_args &args, const F &formats, int n_records, int n_tiles, int group)
 {
-    using S = hopper_shape<K, V, D>;
+    using S = hopper_shape<F, D>;
     static_assert(S::n_expanders == 2 && S::n_buffers % 2 == 0, "each has buffers of its own");
     const int thread = threadIdx.x % 128, warp = thread >> 5, lane = thread & 31;
     const int n_coded = (n_records + S::n_records - 1) / S::n_records;
-    const record_finder finder(id, args, S::record_bytes);
+    const int record_bytes = formats.record_bytes, queue_bytes = S::n_records * record_bytes;
+    const record_finder finder(id, args, record_bytes);
     /* Positions that records bring; a last tile's places beyond hold what was there before. */
     const int coded_begin = id.coded_begin, coded_end = min(id.coded_end, id.record_end * TQ_RECORD_TOKENS);
-    const window_tables<K, V> tables(shared.table, lane);
+    const typename F::tables tables = tables_at(formats, shared.table, lane);
 
     /* Warp 0 fills the queue: lane r brings record r of a tile, whose address it has looked up one fill before. */
-    uint8_t *const queue = shared.queue + group * S::n_queue * S::queue_bytes;
+    uint8_t *const queue = shared.queue + group * S::n_queue * queue_bytes;
     uint64_t *const arrived = shared.arrived + group * S::n_queue;
     const uint8_t *from = nullptr;
     auto find = [&](int i) {
@@ -297,9 +304,9 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<K,
     auto fill = [&](int i, int slot) {
         if (i >= n_coded) return;
         int n_now = min(n_records - i * S::n_records, S::n_records);
-        if (lane == 0) barrier_expect(arrived + slot, (uint32_t)(n_now * S::record_bytes));
+        if (lane == 0) barrier_expect(arrived + slot, (uint32_t)(n_now * record_bytes));
         __syncwarp();
-        if (from) copy_bulk(queue + slot * S::queue_bytes + lane * S::record_bytes, from, S::record_bytes, arrived + slot);
+        if (from) copy_bulk(queue + slot * queue_bytes + lane * record_bytes, from, record_bytes, arrived + slot);
         find(i + 2);
     };
     if (warp == 0) {
@@ -322,26 +329,26 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<K,
 #pragma unroll 1
             for (int part = warp; part < 2 * S::n_records; part += 4) {
                 int place = part % S::n_records;
-                expand_side<K, V, D>(keys, values, place, part >= S::n_records,
-                                     queue + slot * S::queue_bytes + place * S::record_bytes, first + place * TQ_RECORD_TOKENS,
-                                     coded_begin, coded_end, tables, lane);
+                expand_side<F, D>(keys, values, place, part >= S::n_records,
+                                     queue + slot * queue_bytes + place * record_bytes, first + place * TQ_RECORD_TOKENS,
+                                     coded_begin, coded_end, formats, tables, lane);
             }
         } else {
             expand_exact_tile<D, S>(keys, values, positions, id, args, i - n_coded);
         }
         show_to_products();
-        sync_some(1 + group, 128);
+        sync_some(EXPANDER_BARRIER + group, 128);
         if (thread == 0) barrier_arrive(shared.filled + buffer);
         if (warp == 0) fill(i + 2 * S::n_queue, slot);
     }
 }
 
 /* A warp group that multiplies; group: which one, from 0. */
-template <class K, class V, int D>
-__device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<K, V, D>> &shared, const tile_id &id,
+template <class F, int D>
+__device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<F, D>> &shared, const tile_id &id,
                                                const attend_args &args, int n_records, int n_tiles, int group)
 {
-    using S = hopper_shape<K, V, D>;
+    using S = hopper_shape<F, D>;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x & 31;
     const int n_coded = (n_records + S::n_records - 1) / S::n_records;
     const int2 first = visible_to(id, args, id.first_token), last = visible_to(id, args, id.last_token);
@@ -399,7 +406,7 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
     /* Through shared memory, where nobody needs queries and tiles any more, to rows; rotated back and written. */
     constexpr int row_floats = D + 4;
     static_assert(4 * S::n_rows * row_floats <= S::query_bytes + S::tile_bytes, "results fit where operands were");
-    sync_some(3, 128 * S::n_groups);
+    sync_some(MULTIPLIERS_BARRIER, 128 * S::n_groups);
     float *results = reinterpret_cast<float *>(shared.queries) + 64 * group * row_floats;
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll
@@ -413,7 +420,7 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
             *reinterpret_cast<float2 *>(results + row * row_floats + dim) = pair;
         }
     }
-    sync_some(4 + group, 128);
+    sync_some(MULTIPLIER_BARRIER + group, 128);
     const int lane16 = threadIdx.x & 15;
     for (int row = threadIdx.x % 128 / 16; row < min(id.n_rows - 64 * group, 64); row += 8) {
         float x[D / 16];
@@ -447,15 +454,16 @@ template <class S, int D> __device__ __forceinline__ void write_queries(uint8_t 
 
 #endif
 
-template <class K, class V, int D>
-__global__ void __launch_bounds__(hopper_shape<K, V, D>::n_threads, 1)
+template <class F, int D>
+__global__ void __launch_bounds__(hopper_shape<F, D>::n_threads, 1)
     prefill_hopper_kernel(const __grid_constant__ attend_args args)
 {
 #ifdef TQ_HOPPER
-    using S = hopper_shape<K, V, D>;
+    using S = hopper_shape<F, D>;
+    const F formats(args);
     extern __shared__ __align__(1024) uint8_t memory[];
     __shared__ uint64_t barriers[2 * S::n_buffers + S::n_expanders * S::n_queue];
-    hopper_shared<S> shared(memory);
+    hopper_shared<S> shared(memory, formats.table_bytes, formats.record_bytes);
     shared.filled = barriers, shared.free = barriers + S::n_buffers, shared.arrived = barriers + 2 * S::n_buffers;
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_buffers; i++) {
@@ -479,17 +487,17 @@ __global__ void __launch_bounds__(hopper_shape<K, V, D>::n_threads, 1)
         }
         __syncthreads();
     }
-    window_tables<K, V>::fill(shared.table, args.windows);
+    fill_tables(formats, shared.table, args.windows);
     write_queries<S, D>(shared.queries, id, args);
     show_to_products();
     __syncthreads();
     const int group = threadIdx.x / 128;
     if (group < S::n_expanders) {
         leave_registers<S::expand_registers>();
-        expand_tiles<K, V, D>(shared, id, args, n_records, n_tiles, group);
+        expand_tiles<F, D>(shared, id, args, formats, n_records, n_tiles, group);
     } else {
         take_registers<S::multiply_registers>();
-        multiply_tiles<K, V, D>(shared, id, args, n_records, n_tiles, group - S::n_expanders);
+        multiply_tiles<F, D>(shared, id, args, n_records, n_tiles, group - S::n_expanders);
     }
 #endif
 }

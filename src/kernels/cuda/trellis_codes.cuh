@@ -3,8 +3,8 @@
  * Trellis codes to values. Each value is read through a window of 8 bits that begins with its own code, and a table of 256
  * bytes says what the window stands for. It stands in shared memory in one of two forms:
  *
- *   window_table  once for every bank, so that 32 lanes look up 32 windows in one cycle: an entry is a word with the value as
- *                 FP16 in the lower half and 128 + value in the third byte
+ *   window_table  32 copies, one for every bank, so that 32 lanes look up 32 windows in one cycle, or fewer: an entry is a
+ *                 word with the value as FP16 in the lower half and 128 + value in the third byte
  *   pair_table    two values at once, by the 8 + BITS bits of their two windows: half the look-ups and instructions, in 128 KB,
  *                 which is 32, 16 or 8 copies at 2, 3 or 4 bits, so at 3 and 4 bits some lanes wait for each other. An entry is
  *                 two FP16 numbers 1024 + 128 + value, whose lower bytes are 128 + value
@@ -14,44 +14,27 @@
 
 #include "kernels/cuda/mma.cuh"
 
-#define TQ_WINDOW_TABLE_BYTES (256 * 32 * 4)
+/* Fewer copies take less memory, and lanes that share one wait for each other. */
+template <int N_COPIES> struct window_table {
+    static constexpr int n_entries = 256, bytes = 4 * n_entries * N_COPIES;
+    static constexpr int shift = N_COPIES == 32 ? 7 : N_COPIES == 16 ? 6 : 5; /* of an entry's number to its offset */
+    static_assert(4 * N_COPIES == 1 << shift, "an entry's copies are neighbours");
+    const uint8_t *lane_base; /* of this lane's copy */
 
-struct window_table {
-    const uint8_t *lane_base; /* of this lane's bank */
-};
-
-__device__ __forceinline__ void fill_window_table(uint8_t *memory, const int8_t *windows)
-{
-    for (int i = threadIdx.x; i < 256 * 32; i += blockDim.x) {
-        int value = windows[i / 32];
-        uint32_t half_bits = __half_as_ushort(__int2half_rn(value));
-        reinterpret_cast<uint32_t *>(memory)[i] = half_bits | (uint32_t)(value + 128) << 16;
-    }
-}
-
-/* The tables of a kernel: none, one, or one for keys and one for values that are trellises of different bits. */
-template <class K, class V> struct window_tables {
-    static constexpr bool has_key = K::is_trellis, has_value = V::is_trellis && !(has_key && K::bits == V::bits);
-    static constexpr int bytes = (has_key + has_value) * TQ_WINDOW_TABLE_BYTES;
-    window_table key, value;
-    __device__ __forceinline__ window_tables(const uint8_t *memory, int lane)
-        : key{memory + 4 * lane}, value{memory + (has_key && has_value ? TQ_WINDOW_TABLE_BYTES : 0) + 4 * lane}
+    /* The whole block; a barrier must follow before the first look-up. */
+    __device__ __forceinline__ static void fill(uint8_t *memory, const int8_t *windows)
     {
+        for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) {
+            int value = windows[i / N_COPIES];
+            uint32_t half_bits = __half_as_ushort(__int2half_rn(value));
+            reinterpret_cast<uint32_t *>(memory)[i] = half_bits | (uint32_t)(value + 128) << 16;
+        }
     }
-    /* The whole block; a barrier must follow before the first look-up. windows: of keys, of values. */
-    __device__ __forceinline__ static void fill(uint8_t *memory, const int8_t (&windows)[2][256])
+    __device__ __forceinline__ static window_table at(const uint8_t *memory, int lane)
     {
-        if constexpr (has_key) fill_window_table(memory, windows[0]);
-        if constexpr (has_value) fill_window_table(memory + (has_key ? TQ_WINDOW_TABLE_BYTES : 0), windows[1]);
+        return {memory + 4 * (lane % N_COPIES)};
     }
 };
-
-/* Bits [bit, bit + 8) of two words, lowest first, as an offset into the table. */
-__device__ __forceinline__ uint32_t look_up(const window_table &table, uint32_t low, uint32_t high, int bit)
-{
-    uint32_t offset = (bit < 7 ? low << (7 - bit) : __funnelshift_r(low, high, bit - 7)) & 0x7f80u;
-    return *reinterpret_cast<const uint32_t *>(table.lane_base + offset);
-}
 
 template <int BITS> struct pair_table {
     static constexpr int bytes = 128 * 1024, n_entries = 256 << BITS, n_copies = bytes / 4 / n_entries;
@@ -75,13 +58,11 @@ template <int BITS> struct pair_table {
     }
 };
 
-/* The values of bits [bit, bit + 8) and [bit + BITS, bit + BITS + 8) of two words. */
-template <int BITS>
-__device__ __forceinline__ uint32_t look_up(const pair_table<BITS> &table, uint32_t low, uint32_t high, int bit)
+/* The entry of the bits from `bit` on of two words, lowest first: a window's 8, or those of two windows. */
+template <class T> __device__ __forceinline__ uint32_t look_up(const T &table, uint32_t low, uint32_t high, int bit)
 {
-    constexpr int shift = pair_table<BITS>::shift;
-    constexpr uint32_t mask = (uint32_t)(pair_table<BITS>::n_entries - 1) << shift;
-    uint32_t offset = (bit < shift ? low << (shift - bit) : __funnelshift_r(low, high, bit - shift)) & mask;
+    constexpr uint32_t mask = (uint32_t)(T::n_entries - 1) << T::shift;
+    uint32_t offset = (bit < T::shift ? low << (T::shift - bit) : __funnelshift_r(low, high, bit - T::shift)) & mask;
     return *reinterpret_cast<const uint32_t *>(table.lane_base + offset);
 }
 
@@ -100,8 +81,8 @@ template <int BITS> struct pair_tables {
 };
 
 /* Four values from bit `bit` of a chunk on, as bytes 128 + value. */
-template <int BITS, int N>
-__device__ __forceinline__ uint32_t four_keys(const uint32_t (&chunk)[N], int bit, const window_table &table)
+template <int BITS, int N, int N_COPIES>
+__device__ __forceinline__ uint32_t four_keys(const uint32_t (&chunk)[N], int bit, const window_table<N_COPIES> &table)
 {
     uint32_t entry[4];
 #pragma unroll
@@ -118,9 +99,9 @@ __device__ __forceinline__ uint32_t four_keys(const uint32_t (&chunk)[N], int bi
 }
 
 /* Two values of each of two chunks: FP16, pair[h] has the h-th of a and of b. */
-template <int BITS, int N>
+template <int BITS, int N, int N_COPIES>
 __device__ __forceinline__ void two_values(uint32_t (&pair)[2], const uint32_t (&a)[N], const uint32_t (&b)[N], int bit,
-                                           const window_table &table)
+                                           const window_table<N_COPIES> &table)
 {
 #pragma unroll
     for (int h = 0; h < 2; h++, bit += BITS) {
@@ -190,17 +171,17 @@ template <int BITS> struct trellis_codes {
         }
     }
 
-    /* use(x, pair): for each x < D / 16, pair[k][h] is dimension 2 x + h of this lane's pair i + k of tokens. */
-    template <int D, class T, typename Use>
+    /* use(x, pair): for each x < D / 16, pair[k][h] is dimension 2 x + h of this lane's pair i + k of tokens, k < N. */
+    template <int D, int N, class T, typename Use>
     __device__ __forceinline__ static void value_pairs(const uint32_t *words, int i, const T &table, int lane, const Use &use)
     {
         constexpr int n_bytes = D / 8 * BITS / 8, n_words = n_bytes / 4 + 1;
-        uint32_t firsts = 0, chunk[4][n_words + 1];
+        uint32_t firsts = 0, chunk[2 * N][n_words + 1];
 #pragma unroll
-        for (int k = 0; k < 4; k++) firsts |= byte_at(words, n_bytes * (2 * i + k)) << 8 * k;
+        for (int k = 0; k < 2 * N; k++) firsts |= byte_at(words, n_bytes * (2 * i + k)) << 8 * k;
         uint32_t next = __shfl_sync(~0u, firsts, (lane + 4) & 31);
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < 2 * N; k++) {
             uint32_t part[n_words];
             value_chunk<D>(part, words, 2 * i + k, next >> 8 * k & 0xffu);
 #pragma unroll
@@ -209,9 +190,9 @@ template <int BITS> struct trellis_codes {
         }
 #pragma unroll
         for (int x = 0; x < D / 16; x++) {
-            uint32_t pair[2][2];
-            two_values<BITS>(pair[0], chunk[0], chunk[1], 2 * BITS * x, table);
-            two_values<BITS>(pair[1], chunk[2], chunk[3], 2 * BITS * x, table);
+            uint32_t pair[N][2];
+#pragma unroll
+            for (int k = 0; k < N; k++) two_values<BITS>(pair[k], chunk[2 * k], chunk[2 * k + 1], 2 * BITS * x, table);
             use(x, pair);
         }
     }

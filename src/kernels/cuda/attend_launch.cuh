@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: MIT */
+/* From formats to the launch of attention's kernel. decode.cu and prefill_hopper.cu are compiled several times, each for the
+ * head_dims in TQ_HEAD_DIMS(X) (cmake/cuda.cmake has them), and define these functions for those. */
+#ifndef TQ_KERNELS_CUDA_ATTEND_LAUNCH_CUH
+#define TQ_KERNELS_CUDA_ATTEND_LAUNCH_CUH
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/attend_args.cuh"
+
+typedef cudaError_t (*attend_launch)(const attend_args &args, uint32_t n_seq, cudaStream_t stream);
+
+/* What a kernel is chosen by. */
+struct attend_choice {
+    int key_kind, value_kind;
+    int shared_bytes; /* that a block of the device can have */
+    bool general;     /* the kernels for any pair, also where this one has its own */
+};
+
+/* The pair's own kernel, or the one for any. NULL: the device has too little shared memory. */
+template <int D> attend_launch find_decode(const attend_choice &choice);
+/* The same; for sm_90 only, and there in builds for sm_90a. */
+template <int D> attend_launch find_prefill_hopper(const attend_choice &choice);
+/* The one for any pair, or NULL likewise. Takes any number of query rows. */
+template <int D> attend_launch find_prefill(const attend_choice &choice);
+
+/* More than 48 KB of shared memory must be asked for: a property of the function, set each time since devices may change. */
+template <typename Kernel> cudaError_t allow_shared_bytes(Kernel kernel, int n_bytes)
+{
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
+}
+
+/* Where calls want different amounts all ask for the most, since another thread may come between this and the launch. */
+template <typename Kernel> cudaError_t allow_most_shared_bytes(Kernel kernel)
+{
+    int device = 0, limit = 0;
+    cudaFuncAttributes attributes = {};
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    return error == cudaSuccess ? allow_shared_bytes(kernel, limit - (int)attributes.sharedSizeBytes) : error;
+}
+
+template <class K, class V> bool is_pair(const attend_choice &choice)
+{
+    return !choice.general && choice.key_kind == codes_kind(K::bits, K::is_trellis) &&
+           choice.value_kind == codes_kind(V::bits, V::is_trellis);
+}
+
+#endif

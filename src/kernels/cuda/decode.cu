@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: MIT */
+/* Decode's launches at TQ_HEAD_DIMS. */
+#include "kernels/cuda/attend_launch.cuh"
+#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/pairs.h"
+
+/* With follows_append it may begin while the append still runs: the kernel waits where it must. */
+static cudaError_t launch_after_append(void (*kernel)(attend_args), dim3 grid, int n_threads, int shared_bytes,
+                                       const attend_args &args, cudaStream_t stream)
+{
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3((unsigned)n_threads), config.dynamicSmemBytes = (size_t)shared_bytes;
+    config.stream = stream, config.attrs = &attribute, config.numAttrs = args.follows_append ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+/* The shared memory of a block: what is allocated at a launch, and all. */
+template <class F, int D, int N_WARPS> static int dynamic_bytes(const F &formats)
+{
+    return decode_shape<D, N_WARPS, F::n_stages>::work_bytes(formats.record_bytes) + formats.table_bytes;
+}
+
+template <class F, int D, int N_WARPS> static int block_bytes(const F &formats)
+{
+    return dynamic_bytes<F, D, N_WARPS>(formats) + (int)sizeof(decode_shared<D, N_WARPS>);
+}
+
+template <class F, int D, int N_WARPS>
+static cudaError_t launch_blocks(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
+{
+    auto kernel = decode_kernel<F, D, N_WARPS>;
+    const int shared_bytes = dynamic_bytes<F, D, N_WARPS>(F(args));
+    cudaError_t error = F::is_known ? allow_shared_bytes(kernel, shared_bytes) : allow_most_shared_bytes(kernel);
+    if (error != cudaSuccess) return error;
+    dim3 grid(args.n_row_tiles * (uint32_t)args.n_head_kv, n_seq, (uint32_t)args.splits_allowed);
+    return launch_after_append(kernel, grid, 32 * N_WARPS, shared_bytes, args, stream);
+}
+
+/* Accumulators of head_dims above 128 leave no registers for 16 warps, and at 64 blocks are always small (split.h); but a table
+ * of pairs leaves no room for a second block. */
+template <class F, int D> constexpr int most_warps = D > 128 || (D <= 64 && !F::is_large) ? 8 : 16;
+
+template <class K, class V, int D>
+static cudaError_t launch_known(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
+{
+    using F = known_formats<K, V, D>;
+    if constexpr (most_warps<F, D> > 8 && !F::is_large) {
+        if (args.small_blocks) return launch_blocks<F, D, 8>(args, n_seq, stream);
+    }
+    return launch_blocks<F, D, most_warps<F, D>>(args, n_seq, stream);
+}
+
+template <int D, bool SMALL> static cudaError_t launch_any(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
+{
+    using large = any_formats<D, 32>;
+    if constexpr (!SMALL && most_warps<large, D> > 8) {
+        if (!args.small_blocks) return launch_blocks<large, D, 16>(args, n_seq, stream);
+    }
+    return launch_blocks<any_formats<D, 16>, D, 8>(args, n_seq, stream);
+}
+
+template <class K, class V, int D> static attend_launch if_known_fits(int shared_bytes)
+{
+    using F = known_formats<K, V, D>;
+    return block_bytes<F, D, most_warps<F, D>>(F()) <= shared_bytes ? launch_known<K, V, D> : nullptr;
+}
+
+#define TQ_LINE(HEAD_DIM, K, V)                                                                   \
+    if constexpr (D == HEAD_DIM) {                                                                \
+        if (is_pair<K, V>(choice) && !found) found = if_known_fits<K, V, D>(choice.shared_bytes); \
+    }
+
+template <int D> attend_launch find_decode(const attend_choice &choice)
+{
+    attend_launch found = nullptr;
+    TQ_PAIRS(TQ_LINE)
+    if (found) return found;
+    using large = any_formats<D, 32>;
+    using small = any_formats<D, 16>;
+    if (block_bytes<small, D, 8>({choice.key_kind, choice.value_kind}) > choice.shared_bytes) return nullptr;
+    if constexpr (most_warps<large, D> > 8) {
+        if (block_bytes<large, D, 16>({choice.key_kind, choice.value_kind}) > choice.shared_bytes) return launch_any<D, true>;
+    }
+    return launch_any<D, false>;
+}
+
+#define TQ_INSTANCE(D) template attend_launch find_decode<D>(const attend_choice &choice);
+TQ_HEAD_DIMS(TQ_INSTANCE)

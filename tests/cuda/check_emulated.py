@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Compile the kernels that run on an emulated device with the host's C++ compiler, and run them:
+
+    check_emulated.py BUILD     the folder that has libturboquant.a
+
+The last line is 'N passed, M failed'.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
+# The threads of the emulated device jump between stacks, which _FORTIFY_SOURCE takes for a mistake.
+FLAGS = ["-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-w"]  # nvcc warns of the kernels
+FOLDERS = [f"-I{ROOT / folder}" for folder in ("src", "include", "tests/unit")]
+
+
+def copy_kernels(folder):
+    """The kernels' headers with shared variables as static ones; by a macro those that are extern could not be told apart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (ROOT / "src/kernels/cuda").glob("*.cuh"):
+        if path.name != "mma.cuh":
+            (folder / path.name).write_text(re.sub(r"(?<!extern )\b__shared__\b", "static", path.read_text()))
+
+
+def main():
+    build = Path(sys.argv[1])
+    folder = build / "tests/cuda"
+    copy_kernels(folder / "emulated/kernels/cuda")
+    first = [f"-I{ROOT / 'tests/cuda/emulation'}", f"-I{folder / 'emulated'}"]
+    vectors, program = folder / "vectors.o", folder / "emulated_attention"
+    subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O2", *FOLDERS, "-c", ROOT / "tests/unit/vectors.c",
+                    "-o", vectors], check=True)
+    libraries = [vectors, build / "libturboquant.a", build / "libturboquant_simd.a", "-lpthread", "-ldl", "-lm"]
+    subprocess.run([COMPILER, "-std=c++17", *FLAGS, *first, *FOLDERS, "-x", "c++", ROOT / "tests/cuda/emulated_attention.cu",
+                    "-x", "none", *libraries, "-o", program], check=True)
+    return subprocess.run([program]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

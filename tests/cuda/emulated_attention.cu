@@ -1,0 +1,315 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Decode and the portable prefill (src/kernels/cuda) on an emulated device, against attention in double precision over what the
+ * codec decodes: the kernels for any pair with every pair of formats at every head_dim, and those of a pair's own.
+ * tests/cuda/check_emulated.py compiles and runs it.
+ */
+#include <cuda_fp16.h>
+#include <vector>
+
+extern "C" {
+#include "base/random.h"
+#include "codec/codec.h"
+#include "vectors.h"
+}
+#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/pairs.h"
+#include "kernels/cuda/prefill.cuh"
+
+/* What blocks call so: all the shared memory that prefill and decode may use. */
+uint8_t memory[99 * 1024] __attribute__((aligned(1024))), work[227 * 1024] __attribute__((aligned(1024)));
+
+enum { N_HEAD_KV = 2, GROUP = 3, N_HEAD = N_HEAD_KV * GROUP, N_SEQ = 2, SPLITS = 3 };
+enum { PAGE = 64, PAGES_OF_SEQ = 2, N_PAGES = 5 };
+static const int32_t lens[N_SEQ] = {115, 39};
+
+struct test_setup {
+    const char *kernel;
+    tq_format formats[2];
+    int32_t head_dim, n_query, n_sink, n_recent, window;
+    float softcap;
+    bool sinks, deterministic, descending;
+};
+
+struct test_data {
+    test_setup s;
+    tq_codec *codec[2];
+    std::vector<float> rows[2]; /* [seq, position, KV head, head_dim]: what attention should see */
+    std::vector<uint8_t> pages;
+    std::vector<__half> exact;
+    std::vector<float> q, out, lse, partials;
+    std::vector<uint32_t> counters;
+    float sinks[N_HEAD];
+    int32_t page_table[N_SEQ * PAGES_OF_SEQ];
+
+    size_t row(int32_t seq, int32_t position, int32_t head) const
+    {
+        return (((size_t)seq * lens[0] + position) * N_HEAD_KV + head) * s.head_dim;
+    }
+    tq_plane plane(bool is_value) const
+    {
+        const tq_format_traits *traits = codec[is_value]->traits;
+        return {traits->bits, s.head_dim, is_value, traits->family == TQ_FAMILY_TRELLIS};
+    }
+};
+
+/* Codes of a vector as the format packs them (src/codec/packing.c), to their places by layout.h's definitions. */
+static void store_codes(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *bytes)
+{
+    if (shape.is_trellis) {
+        for (int32_t i = 0; i < shape.head_dim * shape.bits / 8; i++) plane[tq_circle_offset(shape, token, i)] = bytes[i];
+        return;
+    }
+    const int32_t low_bits = shape.bits == 3 ? 2 : shape.bits;
+    for (int32_t dim = 0; dim < shape.head_dim; dim++) {
+        uint32_t code = bytes[dim * low_bits / 8] >> dim * low_bits % 8 & ((1u << low_bits) - 1u);
+        if (shape.bits == 3) code |= (bytes[shape.head_dim / 4 + dim / 8] >> dim % 8 & 1u) << 2;
+        for (int32_t b = 0; b < shape.bits; b++) {
+            int32_t bit = tq_code_bit(shape, token, dim, b);
+            plane[bit / 8] = (uint8_t)((plane[bit / 8] & ~(1u << bit % 8)) | (code >> b & 1u) << bit % 8);
+        }
+    }
+}
+
+static void fill_data(test_data &d, uint64_t seed)
+{
+    const test_setup &s = d.s;
+    tq_random random = tq_random_stream(seed, 1);
+    for (int side = 0; side < 2; side++) {
+        if (tq_codec_create(&d.codec[side], s.formats[side], s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
+    }
+    const tq_plane key = d.plane(false), value = d.plane(true);
+    const size_t record = (size_t)tq_record_bytes(key, value), page = record * (PAGE / TQ_RECORD_TOKENS) * N_HEAD_KV;
+    d.pages.assign(page * N_PAGES, 0xff); /* NaN in scales, the largest codes */
+    d.exact.assign((size_t)N_SEQ * 2 * N_HEAD_KV * (s.n_sink + s.n_recent) * s.head_dim + 1, {0xffff});
+    static const int32_t table[] = {3, 1, 4, 0};
+    memcpy(d.page_table, table, sizeof table);
+    for (int side = 0; side < 2; side++) {
+        d.rows[side].assign((size_t)N_SEQ * lens[0] * N_HEAD_KV * s.head_dim, NAN);
+        for (int32_t seq = 0; seq < N_SEQ; seq++) {
+            for (int32_t i = 0; i < lens[seq] * N_HEAD_KV; i++) {
+                const int32_t position = i / N_HEAD_KV, head = i % N_HEAD_KV;
+                float *x = &d.rows[side][d.row(seq, position, head)];
+                for (int32_t k = 0; k < s.head_dim; k++) x[k] = (float)random_gaussian(&random) * (side ? 0.7f : 1.3f);
+                for (int32_t k = 0; k < s.head_dim; k++) x[k] = __half2float(__float2half_rn(x[k]));
+                if (position < s.n_sink || position >= lens[seq] - s.n_recent) {
+                    const int32_t n = s.n_sink + s.n_recent;
+                    const int32_t entry = position < s.n_sink ? position : s.n_sink + (position - s.n_sink) % s.n_recent;
+                    __half *to = &d.exact[((((size_t)seq * 2 + side) * N_HEAD_KV + head) * n + entry) * s.head_dim];
+                    for (int32_t k = 0; k < s.head_dim; k++) to[k] = __float2half_rn(x[k]);
+                    continue;
+                }
+                uint8_t bytes[2 + TQ_CODE_BYTES_MAX];
+                if (tq_codec_encode(d.codec[side], x, 1, bytes) != TQ_OK) abort();
+                if (tq_codec_decode(d.codec[side], bytes, 1, x) != TQ_OK) abort();
+                const size_t i_page = (size_t)d.page_table[seq * PAGES_OF_SEQ + position / PAGE];
+                const size_t i_record = (size_t)(head * (PAGE / TQ_RECORD_TOKENS) + position % PAGE / TQ_RECORD_TOKENS);
+                uint8_t *to = &d.pages[i_page * page + i_record * record];
+                const int32_t token = position % TQ_RECORD_TOKENS, codes = tq_plane_bytes(key) + tq_plane_bytes(value);
+                store_codes(to + (side ? tq_plane_bytes(key) : 0), side ? value : key, token, bytes + 2);
+                memcpy(to + codes + (side ? TQ_RECORD_SCALE_BYTES : 0) + 2 * token, bytes, 2);
+            }
+        }
+    }
+    d.q.resize((size_t)N_SEQ * s.n_query * N_HEAD * s.head_dim);
+    for (float &x : d.q) x = __half2float(__float2half_rn((float)random_gaussian(&random) * 1.5f));
+    d.out.assign(d.q.size(), NAN), d.lse.assign((size_t)N_SEQ * s.n_query * N_HEAD, NAN);
+    for (int32_t i = 0; i < N_HEAD; i++) d.sinks[i] = (float)(i % 5) - 1.0f;
+}
+
+static attend_args args_of(test_data &d)
+{
+    const test_setup &s = d.s;
+    const float log2_e = 1.4426950408889634f;
+    attend_args args = {};
+    args.pages = d.pages.data(), args.exact = d.exact.data();
+    args.n_pages = N_PAGES, args.n_head_kv = N_HEAD_KV, args.n_sink = s.n_sink, args.n_recent = s.n_recent;
+    args.key_kind = codes_kind(d.plane(false).bits, d.plane(false).is_trellis);
+    args.value_kind = codes_kind(d.plane(true).bits, d.plane(true).is_trellis);
+    args.records_per_page = PAGE / TQ_RECORD_TOKENS;
+    args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
+    args.page_bytes = (int64_t)d.pages.size() / N_PAGES;
+    const tq_rotation &rotation = d.codec[0]->rotation;
+    args.rotation.m = rotation.m, args.rotation.pow2 = rotation.pow2, args.rotation.n_rounds = rotation.n_rounds;
+    args.rotation.scale = rotation.scale;
+    if (rotation.m == 3) memcpy(args.rotation.hartley, rotation.hartley, sizeof args.rotation.hartley);
+    for (int32_t round = 0; round < rotation.n_rounds; round++) {
+        for (int32_t i = 0; i < s.head_dim; i++) {
+            if (rotation.signs[round][i] < 0) args.rotation.signs[round][i / 32] |= 1u << i % 32;
+        }
+    }
+    for (int side = 0; side < 2; side++) {
+        const int8_t *windows = d.codec[side]->traits->windows;
+        if (windows) memcpy(args.windows[side], windows, sizeof args.windows[side]);
+    }
+    args.q = d.q.data(), args.out = d.out.data(), args.lse = d.lse.data(), args.dtype = TQ_DTYPE_F32;
+    args.q_token_stride = args.out_token_stride = (int64_t)N_HEAD * s.head_dim;
+    args.q_head_stride = args.out_head_stride = s.head_dim;
+    args.page_table = d.page_table, args.page_table_stride = PAGES_OF_SEQ, args.seq_lens = lens;
+    args.n_query = s.n_query, args.n_head = N_HEAD, args.group = GROUP;
+    args.splits_allowed = SPLITS, args.split_records_min = 1;
+    args.n_row_tiles = (uint32_t)tq_ceil_div(s.n_query * GROUP, TQ_TILE_ROWS), args.deterministic = s.deterministic;
+    const size_t n_tiles = (size_t)N_SEQ * N_HEAD_KV * args.n_row_tiles;
+    d.counters.assign(n_tiles * TQ_COUNTER_STRIDE, 0);
+    d.partials.assign(n_tiles * (SPLITS + 1) * TQ_TILE_ROWS * (s.head_dim + 2), NAN);
+    args.counters = d.counters.data(), args.partials = d.partials.data();
+    args.scale_log2 = log2_e / sqrtf((float)s.head_dim);
+    args.cap_log2 = s.softcap * log2_e, args.cap_inverse = s.softcap > 0 ? 1.0f / args.cap_log2 : 0.0f;
+    args.window = s.window, args.sinks = s.sinks ? d.sinks : nullptr;
+    return args;
+}
+
+/* The kernel in each thread; it may use n_bytes of shared memory. */
+template <void KERNEL(attend_args), size_t N>
+static void run_kernel(const attend_args &args, dim3 grid, int n_threads, bool descending, uint8_t (&shared)[N], int n_bytes)
+{
+    if (n_bytes > (int)N) emulation::fail("more shared memory than there is", __LINE__);
+    memset(shared + n_bytes, 0x5a, N - n_bytes);
+    emulation::run([](const void *args) { KERNEL(*(const attend_args *)args); }, &args, grid, n_threads, descending, shared,
+                   (size_t)n_bytes);
+    for (size_t i = n_bytes; i < N; i++) {
+        if (shared[i] != 0x5a) emulation::fail("wrote behind its shared memory", __LINE__);
+    }
+}
+
+template <int D> static void run_prefill(attend_args args, bool descending)
+{
+    using shape = prefill_shape<D>;
+    args.splits_allowed = 1;
+    const dim3 grid = {(uint32_t)tq_ceil_div(args.n_query * GROUP, shape::n_rows), N_HEAD_KV, N_SEQ};
+    const int n_bytes = prefill_bytes<D>(prefill_pair<D>(args));
+    run_kernel<prefill_kernel<D>>(args, grid, shape::n_threads, descending, memory, n_bytes);
+}
+
+template <class F, int D, int N_WARPS> static void run_decode(const attend_args &args, bool descending)
+{
+    using shape = decode_shape<D, N_WARPS, F::n_stages>;
+    const F formats(args);
+    const dim3 grid = {args.n_row_tiles * N_HEAD_KV, N_SEQ, SPLITS};
+    const int n_bytes = shape::work_bytes(formats.record_bytes) + formats.table_bytes;
+    run_kernel<decode_kernel<F, D, N_WARPS>>(args, grid, shape::n_threads, descending, work, n_bytes);
+}
+
+static float bf16(float x)
+{
+    return tq_bfloat_to_float(tq_bfloat_from_float(x));
+}
+
+/* One query row; narrow: everything rounded to BF16 on the way. Returns lse. */
+static double attend_row(const test_data &d, int32_t seq, int32_t i_query, int32_t head, bool narrow, double *out)
+{
+    const test_setup &s = d.s;
+    const int32_t position = lens[seq] - s.n_query + i_query, n = s.head_dim;
+    const float *q = &d.q[(((size_t)seq * s.n_query + i_query) * N_HEAD + head) * n];
+    double max = s.sinks ? d.sinks[head] : -INFINITY, sum = 0;
+    std::vector<double> logits(position + 1);
+    const int32_t begin = s.window > 0 && position + 1 > s.window ? position + 1 - s.window : 0;
+    for (int32_t c = begin; c <= position; c++) {
+        const float *key = &d.rows[0][d.row(seq, c, head / GROUP)];
+        double dot = 0;
+        for (int32_t i = 0; i < n; i++) dot += (double)(narrow ? bf16(q[i]) : q[i]) * (narrow ? bf16(key[i]) : key[i]);
+        dot /= sqrt((double)n);
+        logits[c] = s.softcap > 0 ? s.softcap * tanh(dot / s.softcap) : dot;
+        max = fmax(max, logits[c]);
+    }
+    for (int32_t i = 0; i < n; i++) out[i] = 0;
+    for (int32_t c = begin; c <= position; c++) {
+        const float *value = &d.rows[1][d.row(seq, c, head / GROUP)];
+        double p = exp(logits[c] - max);
+        sum += p;
+        if (narrow) p = bf16((float)p);
+        for (int32_t i = 0; i < n; i++) out[i] += p * (narrow ? bf16(value[i]) : value[i]);
+    }
+    if (s.sinks) sum += exp(d.sinks[head] - max);
+    for (int32_t i = 0; i < n; i++) out[i] = narrow ? bf16((float)(out[i] / sum)) : out[i] / sum;
+    return max + log(sum);
+}
+
+typedef void (*runner)(attend_args args, bool descending);
+
+static bool check(const test_setup &s, runner run, uint64_t seed)
+{
+    test_data d = {};
+    d.s = s;
+    fill_data(d, seed);
+    run(args_of(d), s.descending);
+    double error = 0, error_narrow = 0, size = 0, lse_error = 0, lse_narrow = 0, wanted[256], narrow[256];
+    for (int32_t row = 0; row < N_SEQ * s.n_query * N_HEAD; row++) {
+        const int32_t head = row % N_HEAD, i = row / N_HEAD % s.n_query, seq = row / N_HEAD / s.n_query;
+        const double lse = attend_row(d, seq, i, head, false, wanted);
+        lse_error = fmax(lse_error, fabs(d.lse[row] - lse));
+        lse_narrow = fmax(lse_narrow, fabs(attend_row(d, seq, i, head, true, narrow) - lse));
+        for (int32_t k = 0; k < s.head_dim; k++) {
+            const double x = d.out[(size_t)row * s.head_dim + k];
+            error += isfinite(x) ? (x - wanted[k]) * (x - wanted[k]) : INFINITY;
+            error_narrow += (narrow[k] - wanted[k]) * (narrow[k] - wanted[k]);
+            size += wanted[k] * wanted[k];
+        }
+    }
+    error = sqrt(error / size), error_narrow = sqrt(error_narrow / size);
+    /* As on a device: tests/cuda/device_model.c. */
+    const bool good = error <= 2 * error_narrow && lse_error <= 4 * lse_narrow + 1e-3;
+    printf("%s %s %s/%s, head_dim %d, sinks %d, ring %d, window %d, softcap %g, learned sinks %d: ", good ? "ok    " : "FAILED",
+           s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.n_sink, s.n_recent, s.window,
+           (double)s.softcap, s.sinks);
+    printf("error %.2e (BF16 %.2e), lse %.1e (%.1e)\n", error, error_narrow, lse_error, lse_narrow);
+    for (tq_codec *codec : d.codec) tq_codec_free(codec);
+    return good;
+}
+
+static int n_passed, n_failed;
+
+/* Options by a number; prefill wants many queries. */
+static void test(const char *kernel, runner run, tq_format k, tq_format v, int32_t head_dim, bool is_prefill, int i)
+{
+    test_setup s = {};
+    s.kernel = kernel, s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4;
+    s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
+    if (i % 3 == 1) s.window = 60;
+    if (i % 4 == 2) s.softcap = 3.0f, s.sinks = true;
+    if (i % 5 == 3) s.n_sink = s.n_recent = 0;
+    if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
+    else n_failed++;
+}
+
+static const struct {
+    const char *name;
+    tq_format format;
+} formats[] = {{"tq8", TQ_FORMAT_TQ8}, {"tq4", TQ_FORMAT_TQ4}, {"tq3", TQ_FORMAT_TQ3}, {"tq2", TQ_FORMAT_TQ2},
+               {"tt4", TQ_FORMAT_TT4}, {"tt3", TQ_FORMAT_TT3}, {"tt2", TQ_FORMAT_TT2}};
+
+static tq_format format_of(const char *name)
+{
+    int i = 0;
+    while (strcmp(formats[i].name, name) != 0) i++;
+    return formats[i].format;
+}
+
+template <int D> static void test_head_dim()
+{
+    const int n = D % 64 == 0 ? 7 : 4; /* trellises have no layout at 96 */
+    for (int i = 0; i < n * n; i++) {
+        const tq_format k = formats[i / n].format, v = formats[i % n].format;
+        test("prefill", [](attend_args args, bool descending) { run_prefill<D>(args, descending); }, k, v, D, true, i);
+        test("decode", [](attend_args args, bool descending) { run_decode<any_formats<D, 16>, D, 8>(args, descending); }, k, v,
+             D, false, i);
+        if (i % 8 != 0) continue; /* prefill in place of decode, where decode has no room */
+        test("prefill of few", [](attend_args args, bool descending) { run_prefill<D>(args, descending); }, k, v, D, false, i);
+    }
+}
+
+template <class K, class V, int D> static void run_own(attend_args args, bool descending)
+{
+    run_decode<known_formats<K, V, D>, D, 8>(args, descending);
+}
+
+int main()
+{
+    test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();
+    int i = 0;
+#define TQ_TEST(D, K, V)                                                                       \
+    test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++);
+    TQ_PAIRS(TQ_TEST)
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
+}
