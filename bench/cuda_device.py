@@ -12,11 +12,14 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Library:
-    """libturboquant.so by the package's prototypes: a failed call raises with the text of its log. One path in a process."""
+    """
+    libturboquant.so by the package's prototypes: a failed call raises with the text of its log. One path in a process. The
+    package is this tree's, or that of the folder in TQ_PYTHON_SOURCE, for a library of another version.
+    """
 
     def __init__(self, path):
         os.environ["TURBOQUANT_LIBRARY"] = os.path.abspath(path)
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+        sys.path.insert(0, os.environ.get("TQ_PYTHON_SOURCE", str(Path(__file__).resolve().parent.parent / "python")))
         from turboquant import _library, formats
         self.types, self.loaded, self.format_number = _library, _library.lib, formats.format_number
 

@@ -5,7 +5,7 @@
 Each build has a process of its own on the device. For every case all variants are captured as CUDA graphs, whose calls rotate
 over page tables as in cuda_attention.py; then they are replayed in turns, and medians are printed as CSV.
 
-    cuda_pairs.py --old OLD/libturboquant.so --new NEW/libturboquant.so --csv out.csv [--only decode,prefill] [--rounds 9]
+    cuda_pairs.py --old OLD/libturboquant.so --old-source OLD --new NEW/libturboquant.so --csv out.csv [--only decode,prefill] [--rounds 9]
 
 Variants: old; new; new with the kernels for any pair (general); and of prefill the portable kernels of both.
 """
@@ -89,8 +89,9 @@ def worker(path):
 
 
 class Build:
-    def __init__(self, path):
-        environment = {**os.environ, "TQ_CUDA_LIBRARY": str(Path(path).resolve().parent / "libturboquant-cuda.so")}
+    def __init__(self, path, source):
+        environment = {**os.environ, "TQ_CUDA_LIBRARY": str(Path(path).resolve().parent / "libturboquant-cuda.so"),
+                       "TQ_PYTHON_SOURCE": str(source / "python")}
         self.process = subprocess.Popen([sys.executable, __file__, "--worker", path], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -114,6 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", metavar="LIBRARY", help=argparse.SUPPRESS)
     parser.add_argument("--old")
+    parser.add_argument("--old-source", type=Path, help="the sources of the old library, with its package")
     parser.add_argument("--new")
     parser.add_argument("--csv")
     parser.add_argument("--only", default="decode,prefill")
@@ -122,7 +124,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.worker:
         return worker(arguments.worker)
-    builds = {name: Build(path) for name, path in (("old", arguments.old), ("new", arguments.new))}
+    builds = {"old": Build(arguments.old, arguments.old_source), "new": Build(arguments.new, Path(__file__).resolve().parent.parent)}
     names = [*VARIANTS, *PORTABLE]
     table = [["what", "head_dim", "pair", "kernel", "size", *(f"us_{name.replace(' ', '_')}" for name in names),
               "new_to_old", "general_to_new"]]

@@ -52,8 +52,8 @@ for step in $steps; do
         tail -1 "$out/test.txt"
         ;;
     time)
-        python3 "$root/bench/cuda_pairs.py" --old "$work/old/libturboquant.so" --new "$work/new/libturboquant.so" \
-            --csv "$out/pairs.csv" "${options[@]}"
+        python3 "$root/bench/cuda_pairs.py" --old "$work/old/libturboquant.so" --old-source "$old" \
+            --new "$work/new/libturboquant.so" --csv "$out/pairs.csv" "${options[@]}"
         ;;
     esac
 done

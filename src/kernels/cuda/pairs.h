@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The pairs of key and value formats that have kernels of their own, in decode and in Hopper's prefill: the presets', and those
- * scalar ones that are used most. All other pairs go through the kernels that look at formats when they run (formats.cuh), and
+ * The pairs of key and value formats that have kernels of their own, in decode and in Hopper's prefill: the presets', those
+ * scalar ones that are used most, and tt2, which loses too much without. All other pairs go through the kernels that look at formats when they run (formats.cuh), and
  * the portable prefill has only such. X(head_dim, keys, values). The one list: kernels and tests are made of it, and a test
  * compares docs/cuda.md with it.
  */
@@ -12,8 +12,8 @@
 /* TQ6, TQ4, TQ3 and TQ2 */
 #define TQ_PAIRS_OF_PRESETS(X, D) X(D, tq8, tt4) X(D, tt4, tt4) X(D, tt3, tt3) X(D, tt3, tt2)
 #define TQ_PAIRS(X) \
-    TQ_PAIRS_OF_PRESETS(X, 64) X(64, tq4, tq4) \
-    TQ_PAIRS_OF_PRESETS(X, 128) X(128, tq4, tq4) X(128, tq4, tq3) X(128, tq3, tq3) \
+    TQ_PAIRS_OF_PRESETS(X, 64) X(64, tq4, tq4) X(64, tt2, tt2) \
+    TQ_PAIRS_OF_PRESETS(X, 128) X(128, tq4, tq4) X(128, tq4, tq3) X(128, tq3, tq3) X(128, tt2, tt2) \
     TQ_PAIRS_OF_PRESETS(X, 256) X(256, tq4, tq4)
 // clang-format on
 
