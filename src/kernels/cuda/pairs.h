@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The pairs of key and value formats that have kernels of their own, in decode and in Hopper's prefill: the presets', those
- * scalar ones that are used most, and tt2, which loses too much without. All other pairs go through the kernels that look at formats when they run (formats.cuh), and
- * the portable prefill has only such. X(head_dim, keys, values). The one list: kernels and tests are made of it, and a test
- * compares docs/cuda.md with it.
+ * scalar ones that are used most, and tt2, which loses too much without. All other pairs go through the kernels that look at
+ * formats when they run (formats.cuh), and the portable prefill has only such. X(head_dim, keys, values). The one list: kernels
+ * and tests are made of it, and a test compares docs/cuda.md with it.
  */
 #ifndef TQ_KERNELS_CUDA_PAIRS_H
 #define TQ_KERNELS_CUDA_PAIRS_H
