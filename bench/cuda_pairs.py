@@ -5,7 +5,8 @@
 Each build has a process of its own on the device. For every case all variants are captured as CUDA graphs, whose calls rotate
 over page tables as in cuda_attention.py; then they are replayed in turns, and medians are printed as CSV.
 
-    cuda_pairs.py --old OLD/libturboquant.so --old-source OLD --new NEW/libturboquant.so --csv out.csv [--only decode,prefill] [--rounds 9]
+    cuda_pairs.py --old OLD/libturboquant.so --old-source OLD --new NEW/libturboquant.so --csv out.csv [--only decode,prefill]
+                  [--rounds 9]
 
 Variants: old; new; new with the kernels for any pair (general); and of prefill the portable kernels of both.
 """
@@ -124,7 +125,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.worker:
         return worker(arguments.worker)
-    builds = {"old": Build(arguments.old, arguments.old_source), "new": Build(arguments.new, Path(__file__).resolve().parent.parent)}
+    root = Path(__file__).resolve().parent.parent
+    builds = {"old": Build(arguments.old, arguments.old_source), "new": Build(arguments.new, root)}
     names = [*VARIANTS, *PORTABLE]
     table = [["what", "head_dim", "pair", "kernel", "size", *(f"us_{name.replace(' ', '_')}" for name in names),
               "new_to_old", "general_to_new"]]
