@@ -245,13 +245,29 @@ static bool fail_key(error_text *error, const char *item)
     return false;
 }
 
-static bool parse_item(tq_ggml_options *options, const char *item, uint32_t *seen, error_text *error)
+/* What was asked for by these until factors came from the weights. */
+static const struct {
+    const char *before, *now;
+} renamed[] = {{"balance=on", "factors=weights"},
+               {"balance=off", "factors=off"},
+               {"bias=on", "factors=weights"},
+               {"bias=off", "factors=off"}};
+
+static const char *current_name(const char *item)
 {
-    const char *equals = strchr(item, '=');
+    for (size_t i = 0; i < sizeof renamed / sizeof renamed[0]; i++) {
+        if (strcmp(item, renamed[i].before) == 0) return renamed[i].now;
+    }
+    return item;
+}
+
+static bool parse_item(tq_ggml_options *options, const char *given, uint32_t *seen, error_text *error)
+{
+    const char *item = current_name(given), *equals = strchr(item, '=');
     for (int i = 0; i < N_KEYS && equals; i++) {
         size_t n = strlen(keys[i].name);
         if ((size_t)(equals - item) != n || strncmp(item, keys[i].name, n) != 0) continue;
-        if (*seen >> i & 1) return fail(error, keys[i].name, equals + 1, "the option is given twice");
+        if (*seen >> i & 1 && item == given) return fail(error, keys[i].name, equals + 1, "the option is given twice");
         *seen |= 1u << i;
         return keys[i].parse(options, equals + 1, error);
     }

@@ -77,7 +77,7 @@ class Options(TestCase):
     def test_options_that_switch_off_what_is_off_are_taken(self):
         for text in ("guard=off,factors=off", "ref=0,recent=0,factors=off,guard=off",
                      "k=f16,v=f16,sinks=0,recent=0,ref=0,factors=off", "k=f16,sinks=2,recent=8,exact=1",
-                     "k=bf16,v=bf16,exact=1", "factors=weights,k=tq4_prod,v=tq4_prod"):
+                     "k=bf16,v=bf16,exact=1", "factors=weights,k=tq4_prod,v=tq4_prod", "balance=off,bias=off"):
             with self.subTest(text):
                 self.assert_ok(complete(tiny_model("llama"), TQ_GGML=text))
 
