@@ -71,7 +71,7 @@ static tq_store *open_store(const shape *s, bool is_k, void **memory)
     p.n_recent = s->n_recent;
     p.ref_block = s->ref_block;
     int8_t factors[2 * TQ_HEAD_DIM_MAX];
-    for (int32_t i = 0; i < s->n_head_kv * s->head_dim; i++) factors[i] = is_outlier(s, i) ? 14 : (int8_t)(i % 5 - 2);
+    for (int32_t i = 0; i < s->n_head_kv * s->head_dim; i++) factors[i] = (int8_t)(is_outlier(s, i) ? 14 : i % 5 - 2);
     if (s->factors && is_k) p.factors = factors;
     return kv_open_store(&p, memory);
 }
