@@ -22,7 +22,7 @@
 
 /* How queries or keys are made: op[0] takes what the product gives, each next one what the one before gives. */
 typedef struct chain {
-    const struct ggml_tensor *product, *rope; /* rope: NULL if there is none */
+    const struct ggml_tensor *product, *rope; /* rope: NULL where keys and queries do not turn */
     const struct ggml_tensor *op[OPS_MAX];    /* before RoPE */
     int32_t n;
     float scale; /* behind it */
@@ -95,10 +95,16 @@ static bool follow(chain *out, const struct ggml_tensor *t)
     return true;
 }
 
-/* A weight's n floats, or NULL if it is none, has another number, or stands where it can't be read. */
+/* What an engine fills for each batch, as scales by position: no weight. */
+static bool is_input(const struct ggml_tensor *t)
+{
+    return (t->flags & GGML_TENSOR_FLAG_INPUT) != 0;
+}
+
+/* A weight's n floats, or NULL if it is no weight, or stands where it can't be read. */
 static const float *read_weight(const struct ggml_tensor *t, int64_t *n)
 {
-    if (!is_leaf(t) || t->type != GGML_TYPE_F32 || !t->data || !t->buffer || t->view_src ||
+    if (!is_leaf(t) || is_input(t) || t->type != GGML_TYPE_F32 || !t->data || !t->buffer || t->view_src ||
         !tq_ggml_host.ggml_backend_buft_is_host(t->buffer->buft))
         return NULL;
     *n = tq_ggml_host.ggml_nelements(t);
@@ -180,7 +186,10 @@ static bool is_view(const struct ggml_tensor *t)
     return t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE;
 }
 
-/* What the graph does to a product before RoPE. Sums with what is no weight are adapters', which are left out. */
+/*
+ * What the graph does to a product before RoPE. Sums with what is computed are adapters', which are left out. False where a
+ * weight can't be read: without it factors would be of another model.
+ */
 static bool apply(rows *r, const chain *c)
 {
     bool is_part = false; /* of what was computed last */
@@ -194,8 +203,9 @@ static bool apply(rows *r, const chain *c)
         }
         is_part = false;
         int64_t n = 0;
-        const float *weight = t->op == GGML_OP_ADD || t->op == GGML_OP_MUL ? read_weight(t->src[1], &n) : NULL;
-        if (weight && r->width % n != 0) return false;
+        bool has_weight = (t->op == GGML_OP_ADD || t->op == GGML_OP_MUL) && is_leaf(t->src[1]) && !is_input(t->src[1]);
+        const float *weight = has_weight ? read_weight(t->src[1], &n) : NULL;
+        if (has_weight && (!weight || r->width % n != 0)) return false;
         if (weight && t->op == GGML_OP_ADD) add_to(r, weight, n);
         if (weight && t->op == GGML_OP_MUL) multiply_by(r, weight, n);
         float scale = scale_of(t);

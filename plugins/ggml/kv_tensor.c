@@ -301,7 +301,12 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct gg
     }
     tq_store_params params;
     fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, head_dim);
-    int8_t *factors = attention && tq_ggml_kv_wants_factors(kv) ? malloc((size_t)kv->n_embd) : NULL;
+    bool wants_factors = attention && tq_ggml_kv_wants_factors(kv);
+    int8_t *factors = wants_factors ? malloc((size_t)kv->n_embd) : NULL;
+    if (wants_factors && !factors) {
+        snprintf(why, why_bytes, "%s", tq_status_string(TQ_ERR_MEMORY));
+        return false;
+    }
     float spread, softmax_scale = 1;
     if (factors && tq_ggml_factors_find(factors, &spread, kv, head_dim, attention->src[0])) {
         params.factors = factors;
@@ -313,6 +318,8 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct gg
     } else if (factors) {
         do_without_factors(kv, &params);
     }
+    /* Each stream's store has a copy of the factors. */
+    size_t factor_bytes = params.factors ? (size_t)kv->n_embd : 0;
     tq_status status = open_stores(kv, &params);
     free(factors);
     tq_ggml_key_energies_free(kv->energies);
@@ -323,7 +330,7 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct gg
     }
     kv->n_head_kv = params.n_head_kv;
     kv->format = params.format;
-    kv->bytes = (size_t)kv->n_stream * kv->store_bytes + table_bytes(kv->device, kv->layer, kv->is_value);
+    kv->bytes = (size_t)kv->n_stream * (kv->store_bytes + factor_bytes) + table_bytes(kv->device, kv->layer, kv->is_value);
     kv->head_dim = head_dim;
     return true;
 }

@@ -137,6 +137,14 @@ def _normed(norm: Any, rows: Any, head_dim: int) -> Any:
     return norm(rows if is_of_all else rows.reshape(len(rows), -1, head_dim))
 
 
+def _normed_input(norm: Any, white: Any) -> Any:
+    """As the norm before makes it; white where that takes more than its input."""
+    try:
+        return white if norm is None else norm(white)
+    except Exception:  # of a model's own kind: factors are then nearly as good
+        return white
+
+
 def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
                  to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int,
                  norm: Any = None
@@ -154,7 +162,7 @@ def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int,
     try:
         x = np.random.default_rng(_SEED).standard_normal((1, _N_PROBE, _n_input(module)), np.float32)
         white = to_engine(x)
-        rows = [to_host(y) for y in _projected(module, white if norm is None else norm(white), n_head, n_head_kv, head_dim)]
+        rows = [to_host(y) for y in _projected(module, _normed_input(norm, white), n_head, n_head_kv, head_dim)]
     except Exception:  # by these names modules of other kinds may do anything: they are not known, which is told
         return None
     queries, keys = (np.square(y, dtype=np.float32).mean(axis=0) for y in rows)

@@ -29,7 +29,8 @@ static int32_t partner_of(const tq_key_factors_params *params, int32_t j)
     return params->partners ? params->partners[j] : j;
 }
 
-/* The logarithm to base 2 of each channel's energy, its pair's, not below the floor. False: there is none, or it overflows. */
+/* The logarithm to base 2 of each channel's energy, its pair's, not below the floor. False: the energies are zero, or overflow.
+ */
 static bool to_logs(const tq_key_factors_params *params, const double *energy, double *logs)
 {
     int32_t n = params->head_dim;
