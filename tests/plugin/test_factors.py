@@ -4,6 +4,9 @@ Factors of key channels from the weights, in stock llama.cpp: found in every kin
 outliers is a random Qwen2, whose keys have large biases; values are FP16, since attention on few tokens shows their error.
 """
 import re
+import shutil
+
+from gguf import GGUFReader
 
 from common import LLAMA_BIN, TestCase, complete, main, path_from_env, run, tiny_model, with_last_words
 
@@ -43,6 +46,19 @@ class Factors(TestCase):
             return float(re.search(r"([\d.]+) bits per value", found.lines("holds the KV cache")[0])[1])
 
         self.assertGreater(bits(result), bits(chosen) + 1)
+
+    def test_parts_of_a_fused_projection_are_told_apart(self):
+        """phi3 has queries, keys and values in one weight. Only the first two decide how far logits are spread."""
+        for name, first, end, is_raised in (("queries", 0, 384, True), ("keys", 384, 576, True), ("values", 576, 768, False)):
+            with self.subTest(name):
+                path = self.directory / f"{name}.gguf"
+                shutil.copy(tiny_model("phi3"), path)
+                weights = [tensor.data for tensor in GGUFReader(path, "r+").tensors if tensor.name == "blk.0.attn_qkv.weight"]
+                self.assertEqual(weights[0].shape, (768, 384))
+                weights[0][first:end] *= 40
+                result = complete(path)
+                self.assert_ok(result)
+                self.assertEqual(bool(result.lines("guard: layer 0: by the model's weights")), is_raised)
 
     def test_they_lower_the_divergence(self):
         with_factors = self.divergence("k=tq8,v=f16")
