@@ -335,11 +335,11 @@ TQ_API void tq_store_close(tq_store *store);
 TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                                              int64_t row_stride, const tq_executor *executor);
 /*
- * The same for rows that tq_store_read gave, rounded to FP16 or not. What of them is encoded gets the codes that it was decoded
- * from, at a fraction of the time, and blocks in which nothing is encoded get the references that they had then. What can't be
- * found (other formats or factors, other references where some are in use) is encoded as any other.
+ * The same for rows that tq_store_read gave, rounded to FP16 (its bits). What of them is encoded gets the codes that it was
+ * decoded from, at a fraction of the time, and blocks in which nothing is encoded get the references that they had then. What
+ * can't be found (other formats or factors, other references where some are in use) is encoded as any other.
  */
-TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
+TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows,
                                                int64_t row_stride, const tq_executor *executor);
 /*
  * What slots [first_slot, first_slot + n) hold is not wanted any longer: they are about to be written again, and may read as

@@ -11,8 +11,8 @@
 #include "log.h"
 #include "stages.h"
 
-#define CHUNK_ROWS_MAX 256
-#define CHUNK_VALUES 65536 /* of a chunk of more than one row */
+#define CHUNK_ROWS_MAX 512
+#define CHUNK_VALUES 131072 /* of a chunk of more than one row */
 
 /* A piece of a transfer: whole rows, or a part of one, of one stream. */
 typedef struct piece {
@@ -118,10 +118,8 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
     const ggml_fp16_t *halves = (const ggml_fp16_t *)(const void *)from;
     int64_t slots[CHUNK_ROWS_MAX];
     for (int64_t i = 0; i < p->n_rows; i++) slots[i] = p->first_slot + i;
-    if (p->bytes == (size_t)p->n_rows * row_bytes(kv)) {
-        tq_ggml_host.ggml_fp16_to_fp32_row(halves, rows, p->n_rows * kv->n_embd);
-        return tq_store_restore(store, slots, p->n_rows, rows, kv->n_embd, executor);
-    }
+    if (p->bytes == (size_t)p->n_rows * row_bytes(kv))
+        return tq_store_restore(store, slots, p->n_rows, halves, kv->n_embd, executor);
     tq_status status = tq_store_read(store, p->first_slot, 1, rows, kv->n_embd);
     if (status != TQ_OK) return status;
     clamp_to_fp16(rows, kv->n_embd);

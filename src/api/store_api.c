@@ -105,15 +105,33 @@ void tq_store_close(tq_store *store)
     if (store) tq_store_detach(store);
 }
 
-static tq_status check_write(const tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride)
+/* A head of a row that holds NaN, infinity, or a magnitude that FP16 has no number for; -1 if none does. */
+static int32_t find_bad_head(const tq_store *store, const tq_store_rows *rows, int64_t row)
 {
+    int32_t head_dim = store->codec.head_dim;
+    if (rows->rows) return tq_check_row(store->kernels, rows->rows + row * rows->row_stride, store->n_head_kv, head_dim);
+    const uint16_t *half = rows->decoded + row * rows->row_stride;
+    for (int32_t head = 0; head < store->n_head_kv; head++, half += head_dim) {
+        uint16_t largest = 0;
+        for (int32_t j = 0; j < head_dim; j++) {
+            uint16_t magnitude = half[j] & 0x7fff;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        if (largest >= 0x7c00) return head;
+    }
+    return -1;
+}
+
+static tq_status check_write(const tq_store *store, const tq_store_rows *rows)
+{
+    const int64_t *slots = rows->slots, n = rows->n, row_stride = rows->row_stride;
     if (!store) return TQ_ERR_ARGUMENT;
     if (n < 0 || n > TQ_COUNT_MAX || !tq_check_stride(n, row_stride)) {
         tq_log(TQ_LOG_ERROR, "%s: %lld rows, %lld elements apart, are out of range", store->label, (long long)n,
                (long long)row_stride);
         return TQ_ERR_ARGUMENT;
     }
-    if (n > 0 && (!slots || !rows)) {
+    if (n > 0 && (!slots || (!rows->rows && !rows->decoded))) {
         tq_log(TQ_LOG_ERROR, "%s: slots or rows is NULL", store->label);
         return TQ_ERR_ARGUMENT;
     }
@@ -125,7 +143,7 @@ static tq_status check_write(const tq_store *store, const int64_t *slots, int64_
     }
     for (int64_t i = 0; i < n; i++) {
         if (slots[i] < 0) continue;
-        int32_t head = tq_check_row(store->kernels, rows + i * row_stride, store->n_head_kv, store->codec.head_dim);
+        int32_t head = find_bad_head(store, rows, i);
         if (head < 0) continue;
         tq_log(TQ_LOG_ERROR, "%s: head %d of slot %lld holds NaN, infinity, or a magnitude above 65504; nothing was written",
                store->label, (int)head, (long long)slots[i]);
@@ -137,8 +155,9 @@ static tq_status check_write(const tq_store *store, const int64_t *slots, int64_
 tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
                          const tq_executor *executor)
 {
-    TQ_TRY(check_write(store, slots, n, rows, row_stride));
-    tq_store_put(store, &(tq_store_rows){.slots = slots, .n = n, .rows = rows, .row_stride = row_stride}, executor);
+    tq_store_rows plain = {.slots = slots, .n = n, .rows = rows, .row_stride = row_stride};
+    TQ_TRY(check_write(store, &plain));
+    tq_store_put(store, &plain, executor);
     return TQ_OK;
 }
 
@@ -154,11 +173,11 @@ tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n)
     return TQ_OK;
 }
 
-tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
+tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows, int64_t row_stride,
                            const tq_executor *executor)
 {
-    TQ_TRY(check_write(store, slots, n, rows, row_stride));
-    tq_store_rows decoded = {.slots = slots, .n = n, .rows = rows, .row_stride = row_stride, .is_decoded = true};
+    tq_store_rows decoded = {.slots = slots, .n = n, .decoded = rows, .row_stride = row_stride};
+    TQ_TRY(check_write(store, &decoded));
     tq_store_put(store, &decoded, executor);
     return TQ_OK;
 }
@@ -166,8 +185,9 @@ tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, con
 tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows, int64_t row_stride,
                           const tq_executor *executor)
 {
-    TQ_TRY(check_write(store, slots, n, rows, row_stride));
-    tq_store_replace(store, &(tq_store_rows){.slots = slots, .n = n, .rows = rows, .row_stride = row_stride}, executor);
+    tq_store_rows plain = {.slots = slots, .n = n, .rows = rows, .row_stride = row_stride};
+    TQ_TRY(check_write(store, &plain));
+    tq_store_replace(store, &plain, executor);
     return TQ_OK;
 }
 
@@ -196,7 +216,8 @@ tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *
 {
     if (!stage) return TQ_ERR_ARGUMENT;
     stage->store = 0;
-    TQ_TRY(check_write(store, slots, n, rows, row_stride));
+    tq_store_rows plain = {.slots = slots, .n = n, .rows = rows, .row_stride = row_stride};
+    TQ_TRY(check_write(store, &plain));
     tq_status status = tq_stage_fill(stage, store, slots, n, rows, row_stride);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: stage: %s", store->label, tq_status_string(status));
     return status;

@@ -11,7 +11,7 @@
 #include "codec/trellis.h"
 
 /* Vectors handled at a time. */
-#define GROUP_MAX 4
+#define GROUP_MAX TQ_RECOVER_MAX
 /* Vectors that are worth waking one more thread, some 20 us of one core. */
 #define VECTORS_PER_THREAD 64
 /* Jobs that a thread takes at a time: few, so that one that loses its core holds up little. */
@@ -32,6 +32,10 @@ void tq_row_half(const tq_rows_in *in, int64_t row, int32_t head, uint16_t *to)
         return;
     }
     size_t vector_bytes = head_dim * sizeof *to;
+    if (in->decoded) {
+        memcpy(to, in->decoded + row * in->row_stride + (size_t)head * head_dim, vector_bytes);
+        return;
+    }
     const uint8_t *from = in->staged.data + (size_t)head * in->staged.head_stride_bytes;
     memcpy(to, from + (size_t)in->staged.index[row] * vector_bytes, vector_bytes);
 }
@@ -103,10 +107,10 @@ static void recover(const tq_codec *codec, const float *x, int32_t n, tq_block b
     int32_t head_dim = codec->head_dim;
     _Alignas(64) float y[GROUP_MAX * TQ_HEAD_DIM_MAX];
     format->prepare(codec, x, head_dim, n, y);
+    uint32_t found = tq_trellis_recover(codec, y, n, codec->kernels->whole_scale, block.codes, block.scales);
     for (int32_t i = 0; i < n; i++) {
         tq_block one = {.codes = block.codes + (size_t)i * codec->code_bytes, .scales = block.scales + i};
-        if (!tq_trellis_recover(codec, y + i * head_dim, one.codes, one.scales))
-            format->encode(codec, x + i * head_dim, head_dim, 1, one);
+        if (!(found >> i & 1)) format->encode(codec, x + i * head_dim, head_dim, 1, one);
     }
 }
 
@@ -125,7 +129,7 @@ static void encode_group(const tq_rows_in *in, const tq_encode_job *jobs, int32_
     }
     to_coded(in, head, jobs[0].column, n, x);
     tq_block block = tq_page_view_block(&in->pages, in->codec, head, jobs[0].column);
-    if (in->is_decoded && in->codec->traits->family == TQ_FAMILY_TRELLIS)
+    if (in->decoded && in->codec->traits->family == TQ_FAMILY_TRELLIS)
         recover(in->codec, x, n, block);
     else
         in->kernels->format[in->codec->traits->format].encode(in->codec, x, (int64_t)head_dim, n, block);

@@ -36,10 +36,10 @@ typedef struct tq_rows_in {
     uint8_t *exact_data;        /* head h's vectors at exact_data + h * exact_head_stride_bytes */
     size_t exact_head_stride_bytes;
     int32_t n_head_kv;
-    const float *rows; /* [n, n_head_kv, head_dim], or NULL: staged */
+    const float *rows;       /* [n, n_head_kv, head_dim], row_stride apart; */
+    const uint16_t *decoded; /* or such rows in FP16, the codes of which are looked for; */
     int64_t row_stride;
-    tq_staged_rows staged;
-    bool is_decoded; /* try to find the codes that the rows were decoded from */
+    tq_staged_rows staged; /* or, both NULL, these */
 } tq_rows_in;
 
 /* A run of vectors of each head, in plain floats: the ring as it is at some moment, oldest first. */

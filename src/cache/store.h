@@ -74,10 +74,10 @@ tq_kv_view tq_store_view(const tq_store *store, const tq_exact_entry *exact, int
 typedef struct tq_store_rows {
     const int64_t *slots;
     int64_t n;
-    const float *rows;
+    const float *rows; /* these three as in tq_rows_in */
+    const uint16_t *decoded;
     int64_t row_stride;
     tq_staged_rows staged;
-    bool is_decoded; /* as in tq_rows_in */
 } tq_store_rows;
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
@@ -85,6 +85,8 @@ void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_execu
 void tq_store_forget(tq_store *store, int64_t first, int64_t n);
 
 /* store_reference.c */
+/* Has a slot's block a reference of each head? */
+bool tq_store_has_reference(const tq_store *store, const tq_rows_in *in, int64_t slot);
 /*
  * Set the references of a slot's block to the window's mean, or to zero if that is empty, unless they are set. is_new: nothing
  * that is coded in the block is in use, so they are set in any case. Of the window's first n_decoded, which belong to the

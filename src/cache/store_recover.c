@@ -37,7 +37,7 @@ static int32_t confirm(const rotated_rows *rows, const float *reference, int32_t
     float y[TQ_HEAD_DIM_MAX], rest[TQ_HEAD_DIM_MAX], sum[TQ_HEAD_DIM_MAX] = {0};
     for (int32_t i = 0; i < rows->n && n < enough; i++) {
         for (int32_t j = 0; j < head_dim; j++) y[j] = rows->y[i][j] - reference[j];
-        if (!tq_trellis_recover(rows->codec, y, codes, &scale)) continue;
+        if (!tq_trellis_recover(rows->codec, y, 1, rows->codec->kernels->whole_scale, codes, &scale)) continue;
         leave(rows->codec, rows->y[i], (tq_block){.codes = codes, .scales = &scale}, rest);
         for (int32_t j = 0; j < head_dim; j++) sum[j] += rest[j];
         n++;

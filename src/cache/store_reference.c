@@ -9,6 +9,14 @@ static bool is_set(tq_block reference)
     return scale == TQ_REFERENCE_OF_ZERO || (scale != 0 && !(scale & TQ_REFERENCE_LEFT));
 }
 
+bool tq_store_has_reference(const tq_store *store, const tq_rows_in *in, int64_t slot)
+{
+    for (int32_t head = 0; head < store->n_head_kv; head++) {
+        if (!is_set(tq_page_view_refs(&in->pages, in->codec, head, slot))) return false;
+    }
+    return true;
+}
+
 typedef struct reference_task {
     const tq_store *store;
     const tq_rows_in *in;
@@ -36,6 +44,5 @@ void tq_store_set_reference(const tq_store *store, const tq_rows_in *in, int64_t
 {
     reference_task task = {store, in, slot, window, is_new, n_decoded};
     /* A mean is not worth a thread, a search is. */
-    bool is_search = n_decoded > 0 && (is_new || !is_set(tq_page_view_refs(&in->pages, in->codec, 0, slot)));
-    tq_run(is_search ? executor : NULL, store->n_head_kv, reference_body, &task);
+    tq_run(n_decoded > 0 ? executor : NULL, store->n_head_kv, reference_body, &task);
 }

@@ -40,8 +40,8 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
                              .rows = rows->rows ? rows->rows + first * rows->row_stride : NULL,
                              .row_stride = rows->row_stride,
                              .staged = rows->staged,
-                             .is_decoded = rows->is_decoded};
-    if (!rows->rows) batch->in.staged.index += first;
+                             .decoded = rows->decoded ? rows->decoded + first * rows->row_stride : NULL};
+    if (!rows->rows && !rows->decoded) batch->in.staged.index += first;
     for (int32_t i = 0; i < n_exact; i++) {
         batch->ids[i] = (int32_t)(tq_store_exact_slot(store, i) + 1);
         batch->from[i] = NO_ROW;
@@ -92,8 +92,8 @@ static int64_t block_end(const write_batch *batch, int64_t slot)
 static bool block_is_exact(const write_batch *batch, int64_t slot)
 {
     const tq_store_layout *layout = &batch->store->layout;
-    int64_t begin = block_begin(batch, slot), end = block_end(batch, slot), n = 0;
-    for (int32_t i = 0; i < layout->n_sink + layout->n_recent; i++) n += batch->ids[i] > begin && batch->ids[i] <= end;
+    int32_t begin = (int32_t)block_begin(batch, slot), end = (int32_t)block_end(batch, slot), n = 0;
+    for (int32_t i = 0; i < layout->n_sink + layout->n_recent; i++) n += (batch->ids[i] > begin) & (batch->ids[i] <= end);
     return n == end - begin;
 }
 
@@ -128,8 +128,9 @@ static void set_reference(write_batch *batch, int64_t slot, int32_t n_window)
     if (store->layout.ref_block == 0) return;
     tq_window window = {batch, n_window, read_window};
     bool is_new = n_window > 0 && block_is_exact(batch, slot);
+    if (!is_new && tq_store_has_reference(store, &batch->in, slot)) return;
     if (is_new && has_job_in_block(batch, slot)) encode_jobs(batch);
-    int32_t n_decoded = batch->in.is_decoded ? rows_of_block(batch, slot, n_window) : 0;
+    int32_t n_decoded = batch->in.decoded ? rows_of_block(batch, slot, n_window) : 0;
     tq_store_set_reference(store, &batch->in, slot, &window, is_new, n_decoded, batch->executor);
 }
 
@@ -155,10 +156,10 @@ static int32_t find_entry(const write_batch *batch, int64_t slot)
     const tq_store_layout *layout = &batch->store->layout;
     int32_t id = (int32_t)(slot + 1);
     if (slot < layout->n_sink) return batch->ids[slot] == id ? (int32_t)slot : -1;
-    for (int32_t i = layout->n_sink; i < layout->n_sink + layout->n_recent; i++) {
-        if (batch->ids[i] == id) return i;
-    }
-    return -1;
+    int32_t found = -1;
+    /* No slot is there twice, and compilers make vectors of a loop without an exit. */
+    for (int32_t i = layout->n_sink; i < layout->n_sink + layout->n_recent; i++) found = batch->ids[i] == id ? i : found;
+    return found;
 }
 
 static void plan_write(write_batch *batch, int64_t slot, int32_t row)

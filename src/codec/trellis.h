@@ -40,10 +40,17 @@ void tq_trellis_run_scalar(const int8_t *windows, int32_t bits, const int16_t *z
 /* Encode a rotated vector y. */
 void tq_trellis_encode_rotated(const tq_codec *codec, const float *y, tq_trellis_run_fn run, uint8_t *codes, uint16_t *scale);
 
+/* The kernel whole_scale (kernels/kernels.h). */
+typedef int64_t (*tq_whole_scale_fn)(const float *y, int64_t n, const float *scale, int64_t m);
+
+#define TQ_RECOVER_MAX 4 /* vectors at a time */
+
 /*
- * The codes and scale of a rotated vector y that decoding gave, if rounding to FP16 since moved no value by half of the table's
- * unit; false if it is no such vector. Far faster than the search, and the same on all machines.
+ * The codes [n, code_bytes] and scales [n] of rotated vectors y [n, head_dim] that decoding gave, n <= TQ_RECOVER_MAX, if
+ * rounding to FP16 since moved no value by half of the table's unit. Bit k of what is returned: vector k is one; what the
+ * others get means nothing. Far faster than the search, and the same on all machines.
  */
-bool tq_trellis_recover(const tq_codec *codec, const float *y, uint8_t *codes, uint16_t *scale);
+uint32_t tq_trellis_recover(const tq_codec *codec, const float *y, int32_t n, tq_whole_scale_fn whole_scale, uint8_t *codes,
+                            uint16_t *scales);
 
 #endif

@@ -63,6 +63,9 @@ typedef struct tq_kernels {
     void (*transform_query)(const uint16_t *l, int32_t head_dim, const float *q, int64_t n, float *y);
     /* Is every |x[i]| <= 65504 (so neither NaN nor infinity)? */
     bool (*all_finite)(const float *x, int64_t n);
+    /* In units of which of scales [m], m >= 1, is y [n] nearest to whole numbers? The first one with the least sum, in order,
+     * of (z - round(z))^2, z = y[i] * (1 / scale), |z| < 2^22. Bit-exact. */
+    int64_t (*whole_scale)(const float *y, int64_t n, const float *scale, int64_t m);
 } tq_kernels;
 
 /* Fill the table for a set of CPU flags (base/cpu.h): a pure function. */

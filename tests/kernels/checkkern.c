@@ -38,6 +38,7 @@ static const op ops[] = {
     {"transform_key",   PLAIN_OP(transform_key),   true,  0,    0,    setup_transform_key, NULL, run_transform_key},
     {"transform_query", PLAIN_OP(transform_query), true,  1e-5, 1e-5, setup_transform_query, NULL, run_transform_query},
     {"all_finite",      PLAIN_OP(all_finite),      false, 0,    0,    setup_all_finite, NULL, run_all_finite},
+    {"whole_scale",     PLAIN_OP(whole_scale),     false, 0,    0,    setup_whole_scale, NULL, run_whole_scale},
 };
 // clang-format on
 enum { N_OPS = sizeof(ops) / sizeof(ops[0]) };

@@ -95,6 +95,8 @@ void setup_transform_query(env *e);
 void run_transform_query(env *e, const tq_kernels *kernels, int which);
 void setup_all_finite(env *e);
 void run_all_finite(env *e, const tq_kernels *kernels, int which);
+void setup_whole_scale(env *e);
+void run_whole_scale(env *e, const tq_kernels *kernels, int which);
 
 /* Memory (memory.c). All take aborts the program with a message when the system has none. */
 void arena_init(arena *a);

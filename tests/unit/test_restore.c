@@ -65,6 +65,17 @@ static pair make_pair(const tq_store_params *p, float mean)
     return s;
 }
 
+/* tq_store_restore of rows in floats. */
+static tq_status restore_rows(tq_store *store, const int64_t *to, int64_t n, const float *rows, int64_t row_stride,
+                              const tq_executor *executor)
+{
+    uint16_t *half = kv_calloc((size_t)(n * row_stride), sizeof *half);
+    for (int64_t i = 0; i < n * row_stride; i++) half[i] = tq_half_from_float(rows[i]);
+    tq_status status = tq_store_restore(store, to, n, half, row_stride, executor);
+    free(half);
+    return status;
+}
+
 static void free_pair(pair *s)
 {
     tq_store_close(s->store);
@@ -83,7 +94,7 @@ static void test_an_empty_store_becomes_the_same(void **state)
         for (int k = 0; k < 9; k++) {
             tq_store_params p = params_of(trellises[i], ref_blocks[k % 3]);
             pair s = make_pair(&p, means[k / 3]);
-            assert_int_equal(tq_store_restore(s.other, slots, N_ROWS, s.rows, ROW, NULL), TQ_OK);
+            assert_int_equal(restore_rows(s.other, slots, N_ROWS, s.rows, ROW, NULL), TQ_OK);
             bool is_same = memcmp(s.memory, s.other_memory, s.bytes) == 0;
             if (!is_same)
                 fail_msg("format %d, %d slots a reference, mean %g", (int)p.format, (int)p.ref_block, (double)means[k / 3]);
@@ -107,7 +118,7 @@ static void test_batches_and_threads_make_no_difference(void **state)
         for (int64_t first = 0, n; first < N_ROWS; first += n) {
             n = n_threads == 1 ? 1 : 1 + kv_below(&random, 300);
             if (n > N_ROWS - first) n = N_ROWS - first;
-            assert_int_equal(tq_store_restore(s.other, slots + first, n, s.rows + first * ROW, ROW, &executor), TQ_OK);
+            assert_int_equal(restore_rows(s.other, slots + first, n, s.rows + first * ROW, ROW, &executor), TQ_OK);
         }
         assert_memory_equal(s.memory, s.other_memory, s.bytes);
         tq_pool_free(pool);
@@ -130,7 +141,7 @@ static void test_what_was_there_is_discarded(void **state)
         pair s = make_pair(&p, 1.0f);
         assert_int_equal(tq_store_write(s.other, slots, N_ROWS, other, ROW, NULL), TQ_OK);
         if (discards) assert_int_equal(tq_store_discard(s.other, 0, N_ROWS), TQ_OK);
-        assert_int_equal(tq_store_restore(s.other, slots, N_ROWS, s.rows, ROW, NULL), TQ_OK);
+        assert_int_equal(restore_rows(s.other, slots, N_ROWS, s.rows, ROW, NULL), TQ_OK);
         assert_int_equal(tq_store_read(s.other, 0, N_ROWS, again, ROW), TQ_OK);
         round_rows(again, (int64_t)N_ROWS * ROW);
         bool is_same = memcmp(again, s.rows, (size_t)N_ROWS * ROW * sizeof *again) == 0;
@@ -154,7 +165,7 @@ static void test_references_that_are_left_serve_again(void **state)
     round_rows(other, (int64_t)N_ROWS * ROW);
     for (int i = 0; i < 2; i++) {
         assert_int_equal(tq_store_discard(s.store, 0, N_ROWS), TQ_OK);
-        assert_int_equal(tq_store_restore(s.store, slots, N_ROWS, other, ROW, NULL), TQ_OK);
+        assert_int_equal(restore_rows(s.store, slots, N_ROWS, other, ROW, NULL), TQ_OK);
         assert_int_equal(tq_store_read(s.store, 0, N_ROWS, again, ROW), TQ_OK);
         round_rows(again, (int64_t)N_ROWS * ROW);
         assert_memory_equal(again, other, (size_t)N_ROWS * ROW * sizeof *again);
@@ -177,7 +188,7 @@ static void test_discarding_a_part_keeps_the_rest(void **state)
     round_rows(again, (int64_t)N_ROWS * ROW);
     assert_memory_equal(again, s.rows, (size_t)first * ROW * sizeof *again);
     assert_memory_equal(again + end * ROW, s.rows + end * ROW, (size_t)(N_ROWS - end) * ROW * sizeof *again);
-    assert_int_equal(tq_store_restore(s.store, slots + first, n, s.rows + first * ROW, ROW, NULL), TQ_OK);
+    assert_int_equal(restore_rows(s.store, slots + first, n, s.rows + first * ROW, ROW, NULL), TQ_OK);
     assert_int_equal(tq_store_read(s.store, 0, N_ROWS, again, ROW), TQ_OK);
     double error = 0, square = 0;
     for (int64_t i = 0; i < N_ROWS * ROW; i++) {
@@ -202,7 +213,7 @@ static void test_other_rows_are_written(void **state)
         pair s = make_pair(&p, 0.0f);
         memset(s.memory, 0, s.bytes);
         assert_int_equal(tq_store_write(s.store, slots, N_ROWS, rows, ROW, NULL), TQ_OK);
-        assert_int_equal(tq_store_restore(s.other, slots, N_ROWS, rows, ROW, NULL), TQ_OK);
+        assert_int_equal(restore_rows(s.other, slots, N_ROWS, rows, ROW, NULL), TQ_OK);
         assert_memory_equal(s.memory, s.other_memory, s.bytes);
         free_pair(&s);
     }
@@ -222,12 +233,29 @@ static void test_refusals(void **state)
     assert_int_equal(tq_store_discard(s.store, 1, N_SLOTS), TQ_ERR_RANGE);
     assert_string_equal(last_message, "store: 600 slots from 1 on are out of range; there are 600 slots");
     assert_int_equal(tq_store_discard(s.store, N_SLOTS, 0), TQ_OK);
-    assert_int_equal(tq_store_restore(NULL, slots, 1, s.rows, ROW, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(restore_rows(NULL, slots, 1, s.rows, ROW, NULL), TQ_ERR_ARGUMENT);
     memcpy(s.other_memory, s.memory, s.bytes);
     s.rows[ROW] = NAN;
-    assert_int_equal(tq_store_restore(s.store, slots, 2, s.rows, ROW, NULL), TQ_ERR_NOT_FINITE);
+    assert_int_equal(restore_rows(s.store, slots, 2, s.rows, ROW, NULL), TQ_ERR_NOT_FINITE);
     assert_memory_equal(s.memory, s.other_memory, s.bytes);
     free_pair(&s);
+}
+
+/* A random vector, rotated: as it is, or decoded and rounded to FP16; and its codes. */
+static void decode_again(const tq_codec *codec, kv_random *random, float size, bool is_decoded, float *y, uint8_t *codes,
+                         uint16_t *scale)
+{
+    float x[TQ_HEAD_DIM_MAX];
+    int32_t n = codec->head_dim;
+    kv_fill(random, x, n);
+    for (int32_t j = 0; j < n; j++) x[j] *= size;
+    if (is_decoded) {
+        tq_vector_encode(codec, x, codes, scale);
+        tq_vector_expand(codec, codes, scale, y);
+        tq_vector_finish(codec, y, x);
+        for (int32_t j = 0; j < n; j++) x[j] = kv_round(x[j]);
+    }
+    tq_rotation_forward(&codec->rotation, x, y);
 }
 
 /* Every head_dim and size, and nothing but decoded vectors. */
@@ -236,30 +264,34 @@ static void test_codes_are_found_again(void **state)
     (void)state;
     int32_t n_head_dims;
     const int32_t *head_dims = tq_head_dim_list(&n_head_dims);
+    const tq_kernels *kernels = tq_kernels_get();
     for (int i = 0; i < N_TRELLISES * n_head_dims; i++) {
-        int32_t n = head_dims[i / N_TRELLISES], n_found = 0;
+        int32_t n = head_dims[i / N_TRELLISES], n_found = 0, n_decoded = 0;
         tq_codec codec;
         assert_int_equal(tq_codec_init(&codec, trellises[i % N_TRELLISES], n, TQ_SEED_DEFAULT), TQ_OK);
         kv_random random = {.state = (uint64_t)n};
-        for (int k = 0; k < 60; k++) {
-            float x[TQ_HEAD_DIM_MAX], y[TQ_HEAD_DIM_MAX], size = ldexpf(1.0f, k % 24 - 10);
-            uint8_t codes[TQ_CODE_BYTES_MAX], found[TQ_CODE_BYTES_MAX];
-            uint16_t scale, found_scale;
-            kv_fill(&random, x, n);
-            for (int32_t j = 0; j < n; j++) x[j] *= size;
-            tq_rotation_forward(&codec.rotation, x, y);
-            assert_false(tq_trellis_recover(&codec, y, found, &found_scale));
-            tq_vector_encode(&codec, x, codes, &scale);
-            tq_vector_expand(&codec, codes, &scale, y);
-            tq_vector_finish(&codec, y, x);
-            for (int32_t j = 0; j < n; j++) x[j] = kv_round(x[j]);
-            tq_rotation_forward(&codec.rotation, x, y);
-            if (!tq_trellis_recover(&codec, y, found, &found_scale)) continue;
-            assert_memory_equal(codes, found, codec.code_bytes);
-            assert_int_equal(scale, found_scale);
-            n_found++;
+        for (int k = 0; k < 30; k++) {
+            float y[TQ_RECOVER_MAX * TQ_HEAD_DIM_MAX];
+            uint8_t codes[TQ_RECOVER_MAX * TQ_CODE_BYTES_MAX], found[TQ_RECOVER_MAX * TQ_CODE_BYTES_MAX];
+            uint16_t scale[TQ_RECOVER_MAX], found_scale[TQ_RECOVER_MAX];
+            int32_t n_vectors = 1 + k % TQ_RECOVER_MAX, stranger = (int32_t)kv_below(&random, TQ_RECOVER_MAX);
+            for (int32_t v = 0; v < n_vectors; v++) {
+                uint8_t *at = codes + (size_t)v * codec.code_bytes;
+                decode_again(&codec, &random, ldexpf(1.0f, k % 24 - 10), v != stranger, y + v * n, at, &scale[v]);
+            }
+            uint32_t bits = tq_trellis_recover(&codec, y, n_vectors, kernels->whole_scale, found, found_scale);
+            for (int32_t v = 0; v < n_vectors; v++) {
+                n_decoded += v != stranger;
+                if (!(bits >> v & 1)) continue;
+                assert_int_not_equal(v, stranger);
+                assert_memory_equal(codes + (size_t)v * codec.code_bytes, found + (size_t)v * codec.code_bytes,
+                                    codec.code_bytes);
+                assert_int_equal(scale[v], found_scale[v]);
+                n_found++;
+            }
+            assert_int_equal(bits >> n_vectors, 0);
         }
-        assert_true(n_found >= 59);
+        assert_true(n_found >= n_decoded - 1);
         tq_codec_deinit(&codec);
     }
 }
@@ -277,7 +309,7 @@ static void test_extreme_vectors(void **state)
             y[kv_below(&random, HEAD_DIM)] = size * rintf(10 * kv_uniform(&random));
         uint8_t codes[TQ_CODE_BYTES_MAX];
         uint16_t scale;
-        if (tq_trellis_recover(&codec, y, codes, &scale)) {
+        if (tq_trellis_recover(&codec, y, 1, tq_kernels_get()->whole_scale, codes, &scale)) {
             tq_vector_expand(&codec, codes, &scale, expanded);
             for (int j = 0; j < HEAD_DIM; j++) assert_true(fabsf(expanded[j] - y[j]) <= 0.51f * tq_half_to_float(scale));
         }

@@ -52,6 +52,22 @@ static bool all_finite_scalar(const float *x, int64_t n)
     return true;
 }
 
+static int64_t whole_scale_scalar(const float *y, int64_t n, const float *scale, int64_t m)
+{
+    const float shift = 0x1.8p23f; /* adding it rounds to whole numbers */
+    float least = INFINITY;
+    int64_t best = 0;
+    for (int64_t k = 0; k < m; k++) {
+        float inverse = 1.0f / scale[k], sum = 0.0f;
+        for (int64_t i = 0; i < n; i++) {
+            float z = y[i] * inverse, distance = z - ((z + shift) - shift);
+            sum += distance * distance;
+        }
+        if (sum < least) least = sum, best = k;
+    }
+    return best;
+}
+
 void tq_kernels_init_scalar(tq_kernels *kernels)
 {
     for (int format = 0; format < TQ_FORMAT_COUNT; format++) kernels->format[format] = tq_format_kernels_scalar;
@@ -65,4 +81,5 @@ void tq_kernels_init_scalar(tq_kernels *kernels)
     kernels->transform_key = tq_transform_key;
     kernels->transform_query = tq_transform_query;
     kernels->all_finite = all_finite_scalar;
+    kernels->whole_scale = whole_scale_scalar;
 }

@@ -34,4 +34,5 @@ void TQ_ISA(kernels_init)(tq_kernels *kernels)
     kernels->transform_key = TQ_ISA(transform_key);
     kernels->transform_query = TQ_ISA(transform_query);
     kernels->all_finite = TQ_ISA(all_finite);
+    kernels->whole_scale = TQ_ISA(whole_scale);
 }

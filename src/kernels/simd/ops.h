@@ -38,3 +38,4 @@ void TQ_ISA(half_from_float)(const float *x, int64_t n, uint16_t *h);
 void TQ_ISA(transform_key)(const uint16_t *l, int32_t head_dim, const float *x, float *y);
 void TQ_ISA(transform_query)(const uint16_t *l, int32_t head_dim, const float *q, int64_t n, float *y);
 bool TQ_ISA(all_finite)(const float *x, int64_t n);
+int64_t TQ_ISA(whole_scale)(const float *y, int64_t n, const float *scale, int64_t m);

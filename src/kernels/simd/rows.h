@@ -124,3 +124,39 @@ bool TQ_ISA(all_finite)(const float *x, int64_t n)
     }
     return i == n || vec_all_le(vec_abs(load_part(x + i, n - i, 0.0f)), limit);
 }
+
+TQ_INLINE vec whole_error(const float *y, int64_t n, vec scale)
+{
+    vec inverse = vec_div(vec_set1(1.0f), scale), sum = vec_set1(0.0f);
+    for (int64_t i = 0; i < n; i++) {
+        vec z = vec_mul(vec_set1(y[i]), inverse), distance = vec_sub(z, vec_round(z));
+        sum = vec_add(sum, vec_mul(distance, distance));
+    }
+    return sum;
+}
+
+int64_t TQ_ISA(whole_scale)(const float *y, int64_t n, const float *scale, int64_t m)
+{
+    float errors[VEC_LANES], blocks[VEC_LANES];
+    vec least = vec_set1(INFINITY), best = vec_set1(0.0f); /* of each lane, and the block of scales that it was in */
+    int64_t k = 0;
+    for (; k + VEC_LANES <= m; k += VEC_LANES) {
+        vec error = whole_error(y, n, vec_load(scale + k));
+        best = vec_select_ge(error, least, best, vec_set1((float)(k / VEC_LANES)));
+        least = vec_select_ge(error, least, least, error);
+    }
+    if (k < m) { /* the lanes beyond are copies of the last scale */
+        vec error = whole_error(y, n, load_part(scale + k, m - k, scale[m - 1]));
+        best = vec_select_ge(error, least, best, vec_set1((float)(k / VEC_LANES)));
+        least = vec_select_ge(error, least, least, error);
+    }
+    float error = -vec_max_lane(vec_sub(vec_set1(0.0f), least));
+    vec_store(errors, least);
+    vec_store(blocks, best);
+    int32_t found = INT32_MAX;
+    for (int32_t lane = 0; lane < VEC_LANES; lane++) {
+        int32_t at = errors[lane] == error ? (int32_t)blocks[lane] * VEC_LANES + lane : INT32_MAX;
+        found = at < found ? at : found;
+    }
+    return found;
+}
