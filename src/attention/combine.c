@@ -68,11 +68,9 @@ static float denominator(float max, float sum, const float *sink, float *lse)
 void tq_from_basis(const tq_kv_view *view, int32_t head, int64_t n, float *x)
 {
     int32_t head_dim = view->codec->head_dim;
-    for (int64_t i = 0; i < n; i++) {
-        float *vector = x + i * head_dim;
-        if (view->factors) tq_scale_channels(view->factors + (size_t)head * (size_t)head_dim, 1, head_dim, vector);
-        if (view->transforms) tq_transform_inverse(tq_transform_of_head(view->transforms, head, head_dim), head_dim, vector);
-    }
+    if (view->factors) tq_scale_channels(view->factors + (size_t)head * (size_t)head_dim, 1, head_dim, n, x);
+    for (int64_t i = 0; i < n && view->transforms; i++)
+        tq_transform_inverse(tq_transform_of_head(view->transforms, head, head_dim), head_dim, x + i * head_dim);
 }
 
 void tq_finish_tile(const tq_attend_plan *plan, const tq_attend_tile *tile, tq_partial partial, float *finished)

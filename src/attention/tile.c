@@ -97,7 +97,7 @@ static void prepare_queries(const tq_attend_plan *plan, const tq_attend_tile *ti
     for (int32_t i = 0; i < tile->n_row; i++) {
         _Alignas(64) float q[TQ_HEAD_DIM_MAX];
         memcpy(q, scratch->q + (size_t)i * (size_t)plan->head_dim, (size_t)plan->head_dim * sizeof *q);
-        tq_scale_channels(factors, 1, plan->head_dim, q);
+        tq_scale_channels(factors, 1, plan->head_dim, 1, q);
         format->prepare(codec, q, plan->head_dim, 1, scratch->q_working + (size_t)i * (size_t)plan->width_k);
     }
 }

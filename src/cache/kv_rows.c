@@ -77,10 +77,9 @@ static void read_reference(const tq_kernels *kernels, const tq_page_view *pages,
 void tq_rows_to_basis(const tq_rows_in *in, int32_t head, int32_t n, float *x)
 {
     int32_t head_dim = in->codec->head_dim;
-    for (int32_t i = 0; i < n; i++) {
+    if (in->factors) tq_scale_channels(in->factors + (size_t)head * (size_t)head_dim, -1, head_dim, n, x);
+    for (int32_t i = 0; i < n && in->transforms; i++) {
         float *vector = x + i * head_dim;
-        if (in->factors) tq_scale_channels(in->factors + (size_t)head * (size_t)head_dim, -1, head_dim, vector);
-        if (!in->transforms) continue;
         _Alignas(64) float plain[TQ_HEAD_DIM_MAX];
         memcpy(plain, vector, (size_t)head_dim * sizeof *plain);
         in->kernels->transform_key(tq_transform_of_head(in->transforms, head, head_dim), head_dim, plain, vector);

@@ -134,8 +134,8 @@ uint16_t tq_scale_from_float(float scale);
 
 /* The factor 2^(step / 4) of a channel; |step| <= 127. */
 float tq_channel_factor(int8_t step);
-/* x[i] times the factor of sign * steps[i], sign 1 or -1. */
-void tq_scale_channels(const int8_t *steps, int32_t sign, int32_t n, float *x);
+/* x [n, head_dim]: channel j of each vector times the factor of sign * steps[j], sign 1 or -1. */
+void tq_scale_channels(const int8_t *steps, int32_t sign, int32_t head_dim, int64_t n, float *x);
 
 /* Codes in order, little-endian: code i of b = 1, 2, 4 bits stands at bits [b * i, b * i + b) of the stream; 8 bits is a byte.
  * 3 bits are two planes: the low 2 bits of all codes, then the high bit of all codes. n is a multiple of 16. */

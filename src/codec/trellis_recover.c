@@ -25,7 +25,7 @@ enum { N_RANGES = sizeof scale_ranges / sizeof scale_ranges[0] };
 #define Z_MAX 0x1p15f
 /* Values that choose among the scales. */
 #define N_PROBES 12
-/* Values on the other side of the circle's closing, after which hardly ever more than one way is left. */
+/* Values on the other side of the circle's closing, after which few ways are left. */
 #define LEAD 4
 
 /* To the nearest whole number, for |x| < 2^22. */
@@ -230,7 +230,7 @@ static bool settle(const tq_codec *codec, const float *y, float ss, float found,
     return false;
 }
 
-/* In 8 parts, as the encoder's sum needs not be: its last bits don't matter here. */
+/* In 8 parts: unlike those of the encoder, its last bits do not matter. */
 static float sum_squares(const float *y, int32_t n)
 {
     float part[8] = {0}, sum = 0.0f;

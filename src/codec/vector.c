@@ -53,7 +53,11 @@ float tq_channel_factor(int8_t step)
     return factor;
 }
 
-void tq_scale_channels(const int8_t *steps, int32_t sign, int32_t n, float *x)
+void tq_scale_channels(const int8_t *steps, int32_t sign, int32_t head_dim, int64_t n, float *x)
 {
-    for (int32_t i = 0; i < n; i++) x[i] *= tq_channel_factor((int8_t)(sign * steps[i]));
+    float factors[TQ_HEAD_DIM_MAX];
+    for (int32_t j = 0; j < head_dim; j++) factors[j] = tq_channel_factor((int8_t)(sign * steps[j]));
+    for (int64_t i = 0; i < n; i++, x += head_dim) {
+        for (int32_t j = 0; j < head_dim; j++) x[j] *= factors[j];
+    }
 }

@@ -53,10 +53,10 @@ static inline void store_model_round_trip(const store_model *m, const float *row
         float x[128], *y = value + head * head_dim;
         uint8_t bytes[2 * 128 + 4];
         for (int32_t j = 0; j < head_dim; j++) x[j] = kv_round(row[head * head_dim + j]);
-        if (has_factors) tq_scale_channels(factors, -1, head_dim, x);
+        if (has_factors) tq_scale_channels(factors, -1, head_dim, 1, x);
         KV_CHECK(tq_codec_encode(m->codec, x, 1, bytes) == TQ_OK);
         KV_CHECK(tq_codec_decode(m->codec, bytes, 1, y) == TQ_OK);
-        if (has_factors) tq_scale_channels(factors, 1, head_dim, y);
+        if (has_factors) tq_scale_channels(factors, 1, head_dim, 1, y);
     }
 }
 

@@ -197,8 +197,8 @@ static void test_the_guard_knows_the_error_of_logits(void **state)
                 k[j] *= sqrtf(e.k[j]);
                 q[j] *= sqrtf(e.q[j]);
             }
-            tq_scale_channels(factors, -1, DIM, k);
-            tq_scale_channels(factors, 1, DIM, q);
+            tq_scale_channels(factors, -1, DIM, 1, k);
+            tq_scale_channels(factors, 1, DIM, 1, q);
             assert_int_equal(tq_codec_encode(codec, k, 1, bytes), TQ_OK);
             assert_int_equal(tq_codec_decode(codec, bytes, 1, decoded), TQ_OK);
             double error = 0;
