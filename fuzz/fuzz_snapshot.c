@@ -59,11 +59,13 @@ static void seal(uint8_t *data, size_t n)
     if (n < sizeof h) return;
     memcpy(&h, data, sizeof h);
     memcpy(h.magic, TQ_SNAPSHOT_MAGIC, sizeof h.magic);
-    h.version = TQ_SNAPSHOT_VERSION;
+    h.version = h.version % 2 ? TQ_SNAPSHOT_PLAIN : TQ_SNAPSHOT_FACTORS;
     h.header_bytes = sizeof h;
     h.file_bytes = n;
     if (h.meta_bytes > n - sizeof h) h.meta_bytes = n - sizeof h;
     uint64_t at = sizeof h + ((uint64_t)(uint32_t)h.n_layer * 2 + 7) / 8 * 8, offset = tq_snapshot_data_offset(&h);
+    uint64_t n_heads = (uint64_t)(uint32_t)h.n_layer * (uint32_t)h.n_head_kv;
+    if (h.version == TQ_SNAPSHOT_FACTORS && n_heads < n) at += (n_heads * (uint32_t)h.head_dim + 7) / 8 * 8;
     uint64_t n_exact = (uint32_t)h.n_exact, n_hashes = n_exact + (uint32_t)h.n_pages;
     for (uint64_t i = 0; i < n_hashes && at + 8 <= sizeof h + h.meta_bytes; i++, at += 8) {
         uint64_t bytes = i < n_exact ? h.exact_bytes : h.page_bytes;

@@ -435,6 +435,11 @@ TQ_API void tq_cache_params_set_preset(tq_cache_params *params, const struct tq_
 /* Pages are allocated as they are first used. Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, FULL (the budget), IO, CPU. */
 TQ_API TQ_NODISCARD tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params);
 TQ_API void tq_cache_free(tq_cache *cache);
+/*
+ * Factors of a layer's keys [n_head_kv, head_dim], copied; NULL: none. As tq_store_params.factors, and saved with sequences.
+ * Only while the layer holds no tokens and nobody else uses the cache. Errors: ARGUMENT, RANGE, MEMORY, FULL.
+ */
+TQ_API TQ_NODISCARD tq_status tq_cache_set_key_factors(tq_cache *cache, int32_t layer, const int8_t *factors);
 /* An empty sequence. Errors: ARGUMENT, MEMORY, FULL. Ids of freed sequences are used again. */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq);
 /*

@@ -165,6 +165,26 @@ static tq_status report(const tq_cache *cache, tq_status status, const char *act
     return status;
 }
 
+tq_status tq_cache_set_key_factors(tq_cache *cache, int32_t layer, const int8_t *factors)
+{
+    TQ_TRY(tq_check_cache(cache));
+    TQ_TRY(check_layer(cache, layer));
+    const tq_cache_side *keys = tq_cache_side_get(cache, layer, TQ_SIDE_K);
+    if (factors) TQ_TRY(tq_check_factors(WHO, factors, cache->n_head_kv, keys->codec->head_dim, cache->calibration));
+    int8_t *copy = NULL;
+    tq_cache_lock(cache);
+    bool takes = tq_cache_takes_factors(cache, layer, factors);
+    tq_status status = takes ? tq_cache_copy_factors(cache, layer, factors, &copy) : TQ_ERR_ARGUMENT;
+    if (status == TQ_OK) tq_cache_put_factors(cache, layer, copy);
+    tq_cache_unlock(cache);
+    if (!takes)
+        tq_log(TQ_LOG_ERROR, WHO ": layer %d holds tokens whose keys have other factors: set them before the first token",
+               (int)layer);
+    else if (status != TQ_OK)
+        tq_log(TQ_LOG_ERROR, WHO ": factors of layer %d: %s", (int)layer, tq_status_string(status));
+    return status;
+}
+
 tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)
 {
     if (!seq) return TQ_ERR_ARGUMENT;

@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "base/log.h"
+#include "codec/factors.h"
 #include "cache/kv_rows.h"
 
 /* Elements; their bytes, and sums of a few, do not overflow. */
@@ -102,6 +103,22 @@ tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent, int3
            "%s: n_sink %d and n_recent %d: give counts from 0 with a sum of at most %d; the F16 format keeps all exact", who,
            (int)n_sink, (int)n_recent, TQ_EXACT_MAX);
     return TQ_ERR_ARGUMENT;
+}
+
+tq_status tq_check_factors(const char *who, const int8_t *factors, int32_t n_head_kv, int32_t head_dim,
+                           const tq_calibration *calibration)
+{
+    if (calibration) {
+        tq_log(TQ_LOG_ERROR, "%s: a calibration takes the place of factors; leave one of them out", who);
+        return TQ_ERR_ARGUMENT;
+    }
+    for (int64_t i = 0; i < (int64_t)n_head_kv * head_dim; i++) {
+        if (factors[i] >= -TQ_FACTOR_MAX && factors[i] <= TQ_FACTOR_MAX) continue;
+        tq_log(TQ_LOG_ERROR, "%s: factor %lld is %d; give -%d to %d", who, (long long)i, (int)factors[i], TQ_FACTOR_MAX,
+               TQ_FACTOR_MAX);
+        return TQ_ERR_ARGUMENT;
+    }
+    return TQ_OK;
 }
 
 tq_status tq_check_cache(const tq_cache *cache)

@@ -27,6 +27,10 @@ tq_status tq_check_attend(const char *who, const tq_attend_params *params, int64
 /* n_sink, n_recent, and how many columns share a reference. */
 tq_status tq_check_exact(const char *who, int32_t n_sink, int32_t n_recent, int32_t ref_block);
 
+/* Factors of keys [n_head_kv, head_dim], and that no calibration takes their place. */
+tq_status tq_check_factors(const char *who, const int8_t *factors, int32_t n_head_kv, int32_t head_dim,
+                           const tq_calibration *calibration);
+
 /* That there is a cache, and that this process may use it. */
 tq_status tq_check_cache(const tq_cache *cache);
 

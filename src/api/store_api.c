@@ -5,7 +5,6 @@
 #include "base/alloc.h"
 #include "base/log.h"
 #include "cache/stage.h"
-#include "codec/factors.h"
 
 #define MEMORY_ALIGN 64
 
@@ -19,21 +18,6 @@ void tq_store_params_default(tq_store_params *params)
 static const char *label_of(const tq_store_params *params)
 {
     return params->label ? params->label : "store";
-}
-
-static tq_status check_factors(const tq_store_params *params)
-{
-    if (params->calibration) {
-        tq_log(TQ_LOG_ERROR, "%s: a calibration takes the place of factors; leave one of them out", label_of(params));
-        return TQ_ERR_ARGUMENT;
-    }
-    for (int64_t i = 0; i < (int64_t)params->n_head_kv * params->head_dim; i++) {
-        if (params->factors[i] >= -TQ_FACTOR_MAX && params->factors[i] <= TQ_FACTOR_MAX) continue;
-        tq_log(TQ_LOG_ERROR, "%s: factor %lld is %d; give -%d to %d", label_of(params), (long long)i, (int)params->factors[i],
-               TQ_FACTOR_MAX, TQ_FACTOR_MAX);
-        return TQ_ERR_ARGUMENT;
-    }
-    return TQ_OK;
 }
 
 static tq_status check_params(const tq_store_params *params)
@@ -52,7 +36,8 @@ static tq_status check_params(const tq_store_params *params)
                (int)params->n_head_kv, (long long)params->n_slots, TQ_HEADS_MAX);
         return TQ_ERR_ARGUMENT;
     }
-    if (params->factors) TQ_TRY(check_factors(params));
+    if (params->factors)
+        TQ_TRY(tq_check_factors(label, params->factors, params->n_head_kv, params->head_dim, params->calibration));
     return tq_check_exact(label, params->n_sink, params->n_recent, params->ref_block);
 }
 

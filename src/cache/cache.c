@@ -152,6 +152,63 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     return TQ_OK;
 }
 
+/* Of a layer; only caches that were made have any. */
+static size_t factors_bytes(const tq_cache *cache)
+{
+    return (size_t)cache->n_head_kv * (size_t)tq_cache_side_get(cache, 0, TQ_SIDE_K)->codec->head_dim;
+}
+
+/* NULL for zeros. */
+static const int8_t *unless_zero(const int8_t *factors, size_t n)
+{
+    for (size_t i = 0; factors && i < n; i++) {
+        if (factors[i] != 0) return factors;
+    }
+    return NULL;
+}
+
+static bool holds_tokens(const tq_cache *cache, int32_t layer)
+{
+    for (int32_t i = 0; i < cache->n_sequences; i++) {
+        if (cache->sequences[i] && cache->sequences[i]->length[layer] > 0) return true;
+    }
+    return cache->pool.n_kept > 0;
+}
+
+bool tq_cache_takes_factors(const tq_cache *cache, int32_t layer, const int8_t *factors)
+{
+    const tq_cache_side *side = tq_cache_side_get(cache, layer, TQ_SIDE_K);
+    size_t n = factors_bytes(cache);
+    factors = unless_zero(factors, n);
+    if (side->codec->traits->family == TQ_FAMILY_EXACT || !holds_tokens(cache, layer)) return true;
+    return factors && side->factors ? memcmp(factors, side->factors, n) == 0 : factors == side->factors;
+}
+
+tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *factors, int8_t **out)
+{
+    size_t n = factors_bytes(cache);
+    *out = NULL;
+    if (tq_cache_side_get(cache, layer, TQ_SIDE_K)->codec->traits->family == TQ_FAMILY_EXACT) return TQ_OK;
+    if (!unless_zero(factors, n)) return TQ_OK;
+    tq_status failure = tq_budget_failure(&cache->budget, n);
+    *out = tq_budget_alloc(&cache->budget, n);
+    if (!*out) return failure;
+    memcpy(*out, factors, n);
+    return TQ_OK;
+}
+
+void tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy)
+{
+    tq_cache_side *side = &cache->sides[(size_t)layer * TQ_N_SIDES + TQ_SIDE_K];
+    tq_cache_drop_factors(cache, side->factors);
+    side->factors = copy;
+}
+
+void tq_cache_drop_factors(tq_cache *cache, int8_t *copy)
+{
+    if (copy) tq_budget_free(&cache->budget, copy, factors_bytes(cache));
+}
+
 static void hold_pages(tq_cache *cache, tq_sequence *const *sequences, int32_t n,
                        void (*act)(tq_page_pool *, const int32_t *, int64_t))
 {
@@ -188,6 +245,8 @@ void tq_cache_destroy(tq_cache *cache)
     tq_budget_free(&cache->budget, cache->sequences, (size_t)cache->n_sequences * sizeof *cache->sequences);
     if (cache->prefixes.budget) tq_prefix_index_deinit(&cache->prefixes);
     if (cache->pool.budget) tq_page_pool_deinit(&cache->pool);
+    for (int32_t layer = 0; cache->sides && layer < cache->n_layer; layer++)
+        tq_cache_drop_factors(cache, tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors);
     tq_budget_free(&cache->budget, cache->sides, sides_bytes(cache->n_layer));
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++) {
@@ -218,6 +277,7 @@ tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int
         .codec = side->codec,
         .pages = tq_cache_pages(cache, sequence, side),
         .transforms = side->transforms,
+        .factors = side->factors,
         .exact_codec = side->exact_codec,
         .exact_data = tq_sequence_exact(sequence, side),
         .exact_head_stride_bytes = side->exact_head_stride_bytes,

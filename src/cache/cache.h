@@ -31,6 +31,7 @@ enum { TQ_SIDE_K = 0, TQ_SIDE_V = 1, TQ_N_SIDES = 2 };
 typedef struct tq_cache_side {
     const tq_codec *codec, *exact_codec, *ref_codec; /* ref_codec NULL: no references */
     const uint16_t *transforms;                      /* of the calibration, or NULL */
+    int8_t *factors;                                 /* [n_head_kv, head_dim] of keys' channels, or NULL: all zeros */
     int32_t n_sink, n_recent, ref_block;
     size_t page_offset_bytes, head_stride_bytes;        /* within a page */
     size_t exact_offset_bytes, exact_head_stride_bytes; /* within a sequence's exact data */
@@ -121,6 +122,15 @@ static inline void tq_cache_unlock(tq_cache *cache)
     tq_log_send();
 }
 tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side);
+/*
+ * Factors of a layer's keys, as tq_store_params.factors; NULL: zeros. Does a layer take these: are they what it has, or does it
+ * hold nothing yet? A copy, NULL for zeros and where keys are exact (errors: FULL, MEMORY), is put in their place, or dropped.
+ * Locked.
+ */
+bool tq_cache_takes_factors(const tq_cache *cache, int32_t layer, const int8_t *factors);
+tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *factors, int8_t **out);
+void tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy);
+void tq_cache_drop_factors(tq_cache *cache, int8_t *copy);
 /* Around reading pages: they stay where they are in between. No sequence's table may change meanwhile. Locks. */
 void tq_cache_begin_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);
 void tq_cache_end_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);

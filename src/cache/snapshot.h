@@ -4,6 +4,7 @@
  *
  *   header      tq_snapshot_header
  *   formats     uint8 [n_layer, keys and values], filled up to 8 bytes
+ *   factors     in version 2: int8 [n_layer, n_head_kv, head_dim], filled up to 8 bytes
  *   hashes      uint64 [n_exact], then [n_pages]
  *   sequences   each: int32 n_pages, int32 exact (-1: none), int64 length [n_layer], int64 ring_begin [n_layer, 2],
  *               int32 page [n_pages] filled up to 8 bytes
@@ -18,7 +19,8 @@
 #include "cache/cache.h"
 
 #define TQ_SNAPSHOT_MAGIC "TQCACHE\n"
-#define TQ_SNAPSHOT_VERSION 1
+#define TQ_SNAPSHOT_PLAIN 1 /* versions: without factors of keys */
+#define TQ_SNAPSHOT_FACTORS 2
 #define TQ_SNAPSHOT_ALIGN 64
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -46,6 +48,23 @@ static inline size_t tq_snapshot_data_offset(const tq_snapshot_header *header)
 {
     size_t end = sizeof *header + (size_t)header->meta_bytes;
     return tq_align_up(end, TQ_SNAPSHOT_ALIGN);
+}
+
+static inline size_t tq_snapshot_formats_bytes(const tq_snapshot_header *header)
+{
+    return tq_align_up((size_t)header->n_layer * TQ_N_SIDES, 8);
+}
+
+/* Of one layer. */
+static inline size_t tq_snapshot_factors_bytes(const tq_snapshot_header *header)
+{
+    return header->version == TQ_SNAPSHOT_FACTORS ? (size_t)header->n_head_kv * (size_t)header->head_dim : 0;
+}
+
+/* Of what comes before the hashes. */
+static inline size_t tq_snapshot_hashes_offset(const tq_snapshot_header *header)
+{
+    return tq_snapshot_formats_bytes(header) + tq_align_up((size_t)header->n_layer * tq_snapshot_factors_bytes(header), 8);
 }
 
 /* The header that a cache's snapshots have; counts, sizes of the file and hashes left zero. */

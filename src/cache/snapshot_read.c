@@ -7,6 +7,7 @@
 #include "base/hash.h"
 #include "base/log.h"
 #include "cache/snapshot.h"
+#include "codec/factors.h"
 
 typedef struct loader {
     tq_cache *cache;
@@ -20,6 +21,7 @@ typedef struct loader {
     tq_sequence **sequences; /* [header.n_sequences]; n_opened of them */
     int32_t n_opened;
     uint64_t *prefixes; /* [header.n_prefixes]: publication numbers in the cache */
+    int8_t **factors;   /* [header.n_layer]: copies, the cache's once all is loaded */
 } loader;
 
 static tq_status corrupt(const char *what)
@@ -42,8 +44,9 @@ tq_status tq_snapshot_check_header(tq_snapshot_bytes file, tq_snapshot_header *o
     if (file.n < sizeof h) return corrupt("it is shorter than a header");
     memcpy(&h, file.data, sizeof h);
     if (memcmp(h.magic, TQ_SNAPSHOT_MAGIC, sizeof h.magic) != 0) return corrupt("it does not begin as one");
-    if (h.version != TQ_SNAPSHOT_VERSION) {
-        tq_log(TQ_LOG_ERROR, "snapshot: version %u, where this library reads %d", (unsigned)h.version, TQ_SNAPSHOT_VERSION);
+    if (h.version < TQ_SNAPSHOT_PLAIN || h.version > TQ_SNAPSHOT_FACTORS) {
+        tq_log(TQ_LOG_ERROR, "snapshot: version %u, where this library reads %d to %d", (unsigned)h.version, TQ_SNAPSHOT_PLAIN,
+               TQ_SNAPSHOT_FACTORS);
         return TQ_ERR_MISMATCH;
     }
     if (h.header_hash != tq_hash(&h, offsetof(tq_snapshot_header, header_hash), 0))
@@ -62,13 +65,10 @@ tq_status tq_snapshot_check_header(tq_snapshot_bytes file, tq_snapshot_header *o
         !add_bytes(&items, h.n_pages, 8, h.meta_bytes) || !add_bytes(&items, h.n_sequences, 8, h.meta_bytes) ||
         !add_bytes(&items, h.n_prefixes, 8, h.meta_bytes))
         return corrupt("a count makes no sense");
+    if (h.n_head_kv < 1 || h.head_dim < 1 || !add_bytes(&items, h.n_layer, tq_snapshot_factors_bytes(&h), h.meta_bytes))
+        return corrupt("a shape makes no sense");
     *out = h;
     return TQ_OK;
-}
-
-static size_t formats_bytes(const tq_snapshot_header *h)
-{
-    return tq_align_up((size_t)h->n_layer * TQ_N_SIDES, 8);
 }
 
 tq_status tq_snapshot_check(tq_snapshot_bytes file, tq_snapshot_header *out)
@@ -78,10 +78,10 @@ tq_status tq_snapshot_check(tq_snapshot_bytes file, tq_snapshot_header *out)
     const uint8_t *meta = file.data + sizeof h, *data = file.data + tq_snapshot_data_offset(&h);
     if (h.meta_hash != tq_hash(meta, (size_t)h.meta_bytes, 0)) return corrupt("the tables' hash is wrong");
     size_t n_exact = (size_t)h.n_exact, n_hashes = n_exact + (size_t)h.n_pages;
-    if (formats_bytes(&h) + n_hashes * sizeof(uint64_t) > h.meta_bytes) return corrupt("a count makes no sense");
+    if (tq_snapshot_hashes_offset(&h) + n_hashes * sizeof(uint64_t) > h.meta_bytes) return corrupt("a count makes no sense");
     for (size_t i = 0; i < n_hashes; i++) {
         uint64_t hash;
-        memcpy(&hash, meta + formats_bytes(&h) + i * sizeof hash, sizeof hash);
+        memcpy(&hash, meta + tq_snapshot_hashes_offset(&h) + i * sizeof hash, sizeof hash);
         size_t bytes = (size_t)(i < n_exact ? h.exact_bytes : h.page_bytes);
         if (hash != tq_hash(data, bytes, 0))
             return corrupt(i < n_exact ? "exact data have a wrong hash" : "a page's hash is wrong");
@@ -237,10 +237,42 @@ static tq_status load_data(loader *l)
     return TQ_OK;
 }
 
+/* A layer's factors in the file, NULL for zeros. */
+static const int8_t *factors_of(const loader *l, int32_t layer)
+{
+    size_t bytes = tq_snapshot_factors_bytes(&l->header);
+    if (bytes == 0) return NULL;
+    return (const int8_t *)l->meta + tq_snapshot_formats_bytes(&l->header) + (size_t)layer * bytes;
+}
+
+static tq_status check_factors(const loader *l)
+{
+    size_t bytes = tq_snapshot_factors_bytes(&l->header);
+    for (int32_t layer = 0; layer < l->header.n_layer; layer++) {
+        const int8_t *factors = factors_of(l, layer);
+        for (size_t i = 0; i < bytes; i++) {
+            if (factors[i] < -TQ_FACTOR_MAX || factors[i] > TQ_FACTOR_MAX) return corrupt("a factor makes no sense");
+        }
+        if (tq_cache_takes_factors(l->cache, layer, factors)) continue;
+        tq_log(TQ_LOG_ERROR, "snapshot: its keys in layer %d have other factors than those that the cache holds: load it into "
+                             "one that holds nothing yet", (int)layer);
+        return TQ_ERR_MISMATCH;
+    }
+    return TQ_OK;
+}
+
+static tq_status load_factors(loader *l)
+{
+    for (int32_t layer = 0; layer < l->header.n_layer; layer++)
+        TQ_TRY(tq_cache_copy_factors(l->cache, layer, factors_of(l, layer), &l->factors[layer]));
+    return TQ_OK;
+}
+
 /* Read all tables from l->at on, and whether there is room for what they tell; changes nothing. */
 static tq_status check_content(loader *l)
 {
     if (l->header.n_exact > 0 && l->cache->exact_bytes == 0) return corrupt("it has exact data where the formats need none");
+    TQ_TRY(check_factors(l));
     tq_need need = {.n_pages = l->header.n_pages, .may_leave = true};
     tq_need_sequences(l->cache, l->header.n_sequences, &need);
     tq_need_exact(l->cache, l->header.n_exact, &need);
@@ -256,9 +288,10 @@ static tq_status check_content(loader *l)
 
 static tq_status load_content(loader *l)
 {
-    size_t begin = formats_bytes(&l->header) + ((size_t)l->header.n_exact + (size_t)l->header.n_pages) * sizeof(uint64_t);
+    size_t begin = tq_snapshot_hashes_offset(&l->header) + ((size_t)l->header.n_exact + (size_t)l->header.n_pages) * sizeof(uint64_t);
     l->at = begin;
     TQ_TRY(check_content(l));
+    TQ_TRY(load_factors(l));
     TQ_TRY(load_data(l));
     l->at = begin;
     for (int32_t i = 0; i < l->header.n_sequences; i++) TQ_TRY(load_sequence(l));
@@ -269,6 +302,12 @@ static tq_status load_content(loader *l)
 /* Give up our own references, and after a failure the sequences. */
 static void finish(loader *l, tq_status status)
 {
+    for (int32_t layer = 0; l->factors && layer < l->header.n_layer; layer++) {
+        if (status == TQ_OK)
+            tq_cache_put_factors(l->cache, layer, l->factors[layer]);
+        else
+            tq_cache_drop_factors(l->cache, l->factors[layer]);
+    }
     for (int32_t i = 0; i < l->n_opened && status != TQ_OK; i++) tq_sequence_close(l->cache, l->sequences[i]->id);
     /* From the end: of a prefix, the end is to be given up first. */
     while (l->n_held > 0) tq_page_pool_release(&l->cache->pool, l->pages[--l->n_held]);
@@ -293,7 +332,8 @@ tq_status tq_snapshot_load(tq_cache *cache, tq_snapshot_bytes file, int32_t *seq
     l.exact = tq_alloc_zero(((size_t)l.header.n_exact + 1) * sizeof *l.exact);
     l.sequences = tq_alloc_zero(((size_t)l.header.n_sequences + 1) * sizeof *l.sequences);
     l.prefixes = tq_alloc_zero(((size_t)l.header.n_prefixes + 1) * sizeof *l.prefixes);
-    tq_status status = l.pages && l.exact && l.sequences && l.prefixes ? TQ_OK : TQ_ERR_MEMORY;
+    l.factors = tq_alloc_zero((size_t)l.header.n_layer * sizeof *l.factors);
+    tq_status status = l.pages && l.exact && l.sequences && l.prefixes && l.factors ? TQ_OK : TQ_ERR_MEMORY;
     tq_cache_lock(cache);
     if (status == TQ_OK) status = load_content(&l);
     finish(&l, status);
@@ -306,5 +346,6 @@ tq_status tq_snapshot_load(tq_cache *cache, tq_snapshot_bytes file, int32_t *seq
     tq_free(l.exact);
     tq_free(l.sequences);
     tq_free(l.prefixes);
+    tq_free(l.factors);
     return status;
 }

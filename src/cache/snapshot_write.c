@@ -26,7 +26,10 @@ void tq_snapshot_header_of(const tq_cache *cache, tq_snapshot_header *out)
 {
     memset(out, 0, sizeof *out);
     memcpy(out->magic, TQ_SNAPSHOT_MAGIC, sizeof out->magic);
-    out->version = TQ_SNAPSHOT_VERSION;
+    out->version = TQ_SNAPSHOT_PLAIN;
+    for (int32_t layer = 0; layer < cache->n_layer; layer++) {
+        if (tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors) out->version = TQ_SNAPSHOT_FACTORS;
+    }
     out->header_bytes = sizeof *out;
     out->seed = cache->seed ^ (cache->calibration ? cache->calibration->hash : 0);
     out->page_bytes = cache->pool.page_bytes;
@@ -177,7 +180,7 @@ static tq_status build_meta(saver *s)
 {
     const tq_cache *cache = s->cache;
     size_t n_sides = (size_t)cache->n_layer * TQ_N_SIDES, n_hashes = (size_t)s->header.n_exact + (size_t)s->header.n_pages;
-    s->room = n_sides + 8 + n_hashes * 8;
+    s->room = tq_snapshot_hashes_offset(&s->header) + n_hashes * 8;
     for (int32_t i = 0; i < s->header.n_sequences; i++) {
         s->room += 16 + (size_t)cache->n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t) +
                    (size_t)s->sequences[i]->n_pages * sizeof(int32_t);
@@ -187,6 +190,15 @@ static tq_status build_meta(saver *s)
     s->meta = tq_alloc(s->room);
     if (!s->meta) return TQ_ERR_MEMORY;
     for (size_t i = 0; i < n_sides; i++) put(s, &(uint8_t){(uint8_t)cache->sides[i].codec->traits->format}, 1);
+    fill_up(s);
+    size_t factors_bytes = tq_snapshot_factors_bytes(&s->header);
+    for (int32_t layer = 0; layer < cache->n_layer && factors_bytes > 0; layer++) {
+        const int8_t *factors = tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors;
+        if (factors)
+            put(s, factors, factors_bytes);
+        else
+            for (size_t i = 0; i < factors_bytes; i++) put(s, "", 1);
+    }
     fill_up(s);
     for (int32_t i = 0; i < s->header.n_exact; i++)
         put(s, &(uint64_t){tq_hash(s->exact[i]->bytes, cache->exact_bytes, 0)}, sizeof(uint64_t));

@@ -32,7 +32,9 @@ typedef struct cache_model {
     tq_cache_params params;
     tq_format formats[2][CACHE_MODEL_LAYERS];
     tq_codec *codecs[2][CACHE_MODEL_LAYERS], *ref_codec;
-    tq_calibration *calibration; /* or NULL */
+    tq_calibration *calibration; /* or NULL; then there may be: */
+    bool has_factors;
+    int8_t factors[CACHE_MODEL_LAYERS][2 * 64]; /* [n_head_kv, 64] */
     int32_t head_dim[2];
     tq_cache *cache;
     kv_random random;
@@ -50,6 +52,12 @@ static inline int64_t cache_model_row(const cache_model *m, int32_t side)
     return (int64_t)m->params.n_head_kv * m->head_dim[side];
 }
 
+static inline void cache_model_set_factors(cache_model *m)
+{
+    for (int32_t layer = 0; m->has_factors && layer < m->params.n_layer; layer++)
+        KV_CHECK(tq_cache_set_key_factors(m->cache, layer, m->factors[layer]) == TQ_OK);
+}
+
 /* The cache again, with memory for n_frames pages besides that for sequences. */
 static inline void cache_model_tighten(cache_model *m, int32_t n_frames)
 {
@@ -60,6 +68,7 @@ static inline void cache_model_tighten(cache_model *m, int32_t n_frames)
     m->params.offload_folder = kv_temporary_folder();
     m->params.offload_bytes = (size_t)(m->params.n_pages + 2) * (page_bytes + 16384);
     KV_CHECK(tq_cache_create(&m->cache, &m->params) == TQ_OK);
+    cache_model_set_factors(m);
 }
 
 /* FULL is no surprise where memory is tight. True if the call did what it should. */
@@ -95,10 +104,17 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
             KV_CHECK(tq_codec_create(&m->codecs[side][layer], m->formats[side][layer], m->head_dim[side], p->seed) == TQ_OK);
         }
     }
-    if (kv_take(input, 2)) p->calibration = m->calibration = make_calibration(&m->random, p->n_layer, p->n_head_kv, 64);
+    int32_t kind = kv_take(input, 3);
+    if (kind == 1) p->calibration = m->calibration = make_calibration(&m->random, p->n_layer, p->n_head_kv, 64);
+    m->has_factors = kind == 2;
+    for (int32_t layer = 0; m->has_factors && layer < p->n_layer; layer++) {
+        for (int32_t i = 0; i < p->n_head_kv * 64; i++)
+            m->factors[layer][i] = (int8_t)(layer == 1 ? 0 : kv_below(&m->random, 25) - 12);
+    }
     p->layer_k_formats = m->formats[0];
     p->layer_v_formats = m->formats[1];
     KV_CHECK(tq_cache_create(&m->cache, p) == TQ_OK);
+    cache_model_set_factors(m);
     m->is_tight = kv_take(input, 2);
     if (m->is_tight) cache_model_tighten(m, kv_take(input, 5) + 1);
     for (int32_t side = 0; side < 2; side++) {
@@ -173,25 +189,42 @@ static inline int64_t cache_model_longest(const cache_model *m, const cache_mode
     return longest;
 }
 
+/* What a head's keys go through before they are coded; both NULL: nothing. */
+typedef struct cache_model_basis {
+    const uint16_t *matrix;
+    const int8_t *factors;
+} cache_model_basis;
+
+static inline cache_model_basis cache_model_basis_of(const cache_model *m, int32_t layer, int32_t head)
+{
+    cache_model_basis basis = {0};
+    if (m->has_factors) basis.factors = m->factors[layer] + head * 64;
+    if (m->calibration)
+        basis.matrix = tq_transform_of_head(m->calibration->values + m->calibration->layers[layer].first, head, 64);
+    return basis;
+}
+
 /* x [64] of one head to the basis that is coded. */
-static inline void cache_model_to_basis(const uint16_t *matrix, float *x)
+static inline void cache_model_to_basis(cache_model_basis basis, float *x)
 {
     float plain[64];
-    if (!matrix) return;
+    for (int32_t j = 0; basis.factors && j < 64; j++) x[j] *= tq_channel_factor((int8_t)-basis.factors[j]);
+    if (!basis.matrix) return;
     memcpy(plain, x, sizeof plain);
-    tq_transform_key(matrix, 64, plain, x);
+    tq_transform_key(basis.matrix, 64, plain, x);
 }
 
 /* A key [64] through the codec, against a reference or NULL. */
-static inline void cache_model_code(const tq_codec *codec, const uint16_t *matrix, const float *ref, float *x)
+static inline void cache_model_code(const tq_codec *codec, cache_model_basis basis, const float *ref, float *x)
 {
     uint8_t bytes[2 * 64 + 4];
-    cache_model_to_basis(matrix, x);
+    cache_model_to_basis(basis, x);
     for (int32_t j = 0; ref && j < 64; j++) x[j] -= ref[j];
     KV_CHECK(tq_codec_encode(codec, x, 1, bytes) == TQ_OK);
     KV_CHECK(tq_codec_decode(codec, bytes, 1, x) == TQ_OK);
     for (int32_t j = 0; ref && j < 64; j++) x[j] += ref[j];
-    if (matrix) tq_transform_inverse(matrix, 64, x);
+    for (int32_t j = 0; basis.factors && j < 64; j++) x[j] *= tq_channel_factor(basis.factors[j]);
+    if (basis.matrix) tq_transform_inverse(basis.matrix, 64, x);
 }
 
 /* What position p of a side reads as once it is encoded; `begins`: if it begins a block, take the block's reference first. */
@@ -207,7 +240,6 @@ static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, i
         kv_round_trip(codec, m->head_dim[side], row, m->params.n_head_kv, row);
         return;
     }
-    const uint16_t *matrices = m->calibration ? m->calibration->values + m->calibration->layers[layer].first : NULL;
     bool product = format >= TQ_FORMAT_TQ4_PROD && format <= TQ_FORMAT_TQ2_PROD;
     bool has_ref = m->params.k_ref_block > 0 && n_recent > 0 && !product;
     int64_t block = has_ref ? p - p % page_size % m->params.k_ref_block : 0;
@@ -219,13 +251,12 @@ static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, i
             ref[j] /= (float)n_recent;
         }
         for (int32_t head = 0; head < m->params.n_head_kv; head++) {
-            cache_model_to_basis(matrices ? tq_transform_of_head(matrices, head, 64) : NULL, ref + head * 64);
-            cache_model_code(m->ref_codec, NULL, NULL, ref + head * 64);
+            cache_model_to_basis(cache_model_basis_of(m, layer, head), ref + head * 64);
+            cache_model_code(m->ref_codec, (cache_model_basis){0}, NULL, ref + head * 64);
         }
     }
     for (int32_t head = 0; head < m->params.n_head_kv; head++) {
-        cache_model_code(codec, matrices ? tq_transform_of_head(matrices, head, 64) : NULL, has_ref ? ref + head * 64 : NULL,
-                         row + head * 64);
+        cache_model_code(codec, cache_model_basis_of(m, layer, head), has_ref ? ref + head * 64 : NULL, row + head * 64);
     }
 }
 

@@ -3,6 +3,7 @@
 #ifndef TQ_TESTS_MAKE_CALIBRATION_H
 #define TQ_TESTS_MAKE_CALIBRATION_H
 
+#include "base/alloc.h"
 #include "cache/calibration.h"
 #include "codec/transform.h"
 #include "kv_test.h"

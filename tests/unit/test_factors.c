@@ -11,6 +11,8 @@
 #include "codec/codec.h"
 #include "codec/factors.h"
 #include "kv_test.h"
+#include "last_message.h"
+#include "make_calibration.h"
 
 enum { DIM = 64, N_HEAD_KV = 2, N_HEAD = 6, GROUP = N_HEAD / N_HEAD_KV };
 
@@ -170,6 +172,64 @@ static void test_stores_take_factors(void **state)
     assert_int_equal(tq_store_bytes(&bytes, &p), TQ_ERR_ARGUMENT);
 }
 
+/* A cache takes a layer's factors while it holds nothing, those that it has at any time, and none with a calibration. */
+static void test_caches_take_factors(void **state)
+{
+    (void)state;
+    enum { N_TOK = 150 };
+    tq_cache_params p;
+    tq_cache_params_default(&p);
+    p.head_dim = DIM, p.n_layer = 2;
+    tq_cache *cache;
+    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
+    int8_t factors[DIM] = {[3] = 20, [4] = -7}, others[DIM] = {[3] = 4}, zeros[DIM] = {0}, large[DIM] = {[63] = 33};
+    tq_log_set(keep_message, NULL);
+    assert_int_equal(tq_cache_set_key_factors(NULL, 0, factors), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_set_key_factors(cache, 2, factors), TQ_ERR_RANGE);
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, large), TQ_ERR_ARGUMENT);
+    assert_string_equal(last_message, "cache: factor 63 is 33; give -32 to 32");
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, others), TQ_OK);
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, factors), TQ_OK);
+    /* It holds what a store holds that has them. */
+    kv_random random = {.state = 12};
+    float *k = kv_calloc(N_TOK * DIM, sizeof *k), *read = kv_calloc(N_TOK * DIM, sizeof *read), *wanted = kv_calloc(N_TOK * DIM, 4);
+    kv_fill(&random, k, N_TOK * DIM);
+    for (int i = 0; i < N_TOK; i++) k[i * DIM + 3] *= 40;
+    int64_t slots[N_TOK];
+    for (int i = 0; i < N_TOK; i++) slots[i] = i;
+    tq_store_params s = kv_store_params(p.k_format, DIM, 1, p.page_size * 2);
+    s.n_sink = p.n_sink, s.n_recent = p.n_recent, s.ref_block = p.k_ref_block, s.factors = factors;
+    void *memory;
+    tq_store *store = kv_open_store(&s, &memory);
+    assert_int_equal(tq_store_write(store, slots, N_TOK, k, DIM, NULL), TQ_OK);
+    assert_int_equal(tq_store_read(store, 0, N_TOK, wanted, DIM), TQ_OK);
+    int32_t seq;
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    for (int layer = 0; layer < 2; layer++) assert_int_equal(tq_cache_append(cache, seq, layer, N_TOK, k, k, NULL), TQ_OK);
+    assert_int_equal(tq_cache_read(cache, seq, 0, 0, N_TOK, read, NULL), TQ_OK);
+    assert_memory_equal(read, wanted, N_TOK * DIM * sizeof *read);
+    assert_int_equal(tq_cache_read(cache, seq, 1, 0, N_TOK, read, NULL), TQ_OK);
+    assert_memory_not_equal(read, wanted, N_TOK * DIM * sizeof *read);
+    /* From here on they stay. */
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, factors), TQ_OK);
+    assert_int_equal(tq_cache_set_key_factors(cache, 1, zeros), TQ_OK);
+    assert_int_equal(tq_cache_set_key_factors(cache, 1, NULL), TQ_OK);
+    assert_int_equal(tq_cache_set_key_factors(cache, 1, factors), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, NULL), TQ_ERR_ARGUMENT);
+    assert_string_equal(last_message,
+                        "cache: layer 0 holds tokens whose keys have other factors: set them before the first token");
+    assert_int_equal(tq_cache_seq_free(cache, seq), TQ_OK);
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, NULL), TQ_OK);
+    tq_store_close(store);
+    tq_cache_free(cache);
+    free(memory), free(k), free(read), free(wanted);
+    p.calibration = make_calibration(&random, 2, 1, DIM);
+    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, factors), TQ_ERR_ARGUMENT);
+    tq_cache_free(cache);
+    tq_calibration_free((tq_calibration *)(uintptr_t)p.calibration);
+}
+
 /* Random keys and queries with these energies: their products' spread, and what a format moves them by. */
 static void test_the_guard_knows_the_error_of_logits(void **state)
 {
@@ -234,6 +294,7 @@ int main(void)
         cmocka_unit_test(test_bounds_and_degenerate_energies),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_stores_take_factors),
+        cmocka_unit_test(test_caches_take_factors),
         cmocka_unit_test(test_the_guard_knows_the_error_of_logits),
         cmocka_unit_test(test_the_guard_takes_the_next_format_that_does),
     };

@@ -57,14 +57,19 @@ static void append(tq_cache *cache, int32_t seq, int64_t n)
 }
 
 /* Two sequences, the second a fork of the first that went on; the first one's full pages are published. */
-static tq_cache *create_filled(int32_t seqs[2])
+static void fill(tq_cache *cache, int32_t seqs[2])
 {
-    tq_cache *cache = create();
     assert_int_equal(tq_cache_seq_create(cache, &seqs[0]), TQ_OK);
     append(cache, seqs[0], N_TOK);
     assert_int_equal(tq_cache_seq_publish(cache, seqs[0], tokens, N_TOK), TQ_OK);
     assert_int_equal(tq_cache_seq_fork(cache, seqs[0], &seqs[1]), TQ_OK);
     append(cache, seqs[1], 11);
+}
+
+static tq_cache *create_filled(int32_t seqs[2])
+{
+    tq_cache *cache = create();
+    fill(cache, seqs);
     return cache;
 }
 
@@ -185,6 +190,44 @@ static void test_golden_snapshot(void **state)
     assert_int_equal(n_matched, 32);
     tq_cache_free(cache);
     tq_cache_free(other);
+}
+
+static const int8_t key_factors[ROW] = {[0] = 32, [5] = -3, [127] = -32};
+
+/* Keys with factors: version 2. A cache that holds nothing takes them from the file, one that holds others does not. */
+static void test_factors_are_saved(void **state)
+{
+    (void)state;
+    const char *golden = "tests/golden/snapshot_2.tqs";
+    int32_t seqs[2], loaded[2], n;
+    tq_cache *cache = create(), *other = create();
+    assert_int_equal(tq_cache_set_key_factors(cache, 1, key_factors), TQ_OK);
+    fill(cache, seqs);
+    assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+    if (getenv("TQ_WRITE_GOLDEN")) assert_int_equal(tq_cache_save(cache, golden, NULL, 0), TQ_OK);
+    tq_snapshot_info info;
+    assert_int_equal(tq_snapshot_describe(&info, golden, true, NULL, 0), TQ_OK);
+    assert_int_equal(info.version, 2);
+    const char *const files[] = {path, golden};
+    for (int i = 0; i < 2; i++) { /* the second time it has them */
+        assert_int_equal(tq_cache_load(other, files[i], loaded, 2, &n), TQ_OK);
+        assert_int_equal(n, 2);
+        for (int k = 0; k < 2; k++) {
+            assert_same(cache, seqs[k], other, loaded[k]);
+            assert_int_equal(tq_cache_seq_free(other, loaded[k]), TQ_OK);
+        }
+    }
+    tq_cache_free(other);
+    int32_t others[2];
+    other = create_filled(others);
+    size_t before = stats_of(other).allocated_bytes;
+    assert_int_equal(tq_cache_load(other, path, loaded, 2, &n), TQ_ERR_MISMATCH);
+    assert_int_equal(stats_of(other).allocated_bytes, before);
+    /* And the reverse: its keys have none. */
+    assert_int_equal(tq_cache_save(other, path, NULL, 0), TQ_OK);
+    assert_int_equal(tq_cache_load(cache, path, loaded, 2, &n), TQ_ERR_MISMATCH);
+    tq_cache_free(other);
+    tq_cache_free(cache);
 }
 
 static void test_other_shapes_are_refused(void **state)
@@ -606,6 +649,7 @@ int main(void)
         IN_FOLDER(test_round_trip),
         IN_FOLDER(test_kept_prefixes_are_saved),
         IN_FOLDER(test_golden_snapshot),
+        IN_FOLDER(test_factors_are_saved),
         IN_FOLDER(test_damage_is_found),
         IN_FOLDER(test_other_shapes_are_refused),
         IN_FOLDER(test_refusals_give_up_nothing),
