@@ -440,6 +440,8 @@ TQ_API void tq_cache_free(tq_cache *cache);
  * Only while the layer holds no tokens and nobody else uses the cache. Errors: ARGUMENT, RANGE, MEMORY, FULL.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_set_key_factors(tq_cache *cache, int32_t layer, const int8_t *factors);
+/* Those that a layer has, a file's perhaps, to factors [n_head_kv, head_dim]; zeros for none. Errors: ARGUMENT, RANGE. */
+TQ_API TQ_NODISCARD tq_status tq_cache_get_key_factors(tq_cache *cache, int32_t layer, int8_t *factors);
 /* An empty sequence. Errors: ARGUMENT, MEMORY, FULL. Ids of freed sequences are used again. */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq);
 /*

@@ -169,7 +169,8 @@ def test_a_file_from_before(model):
 def test_layers_that_share_keys(kind, monkeypatch):
     """Queries of all of them get the factors of the keys that they share."""
     rng = np.random.default_rng(5)
-    monkeypatch.setattr(turboquant.weight_factors, "exponents_of", lambda *_: (rng.integers(-3, 4, (2, 64), np.int8), 1.0))
+    monkeypatch.setattr(turboquant.weight_factors, "of_module",
+                        lambda *_, **__: (4 * rng.integers(-3, 4, (2, 64), np.int8), 1.0))
     model, tokens = make_sharing_model(kind), ids(120, n_batch=2)
     wanted = logits(model, stock.make_prompt_cache(model), tokens)
     cache = make_prompt_cache(model, n_recent=200)  # so that all keys are exact

@@ -125,8 +125,8 @@ def test_angles(kind):
     assert (angles[n:] == 0).all()
 
 
-def exponents(cache):
-    return [None if layer._factors is None else layer._factors.exponents.tolist() for layer in cache._compressed]
+def quarters(cache):
+    return [None if layer._factors is None else layer._factors.quarters.tolist() for layer in cache._compressed]
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +149,27 @@ def test_nothing_of_a_request_matters(model):
     for input_ids in (ids(1, 200), torch.full((1, 100), 7, device=DEVICE), ids(1, 1), ids(3, 20)):
         cache = compressed(model, **PRESET)
         logits(model, cache, input_ids)
-        found.append(exponents(cache))
+        found.append(quarters(cache))
     assert None not in found[0] and found.count(found[0]) == 4
     cache.reset()
     logits(model, cache, ids(1, 10))
-    assert exponents(cache) == found[0]
+    assert quarters(cache) == found[0]
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="factors of devices are powers of two")
+def test_the_library_has_them(model):
+    """In quarters of an octave; a copy that goes on with another model gets a store of its own, and hurts nobody."""
+    cache, other_model = compressed(model, **PRESET), make_with_outliers("llama")
+    logits(model, cache, ids(1, 100))
+    assert any((np.array(layer) % 4 != 0).any() for layer in quarters(cache))
+    assert [cache.store.key_factors(i).tolist() for i in range(4)] == quarters(cache)
+    copied, alone = copy.deepcopy(cache), compressed(other_model, **PRESET)
+    copied.reset()
+    wanted = logits(other_model, alone, ids(1, 80))
+    assert torch.equal(logits(other_model, copied, ids(1, 80)), wanted) and quarters(copied) == quarters(alone)
+    again = compressed(model, **PRESET)
+    logits(model, again, ids(1, 100))
+    assert torch.equal(logits(model, cache, ids(1, 9, seed=3)), logits(model, again, ids(1, 9, seed=3)))
 
 
 def test_weights_stay_as_they_are(model):
@@ -169,7 +185,7 @@ def test_exact_keys_have_none(model):
     if not ON_DEVICE:
         cache = compressed(model, **F16)
         logits(model, cache, ids(1, 20))
-        assert exponents(cache) == [None] * 4
+        assert quarters(cache) == [None] * 4
 
 
 class Adapted(torch.nn.Module):
@@ -202,7 +218,7 @@ def test_copies_and_crops(model):
     alone = compressed(model, **PRESET | NO_MEANS)
     logits(model, alone, prompt[:, :130])
     assert divergence(logits(model, alone, more), logits(model, other, more)) < 1e-3
-    assert cache.get_seq_length() == 150 and exponents(other) == exponents(cache)
+    assert cache.get_seq_length() == 150 and quarters(other) == quarters(cache)
 
 
 def test_files(model, tmp_path):
@@ -217,21 +233,21 @@ def test_files(model, tmp_path):
         return TurboQuantCache.load(tmp_path / name, model.config, device=DEVICE if ON_DEVICE else None)
 
     loaded = load("x.tqs")
-    assert exponents(loaded) == exponents(cache) and len(loaded.seqs) == 2
+    assert quarters(loaded) == quarters(cache) and len(loaded.seqs) == 2
     more = ids(2, 5, seed=9)
     torch.testing.assert_close(logits(model, loaded, more), logits(model, cache, more), rtol=0,
                                atol=2e-3 if BACKEND == "cuda" else 0)
     loaded.save(tmp_path / "again.tqs")
-    assert exponents(load("again.tqs")) == exponents(cache)
+    assert quarters(load("again.tqs")) == quarters(cache)
     without = compressed(model, factors="off", **PRESET)
     logits(model, without, ids(2, 100))
     without.save(path)
     loaded = load("x.tqs")
     logits(model, loaded, more)
-    assert exponents(loaded) == [None] * 4
+    assert quarters(loaded) == [None] * 4
     loaded.reset()
     logits(model, loaded, more)
-    assert exponents(loaded) == exponents(cache)
+    assert quarters(loaded) == quarters(cache)
 
 
 # ---- projections that are not known ----
@@ -304,4 +320,4 @@ def test_compiled_model(model):
     use_attention_of(model, cache)
     with torch.no_grad():
         found = torch.compile(model, backend="aot_eager")(ids(1, 40), **{CACHE: cache}).logits
-    assert None not in exponents(cache) and divergence(wanted, found) < 1e-3
+    assert None not in quarters(cache) and divergence(wanted, found) < 1e-3

@@ -235,6 +235,8 @@ _FALLIBLE = {
     "tq_calibration_load": [POINTER(c_void_p), _PATH],
     "tq_calibration_take_layer": [POINTER(c_void_p), c_void_p, _LAYER],
     "tq_cache_create": [POINTER(c_void_p), POINTER(CacheParams)],
+    "tq_cache_set_key_factors": [c_void_p, c_int32, c_void_p],
+    "tq_cache_get_key_factors": [c_void_p, c_int32, c_void_p],
     "tq_cache_seq_create": [c_void_p, POINTER(c_int32)],
     "tq_cache_seq_fork": [c_void_p, _SEQ, POINTER(c_int32)],
     "tq_cache_seq_publish": [c_void_p, _SEQ, c_void_p, _N_TOK],

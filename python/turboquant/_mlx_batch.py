@@ -62,12 +62,12 @@ def _find_factors(options: dict[str, Any], module: Any, n_head_kv: int, head_dim
         return _Factors()
     shape, n_ref = (n_head_kv, head_dim), weight_factors.references_of(options)
     norm = weight_factors.norm_before(module)
-    found = _known.get(module, (*shape, n_ref), lambda: weight_factors.exponents_of(
+    found = _known.get(module, (*shape, n_ref), lambda: weight_factors.of_module(
         module, None, *shape, mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _rope(module, head_dim), n_ref,
-        norm))
+        norm, whole=True))
     if found is None:
         return _Factors(None, weight_factors.without(options, 1, module))
-    exponents, spread = found
+    exponents, spread = found[0] // 4, found[1]
     fmt, scale = weight_factors.formats_of(options, 1, "k")[0], getattr(module, "scale", head_dim**-0.5)
     weight_factors.warn_of_spread(fmt, spread * scale, "a layer")
     return _Factors(exponents.tolist() if exponents.any() else None)

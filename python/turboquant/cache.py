@@ -231,6 +231,24 @@ class Cache:
 
     # ---- sequences ----
 
+    def set_key_factors(self, layer: int, factors: np.ndarray | None) -> None:
+        """
+        Factors of a layer's keys, int8 [n_head_kv, head_dim] of quarters of an octave, None for none: what is coded of channel j
+        is divided by 2^(factors[j] / 4). Only while the layer holds no tokens; files have them.
+        """
+        if factors is not None:
+            factors = np.ascontiguousarray(factors)
+            if factors.dtype != np.int8 or factors.shape != (self.n_head_kv, self.head_dim):
+                raise ArgumentError(f"factors are {factors.dtype} {list(factors.shape)}; give int8 [{self.n_head_kv}, "
+                                    f"{self.head_dim}]")
+        lib.tq_cache_set_key_factors(self._handle, integer(layer, ctypes.c_int32, "layer"), address(factors))
+
+    def key_factors(self, layer: int) -> np.ndarray | None:
+        """Those that a layer has, a file's perhaps."""
+        found = np.empty((self.n_head_kv, self.head_dim), np.int8)
+        lib.tq_cache_get_key_factors(self._handle, integer(layer, ctypes.c_int32, "layer"), address(found))
+        return found if found.any() else None
+
     def seq_create(self) -> int:
         """The id of a new, empty sequence. Ids of freed sequences are used again."""
         seq = ctypes.c_int32()

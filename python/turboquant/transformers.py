@@ -108,16 +108,19 @@ class _Stock(_Handle):
 
 
 class _Factors:
-    """Factors of a layer's keys, powers of two: exponents int8 [n_head_kv, head_dim]."""
+    """
+    Factors of a layer's keys, int8 [n_head_kv, head_dim] of quarters of an octave. is_ours: rows are scaled here, by powers of
+    two, and not by the library's cache.
+    """
 
-    def __init__(self, exponents: np.ndarray) -> None:
-        self.exponents = exponents
+    def __init__(self, quarters: np.ndarray, is_ours: bool) -> None:
+        self.quarters, self.is_ours = quarters, is_ours
         self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None  # of queries and keys, [n_head, 1, head_dim]
 
     def scaled(self, query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Multiply queries, divide keys: exact in every type."""
         if self._tensors is None or self._tensors[0].device != query.device or len(self._tensors[0]) != query.shape[1]:
-            of_keys = torch.from_numpy(np.ldexp(np.float32(1), -self.exponents)).to(query.device)[:, None]
+            of_keys = torch.from_numpy(np.ldexp(np.float32(1), -self.quarters // 4)).to(query.device)[:, None]
             self._tensors = (1 / of_keys).repeat_interleave(query.shape[1] // keys.shape[1], dim=0), of_keys
         return tuple(torch.mul(x, factors, out=torch.empty_like(x)) for x, factors in zip((query, keys), self._tensors))
 
@@ -126,13 +129,13 @@ _known = weight_factors.Known()
 
 
 @torch.no_grad()
-def _exponents_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int
-                  ) -> tuple[np.ndarray, float] | None:
-    """weight_factors.exponents_of, once for each module; query and keys say what it makes, and where."""
+def _factors_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int, whole: bool
+                ) -> tuple[np.ndarray, float] | None:
+    """weight_factors.of_module, once for each module; query and keys say what it makes, and where."""
     shape, norm = (query.shape[1], keys.shape[1], keys.shape[3]), weight_factors.norm_before(module)
-    return _known.get(module, (*shape, n_ref), lambda: weight_factors.exponents_of(
+    return _known.get(module, (*shape, n_ref, whole), lambda: weight_factors.of_module(
         module, *shape, lambda x: torch.from_numpy(x).to(query.device, query.dtype), lambda x: x.float().cpu().numpy(),
-        lambda: _rope(module, shape[2]), n_ref, norm))
+        lambda: _rope(module, shape[2]), n_ref, norm, whole))
 
 
 def _rope(module: torch.nn.Module, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -229,21 +232,25 @@ class TurboQuantLayer(CacheLayerMixin):
                       may_shift: bool) -> None:
         """Those of the keys to come, from the weights of the module that brings the first. may_shift: a device takes a mean."""
         owner, found = self._cache(), None
+        is_ours = query.device.type in _DEVICE_TYPES
         if owner._factors == "weights" and not weight_factors.is_exact(owner._key_formats[self._number]):
             n_ref = weight_factors.references_of(owner._options)
-            if query.device.type in _DEVICE_TYPES:
+            if is_ours:
                 n_ref = _MEAN_SPAN if n_ref and may_shift else 0
-            of_weights = _exponents_of(module, query, keys, n_ref)
+            of_weights = _factors_of(module, query, keys, n_ref, is_ours)
             if of_weights is None:
                 owner._do_without_factors(module, self)
             else:
-                exponents, spread = of_weights
+                quarters, spread = of_weights
                 fmt, layer = owner._key_formats[self._number], f"compressed layer {self._number}"
                 weight_factors.warn_of_spread(fmt, spread * scaling, layer)
-                found = exponents if exponents.any() else None
+                found = quarters if quarters.any() else None
+        if not is_ours:
+            owner._set_key_factors(self, found)
         # The same tensors, if they may be, for CUDA graphs that have been captured.
-        if found is None or self._factors is None or not np.array_equal(self._factors.exponents, found):
-            self._factors = None if found is None else _Factors(found)
+        if (found is None or self._factors is None or self._factors.is_ours != is_ours
+                or not np.array_equal(self._factors.quarters, found)):
+            self._factors = None if found is None else _Factors(found, is_ours)
 
     def attend(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                mask: torch.Tensor | None, scaling: float | None, softcap: float | None = None,
@@ -261,7 +268,7 @@ class TurboQuantLayer(CacheLayerMixin):
             if self.n_columns == 0:
                 self._find_factors(module, query, keys, scaling, not softcap and sinks is None)
             self._check(module.config, query, keys, values)
-            if self._factors is not None:
+            if self._factors is not None and self._factors.is_ours:
                 query, keys = self._factors.scaled(query, keys)
             kept = owner._begin(self, query, mask)
             if owner._batch is not None:
@@ -448,18 +455,35 @@ class TurboQuantCache(Cache):
             more = weight_factors.without(self._options, len(self._compressed), module)
             self._factors = "off"
             if more:
-                self._free(self.seqs)  # which hold no tokens
-                self.seqs, self._columns = [], Columns()
                 self._options |= more
-                store = self.store
-                self.store = _HostStore(store.n_layer, store.n_head_kv, store.head_dim, **self._options)
-                self._device = self._batch = None
-                self._key_formats = weight_factors.formats_of(self._options, store.n_layer, "k")
+                self._renew_store()
+                self._key_formats = weight_factors.formats_of(self._options, self.store.n_layer, "k")
         else:
             raise UnsupportedError(
                 f"the projections of queries and keys in {type(module).__name__}, of compressed layer {layer._number}, are not "
                 "known, while the first layer's are, so some keys would have factors for outlier channels and others none: "
                 'make the cache with k_format="tq8", factors="off"')
+
+    def _renew_store(self) -> None:
+        """One of its own, while it holds no tokens."""
+        self._free(self.seqs)
+        self.seqs, self._columns = [], Columns()
+        store = self.store
+        self.store = _HostStore(store.n_layer, store.n_head_kv, store.head_dim, **self._options)
+        self._device = self._batch = None
+
+    def _set_key_factors(self, layer: TurboQuantLayer, factors: np.ndarray | None) -> None:
+        """Of a layer that holds nothing."""
+        if not isinstance(self.store, _cache.Cache):
+            return  # which is refused by its device
+        try:
+            self.store.set_key_factors(layer._number, factors)
+        except ArgumentError:
+            # Copies share the store, and hold keys of another model.
+            if layer is not self._compressed[0]:
+                raise
+            self._renew_store()
+            self.store.set_key_factors(layer._number, factors)
 
     @property
     def _n_whole(self) -> int:
@@ -524,6 +548,9 @@ class TurboQuantCache(Cache):
         if device.type in _DEVICE_TYPES:
             from ._cuda import DeviceStore
 
+            if self.seqs and any(layer._factors is not None and not layer._factors.is_ours for layer in self._compressed):
+                raise UnsupportedError("this cache's keys have factors that a CUDA device does not know: run the prompt again "
+                                       "there, or save caches that are to move with factors='off'")
             store = DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim,
                                 max_tokens=self._max_tokens, **self._options)
             if self.seqs:  # which were loaded
@@ -750,8 +777,9 @@ class TurboQuantCache(Cache):
         save(self.store, self.seqs, path, self._options, self._factors_to)
 
     def _factors_to(self, store: _cache.Cache) -> list[int]:
-        """A sequence without tokens that holds the factors, for a file; none where no layer has any."""
-        exponents = [None if layer._factors is None else layer._factors.exponents for layer in self._compressed]
+        """A sequence without tokens that holds the factors of rows that were scaled here, for a file; none without any."""
+        ours = [layer._factors if layer._factors is not None and layer._factors.is_ours else None for layer in self._compressed]
+        exponents = [None if found is None else found.quarters // 4 for found in ours]
         if all(found is None for found in exponents):
             return []
         of_preset = find_preset(self._options["preset"])
@@ -770,7 +798,10 @@ class TurboQuantCache(Cache):
         return [seq]
 
     def _take_factors(self, seqs: list[int], exact_bytes: int) -> list[int]:
-        """The inverse, for a file's sequences: those without that one."""
+        """The inverse, for a file's sequences: those without that one. Other factors the library has from the file."""
+        for layer in self._compressed:
+            quarters = self.store.key_factors(layer._number)
+            layer._factors = None if quarters is None else _Factors(quarters, False)
         if self.store.length(seqs[-1]) > 0:
             return seqs
         data = np.zeros(exact_bytes, np.uint8)
@@ -779,7 +810,7 @@ class TurboQuantCache(Cache):
         if exponents is None:
             return seqs
         for layer, found in zip(self._compressed, exponents):
-            layer._factors = None if found is None else _Factors(found)
+            layer._factors = None if found is None else _Factors(4 * found, True)
         self._free(seqs[-1:])
         return seqs[:-1]
 

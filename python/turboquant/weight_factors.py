@@ -4,7 +4,8 @@ Factors for channels of keys, from a model's weights: docs/quality.md, "Factors 
 
 A coded key's error is even over its channels, so a channel that outweighs the others costs them their precision. Keys are
 divided by a factor for each channel before they are coded, and queries multiplied by it: logits stay what they are, whatever
-the factors. They depend on weights only, never on what is read, and are powers of two, so that scaling rounds nothing.
+the factors. They depend on weights only, never on what is read. The library's cache takes them; where rows are scaled in Python, on
+GPUs, they are powers of two, so that scaling rounds nothing.
 
 An engine says what its modules are called with; the rest is here. Modules are those of Transformers or of MLX-LM, which have
 the same names.
@@ -35,24 +36,24 @@ _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernor
 
 
 def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray, means: np.ndarray | None = None,
-                  angles: np.ndarray | None = None, n_ref: int = 0) -> tuple[np.ndarray, float]:
+                  angles: np.ndarray | None = None, n_ref: int = 0, whole: bool = False) -> tuple[np.ndarray, float]:
     """
-    Exponents of two, int8 [n_head_kv, head_dim], from the mean squares of keys [n_head_kv, head_dim] and queries [n_head,
-    head_dim] before RoPE, and the spread of their products: tq_key_factors. partners [head_dim]: the channel that RoPE turns
-    each with, itself if it has no partner; angles [head_dim]: by how much from token to token; means: of keys; n_ref: how many
-    tokens share a reference.
+    Factors in quarters of an octave, int8 [n_head_kv, head_dim], from the mean squares of keys [n_head_kv, head_dim] and
+    queries [n_head, head_dim] before RoPE, and the spread of their products: tq_key_factors. partners [head_dim]: the channel
+    that RoPE turns each with, itself if it has no partner; angles [head_dim]: by how much from token to token; means: of keys;
+    n_ref: how many tokens share a reference; whole: powers of two only.
     """
     arrays = [np.ascontiguousarray(x, kind) if x is not None else None for x, kind in
               ((keys, np.float32), (means, np.float32), (queries, np.float32), (partners, np.int32), (angles, np.float64))]
     params = _library.KeyFactorsParams()
     _library.lib.tq_key_factors_params_default(ctypes.byref(params))
     params.n_head_kv, params.head_dim = keys.shape
-    params.n_head, params.ref_block, params.whole = len(queries), n_ref, True
+    params.n_head, params.ref_block, params.whole = len(queries), n_ref, whole
     for name, x in zip(("k_square", "k_mean", "q_square", "partners", "angles"), arrays):
         setattr(params, name, None if x is None else x.ctypes.data)
     found, spread = np.empty(keys.shape, np.int8), ctypes.c_float()
     _library.lib.tq_key_factors(found.ctypes.data, ctypes.byref(spread), ctypes.byref(params))
-    return found // 4, spread.value
+    return found, spread.value
 
 
 def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.ndarray:
@@ -145,19 +146,16 @@ def _normed_input(norm: Any, white: Any) -> Any:
         return white
 
 
-def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
-                 to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int,
-                 norm: Any = None
-                 ) -> tuple[np.ndarray, float] | None:
+def of_module(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
+              to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int,
+              norm: Any = None, whole: bool = False) -> tuple[np.ndarray, float] | None:
     """
     from_energies for an attention module, None if its projections of queries and keys are not known. n_head: None if it is to
-    be found. rope: partners and angles of channels. to_engine, to_host: float32 arrays to the
-    engine's and back.
+    be found. rope: partners and angles of channels. to_engine, to_host: float32 arrays to the engine's and back.
 
     The projections are called with white vectors, the same ones each time, as `norm` (of norm_before) makes them, so quantized
-    weights, adapters and weights that are
-    kept elsewhere are what they are in the model. What keys have in common, a bias, counts with what references leave of it: in
-    pairs that turn slowly that is nothing.
+    weights, adapters and weights that are kept elsewhere are what they are in the model. What keys have in common, a bias,
+    counts with what references leave of it: in pairs that turn slowly that is nothing.
     """
     try:
         x = np.random.default_rng(_SEED).standard_normal((1, _N_PROBE, _n_input(module)), np.float32)
@@ -167,7 +165,7 @@ def exponents_of(module: Any, n_head: int | None, n_head_kv: int, head_dim: int,
         return None
     queries, keys = (np.square(y, dtype=np.float32).mean(axis=0) for y in rows)
     partners, angles = rope()
-    return from_energies(keys, queries, partners, rows[1].mean(axis=0), angles, n_ref)
+    return from_energies(keys, queries, partners, rows[1].mean(axis=0), angles, n_ref, whole)
 
 
 class Known:

@@ -2,6 +2,7 @@
 /* tq_cache_*: argument checks in front of cache/cache.c. */
 #define _POSIX_C_SOURCE 199309L /* clock_gettime */
 
+#include <string.h>
 #include <time.h>
 
 #include "api/checks.h"
@@ -183,6 +184,22 @@ tq_status tq_cache_set_key_factors(tq_cache *cache, int32_t layer, const int8_t 
     else if (status != TQ_OK)
         tq_log(TQ_LOG_ERROR, WHO ": factors of layer %d: %s", (int)layer, tq_status_string(status));
     return status;
+}
+
+tq_status tq_cache_get_key_factors(tq_cache *cache, int32_t layer, int8_t *factors)
+{
+    if (!factors) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
+    TQ_TRY(check_layer(cache, layer));
+    const tq_cache_side *keys = tq_cache_side_get(cache, layer, TQ_SIDE_K);
+    size_t n = (size_t)cache->n_head_kv * (size_t)keys->codec->head_dim;
+    tq_cache_lock(cache);
+    if (keys->factors)
+        memcpy(factors, keys->factors, n);
+    else
+        memset(factors, 0, n);
+    tq_cache_unlock(cache);
+    return TQ_OK;
 }
 
 tq_status tq_cache_seq_create(tq_cache *cache, int32_t *seq)

@@ -210,6 +210,12 @@ static void test_caches_take_factors(void **state)
     assert_memory_equal(read, wanted, N_TOK * DIM * sizeof *read);
     assert_int_equal(tq_cache_read(cache, seq, 1, 0, N_TOK, read, NULL), TQ_OK);
     assert_memory_not_equal(read, wanted, N_TOK * DIM * sizeof *read);
+    int8_t had[DIM];
+    assert_int_equal(tq_cache_get_key_factors(cache, 0, had), TQ_OK);
+    assert_memory_equal(had, factors, DIM);
+    assert_int_equal(tq_cache_get_key_factors(cache, 1, had), TQ_OK);
+    assert_memory_equal(had, zeros, DIM);
+    assert_int_equal(tq_cache_get_key_factors(cache, -1, had), TQ_ERR_RANGE);
     /* From here on they stay. */
     assert_int_equal(tq_cache_set_key_factors(cache, 0, factors), TQ_OK);
     assert_int_equal(tq_cache_set_key_factors(cache, 1, zeros), TQ_OK);
