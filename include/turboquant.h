@@ -413,6 +413,7 @@ typedef struct tq_cache_params {
     int32_t page_size;                                  /* tokens, 16 to 256, a multiple of 16 */
     int32_t n_pages;                                    /* capacity of the pool; 0: what budget and file hold */
     int32_t n_sink, n_recent;                           /* n_sink <= page_size */
+    int32_t n_take_back; /* so many newest tokens can be trimmed (drafts that were rejected) as if they had never come */
     int32_t k_ref_block; /* of keys, as tq_store_params.ref_block; blocks begin anew in each page */
     size_t budget_bytes; /* all that the cache may hold from the allocator, but its codecs; 0: no limit but n_pages */
     /*
@@ -521,7 +522,11 @@ TQ_API void tq_attend_batch_default(tq_attend_batch *batch);
 /* Errors: ARGUMENT, RANGE, SHAPE, MEMORY. */
 TQ_API TQ_NODISCARD tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_batch *batch,
                                                     const tq_executor *executor);
-/* Keep the first n_tok tokens of every layer. What was encoded stays encoded. Errors: ARGUMENT, RANGE. */
+/*
+ * Keep the first n_tok tokens of every layer. Of the last n_recent that stay, those are exact again that were when the sequence
+ * was longest less n_take_back (a sequence that was loaded or imported begins with n_recent); what else was encoded stays
+ * encoded. Errors: ARGUMENT, RANGE.
+ */
 TQ_API TQ_NODISCARD tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok);
 /* Tokens in one layer of a sequence, or -1 if there is no such sequence or layer. */
 TQ_API int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer);
@@ -573,7 +578,7 @@ TQ_API TQ_NODISCARD tq_status tq_cache_seq_import(tq_cache *cache, int32_t seq, 
                                                   const void *pages, const void *exact, size_t exact_bytes);
 typedef struct tq_snapshot_info {
     int32_t version;
-    int32_t n_layer, n_head_kv, head_dim, head_dim_v, page_size, n_sink, n_recent;
+    int32_t n_layer, n_head_kv, head_dim, head_dim_v, page_size, n_sink, n_recent, n_take_back;
     int32_t k_ref_block, n_sequences, n_pages, n_prefixes;
     uint64_t seed, file_bytes, page_bytes, exact_bytes;
 } tq_snapshot_info;

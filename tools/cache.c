@@ -16,8 +16,8 @@ static const char help[] =
     "  verify    check every hash of snapshots; the exit code is 1 if one is damaged\n"
     "  bench     time attention on paged sequences; see 'tq cache bench --help'\n"
     "  simulate  how many requests a memory budget serves; see 'tq cache simulate --help'\n\n"
-    "  --json    an object: version, n_layer, n_head_kv, head_dim, head_dim_v, page_size, n_sink, n_recent, k_ref_block,\n"
-    "            n_sequences, n_pages, n_prefixes, page_bytes, exact_bytes, file_bytes, k_formats, v_formats\n";
+    "  --json    an object: version, n_layer, n_head_kv, head_dim, head_dim_v, page_size, n_sink, n_recent, n_take_back,\n"
+    "            k_ref_block, n_sequences, n_pages, n_prefixes, page_bytes, exact_bytes, file_bytes, k_formats, v_formats\n";
 
 static const char *format_name(tq_format format, int32_t head_dim)
 {
@@ -39,6 +39,7 @@ static int print_json(const tq_snapshot_info *info, const tq_format *formats)
                    {"page_size", info->page_size},
                    {"n_sink", info->n_sink},
                    {"n_recent", info->n_recent},
+                   {"n_take_back", info->n_take_back},
                    {"k_ref_block", info->k_ref_block},
                    {"n_sequences", info->n_sequences},
                    {"n_pages", info->n_pages},

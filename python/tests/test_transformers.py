@@ -145,6 +145,19 @@ def test_assisted(llama):
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == found.shape[1] - 1
 
 
+@pytest.mark.skipif(ON_DEVICE, reason="there what re-enters the ring is decoded")
+def test_drafts_leave_nothing(llama):
+    """With n_take_back, tokens that were cropped change nothing that follows."""
+    caches = [compressed(llama, n_take_back=n) for n in (8, 8, 4)]
+    for cache in caches:
+        logits(llama, cache, ids(1, 150))
+    for cache in caches[1:]:
+        logits(llama, cache, ids(1, 8, seed=4))
+        cache.crop(-8)
+    wanted, found, too_few = (logits(llama, cache, ids(1, 1, seed=5)) for cache in caches)
+    assert torch.equal(found, wanted) and not torch.equal(too_few, wanted)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(llama, side):
     """Rows of a padded batch get what each gets alone; padding is not stored."""
@@ -368,7 +381,8 @@ def test_initialized(llama, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    TQ8, {"preset": "TQ3"}, {"preset": "TQ2", "n_recent": 17, "n_sink": 3, "page_size": 64, "k_ref_block": 0, "seed": 5},
+    TQ8, {"preset": "TQ3", "n_take_back": 5},
+    {"preset": "TQ2", "n_recent": 17, "n_sink": 3, "page_size": 64, "k_ref_block": 0, "seed": 5},
     {"layer_k_formats": ["tq8", "tq4", "tq4", "tq3"], "v_format": "tq2"}], ids=str)
 @pytest.mark.skipif(ON_DEVICE, reason="not all of these are on devices")
 def test_a_file_knows_its_formats(llama, tmp_path, options):

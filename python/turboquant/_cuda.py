@@ -31,6 +31,7 @@ _REFUSED = {
     "offload_bytes": "pages stay in the device's memory",
     "budget_bytes": "memory is torch's: bound it by max_tok or max_tokens",
     "dry_run": "a dry run needs no device",
+    "n_take_back": "what re-enters the ring is decoded",
     "head_dim_v": "kernels want keys and values of one head_dim",
 }
 

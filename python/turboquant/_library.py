@@ -130,7 +130,7 @@ class CacheParams(_Struct):
         ("struct_size", c_size_t), ("n_layer", c_int32), ("n_head_kv", c_int32), ("head_dim", c_int32),
         ("head_dim_v", c_int32), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int),
         ("layer_k_formats", POINTER(ctypes.c_int)), ("layer_v_formats", POINTER(ctypes.c_int)), ("page_size", c_int32),
-        ("n_pages", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("k_ref_block", c_int32),
+        ("n_pages", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("n_take_back", c_int32), ("k_ref_block", c_int32),
         ("budget_bytes", c_size_t), ("offload_folder", c_char_p), ("offload_bytes", c_size_t),
         ("calibration", c_void_p), ("seed", c_uint64), ("dry_run", c_bool),
     ]
@@ -149,7 +149,7 @@ class CacheStats(_Struct):
 class SnapshotInfo(_Struct):
     _fields_ = [
         ("version", c_int32), ("n_layer", c_int32), ("n_head_kv", c_int32), ("head_dim", c_int32), ("head_dim_v", c_int32),
-        ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("k_ref_block", c_int32),
+        ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("n_take_back", c_int32), ("k_ref_block", c_int32),
         ("n_sequences", c_int32), ("n_pages", c_int32), ("n_prefixes", c_int32), ("seed", c_uint64),
         ("file_bytes", c_uint64), ("page_bytes", c_uint64), ("exact_bytes", c_uint64),
     ]

@@ -58,6 +58,7 @@ class Snapshot:
     page_size: int
     n_sink: int
     n_recent: int
+    n_take_back: int
     k_ref_block: int
     n_sequences: int
     n_pages: int
@@ -137,6 +138,7 @@ class Cache:
     n_layer, n_head_kv, head_dim: the model's shape; head_dim_v if values differ.
     preset: formats, exact tokens and references; k_format, v_format, n_sink, n_recent and k_ref_block override parts of it,
     layer_k_formats and layer_v_formats [n_layer] single layers.
+    n_take_back: so many newest tokens can be trimmed, drafts that were rejected, as if they had never come.
     max_tok: capacity in tokens, all sequences together; memory is taken page by page as it is used. budget_bytes: limit of all
     that the cache takes from the allocator. offload_folder, offload_bytes: a file for pages beyond it.
     calibration: of all n_layer layers; a path or a Calibration.
@@ -149,7 +151,7 @@ class Cache:
 
     def __init__(self, n_layer: int, n_head_kv: int, head_dim: int, *, preset: str = "TQ4", head_dim_v: int = 0,
                  k_format: str | int | None = None, v_format: str | int | None = None, n_sink: int | None = None,
-                 n_recent: int | None = None, k_ref_block: int | None = None,
+                 n_recent: int | None = None, n_take_back: int = 0, k_ref_block: int | None = None,
                  layer_k_formats: Sequence[str | int] | None = None, layer_v_formats: Sequence[str | int] | None = None,
                  page_size: int = 128, max_tok: int = MAX_TOK_DEFAULT, budget_bytes: int = 0,
                  offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0,
@@ -164,7 +166,8 @@ class Cache:
             params.k_format = format_number(k_format)
         if v_format is not None:
             params.v_format = format_number(v_format)
-        for name, value in (("n_sink", n_sink), ("n_recent", n_recent), ("k_ref_block", k_ref_block)):
+        for name, value in (("n_sink", n_sink), ("n_recent", n_recent), ("n_take_back", n_take_back),
+                            ("k_ref_block", k_ref_block)):
             if value is not None:
                 setattr(params, name, value)
         # ctypes keeps no reference to what a pointer field points to.
@@ -233,8 +236,8 @@ class Cache:
 
     def set_key_factors(self, layer: int, factors: np.ndarray | None) -> None:
         """
-        Factors of a layer's keys, int8 [n_head_kv, head_dim] of quarters of an octave, None for none: what is coded of channel j
-        is divided by 2^(factors[j] / 4). Only while the layer holds no tokens; files have them.
+        Factors of a layer's keys, int8 [n_head_kv, head_dim] of quarters of an octave, None for none: what is coded of channel
+        j is divided by 2^(factors[j] / 4). Only while the layer holds no tokens; files have them.
         """
         if factors is not None:
             factors = np.ascontiguousarray(factors)

@@ -347,6 +347,8 @@ class TurboQuantCache(Cache):
     layer_k_formats=[...], one for each layer of full attention.
     factors: "weights" (default) scales channels of keys by factors from the model's weights, so that outlier channels cost
     other channels no precision; "off" does not. With a calibration, which does what factors do, "off" is the default.
+    n_take_back: so many tokens at the end can be cropped as if they had never come, as assisted generation does with drafts
+    that were rejected; on the CPU, for memory of as many exact tokens. What else is cropped to stays coded.
     max_tokens: reserve memory for so many tokens of each row at first; on a CUDA device, where CUDA graphs need it, more are
     refused then.
     For generate(), forward() and pipelines; greedy, sampling, beams, assisted; batches with padding on any side. For one thread
@@ -852,6 +854,8 @@ def _options_of(info: _cache.Snapshot) -> dict[str, Any]:
     """What a file says of how its cache was made."""
     found: dict[str, Any] = {"n_sink": info.n_sink, "n_recent": info.n_recent, "k_ref_block": info.k_ref_block,
                              "seed": info.seed}
+    if info.n_take_back:
+        found["n_take_back"] = info.n_take_back
     for side, formats in (("k", info.k_formats), ("v", info.v_formats)):
         same = len(set(formats)) == 1
         found |= {f"{side}_format": formats[0]} if same else {f"layer_{side}_formats": formats}

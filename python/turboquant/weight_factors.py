@@ -4,8 +4,8 @@ Factors for channels of keys, from a model's weights: docs/quality.md, "Factors 
 
 A coded key's error is even over its channels, so a channel that outweighs the others costs them their precision. Keys are
 divided by a factor for each channel before they are coded, and queries multiplied by it: logits stay what they are, whatever
-the factors. They depend on weights only, never on what is read. The library's cache takes them; where rows are scaled in Python, on
-GPUs, they are powers of two, so that scaling rounds nothing.
+the factors. They depend on weights only, never on what is read. The library's cache takes them; where rows are scaled in
+Python, on GPUs and in MLX-LM, they are powers of two, so that scaling rounds nothing.
 
 An engine says what its modules are called with; the rest is here. Modules are those of Transformers or of MLX-LM, which have
 the same names.

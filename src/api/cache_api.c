@@ -18,6 +18,7 @@
 #define BATCH_MAX 65536 /* sequences */
 #define PAGE_SIZE_MIN 16
 #define PAGE_SIZE_MAX 256
+#define TAKE_BACK_MAX 65536 /* tokens */
 
 void tq_cache_params_default(tq_cache_params *params)
 {
@@ -84,6 +85,10 @@ static tq_status check_params(const tq_cache_params *params)
         return TQ_ERR_ARGUMENT;
     }
     TQ_TRY(tq_check_exact(WHO, params->n_sink, params->n_recent, params->k_ref_block));
+    if (params->n_take_back < 0 || params->n_take_back > TAKE_BACK_MAX) {
+        tq_log(TQ_LOG_ERROR, WHO ": n_take_back is %d; give 0 to %d tokens", (int)params->n_take_back, TAKE_BACK_MAX);
+        return TQ_ERR_ARGUMENT;
+    }
     if (params->n_sink > params->page_size) {
         tq_log(TQ_LOG_ERROR, WHO ": n_sink %d is above page_size %d", (int)params->n_sink, (int)params->page_size);
         return TQ_ERR_ARGUMENT;

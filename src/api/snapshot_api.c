@@ -79,6 +79,20 @@ tq_status tq_cache_seq_import(tq_cache *cache, int32_t seq, int64_t n_tok, int64
     return status;
 }
 
+/* What exact data hold beyond sinks and recent tokens. */
+static int32_t take_back_of(const tq_snapshot_header *h, const uint8_t *formats)
+{
+    uint64_t values = 0;
+    for (int32_t i = 0; i < h->n_layer * TQ_N_SIDES; i++) {
+        const tq_format_traits *traits = tq_format_traits_get((tq_format)formats[i]);
+        if (traits && traits->family != TQ_FAMILY_EXACT)
+            values += (uint64_t)(i % TQ_N_SIDES == TQ_SIDE_K ? h->head_dim : h->head_dim_v);
+    }
+    uint64_t n = values == 0 ? 0 : h->exact_bytes / sizeof(uint16_t) / (uint64_t)h->n_head_kv / values;
+    uint64_t others = (uint64_t)h->n_sink + (uint64_t)h->n_recent;
+    return n > others && n - others <= INT32_MAX ? (int32_t)(n - others) : 0;
+}
+
 tq_status tq_snapshot_describe(tq_snapshot_info *out, const char *path, bool verify, tq_format *formats, int32_t room)
 {
     if (!out || !path || room < 0 || (room > 0 && !formats)) return TQ_ERR_ARGUMENT;
@@ -86,6 +100,7 @@ tq_status tq_snapshot_describe(tq_snapshot_info *out, const char *path, bool ver
     TQ_TRY(tq_file_map(path, &file.data, &file.n));
     tq_snapshot_header h;
     tq_status status = verify ? tq_snapshot_check(file, &h) : tq_snapshot_check_header(file, &h);
+    int32_t n_take_back = status == TQ_OK ? take_back_of(&h, file.data + sizeof h) : 0;
     for (int32_t i = 0; status == TQ_OK && i < room && i / 2 < h.n_layer; i++)
         formats[i] = (tq_format)file.data[sizeof h + (size_t)i];
     tq_file_unmap(file.data, file.n);
@@ -99,6 +114,7 @@ tq_status tq_snapshot_describe(tq_snapshot_info *out, const char *path, bool ver
         .page_size = h.page_size,
         .n_sink = h.n_sink,
         .n_recent = h.n_recent,
+        .n_take_back = n_take_back,
         .k_ref_block = h.k_ref_block,
         .n_sequences = h.n_sequences,
         .n_pages = h.n_pages,

@@ -55,6 +55,7 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
     if (family != TQ_FAMILY_EXACT) {
         side->n_sink = params->n_sink;
         side->n_recent = params->n_recent;
+        side->n_ring = params->n_recent > 0 ? params->n_recent + params->n_take_back : 0;
         if (is_k && params->calibration) {
             TQ_TRY(tq_calibration_find(params->calibration, layer, params->n_head_kv, head_dim, "cache", &side->transforms));
         }
@@ -68,7 +69,7 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
     size_t vector_bytes = tq_codec_vector_bytes(side->codec);
     side->head_stride_bytes =
         tq_align_up(tq_head_page_bytes(vector_bytes, params->page_size, ref_bytes, side->ref_block), ALIGN_BYTES);
-    side->exact_head_stride_bytes = (size_t)(side->n_sink + side->n_recent) * tq_codec_vector_bytes(side->exact_codec);
+    side->exact_head_stride_bytes = (size_t)(side->n_sink + side->n_ring) * tq_codec_vector_bytes(side->exact_codec);
     TQ_TRY(lay_out(page_bytes, &side->page_offset_bytes, side->head_stride_bytes, params->n_head_kv));
     return lay_out(&cache->exact_bytes, &side->exact_offset_bytes, side->exact_head_stride_bytes, params->n_head_kv);
 }

@@ -4,7 +4,9 @@
  *
  * A *side* is the keys or the values of one layer. A page holds page_size positions of every side. Of each side a sequence
  * keeps exact its first n_sink positions and the positions [ring_begin, length), at most n_recent; a side whose format is exact
- * anyway has neither. Position p lies at vector p of the exact data if it is a sink, else at n_sink + p % n_recent.
+ * anyway has neither. Position p lies at vector p of the exact data if it is a sink, else at n_sink + p % n_ring. Of encoded
+ * positions the ring still has those from exact_begin on, which are exact again when the tokens are trimmed that pushed them
+ * out.
  *
  * Sequences share pages, and after a fork exact data too, and count references. What is shared, or published as a prefix, is
  * never written: tq_sequence_reserve gives the sequence a copy first.
@@ -29,10 +31,10 @@
 enum { TQ_SIDE_K = 0, TQ_SIDE_V = 1, TQ_N_SIDES = 2 };
 
 typedef struct tq_cache_side {
-    const tq_codec *codec, *exact_codec, *ref_codec; /* ref_codec NULL: no references */
-    const uint16_t *transforms;                      /* of the calibration, or NULL */
-    int8_t *factors;                                 /* [n_head_kv, head_dim] of keys' channels, or NULL: all zeros */
-    int32_t n_sink, n_recent, ref_block;
+    const tq_codec *codec, *exact_codec, *ref_codec;    /* ref_codec NULL: no references */
+    const uint16_t *transforms;                         /* of the calibration, or NULL */
+    int8_t *factors;                                    /* [n_head_kv, head_dim] of keys' channels, or NULL: all zeros */
+    int32_t n_sink, n_recent, n_ring, ref_block;        /* n_ring: vectors of the ring, n_recent and what may be taken back */
     size_t page_offset_bytes, head_stride_bytes;        /* within a page */
     size_t exact_offset_bytes, exact_head_stride_bytes; /* within a sequence's exact data */
 } tq_cache_side;
@@ -59,7 +61,8 @@ typedef struct tq_sequence {
     int64_t pending;      /* tokens that a batch of slots is about to bring */
     int64_t *length;      /* [n_layer] */
     int64_t *ring_begin;  /* [n_layer, TQ_N_SIDES] */
-    int64_t numbers[];    /* the memory of the two */
+    int64_t *exact_begin; /* [n_layer, TQ_N_SIDES] */
+    int64_t numbers[];    /* the memory of the three */
 } tq_sequence;
 
 struct tq_cache {
@@ -91,7 +94,13 @@ static inline const tq_cache_side *tq_cache_side_get(const tq_cache *cache, int3
 /* Which exact vector a position is that is exact. */
 static inline int32_t tq_exact_place(const tq_cache_side *side, int64_t position)
 {
-    return position < side->n_sink ? (int32_t)position : side->n_sink + (int32_t)(position % side->n_recent);
+    return position < side->n_sink ? (int32_t)position : side->n_sink + (int32_t)(position % side->n_ring);
+}
+
+/* Numbers of a sequence that files have: its lengths and where its rings begin. */
+static inline size_t tq_sequence_file_numbers(const tq_cache *cache)
+{
+    return (size_t)cache->n_layer * (1 + TQ_N_SIDES);
 }
 
 /* NULL if there is none. */

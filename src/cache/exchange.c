@@ -59,7 +59,7 @@ tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_t
         const tq_cache_side *side = &cache->sides[i];
         int64_t latest = n_tok - side->n_recent;
         sequence->length[i / TQ_N_SIDES] = n_tok;
-        sequence->ring_begin[i] = latest > side->n_sink ? latest : side->n_sink;
+        sequence->ring_begin[i] = sequence->exact_begin[i] = latest > side->n_sink ? latest : side->n_sink;
     }
     if (sequence->exact) memcpy(sequence->exact->bytes, exact, cache->exact_bytes);
     return TQ_OK;

@@ -9,7 +9,7 @@
 
 static size_t record_bytes(const tq_cache *cache)
 {
-    return sizeof(tq_sequence) + (size_t)cache->n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t);
+    return sizeof(tq_sequence) + (size_t)cache->n_layer * (1 + 2 * TQ_N_SIDES) * sizeof(int64_t);
 }
 
 size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequence)
@@ -94,7 +94,9 @@ tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out)
     sequence->id = id;
     sequence->length = sequence->numbers;
     sequence->ring_begin = sequence->numbers + cache->n_layer;
-    for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++) sequence->ring_begin[i] = cache->sides[i].n_sink;
+    sequence->exact_begin = sequence->numbers + tq_sequence_file_numbers(cache);
+    for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++)
+        sequence->ring_begin[i] = sequence->exact_begin[i] = cache->sides[i].n_sink;
     cache->sequences[id] = sequence;
     cache->first_free = id + 1;
     *out = sequence;
@@ -488,15 +490,17 @@ static void append_side(const tq_cache *cache, tq_sequence *sequence, int32_t la
 {
     const tq_cache_side *side = tq_cache_side_get(cache, layer, i_side);
     span encoded = encoded_by_append(cache, sequence, layer, i_side, n_tok);
+    int64_t length = sequence->length[layer], end = length + n_tok;
+    int64_t *exact_begin = &sequence->exact_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
+    if (*exact_begin < end - side->n_ring) *exact_begin = end - side->n_ring;
     sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side] = encoded.end;
     if (cache->budget.is_dry) return;
     tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
-    int64_t length = sequence->length[layer], end = length + n_tok;
     if (side->ref_codec) set_references(&in, side, encoded.begin, encoded.end, length);
     /* Before the ring changes: what leaves it is read from it. */
     encode_positions(&in, side, encoded.begin, encoded.end, length, executor);
     for (int64_t p = length; p < side->n_sink && p < end; p++) tq_rows_keep_exact(&in, p - length, (int32_t)p);
-    for (int64_t p = encoded.end > length ? encoded.end : length; p < end; p++) {
+    for (int64_t p = *exact_begin > length ? *exact_begin : length; p < end; p++) {
         if (p >= side->n_sink) tq_rows_keep_exact(&in, p - length, tq_exact_place(side, p));
     }
 }
@@ -506,12 +510,13 @@ static void write_side(const tq_cache *cache, const tq_sequence *sequence, int32
 {
     const tq_cache_side *side = tq_cache_side_get(cache, layer, i_side);
     tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
-    int64_t ring_begin = sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side], end = first + n_tok;
+    size_t i = (size_t)layer * TQ_N_SIDES + (size_t)i_side;
+    int64_t ring_begin = sequence->ring_begin[i], exact_begin = sequence->exact_begin[i], end = first + n_tok;
     int64_t code_begin = first > side->n_sink ? first : side->n_sink, code_end = end < ring_begin ? end : ring_begin;
     if (code_begin < code_end) encode_positions(&in, side, code_begin, code_end, first, executor);
     for (int64_t p = first; p < end; p++) {
         if (p < side->n_sink) tq_rows_keep_exact(&in, p - first, (int32_t)p);
-        if (p >= ring_begin) tq_rows_keep_exact(&in, p - first, tq_exact_place(side, p));
+        if (p >= exact_begin && p >= side->n_sink) tq_rows_keep_exact(&in, p - first, tq_exact_place(side, p));
     }
 }
 
@@ -537,10 +542,14 @@ void tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok)
         if (sequence->length[layer] > n_tok) sequence->length[layer] = n_tok;
         if (sequence->length[layer] > longest) longest = sequence->length[layer];
         for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+            const tq_cache_side *s = tq_cache_side_get(cache, layer, side);
             int64_t *ring_begin = &sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)side];
-            int64_t n_sink = tq_cache_side_get(cache, layer, side)->n_sink;
-            int64_t latest = sequence->length[layer] > n_sink ? sequence->length[layer] : n_sink;
-            if (*ring_begin > latest) *ring_begin = latest;
+            int64_t *exact_begin = &sequence->exact_begin[(size_t)layer * TQ_N_SIDES + (size_t)side];
+            int64_t latest = sequence->length[layer] > s->n_sink ? sequence->length[layer] : s->n_sink;
+            if (*exact_begin > latest) *exact_begin = latest;
+            int64_t begin = sequence->length[layer] - s->n_recent;
+            if (begin < *exact_begin) begin = *exact_begin;
+            if (*ring_begin > begin) *ring_begin = begin;
         }
     }
     release_pages(cache, sequence, (int32_t)pages_for(cache, longest));

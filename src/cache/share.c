@@ -91,7 +91,7 @@ tq_status tq_sequence_match(tq_cache *cache, const int32_t *tokens, int64_t n_to
     int64_t length = (int64_t)sequence->n_published * cache->page_size;
     for (int32_t layer = 0; layer < cache->n_layer; layer++) sequence->length[layer] = length;
     for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++) {
-        if (sequence->ring_begin[i] < length) sequence->ring_begin[i] = length;
+        if (sequence->ring_begin[i] < length) sequence->ring_begin[i] = sequence->exact_begin[i] = length;
     }
     cache->n_asked_tok += n_tok;
     cache->n_matched_tok += length;

@@ -104,11 +104,13 @@ static tq_status check_shape(const loader *l)
     for (int32_t i = 0; same && i < h->n_layer * TQ_N_SIDES; i++)
         same = l->meta[i] == (uint8_t)l->cache->sides[i].codec->traits->format;
     if (same) return TQ_OK;
-    tq_log(TQ_LOG_ERROR,
-           "snapshot: of a cache with %d layers, %d KV heads, head_dim %d and %d, page_size %d, n_sink %d, n_recent %d, "
-           "k_ref_block %d, or with other formats, another seed or another calibration: load it into a cache created like it",
-           (int)h->n_layer, (int)h->n_head_kv, (int)h->head_dim, (int)h->head_dim_v, (int)h->page_size, (int)h->n_sink,
-           (int)h->n_recent, (int)h->k_ref_block);
+    tq_log(
+        TQ_LOG_ERROR,
+        "snapshot: of a cache with %d layers, %d KV heads, head_dim %d and %d, page_size %d, n_sink %d, n_recent %d, "
+        "k_ref_block %d, or with another n_take_back, other formats, another seed or another calibration: load it into a cache "
+        "created like it",
+        (int)h->n_layer, (int)h->n_head_kv, (int)h->head_dim, (int)h->head_dim_v, (int)h->page_size, (int)h->n_sink,
+        (int)h->n_recent, (int)h->k_ref_block);
     return TQ_ERR_MISMATCH;
 }
 
@@ -160,7 +162,7 @@ static tq_status read_sequence(loader *l, record *out)
     if (out->n_pages < 0 || out->n_pages > l->header.n_pages || out->exact < -1 || out->exact >= l->header.n_exact ||
         has_exact != (out->exact >= 0))
         return corrupt("a sequence makes no sense");
-    out->numbers = (const void *)take(l, (size_t)l->cache->n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t));
+    out->numbers = (const void *)take(l, tq_sequence_file_numbers(l->cache) * sizeof(int64_t));
     if (!out->numbers) return corrupt("a sequence is cut off");
     if (!is_sound(l->cache, out->numbers, out->n_pages)) return corrupt("a sequence makes no sense");
     out->pages = (const void *)take(l, (size_t)out->n_pages * sizeof *out->pages);
@@ -179,7 +181,8 @@ static tq_status load_sequence(loader *l)
     TQ_TRY(tq_sequence_open_bare(l->cache, &sequence));
     l->sequences[l->n_opened++] = sequence;
     TQ_TRY(tq_sequence_grow_table(l->cache, sequence, from.n_pages));
-    memcpy(sequence->numbers, from.numbers, (size_t)l->cache->n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t));
+    memcpy(sequence->numbers, from.numbers, tq_sequence_file_numbers(l->cache) * sizeof(int64_t));
+    for (int32_t i = 0; i < l->cache->n_layer * TQ_N_SIDES; i++) sequence->exact_begin[i] = sequence->ring_begin[i];
     for (int32_t i = 0; i < from.n_pages; i++) {
         int32_t page = l->pages[from.pages[i]];
         tq_page_pool_share(&l->cache->pool, page);
@@ -254,8 +257,10 @@ static tq_status check_factors(const loader *l)
             if (factors[i] < -TQ_FACTOR_MAX || factors[i] > TQ_FACTOR_MAX) return corrupt("a factor makes no sense");
         }
         if (tq_cache_takes_factors(l->cache, layer, factors)) continue;
-        tq_log(TQ_LOG_ERROR, "snapshot: its keys in layer %d have other factors than those that the cache holds: load it into "
-                             "one that holds nothing yet", (int)layer);
+        tq_log(TQ_LOG_ERROR,
+               "snapshot: its keys in layer %d have other factors than those that the cache holds: load it into "
+               "one that holds nothing yet",
+               (int)layer);
         return TQ_ERR_MISMATCH;
     }
     return TQ_OK;
@@ -288,7 +293,8 @@ static tq_status check_content(loader *l)
 
 static tq_status load_content(loader *l)
 {
-    size_t begin = tq_snapshot_hashes_offset(&l->header) + ((size_t)l->header.n_exact + (size_t)l->header.n_pages) * sizeof(uint64_t);
+    size_t begin =
+        tq_snapshot_hashes_offset(&l->header) + ((size_t)l->header.n_exact + (size_t)l->header.n_pages) * sizeof(uint64_t);
     l->at = begin;
     TQ_TRY(check_content(l));
     TQ_TRY(load_factors(l));

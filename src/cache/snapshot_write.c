@@ -182,8 +182,7 @@ static tq_status build_meta(saver *s)
     size_t n_sides = (size_t)cache->n_layer * TQ_N_SIDES, n_hashes = (size_t)s->header.n_exact + (size_t)s->header.n_pages;
     s->room = tq_snapshot_hashes_offset(&s->header) + n_hashes * 8;
     for (int32_t i = 0; i < s->header.n_sequences; i++) {
-        s->room += 16 + (size_t)cache->n_layer * (1 + TQ_N_SIDES) * sizeof(int64_t) +
-                   (size_t)s->sequences[i]->n_pages * sizeof(int32_t);
+        s->room += 16 + tq_sequence_file_numbers(cache) * sizeof(int64_t) + (size_t)s->sequences[i]->n_pages * sizeof(int32_t);
     }
     size_t prefix_bytes = 16 + (size_t)cache->page_size * sizeof(int32_t) + cache->prefixes.sink_bytes;
     s->room += (size_t)s->header.n_prefixes * prefix_bytes;

@@ -16,9 +16,11 @@
 enum { CACHE_MODEL_SEQUENCES = 4, CACHE_MODEL_LAYERS = 2, CACHE_MODEL_TOKENS = 512, CACHE_MODEL_APPEND = 100 };
 
 typedef struct cache_model_side {
-    float *values; /* [CACHE_MODEL_TOKENS, n_head_kv, head_dim] */
-    float *refs;   /* [CACHE_MODEL_TOKENS, n_head_kv, head_dim]: of the block that begins there, what is coded against */
-    bool *encoded; /* [CACHE_MODEL_TOKENS] */
+    float *values;       /* [CACHE_MODEL_TOKENS, n_head_kv, head_dim] */
+    float *raw;          /* the same, before it was encoded */
+    float *refs;         /* [CACHE_MODEL_TOKENS, n_head_kv, head_dim]: of the block that begins there, what is coded against */
+    bool *encoded;       /* [CACHE_MODEL_TOKENS] */
+    int64_t exact_begin; /* from here on `raw` comes back when tokens are trimmed */
 } cache_model_side;
 
 typedef struct cache_model_sequence {
@@ -93,6 +95,7 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
     if (p->n_pages > CACHE_MODEL_TOKENS / p->page_size) p->n_pages = CACHE_MODEL_TOKENS / p->page_size;
     p->n_sink = kv_take(input, 6);
     p->n_recent = kv_take(input, 24);
+    p->n_take_back = kv_take(input, 2) * kv_take(input, 20);
     static const int32_t ref_blocks[] = {0, 16, 24, 64};
     p->k_ref_block = ref_blocks[kv_take(input, 4)];
     KV_CHECK(tq_codec_create(&m->ref_codec, TQ_FORMAT_TQ8, 64, p->seed) == TQ_OK);
@@ -125,6 +128,7 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
             for (int32_t layer = 0; layer < p->n_layer; layer++) {
                 cache_model_side *s = &sequence->sides[layer][side];
                 s->values = kv_calloc((size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)), sizeof *s->values);
+                s->raw = kv_calloc((size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)), sizeof *s->raw);
                 s->refs = kv_calloc((size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)), sizeof *s->refs);
                 s->encoded = kv_calloc(CACHE_MODEL_TOKENS, sizeof *s->encoded);
             }
@@ -151,6 +155,7 @@ static inline void cache_model_deinit(cache_model *m)
             for (int32_t i = 0; i <= CACHE_MODEL_SEQUENCES; i++) {
                 cache_model_sequence *sequence = i < CACHE_MODEL_SEQUENCES ? &m->sequences[i] : &m->published;
                 free(sequence->sides[layer][side].values);
+                free(sequence->sides[layer][side].raw);
                 free(sequence->sides[layer][side].refs);
                 free(sequence->sides[layer][side].encoded);
             }
@@ -275,6 +280,10 @@ static inline void cache_model_append(cache_model *m, cache_model_sequence *s, i
         for (int64_t i = 0; i < n * row_floats; i++) {
             values[length * row_floats + i] = kv_round(m->rows[side][first_row * row_floats + i]);
         }
+        cache_model_side *own = &s->sides[layer][side];
+        memcpy(own->raw + length * row_floats, values + length * row_floats, (size_t)(n * row_floats) * sizeof *values);
+        int64_t ring = m->params.n_recent > 0 ? m->params.n_recent + m->params.n_take_back : 0;
+        if (own->exact_begin < end - ring) own->exact_begin = end - ring;
         for (int64_t p = length; p < end; p++) encoded[p] = false;
         for (int64_t p = reference ? 0 : m->params.n_sink; p < end - (reference ? 0 : m->params.n_recent); p++) {
             if (encoded[p]) continue;
@@ -333,6 +342,8 @@ static inline void cache_model_copy(const cache_model *m, cache_model_sequence *
         for (int32_t side = 0; side < 2; side++) {
             size_t bytes = (size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)) * sizeof(float);
             memcpy(to->sides[layer][side].values, from->sides[layer][side].values, bytes);
+            memcpy(to->sides[layer][side].raw, from->sides[layer][side].raw, bytes);
+            to->sides[layer][side].exact_begin = from->sides[layer][side].exact_begin;
             memcpy(to->sides[layer][side].refs, from->sides[layer][side].refs, bytes);
             memcpy(to->sides[layer][side].encoded, from->sides[layer][side].encoded, CACHE_MODEL_TOKENS * sizeof(bool));
         }
@@ -373,7 +384,21 @@ static inline void cache_model_do_match(cache_model *m, cache_model_sequence *s)
     KV_CHECK(n_matched % m->params.page_size == 0 && n_matched <= asked);
     if (cache_model_n_evicted(m) == m->n_evicted) KV_CHECK(n_matched >= want);
     cache_model_copy(m, s, &m->published);
-    for (int32_t layer = 0; layer < m->params.n_layer; layer++) s->length[layer] = n_matched;
+    for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
+        s->length[layer] = n_matched;
+        for (int32_t side = 0; side < 2; side++) s->sides[layer][side].exact_begin = n_matched;
+    }
+}
+
+/* A file has nothing of what could come back. */
+static inline void cache_model_forget_raw(const cache_model *m, cache_model_sequence *s)
+{
+    for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
+        for (int32_t side = 0; side < 2; side++) {
+            cache_model_side *own = &s->sides[layer][side];
+            for (int64_t p = m->params.n_sink; p < s->length[layer] && own->encoded[p]; p++) own->exact_begin = p + 1;
+        }
+    }
 }
 
 static inline void cache_model_do_fork(cache_model *m, const cache_model_sequence *from)
@@ -407,6 +432,7 @@ static inline void cache_model_do_save(cache_model *m, const cache_model_sequenc
         if (status != TQ_OK) break;
         KV_CHECK(n == 1);
         cache_model_copy(m, to, from);
+        cache_model_forget_raw(m, to);
         int64_t shortest = from->length[0];
         for (int32_t l = 1; l < m->params.n_layer; l++) shortest = from->length[l] < shortest ? from->length[l] : shortest;
         cache_model_new_tokens(m, to, shortest, cache_model_longest(m, from));
@@ -455,10 +481,26 @@ static inline void cache_model_do_slots(cache_model *m, int32_t layer, int64_t n
         for (int32_t side = 0; side < 2; side++) {
             int64_t row_floats = cache_model_row(m, side);
             float *to = s->sides[layer][side].values + position[row] * row_floats;
-            for (int64_t j = 0; j < row_floats; j++) to[j] = kv_round(m->rows[side][row * row_floats + j]);
+            float *raw = s->sides[layer][side].raw + position[row] * row_floats;
+            for (int64_t j = 0; j < row_floats; j++) raw[j] = to[j] = kv_round(m->rows[side][row * row_floats + j]);
             if (s->sides[layer][side].encoded[position[row]]) cache_model_encode(m, s, layer, side, position[row], false);
         }
     }
+}
+
+/* What is recent again, and is there, is exact again. */
+static inline void cache_model_take_back(cache_model *m, cache_model_sequence *s, int32_t layer, int32_t side)
+{
+    cache_model_side *own = &s->sides[layer][side];
+    int64_t row_floats = cache_model_row(m, side), length = s->length[layer], begin = length - m->params.n_recent;
+    if (m->formats[side][layer] <= TQ_FORMAT_BF16) return;
+    if (begin < own->exact_begin) begin = own->exact_begin;
+    if (begin < m->params.n_sink) begin = m->params.n_sink;
+    for (int64_t p = begin; p < length; p++) {
+        own->encoded[p] = false;
+        memcpy(own->values + p * row_floats, own->raw + p * row_floats, (size_t)row_floats * sizeof(float));
+    }
+    if (own->exact_begin > length) own->exact_begin = length;
 }
 
 static inline void cache_model_do_trim(cache_model *m, cache_model_sequence *s, int64_t n)
@@ -466,6 +508,7 @@ static inline void cache_model_do_trim(cache_model *m, cache_model_sequence *s, 
     KV_CHECK(tq_cache_trim(m->cache, s->id, n) == TQ_OK);
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         if (s->length[layer] > n) s->length[layer] = n;
+        for (int32_t side = 0; side < 2; side++) cache_model_take_back(m, s, layer, side);
     }
 }
 
@@ -566,6 +609,9 @@ static inline void cache_model_create(cache_model *m, cache_model_sequence *s)
     KV_CHECK(s->id >= 0);
     for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) KV_CHECK(&m->sequences[i] == s || m->sequences[i].id != s->id);
     memset(s->length, 0, sizeof s->length);
+    for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
+        for (int32_t side = 0; side < 2; side++) s->sides[layer][side].exact_begin = 0;
+    }
 }
 
 static inline void cache_model_run(const uint8_t *data, size_t n, const tq_executor *executor)

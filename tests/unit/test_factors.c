@@ -192,7 +192,8 @@ static void test_caches_take_factors(void **state)
     assert_int_equal(tq_cache_set_key_factors(cache, 0, factors), TQ_OK);
     /* It holds what a store holds that has them. */
     kv_random random = {.state = 12};
-    float *k = kv_calloc(N_TOK * DIM, sizeof *k), *read = kv_calloc(N_TOK * DIM, sizeof *read), *wanted = kv_calloc(N_TOK * DIM, 4);
+    float *k = kv_calloc(N_TOK * DIM, sizeof *k), *read = kv_calloc(N_TOK * DIM, sizeof *read),
+          *wanted = kv_calloc(N_TOK * DIM, 4);
     kv_fill(&random, k, N_TOK * DIM);
     for (int i = 0; i < N_TOK; i++) k[i * DIM + 3] *= 40;
     int64_t slots[N_TOK];
