@@ -635,7 +635,7 @@ typedef struct tq_cuda_store {
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
     void *pages;           /* n_pages * page_bytes, aligned to 128 bytes; contents do not matter at first */
     /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_recent, head_dim]; NULL if there are neither. Sink i is
-     * entry i, ring position p entry n_sink + (p - n_sink) % n_recent. */
+     * entry i, ring position p entry n_sink + p % n_recent. */
     void *exact;
 } tq_cuda_store;
 TQ_API void tq_cuda_store_default(tq_cuda_store *store);

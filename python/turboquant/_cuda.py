@@ -387,7 +387,7 @@ class DeviceStore:
 
     def _restore(self, number: int, sequence: _Sequence, begin: int, end: int) -> None:
         rows = torch.from_numpy(self._decode(number, sequence, begin, end)).to(self.device, torch.float16)
-        entries = torch.from_numpy(self.n_sink + (np.arange(begin, end) - self.n_sink) % self.n_recent).to(self.device)
+        entries = torch.from_numpy(self.n_sink + np.arange(begin, end) % self.n_recent).to(self.device)
         self._exact[number, sequence.slot][:, :, entries] = rows
 
     def _decode(self, number: int, sequence: _Sequence, begin: int, end: int) -> np.ndarray:
@@ -421,7 +421,7 @@ class DeviceStore:
             out[:, :, self.n_sink: coded] = self._decode(layer, sequence, self.n_sink, coded)
         exact = self._exact[layer, sequence.slot].cpu().numpy()
         for position in [*range(min(self.n_sink, sequence.length)), *range(max(self.n_sink, coded), sequence.length)]:
-            ring = self.n_sink + (position - self.n_sink) % max(self.n_recent, 1)
+            ring = self.n_sink + position % max(self.n_recent, 1)
             out[:, :, position] = exact[:, :, position if position < self.n_sink else ring]
         keys, values = out.transpose(0, 2, 1, 3)
         mean = self.layers[layer].key_mean

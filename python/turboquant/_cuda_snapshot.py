@@ -112,13 +112,11 @@ class _Pages:
         return any(part.any() for number in range(len(self.sides)) for part in self._parts(pages, number)[0][2:])
 
 
-def _exact_places(store: DeviceStore, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Exact positions, and which vectors they are on the device and on the CPU."""
+def _exact_places(store: DeviceStore, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact positions, and which vectors they are."""
     sinks = np.arange(min(store.n_sink, length))
     ring = np.arange(max(store.n_sink, length - store.n_recent), length)
-    n_recent = max(store.n_recent, 1)
-    on_device = np.concatenate([sinks, store.n_sink + (ring - store.n_sink) % n_recent])
-    return np.concatenate([sinks, ring]), on_device, np.concatenate([sinks, store.n_sink + ring % n_recent])
+    return np.concatenate([sinks, ring]), np.concatenate([sinks, store.n_sink + ring % max(store.n_recent, 1)])
 
 
 def _exact_shape(store: DeviceStore | Cache, n_layer: int) -> tuple[int, ...]:
@@ -156,14 +154,14 @@ def _to_host(store: DeviceStore, seqs: Sequence[int], host: Cache) -> list[int]:
         n_shared, parent = max(((_n_common(store, seqs[j], seq), -j) for j in range(i)), default=(0, 0))
         rows.append(host.seq_fork(rows[-parent]) if n_shared else host.seq_create())
         length = store.length(seq)
-        positions, on_device, on_host = _exact_places(store, length)
+        places = _exact_places(store, length)[1]
         exact, own_exact = (np.zeros(_exact_shape(store, len(store.layers)), np.float16) for _ in range(2))
-        found = store._exact[:, store.slots([seq])[0]].cpu().numpy()[:, :, :, on_device]
-        own_exact[:, :, :, on_device] = exact[:, :, :, on_host] = found
+        found = store._exact[:, store.slots([seq])[0]].cpu().numpy()[:, :, :, places]
+        own_exact[:, :, :, places] = exact[:, :, :, places] = found
         for number, mean in enumerate(means):
             if mean is not None:
                 keys = found[number, 0] + mean[:, None]
-                exact[number, 0][:, on_host] = keys.clip(-FP16_MAX, FP16_MAX)
+                exact[number, 0][:, places] = keys.clip(-FP16_MAX, FP16_MAX)
         own.append(own_exact)
         n_coded = store._n_coded(length)
         ids, n_pages, begin = store.coded_pages(seq), -(-length // store.page_size), n_shared
@@ -263,9 +261,8 @@ def _bytes_of(host: Cache, seq: int, store: DeviceStore) -> np.ndarray:
 def _exact_of(host: Cache, seq: int, store: DeviceStore) -> np.ndarray:
     """What a device holds exact, which the CPU may have coded: a sequence that was cropped keeps what was."""
     exact = np.zeros(_exact_shape(store, len(store.layers)), np.float16)
-    positions, on_device, _ = _exact_places(store, host.length(seq))
     for number in range(len(store.layers)):
-        for first, n, places in _runs(positions, on_device):
+        for first, n, places in _runs(*_exact_places(store, host.length(seq))):
             for side, rows in enumerate(host.read(seq, number, first, n)):
                 exact[number, side][:, places] = rows.transpose(1, 0, 2)
     return exact

@@ -94,7 +94,7 @@ static void fill_data(test_data &d, uint64_t seed)
                 for (int32_t k = 0; k < s.head_dim; k++) x[k] = __half2float(__float2half_rn(x[k]));
                 if (position < s.n_sink || position >= lens[seq] - s.n_recent) {
                     const int32_t n = s.n_sink + s.n_recent;
-                    const int32_t entry = position < s.n_sink ? position : s.n_sink + (position - s.n_sink) % s.n_recent;
+                    const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_recent;
                     __half *to = &d.exact[((((size_t)seq * 2 + side) * N_HEAD_KV + head) * n + entry) * s.head_dim];
                     for (int32_t k = 0; k < s.head_dim; k++) to[k] = __float2half_rn(x[k]);
                     continue;

@@ -123,7 +123,7 @@ static uint16_t *exact_vector(const context *c, int64_t slot, int i_side, int32_
 
 static int32_t entry_of(const tq_device_store *s, int64_t position)
 {
-    return (int32_t)(position < s->n_sink ? position : s->n_sink + (position - s->n_sink) % s->n_recent);
+    return (int32_t)(position < s->n_sink ? position : s->n_sink + position % s->n_recent);
 }
 
 /* A row of the batch as FP16; counts it if it has what FP16 cannot hold. */

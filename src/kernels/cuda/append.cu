@@ -76,7 +76,7 @@ __global__ void store_exact_kernel(const __grid_constant__ tq_device_store store
         entry = (int32_t)position;
     } else {
         if (store.n_recent == 0 || row_is(p, token + store.n_recent, seq, position + store.n_recent)) return;
-        entry = store.n_sink + (int32_t)((position - store.n_sink) % store.n_recent);
+        entry = ring_entry(store, position);
     }
     int64_t slot = p.exact_slots ? p.exact_slots[seq] : seq;
     if (slot < 0 || slot >= store.n_exact_slots) return;

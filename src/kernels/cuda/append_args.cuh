@@ -17,6 +17,12 @@ struct encode_task {
     int32_t entry;
 };
 
+/* Where a position that is no sink stands among a sequence's exact vectors. */
+__device__ __forceinline__ int32_t ring_entry(const tq_device_store &store, int64_t position)
+{
+    return store.n_sink + (int32_t)(position % store.n_recent);
+}
+
 /* Is row i of the batch position `position` of sequence `seq`? */
 __device__ __forceinline__ bool row_is(const tq_cuda_append_params &p, int64_t i, int32_t seq, int64_t position)
 {
@@ -45,7 +51,7 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
             if (!row_is(p, task.row, seq, position)) {
                 task.row = -1;
                 task.exact_slot = p.exact_slots ? p.exact_slots[seq] : seq;
-                task.entry = store.n_sink + (int32_t)((position - store.n_sink) % store.n_recent);
+                task.entry = ring_entry(store, position);
             }
         }
         task.page = p.page_table[seq * p.page_table_stride + position / store.page_size];
