@@ -510,12 +510,10 @@ class TurboQuantCache(Cache):
             if before is not None:
                 self.layers[index].__dict__ = dict(before.__dict__)
         self._roll_back(self._pass.n_columns)
-        if self._batch is not None and self._columns.n == 0:
-            self.store.forget_means()
         self._pass = None
 
-    def _use(self, device: torch.device, of_means: Sequence[int] = ()) -> None:
-        """All layers are on one device, the first one's. of_means: sequences of a file that a device wrote."""
+    def _use(self, device: torch.device) -> None:
+        """All layers are on one device, the first one's."""
         if device == self._device:
             return
         if self._device is not None:
@@ -529,7 +527,7 @@ class TurboQuantCache(Cache):
             if self.seqs:  # which were loaded
                 from ._cuda_snapshot import move
 
-                seqs = move(self.store, self.seqs, of_means, store)
+                seqs = move(self.store, self.seqs, store)
                 self._free(self.seqs)
                 self.seqs = seqs
             self.store = store  # the CPU's goes with its last user
@@ -791,10 +789,8 @@ class TurboQuantCache(Cache):
         given, they must be those of the saved cache; factors are the file's, and `factors` is for tokens after a reset(). A
         calibration must be given. On a CUDA device if that is given, else in
         the CPU's memory, from which the first forward pass takes it to the model's. Raises SnapshotError; UnsupportedError
-        where a device cannot hold it: keys that the CPU has coded against references.
+        where a device cannot hold it.
         """
-        from ._cuda_snapshot import split
-
         info = _cache.describe_snapshot(path)
         n_layer = list(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]).count("full_attention")
         if info.n_layer != n_layer:
@@ -805,15 +801,12 @@ class TurboQuantCache(Cache):
             if f"{side}_format" in options:
                 of_file.pop(f"layer_{side}_formats", None)
         cache = cls(config, "TQ4" if preset is None else preset, **(of_file | options))
-        seqs = cache._take_factors(cache.store.load(path), info.exact_bytes)
-        cache.seqs, of_means = split(cache.store, seqs, info.exact_bytes)
+        cache.seqs = cache._take_factors(cache.store.load(path), info.exact_bytes)
         cache._columns = Columns.left_padded([cache.store.length(seq) for seq in cache.seqs])
         for layer in cache._compressed:
             layer.n_columns, layer.is_initialized = cache._columns.n, True
         if device is not None:
-            cache._use(_with_index(torch.device(device)), of_means)
-        if isinstance(cache.store, _cache.Cache):
-            cache._free(of_means)
+            cache._use(_with_index(torch.device(device)))
         return cache
 
 

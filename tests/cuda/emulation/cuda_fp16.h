@@ -382,6 +382,10 @@ static inline __half2 __float2half2_rn(float x)
 {
     return __floats2half2_rn(x, x);
 }
+static inline __half2 __half2half2(__half x)
+{
+    return {x, x};
+}
 static inline float2 __half22float2(__half2 x)
 {
     return {__half2float(x.x), __half2float(x.y)};
@@ -397,6 +401,12 @@ static inline __half2 __hsub2(__half2 a, __half2 b)
 static inline __half2 __hmul2(__half2 a, __half2 b)
 {
     return __floats2half2_rn(__half2float(a.x) * __half2float(b.x), __half2float(a.y) * __half2float(b.y));
+}
+/* A product of halves is exact in floats, and all but exact sums of such in doubles. */
+static inline __half2 __hfma2(__half2 a, __half2 b, __half2 c)
+{
+    return __floats2half2_rn((float)((double)__half2float(a.x) * __half2float(b.x) + __half2float(c.x)),
+                             (float)((double)__half2float(a.y) * __half2float(b.y) + __half2float(c.y)));
 }
 
 #endif
