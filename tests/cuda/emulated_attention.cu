@@ -12,6 +12,7 @@ extern "C" {
 #include "codec/codec.h"
 #include "vectors.h"
 }
+#include "emulated_rotation.h"
 #include "kernels/cuda/decode.cuh"
 #include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill.cuh"
@@ -174,15 +175,7 @@ static attend_args args_of(test_data &d)
     args.reference_bytes = d.reference_bytes();
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.page_bytes = (int64_t)d.page_bytes();
-    const tq_rotation &rotation = d.codec[0]->rotation;
-    args.rotation.m = rotation.m, args.rotation.pow2 = rotation.pow2, args.rotation.n_rounds = rotation.n_rounds;
-    args.rotation.scale = rotation.scale;
-    if (rotation.m == 3) memcpy(args.rotation.hartley, rotation.hartley, sizeof args.rotation.hartley);
-    for (int32_t round = 0; round < rotation.n_rounds; round++) {
-        for (int32_t i = 0; i < s.head_dim; i++) {
-            if (rotation.signs[round][i] < 0) args.rotation.signs[round][i / 32] |= 1u << i % 32;
-        }
-    }
+    args.rotation = emulated_rotation(d.codec[0]->rotation);
     for (int side = 0; side < 2; side++) {
         const int8_t *windows = d.codec[side]->traits->windows;
         if (windows) memcpy(args.windows[side], windows, sizeof args.windows[side]);
@@ -312,9 +305,9 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     s.kernel = kernel, s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4;
     s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
     if (i % 3 == 1) s.window = 60;
-    if (i % 4 == 2) s.softcap = 3.0f, s.sinks = true;
-    if (i % 5 == 3) s.n_sink = s.n_recent = 0;
-    s.references = s.n_recent > 0 && i % 2 == 0, s.page = i % 4 < 2 ? 64 : 128;
+    if (i % 3 == 2) s.softcap = 3.0f, s.sinks = true;
+    s.references = (i + i / 2) % 2 == 0, s.page = i % 5 < 2 ? 128 : 64;
+    if (i % 5 == 3 && !s.references) s.n_sink = s.n_recent = 0;
     if (i % 7 == 6) s.n_sink = 40; /* the first record is the second of its block */
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
     else n_failed++;
@@ -355,7 +348,8 @@ int main()
 {
     test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();
     int i = 0;
-#define TQ_TEST(D, K, V)                                                                       \
+#define TQ_TEST(D, K, V) /* with references and without */                             \
+    test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++); \
     test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++);
     TQ_PAIRS(TQ_TEST)
     printf("%d passed, %d failed\n", n_passed, n_failed);
