@@ -45,9 +45,6 @@ _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "c
 _WITH_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 # Kinds of torch devices that have tq_cuda_*'s functions.
 _DEVICE_TYPES = {"cuda"}
-# One mean of all keys, as devices have it, takes out of a key bias what a reference for so many tokens would: 1024 to 16384 do
-# nearly as well in Qwen2.5-0.5B's layers, at 3072 tokens, whether the mean is that of 256 or of 2048.
-_MEAN_SPAN = 4096
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
@@ -225,15 +222,11 @@ class TurboQuantLayer(CacheLayerMixin):
                                 f"cache was made for {wanted[0]} of {wanted[1]} and {wanted[2]}: pass the model's config")
         self._model_config = config
 
-    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, scaling: float,
-                      may_shift: bool) -> None:
-        """Those of the keys to come, from the weights of the module that brings the first. may_shift: a device takes a mean."""
+    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
+        """Those of the keys to come, from the weights of the module that brings the first."""
         owner, found = self._cache(), None
         if owner._factors == "weights" and not weight_factors.is_exact(owner._key_formats[self._number]):
-            n_ref = weight_factors.references_of(owner._options)
-            if query.device.type in _DEVICE_TYPES:
-                n_ref = _MEAN_SPAN if n_ref and may_shift else 0
-            of_weights = _exponents_of(module, query, keys, n_ref)
+            of_weights = _exponents_of(module, query, keys, weight_factors.references_of(owner._options))
             if of_weights is None:
                 owner._do_without_factors(module, self)
             else:
@@ -259,7 +252,7 @@ class TurboQuantLayer(CacheLayerMixin):
             sinks = sinks.detach().to(torch.float32).contiguous()
         try:
             if self.n_columns == 0:
-                self._find_factors(module, query, keys, scaling, not softcap and sinks is None)
+                self._find_factors(module, query, keys, scaling)
             self._check(module.config, query, keys, values)
             if self._factors is not None:
                 query, keys = self._factors.scaled(query, keys)
