@@ -235,7 +235,6 @@ class Ours:
             elif number > 0:
                 stored.pages.copy_(store.layers[0].pages)
                 store._exact[number].copy_(store._exact[0])
-            stored.key_mean, stored.has_settled = store.layers[0].key_mean, True
 
     def around(self):
         return torch.no_grad()

@@ -642,12 +642,15 @@ typedef struct tq_cuda_store {
     int32_t head_dim, n_head_kv;  /* 64, 96, 128, 192 or 256 */
     int32_t page_size;            /* tokens, 32 to 256, a multiple of 32 */
     int32_t n_sink, n_recent;     /* at most 512 together */
+    /* 64: keys are coded against references, one for each 64 positions and KV head, as a cache's with this k_ref_block. Wants
+     * n_recent > 0, and page_size to be a multiple of it. 0: none. */
+    int32_t k_ref_block;
     uint64_t seed;
     int64_t n_pages;       /* of `pages` */
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
     void *pages;           /* n_pages * page_bytes, aligned to 128 bytes; contents do not matter at first */
     /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_recent, head_dim]; NULL if there are neither. Sink i is
-     * entry i, ring position p entry n_sink + (p - n_sink) % n_recent. */
+     * entry i, ring position p entry n_sink + p % n_recent. */
     void *exact;
 } tq_cuda_store;
 TQ_API void tq_cuda_store_default(tq_cuda_store *store);
@@ -667,8 +670,9 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cud
  */
 typedef enum tq_cuda_append_half {
     TQ_CUDA_APPEND_BOTH = 0,
-    TQ_CUDA_APPEND_ENCODE = 1, /* k and v may be NULL where no sequence gets more than n_recent tokens */
-    TQ_CUDA_APPEND_STORE = 2,  /* writes the exact tokens; the other half must be done with the same tokens */
+    /* k and v may be NULL where no sequence gets more than n_recent tokens, with references more than one. */
+    TQ_CUDA_APPEND_ENCODE = 1,
+    TQ_CUDA_APPEND_STORE = 2, /* writes the exact tokens; the other half must be done with the same tokens */
 } tq_cuda_append_half;
 
 typedef struct tq_cuda_append_params {
@@ -692,9 +696,6 @@ typedef struct tq_cuda_append_params {
     /* Optional int32: incremented for each vector with NaN, infinity or a magnitude above 65504. NaN is stored as 0, the others
      * as the largest FP16 number. */
     int32_t *n_not_finite;
-    /* Optional float [n_head_kv, head_dim]: subtracted from every key first. A constant in all keys adds one to all scores of a
-     * query, which its softmax takes out again (but not where scores are capped or compared with a learned sink's). */
-    const float *k_mean;
     tq_cuda_append_half half; /* other than BOTH: with a ring alone */
 } tq_cuda_append_params;
 TQ_API void tq_cuda_append_params_default(tq_cuda_append_params *params);
@@ -748,9 +749,9 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_attend(const tq_cuda_store *store, const t
 TQ_API TQ_NODISCARD tq_status tq_cuda_pages_copy(const tq_cuda_store *store, const int32_t *from, const int32_t *to, int64_t n,
                                                  void *stream);
 /*
- * Pages pages[n] (int32) to and from the format's own bytes [n, n_head_kv, head page of keys, head page of values]
- * (docs/formats.md), bit for bit. bytes: device memory, or host memory that the device can reach (cudaMallocHost). Errors as
- * above.
+ * Pages pages[n] (int32) to and from the format's own bytes [n, n_head_kv, head page of keys with references, head page of
+ * values] (docs/formats.md), bit for bit. bytes: device memory, or host memory that the device can reach (cudaMallocHost).
+ * Errors as above.
  */
 TQ_API TQ_NODISCARD tq_status tq_cuda_pages_export(const tq_cuda_store *store, const int32_t *pages, int64_t n, void *bytes,
                                                    void *stream);

@@ -32,19 +32,52 @@ def llama():
 
 
 class Rows:
-    """What one row of a cache should hold: its tokens, and which of them have been coded once."""
+    """What one row of a cache should hold: its tokens, those that have been coded, and what they were coded against."""
 
     def __init__(self):
         self.tokens = np.zeros((0, N_LAYER, 2, N_HEAD_KV, HEAD_DIM), np.float32)
         self.coded = np.zeros(0, bool)
+        self.references = {}  # of a layer, from a block's first coded position on
 
     def append(self, new, cache):
-        self.tokens = np.concatenate([self.tokens, new])
+        store = cache.store
+        self.tokens = np.concatenate([self.tokens, new.astype(np.float16).astype(np.float32)])
+        before, end = int(self.coded.sum()) + store.n_sink, max(len(self.tokens) - store.n_recent, store.n_sink)
         self.coded = np.concatenate([self.coded, np.zeros(len(new), bool)])
-        self.coded[cache.store.n_sink: max(len(self.coded) - cache.store.n_recent, cache.store.n_sink)] = True
+        self.coded[store.n_sink: end] = True
+        for number, layer in enumerate(store.layers):
+            block = layer.struct.k_ref_block
+            for first in range(before, end if block else 0):
+                if first == store.n_sink or first % block == 0:
+                    ring = np.add.accumulate(self.tokens[first: first + store.n_recent, number, 0])  # one after the other
+                    self.references[number, first] = decoded("tq8", ring[-1] / np.float32(store.n_recent))
 
-    def cut(self, n):
+    def held(self, store, number, side):
+        """What is read of keys or values."""
+        x, struct = self.tokens[:, number, side], store.layers[number].struct
+        shift = np.zeros_like(x)
+        for (layer, first), reference in self.references.items():
+            if side == 0 and layer == number:
+                shift[first: (first // struct.k_ref_block + 1) * struct.k_ref_block] = reference
+        return np.where(self.coded[:, None, None], decoded(struct.v_format if side else struct.k_format, x - shift) + shift, x)
+
+    def cut(self, n, store):
+        """What is exact again was decoded."""
+        if n < len(self.tokens):
+            again = np.flatnonzero(self.coded[max(n - store.n_recent, 0): n]) + max(n - store.n_recent, 0)
+            for number in range(N_LAYER):
+                for side in range(2):
+                    x = self.held(store, number, side)[again]
+                    self.tokens[again, number, side] = x.astype(np.float16)
+            self.coded[again] = False
         self.tokens, self.coded = self.tokens[:n], self.coded[:n]
+        self.references = {key: x for key, x in self.references.items() if self.coded[key[1]: key[1] + 1].any()}
+
+
+def decoded(format_, x):
+    """Rows [..., head_dim] as they are after coding."""
+    codec = turboquant.Codec(format_, HEAD_DIM)
+    return codec.decode(codec.encode(x.reshape(-1, HEAD_DIM))).reshape(x.shape)
 
 
 class Checked:
@@ -98,16 +131,8 @@ class Checked:
         assert [store.length(seq) for seq in self.cache.seqs] == [len(row.tokens) for row in self.rows]
         for seq, row in zip(self.cache.seqs, self.rows):
             for layer in range(N_LAYER):
-                mean = store.layers[layer].key_mean
                 for side, found in enumerate(store.read(seq, layer)):
-                    shift = mean.float().cpu().numpy() if side == 0 and mean is not None else 0
-                    x = row.tokens[:, layer, side] - shift
-                    x = x.astype(np.float16).astype(np.float32)
-                    struct = store.layers[layer].struct
-                    codec = turboquant.Codec(struct.v_format if side else struct.k_format, HEAD_DIM)
-                    decoded = codec.decode(codec.encode(x.reshape(-1, HEAD_DIM))).reshape(x.shape)
-                    # What was coded may have been rounded to FP16 and coded again.
-                    np.testing.assert_allclose(found, np.where(row.coded[:, None, None], decoded, x) + shift, atol=4e-3)
+                    np.testing.assert_allclose(found, row.held(store, layer, side), atol=1e-5)
 
     def fork(self):
         other = copy.copy(self)
@@ -123,7 +148,7 @@ class Checked:
         self.cache.crop(-n)
         self.real = self.real[:, : self.real.shape[1] - n]
         for row, real in zip(self.rows, self.real):
-            row.cut(int(real.sum()))
+            row.cut(int(real.sum()), self.cache.store)
 
 
 def check_references(caches):
@@ -138,13 +163,14 @@ def check_references(caches):
 
 
 @pytest.mark.parametrize("n_sink, n_recent", [(4, 16), (0, 40), (4, 0), (0, 0)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_changes(seed, n_sink, n_recent):
     """Passes, padding, copies, reordering, cropping and freeing in random order; everything is compared after each."""
     rng = np.random.default_rng(seed)
-    options = {"layer_k_formats": ["tq8", "tq4", "tt4"], "layer_v_formats": ["tq8", "tq4", "tt4"], "page_size": 32}
+    options = {"layer_k_formats": ["tq8", "tq4", "tt4"], "layer_v_formats": ["tq8", "tq4", "tt4"]}
+    options |= {"k_ref_block": 0, "page_size": 32} if seed == 0 else {"page_size": 64}
     first = Checked(rng, n_sink=n_sink, n_recent=n_recent, **options)
-    first.run(2, int(rng.integers(1, 90)), padding=[0, int(rng.integers(0, 2))])
+    first.run(2, int(rng.integers(1, 90 if seed == 0 else 200)), padding=[0, int(rng.integers(0, 2))])
     caches = [first]
     for _ in range(14):
         one = caches[rng.integers(len(caches))]
@@ -213,7 +239,7 @@ def test_cuts_change_no_byte(formats):
     rows = torch.from_numpy(rng.standard_normal((2, 2, N_HEAD_KV, 300, HEAD_DIM)).astype(np.float32)).to(DEVICE)
     query = torch.from_numpy(rng.standard_normal((2, N_HEAD, 300, HEAD_DIM)).astype(np.float32)).to(DEVICE)
     for parts in (1, 7):
-        cache = TurboQuantCache(config=CONFIG, factors="off", k_ref_block=0, **formats)
+        cache = TurboQuantCache(config=CONFIG, factors="off", **formats)
         for part in torch.arange(300).tensor_split(parts):
             cut = slice(int(part[0]), int(part[-1]) + 1)
             for layer in range(N_LAYER):
@@ -229,24 +255,12 @@ def test_calls_of_different_shapes():
         cache.run(2, n_tok)
 
 
-def test_mean_of_keys():
-    """Of the tokens of the first pass, padding left out, as tq8 has it; and frozen."""
-    cache = Checked(np.random.default_rng(3), **TQ8)
-    cache.run(2, 60, padding=[0, 20])
-    rows = np.concatenate([row.tokens[:, 1, 0] for row in cache.rows])
-    mean = cache.cache.store.layers[1].key_mean.clone()
-    np.testing.assert_allclose(mean.cpu().numpy(), rows.mean(axis=0), atol=.06)
-    codec = turboquant.Codec("tq8", HEAD_DIM)
-    assert np.array_equal(codec.decode(codec.encode(mean.cpu().numpy())), mean.cpu().numpy())
-    cache.run(2, 40)
-    assert torch.equal(cache.cache.store.layers[1].key_mean, mean)
-
-
 @pytest.mark.skipif(BACKEND != "emulated", reason="a real device does nothing while a graph is captured")
-def test_captured_passes_encode_first(monkeypatch):
+@pytest.mark.parametrize("k_ref_block", [0, 64])
+def test_captured_passes_encode_first(monkeypatch, k_ref_block):
     """What leaves the ring is encoded for all layers before the first stores its new tokens. The emulated device runs at once
     what a graph would keep, so each pass is captured and replayed in one."""
-    cache = Checked(np.random.default_rng(5), max_tokens=400, **TQ8)
+    cache = Checked(np.random.default_rng(5), max_tokens=400, k_ref_block=k_ref_block, **TQ8)
     cache.run(2, 120)
     cache.run(2, 1)
     halves, append, end = [], _cuda_batch.lib.tq_cuda_append, cache.cache._end
@@ -270,28 +284,25 @@ def test_captured_passes_encode_first(monkeypatch):
     cache.cache._end = end_and_replay
     for n_tok in (1, 1, 5, 64, 1):
         cache.run(2, n_tok)
-        assert halves == [1] * N_LAYER + [2] * N_LAYER
+        # A reference may be the mean of tokens of the same pass, whose keys are not there yet.
+        assert halves == ([0] * N_LAYER if k_ref_block and n_tok > 1 else [1] * N_LAYER + [2] * N_LAYER)
         halves.clear()
     cache.check()
 
 
-@pytest.mark.parametrize("options", [{"k_ref_block": 0}, {"softcap": 5.0}, {"s_aux": torch.ones(N_HEAD)}])
-def test_no_mean(options):
-    """Where the caller wants none, and where it would change the result."""
-    cache_options = {name: value for name, value in options.items() if name == "k_ref_block"}
-    cache = TurboQuantCache(config=CONFIG, **TQ8, **cache_options)
-    rows = torch.randn(1, N_HEAD_KV, 60, HEAD_DIM, device=DEVICE)
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"s_aux": torch.linspace(-1, 2, N_HEAD)}], ids=["softcap", "sinks"])
+def test_references_with(options):
+    """They are part of scores that are capped or compared with a learned sink's."""
+    caches = [TurboQuantCache(config=CONFIG, factors="off", **TQ8, **more) for more in ({}, {"k_ref_block": 0})]
     options = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in options.items()}
-    attention_forward(Checked.module, torch.randn(1, N_HEAD, 60, HEAD_DIM, device=DEVICE), *cache.update(rows, rows, 0), None,
-                      **options)
-    assert cache.store.layers[0].key_mean is None
-
-
-def test_few_first_tokens_give_no_mean(llama):
-    cache = compressed(llama)
-    logits(llama, cache, ids(1, 5))
-    logits(llama, cache, ids(1, 60))
-    assert all(layer.key_mean is None for layer in cache.store.layers)
+    for n_tok in (200, 1, 1):
+        query, keys, values = (torch.randn(1, n, n_tok, HEAD_DIM, device=DEVICE) for n in (N_HEAD, N_HEAD_KV, N_HEAD_KV))
+        keys += torch.linspace(-2, 2, HEAD_DIM, device=DEVICE)
+        for layer in range(N_LAYER):
+            found, wanted = (attention_forward(Checked.module, query, *cache.update(keys, values, layer), None, **options)[0]
+                             for cache in caches)
+            torch.testing.assert_close(found, wanted, atol=.05, rtol=0)
+    assert [cache.store.layers[0].struct.k_ref_block for cache in caches] == [64, 0]
 
 
 def test_memory_with_max_tokens(llama):
@@ -335,7 +346,7 @@ def test_reset_forgets_everything(llama):
     first = logits(llama, cache, ids(2, 150))
     cache.reset()
     stats = cache.store.stats()
-    assert (stats.n_sequences, stats.n_pages_used) == (0, 0) and cache.store.layers[0].key_mean is None
+    assert (stats.n_sequences, stats.n_pages_used) == (0, 0)
     assert torch.equal(logits(llama, cache, ids(2, 150)), first)
 
 
@@ -373,6 +384,16 @@ def test_presets_at_another_head_dim():
 def test_formats_without_a_layout(llama):
     with pytest.raises(turboquant.UnsupportedError, match='no device layout: tq8, tq4.*k_format="tq4"'):
         logits(llama, TurboQuantCache(config=llama.config, k_format="f16", v_format="f16"), ids(1, 10))
+
+
+@pytest.mark.parametrize("options", [{"page_size": 32}, {"k_ref_block": 32}])
+def test_options_that_references_refuse(options):
+    with pytest.raises(turboquant.ArgumentError, match="k_ref_block"):
+        run_rows(64, **options)
+
+
+def test_no_references_without_a_ring():
+    assert run_rows(64, n_recent=0).store.layers[0].struct.k_ref_block == 0
 
 
 @pytest.mark.parametrize("options", [{"budget_bytes": 1 << 30}, {"dry_run": True}])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 import turboquant
-from tiny import (BACKEND, CACHE, DEVICE, F16, NO_MEANS, ON_DEVICE, RECURRENT, TQ8, compressed, divergence, generated, ids,
+from tiny import (BACKEND, CACHE, DEVICE, F16, ON_DEVICE, RECURRENT, TQ8, compressed, divergence, generated, ids,
                   logits, make_model, make_recurrent_model, same_tokens, stock)
 from turboquant.transformers import TurboQuantCache
 
@@ -168,8 +168,8 @@ def test_padding_changes_nothing(llama, side):
         tokens = ids(1, length, seed=row)
         place = slice(n - length, n) if side == "left" else slice(0, length)
         input_ids[row, place], mask[row, place] = tokens[0], 1
-        alone.append(logits(llama, compressed(llama, **NO_MEANS), tokens)[0])
-    cache = compressed(llama, **NO_MEANS)
+        alone.append(logits(llama, compressed(llama), tokens)[0])
+    cache = compressed(llama)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     found = logits(llama, cache, input_ids, attention_mask=mask, position_ids=position_ids)
     for row in range(3):
@@ -197,7 +197,7 @@ def test_chunked_prefill(llama):
 
 def test_chunks_change_no_code(llama):
     input_ids = ids(1, 300)
-    caches = [compressed(llama, preset="TQ4", k_format=None, v_format=None, **NO_MEANS) for _ in range(2)]
+    caches = [compressed(llama, preset="TQ4", k_format=None, v_format=None) for _ in range(2)]
     logits(llama, caches[0], input_ids)
     logits(llama, caches[1], input_ids, parts=7)
     # The first layer's input does not depend on attention, so its keys must be the same. On some processors and on GPUs
@@ -209,7 +209,7 @@ def test_chunks_change_no_code(llama):
 def test_prefix_reuse(llama):
     """A copy of the prompt's cache for each of two questions; the prompt's pages are shared and unchanged."""
     # On devices pages hold what has left the ring: some of it must be coded.
-    prompt, cache = ids(1, 400), compressed(llama, **(TQ8 | {"n_recent": 200} if ON_DEVICE else F16))
+    prompt, cache = ids(1, 400), compressed(llama, **(TQ8 | {"n_recent": 300} if ON_DEVICE else F16))
     logits(llama, cache, prompt)
     for seed, make_copy in ((11, copy.deepcopy), (12, copy.copy)):
         whole = torch.cat([prompt, ids(1, 20, seed)], dim=1)

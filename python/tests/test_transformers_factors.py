@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import turboquant
-from tiny import (BACKEND, CACHE, DEVICE, F16, NO_MEANS, ON_DEVICE, SIZES, compressed, divergence, generated, ids, logits,
+from tiny import (BACKEND, CACHE, DEVICE, F16, ON_DEVICE, SIZES, compressed, divergence, generated, ids, logits,
                   make_model, stock, use_attention_of)
 from turboquant.transformers import TurboQuantCache
 
@@ -138,7 +138,7 @@ def model():
 def test_scaling_rounds_nothing(dtype):
     """While all keys are exact, logits are those without factors; next to nothing is so small that half floats cut it."""
     model, input_ids = make_with_outliers("llama").to(dtype), ids(2, 60)
-    options = {"n_recent": 508} | NO_MEANS if ON_DEVICE else {}
+    options = {"n_recent": 508} if ON_DEVICE else {}
     found = [logits(model, compressed(model, factors=factors, **options), input_ids, 3) for factors in ("weights", "off")]
     assert abs(found[0] - found[1]).max() < 1e-3 * abs(found[1]).max()
 
@@ -210,12 +210,12 @@ def test_adapters():
 
 
 def test_copies_and_crops(model):
-    cache, prompt = compressed(model, **PRESET | NO_MEANS), ids(1, 150)
+    cache, prompt = compressed(model, **PRESET), ids(1, 150)
     logits(model, cache, prompt)
     other = copy.deepcopy(cache)
     other.crop(-20)
     more = ids(1, 20, seed=8)
-    alone = compressed(model, **PRESET | NO_MEANS)
+    alone = compressed(model, **PRESET)
     logits(model, alone, prompt[:, :130])
     assert divergence(logits(model, alone, more), logits(model, other, more)) < 1e-3
     assert cache.get_seq_length() == 150 and quarters(other) == quarters(cache)

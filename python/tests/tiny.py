@@ -77,8 +77,6 @@ def ids(n_batch, n_tok, seed=3):
 
 # Exact but for rounding to FP16.
 EXACT = {"n_recent": 508}
-# On a device the first pass gives one mean of all keys, so what a cache holds depends on how a prompt was cut into passes.
-NO_MEANS = {"k_ref_block": 0} if ON_DEVICE else {}
 F16 = {"k_format": "f16", "v_format": "f16", "k_ref_block": 0}
 
 

@@ -22,9 +22,6 @@ from .formats import SEED_DEFAULT, Codec, format_info, format_number, preset as 
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PAGE_SIZE = 64
-# Keys of a first pass of fewer tokens give no mean: the first token's is unlike all others.
-MEAN_TOKENS_MIN = 32
-FP16_MAX = 65504
 _REFUSED = {
     "calibration": "kernels know no transforms of keys",
     "offload_folder": "pages stay in the device's memory",
@@ -50,10 +47,7 @@ class DeviceStats:
 
 
 class Layer:
-    """
-    A layer's struct and the pages behind it. key_mean, float32 [n_head_kv, head_dim], is subtracted from all its keys; it is
-    one that tq8 can hold, as a snapshot does.
-    """
+    """A layer's struct and the pages behind it."""
 
     def __init__(self, struct: CudaStore, device: torch.device) -> None:
         self.struct, self.ref, self.device = struct, ctypes.byref(struct), device
@@ -61,8 +55,6 @@ class Layer:
         lib.tq_cuda_sizes_get(ctypes.byref(self.sizes), self.ref)
         self.pages = empty_bytes(0, device)
         self.grow(1)
-        self.set_mean(None)
-        self.has_settled = False
 
     def grow(self, n_pages: int) -> None:
         """Room for n_pages; those that there are keep their content."""
@@ -70,19 +62,6 @@ class Layer:
         pages[: len(self.pages)].copy_(self.pages)
         self.pages = pages
         self.struct.pages, self.struct.n_pages = pages.data_ptr(), n_pages
-
-    def settle(self, keys: torch.Tensor, kept: np.ndarray | None) -> None:
-        """Learn the mean from the first pass's keys [n_batch, n_tok, n_head_kv, head_dim], those that are tokens."""
-        if kept is not None:
-            keys = keys[torch.from_numpy(kept).to(keys.device)][None]
-        if keys.shape[0] * keys.shape[1] >= MEAN_TOKENS_MIN:
-            mean = keys.mean((0, 1), dtype=torch.float32).cpu().numpy()
-            if np.abs(mean).max() <= FP16_MAX:  # else the append finds what is wrong
-                codec = Codec("tq8", self.struct.head_dim, self.struct.seed)
-                self.set_mean(codec.decode(codec.encode(mean)))
-
-    def set_mean(self, mean: np.ndarray | None) -> None:
-        self.key_mean: torch.Tensor | None = None if mean is None else torch.from_numpy(mean).to(self.device)
 
 
 @dataclass
@@ -146,7 +125,6 @@ class DeviceStore:
         self.n_sink = chosen.n_sink if n_sink is None else n_sink
         self.n_recent = chosen.n_recent if n_recent is None else n_recent
         self.k_ref_block = chosen.k_ref_block if k_ref_block is None else k_ref_block
-        self.has_means = self.k_ref_block > 0
         self._seed = seed
         self._max_pages = None if max_tok is None else -(-max_tok // page_size)
         keys = layer_k_formats or [chosen.k_format if k_format is None else k_format] * n_layer
@@ -174,6 +152,7 @@ class DeviceStore:
         struct.k_format, struct.v_format = format_number(k_format), format_number(v_format)
         struct.head_dim, struct.n_head_kv, struct.page_size = self.head_dim, self.n_head_kv, self.page_size
         struct.n_sink, struct.n_recent, struct.seed = self.n_sink, self.n_recent, self._seed
+        struct.k_ref_block = self.k_ref_block if self.n_recent else 0  # as on the CPU: references are means of the ring
         return struct
 
     def _refuse_without_kernel(self, struct: CudaStore) -> None:
@@ -218,15 +197,7 @@ class DeviceStore:
         self._release(sequence.pages)
         self._free_slots.append(sequence.slot)
         if not self._sequences:  # what comes next may be of another model
-            self.forget_means()
             self.n_not_finite.zero_()
-
-    def forget_means(self) -> None:
-        """If no sequence holds a token: the next pass is the first."""
-        if not any(sequence.length for sequence in self._sequences.values()):
-            for layer in self.layers:
-                layer.set_mean(None)
-                layer.has_settled = False
 
     def length(self, seq: int, layer: int = 0) -> int:
         return self._sequences[seq].length
@@ -388,7 +359,7 @@ class DeviceStore:
 
     def _restore(self, number: int, sequence: _Sequence, begin: int, end: int) -> None:
         rows = torch.from_numpy(self._decode(number, sequence, begin, end)).to(self.device, torch.float16)
-        entries = torch.from_numpy(self.n_sink + (np.arange(begin, end) - self.n_sink) % self.n_recent).to(self.device)
+        entries = torch.from_numpy(self.n_sink + np.arange(begin, end) % self.n_recent).to(self.device)
         self._exact[number, sequence.slot][:, :, entries] = rows
 
     def _decode(self, number: int, sequence: _Sequence, begin: int, end: int) -> np.ndarray:
@@ -400,18 +371,29 @@ class DeviceStore:
         with use(self.device):
             lib.tq_cuda_pages_export(layer.ref, pages.data_ptr(), len(pages), exported.data_ptr(), stream(self.device))
         heads = exported.cpu().numpy().reshape(len(pages), self.n_head_kv, -1)
+        begin, end = begin - first * size, end - first * size
         sides, at = [], 0
-        for number_of_format in (layer.struct.k_format, layer.struct.v_format):
+        for number_of_format, block in ((layer.struct.k_format, layer.struct.k_ref_block), (layer.struct.v_format, 0)):
             codec = Codec(number_of_format, self.head_dim, self._seed)
-            codes = codec.format.bytes_per_vector - 2
-            part = heads[:, :, at: at + size * (codes + 2)]
-            at += size * (codes + 2)
-            records = np.concatenate([part[:, :, size * codes:].reshape(*part.shape[:2], size, 2),
-                                      part[:, :, : size * codes].reshape(*part.shape[:2], size, codes)], axis=3)
-            records = records.transpose(1, 0, 2, 3).reshape(self.n_head_kv, -1, codes + 2)[:, begin - first * size:]
-            rows = codec.decode(records[:, : end - begin].reshape(-1, codes + 2))
-            sides.append(rows.reshape(self.n_head_kv, end - begin, self.head_dim))
+            n_bytes, n_refs = size * codec.format.bytes_per_vector, size // block if block else 0
+            rows = self._decode_plane(codec, heads[:, :, at: at + n_bytes], size, begin, end)
+            at += n_bytes
+            if block:
+                n_bytes, begin_ref = n_refs * (self.head_dim + 2), begin // block
+                references = self._decode_plane(Codec("tq8", self.head_dim, self._seed), heads[:, :, at: at + n_bytes], n_refs,
+                                                begin_ref, -(-end // block))
+                rows += references[:, np.arange(begin, end) // block - begin_ref]
+                at += n_bytes
+            sides.append(rows)
         return np.stack(sides)
+
+    def _decode_plane(self, codec: Codec, plane: np.ndarray, n: int, begin: int, end: int) -> np.ndarray:
+        """Of the n vectors of each head page [n_pages, n_head_kv, bytes] those from begin to end: [n_head_kv, end - begin,
+        head_dim]."""
+        codes, scales = np.split(plane, [n * (codec.format.bytes_per_vector - 2)], axis=2)
+        records = np.concatenate([part.reshape(*plane.shape[:2], n, -1) for part in (scales, codes)], axis=3)
+        records = records.transpose(1, 0, 2, 3).reshape(self.n_head_kv, -1, records.shape[3])[:, begin:end]
+        return codec.decode(records.reshape(-1, records.shape[2])).reshape(self.n_head_kv, end - begin, self.head_dim)
 
     def read(self, seq: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """All keys and values of a layer, float32 [length, n_head_kv, head_dim]. For looking at them."""
@@ -422,19 +404,17 @@ class DeviceStore:
             out[:, :, self.n_sink: coded] = self._decode(layer, sequence, self.n_sink, coded)
         exact = self._exact[layer, sequence.slot].cpu().numpy()
         for position in [*range(min(self.n_sink, sequence.length)), *range(max(self.n_sink, coded), sequence.length)]:
-            ring = self.n_sink + (position - self.n_sink) % max(self.n_recent, 1)
+            ring = self.n_sink + position % max(self.n_recent, 1)
             out[:, :, position] = exact[:, :, position if position < self.n_sink else ring]
         keys, values = out.transpose(0, 2, 1, 3)
-        mean = self.layers[layer].key_mean
-        return (keys if mean is None else keys + mean.float().cpu().numpy()), values
+        return keys, values
 
     def stats(self) -> DeviceStats:
         page_bytes = sum(layer.sizes.page_bytes for layer in self.layers)
         exact_bytes = self._exact.numel() * 2
-        means = sum(layer.key_mean.nbytes for layer in self.layers if layer.key_mean is not None)
         return DeviceStats(len(self._sequences), self.n_pages - len(self._free_pages), len(self._free_pages),
                            sum(n > 1 for n in self._refs), page_bytes, exact_bytes,
-                           self.n_pages * page_bytes + exact_bytes + means)
+                           self.n_pages * page_bytes + exact_bytes)
 
     def check_finite(self, n: int) -> None:
         """n: what n_not_finite was, as far as is known."""

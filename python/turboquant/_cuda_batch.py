@@ -126,7 +126,8 @@ class Batch:
         self._kept = kept
         self._cut(counts, n_tok, n_head)
         self._encoded.clear()
-        if self.is_capturing and self._is_whole and n_tok <= store.n_recent:
+        # With references one of a row: means of the ring may have earlier tokens of a pass.
+        if self.is_capturing and self._is_whole and n_tok <= min(store.n_recent, 1 if store.k_ref_block else n_tok):
             self._encode_first()
         for seq, n in zip(seqs, counts):
             store.advance(seq, n)
@@ -184,7 +185,7 @@ class Batch:
         part = self._parts[0]
         self._set_places(part, part.steps[0])
         a = self._append
-        a.half, a.k, a.v, a.k_mean = _ENCODE, None, None, None
+        a.half, a.k, a.v = _ENCODE, None, None
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))
         with use(self.device):
@@ -268,9 +269,6 @@ class Batch:
         if not query.dtype == keys.dtype == values.dtype:
             keys, values = keys.to(query.dtype), values.to(query.dtype)
         query, keys, values = query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-        # A constant in all keys adds one to all logits of a query, which the softmax takes out again: but not where they are
-        # capped, or compared with a sink's.
-        self._settle(layer, keys, not softcap and sinks is None)
         out = (torch.empty if self._is_whole else torch.zeros)(*query.shape[:3], self.store.head_dim_v, dtype=query.dtype,
                                                                device=self.device)
         params = self._attend
@@ -296,7 +294,6 @@ class Batch:
         """The first half of attend, for a pass without padding."""
         layer = self.store.layers[number]
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        self._settle(layer, keys, True)
         self._start(number)
         with use(self.device):
             for part in self._parts:
@@ -307,13 +304,6 @@ class Batch:
         self._number = None
         self._calls, self._statuses = [], []
         self._number = number
-
-    def _settle(self, layer: Layer, keys: torch.Tensor, may_shift: bool) -> None:
-        """The mean that all keys lose is that of the first pass's, [n_rows, n_tok, n_head_kv, head_dim]."""
-        if not layer.has_settled:
-            layer.has_settled = True
-            if self.store.has_means and may_shift:
-                layer.settle(keys, self._kept)
 
     def _attend_part(self, layer: Layer, part: _Part, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                      out: torch.Tensor) -> None:
@@ -351,7 +341,7 @@ class Batch:
         a = self._append
         a.dtype, a.row_stride = DTYPES[keys.dtype], row_stride
         a.k, a.v, a.n_not_finite = keys.data_ptr(), values.data_ptr(), self.store.n_not_finite.data_ptr()
-        a.k_mean, a.half = None if layer.key_mean is None else layer.key_mean.data_ptr(), _BOTH
+        a.half = _BOTH
         if layer in self._encoded:
             a.half, encoded = _STORE, self._encoded.pop(layer)
             if encoded is not None:

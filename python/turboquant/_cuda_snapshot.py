@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: MIT
 """
 A device's sequences in files: docs/snapshot.md. They go through a turboquant.Cache of the same options, so that the library
-alone writes, checks and refuses files.
-
-The CPU subtracts references from keys where a device subtracts one mean, and its exact keys are whole. So the mean becomes the
-reference of all blocks and is added to exact keys. That rounds, so what a device has goes into the file, too: behind the rows
-one sequence without tokens for each, whose exact data are the device's, and a last one whose exact data hold the means.
+alone writes, checks and refuses files. Codes, references and exact vectors are the CPU's, bit for bit, in another arrangement.
 """
 from __future__ import annotations
 
@@ -16,16 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ._cuda import FP16_MAX, DeviceStore, stream, to_device, use
+from ._cuda import DeviceStore, stream, to_device, use
 from ._library import lib
 from .cache import Cache
 from .errors import UnsupportedError
-from .formats import Codec, format_info
+from .formats import format_info
 
 # Of pages that are on their way.
 CHUNK_BYTES = 64 << 20
-# Begins the values' part of the last sequence's exact data.
-_MARK = np.frombuffer(b"keys less a mean", np.uint8)
 
 
 class _Side(NamedTuple):
@@ -44,8 +38,9 @@ class _Pages:
         self.store = store
         self.sides: list[list[_Side]] = []
         self.page_bytes = 0
-        n_refs = -(-store.page_size // store.k_ref_block) if store.k_ref_block and store.n_recent else 0
         for layer in store.layers:
+            block = layer.struct.k_ref_block
+            n_refs = store.page_size // block if block else 0
             self.sides.append([self._side(layer.struct.k_format, n_refs), self._side(layer.struct.v_format, 0)])
 
     def _side(self, number: int, n_refs: int) -> _Side:
@@ -76,14 +71,16 @@ class _Pages:
         return found
 
     def _plain(self, pages: np.ndarray, number: int) -> list[np.ndarray]:
-        """Head pages of keys and of values without references, which is how a device exports them."""
-        return [self._heads(pages, side)[:, :, : self.store.page_size * (side.code_bytes + 2)] for side in self.sides[number]]
+        """Head pages of keys and of values without what fills them up, which is how a device exports them."""
+        n_bytes = [self.store.page_size * (side.code_bytes + 2) + side.n_refs * (self.store.head_dim + 2)
+                   for side in self.sides[number]]
+        return [self._heads(pages, side)[:, :, :n] for side, n in zip(self.sides[number], n_bytes)]
 
-    def export(self, ids: Sequence[int], first_page: int, n_coded: int, means: Sequence[np.ndarray | None]) -> np.ndarray:
-        """A sequence's pages, from first_page on; means: of each layer the reference of all its blocks, as records of tq8."""
+    def export(self, ids: Sequence[int], first_page: int, n_coded: int) -> np.ndarray:
+        """A sequence's pages, from first_page on."""
         store, pages = self.store, np.zeros((len(ids), self.page_bytes), np.uint8)
         positions = (first_page * store.page_size + np.arange(len(ids) * store.page_size)).reshape(len(ids), -1)
-        page, slot = np.nonzero((positions < store.n_sink) | (positions >= n_coded))
+        is_coded = (positions >= store.n_sink) & (positions < n_coded)
         device_ids = to_device(ids, np.int32, store.device)
         for number, layer in enumerate(store.layers):
             plain = self._plain(pages, number)
@@ -92,11 +89,13 @@ class _Pages:
                 lib.tq_cuda_pages_export(layer.ref, device_ids.data_ptr(), len(ids), exported.data_ptr(), stream(store.device))
             heads = exported.cpu().numpy().reshape(len(ids), store.n_head_kv, -1)
             plain[0][:], plain[1][:] = np.split(heads, [plain[0].shape[2]], axis=2)
+            # A device's memory is never cleared: what else is there belongs to nobody's file.
             for codes, scales, ref_codes, ref_scales in self._parts(pages, number):
-                # A device's memory is never cleared: what else is there belongs to nobody's file.
+                page, slot = np.nonzero(~is_coded)
                 codes[page, :, slot] = scales[page, :, slot] = 0
-                if means[number] is not None:
-                    ref_codes[:], ref_scales[:] = means[number][:, None, 2:], means[number][:, None, :2]
+                if ref_codes.shape[2]:
+                    page, block = np.nonzero(~is_coded.reshape(len(ids), ref_codes.shape[2], -1).any(axis=2))
+                    ref_codes[page, :, block] = ref_scales[page, :, block] = 0
         return pages
 
     def restore(self, pages: np.ndarray, ids: Sequence[int]) -> None:
@@ -107,22 +106,16 @@ class _Pages:
             with use(store.device):
                 lib.tq_cuda_pages_import(layer.ref, device_ids.data_ptr(), len(ids), content.data_ptr(), stream(store.device))
 
-    def has_references(self, pages: np.ndarray) -> bool:
-        """Are keys coded against others than zeros?"""
-        return any(part.any() for number in range(len(self.sides)) for part in self._parts(pages, number)[0][2:])
 
-
-def _exact_places(store: DeviceStore, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Exact positions, and which vectors they are on the device and on the CPU."""
+def _exact_places(store: DeviceStore, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact positions, and which vectors they are."""
     sinks = np.arange(min(store.n_sink, length))
     ring = np.arange(max(store.n_sink, length - store.n_recent), length)
-    n_recent = max(store.n_recent, 1)
-    on_device = np.concatenate([sinks, store.n_sink + (ring - store.n_sink) % n_recent])
-    return np.concatenate([sinks, ring]), on_device, np.concatenate([sinks, store.n_sink + ring % n_recent])
+    return np.concatenate([sinks, ring]), np.concatenate([sinks, store.n_sink + ring % max(store.n_recent, 1)])
 
 
-def _exact_shape(store: DeviceStore | Cache, n_layer: int) -> tuple[int, ...]:
-    return n_layer, 2, store.n_head_kv, store.n_sink + store.n_recent, store.head_dim
+def _exact_shape(store: DeviceStore) -> tuple[int, ...]:
+    return len(store.layers), 2, store.n_head_kv, store.n_sink + store.n_recent, store.head_dim
 
 
 # ---- to the CPU ----
@@ -141,30 +134,16 @@ def save(store: DeviceStore, seqs: Sequence[int], path: str | os.PathLike, optio
 
 
 def _to_host(store: DeviceStore, seqs: Sequence[int], host: Cache) -> list[int]:
-    """Sequences of the CPU's cache with the content of the device's, and those that its means need."""
-    layout, means = _Pages(store), [None if mean is None else mean.cpu().numpy()
-                                    for mean in (layer.key_mean for layer in store.layers)]
-    has_means = any(mean is not None for mean in means)
-    if has_means and (store.n_recent == 0 or store.n_sink + store.n_recent < 2):
-        raise UnsupportedError("a cache whose keys have lost their mean needs n_recent of 1 and two exact tokens to be saved: "
-                               "make it with k_ref_block=0, or with the preset's n_sink and n_recent")
-    codec = Codec("tq8", store.head_dim, store._seed)
-    references = [None if mean is None else codec.encode(mean) for mean in means]
+    """Sequences of the CPU's cache with the content of the device's."""
+    layout = _Pages(store)
     rows: list[int] = []
-    own: list[np.ndarray] = []
     for i, seq in enumerate(seqs):
         n_shared, parent = max(((_n_common(store, seqs[j], seq), -j) for j in range(i)), default=(0, 0))
         rows.append(host.seq_fork(rows[-parent]) if n_shared else host.seq_create())
         length = store.length(seq)
-        positions, on_device, on_host = _exact_places(store, length)
-        exact, own_exact = (np.zeros(_exact_shape(store, len(store.layers)), np.float16) for _ in range(2))
-        found = store._exact[:, store.slots([seq])[0]].cpu().numpy()[:, :, :, on_device]
-        own_exact[:, :, :, on_device] = exact[:, :, :, on_host] = found
-        for number, mean in enumerate(means):
-            if mean is not None:
-                keys = found[number, 0] + mean[:, None]
-                exact[number, 0][:, on_host] = keys.clip(-FP16_MAX, FP16_MAX)
-        own.append(own_exact)
+        places = _exact_places(store, length)[1]
+        exact = np.zeros(_exact_shape(store), np.float16)
+        exact[:, :, :, places] = store._exact[:, store.slots([seq])[0]].cpu().numpy()[:, :, :, places]
         n_coded = store._n_coded(length)
         ids, n_pages, begin = store.coded_pages(seq), -(-length // store.page_size), n_shared
         while True:
@@ -172,12 +151,12 @@ def _to_host(store: DeviceStore, seqs: Sequence[int], host: Cache) -> list[int]:
             pages = np.zeros((end - begin, layout.page_bytes), np.uint8)
             if begin < len(ids):
                 coded = ids[begin:end]
-                pages[: len(coded)] = layout.export(coded, begin, n_coded, references)
+                pages[: len(coded)] = layout.export(coded, begin, n_coded)
             host.seq_import(rows[-1], min(end * store.page_size, length), begin, pages, exact)
             begin = end
             if end == n_pages:
                 break
-    return rows + (_mean_sequences(host, own, means) if has_means else [])
+    return rows
 
 
 def _n_common(store: DeviceStore, a: int, b: int) -> int:
@@ -187,34 +166,10 @@ def _n_common(store: DeviceStore, a: int, b: int) -> int:
     return same.index(False) if False in same else n
 
 
-def _mean_sequences(host: Cache, own: Sequence[np.ndarray], means: Sequence[np.ndarray | None]) -> list[int]:
-    last = np.zeros_like(own[0])
-    for number, mean in enumerate(means):
-        if mean is not None:
-            last[number, 0, :, :2] = mean.view(np.float16).reshape(len(mean), 2, -1)
-    last[0, 1].reshape(-1).view(np.uint8)[: len(_MARK)] = _MARK
-    seqs = []
-    for exact in (*own, last):
-        seqs.append(host.seq_create())
-        host.seq_import(seqs[-1], 0, 0, None, exact)
-    return seqs
-
-
 # ---- from the CPU ----
 
-def split(host: Cache, seqs: list[int], exact_bytes: int) -> tuple[list[int], list[int]]:
-    """Which of a file's sequences are rows, and which those that a device's means need; exact_bytes: what the file says."""
-    exact = np.zeros(_exact_shape(host, host.n_layer), np.float16)
-    if len(seqs) % 2 == 0 or exact.nbytes != exact_bytes or any(host.length(seq) for seq in seqs[len(seqs) // 2:]):
-        return seqs, []
-    host.seq_export(seqs[-1], exact=exact)
-    if not np.array_equal(exact[0, 1].reshape(-1).view(np.uint8)[: len(_MARK)], _MARK):
-        return seqs, []
-    return seqs[: len(seqs) // 2], seqs[len(seqs) // 2:]
-
-
-def move(host: Cache, seqs: Sequence[int], of_means: Sequence[int], store: DeviceStore) -> list[int]:
-    """Sequences of a device's empty cache with the content of the CPU's. of_means: what `split` has found."""
+def move(host: Cache, seqs: Sequence[int], store: DeviceStore) -> list[int]:
+    """Sequences of a device's empty cache with the content of the CPU's."""
     lengths = [host.length(seq) for seq in seqs]
     if any(host.length(seq, number) != length for seq, length in zip(seqs, lengths) for number in range(host.n_layer)):
         raise UnsupportedError("layers hold different numbers of tokens, which a device's cache cannot: load it on the CPU")
@@ -231,41 +186,23 @@ def move(host: Cache, seqs: Sequence[int], of_means: Sequence[int], store: Devic
                 continue
             pages = np.empty((len(part), layout.page_bytes), np.uint8)
             host.seq_export(seq, begin, pages)
-            if not of_means and layout.has_references(pages):
-                raise UnsupportedError(
-                    "keys are coded against references of blocks, as the CPU's caches have them, where a device's has one "
-                    "mean: stay on the CPU, or run the prompt again. Files of caches with k_ref_block=0 serve both, and one "
-                    "that a device wrote goes there by load(device=)")
             layout.restore(pages[fresh], [places[part[i]] for i in fresh])
             missing.difference_update(part)
     for seq, length, table in zip(found, lengths, tables):
         store.seq_fill(seq, length, [places[page] for page in table])
     store._release(list(places.values()))  # whom they belong to now
-    for i, (seq, slot) in enumerate(zip(seqs, store.slots(found))):
-        exact = _bytes_of(host, of_means[i], store) if of_means else _exact_of(host, seq, store)
-        store._exact[:, slot].copy_(torch.from_numpy(exact))
-    means = _bytes_of(host, of_means[-1], store)[:, 0, :, :2] if of_means else [None] * len(store.layers)
-    for layer, mean in zip(store.layers, means):
-        layer.has_settled = True
-        if mean is not None and mean.any():
-            layer.set_mean(np.ascontiguousarray(mean).reshape(store.n_head_kv, -1).view(np.float32))
+    for seq, slot in zip(seqs, store.slots(found)):
+        store._exact[:, slot].copy_(torch.from_numpy(_exact_of(host, seq, store)))
     if store.max_tokens is not None:
         store.reserve(found, [0] * len(found))
     return found
 
 
-def _bytes_of(host: Cache, seq: int, store: DeviceStore) -> np.ndarray:
-    exact = np.empty(_exact_shape(store, len(store.layers)), np.float16)
-    host.seq_export(seq, exact=exact)
-    return exact
-
-
 def _exact_of(host: Cache, seq: int, store: DeviceStore) -> np.ndarray:
     """What a device holds exact, which the CPU may have coded: a sequence that was cropped keeps what was."""
-    exact = np.zeros(_exact_shape(store, len(store.layers)), np.float16)
-    positions, on_device, _ = _exact_places(store, host.length(seq))
+    exact = np.zeros(_exact_shape(store), np.float16)
     for number in range(len(store.layers)):
-        for first, n, places in _runs(positions, on_device):
+        for first, n, places in _runs(*_exact_places(store, host.length(seq))):
             for side, rows in enumerate(host.read(seq, number, first, n)):
                 exact[number, side][:, places] = rows.transpose(1, 0, 2)
     return exact

@@ -165,8 +165,9 @@ class CudaInfo(_Struct):
 class CudaStore(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int), ("head_dim", c_int32),
-        ("n_head_kv", c_int32), ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("seed", c_uint64),
-        ("n_pages", c_int64), ("n_exact_slots", c_int64), ("pages", c_void_p), ("exact", c_void_p),
+        ("n_head_kv", c_int32), ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32),
+        ("k_ref_block", c_int32), ("seed", c_uint64), ("n_pages", c_int64), ("n_exact_slots", c_int64), ("pages", c_void_p),
+        ("exact", c_void_p),
     ]
 
 
@@ -179,7 +180,7 @@ class CudaAppendParams(_Struct):
         ("struct_size", c_size_t), ("n_tok", c_int64), ("dtype", ctypes.c_int), ("k", c_void_p), ("v", c_void_p),
         ("row_stride", c_int64), ("slot_mapping", c_void_p), ("seq_ids", c_void_p), ("positions", c_void_p),
         ("page_table", c_void_p), ("page_table_stride", c_int64), ("exact_slots", c_void_p), ("n_not_finite", c_void_p),
-        ("k_mean", c_void_p), ("half", ctypes.c_int),
+        ("half", ctypes.c_int),
     ]
 
 

@@ -45,9 +45,6 @@ _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "c
 _WITH_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 # Kinds of torch devices that have tq_cuda_*'s functions.
 _DEVICE_TYPES = {"cuda"}
-# One mean of all keys, as devices have it, takes out of a key bias what a reference for so many tokens would: 1024 to 16384 do
-# nearly as well in Qwen2.5-0.5B's layers, at 3072 tokens, whether the mean is that of 256 or of 2048.
-_MEAN_SPAN = 4096
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
@@ -228,16 +225,12 @@ class TurboQuantLayer(CacheLayerMixin):
                                 f"cache was made for {wanted[0]} of {wanted[1]} and {wanted[2]}: pass the model's config")
         self._model_config = config
 
-    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, scaling: float,
-                      may_shift: bool) -> None:
-        """Those of the keys to come, from the weights of the module that brings the first. may_shift: a device takes a mean."""
+    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
+        """Those of the keys to come, from the weights of the module that brings the first."""
         owner, found = self._cache(), None
         is_ours = query.device.type in _DEVICE_TYPES
         if owner._factors == "weights" and not weight_factors.is_exact(owner._key_formats[self._number]):
-            n_ref = weight_factors.references_of(owner._options)
-            if is_ours:
-                n_ref = _MEAN_SPAN if n_ref and may_shift else 0
-            of_weights = _factors_of(module, query, keys, n_ref, is_ours)
+            of_weights = _factors_of(module, query, keys, weight_factors.references_of(owner._options), is_ours)
             if of_weights is None:
                 owner._do_without_factors(module, self)
             else:
@@ -266,7 +259,7 @@ class TurboQuantLayer(CacheLayerMixin):
             sinks = sinks.detach().to(torch.float32).contiguous()
         try:
             if self.n_columns == 0:
-                self._find_factors(module, query, keys, scaling, not softcap and sinks is None)
+                self._find_factors(module, query, keys, scaling)
             self._check(module.config, query, keys, values)
             if self._factors is not None and self._factors.is_ours:
                 query, keys = self._factors.scaled(query, keys)
@@ -536,12 +529,10 @@ class TurboQuantCache(Cache):
             if before is not None:
                 self.layers[index].__dict__ = dict(before.__dict__)
         self._roll_back(self._pass.n_columns)
-        if self._batch is not None and self._columns.n == 0:
-            self.store.forget_means()
         self._pass = None
 
-    def _use(self, device: torch.device, of_means: Sequence[int] = ()) -> None:
-        """All layers are on one device, the first one's. of_means: sequences of a file that a device wrote."""
+    def _use(self, device: torch.device) -> None:
+        """All layers are on one device, the first one's."""
         if device == self._device:
             return
         if self._device is not None:
@@ -558,7 +549,7 @@ class TurboQuantCache(Cache):
             if self.seqs:  # which were loaded
                 from ._cuda_snapshot import move
 
-                seqs = move(self.store, self.seqs, of_means, store)
+                seqs = move(self.store, self.seqs, store)
                 self._free(self.seqs)
                 self.seqs = seqs
             self.store = store  # the CPU's goes with its last user
@@ -824,10 +815,8 @@ class TurboQuantCache(Cache):
         given, they must be those of the saved cache; factors are the file's, and `factors` is for tokens after a reset(). A
         calibration must be given. On a CUDA device if that is given, else in
         the CPU's memory, from which the first forward pass takes it to the model's. Raises SnapshotError; UnsupportedError
-        where a device cannot hold it: keys that the CPU has coded against references.
+        where a device cannot hold it.
         """
-        from ._cuda_snapshot import split
-
         info = _cache.describe_snapshot(path)
         n_layer = list(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]).count("full_attention")
         if info.n_layer != n_layer:
@@ -838,15 +827,12 @@ class TurboQuantCache(Cache):
             if f"{side}_format" in options:
                 of_file.pop(f"layer_{side}_formats", None)
         cache = cls(config, "TQ4" if preset is None else preset, **(of_file | options))
-        seqs = cache._take_factors(cache.store.load(path), info.exact_bytes)
-        cache.seqs, of_means = split(cache.store, seqs, info.exact_bytes)
+        cache.seqs = cache._take_factors(cache.store.load(path), info.exact_bytes)
         cache._columns = Columns.left_padded([cache.store.length(seq) for seq in cache.seqs])
         for layer in cache._compressed:
             layer.n_columns, layer.is_initialized = cache._columns.n, True
         if device is not None:
-            cache._use(_with_index(torch.device(device)), of_means)
-        if isinstance(cache.store, _cache.Cache):
-            cache._free(of_means)
+            cache._use(_with_index(torch.device(device)))
         return cache
 
 

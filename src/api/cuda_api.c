@@ -84,6 +84,10 @@ static tq_status check_shape(const tq_cuda_store *store)
     if (sinks < 0 || recent < 0 || sinks > TQ_DEVICE_EXACT_MAX || recent > TQ_DEVICE_EXACT_MAX - sinks) {
         return bad("n_sink and n_recent must be counts from 0 with a sum of at most 512");
     }
+    if (store->k_ref_block == 0) return TQ_OK;
+    if (store->k_ref_block != TQ_REF_BLOCK) return bad("k_ref_block must be 0 or 64");
+    if (recent == 0) return bad("with references (k_ref_block) n_recent must be more than 0: they are means of the ring");
+    if (store->page_size % TQ_REF_BLOCK != 0) return bad("with references page_size must be a multiple of k_ref_block, 64");
     return TQ_OK;
 }
 
@@ -95,12 +99,15 @@ tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *from)
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
     tq_plane value = plane_of_format(store->v_format, store->head_dim, true);
     size_t n_heads = (size_t)store->n_head_kv, page_size = (size_t)store->page_size, head_dim = (size_t)store->head_dim;
+    int32_t n_records = store->page_size / TQ_RECORD_TOKENS;
+    int32_t reference = store->k_ref_block ? tq_reference_bytes(store->head_dim) : 0;
+    size_t references = store->k_ref_block ? page_size / TQ_REF_BLOCK * (head_dim + sizeof(uint16_t)) : 0;
     size_t vectors = tq_format_vector_bytes(tq_format_traits_get(store->k_format), store->head_dim) +
                      tq_format_vector_bytes(tq_format_traits_get(store->v_format), store->head_dim);
     *out = (tq_cuda_sizes){
-        .page_bytes = (size_t)tq_record_bytes(key, value) * (page_size / TQ_RECORD_TOKENS) * n_heads,
+        .page_bytes = (size_t)tq_device_head_page_bytes(tq_record_bytes(key, value), reference, n_records) * n_heads,
         .exact_bytes = 2 * n_heads * (size_t)(store->n_sink + store->n_recent) * head_dim * sizeof(uint16_t),
-        .canonical_bytes = n_heads * page_size * vectors,
+        .canonical_bytes = n_heads * (page_size * vectors + references),
     };
     return TQ_OK;
 }
@@ -156,6 +163,7 @@ static tq_status prepare(tq_device_store *out, const tq_cuda_store *store)
                              .page_size = store->page_size,
                              .n_sink = store->n_sink,
                              .n_recent = store->n_recent,
+                             .k_ref_block = store->k_ref_block,
                              .n_pages = store->n_pages,
                              .n_exact_slots = store->n_exact_slots,
                              .pages = store->pages,
@@ -256,7 +264,8 @@ tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *from, const 
     tq_device_store device = {.key = {.bits = key.bits, .is_trellis = key.is_trellis},
                               .value = {.bits = value.bits, .is_trellis = value.is_trellis},
                               .n_head_kv = store->n_head_kv,
-                              .head_dim = store->head_dim};
+                              .head_dim = store->head_dim,
+                              .k_ref_block = store->k_ref_block};
     return workspace_bytes(out, table, &device, &own);
 }
 

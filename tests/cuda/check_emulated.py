@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
 # The threads of the emulated device jump between stacks, which _FORTIFY_SOURCE takes for a mistake.
 FLAGS = ["-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-w"]  # nvcc warns of the kernels
+PROGRAMS = ("emulated_append", "emulated_attention")
 FOLDERS = [f"-I{ROOT / folder}" for folder in ("src", "include", "tests/unit")]
 
 
@@ -32,14 +33,23 @@ def main():
     build = Path(sys.argv[1])
     folder = build / "tests/cuda"
     copy_kernels(folder / "emulated/kernels/cuda")
-    first = [f"-I{ROOT / 'tests/cuda/emulation'}", f"-I{folder / 'emulated'}"]
-    vectors, program = folder / "vectors.o", folder / "emulated_attention"
+    first = [f"-I{ROOT / 'tests/cuda/emulation'}", f"-I{folder / 'emulated'}", f"-I{ROOT / 'tests/cuda'}"]
+    vectors, counts = folder / "vectors.o", [0, 0]
     subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O2", *FOLDERS, "-c", ROOT / "tests/unit/vectors.c",
                     "-o", vectors], check=True)
     libraries = [vectors, build / "libturboquant.a", build / "libturboquant_simd.a", "-lpthread", "-ldl", "-lm"]
-    subprocess.run([COMPILER, "-std=c++17", *FLAGS, *first, *FOLDERS, "-x", "c++", ROOT / "tests/cuda/emulated_attention.cu",
-                    "-x", "none", *libraries, "-o", program], check=True)
-    return subprocess.run([program]).returncode
+    for name in PROGRAMS:
+        subprocess.run([COMPILER, "-std=c++17", *FLAGS, *first, *FOLDERS, "-x", "c++", ROOT / f"tests/cuda/{name}.cu",
+                        "-x", "none", *libraries, "-o", folder / name], check=True)
+        done = subprocess.run([folder / name], stdout=subprocess.PIPE, text=True)
+        print(done.stdout, end="", flush=True)
+        found = re.search(r"^(\d+) passed, (\d+) failed$", done.stdout, re.MULTILINE)
+        of_program = [int(n) for n in found.groups()] if found else [0, 0]
+        if done.returncode and not of_program[1]:
+            of_program[1] = 1  # it did not come to its end
+        counts = [a + b for a, b in zip(counts, of_program)]
+    print(f"{counts[0]} passed, {counts[1]} failed")
+    return counts[1] > 0
 
 
 if __name__ == "__main__":

@@ -54,11 +54,11 @@ static void engine_open(engine *e, void *pages, int64_t n_pages, const int32_t *
     e->attend.workspace = device_alloc(e->attend.workspace_bytes, 0);
 }
 
-/* Sinks and a ring, before the first step. */
+/* Sinks, a ring and references, before the first step. */
 static void engine_add_ring(engine *e, int32_t n_sink, int32_t n_recent)
 {
     const int32_t sequence = 0;
-    e->store.n_sink = n_sink, e->store.n_recent = n_recent, e->store.n_exact_slots = 1;
+    e->store.n_sink = n_sink, e->store.n_recent = n_recent, e->store.n_exact_slots = 1, e->store.k_ref_block = 64;
     CHECK(tq_cuda_sizes_get(&e->sizes, &e->store) == TQ_OK, "sizes");
     e->store.exact = device_alloc(e->sizes.exact_bytes, 0xff);
     e->position = device_alloc(sizeof(int64_t), 0);
@@ -180,7 +180,7 @@ void test_halves(void)
         CHECK(cudaStreamCreate(&stream) == cudaSuccess && cudaStreamCreate(&side) == cudaSuccess, "streams");
         for (int i = 0; i < 2; i++) {
             tq_cuda_store_default(&e[i].store);
-            e[i].store.n_head_kv = N_HEAD_KV;
+            e[i].store.n_head_kv = N_HEAD_KV, e[i].store.n_recent = 16, e[i].store.k_ref_block = 64;
             CHECK(tq_cuda_sizes_get(&e[i].sizes, &e[i].store) == TQ_OK, "sizes"); /* tq4's pages are the larger */
             engine_open(&e[i], device_alloc(N_TABLE * e[i].sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
             e[i].store.k_format = e[i].store.v_format = formats[f];
@@ -273,7 +273,7 @@ static uint8_t *saved_cache(const model *m, tq_snapshot_info *info)
     tq_cache_params_default(&params);
     params.k_format = s->k_format, params.v_format = s->v_format, params.head_dim = s->head_dim;
     params.n_head_kv = s->n_head_kv, params.page_size = s->page_size, params.n_sink = s->n_sink;
-    params.n_recent = s->n_recent, params.k_ref_block = 0, params.seed = m->store.seed;
+    params.n_recent = s->n_recent, params.k_ref_block = s->k_ref_block, params.seed = m->store.seed;
     char path[512];
     const char *parent = getenv("TMPDIR");
     snprintf(path, sizeof path, "%s/tq-snapshot-XXXXXX", parent ? parent : P_tmpdir);
@@ -293,16 +293,19 @@ static uint8_t *saved_cache(const model *m, tq_snapshot_info *info)
     return bytes;
 }
 
-/* A snapshot's head pages, which are all heads' keys and then all values, in the order that imports want. */
-static void reorder_pages(uint8_t *out, const uint8_t *pages, int32_t n_pages, size_t n_heads, size_t head_page)
+/* A snapshot's head pages, which are all heads' keys and then all values, each filled up to 64 bytes, in the order that imports
+ * want. n_bytes: of a head page of keys and of values. */
+static void reorder_pages(uint8_t *out, const uint8_t *pages, int32_t n_pages, size_t n_heads, const size_t n_bytes[2])
 {
-    for (size_t page = 0; page < (size_t)n_pages; page++) {
-        for (size_t head = 0; head < n_heads; head++) {
-            for (size_t side = 0; side < 2; side++) {
-                memcpy(out + ((page * n_heads + head) * 2 + side) * head_page,
-                       pages + ((page * 2 + side) * n_heads + head) * head_page, head_page);
+    for (int32_t page = 0; page < n_pages; page++) {
+        size_t at = 0;
+        for (size_t side = 0; side < 2; side++) {
+            for (size_t head = 0; head < n_heads; head++) {
+                memcpy(out + head * (n_bytes[0] + n_bytes[1]) + side * n_bytes[0], pages + at, n_bytes[side]);
+                at += (n_bytes[side] + 63) / 64 * 64;
             }
         }
+        out += n_heads * (n_bytes[0] + n_bytes[1]), pages += at;
     }
 }
 
@@ -320,6 +323,7 @@ void test_snapshot(void)
                .page_size = 64,
                .n_sink = 4,
                .n_recent = 37,
+               .k_ref_block = 64,
                .n_query = 1,
                .dtype = TQ_DTYPE_F32,
                .n_seq = 1,
@@ -328,34 +332,31 @@ void test_snapshot(void)
     model m;
     model_open(&m, &s, 800);
     model_append(&m);
-    size_t row = 10 * 128, n_entries = 4 + 37;
+    size_t row = 10 * 128;
     float *expected = malloc(row * sizeof(float)), *found = malloc(row * sizeof(float)), lse[10];
     model_attend(&m, 0, 1, lens[0], expected, lse);
 
     tq_snapshot_info info;
     uint8_t *file = saved_cache(&m, &info);
     size_t pages_bytes = (size_t)info.n_pages * info.page_bytes;
-    CHECK(info.page_bytes == m.sizes.canonical_bytes && info.exact_bytes == m.sizes.exact_bytes, "the sizes differ");
-    uint8_t *pages = malloc(pages_bytes), *back = malloc(pages_bytes);
-    reorder_pages(pages, file + info.file_bytes - pages_bytes, info.n_pages, 2, info.page_bytes / 4);
+    const size_t head_pages[2] = {64 * (64 + 2) + 128 + 2, 64 * (64 + 2)},
+                 canonical_bytes = (size_t)info.n_pages * m.sizes.canonical_bytes;
+    CHECK(m.sizes.canonical_bytes == 2 * (head_pages[0] + head_pages[1]) && info.exact_bytes == m.sizes.exact_bytes,
+          "the sizes differ");
+    uint8_t *pages = malloc(canonical_bytes), *back = malloc(canonical_bytes);
+    reorder_pages(pages, file + info.file_bytes - pages_bytes, info.n_pages, 2, head_pages);
     const uint16_t *saved = (const uint16_t *)(file + info.file_bytes - pages_bytes - info.exact_bytes);
-    uint16_t *exact = malloc(info.exact_bytes);
-    for (size_t list = 0; list < 2 * 2; list++) { /* sides and heads; the file's ring is indexed from position 0 on */
-        for (size_t e = 0; e < n_entries; e++) {
-            size_t from = e < 4 ? e : 4 + (e - 4 + 4) % 37;
-            memcpy(exact + (list * n_entries + e) * 128, saved + (list * n_entries + from) * 128, 128 * sizeof *exact);
-        }
-    }
     CHECK(cudaMemset(m.store.pages, 0xff, (size_t)m.n_pages * m.sizes.page_bytes) == cudaSuccess, "poison");
-    CHECK(put(m.store.exact, exact, info.exact_bytes), "exact vectors");
-    CHECK(tq_cuda_pages_import(&m.store, m.device_page_table, info.n_pages, device_copy_of(pages, pages_bytes), NULL) == TQ_OK,
+    CHECK(put(m.store.exact, saved, info.exact_bytes), "exact vectors");
+    CHECK(tq_cuda_pages_import(&m.store, m.device_page_table, info.n_pages, device_copy_of(pages, canonical_bytes), NULL) ==
+              TQ_OK,
           "import");
     model_attend(&m, 0, 1, lens[0], found, lse);
     CHECK(memcmp(expected, found, row * sizeof(float)) == 0, "the results differ");
-    void *device = device_alloc(pages_bytes, 0);
+    void *device = device_alloc(canonical_bytes, 0);
     CHECK(tq_cuda_pages_export(&m.store, m.device_page_table, info.n_pages, device, NULL) == TQ_OK, "export");
-    device_read(back, device, pages_bytes);
-    CHECK(memcmp(pages, back, pages_bytes) == 0, "exported pages are not what was imported");
-    free(expected), free(found), free(file), free(pages), free(back), free(exact);
+    device_read(back, device, canonical_bytes);
+    CHECK(memcmp(pages, back, canonical_bytes) == 0, "exported pages are not what was imported");
+    free(expected), free(found), free(file), free(pages), free(back);
     model_close(&m);
 }

@@ -12,6 +12,8 @@
 #include "device_test.h"
 #include "vectors.h"
 
+enum { VECTOR_BYTES_MAX = 2 + 256 }; /* of tq8 at the largest head_dim of a device */
+
 static int n_passed, n_failed;
 static bool is_running, has_failed;
 static char test_name[256];
@@ -119,21 +121,57 @@ static void draw_rows(model *m)
     }
 }
 
+/* Of a key's head page in canonical arrangement: where its references begin, and all its bytes. */
+static size_t references_begin(const model *m)
+{
+    tq_format_info info;
+    if (tq_format_describe(&info, m->s.k_format, m->s.head_dim) != TQ_OK) abort();
+    return (size_t)m->s.page_size * info.bytes_per_vector;
+}
+
+static size_t key_page_bytes(const model *m)
+{
+    size_t n_refs = m->s.k_ref_block ? (size_t)(m->s.page_size / m->s.k_ref_block) : 0;
+    return references_begin(m) + n_refs * ((size_t)m->s.head_dim + 2);
+}
+
+/* The reference of the block that position is the first coded one of: the mean of the ring that it begins, through tq8, to
+ * reference and to its canonical place in the head's page. */
+static void set_reference(model *m, tq_codec *ref_codec, int32_t seq, int64_t position, int32_t head, uint8_t *head_page,
+                          float *reference)
+{
+    const setup *s = &m->s;
+    size_t d = (size_t)s->head_dim, n_refs = (size_t)(s->page_size / s->k_ref_block);
+    size_t i = (size_t)(position % s->page_size / s->k_ref_block);
+    uint8_t record[VECTOR_BYTES_MAX], *to = head_page + references_begin(m);
+    for (size_t k = 0; k < d; k++) {
+        reference[k] = 0;
+        for (int32_t n = 0; n < s->n_recent; n++) reference[k] += m->rows[0][row_of(m, seq, position + n, head) + k];
+        reference[k] /= (float)s->n_recent;
+    }
+    if (tq_codec_encode(ref_codec, reference, 1, record) != TQ_OK) abort();
+    if (tq_codec_decode(ref_codec, record, 1, reference) != TQ_OK) abort();
+    memcpy(to + i * d, record + 2, d);
+    memcpy(to + n_refs * d + 2 * i, record, 2);
+}
+
 /* What the cache should hold: exact tokens as they came, others through the CPU's encoder, into canonical pages too. */
 static void encode_rows(model *m)
 {
     const setup *s = &m->s;
-    uint8_t record[2 * 576 + 4];
+    size_t page_size = (size_t)s->page_size, d = (size_t)s->head_dim, key_page = key_page_bytes(m);
+    uint8_t record[VECTOR_BYTES_MAX];
+    float *references = calloc((size_t)s->n_head_kv * d, sizeof(float)), *x = malloc(d * sizeof(float));
+    tq_codec *ref_codec;
+    if (tq_codec_create(&ref_codec, TQ_FORMAT_TQ8, s->head_dim, m->store.seed) != TQ_OK) abort();
     for (int side = 0; side < 2; side++) {
-        tq_codec *codec[2];
-        tq_format_info info[2];
-        for (int i = 0; i < 2; i++) {
-            tq_format format = i ? s->v_format : s->k_format;
-            if (tq_codec_create(&codec[i], format, s->head_dim, m->store.seed) != TQ_OK) abort();
-            if (tq_format_describe(&info[i], format, s->head_dim) != TQ_OK) abort();
-        }
-        size_t codes = info[side].bytes_per_vector - 2, page_size = (size_t)s->page_size;
-        size_t key_page = page_size * info[0].bytes_per_vector, head_page = key_page + page_size * info[1].bytes_per_vector;
+        tq_codec *codec;
+        tq_format_info info;
+        tq_format format = side ? s->v_format : s->k_format;
+        if (tq_codec_create(&codec, format, s->head_dim, m->store.seed) != TQ_OK) abort();
+        if (tq_format_describe(&info, format, s->head_dim) != TQ_OK) abort();
+        size_t codes = info.bytes_per_vector - 2, head_page = m->sizes.canonical_bytes / (size_t)s->n_head_kv;
+        memset(references, 0, (size_t)s->n_head_kv * d * sizeof(float));
         for (int32_t seq = 0; seq < s->n_seq; seq++) {
             for (int64_t position = 0; position < s->lens[seq]; position++) {
                 bool exact = position < s->n_sink || position >= s->lens[seq] - s->n_recent;
@@ -141,21 +179,27 @@ static void encode_rows(model *m)
                 size_t offset = (size_t)(position % s->page_size);
                 for (int32_t head = 0; head < s->n_head_kv; head++) {
                     size_t row = row_of(m, seq, position, head);
-                    float *to = m->decoded[side] + row;
-                    memcpy(to, m->rows[side] + row, (size_t)s->head_dim * sizeof(float));
+                    float *to = m->decoded[side] + row, *reference = references + (size_t)head * d;
+                    memcpy(to, m->rows[side] + row, d * sizeof(float));
                     if (exact) continue;
-                    if (tq_codec_encode(codec[side], m->rows[side] + row, 1, record) != TQ_OK) abort();
-                    if (tq_codec_decode(codec[side], record, 1, to) != TQ_OK) abort();
-                    uint8_t *base = m->canonical + (size_t)page * m->sizes.canonical_bytes + (size_t)head * head_page +
-                                    (side ? key_page : 0);
+                    uint8_t *base = m->canonical + (size_t)page * m->sizes.canonical_bytes + (size_t)head * head_page;
+                    if (!side && s->k_ref_block && (position == s->n_sink || position % s->k_ref_block == 0))
+                        set_reference(m, ref_codec, seq, position, head, base, reference);
+                    if (side) base += key_page;
+                    for (size_t k = 0; k < d; k++) x[k] = to[k] - reference[k];
+                    if (tq_codec_encode(codec, x, 1, record) != TQ_OK) abort();
+                    if (tq_codec_decode(codec, record, 1, to) != TQ_OK) abort();
+                    for (size_t k = 0; k < d; k++) to[k] += reference[k];
                     memcpy(base + offset * codes, record + 2, codes);
                     memcpy(base + page_size * codes + 2 * offset, record, 2);
                     m->encoded_mark[(size_t)page * page_size + offset] = 1;
                 }
             }
         }
-        for (int i = 0; i < 2; i++) tq_codec_free(codec[i]);
+        tq_codec_free(codec);
     }
+    tq_codec_free(ref_codec);
+    free(references), free(x);
 }
 
 void model_open(model *m, const setup *s, uint64_t seed)
@@ -169,7 +213,7 @@ void model_open(model *m, const setup *s, uint64_t seed)
     tq_cuda_store_default(&m->store);
     m->store.k_format = s->k_format, m->store.v_format = s->v_format;
     m->store.head_dim = s->head_dim, m->store.n_head_kv = s->n_head_kv, m->store.page_size = s->page_size;
-    m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent;
+    m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent, m->store.k_ref_block = s->k_ref_block;
     m->store.n_pages = m->n_pages, m->store.n_exact_slots = s->n_seq;
     CHECK(tq_cuda_sizes_get(&m->sizes, &m->store) == TQ_OK, "sizes");
     /* 0xff: NaN in scales, the largest codes. What was not written must not be seen. */
@@ -235,10 +279,6 @@ void model_append(model *m)
             memset(v + (size_t)n * width, 0xff, width * sizeof(float));
             slots[n] = -1, positions[n] = -1, seqs[n] = -1;
         }
-        float *mean = malloc(width * sizeof *mean); /* halves, so that adding and subtracting them is exact */
-        for (size_t i = 0; i < width; i++) mean[i] = 0.5f * (float)((int)(i % 3) - 1);
-        bool shifts = m->s.dtype != TQ_DTYPE_F16;
-        for (size_t i = 0; shifts && i < (size_t)n * width; i++) k[i] += mean[i % width];
         int32_t zero = 0, n_bad;
         tq_cuda_append_params p;
         tq_cuda_append_params_default(&p);
@@ -250,11 +290,10 @@ void model_append(model *m)
         p.seq_ids = device_copy_of(seqs, (size_t)n * sizeof(int32_t));
         p.page_table = m->device_page_table, p.page_table_stride = m->max_pages;
         p.n_not_finite = device_copy_of(&zero, sizeof zero);
-        if (shifts) p.k_mean = device_copy_of(mean, width * sizeof *mean);
-        free(mean);
         if (longest <= s->n_recent && s->n_recent > 0) {
             tq_cuda_append_params half = p;
-            half.half = TQ_CUDA_APPEND_ENCODE, half.k = half.v = NULL;
+            half.half = TQ_CUDA_APPEND_ENCODE;
+            if (!s->k_ref_block || longest <= 1) half.k = half.v = NULL;
             CHECK(tq_cuda_append(&m->store, &half, NULL) == TQ_OK, "encode");
             p.half = TQ_CUDA_APPEND_STORE;
         }
@@ -277,7 +316,7 @@ void model_check_pages(model *m)
                                NULL) == TQ_OK,
           "export");
     device_read(found, device, bytes);
-    size_t heads = (size_t)s->n_head_kv, n_wrong = 0, n_compared = 0;
+    size_t heads = (size_t)s->n_head_kv, n_wrong = 0, n_compared = 0, d = (size_t)s->head_dim;
     for (size_t page = 0; page < (size_t)m->n_pages; page++) {
         for (size_t head = 0; head < heads; head++) {
             size_t base = page * m->sizes.canonical_bytes + head * (m->sizes.canonical_bytes / heads);
@@ -291,8 +330,13 @@ void model_check_pages(model *m)
                     n_compared++;
                     n_wrong += memcmp(found + at, m->canonical + at, codes) != 0 ||
                                memcmp(found + scale_at, m->canonical + scale_at, 2) != 0;
+                    if (side || !s->k_ref_block) continue;
+                    size_t block = (size_t)s->k_ref_block, n_refs = page_size / block, refs = base + references_begin(m);
+                    size_t ref_at = refs + i / block * d, ref_scale_at = refs + n_refs * d + 2 * (i / block);
+                    n_wrong += memcmp(found + ref_at, m->canonical + ref_at, d) != 0 ||
+                               memcmp(found + ref_scale_at, m->canonical + ref_scale_at, 2) != 0;
                 }
-                base += page_size * info.bytes_per_vector;
+                base += key_page_bytes(m);
             }
         }
     }

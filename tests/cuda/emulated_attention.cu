@@ -12,6 +12,7 @@ extern "C" {
 #include "codec/codec.h"
 #include "vectors.h"
 }
+#include "emulated_rotation.h"
 #include "kernels/cuda/decode.cuh"
 #include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill.cuh"
@@ -20,20 +21,20 @@ extern "C" {
 uint8_t memory[99 * 1024] __attribute__((aligned(1024))), work[227 * 1024] __attribute__((aligned(1024)));
 
 enum { N_HEAD_KV = 2, GROUP = 3, N_HEAD = N_HEAD_KV * GROUP, N_SEQ = 2, SPLITS = 3 };
-enum { PAGE = 64, PAGES_OF_SEQ = 2, N_PAGES = 5 };
+enum { PAGES_OF_SEQ = 2, N_PAGES = 5 };
 static const int32_t lens[N_SEQ] = {115, 39};
 
 struct test_setup {
     const char *kernel;
     tq_format formats[2];
-    int32_t head_dim, n_query, n_sink, n_recent, window;
+    int32_t head_dim, page, n_query, n_sink, n_recent, window;
     float softcap;
-    bool sinks, deterministic, descending;
+    bool references, sinks, deterministic, descending;
 };
 
 struct test_data {
     test_setup s;
-    tq_codec *codec[2];
+    tq_codec *codec[2], *ref_codec;
     std::vector<float> rows[2]; /* [seq, position, KV head, head_dim]: what attention should see */
     std::vector<uint8_t> pages;
     std::vector<__half> exact;
@@ -50,6 +51,25 @@ struct test_data {
     {
         const tq_format_traits *traits = codec[is_value]->traits;
         return {traits->bits, s.head_dim, is_value, traits->family == TQ_FAMILY_TRELLIS};
+    }
+    int32_t record_bytes() const
+    {
+        return tq_record_bytes(plane(false), plane(true));
+    }
+    int32_t reference_bytes() const
+    {
+        return s.references ? tq_reference_bytes(s.head_dim) : 0;
+    }
+    size_t page_bytes() const
+    {
+        return (size_t)tq_device_head_page_bytes(record_bytes(), reference_bytes(), s.page / TQ_RECORD_TOKENS) * N_HEAD_KV;
+    }
+    /* The bytes that bring a position's record, and its reference. */
+    uint8_t *stage(int32_t seq, int32_t position, int32_t head)
+    {
+        const size_t page = (size_t)page_table[seq * PAGES_OF_SEQ + position / s.page] * page_bytes();
+        const int32_t i = position % s.page / TQ_RECORD_TOKENS;
+        return &pages[page + head * (page_bytes() / N_HEAD_KV) + tq_record_begin(record_bytes(), reference_bytes(), i)];
     }
 };
 
@@ -71,6 +91,24 @@ static void store_codes(uint8_t *plane, tq_plane shape, int32_t token, const uin
     }
 }
 
+/* A reference for all blocks that hold something, to their places and to `to` [seq, block, KV head, head_dim]. */
+static void fill_references(test_data &d, tq_random *random, std::vector<float> &to)
+{
+    const test_setup &s = d.s;
+    const int32_t n_blocks = tq_ceil_div(lens[0], TQ_REF_BLOCK), n = s.head_dim;
+    to.assign((size_t)N_SEQ * n_blocks * N_HEAD_KV * n, 0.0f);
+    for (int32_t i = 0; s.references && i < N_SEQ * n_blocks * N_HEAD_KV; i++) {
+        const int32_t seq = i / N_HEAD_KV / n_blocks, first = i / N_HEAD_KV % n_blocks * TQ_REF_BLOCK;
+        if (first + TQ_REF_BLOCK <= s.n_sink || first >= lens[seq] - s.n_recent) continue;
+        float *x = &to[(size_t)i * n];
+        uint8_t bytes[2 + TQ_CODE_BYTES_MAX];
+        for (int32_t k = 0; k < n; k++) x[k] = (float)random_gaussian(random) * 3.0f;
+        if (tq_codec_encode(d.ref_codec, x, 1, bytes) != TQ_OK || tq_codec_decode(d.ref_codec, bytes, 1, x) != TQ_OK) abort();
+        uint8_t *reference = d.stage(seq, first, i % N_HEAD_KV) + tq_reference_within(d.record_bytes(), 0);
+        memcpy(reference, bytes + 2, (size_t)n), memcpy(reference + n, bytes, 2);
+    }
+}
+
 static void fill_data(test_data &d, uint64_t seed)
 {
     const test_setup &s = d.s;
@@ -78,12 +116,14 @@ static void fill_data(test_data &d, uint64_t seed)
     for (int side = 0; side < 2; side++) {
         if (tq_codec_create(&d.codec[side], s.formats[side], s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
     }
+    if (tq_codec_create(&d.ref_codec, TQ_FORMAT_TQ8, s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
     const tq_plane key = d.plane(false), value = d.plane(true);
-    const size_t record = (size_t)tq_record_bytes(key, value), page = record * (PAGE / TQ_RECORD_TOKENS) * N_HEAD_KV;
-    d.pages.assign(page * N_PAGES, 0xff); /* NaN in scales, the largest codes */
+    d.pages.assign(d.page_bytes() * N_PAGES, 0xff); /* NaN in scales, the largest codes */
     d.exact.assign((size_t)N_SEQ * 2 * N_HEAD_KV * (s.n_sink + s.n_recent) * s.head_dim + 1, {0xffff});
     static const int32_t table[] = {3, 1, 4, 0};
     memcpy(d.page_table, table, sizeof table);
+    std::vector<float> references;
+    fill_references(d, &random, references);
     for (int side = 0; side < 2; side++) {
         d.rows[side].assign((size_t)N_SEQ * lens[0] * N_HEAD_KV * s.head_dim, NAN);
         for (int32_t seq = 0; seq < N_SEQ; seq++) {
@@ -91,20 +131,25 @@ static void fill_data(test_data &d, uint64_t seed)
                 const int32_t position = i / N_HEAD_KV, head = i % N_HEAD_KV;
                 float *x = &d.rows[side][d.row(seq, position, head)];
                 for (int32_t k = 0; k < s.head_dim; k++) x[k] = (float)random_gaussian(&random) * (side ? 0.7f : 1.3f);
-                for (int32_t k = 0; k < s.head_dim; k++) x[k] = __half2float(__float2half_rn(x[k]));
+                const int32_t i_block = seq * tq_ceil_div(lens[0], TQ_REF_BLOCK) + position / TQ_REF_BLOCK;
+                const float *reference = &references[((size_t)i_block * N_HEAD_KV + head) * s.head_dim];
+                for (int32_t k = 0; k < s.head_dim; k++) {
+                    x[k] = __half2float(__float2half_rn(x[k] + (side ? 0.0f : reference[k])));
+                }
                 if (position < s.n_sink || position >= lens[seq] - s.n_recent) {
                     const int32_t n = s.n_sink + s.n_recent;
-                    const int32_t entry = position < s.n_sink ? position : s.n_sink + (position - s.n_sink) % s.n_recent;
+                    const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_recent;
                     __half *to = &d.exact[((((size_t)seq * 2 + side) * N_HEAD_KV + head) * n + entry) * s.head_dim];
                     for (int32_t k = 0; k < s.head_dim; k++) to[k] = __float2half_rn(x[k]);
                     continue;
                 }
                 uint8_t bytes[2 + TQ_CODE_BYTES_MAX];
+                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] -= reference[k];
                 if (tq_codec_encode(d.codec[side], x, 1, bytes) != TQ_OK) abort();
                 if (tq_codec_decode(d.codec[side], bytes, 1, x) != TQ_OK) abort();
-                const size_t i_page = (size_t)d.page_table[seq * PAGES_OF_SEQ + position / PAGE];
-                const size_t i_record = (size_t)(head * (PAGE / TQ_RECORD_TOKENS) + position % PAGE / TQ_RECORD_TOKENS);
-                uint8_t *to = &d.pages[i_page * page + i_record * record];
+                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] += reference[k];
+                const int32_t i_record = position % s.page / TQ_RECORD_TOKENS;
+                uint8_t *to = d.stage(seq, position, head) + tq_record_within(d.reference_bytes(), i_record);
                 const int32_t token = position % TQ_RECORD_TOKENS, codes = tq_plane_bytes(key) + tq_plane_bytes(value);
                 store_codes(to + (side ? tq_plane_bytes(key) : 0), side ? value : key, token, bytes + 2);
                 memcpy(to + codes + (side ? TQ_RECORD_SCALE_BYTES : 0) + 2 * token, bytes, 2);
@@ -126,18 +171,11 @@ static attend_args args_of(test_data &d)
     args.n_pages = N_PAGES, args.n_head_kv = N_HEAD_KV, args.n_sink = s.n_sink, args.n_recent = s.n_recent;
     args.key_kind = codes_kind(d.plane(false).bits, d.plane(false).is_trellis);
     args.value_kind = codes_kind(d.plane(true).bits, d.plane(true).is_trellis);
-    args.records_per_page = PAGE / TQ_RECORD_TOKENS;
+    args.records_per_page = s.page / TQ_RECORD_TOKENS;
+    args.reference_bytes = d.reference_bytes();
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
-    args.page_bytes = (int64_t)d.pages.size() / N_PAGES;
-    const tq_rotation &rotation = d.codec[0]->rotation;
-    args.rotation.m = rotation.m, args.rotation.pow2 = rotation.pow2, args.rotation.n_rounds = rotation.n_rounds;
-    args.rotation.scale = rotation.scale;
-    if (rotation.m == 3) memcpy(args.rotation.hartley, rotation.hartley, sizeof args.rotation.hartley);
-    for (int32_t round = 0; round < rotation.n_rounds; round++) {
-        for (int32_t i = 0; i < s.head_dim; i++) {
-            if (rotation.signs[round][i] < 0) args.rotation.signs[round][i / 32] |= 1u << i % 32;
-        }
-    }
+    args.page_bytes = (int64_t)d.page_bytes();
+    args.rotation = emulated_rotation(d.codec[0]->rotation);
     for (int side = 0; side < 2; side++) {
         const int8_t *windows = d.codec[side]->traits->windows;
         if (windows) memcpy(args.windows[side], windows, sizeof args.windows[side]);
@@ -177,7 +215,7 @@ template <int D> static void run_prefill(attend_args args, bool descending)
     using shape = prefill_shape<D>;
     args.splits_allowed = 1;
     const dim3 grid = {(uint32_t)tq_ceil_div(args.n_query * GROUP, shape::n_rows), N_HEAD_KV, N_SEQ};
-    const int n_bytes = prefill_bytes<D>(prefill_pair<D>(args));
+    const int n_bytes = prefill_bytes<D>(prefill_pair<D>(args), args.reference_bytes);
     run_kernel<prefill_kernel<D>>(args, grid, shape::n_threads, descending, memory, n_bytes);
 }
 
@@ -186,7 +224,7 @@ template <class F, int D, int N_WARPS> static void run_decode(const attend_args 
     using shape = decode_shape<D, N_WARPS, F::n_stages>;
     const F formats(args);
     const dim3 grid = {args.n_row_tiles * N_HEAD_KV, N_SEQ, SPLITS};
-    const int n_bytes = shape::work_bytes(formats.record_bytes) + formats.table_bytes;
+    const int n_bytes = shape::work_bytes(formats.record_bytes + args.reference_bytes) + formats.table_bytes;
     run_kernel<decode_kernel<F, D, N_WARPS>>(args, grid, shape::n_threads, descending, work, n_bytes);
 }
 
@@ -249,11 +287,12 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
     error = sqrt(error / size), error_narrow = sqrt(error_narrow / size);
     /* As on a device: tests/cuda/device_model.c. */
     const bool good = error <= 2 * error_narrow && lse_error <= 4 * lse_narrow + 1e-3;
-    printf("%s %s %s/%s, head_dim %d, sinks %d, ring %d, window %d, softcap %g, learned sinks %d: ", good ? "ok    " : "FAILED",
-           s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.n_sink, s.n_recent, s.window,
-           (double)s.softcap, s.sinks);
+    printf("%s %s %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, window %d, softcap %g, learned sinks %d: ",
+           good ? "ok    " : "FAILED", s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page,
+           s.n_sink, s.n_recent, s.references, s.window, (double)s.softcap, s.sinks);
     printf("error %.2e (BF16 %.2e), lse %.1e (%.1e)\n", error, error_narrow, lse_error, lse_narrow);
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
+    tq_codec_free(d.ref_codec);
     return good;
 }
 
@@ -266,8 +305,10 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     s.kernel = kernel, s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4;
     s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
     if (i % 3 == 1) s.window = 60;
-    if (i % 4 == 2) s.softcap = 3.0f, s.sinks = true;
-    if (i % 5 == 3) s.n_sink = s.n_recent = 0;
+    if (i % 3 == 2) s.softcap = 3.0f, s.sinks = true;
+    s.references = (i + i / 2) % 2 == 0, s.page = i % 5 < 2 ? 128 : 64;
+    if (i % 5 == 3 && !s.references) s.n_sink = s.n_recent = 0;
+    if (i % 7 == 6) s.n_sink = 40; /* the first record is the second of its block */
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
     else n_failed++;
 }
@@ -307,7 +348,8 @@ int main()
 {
     test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();
     int i = 0;
-#define TQ_TEST(D, K, V)                                                                       \
+#define TQ_TEST(D, K, V) /* with references and without */                             \
+    test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++); \
     test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++);
     TQ_PAIRS(TQ_TEST)
     printf("%d passed, %d failed\n", n_passed, n_failed);

@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "codec/codec.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/layout.h"
 
 typedef struct side {
     tq_codec *codec;
@@ -23,7 +24,8 @@ typedef struct side {
 typedef struct context {
     const tq_device_store *store;
     side sides[2];
-    size_t head_bytes; /* keys and values of one KV head in a page */
+    tq_codec *ref_codec; /* NULL: no references */
+    size_t head_bytes;   /* keys and values of one KV head in a page */
 } context;
 
 static tq_status fail(char *message, const char *what)
@@ -66,6 +68,9 @@ static context open_context(const tq_device_store *store)
         c.sides[i].codes = c.sides[i].codec->code_bytes;
         c.sides[i].begin = c.head_bytes;
         c.head_bytes += (size_t)store->page_size * (c.sides[i].codes + 2);
+        if (i || !store->k_ref_block) continue;
+        c.ref_codec = codec_of(TQ_FORMAT_TQ8, store);
+        c.head_bytes += (size_t)store->page_size / TQ_REF_BLOCK * ((size_t)store->head_dim + 2);
     }
     return c;
 }
@@ -80,9 +85,34 @@ static uint8_t *head_page(const context *c, int64_t page, int32_t head, int i_si
     return c->store->pages + (size_t)page * page_bytes(c) + (size_t)head * c->head_bytes + c->sides[i_side].begin;
 }
 
-static void encode(const context *c, int64_t page, int32_t offset, int32_t head, int i_side, const float *x)
+/* The codes and the scale of a block's reference. */
+typedef struct reference {
+    uint8_t *codes, *scale;
+} reference;
+
+static reference reference_of(const context *c, int64_t page, int32_t offset, int32_t head)
+{
+    size_t page_size = (size_t)c->store->page_size, head_dim = (size_t)c->store->head_dim;
+    size_t i = (size_t)offset / TQ_REF_BLOCK, n = page_size / TQ_REF_BLOCK;
+    uint8_t *codes = head_page(c, page, head, 0) + page_size * (c->sides[0].codes + 2);
+    return (reference){codes + i * head_dim, codes + n * head_dim + 2 * i};
+}
+
+static void read_reference(const context *c, int64_t page, int32_t offset, int32_t head, float *x)
 {
     uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
+    reference from = reference_of(c, page, offset, head);
+    memcpy(record, from.scale, 2);
+    memcpy(record + 2, from.codes, (size_t)c->store->head_dim);
+    if (tq_codec_decode(c->ref_codec, record, 1, x) != TQ_OK) abort();
+}
+
+static void encode(const context *c, int64_t page, int32_t offset, int32_t head, int i_side, const float *from)
+{
+    uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
+    float x[TQ_DEVICE_HEAD_DIM_MAX], mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
+    if (c->ref_codec && !i_side) read_reference(c, page, offset, head, mean);
+    for (int32_t i = 0; i < c->store->head_dim; i++) x[i] = from[i] - mean[i];
     if (tq_codec_encode(c->sides[i_side].codec, x, 1, record) != TQ_OK) abort();
     size_t codes = c->sides[i_side].codes;
     uint8_t *base = head_page(c, page, head, i_side);
@@ -98,6 +128,10 @@ static void decode(const context *c, int64_t page, int32_t offset, int32_t head,
     memcpy(record + 2, base + (size_t)offset * codes, codes);
     memcpy(record, base + (size_t)c->store->page_size * codes + 2 * (size_t)offset, 2);
     if (tq_codec_decode(c->sides[i_side].codec, record, 1, x) != TQ_OK) abort();
+    if (!c->ref_codec || i_side) return;
+    float mean[TQ_DEVICE_HEAD_DIM_MAX];
+    read_reference(c, page, offset, head, mean);
+    for (int32_t i = 0; i < c->store->head_dim; i++) x[i] += mean[i];
 }
 
 static float load(const void *from, tq_dtype dtype, int64_t i)
@@ -123,7 +157,7 @@ static uint16_t *exact_vector(const context *c, int64_t slot, int i_side, int32_
 
 static int32_t entry_of(const tq_device_store *s, int64_t position)
 {
-    return (int32_t)(position < s->n_sink ? position : s->n_sink + (position - s->n_sink) % s->n_recent);
+    return (int32_t)(position < s->n_sink ? position : s->n_sink + position % s->n_recent);
 }
 
 /* A row of the batch as FP16; counts it if it has what FP16 cannot hold. */
@@ -133,7 +167,6 @@ static void load_row(const tq_device_store *s, const tq_cuda_append_params *p, i
     bool bad = false;
     for (int32_t i = 0; i < s->head_dim; i++) {
         float x = load(i_side ? p->v : p->k, p->dtype, token * p->row_stride + head * s->head_dim + i);
-        if (!i_side && p->k_mean) x -= p->k_mean[head * s->head_dim + i];
         if (!(fabsf(x) <= 65504.0f)) {
             bad = true;
             x = x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f;
@@ -146,7 +179,7 @@ static void load_row(const tq_device_store *s, const tq_cuda_append_params *p, i
 /* What a token does: the place of what is encoded, itself or what leaves the ring; and its entry, -1 if it is not kept exact.
  */
 typedef struct task {
-    int64_t page;
+    int64_t page, position;
     int32_t offset, entry;
     bool encodes, from_ring;
     int64_t exact_slot;
@@ -166,11 +199,29 @@ static tq_status task_of(task *out, const tq_device_store *s, const tq_cuda_appe
         if (position < s->n_sink) return TQ_OK;
         out->from_ring = s->n_recent > 0;
     }
-    out->encodes = true;
+    out->encodes = true, out->position = position;
     out->offset = (int32_t)(position % s->page_size);
     out->page = table ? table[position / s->page_size] : position / s->page_size;
     if (out->page < 0 || out->page >= s->n_pages) return fail(message, "append: no such page");
     return TQ_OK;
+}
+
+/* If what is encoded is the first of its block: the mean of the ring, which that begins, is the block's reference. */
+static void set_reference(const context *c, const task *t, int32_t head)
+{
+    const tq_device_store *s = c->store;
+    if (!c->ref_codec || (t->position != s->n_sink && t->position % TQ_REF_BLOCK != 0)) return;
+    float mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
+    for (int32_t i = 0; i < s->n_recent; i++) {
+        const uint16_t *half = exact_vector(c, t->exact_slot, 0, head, entry_of(s, t->position + i));
+        for (int32_t k = 0; k < s->head_dim; k++) mean[k] += tq_half_to_float(half[k]);
+    }
+    for (int32_t k = 0; k < s->head_dim; k++) mean[k] /= (float)s->n_recent;
+    uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
+    if (tq_codec_encode(c->ref_codec, mean, 1, record) != TQ_OK) abort();
+    reference to = reference_of(c, t->page, t->offset, head);
+    memcpy(to.scale, record, 2);
+    memcpy(to.codes, record + 2, (size_t)s->head_dim);
 }
 
 static tq_status append(const tq_device_store *s, const tq_cuda_append_params *p, void *stream, char *message)
@@ -184,11 +235,15 @@ static tq_status append(const tq_device_store *s, const tq_cuda_append_params *p
         if (p->half != TQ_CUDA_APPEND_BOTH && i >= s->n_recent && p->seq_ids[i - s->n_recent] == p->seq_ids[i]) {
             return fail(message, "append: the emulated device has no halves where a batch is longer than the ring");
         }
+        if (p->half == TQ_CUDA_APPEND_ENCODE && c.ref_codec && i > 0 && p->seq_ids[i - 1] == p->seq_ids[i]) {
+            return fail(message, "append: no half sets a reference whose mean has tokens of the same call");
+        }
         for (int i_side = 0; i_side < 2; i_side++) {
             for (int32_t head = 0; head < s->n_head_kv; head++) {
                 uint16_t row[TQ_DEVICE_HEAD_DIM_MAX] = {0}, *entry = NULL;
                 if (p->half != TQ_CUDA_APPEND_ENCODE) load_row(s, p, i, head, i_side, row);
                 if (t.entry >= 0) entry = exact_vector(&c, t.exact_slot, i_side, head, t.entry);
+                if (t.encodes && !i_side && p->half != TQ_CUDA_APPEND_STORE) set_reference(&c, &t, head);
                 float x[TQ_DEVICE_HEAD_DIM_MAX]; /* the token that leaves the ring stands where this one goes */
                 for (int32_t k = 0; k < s->head_dim; k++) x[k] = tq_half_to_float(t.from_ring ? entry[k] : row[k]);
                 if (t.encodes && p->half != TQ_CUDA_APPEND_STORE) encode(&c, t.page, t.offset, head, i_side, x);

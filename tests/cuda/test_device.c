@@ -35,8 +35,9 @@ static tq_format format_of(const char *name)
 
 static void run(const char *what, setup s, uint64_t seed)
 {
-    device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d", what, name_of(s.k_format),
-                name_of(s.v_format), s.head_dim, s.n_head_kv, s.group, s.n_query, s.page_size, s.n_sink, s.n_recent);
+    device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d, references of %d", what,
+                name_of(s.k_format), name_of(s.v_format), s.head_dim, s.n_head_kv, s.group, s.n_query, s.page_size, s.n_sink,
+                s.n_recent, s.k_ref_block);
     model m;
     model_open(&m, &s, seed);
     model_append(&m);
@@ -62,6 +63,13 @@ static setup plain(tq_format k, tq_format v, int32_t head_dim)
                    .lens = lens};
 }
 
+/* With references, if it can have any. */
+static setup referring(setup s)
+{
+    s.k_ref_block = s.n_recent > 0 && s.page_size % 64 == 0 ? 64 : 0;
+    return s;
+}
+
 /* Every pair that has kernels of its own; and others, for those that take any, with each format on each side. */
 #define PAIR(D, K, V) {D, #K, #V},
 // clang-format off
@@ -81,16 +89,21 @@ static void test_pairs(void)
 {
     for (size_t i = 0; i < N_PAIRS; i++) {
         if (quick && i % 3 != 0) continue;
-        run("pair", plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim), 100 + i);
+        setup s = plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim);
+        run("pair", s, 100 + i);
+        if (i % 2) s.page_size = 128, s.n_sink = 40;
+        run("pair", referring(s), 100 + i);
     }
     for (size_t i = 0; i < N_OTHERS; i++) {
         if (quick && i % 3 != 0) continue;
-        run("other pair", plain(format_of(others[i].k), format_of(others[i].v), others[i].head_dim), 150 + i);
+        setup s = plain(format_of(others[i].k), format_of(others[i].v), others[i].head_dim);
+        run("other pair", i % 2 ? s : referring(s), 150 + i);
     }
     setenv("TQ_CUDA_GENERAL", "1", 1);
     for (size_t i = 0; i < N_PAIRS; i++) {
         if (quick && i % 5 != 0) continue;
-        run("pair, general", plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim), 250 + i);
+        setup s = plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim);
+        run("pair, general", i % 2 ? referring(s) : s, 250 + i);
     }
     unsetenv("TQ_CUDA_GENERAL");
 }
@@ -101,7 +114,7 @@ static void test_outliers(void)
     static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
                                         TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     for (size_t i = 0; i < sizeof formats / sizeof formats[0]; i++) {
-        setup s = plain(formats[i], formats[i], 128);
+        setup s = referring(plain(formats[i], formats[i], 128));
         s.outliers = true;
         device_test("outliers: %s", name_of(formats[i]));
         model m;
@@ -133,7 +146,9 @@ static void test_many(void)
             s.lens = lens, s.n_seq = 2, s.n_head_kv = 8, s.first_batch = 1050;
             s.n_recent = rings[r], s.n_sink = r == 0 ? 0 : 4, s.outliers = r > 0;
             s.dtype = (tq_dtype)((i + r) % 2);
-            device_test("many: %s/%s, head_dim %d, ring %d", name_of(s.k_format), name_of(s.v_format), s.head_dim, s.n_recent);
+            if (i % 4 < 3) s = referring(s);
+            device_test("many: %s/%s, head_dim %d, ring %d, references of %d", name_of(s.k_format), name_of(s.v_format),
+                        s.head_dim, s.n_recent, s.k_ref_block);
             model m;
             model_open(&m, &s, 700 + (uint64_t)(3 * i + r));
             model_append(&m);
@@ -168,7 +183,7 @@ static void test_random(void)
         if (i == 3) lens[0] = 0;
         s.lens = lens;
         if (i == 7) s.n_sink = s.n_recent = 0;
-        run("random", s, 300 + (uint64_t)i);
+        run("random", i % 3 ? referring(s) : s, 300 + (uint64_t)i);
     }
 }
 
@@ -182,7 +197,10 @@ static void test_prefill_of(const char *what, tq_format k, tq_format v, int32_t 
     if (i % 3 == 2) s.sinks = true, s.softcap = 3.0f;
     if (i % 7 == 4) s.n_sink = s.n_recent = 0;
     if (i % 7 == 5) s.dtype = TQ_DTYPE_BF16, s.n_recent = 200, s.page_size = 96;
+    if (i % 7 == 6) s.n_sink = 40, s.page_size = 128;
     run(what, s, seed);
+    s = referring(s);
+    if (s.k_ref_block) run(what, s, seed);
 }
 
 /* The kernels of the device's architecture: a pair's own, and those for any; and the one that every architecture has. */
@@ -217,7 +235,7 @@ static void test_long(void)
     run("long", s, 400);
     s = plain(TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 128);
     s.lens = lens, s.n_seq = 1, s.group = 8, s.n_query = 2;
-    run("long", s, 401);
+    run("long", referring(s), 401);
     s = plain(TQ_FORMAT_TT4, TQ_FORMAT_TQ2, 128);
     s.lens = lens, s.n_seq = 2;
     run("long", s, 402);
@@ -227,7 +245,7 @@ static void test_long(void)
 static void test_deterministic_of(tq_format k, tq_format v)
 {
     static const int64_t lens[] = {3000, 77, 5000, 1};
-    setup s = plain(k, v, 128);
+    setup s = referring(plain(k, v, 128));
     s.lens = lens, s.n_seq = 4, s.deterministic = true;
     device_test("deterministic: %s/%s, alone or in a batch", name_of(k), name_of(v));
     model m;
@@ -251,17 +269,20 @@ static void test_deterministic(void)
 }
 
 /* Bytes to pages and back, and copies. */
-static void test_pages_of(int32_t head_dim, int n_formats)
+static void test_pages_of(int32_t head_dim, int n_formats, int32_t k_ref_block)
 {
     static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
                                         TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     for (int i = 0; i < n_formats; i++) {
-        device_test("pages: import, copy, export of %s, head_dim %d", name_of(formats[i]), head_dim);
+        device_test("pages: import, copy, export of %s, head_dim %d, references of %d", name_of(formats[i]), head_dim,
+                    k_ref_block);
         tq_cuda_store store;
         tq_cuda_sizes sizes;
         tq_cuda_store_default(&store);
         store.k_format = formats[i], store.v_format = formats[(i + 1) % n_formats], store.head_dim = head_dim;
         store.n_head_kv = 3, store.page_size = 96, store.n_pages = 6;
+        uint16_t exact[1]; /* no call here looks at it */
+        if (k_ref_block) store.page_size = 192, store.n_recent = 1, store.k_ref_block = k_ref_block, store.exact = exact;
         CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
         size_t bytes = 2 * sizes.canonical_bytes;
         uint8_t *in = malloc(bytes), *out = malloc(bytes);
@@ -283,8 +304,11 @@ static void test_pages_of(int32_t head_dim, int n_formats)
 
 static void test_pages(void)
 {
-    test_pages_of(64, 7), test_pages_of(128, 7), test_pages_of(192, 7), test_pages_of(256, 7);
-    test_pages_of(96, 4); /* trellises have no layout there */
+    for (int32_t k_ref_block = 0; k_ref_block <= 64; k_ref_block += 64) {
+        test_pages_of(64, 7, k_ref_block), test_pages_of(128, 7, k_ref_block), test_pages_of(192, 7, k_ref_block);
+        test_pages_of(256, 7, k_ref_block);
+        test_pages_of(96, 4, k_ref_block); /* trellises have no layout there */
+    }
 }
 
 /* What FP16 cannot hold is counted and kept within it. */

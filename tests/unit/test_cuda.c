@@ -77,7 +77,8 @@ static void test_layout(void **state)
     assert_int_equal(n_planes, 2 * (20 + 12));
 }
 
-/* A page has as many bytes on the device as in the format's own arrangement: nothing is padded. */
+/* A page has as many bytes on the device as in the format's own arrangement: nothing is padded but references, of which each
+ * block and head has one. */
 static void test_sizes(void **state)
 {
     (void)state;
@@ -97,7 +98,37 @@ static void test_sizes(void **state)
             assert_int_equal(sizes.page_bytes, 3 * 96 * (info[0].bytes_per_vector + info[1].bytes_per_vector));
             assert_int_equal(sizes.canonical_bytes, sizes.page_bytes);
             assert_int_equal(sizes.exact_bytes, 2 * 3 * 14 * 128 * 2);
+            store.page_size = 192, store.k_ref_block = 64;
+            size_t vectors = 192 * (info[0].bytes_per_vector + info[1].bytes_per_vector);
+            assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+            assert_int_equal(sizes.page_bytes, 3 * (vectors + 3 * (128 + 16)));
+            assert_int_equal(sizes.canonical_bytes, 3 * (vectors + 3 * (128 + 2)));
+            assert_int_equal(sizes.exact_bytes, 2 * 3 * 14 * 128 * 2);
         }
+    }
+}
+
+/* A copy of contiguous bytes brings a record with the reference of its block; a head's page has each byte once. */
+static void test_references(void **state)
+{
+    (void)state;
+    for (size_t d = 0; d < sizeof head_dims / sizeof head_dims[0]; d++) {
+        tq_plane key = {8, head_dims[d], false, false}, value = {2, head_dims[d], true, false};
+        int32_t record = tq_record_bytes(key, value), reference = tq_reference_bytes(head_dims[d]), end = 0;
+        assert_true(reference >= head_dims[d] + 2 && reference % 16 == 0);
+        for (int32_t i = 0; i < 8; i++) {
+            int32_t begin = tq_record_begin(record, reference, i), of_block = tq_record_begin(record, reference, i & ~1);
+            int32_t own = begin + tq_record_within(reference, i), shared = begin + tq_reference_within(record, i);
+            assert_int_equal(own, end + (i % 2 ? reference : 0));
+            assert_int_equal(shared, of_block + record);
+            assert_in_range(own - begin, 0, reference);
+            assert_in_range(shared - begin, 0, record);
+            assert_int_equal(begin % 16, 0);
+            end = own + record;
+            assert_int_equal(tq_record_begin(record, 0, i) + tq_record_within(0, i), i * record);
+        }
+        assert_int_equal(tq_device_head_page_bytes(record, reference, 8), end);
+        assert_int_equal(tq_device_head_page_bytes(record, 0, 3), 3 * record);
     }
 }
 
@@ -206,6 +237,18 @@ static void test_store_is_checked(void **state)
     store = usable_store(NULL);
     store.n_sink = 100, store.n_recent = 500;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    store = usable_store(NULL);
+    store.n_recent = 32, store.k_ref_block = 64;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+    store.page_size = 96;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "page_size must be a multiple of k_ref_block"));
+    store.page_size = 128, store.k_ref_block = 32;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "k_ref_block must be 0 or 64"));
+    store.n_recent = 0, store.n_sink = 4, store.k_ref_block = 64;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "n_recent must be more than 0"));
 }
 
 /* Refused before any library is loaded. The pointers are never followed. */
@@ -274,13 +317,10 @@ int main(void)
     tq_log_set(keep_message, NULL);
     setenv("TQ_CUDA_LIBRARY", "missing/libturboquant-cuda.so", 1); /* the same on every machine */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_layout),
-        cmocka_unit_test(test_sizes),
-        cmocka_unit_test(test_levels),
-        cmocka_unit_test(test_splits),
-        cmocka_unit_test(test_quarters),
-        cmocka_unit_test(test_store_is_checked),
-        cmocka_unit_test(test_calls_are_checked),
+        cmocka_unit_test(test_layout),           cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_references),       cmocka_unit_test(test_levels),
+        cmocka_unit_test(test_splits),           cmocka_unit_test(test_quarters),
+        cmocka_unit_test(test_store_is_checked), cmocka_unit_test(test_calls_are_checked),
         cmocka_unit_test(test_missing_library),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

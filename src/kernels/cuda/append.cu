@@ -1,94 +1,39 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Append: tokens that have left the ring are rotated and encoded into their pages, then the batch's exact tokens are written.
- * The order of the launches matters: the first read the ring that the last overwrites. Scalar formats take half a warp a vector
- * here, which is quick enough for few tokens, and four lanes a vector in large batches (encode_many.cuh); trellis.cu has the
- * trellis. Expected bound: arithmetic of the encoder.
+ * The order of the launches matters: references are set before keys are coded against them, and all read the ring that the
+ * last one overwrites. Scalar formats take half a warp a vector, which is quick enough for few tokens, and four lanes a vector
+ * in large batches (encode_many.cuh); trellis.cuh has the trellis. Expected bound: arithmetic of the encoder.
  */
 #include "kernels/cuda/append.cuh"
-#include "kernels/cuda/encode.cuh"
-#include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/encode_few.cuh"
 
-constexpr int encode_threads = 128;
-
-/* Work item: token, KV head; blockIdx.y with first_side: keys or values. */
 template <int D>
-__global__ void __launch_bounds__(encode_threads) encode_scalar_kernel(const __grid_constant__ tq_device_store store,
-                                                                       const __grid_constant__ tq_cuda_append_params p,
-                                                                       int first_side)
+static cudaError_t launch_references(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
 {
-    __shared__ __align__(16) uint8_t codes[encode_threads / 16][D];
-    __shared__ codebook book;
-    const bool is_value = first_side + blockIdx.y;
-    const tq_device_format &format = is_value ? store.value : store.key;
-    if (threadIdx.x < 16) book.centroids[threadIdx.x] = format.centroids[threadIdx.x];
-    if (threadIdx.x < 15) book.boundaries[threadIdx.x] = format.boundaries[threadIdx.x];
-    __syncthreads();
-
-    const int half = threadIdx.x / 16, lane16 = threadIdx.x & 15;
-    uint32_t item = blockIdx.x * (encode_threads / 16) + half; /* fewer than 2^31 */
-    int32_t token = (int32_t)(item / (uint32_t)store.n_head_kv), head = (int32_t)(item - token * (uint32_t)store.n_head_kv);
-    if (token >= p.n_tok) return;
-    const encode_task task = encode_task_of(store, p, token);
-    if (!task.exists) return;
-
-    float x[D / 16];
-    load_vector<D>(x, store, p, task, is_value, head, lane16);
-    rotate<D>(x, store.rotation, lane16);
-    int code[D / 16];
-    __half scale;
-    switch (format.bits) {
-    case 8:
-        scale = encode_uniform<D>(code, x);
-        break;
-    case 4:
-        scale = encode_lloyd<D, 4>(code, x, format, book);
-        break;
-    case 3:
-        scale = encode_lloyd<D, 3>(code, x, format, book);
-        break;
-    default:
-        scale = encode_lloyd<D, 2>(code, x, format, book);
-    }
-#pragma unroll
-    for (int k = 0; k < D / 16; k++) codes[half][16 * k + lane16] = (uint8_t)code[k];
-    __syncwarp(half_mask());
-    slot_place place = place_of_slot(store, task.page, task.offset, head);
-    tq_plane shape = plane_of(store, is_value);
-    shape.head_dim = D;
-    store_row(codes_of(store, place, is_value), shape, place.token, codes[half], lane16);
-    if (lane16 == 0) *scale_of(store, place, is_value) = scale;
+    /* Few tokens are of many sequences, which begin blocks at the same time; one of many of a sequence in 64 does. */
+    int64_t n = p.n_tok / reference_tokens_max, n_tokens = n < 1 ? 1 : n < reference_tokens_max ? n : reference_tokens_max;
+    dim3 grid((unsigned)((p.n_tok + n_tokens - 1) / n_tokens), (unsigned)store.n_head_kv);
+    set_references_kernel<D><<<grid, D, 0, stream>>>(store, p, (int32_t)n_tokens);
+    return cudaGetLastError();
 }
 
-/* Sinks, and those tokens of the batch that are still in the ring at its end; a block of 64 threads a token, side and head. */
-__global__ void store_exact_kernel(const __grid_constant__ tq_device_store store,
-                                   const __grid_constant__ tq_cuda_append_params p)
+static cudaError_t set_references(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
 {
-    int64_t token = blockIdx.x / store.n_head_kv;
-    int32_t head = blockIdx.x % store.n_head_kv;
-    const bool is_value = blockIdx.y;
-    let_next_kernel_begin(); /* attention, which waits for this one before it reads what is exact */
-    if (p.slot_mapping[token] < 0) return;
-    int32_t seq = p.seq_ids[token];
-    int64_t position = p.positions[token];
-    int32_t entry;
-    if (position < store.n_sink) {
-        entry = (int32_t)position;
-    } else {
-        if (store.n_recent == 0 || row_is(p, token + store.n_recent, seq, position + store.n_recent)) return;
-        entry = store.n_sink + (int32_t)((position - store.n_sink) % store.n_recent);
+    switch (store.head_dim) {
+    case 64:
+        return launch_references<64>(store, p, stream);
+    case 96:
+        return launch_references<96>(store, p, stream);
+    case 128:
+        return launch_references<128>(store, p, stream);
+    case 192:
+        return launch_references<192>(store, p, stream);
+    case 256:
+        return launch_references<256>(store, p, stream);
+    default:
+        return cudaErrorInvalidValue;
     }
-    int64_t slot = p.exact_slots ? p.exact_slots[seq] : seq;
-    if (slot < 0 || slot >= store.n_exact_slots) return;
-    __half *to = reinterpret_cast<__half *>(store.exact) + exact_index(store, slot, is_value, head, entry);
-    int64_t base = token * p.row_stride + head * store.head_dim;
-    bool bad = false;
-    for (int i = threadIdx.x; i < store.head_dim; i += blockDim.x) {
-        float x[1];
-        load_strided(x, is_value ? p.v : p.k, p.dtype, base + i);
-        to[i] = to_half(x[0] - mean_of(p, is_value, head * store.head_dim + i), bad);
-    }
-    if (p.n_not_finite && __syncthreads_or(bad) && threadIdx.x == 0) atomicAdd(p.n_not_finite, 1);
 }
 
 template <int D>
@@ -124,7 +69,9 @@ static cudaError_t encode_few(const tq_device_store &store, const tq_cuda_append
 cudaError_t append_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
 {
     if (p.half != TQ_CUDA_APPEND_STORE) {
-        cudaError_t error = encode_many_has(store, p) ? encode_many(store, p, stream) : encode_few(store, p, stream);
+        cudaError_t error = store.k_ref_block ? set_references(store, p, stream) : cudaSuccess;
+        if (error != cudaSuccess) return error;
+        error = encode_many_has(store, p) ? encode_many(store, p, stream) : encode_few(store, p, stream);
         if (error == cudaSuccess) error = encode_trellis_rows(store, p, stream);
         if (error != cudaSuccess) return error;
     }

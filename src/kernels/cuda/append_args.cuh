@@ -6,7 +6,6 @@
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/rows.cuh"
 
-
 /* The vector that token `token` makes a block encode: its slot, and either a row of the batch or an entry of the ring. */
 struct encode_task {
     bool exists;
@@ -16,6 +15,12 @@ struct encode_task {
     int64_t exact_slot;
     int32_t entry;
 };
+
+/* Where a position that is no sink stands among a sequence's exact vectors. */
+__device__ __forceinline__ int32_t ring_entry(const tq_device_store &store, int64_t position)
+{
+    return store.n_sink + (int32_t)(position % store.n_recent);
+}
 
 /* Is row i of the batch position `position` of sequence `seq`? */
 __device__ __forceinline__ bool row_is(const tq_cuda_append_params &p, int64_t i, int32_t seq, int64_t position)
@@ -45,7 +50,7 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
             if (!row_is(p, task.row, seq, position)) {
                 task.row = -1;
                 task.exact_slot = p.exact_slots ? p.exact_slots[seq] : seq;
-                task.entry = store.n_sink + (int32_t)((position - store.n_sink) % store.n_recent);
+                task.entry = ring_entry(store, position);
             }
         }
         task.page = p.page_table[seq * p.page_table_stride + position / store.page_size];
@@ -69,12 +74,6 @@ __device__ __forceinline__ __half to_half(float x, bool &bad)
     return __float2half_rn(x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f);
 }
 
-/* What is subtracted from element i of a row of the batch, which is one of n_head_kv * head_dim. */
-__device__ __forceinline__ float mean_of(const tq_cuda_append_params &p, bool is_value, int32_t i)
-{
-    return is_value || !p.k_mean ? 0.0f : p.k_mean[i];
-}
-
 /* Elements lane16, lane16 + 16, ... of the vector to encode, rounded to FP16. Batch rows are checked where the batch is stored
  * exactly or, if it never is, here. */
 template <int D>
@@ -92,9 +91,7 @@ __device__ __forceinline__ void load_vector(float (&x)[D / 16], const tq_device_
     int64_t base = task.row * p.row_stride + head * D;
     load_strided(x, is_value ? p.v : p.k, p.dtype, base + lane16);
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) {
-        x[k] = __half2float(to_half(x[k] - mean_of(p, is_value, head * D + 16 * k + lane16), bad));
-    }
+    for (int k = 0; k < D / 16; k++) x[k] = __half2float(to_half(x[k], bad));
     if (p.n_not_finite && (__ballot_sync(half_mask(), bad) & half_mask()) && lane16 == 0) atomicAdd(p.n_not_finite, 1);
 }
 

@@ -33,6 +33,7 @@ struct attend_args {
     const __half *exact;
     int32_t n_pages, n_head_kv, n_sink, n_recent;
     int32_t records_per_page, key_kind, value_kind;
+    int32_t reference_bytes; /* of a block; 0: no references */
     uint32_t page_magic; /* record / records_per_page is the upper half of record * page_magic, unless that is one per page */
     int64_t page_bytes;  /* of all KV heads */
     tq_device_rotation rotation;
@@ -155,14 +156,16 @@ __device__ __forceinline__ int64_t length_of(const attend_args &args, int32_t se
                                 : static_cast<const int32_t *>(args.seq_lens)[sequence];
 }
 
-/* Addresses of a head's records in the pages of a sequence. */
+/* Addresses of a head's records in the pages of a sequence; where there are references, of a record with its block's. */
 struct record_finder {
     const int32_t *table;
     const uint8_t *head_base;
     const int record_bytes;
     __device__ __forceinline__ record_finder(const tile_id &tile, const attend_args &args, int n_bytes)
         : table(args.page_table + tile.sequence * args.page_table_stride),
-          head_base(args.pages + (int64_t)tile.head * args.records_per_page * n_bytes), record_bytes(n_bytes)
+          head_base(args.pages + (int64_t)tile.head * tq_device_head_page_bytes(n_bytes, args.reference_bytes,
+                                                                                args.records_per_page)),
+          record_bytes(n_bytes)
     {
     }
     __device__ __forceinline__ const uint8_t *at(int record, const attend_args &args) const
@@ -170,7 +173,8 @@ struct record_finder {
         int i_page = args.records_per_page == 1 ? record : (int)__umulhi((uint32_t)record, args.page_magic);
         int page = __ldg(table + i_page);
         if ((uint32_t)page >= (uint32_t)args.n_pages) page = 0; /* nothing sound to read, but within bounds */
-        return head_base + page * args.page_bytes + (record - i_page * args.records_per_page) * record_bytes;
+        const int i = record - i_page * args.records_per_page;
+        return head_base + page * args.page_bytes + tq_record_begin(record_bytes, args.reference_bytes, i);
     }
 };
 

@@ -13,7 +13,8 @@ typedef cudaError_t (*attend_launch)(const attend_args &args, uint32_t n_seq, cu
 /* What a kernel is chosen by. */
 struct attend_choice {
     int key_kind, value_kind;
-    int shared_bytes; /* that a block of the device can have */
+    int reference_bytes; /* of a block; 0: no references */
+    int shared_bytes;    /* that a block of the device can have */
     bool general;     /* the kernels for any pair, also where this one has its own */
 };
 

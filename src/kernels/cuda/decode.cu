@@ -18,21 +18,21 @@ static cudaError_t launch_after_append(void (*kernel)(attend_args), dim3 grid, i
 }
 
 /* The shared memory of a block: what is allocated at a launch, and all. */
-template <class F, int D, int N_WARPS> static int dynamic_bytes(const F &formats)
+template <class F, int D, int N_WARPS> static int dynamic_bytes(const F &formats, int reference_bytes)
 {
-    return decode_shape<D, N_WARPS, F::n_stages>::work_bytes(formats.record_bytes) + formats.table_bytes;
+    return decode_shape<D, N_WARPS, F::n_stages>::work_bytes(formats.record_bytes + reference_bytes) + formats.table_bytes;
 }
 
-template <class F, int D, int N_WARPS> static int block_bytes(const F &formats)
+template <class F, int D, int N_WARPS> static int block_bytes(const F &formats, int reference_bytes)
 {
-    return dynamic_bytes<F, D, N_WARPS>(formats) + (int)sizeof(decode_shared<D, N_WARPS>);
+    return dynamic_bytes<F, D, N_WARPS>(formats, reference_bytes) + (int)sizeof(decode_shared<D, N_WARPS>);
 }
 
 template <class F, int D, int N_WARPS>
 static cudaError_t launch_blocks(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
 {
     auto kernel = decode_kernel<F, D, N_WARPS>;
-    const int shared_bytes = dynamic_bytes<F, D, N_WARPS>(F(args));
+    const int shared_bytes = dynamic_bytes<F, D, N_WARPS>(F(args), args.reference_bytes);
     cudaError_t error = F::is_known ? allow_shared_bytes(kernel, shared_bytes) : allow_most_shared_bytes(kernel);
     if (error != cudaSuccess) return error;
     dim3 grid(args.n_row_tiles * (uint32_t)args.n_head_kv, n_seq, (uint32_t)args.splits_allowed);
@@ -62,15 +62,16 @@ template <int D, bool SMALL> static cudaError_t launch_any(const attend_args &ar
     return launch_blocks<any_formats<D, 16>, D, 8>(args, n_seq, stream);
 }
 
-template <class K, class V, int D> static attend_launch if_known_fits(int shared_bytes)
+template <class K, class V, int D> static attend_launch if_known_fits(const attend_choice &choice)
 {
     using F = known_formats<K, V, D>;
-    return block_bytes<F, D, most_warps<F, D>>(F()) <= shared_bytes ? launch_known<K, V, D> : nullptr;
+    const int n_bytes = block_bytes<F, D, most_warps<F, D>>(F(), choice.reference_bytes);
+    return n_bytes <= choice.shared_bytes ? launch_known<K, V, D> : nullptr;
 }
 
-#define TQ_LINE(HEAD_DIM, K, V)                                                                   \
-    if constexpr (D == HEAD_DIM) {                                                                \
-        if (is_pair<K, V>(choice) && !found) found = if_known_fits<K, V, D>(choice.shared_bytes); \
+#define TQ_LINE(HEAD_DIM, K, V)                                                      \
+    if constexpr (D == HEAD_DIM) {                                                   \
+        if (is_pair<K, V>(choice) && !found) found = if_known_fits<K, V, D>(choice); \
     }
 
 template <int D> attend_launch find_decode(const attend_choice &choice)
@@ -80,9 +81,10 @@ template <int D> attend_launch find_decode(const attend_choice &choice)
     if (found) return found;
     using large = any_formats<D, 32>;
     using small = any_formats<D, 16>;
-    if (block_bytes<small, D, 8>({choice.key_kind, choice.value_kind}) > choice.shared_bytes) return nullptr;
+    const int key = choice.key_kind, value = choice.value_kind, reference = choice.reference_bytes;
+    if (block_bytes<small, D, 8>({key, value}, reference) > choice.shared_bytes) return nullptr;
     if constexpr (most_warps<large, D> > 8) {
-        if (block_bytes<large, D, 16>({choice.key_kind, choice.value_kind}) > choice.shared_bytes) return launch_any<D, true>;
+        if (block_bytes<large, D, 16>({key, value}, reference) > choice.shared_bytes) return launch_any<D, true>;
     }
     return launch_any<D, false>;
 }

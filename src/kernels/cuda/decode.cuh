@@ -30,10 +30,10 @@ template <int D, int N_WARPS, int N_STAGES> struct decode_shape {
     static constexpr int blocks_per_multiprocessor = D <= 128 ? 16 / N_WARPS : 1;
     static constexpr int n_threads = 32 * n_warps;
     static constexpr int row_floats = D + 4; /* spreads rows over the banks */
-    /* The queues of all warps, or their rows afterwards; tables follow. */
-    __host__ __device__ static constexpr int work_bytes(int record_bytes)
+    /* The queues of all warps, or their rows afterwards; tables follow. stage_bytes: of a record, and its reference. */
+    __host__ __device__ static constexpr int work_bytes(int stage_bytes)
     {
-        const int merge_bytes = 4 * n_warps * TQ_TILE_ROWS * row_floats, queue_bytes = n_warps * n_stages * (record_bytes + 8);
+        const int merge_bytes = 4 * n_warps * TQ_TILE_ROWS * row_floats, queue_bytes = n_warps * n_stages * (stage_bytes + 8);
         return queue_bytes > merge_bytes ? queue_bytes : merge_bytes;
     }
 };
@@ -129,6 +129,23 @@ __device__ __forceinline__ void score_record(float (&s)[8], const query_operand<
     }
 }
 
+/* What a reference adds to the scores of all tokens that are coded against it: one more product, of columns that are all the
+ * same, so that each lane gets its row's. */
+template <int D>
+__device__ __forceinline__ void add_reference(float (&s)[8], const query_operand<D> &q, const uint8_t *reference,
+                                              float key_step_inverse, int lane)
+{
+    const uint2 *codes = reinterpret_cast<const uint2 *>(reference + (lane & 3) * (D / 4));
+    int32_t c[4] = {q.start_high, q.start_high, q.start_low, q.start_low};
+#pragma unroll
+    for (int k = 0; k < D / 32; k++) mma_bytes(c, q.a[k], codes[k].x ^ 0x80808080u, codes[k].y ^ 0x80808080u);
+    const float scale = __half2float(*reinterpret_cast<const __half *>(reference + D));
+    float high = __int_as_float(c[0]) - magic, low = __int_as_float(c[2]) - magic;
+    float sum = fmaf(high, 128.0f, low) * (scale * (q.factor * key_step_inverse));
+#pragma unroll
+    for (int i = 0; i < 8; i++) s[i] += sum;
+}
+
 /* Raise the running maximum where a score lies too far above it; whole warp. */
 template <int D> __device__ __forceinline__ void raise_maximum(warp_accumulator<D> &acc, const float (&s)[8], int t)
 {
@@ -222,17 +239,22 @@ template <int D, int N_COPIES> struct any_formats : any_pair<D, N_COPIES> {
     }
 };
 
-/* One record: 32 tokens, of which row g sees those at positions [begin, end). */
+/* One record: 32 tokens, of which row g sees those at positions [begin, end). stage: it and its reference. */
 template <class F, int D>
-__device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const query_operand<D> &q, const uint8_t *record,
+__device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const query_operand<D> &q, const uint8_t *stage,
                                               int record_index, const record_bounds &bounds, const attend_args &args,
                                               const F &formats, const typename F::tables &tables, int lane)
 {
     int t = lane & 3;
+    const uint8_t *record = stage + tq_record_within(args.reference_bytes, record_index);
     const uint8_t *scales = record + formats.key_bytes + formats.value_bytes;
     float key_scales[8], s[8];
     load_scales(key_scales, scales, t);
     formats.with_keys([&](auto codes) { score_record<decltype(codes), D>(s, q, record, key_scales, tables.key, lane); });
+    if (args.reference_bytes > 0) {
+        const uint8_t *reference = stage + tq_reference_within(formats.record_bytes, record_index);
+        add_reference<D>(s, q, reference, formats.key_step_inverse, lane);
+    }
     if (args.cap_log2 > 0.0f) {
 #pragma unroll
         for (int i = 0; i < 8; i++) s[i] = cap_score(s[i], args);
@@ -273,13 +295,12 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
 {
     using shape = decode_shape<D, N_WARPS, F::n_stages>;
     constexpr int N = shape::n_stages;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, stage_bytes = formats.record_bytes + args.reference_bytes;
     const record_finder finder(tile, args, formats.record_bytes);
 
     warp_queue<N> queue;
-    queue.open(work + warp * N * formats.record_bytes,
-               reinterpret_cast<uint64_t *>(work + shape::n_warps * N * formats.record_bytes) + warp * N, formats.record_bytes,
-               lane);
+    queue.open(work + warp * N * stage_bytes, reinterpret_cast<uint64_t *>(work + shape::n_warps * N * stage_bytes) + warp * N,
+               stage_bytes, lane);
     int waiting[N], next = tile.record_begin + warp; /* the records in the stages, oldest first, and the one after */
     const uint8_t *from[N + 1] = {};
 #pragma unroll
@@ -299,7 +320,7 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
     const uint8_t *next_from = from[N];
 
     if (threadIdx.x < 16 * TQ_TILE_ROWS) prepare_query<D>(shared.queries, query, args);
-    const typename F::tables tables = formats.open_tables(work + shape::work_bytes(formats.record_bytes), args, lane);
+    const typename F::tables tables = formats.open_tables(work + shape::work_bytes(stage_bytes), args, lane);
     if (threadIdx.x == 0) shared.next_record = tile.record_begin + (N + 1) * shape::n_warps;
     __syncthreads();
     wait_for_kernel_before(); /* so that this one never ends first, either */
@@ -314,8 +335,7 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
 #pragma unroll 1
     while (waiting[0] < tile.record_end) {
         queue.wait(stage, phase);
-        const uint8_t *record = queue.stages + stage * formats.record_bytes;
-        attend_record<F, D>(acc, q, record, waiting[0], bounds, args, formats, tables, lane);
+        attend_record<F, D>(acc, q, queue.stages + stage * stage_bytes, waiting[0], bounds, args, formats, tables, lane);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i + 1 < N; i++) waiting[i] = waiting[i + 1];

@@ -9,7 +9,7 @@
 
 #include "turboquant.h"
 
-#define TQ_DEVICE_ABI 2
+#define TQ_DEVICE_ABI 3
 #define TQ_DEVICE_HEAD_DIM_MAX 256
 #define TQ_DEVICE_EXACT_MAX 512 /* sinks and ring of a sequence: their scores are kept in shared memory */
 #define TQ_DEVICE_MESSAGE 256
@@ -34,6 +34,7 @@ typedef struct tq_device_rotation {
 typedef struct tq_device_store {
     tq_device_format key, value;
     int32_t head_dim, n_head_kv, page_size, n_sink, n_recent;
+    int32_t k_ref_block; /* 0, or layout.h's TQ_REF_BLOCK */
     tq_device_rotation rotation;
     int64_t n_pages, n_exact_slots;
     uint8_t *pages;

@@ -89,7 +89,7 @@ template <int D> __device__ __forceinline__ __half encode_uniform(int (&code)[D 
         code[k] = (int)rounded[k];
     }
     float energy = sum_squares<D>(rounded);
-    return is_zero ? __half(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy)));
+    return is_zero ? __float2half_rn(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy)));
 }
 
 #endif

@@ -15,6 +15,7 @@
 #include "kernels/cuda/append_args.cuh"
 #include "kernels/cuda/encode.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/references.cuh"
 
 constexpr int many_threads = 256, many_blocks = 4; /* of a multiprocessor */
 
@@ -70,13 +71,6 @@ __device__ __forceinline__ void fill_tables(many_shared<D> &shared, const tq_dev
         float c = format.centroids[threadIdx.x];
         shared.centroid[threadIdx.x] = c, shared.square[threadIdx.x] = __fmul_rn(c, c);
     }
-}
-
-__device__ __forceinline__ uint32_t shared_word(uint32_t address)
-{
-    uint32_t x;
-    asm("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
-    return x;
 }
 
 /* Sums in the order of tq_sum_squares: number i goes to part i % 16, parts to one by halves. Lane t has numbers 4 k + t, which
@@ -236,7 +230,7 @@ template <int D> __device__ __forceinline__ __half encode_uniform_vector(uint8_t
         energy.add(k, __fmul_rn(rounded, rounded));
     }
     const float sum = energy.total();
-    return is_zero ? __half(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(sum)));
+    return is_zero ? __float2half_rn(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(sum)));
 }
 
 /* What a lane has of a vector: a quarter, as words of groups (or the same bits of a value), and a tail, or a value's bytes of
@@ -398,10 +392,9 @@ __device__ __forceinline__ bool all_finite(uint4 v)
     return (as_bits(sum) & 0x7fff7fffu) == 0;
 }
 
-/* 8 numbers of the batch as halves: element `first` of it, which is number in_token of a token, and those behind. `raw` is what
- * stands there, if that has 16 bits a number. `bad` is set where FP16 cannot hold one. */
-__device__ __noinline__ uint4 converted(const tq_cuda_append_params &p, bool is_value, uint4 raw, int64_t first,
-                                        int32_t in_token, bool &bad)
+/* 8 numbers of the batch as halves: element `first` of it and those behind. `raw` is what stands there, if that has 16 bits a
+ * number. `bad` is set where FP16 cannot hold one. */
+__device__ __noinline__ uint4 converted(const tq_cuda_append_params &p, bool is_value, uint4 raw, int64_t first, bool &bad)
 {
     const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
     uint32_t out[4];
@@ -410,7 +403,7 @@ __device__ __noinline__ uint4 converted(const tq_cuda_append_params &p, bool is_
         uint16_t bits = (uint16_t)(in[i / 2] >> i % 2 * 16);
         float x[1] = {p.dtype == TQ_DTYPE_F16 ? __half2float(__ushort_as_half(bits)) : to_float(bits)};
         if (p.dtype == TQ_DTYPE_F32) load_strided(x, is_value ? p.v : p.k, p.dtype, first + i);
-        uint32_t half = __half_as_ushort(to_half(x[0] - mean_of(p, is_value, in_token + i), bad));
+        uint32_t half = __half_as_ushort(to_half(x[0], bad));
         out[i / 2] = i % 2 ? out[i / 2] | half << 16 : half;
     }
     return make_uint4(out[0], out[1], out[2], out[3]);
@@ -441,15 +434,41 @@ __device__ __forceinline__ row_source source_of(const tq_device_store &store, co
     return source;
 }
 
+/* The references of a warp's 8 keys to where bring_rows puts the keys themselves, signs flipped as theirs are. A half warp has
+ * every second key; most have the reference of the one before. */
+template <int D>
+__device__ __forceinline__ void bring_references(many_shared<D> &shared, const tq_device_store &store, const encode_task &task,
+                                                 int32_t head)
+{
+    const int lane = threadIdx.x & 31, lane16 = lane & 15;
+    const uint8_t *mine = task.exists ? reference_of_slot(store, task.page, task.offset, head) : nullptr, *held = nullptr;
+    many_row<D> *rows = shared.rows + threadIdx.x / 32 * 8;
+    float x[D / 16] = {};
+#pragma unroll 1
+    for (int row = lane / 16; row < 8; row += 2) {
+        const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(mine), 4 * row);
+        const uint8_t *from = reinterpret_cast<const uint8_t *>(address);
+        if (from && from != held) {
+            held = from;
+            decode_reference<D>(x, from, store.rotation, lane16);
+            flip_signs<D>(x, store.rotation.signs[0], lane16);
+        }
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) rows[row].x[many_row<D>::at(16 * k + lane16)] = x[k];
+    }
+    __syncwarp();
+}
+
 /* A KV head's rows of a warp's 8 vectors to shared memory, signs flipped and steps 1, 2 and 4 of the transform done; `source`
- * is of this lane's vector. Rows are all on their way before the first is used. */
+ * is of this lane's vector. Rows are all on their way before the first is used. has_references: they stand there, and are taken
+ * off. */
 template <int D>
 __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda_append_params &p, const row_source &source,
-                                           bool is_value, int32_t head)
+                                           bool is_value, int32_t head, bool has_references)
 {
     constexpr int per_row = D / 8, n = D / 32; /* pieces of a row, of a lane */
     const int lane = threadIdx.x & 31;
-    const bool is_plain = p.dtype == TQ_DTYPE_F16 && (is_value || !p.k_mean);
+    const bool is_plain = p.dtype == TQ_DTYPE_F16;
     const __half *mine = source.first ? source.first + (int64_t)head * source.head_stride : nullptr;
     uint4 pieces[n];
 #pragma unroll
@@ -469,7 +488,7 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda
             int piece = 32 * i + lane, row = piece / per_row, at = piece % per_row;
             int64_t first = __shfl_sync(~0u, source.in_batch, 4 * row) + head * D + 8 * at;
             bool is_bad = false;
-            if (careful >> 4 * row & 1u) pieces[i] = converted(p, is_value, pieces[i], first, head * D + 8 * at, is_bad);
+            if (careful >> 4 * row & 1u) pieces[i] = converted(p, is_value, pieces[i], first, is_bad);
             if (is_bad) bad_rows |= 1u << row;
         }
 #pragma unroll
@@ -488,8 +507,14 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda
             float2 pair = __half22float2(as_half2(words[k]));
             x[2 * k] = pair.x, x[2 * k + 1] = pair.y;
         }
-        butterflies(x, 1, 8, 1);
         float4 *to = reinterpret_cast<float4 *>(rows[row].x + many_row<D>::at(8 * at));
+        if (has_references) {
+            const float4 low = to[0], high = to[1];
+            const float reference[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+            for (int k = 0; k < 8; k++) x[k] = __fsub_rn(x[k], reference[k]);
+        }
+        butterflies(x, 1, 8, 1);
         to[0] = make_float4(x[0], x[1], x[2], x[3]), to[1] = make_float4(x[4], x[5], x[6], x[7]);
     }
     __syncwarp();
@@ -537,7 +562,9 @@ __global__ void __launch_bounds__(many_threads, many_blocks)
         }
 #pragma unroll 1
         for (int32_t head = (int32_t)blockIdx.y; head < store.n_head_kv; head += (int32_t)gridDim.y) {
-            bring_rows<D>(shared, p, source, IS_VALUE, head);
+            const bool has_references = !IS_VALUE && store.k_ref_block > 0;
+            if (has_references) bring_references<D>(shared, store, task, head);
+            bring_rows<D>(shared, p, source, IS_VALUE, head, has_references);
             float x[D / 4];
             rotated_elements<D>(x, row, store.rotation);
             __syncwarp(); /* codes go where the rows were */

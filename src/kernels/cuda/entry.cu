@@ -114,7 +114,8 @@ template <int D> static attend_launch find_at(const attend_choice &choice, int32
 static attend_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
 {
     attend_choice choice = {codes_kind(store.key.bits, store.key.is_trellis),
-                            codes_kind(store.value.bits, store.value.is_trellis), 0, getenv("TQ_CUDA_GENERAL") != nullptr};
+                            codes_kind(store.value.bits, store.value.is_trellis), reference_bytes_of(store), 0,
+                            getenv("TQ_CUDA_GENERAL") != nullptr};
     int32_t n_rows = params.n_query * (params.n_head / store.n_head_kv);
     *is_prefill = false;
     if (!get_attribute(&choice.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return nullptr;
@@ -162,8 +163,8 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     args.value_kind = codes_kind(store.value.bits, store.value.is_trellis);
     args.records_per_page = store.page_size / TQ_RECORD_TOKENS;
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
-    args.page_bytes =
-        (int64_t)tq_record_bytes(plane_of(store, false), plane_of(store, true)) * args.records_per_page * store.n_head_kv;
+    args.reference_bytes = reference_bytes_of(store);
+    args.page_bytes = (int64_t)head_page_bytes_of(store) * store.n_head_kv;
     args.rotation = store.rotation;
     memcpy(args.windows[0], store.key.windows, sizeof args.windows[0]);
     memcpy(args.windows[1], store.value.windows, sizeof args.windows[1]);

@@ -31,7 +31,7 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
     const int64_t head_halves = (int64_t)n_entries * D, side = args.n_head_kv * head_halves;
     const int64_t slot = args.exact_slots ? args.exact_slots[tile.sequence] : tile.sequence;
     const __half *keys = args.exact + slot * 2 * side + tile.head * head_halves, *values = keys + side;
-    const int ring_first = args.n_recent > 0 ? args.n_sink + (tile.coded_end - args.n_sink) % args.n_recent : 0;
+    const int ring_first = args.n_recent > 0 ? args.n_sink + tile.coded_end % args.n_recent : 0;
 
     /* Scores: two tokens of a warp at a time; lane r keeps row r's. */
     int2 visible = visible_to(tile, args, token_of(tile.first_row + min(lane, tile.n_rows - 1), args));

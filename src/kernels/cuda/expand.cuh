@@ -169,11 +169,41 @@ template <int SECOND> __device__ __forceinline__ uint32_t half_pair(uint32_t byt
     return as_bits(__hadd2(as_half2(wide), as_half2(bias)));
 }
 
-/* Bytes 128 + level, two of them, times a scale. */
-template <uint32_t SELECTORS> __device__ __forceinline__ uint32_t scaled_pair(uint32_t bytes, __half2 scale)
+/* Bytes 128 + level, two of them, as numbers. */
+template <uint32_t SELECTORS> __device__ __forceinline__ __half2 level_pair(uint32_t bytes)
 {
     uint32_t wide = permute(bytes, 0x64646464u, SELECTORS);
-    return as_bits(__hmul2(__hadd2(as_half2(wide), as_half2(0xe480e480u)), scale));
+    return __hadd2(as_half2(wide), as_half2(0xe480e480u));
+}
+
+/* The same times a scale. */
+template <uint32_t SELECTORS> __device__ __forceinline__ uint32_t scaled_pair(uint32_t bytes, __half2 scale)
+{
+    return as_bits(__hmul2(level_pair<SELECTORS>(bytes), scale));
+}
+
+/* 8 numbers from their bytes. */
+__device__ __forceinline__ uint4 scaled_octet(uint32_t low, uint32_t high, __half2 scale)
+{
+    return make_uint4(scaled_pair<0x4140>(low, scale), scaled_pair<0x4342>(low, scale), scaled_pair<0x4140>(high, scale),
+                      scaled_pair<0x4342>(high, scale));
+}
+
+/* And 8 others added. */
+__device__ __forceinline__ uint4 scaled_octet(uint32_t low, uint32_t high, __half2 scale, const uint4 &more)
+{
+    return make_uint4(as_bits(__hfma2(level_pair<0x4140>(low), scale, as_half2(more.x))),
+                      as_bits(__hfma2(level_pair<0x4342>(low), scale, as_half2(more.y))),
+                      as_bits(__hfma2(level_pair<0x4140>(high), scale, as_half2(more.z))),
+                      as_bits(__hfma2(level_pair<0x4342>(high), scale, as_half2(more.w))));
+}
+
+/* Dimensions 8 octet to 8 octet + 7 of a reference, of head_dim D. */
+template <int D> __device__ __forceinline__ uint4 reference_octet(const uint8_t *reference, int octet)
+{
+    const uint2 codes = reinterpret_cast<const uint2 *>(reference)[octet];
+    const __half2 scale = __half2half2(*reinterpret_cast<const __half *>(reference + D));
+    return scaled_octet(codes.x ^ 0x80808080u, codes.y ^ 0x80808080u, scale);
 }
 
 #endif

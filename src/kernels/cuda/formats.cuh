@@ -28,6 +28,12 @@ __host__ __device__ constexpr float step_of_kind(int kind)
     return kind == kind_of<tq4> ? tq4::step : kind == kind_of<tq3> ? tq3::step : kind == kind_of<tq2> ? tq2::step : 1.0f;
 }
 
+__host__ __device__ constexpr float step_inverse_of_kind(int kind)
+{
+    constexpr float of4 = 1.0f / tq4::step, of3 = 1.0f / tq3::step, of2 = 1.0f / tq2::step;
+    return kind == kind_of<tq4> ? of4 : kind == kind_of<tq3> ? of3 : kind == kind_of<tq2> ? of2 : 1.0f;
+}
+
 /* use(codes) with the type of the kind, among those that head_dim D has. */
 template <int D, typename Use> __device__ __forceinline__ void with_codes(int kind, const Use &use)
 {
@@ -72,7 +78,7 @@ template <class K, class V, int D, int N_COPIES> struct known_pair {
     static constexpr int record_bytes = record_bytes_of(D, K::bits + V::bits);
     static constexpr bool has_key_table = K::is_trellis, has_value_table = V::is_trellis && kind_of<K> != kind_of<V>;
     static constexpr int table_bytes = (has_key_table + has_value_table) * table::bytes;
-    static constexpr float key_step = K::step, value_step = V::step;
+    static constexpr float key_step = K::step, value_step = V::step, key_step_inverse = 1.0f / K::step;
 
     known_pair() = default;
     __host__ __device__ explicit known_pair(const attend_args &) {}
@@ -96,12 +102,13 @@ template <int D, int N_COPIES> struct any_pair {
     using tables = key_value_tables<N_COPIES>;
     int key_kind, value_kind, key_bytes, value_bytes, record_bytes, table_bytes;
     bool has_key_table, has_value_table;
-    float key_step, value_step;
+    float key_step, value_step, key_step_inverse;
 
     __host__ __device__ any_pair(int k, int v)
         : key_kind(k), value_kind(v), key_bytes(4 * D * kind_bits(k)), value_bytes(4 * D * kind_bits(v)),
           record_bytes(key_bytes + value_bytes + 2 * TQ_RECORD_SCALE_BYTES), has_key_table(kind_is_trellis(k)),
-          has_value_table(kind_is_trellis(v) && v != k), key_step(step_of_kind(k)), value_step(step_of_kind(v))
+          has_value_table(kind_is_trellis(v) && v != k), key_step(step_of_kind(k)), value_step(step_of_kind(v)),
+          key_step_inverse(step_inverse_of_kind(k))
     {
         table_bytes = (has_key_table + has_value_table) * table::bytes;
     }

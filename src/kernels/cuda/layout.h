@@ -32,6 +32,13 @@
  * In a trellis plane a string is a row of *chunks*, bits of the circle in order: keys, for each j, the chunk of dimensions
  * t * head_dim / 4 on of the token above; values, for each i < 8, dimensions g * head_dim / 8 on of token 8 t + i.
  *
+ * With references (docs/formats.md), a block of 64 tokens has one, for its two records, and stands between them, so that one
+ * copy of contiguous bytes brings it with either:
+ *
+ *     [record 2 b] [reference of block b] [record 2 b + 1]
+ *
+ * A reference is its codes of 8 bits in the order of dimensions, an FP16 scale, and zeros or anything up to 16 bytes more.
+ *
  * Codes are the format's codes (docs/formats.md): a device page is a private copy that converts bit for bit.
  */
 #ifndef TQ_KERNELS_CUDA_LAYOUT_H
@@ -48,6 +55,8 @@
 
 #define TQ_RECORD_TOKENS 32
 #define TQ_RECORD_SCALE_BYTES (2 * TQ_RECORD_TOKENS)
+/* The tokens that share a reference. */
+#define TQ_REF_BLOCK (2 * TQ_RECORD_TOKENS)
 
 /* The codes of one side (keys or values) of a record. */
 typedef struct tq_plane {
@@ -175,6 +184,34 @@ TQ_HD int32_t tq_circle_offset(tq_plane plane, int32_t token, int32_t byte)
 TQ_HD int32_t tq_record_bytes(tq_plane key, tq_plane value)
 {
     return tq_plane_bytes(key) + tq_plane_bytes(value) + 2 * TQ_RECORD_SCALE_BYTES;
+}
+
+/* The bytes of a reference, a multiple of 16, as bulk copies want. */
+TQ_HD int32_t tq_reference_bytes(int32_t head_dim)
+{
+    return head_dim + 16;
+}
+
+/* Where the bytes of record i of a head's page begin, its reference's among them; reference_bytes 0: there are none. */
+TQ_HD int32_t tq_record_begin(int32_t record_bytes, int32_t reference_bytes, int32_t i)
+{
+    return i * record_bytes + (i >> 1) * reference_bytes;
+}
+
+/* The bytes of a head's page. */
+TQ_HD int32_t tq_device_head_page_bytes(int32_t record_bytes, int32_t reference_bytes, int32_t n_records)
+{
+    return tq_record_begin(record_bytes, reference_bytes, n_records);
+}
+
+/* From those bytes to the record, which is the first or the second of its block; and to the reference. */
+TQ_HD int32_t tq_record_within(int32_t reference_bytes, int32_t i)
+{
+    return (i & 1) * reference_bytes;
+}
+TQ_HD int32_t tq_reference_within(int32_t record_bytes, int32_t i)
+{
+    return i & 1 ? 0 : record_bytes;
 }
 
 #endif

@@ -85,6 +85,14 @@ __device__ __forceinline__ uint32_t shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+/* What stands at an address of shared memory that nobody writes meanwhile. */
+__device__ __forceinline__ uint32_t shared_word(uint32_t address)
+{
+    uint32_t x;
+    asm("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+
 /* Four matrices of 8 rows of 16 bytes; lane i gives the address of row i % 8 of matrix i / 8. */
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void *row)
 {

@@ -39,11 +39,13 @@ template <int D> union prefill_shared {
     float rows[prefill_shape<D>::n_rows][D + 4];
 };
 
-/* With the tables and the records behind it. Devices of 8.6, 8.9 and 12.0 have 99 KB. */
-template <int D> int prefill_bytes(const prefill_pair<D> &pair)
+/* With the tables and the records behind it, and their references. Devices of 8.6, 8.9 and 12.0 have 99 KB. */
+template <int D> int prefill_bytes(const prefill_pair<D> &pair, int reference_bytes)
 {
-    static_assert(sizeof(prefill_shared<D>) + prefill_pair<D>::room(prefill_shape<D>::n_buffers) <= 99 * 1024, "fits all");
-    return (int)sizeof(prefill_shared<D>) + pair.table_bytes + prefill_shape<D>::n_buffers * pair.record_bytes;
+    constexpr int n_buffers = prefill_shape<D>::n_buffers;
+    constexpr int most = prefill_pair<D>::room(n_buffers) + n_buffers * tq_reference_bytes(D);
+    static_assert(sizeof(prefill_shared<D>) + most <= 99 * 1024, "fits all");
+    return (int)sizeof(prefill_shared<D>) + pair.table_bytes + n_buffers * (pair.record_bytes + reference_bytes);
 }
 
 /* The part of a lane's string that is its token `part` of keys or pair `part` of values, from 0 to 3, to where part 0 stands in
@@ -87,15 +89,16 @@ __device__ __forceinline__ void load_part(uint32_t (&words)[D * C::bits / 32], c
     }
 }
 
-/* This lane's dimensions of a token's key, to where they stand in the token's row. */
+/* This lane's dimensions of a token's key, to where they stand in the token's row. reference: of the token, or NULL. */
 template <class K, int D, class T>
-__device__ __forceinline__ void expand_key_part(__half *row, const uint8_t *plane, int part, __half2 scale, const T &table,
-                                                int lane)
+__device__ __forceinline__ void expand_key_part(__half *row, const uint8_t *plane, int part, __half2 scale,
+                                                const uint8_t *reference, const T &table, int lane)
 {
-    uint4 *to = reinterpret_cast<uint4 *>(row + (lane & 3) * (D / 4));
+    const int first_octet = (lane & 3) * (D / 32);
+    uint4 *to = reinterpret_cast<uint4 *>(row) + first_octet;
     auto put = [&](int k, uint32_t low, uint32_t high) {
-        to[k] = make_uint4(scaled_pair<0x4140>(low, scale), scaled_pair<0x4342>(low, scale),
-                           scaled_pair<0x4140>(high, scale), scaled_pair<0x4342>(high, scale));
+        to[k] = reference ? scaled_octet(low, high, scale, reference_octet<D>(reference, first_octet + k))
+                          : scaled_octet(low, high, scale);
     };
     uint32_t words[D * K::bits / 32];
     load_part<K, D, false>(words, plane, part, lane);
@@ -148,11 +151,12 @@ __device__ __forceinline__ __half2 scale_within(const __half *scales, float step
     return __float2half2_rn(is_there ? __half2float(scales[token]) * step : 0.0f);
 }
 
-/* A record, whose first position is `first`, to a tile; of it this tile has positions [begin, end). */
+/* A record, whose first position is `first`, to a tile; of it this tile has positions [begin, end). reference: of all its
+ * tokens, or NULL. */
 template <int D>
-__device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8_t *record, int first, int begin, int end,
-                                              const prefill_pair<D> &pair, const typename prefill_pair<D>::tables &tables,
-                                              int warp, int lane)
+__device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8_t *record, const uint8_t *reference, int first,
+                                              int begin, int end, const prefill_pair<D> &pair,
+                                              const typename prefill_pair<D>::tables &tables, int warp, int lane)
 {
     const int g = lane >> 2, t = lane & 3;
     const __half *key_scales = reinterpret_cast<const __half *>(record + pair.key_bytes + pair.value_bytes);
@@ -163,7 +167,7 @@ __device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8
             const int token = 8 * (g >> 1) + 2 * part + (g & 1);
             const __half2 scale = scale_within(key_scales, pair.key_step, first, token, begin, end);
             pair.with_keys([&](auto codes) {
-                expand_key_part<decltype(codes), D>(tile.keys[token], record, part, scale, tables.key, lane);
+                expand_key_part<decltype(codes), D>(tile.keys[token], record, part, scale, reference, tables.key, lane);
             });
         } else {
             const int token = 8 * t + 2 * (part - 4);
@@ -312,10 +316,11 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
         return i < n_records && begin >= max(last.x, id.coded_begin) && end <= min(first.y, id.coded_end);
     };
     const uint8_t *from = n_records > 0 ? finder.at(id.record_begin, args) : nullptr; /* of the next record to load */
+    const int stage_bytes = pair.record_bytes + args.reference_bytes;
     auto load = [&](int i) {
-        uint8_t *to = records + i % N * pair.record_bytes;
+        uint8_t *to = records + i % N * stage_bytes;
         if (i < n_records) {
-            for (int k = 16 * threadIdx.x; k < pair.record_bytes; k += 16 * shape::n_threads) copy_async(to + k, from + k);
+            for (int k = 16 * threadIdx.x; k < stage_bytes; k += 16 * shape::n_threads) copy_async(to + k, from + k);
         }
         if (i + 1 < n_records) from = finder.at(id.record_begin + i + 1, args);
     };
@@ -325,7 +330,11 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
         if (i >= n_records) {
             expand_exact<D>(tile, id, args, i - n_records);
         } else {
-            expand_record<D>(tile, records + i % N * pair.record_bytes, (id.record_begin + i) * TQ_RECORD_TOKENS,
+            const int index = id.record_begin + i;
+            const uint8_t *stage = records + i % N * stage_bytes;
+            const uint8_t *reference = nullptr;
+            if (args.reference_bytes > 0) reference = stage + tq_reference_within(pair.record_bytes, index);
+            expand_record<D>(tile, stage + tq_record_within(args.reference_bytes, index), reference, index * TQ_RECORD_TOKENS,
                              id.coded_begin, id.coded_end, pair, tables, warp, lane);
         }
     };

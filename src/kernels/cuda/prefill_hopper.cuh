@@ -29,18 +29,24 @@ template <class F, int D> struct hopper_shape {
     /* Multiples of 8 that use the 65536 registers up. */
     static constexpr int multiply_registers = D <= 192 ? 176 : 240, expand_registers = D <= 192 ? 80 : 128;
 
-    static constexpr int query_bytes = 2 * n_rows * depth, n_buffers = 2, limit = 226 * 1024;
-    /* Of a block whose tiles have so many tokens and whose expanders have a queue of so many tiles. */
+    static constexpr int query_bytes = 2 * n_rows * depth, n_buffers = 2, limit = 227 * 1024;
+    static constexpr int n_barriers(int queue)
+    {
+        return 2 * n_buffers + n_expanders * queue;
+    }
+    /* Of a block whose tiles have so many tokens and whose expanders have a queue of so many tiles, with references. */
     static constexpr int bytes_of(int tokens, int queue)
     {
-        return query_bytes + n_buffers * 4 * tokens * depth + 1024 + F::room(n_expanders * queue * tokens / TQ_RECORD_TOKENS);
+        int n_records = n_expanders * queue * tokens / TQ_RECORD_TOKENS;
+        return query_bytes + n_buffers * 4 * tokens * depth + F::room(n_records) + n_records / 2 * tq_reference_bytes(D) +
+               n_buffers * 4 * tokens + 8 * n_barriers(queue);
     }
     static constexpr int n_tokens = D <= 128 && bytes_of(128, 1) <= limit ? 128 : 64;
     static constexpr int n_records = n_tokens / TQ_RECORD_TOKENS;
     static constexpr int side_bytes = 2 * n_tokens * depth, tile_bytes = n_buffers * 2 * side_bytes;
     static constexpr int n_queue = bytes_of(n_tokens, 2) <= limit ? 2 : 1; /* of an expander */
     static constexpr int shared_bytes = bytes_of(n_tokens, n_queue); /* at most */
-    static constexpr bool fits = shared_bytes <= limit; /* a block has 227 KB, and its barriers take some */
+    static constexpr bool fits = shared_bytes <= limit;
 };
 
 #ifdef TQ_HOPPER
@@ -49,16 +55,18 @@ template <class F, int D> struct hopper_shape {
  * of those, + its number. */
 enum named_barrier { EXPANDER_BARRIER = 1, MULTIPLIERS_BARRIER = 3, MULTIPLIER_BARRIER = 4 };
 
-/* Shared memory, in this order; then 1024 bytes of positions. */
+/* Shared memory, in this order. */
 template <class S> struct hopper_shared {
     uint8_t *queries, *tiles, *table, *queue;
     int *positions;                    /* [n_buffers, n_tokens] */
-    uint64_t *filled, *free, *arrived; /* of the buffers; of the queues */
-    __device__ __forceinline__ hopper_shared(uint8_t *memory, int table_bytes, int record_bytes)
+    uint64_t *filled, *free, *arrived; /* barriers of the buffers; of the queues */
+    /* queue_bytes: of a tile's records and references. */
+    __device__ __forceinline__ hopper_shared(uint8_t *memory, int table_bytes, int queue_bytes)
         : queries(memory), tiles(queries + S::query_bytes), table(tiles + S::tile_bytes), queue(table + table_bytes)
     {
-        static_assert(S::n_buffers * S::n_tokens * 4 <= 1024, "positions fit the tail");
-        positions = reinterpret_cast<int *>(queue + S::n_expanders * S::n_queue * S::n_records * record_bytes);
+        positions = reinterpret_cast<int *>(queue + S::n_expanders * S::n_queue * queue_bytes);
+        filled = reinterpret_cast<uint64_t *>(positions + S::n_buffers * S::n_tokens);
+        free = filled + S::n_buffers, arrived = free + S::n_buffers;
     }
     __device__ __forceinline__ uint8_t *keys(int buffer) const
     {
@@ -110,23 +118,22 @@ template <class C, int D, bool IS_VALUE> struct plane_columns {
     }
 };
 
-/* An octet of a key, to its chunk. */
-__device__ __forceinline__ void put_octet(uint8_t *to, uint32_t low, uint32_t high, __half2 scale)
-{
-    *reinterpret_cast<uint4 *>(to) = make_uint4(scaled_pair<0x4140>(low, scale), scaled_pair<0x4342>(low, scale),
-                                                scaled_pair<0x4140>(high, scale), scaled_pair<0x4342>(high, scale));
-}
-
-/* Keys of a record to rows first_row on; scales[j] of this lane's token j. */
-template <class K, int D, class T>
+/* Keys of a record to rows first_row on; scales[j] of this lane's token j. HAS_REFERENCE: that of all its tokens is added. */
+template <class K, int D, bool HAS_REFERENCE, class T>
 __device__ __forceinline__ void expand_keys(uint8_t *tile, int n_rows, int first_row, const uint8_t *plane,
-                                            const __half2 (&scales)[4], const T &table, int lane)
+                                            const uint8_t *reference, const __half2 (&scales)[4], const T &table, int lane)
 {
     const int g = lane >> 2, t = lane & 3;
     uint8_t *to = tile + (first_row + 8 * (g >> 1) + (g & 1)) * 128;
     auto chunk_of = [&](int j, int k) {
         return to + k / 2 * n_rows * 128 + 2 * j * 128 + (((2 * t + k % 2) ^ (2 * j + (g & 1))) << 4);
     };
+    /* Octet k of token j; more: of the reference. */
+    auto put_octet = [&](int j, int k, uint32_t low, uint32_t high, const uint4 &more) {
+        *reinterpret_cast<uint4 *>(chunk_of(j, k)) =
+            HAS_REFERENCE ? scaled_octet(low, high, scales[j], more) : scaled_octet(low, high, scales[j]);
+    };
+    auto more_of = [&](int k) { return HAS_REFERENCE ? reference_octet<D>(reference, t * (D / 32) + k) : uint4{}; };
     if constexpr (K::is_trellis) {
         uint32_t words[D * K::bits / 32];
         load_string(words, plane, lane);
@@ -135,7 +142,7 @@ __device__ __forceinline__ void expand_keys(uint8_t *tile, int n_rows, int first
             uint32_t bytes[D / 16];
             K::template key_bytes<D>(bytes, words, j, table, lane);
 #pragma unroll
-            for (int k = 0; k < D / 32; k++) put_octet(chunk_of(j, k), bytes[2 * k], bytes[2 * k + 1], scales[j]);
+            for (int k = 0; k < D / 32; k++) put_octet(j, k, bytes[2 * k], bytes[2 * k + 1], more_of(k));
         }
     } else {
         using columns = plane_columns<K, D, false>;
@@ -144,13 +151,12 @@ __device__ __forceinline__ void expand_keys(uint8_t *tile, int n_rows, int first
             uint32_t words[columns::n_words];
             columns::load(words, plane, c, lane);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-#pragma unroll
-                for (int o = 0; o < columns::n_octets; o++) {
-                    uint32_t low, high;
-                    K::template octet<D>(words, j * columns::n_octets + o, low, high);
-                    put_octet(chunk_of(j, c * columns::n_octets + o), low, high, scales[j]);
-                }
+            for (int i = 0; i < 4 * columns::n_octets; i++) { /* with references octet by octet: one serves all tokens */
+                const int j = HAS_REFERENCE ? i % 4 : i / columns::n_octets;
+                const int o = HAS_REFERENCE ? i / 4 : i % columns::n_octets, k = c * columns::n_octets + o;
+                uint32_t low, high;
+                K::template octet<D>(words, j * columns::n_octets + o, low, high);
+                put_octet(j, k, low, high, more_of(k));
             }
         }
     }
@@ -216,10 +222,10 @@ __device__ __forceinline__ __half2 scales_within(__half2 scales, float step, int
     return __floats2half2_rn(two.x * step, two.y * step);
 }
 
-/* One side of a record, whose first position is `first`, to its place in a tile; one warp. */
+/* One side of a record, whose first position is `first`, to its place in a tile; one warp. reference: or NULL. */
 template <class F, int D>
 __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int place, bool is_value, const uint8_t *record,
-                                            int first, int begin, int end, const F &formats,
+                                            const uint8_t *reference, int first, int begin, int end, const F &formats,
                                             const typename F::tables &tables, int lane)
 {
     using S = hopper_shape<F, D>;
@@ -248,7 +254,11 @@ __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int 
             scales[j] = scales_within(twice, formats.key_step, position, position, begin, end);
         }
         formats.with_keys([&](auto codes) {
-            expand_keys<decltype(codes), D>(keys, S::n_tokens, place * TQ_RECORD_TOKENS, record, scales, tables.key, lane);
+            using K = decltype(codes);
+            constexpr int n_rows = S::n_tokens;
+            const int first_row = place * TQ_RECORD_TOKENS;
+            if (reference) expand_keys<K, D, true>(keys, n_rows, first_row, record, reference, scales, tables.key, lane);
+            else expand_keys<K, D, false>(keys, n_rows, first_row, record, nullptr, scales, tables.key, lane);
         });
     }
 }
@@ -287,26 +297,29 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<F,
     static_assert(S::n_expanders == 2 && S::n_buffers % 2 == 0, "each has buffers of its own");
     const int thread = threadIdx.x % 128, warp = thread >> 5, lane = thread & 31;
     const int n_coded = (n_records + S::n_records - 1) / S::n_records;
-    const int record_bytes = formats.record_bytes, queue_bytes = S::n_records * record_bytes;
+    /* What is copied at once: a record, or two with the reference between them. */
+    const int record_bytes = formats.record_bytes, reference_bytes = args.reference_bytes;
+    const int unit = reference_bytes > 0 ? 2 : 1, unit_bytes = unit * record_bytes + reference_bytes;
+    const int queue_bytes = tq_record_begin(record_bytes, reference_bytes, S::n_records);
     const record_finder finder(id, args, record_bytes);
     /* Positions that records bring; a last tile's places beyond hold what was there before. */
     const int coded_begin = id.coded_begin, coded_end = min(id.coded_end, id.record_end * TQ_RECORD_TOKENS);
     const typename F::tables tables = tables_at(formats, shared.table, lane);
 
-    /* Warp 0 fills the queue: lane r brings record r of a tile, whose address it has looked up one fill before. */
+    /* Warp 0 fills the queue: lane r brings unit r of a tile, whose address it has looked up one fill before. */
     uint8_t *const queue = shared.queue + group * S::n_queue * queue_bytes;
     uint64_t *const arrived = shared.arrived + group * S::n_queue;
     const uint8_t *from = nullptr;
     auto find = [&](int i) {
-        int record = i * S::n_records + lane;
-        from = lane < S::n_records && record < n_records ? finder.at(id.record_begin + record, args) : nullptr;
+        int in_tile = lane * unit, record = i * S::n_records + in_tile;
+        from = in_tile < S::n_records && record < n_records ? finder.at(id.record_begin + record, args) : nullptr;
     };
     auto fill = [&](int i, int slot) {
         if (i >= n_coded) return;
         int n_now = min(n_records - i * S::n_records, S::n_records);
-        if (lane == 0) barrier_expect(arrived + slot, (uint32_t)(n_now * record_bytes));
+        if (lane == 0) barrier_expect(arrived + slot, (uint32_t)((n_now + unit - 1) / unit * unit_bytes));
         __syncwarp();
-        if (from) copy_bulk(queue + slot * queue_bytes + lane * record_bytes, from, record_bytes, arrived + slot);
+        if (from) copy_bulk(queue + slot * queue_bytes + lane * unit_bytes, from, unit_bytes, arrived + slot);
         find(i + 2);
     };
     if (warp == 0) {
@@ -329,9 +342,11 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<F,
 #pragma unroll 1
             for (int part = warp; part < 2 * S::n_records; part += 4) {
                 int place = part % S::n_records;
-                expand_side<F, D>(keys, values, place, part >= S::n_records,
-                                     queue + slot * queue_bytes + place * record_bytes, first + place * TQ_RECORD_TOKENS,
-                                     coded_begin, coded_end, formats, tables, lane);
+                const uint8_t *stage = queue + slot * queue_bytes + tq_record_begin(record_bytes, reference_bytes, place);
+                const uint8_t *record = stage + tq_record_within(reference_bytes, place);
+                const uint8_t *reference = reference_bytes > 0 ? stage + tq_reference_within(record_bytes, place) : nullptr;
+                expand_side<F, D>(keys, values, place, part >= S::n_records, record, reference,
+                                  first + place * TQ_RECORD_TOKENS, coded_begin, coded_end, formats, tables, lane);
             }
         } else {
             expand_exact_tile<D, S>(keys, values, positions, id, args, i - n_coded);
@@ -462,9 +477,8 @@ __global__ void __launch_bounds__(hopper_shape<F, D>::n_threads, 1)
     using S = hopper_shape<F, D>;
     const F formats(args);
     extern __shared__ __align__(1024) uint8_t memory[];
-    __shared__ uint64_t barriers[2 * S::n_buffers + S::n_expanders * S::n_queue];
-    hopper_shared<S> shared(memory, formats.table_bytes, formats.record_bytes);
-    shared.filled = barriers, shared.free = barriers + S::n_buffers, shared.arrived = barriers + 2 * S::n_buffers;
+    const hopper_shared<S> shared(memory, formats.table_bytes,
+                                  tq_record_begin(formats.record_bytes, args.reference_bytes, S::n_records));
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_buffers; i++) {
             barrier_open(shared.filled + i, 1), barrier_open(shared.free + i, 4 * S::n_groups);
@@ -478,6 +492,7 @@ __global__ void __launch_bounds__(hopper_shape<F, D>::n_threads, 1)
     id.n_rows = min(args.n_query * args.group - id.first_row, S::n_rows);
     id.first_token = token_of(id.first_row, args), id.last_token = token_of(id.first_row + id.n_rows - 1, args);
     measure_tile(id, args, length_of(args, id.sequence)); /* one split: all records */
+    if (args.reference_bytes > 0 && id.record_begin < id.record_end) id.record_begin &= ~1; /* whole blocks */
     const int n_records = max(id.record_end - id.record_begin, 0);
     const int n_tiles = (n_records + S::n_records - 1) / S::n_records + (id.n_exact + S::n_tokens - 1) / S::n_tokens;
 

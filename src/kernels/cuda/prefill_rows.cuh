@@ -139,7 +139,7 @@ struct exact_finder {
     }
     __device__ __forceinline__ static int entry(const attend_args &args, const tile_id &id, int e)
     {
-        return e < id.n_sink ? e : args.n_sink + (position(id, e) - args.n_sink) % args.n_recent;
+        return e < id.n_sink ? e : args.n_sink + position(id, e) % args.n_recent;
     }
 };
 

@@ -23,18 +23,42 @@ TQ_HD tq_plane plane_of(const tq_device_store &store, bool is_value)
     return {format.bits, store.head_dim, is_value, format.is_trellis};
 }
 
+TQ_HD int32_t record_bytes_of(const tq_device_store &store)
+{
+    return tq_record_bytes(plane_of(store, false), plane_of(store, true));
+}
+
+TQ_HD int32_t reference_bytes_of(const tq_device_store &store)
+{
+    return store.k_ref_block ? tq_reference_bytes(store.head_dim) : 0;
+}
+
+/* The bytes of one KV head's part of a page, keys and values. */
+TQ_HD int32_t head_page_bytes_of(const tq_device_store &store)
+{
+    return tq_device_head_page_bytes(record_bytes_of(store), reference_bytes_of(store), store.page_size / TQ_RECORD_TOKENS);
+}
+
 __device__ __forceinline__ slot_place place_of_slot(const tq_device_store &store, int64_t page, int32_t offset, int32_t head)
 {
-    int32_t bytes = tq_record_bytes(plane_of(store, false), plane_of(store, true));
-    int64_t index = (page * store.n_head_kv + head) * (store.page_size / TQ_RECORD_TOKENS) + offset / TQ_RECORD_TOKENS;
-    return {store.pages + index * bytes, offset % TQ_RECORD_TOKENS};
+    const int32_t reference = reference_bytes_of(store), i = offset / TQ_RECORD_TOKENS;
+    uint8_t *head_page = store.pages + (page * store.n_head_kv + head) * head_page_bytes_of(store);
+    uint8_t *record = head_page + tq_record_begin(record_bytes_of(store), reference, i) + tq_record_within(reference, i);
+    return {record, offset % TQ_RECORD_TOKENS};
 }
 
 /* The same slot of another KV head, from head 0's. */
 __device__ __forceinline__ slot_place place_of_head(const tq_device_store &store, const slot_place &first, int32_t head)
 {
-    int32_t bytes = tq_record_bytes(plane_of(store, false), plane_of(store, true));
-    return {first.record + (int64_t)head * (store.page_size / TQ_RECORD_TOKENS * bytes), first.token};
+    return {first.record + (int64_t)head * head_page_bytes_of(store), first.token};
+}
+
+/* The reference of a slot's block: head_dim codes, then its scale. */
+__device__ __forceinline__ uint8_t *reference_of_slot(const tq_device_store &store, int64_t page, int32_t offset, int32_t head)
+{
+    const int32_t record = record_bytes_of(store), i = offset / TQ_RECORD_TOKENS;
+    uint8_t *head_page = store.pages + (page * store.n_head_kv + head) * head_page_bytes_of(store);
+    return head_page + tq_record_begin(record, reference_bytes_of(store), i) + tq_reference_within(record, i);
 }
 
 __device__ __forceinline__ uint8_t *codes_of(const tq_device_store &store, const slot_place &place, bool is_value)

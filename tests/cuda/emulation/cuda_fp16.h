@@ -27,6 +27,7 @@ extern "C" {
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __grid_constant__
 #define __shared__
 #define __launch_bounds__(...)
@@ -84,6 +85,7 @@ struct coroutine {
     uint32_t mask; /* of the lanes that it waits for */
     int line;      /* of the call at which it waits */
     uint32_t n_operations;
+    uint32_t slot; /* where the operation that it was last released from has what it gave */
     dim3 index;
 };
 
@@ -95,6 +97,7 @@ struct machine {
     dim3 block, grid, block_shape;
     void (*body)(const void *);
     const void *argument;
+    bool any; /* of __syncthreads_or */
 };
 
 inline machine &the()
@@ -154,6 +157,7 @@ inline bool release_warp(uint32_t first)
             if (!(mask >> lane & 1u)) continue;
             if (other.line != m.threads[i].line) fail("lanes wait at different places", other.line);
             other.state = RUNS;
+            other.slot = (other.n_operations - 1) & 1u;
         }
         released |= all;
     }
@@ -222,22 +226,23 @@ inline void run(void (*body)(const void *), const void *argument, dim3 grid, uin
     }
 }
 
-/* Give x to the lanes of the mask, wait for all, take what one of them gave. */
+/* Give x to the lanes of the mask, wait for all, take what one of them gave. One half of a warp may have done more operations
+ * than the other, so lanes need not use the same one of their slots. */
 template <typename T> struct exchange {
-    uint32_t parity, first;
+    uint32_t first;
     exchange(const T &x, uint32_t mask, int line)
     {
         static_assert(sizeof(T) <= SLOT_BYTES, "a slot holds it");
         coroutine &self = the().threads[the().current];
-        parity = self.n_operations++ & 1u;
         first = the().current / WARP * WARP;
-        memcpy(the().slots[the().current][parity], &x, sizeof x);
+        memcpy(the().slots[the().current][self.n_operations++ & 1u], &x, sizeof x);
         wait(WAITS_FOR_WARP, mask, line);
     }
     T operator[](uint32_t lane) const
     {
         T x;
-        memcpy(&x, the().slots[first + lane % WARP][parity], sizeof x);
+        const uint32_t thread = first + lane % WARP;
+        memcpy(&x, the().slots[thread][the().threads[thread].slot], sizeof x);
         return x;
     }
 };
@@ -280,6 +285,35 @@ static inline bool __any_sync(uint32_t mask, bool x, int line = __builtin_LINE()
     return any;
 }
 
+static inline uint32_t __ballot_sync(uint32_t mask, bool x, int line = __builtin_LINE())
+{
+    emulation::exchange<bool> all(x, mask, line);
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < 32; i++) bits |= mask >> i & 1u && all[i] ? 1u << i : 0;
+    return bits;
+}
+static inline bool __all_sync(uint32_t mask, bool x, int line = __builtin_LINE())
+{
+    return __ballot_sync(mask, x, line) == mask;
+}
+static inline uint32_t __reduce_min_sync(uint32_t mask, uint32_t x, int line = __builtin_LINE())
+{
+    emulation::exchange<uint32_t> all(x, mask, line);
+    for (uint32_t i = 0; i < 32; i++) x = mask >> i & 1u && all[i] < x ? all[i] : x;
+    return x;
+}
+/* Between the barriers all have given what they have, have read what came of it, and have cleared it. */
+static inline bool __syncthreads_or(bool x, int line = __builtin_LINE())
+{
+    emulation::the().any |= x;
+    __syncthreads(line);
+    const bool any = emulation::the().any;
+    __syncthreads(-line);
+    emulation::the().any = false;
+    __syncthreads(line);
+    return any;
+}
+
 /* ---- arithmetic ---- */
 
 template <typename T> static inline T min(T a, T b)
@@ -306,6 +340,16 @@ static inline int atomicAdd(int *p, int n)
 {
     *p += n;
     return *p - n;
+}
+static inline int atomicMax(int *p, int n)
+{
+    const int before = *p;
+    *p = before < n ? n : before;
+    return before;
+}
+static inline int __popc(uint32_t x)
+{
+    return __builtin_popcount(x);
 }
 static inline uint32_t __umulhi(uint32_t a, uint32_t b)
 {
@@ -347,9 +391,24 @@ static inline float __fmul_rn(float a, float b)
 {
     return a * b;
 }
+static inline float __fdiv_rn(float a, float b)
+{
+    return a / b;
+}
+static inline float __fsqrt_rn(float x)
+{
+    return sqrtf(x);
+}
 static inline float __fmaf_rn(float a, float b, float c)
 {
     return fmaf(a, b, c);
+}
+/* Rounded down. In doubles products of two floats are exact, and so are sums of numbers of like size. */
+static inline float __fmaf_rd(float a, float b, float c)
+{
+    const double exact = (double)a * b + c;
+    const float x = (float)exact;
+    return x > exact ? nextafterf(x, -INFINITY) : x;
 }
 
 struct __half {
@@ -374,6 +433,10 @@ static inline uint16_t __half_as_ushort(__half x)
 {
     return x.bits;
 }
+static inline __half __ushort_as_half(uint16_t bits)
+{
+    return {bits};
+}
 static inline __half2 __floats2half2_rn(float x, float y)
 {
     return {__float2half_rn(x), __float2half_rn(y)};
@@ -381,6 +444,10 @@ static inline __half2 __floats2half2_rn(float x, float y)
 static inline __half2 __float2half2_rn(float x)
 {
     return __floats2half2_rn(x, x);
+}
+static inline __half2 __half2half2(__half x)
+{
+    return {x, x};
 }
 static inline float2 __half22float2(__half2 x)
 {
@@ -397,6 +464,12 @@ static inline __half2 __hsub2(__half2 a, __half2 b)
 static inline __half2 __hmul2(__half2 a, __half2 b)
 {
     return __floats2half2_rn(__half2float(a.x) * __half2float(b.x), __half2float(a.y) * __half2float(b.y));
+}
+/* A product of halves is exact in floats, and all but exact sums of such in doubles. */
+static inline __half2 __hfma2(__half2 a, __half2 b, __half2 c)
+{
+    return __floats2half2_rn((float)((double)__half2float(a.x) * __half2float(b.x) + __half2float(c.x)),
+                             (float)((double)__half2float(a.y) * __half2float(b.y) + __half2float(c.y)));
 }
 
 #endif

@@ -76,6 +76,19 @@ static inline void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b
     }
 }
 
+/* Of the dynamic shared memory, which a test calls so. */
+extern uint8_t memory[];
+static inline uint32_t shared_address(const void *p)
+{
+    return (uint32_t)((const uint8_t *)p - memory);
+}
+static inline uint32_t shared_word(uint32_t address)
+{
+    uint32_t x;
+    memcpy(&x, memory + address, sizeof x);
+    return x;
+}
+
 /* Row r of matrix i begins where lane 8 i + r says. */
 static inline void load_matrices(uint32_t (&m)[4], const void *row, int line = __builtin_LINE())
 {

@@ -1,0 +1,363 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Appends (src/kernels/cuda) on an emulated device next to the same appends to the CPU's cache: tokens of several sequences in
+ * random batches, in one call or in halves. What is exported of pages must be the bytes that tq_cache_seq_export gives, codes,
+ * scales and references, and the exact vectors must be the same. tests/cuda/check_emulated.py compiles and runs it.
+ */
+#include <cuda_fp16.h>
+#include <vector>
+
+extern "C" {
+#include "base/random.h"
+#include "codec/codec.h"
+#include "vectors.h"
+}
+#include "emulated_rotation.h"
+#include "kernels/cuda/encode_few.cuh"
+#include "kernels/cuda/encode_many.cuh"
+#include "kernels/cuda/pages.cuh"
+#include "kernels/cuda/trellis.cuh"
+
+/* Dynamic shared memory. */
+uint8_t memory[99 * 1024] __attribute__((aligned(1024)));
+
+enum { N_HEAD_KV = 2, N_SEQ = 3, PAGES_OF_SEQ = 4, N_PAGES = N_SEQ * PAGES_OF_SEQ + 1, PADDING = 2 };
+static const int32_t exact_slots[N_SEQ] = {2, 0, 1};
+
+struct test_setup {
+    tq_format formats[2];
+    int32_t head_dim, page, n_sink, n_recent, k_ref_block;
+    tq_dtype dtype;
+    bool many, outliers, descending; /* many: the encoders of large batches */
+    int32_t lens[N_SEQ];
+};
+
+struct test_data {
+    test_setup s;
+    tq_codec *codec[2];
+    tq_cache *cache;
+    int32_t seqs[N_SEQ];
+    tq_device_store store;
+    std::vector<uint8_t> pages;
+    std::vector<uint16_t> exact;
+    int32_t page_table[N_SEQ * PAGES_OF_SEQ];
+    std::vector<float> rows[2]; /* of the next batch, as FP16 and as the batch's type hold them */
+};
+
+static void must(tq_status status, int line)
+{
+    if (status == TQ_OK) return;
+    printf("line %d: %s\n", line, tq_status_string(status));
+    exit(1);
+}
+#define MUST(call) must(call, __LINE__)
+
+template <typename F> static void launch(const test_data &d, dim3 grid, int n_threads, const F &kernel)
+{
+    emulation::run([](const void *argument) { (*(const F *)argument)(); }, &kernel, grid, (uint32_t)n_threads, d.s.descending,
+                   memory, sizeof memory);
+}
+
+static uint32_t blocks_of(int64_t n, int64_t per_block)
+{
+    return (uint32_t)((n + per_block - 1) / per_block);
+}
+
+/* What append.cu launches. */
+template <int D> static void set_references(const test_data &d, const tq_cuda_append_params &p, int32_t n_tokens)
+{
+    launch(d, {blocks_of(p.n_tok, n_tokens), N_HEAD_KV, 1}, D, [&] { set_references_kernel<D>(d.store, p, n_tokens); });
+}
+
+template <int D> static void encode_few(const test_data &d, const tq_cuda_append_params &p, int side)
+{
+    const dim3 grid = {blocks_of(p.n_tok * N_HEAD_KV, encode_threads / 16), 1, 1};
+    launch(d, grid, encode_threads, [&] { encode_scalar_kernel<D>(d.store, p, side); });
+}
+
+template <int D, int BITS> static void encode_many_bits(const test_data &d, const tq_cuda_append_params &p, int side)
+{
+    const dim3 grid = {blocks_of(p.n_tok, many_threads / 4), N_HEAD_KV, 1};
+    if (side) launch(d, grid, many_threads, [&] { encode_many_kernel<D, BITS, true>(d.store, p); });
+    else launch(d, grid, many_threads, [&] { encode_many_kernel<D, BITS, false>(d.store, p); });
+}
+
+template <int D> static void encode_many(const test_data &d, const tq_cuda_append_params &p, int side)
+{
+    const int32_t bits = (side ? d.store.value : d.store.key).bits;
+    if (bits == 8) encode_many_bits<D, 8>(d, p, side);
+    else if (bits == 4) encode_many_bits<D, 4>(d, p, side);
+    else if (bits == 3) encode_many_bits<D, 3>(d, p, side);
+    else encode_many_bits<D, 2>(d, p, side);
+}
+
+template <int D, int BITS> static void encode_trellis(const test_data &d, const tq_cuda_append_params &p, int side)
+{
+    const dim3 grid = {blocks_of(p.n_tok * N_HEAD_KV, trellis_warps), 1, 1};
+    launch(d, grid, 32 * trellis_warps, [&] { encode_trellis_kernel<D, BITS>(d.store, p, side); });
+}
+
+template <int D> static void append(const test_data &d, const tq_cuda_append_params &p, int32_t n_tokens)
+{
+    if (p.half != TQ_CUDA_APPEND_STORE) {
+        if (d.store.k_ref_block) set_references<D>(d, p, n_tokens);
+        for (int side = 0; side < 2; side++) {
+            const tq_device_format &format = side ? d.store.value : d.store.key;
+            if constexpr (D <= 128) {
+                if (!format.is_trellis && d.s.many) encode_many<D>(d, p, side);
+            }
+            if (!format.is_trellis && !d.s.many) encode_few<D>(d, p, side);
+            if constexpr (D % 64 == 0) {
+                if (format.is_trellis && format.bits == 4) encode_trellis<D, 4>(d, p, side);
+                if (format.is_trellis && format.bits == 3) encode_trellis<D, 3>(d, p, side);
+                if (format.is_trellis && format.bits == 2) encode_trellis<D, 2>(d, p, side);
+            }
+        }
+    }
+    if (p.half == TQ_CUDA_APPEND_ENCODE || d.s.n_sink + d.s.n_recent == 0) return;
+    launch(d, {(uint32_t)(p.n_tok * N_HEAD_KV), 2, 1}, 64, [&] { store_exact_kernel(d.store, p); });
+}
+
+static void append_at(const test_data &d, const tq_cuda_append_params &p, int32_t n_tokens)
+{
+    switch (d.s.head_dim) {
+    case 64:
+        return append<64>(d, p, n_tokens);
+    case 96:
+        return append<96>(d, p, n_tokens);
+    case 128:
+        return append<128>(d, p, n_tokens);
+    case 192:
+        return append<192>(d, p, n_tokens);
+    default:
+        return append<256>(d, p, n_tokens);
+    }
+}
+
+static void fill_format(tq_device_format &out, const tq_codec *codec)
+{
+    const tq_format_traits *traits = codec->traits;
+    out.bits = traits->bits, out.is_trellis = traits->family == TQ_FAMILY_TRELLIS;
+    if (traits->codebook) {
+        const size_t n = (size_t)1 << traits->bits;
+        memcpy(out.centroids, traits->codebook, n * sizeof(float));
+        memcpy(out.boundaries, traits->boundaries, (n - 1) * sizeof(float));
+    }
+    out.settled_min = codec->settled_min, out.settled_max = codec->settled_max;
+    if (traits->windows) memcpy(out.windows, traits->windows, sizeof out.windows);
+}
+
+static void open_data(test_data &d)
+{
+    const test_setup &s = d.s;
+    for (int side = 0; side < 2; side++) MUST(tq_codec_create(&d.codec[side], s.formats[side], s.head_dim, TQ_SEED_DEFAULT));
+    fill_format(d.store.key, d.codec[0]), fill_format(d.store.value, d.codec[1]);
+    d.store.rotation = emulated_rotation(d.codec[0]->rotation);
+    d.store.head_dim = s.head_dim, d.store.n_head_kv = N_HEAD_KV, d.store.page_size = s.page;
+    d.store.n_sink = s.n_sink, d.store.n_recent = s.n_recent, d.store.k_ref_block = s.k_ref_block;
+    d.store.n_pages = N_PAGES, d.store.n_exact_slots = N_SEQ;
+    d.pages.assign((size_t)head_page_bytes_of(d.store) * N_HEAD_KV * N_PAGES + 16, 0xff);
+    d.exact.assign((size_t)N_SEQ * 2 * N_HEAD_KV * (s.n_sink + s.n_recent) * s.head_dim + 8, 0xffff);
+    d.store.pages = d.pages.data() + (16 - (uintptr_t)d.pages.data() % 16) % 16;
+    d.store.exact = d.exact.data() + (16 - (uintptr_t)d.exact.data() % 16) % 16 / 2;
+    for (int32_t i = 0; i < N_SEQ * PAGES_OF_SEQ; i++) d.page_table[i] = i * 5 % N_PAGES;
+    tq_cache_params params;
+    tq_cache_params_default(&params);
+    params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
+    params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
+    MUST(tq_cache_create(&d.cache, &params));
+    for (int32_t i = 0; i < N_SEQ; i++) MUST(tq_cache_seq_create(d.cache, &d.seqs[i]));
+}
+
+/* Rows of a batch in its type. */
+static std::vector<uint8_t> typed(const std::vector<float> &rows, tq_dtype dtype)
+{
+    std::vector<uint8_t> bytes(rows.size() * 4 + 16);
+    for (size_t i = 0; i < rows.size(); i++) {
+        const uint16_t half = dtype == TQ_DTYPE_F16 ? tq_half_from_float(rows[i]) : tq_bfloat_from_float(rows[i]);
+        if (dtype == TQ_DTYPE_F32) memcpy(&bytes[4 * i], &rows[i], 4);
+        else memcpy(&bytes[2 * i], &half, 2);
+    }
+    return bytes;
+}
+
+/* So many tokens more of each sequence, to both. */
+static void append_batch(test_data &d, tq_random *random, const int32_t *done, const int32_t *counts)
+{
+    const test_setup &s = d.s;
+    const size_t width = (size_t)N_HEAD_KV * s.head_dim;
+    std::vector<int64_t> slots, positions;
+    std::vector<int32_t> seq_ids;
+    int32_t longest = 0;
+    for (std::vector<float> &rows : d.rows) rows.clear();
+    for (int32_t seq = 0; seq < N_SEQ; seq++) {
+        for (int32_t i = 0; i < counts[seq]; i++) {
+            const int64_t position = done[seq] + i;
+            slots.push_back((int64_t)d.page_table[seq * PAGES_OF_SEQ + position / s.page] * s.page + position % s.page);
+            positions.push_back(position), seq_ids.push_back(seq);
+        }
+        const size_t first = d.rows[0].size();
+        for (int side = 0; side < 2; side++) {
+            std::vector<float> &rows = d.rows[side];
+            rows.resize(first + counts[seq] * width);
+            for (size_t i = first; i < rows.size(); i += s.head_dim) {
+                const vector_kind kind = s.outliers ? (vector_kind)(tq_random_next(random) % VECTOR_KINDS) : VECTOR_GAUSSIAN;
+                random_vector(random, kind, 1.3f, &rows[i], s.head_dim);
+                for (int32_t k = 0; k < s.head_dim; k++) {
+                    float x = rows[i + k] + (side || s.outliers ? 0.0f : (float)(k % 7) - 2.0f); /* keys have means */
+                    if (s.dtype == TQ_DTYPE_BF16) x = tq_bfloat_to_float(tq_bfloat_from_float(x));
+                    rows[i + k] = tq_half_to_float(tq_half_from_float(x));
+                    if (s.dtype == TQ_DTYPE_F32) rows[i + k] += 1e-5f * rows[i + k]; /* less than FP16 can tell */
+                }
+            }
+        }
+        if (counts[seq] > longest) longest = counts[seq];
+        if (counts[seq] == 0) continue;
+        MUST(tq_cache_append(d.cache, d.seqs[seq], 0, counts[seq], &d.rows[0][first], &d.rows[1][first], NULL));
+    }
+    for (int i = 0; i < PADDING; i++) { /* as a captured batch has */
+        slots.push_back(-1), positions.push_back(-1), seq_ids.push_back(-1);
+        for (std::vector<float> &rows : d.rows) rows.resize(rows.size() + width, NAN);
+    }
+    const std::vector<uint8_t> k = typed(d.rows[0], s.dtype), v = typed(d.rows[1], s.dtype);
+    int32_t n_not_finite = 0;
+    tq_cuda_append_params p = {};
+    p.n_tok = (int64_t)slots.size(), p.dtype = s.dtype, p.row_stride = (int64_t)width, p.k = k.data(), p.v = v.data();
+    p.slot_mapping = slots.data(), p.positions = positions.data(), p.seq_ids = seq_ids.data();
+    p.page_table = d.page_table, p.page_table_stride = PAGES_OF_SEQ, p.exact_slots = exact_slots;
+    p.n_not_finite = &n_not_finite;
+    const int32_t n_tokens = tq_random_next(random) % 2 ? 1 : 1 + (int32_t)(tq_random_next(random) % reference_tokens_max);
+    if (s.n_recent > 0 && longest <= s.n_recent && tq_random_next(random) % 2) { /* in halves */
+        tq_cuda_append_params half = p;
+        half.half = TQ_CUDA_APPEND_ENCODE;
+        if (longest <= (s.k_ref_block ? 1 : s.n_recent)) half.k = half.v = nullptr;
+        append_at(d, half, n_tokens);
+        p.half = TQ_CUDA_APPEND_STORE;
+    }
+    append_at(d, p, n_tokens);
+    if (n_not_finite) emulation::fail("numbers that are not finite", n_not_finite);
+}
+
+/* The number of vectors, references among them, of a sequence that are not the cache's; and how many there are. */
+static int compare(test_data &d, int32_t seq, int32_t length, int *n_compared)
+{
+    const test_setup &s = d.s;
+    const int32_t coded_end = length - s.n_recent > s.n_sink ? length - s.n_recent : s.n_sink;
+    const int32_t n_pages = coded_end > s.n_sink ? (int32_t)blocks_of(coded_end, s.page) : 0;
+    const size_t code_bytes[2] = {d.codec[0]->code_bytes, d.codec[1]->code_bytes}, n_refs = s.k_ref_block ? s.page / 64 : 0;
+    const size_t heads[2] = {s.page * (code_bytes[0] + 2) + n_refs * (s.head_dim + 2), s.page * (code_bytes[1] + 2)};
+    const size_t strides[2] = {(heads[0] + 63) / 64 * 64, (heads[1] + 63) / 64 * 64};
+    tq_cache_stats stats;
+    MUST(tq_cache_get_stats(d.cache, &stats));
+    if (stats.page_bytes != N_HEAD_KV * (strides[0] + strides[1])) emulation::fail("the cache's pages have other sizes", 0);
+    std::vector<uint8_t> wanted(n_pages * stats.page_bytes + 1), found(n_pages * N_HEAD_KV * (heads[0] + heads[1]) + 1);
+    const size_t exact_bytes = 2 * N_HEAD_KV * (size_t)(s.n_sink + s.n_recent) * s.head_dim * sizeof(uint16_t);
+    std::vector<uint16_t> exact(exact_bytes / 2 + 1);
+    MUST(tq_cache_seq_export(d.cache, d.seqs[seq], 0, n_pages, wanted.data(), exact.data(), exact_bytes));
+    const int32_t *table = d.page_table + seq * PAGES_OF_SEQ;
+    if (n_pages > 0) {
+        const dim3 grid = {blocks_of((int64_t)n_pages * N_HEAD_KV * s.page, page_threads / 16), 2, 1};
+        launch(d, grid, page_threads, [&] { convert_pages_kernel<false>(d.store, table, n_pages, found.data()); });
+    }
+    int n_wrong = 0;
+    for (int32_t page = 0; page < n_pages; page++) {
+        for (int32_t head = 0; head < N_HEAD_KV; head++) {
+            for (int side = 0; side < 2; side++) {
+                const uint8_t *mine = &found[(page * N_HEAD_KV + head) * (heads[0] + heads[1]) + side * heads[0]];
+                const uint8_t *other = &wanted[page * stats.page_bytes + side * N_HEAD_KV * strides[0] + head * strides[side]];
+                const size_t codes = code_bytes[side], scales = s.page * codes, references = scales + s.page * 2;
+                for (int32_t i = 0; i < s.page; i++) {
+                    const int32_t position = page * s.page + i, d_ref = s.head_dim;
+                    if (position < s.n_sink || position >= coded_end) continue;
+                    n_wrong += memcmp(mine + i * codes, other + i * codes, codes) != 0 ||
+                               memcmp(mine + scales + 2 * i, other + scales + 2 * i, 2) != 0;
+                    ++*n_compared;
+                    if (side || !n_refs) continue;
+                    const size_t at = references + i / 64 * d_ref, scale = references + n_refs * d_ref + i / 64 * 2;
+                    n_wrong += memcmp(mine + at, other + at, d_ref) != 0 || memcmp(mine + scale, other + scale, 2) != 0;
+                }
+            }
+        }
+    }
+    const int32_t n_entries = s.n_sink + s.n_recent;
+    for (int32_t position = 0; position < length; position++) {
+        if (position >= s.n_sink && position < coded_end) continue;
+        const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_recent;
+        for (int32_t list = 0; list < 2 * N_HEAD_KV; list++) {
+            const size_t at = (size_t)(list * n_entries + entry) * s.head_dim;
+            const uint16_t *mine = d.store.exact + (size_t)exact_slots[seq] * 2 * N_HEAD_KV * n_entries * s.head_dim + at;
+            n_wrong += memcmp(mine, &exact[at], 2 * (size_t)s.head_dim) != 0;
+            ++*n_compared;
+        }
+    }
+    return n_wrong;
+}
+
+static int n_passed, n_failed;
+
+static void test(const test_setup &s, uint64_t seed)
+{
+    test_data d = {};
+    d.s = s;
+    open_data(d);
+    tq_random random = tq_random_stream(seed, 7);
+    int32_t done[N_SEQ] = {}, left = 0;
+    for (int32_t n : s.lens) left += n;
+    int n_wrong = 0, n_compared = 0, n_calls = 0;
+    while (left > 0) {
+        int32_t counts[N_SEQ];
+        const int32_t kind = (int32_t)(tq_random_next(&random) % 4);
+        const int32_t most = kind == 0 ? 1 : kind == 1 ? 6 : kind == 2 ? s.n_recent : 150;
+        for (int32_t seq = 0; seq < N_SEQ; seq++) {
+            const int32_t rest = s.lens[seq] - done[seq];
+            counts[seq] = kind == 0 ? 1 : (int32_t)(tq_random_next(&random) % (uint64_t)(most + 1));
+            if (counts[seq] > rest) counts[seq] = rest;
+            left -= counts[seq];
+        }
+        append_batch(d, &random, done, counts);
+        for (int32_t seq = 0; seq < N_SEQ; seq++) done[seq] += counts[seq];
+        if (++n_calls % 8 != 0 && left > 0) continue;
+        for (int32_t seq = 0; seq < N_SEQ; seq++) n_wrong += compare(d, seq, done[seq], &n_compared);
+    }
+    const bool good = n_wrong == 0;
+    printf("%s append %s/%s, head_dim %d, page %d, sinks %d, ring %d, references of %d, ", good ? "ok    " : "FAILED",
+           d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent, s.k_ref_block);
+    printf("dtype %d, many %d, outliers %d: %d calls, %d of %d vectors differ\n", (int)s.dtype, s.many, s.outliers, n_calls,
+           n_wrong, n_compared);
+    fflush(stdout);
+    for (tq_codec *codec : d.codec) tq_codec_free(codec);
+    tq_cache_free(d.cache);
+    if (good) n_passed++;
+    else n_failed++;
+}
+
+int main()
+{
+    /* The presets, and scalar formats, at head_dims of one chunk and three, of one round and two. */
+    static const struct {
+        tq_format k, v;
+        int32_t head_dim;
+    } pairs[] = {{TQ_FORMAT_TQ8, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT3, TQ_FORMAT_TT3, 64},
+                 {TQ_FORMAT_TT3, TQ_FORMAT_TT2, 64},  {TQ_FORMAT_TQ8, TQ_FORMAT_TT4, 128}, {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 128},
+                 {TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, 64},  {TQ_FORMAT_TQ3, TQ_FORMAT_TQ4, 96},  {TQ_FORMAT_TQ8, TQ_FORMAT_TQ2, 96},
+                 {TQ_FORMAT_TQ4, TQ_FORMAT_TQ8, 128}, {TQ_FORMAT_TQ2, TQ_FORMAT_TQ3, 128}, {TQ_FORMAT_TQ4, TQ_FORMAT_TQ2, 192},
+                 {TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 256}, {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, 256}};
+    static const int32_t sinks[] = {4, 0, 64, 30}, rings[] = {17, 64, 1, 40};
+    uint64_t seed = 1;
+    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+        for (int32_t k = 0; k < 4; k++, seed++) {
+            const bool is_trellis = pairs[i].k >= TQ_FORMAT_TT4 || pairs[i].v >= TQ_FORMAT_TT4;
+            if (is_trellis && k > 1) continue; /* whose search takes long here */
+            test_setup s = {};
+            s.formats[0] = pairs[i].k, s.formats[1] = pairs[i].v, s.head_dim = pairs[i].head_dim;
+            s.page = k % 2 ? 128 : 64, s.n_sink = sinks[(i + k) % 4], s.n_recent = rings[(i + 2 * k) % 4];
+            s.k_ref_block = k == 3 ? 0 : 64, s.dtype = (tq_dtype)((i + k) % 3), s.outliers = (i + k) % 3 == 2;
+            s.many = pairs[i].head_dim <= 128 && k % 2, s.descending = (i + k) % 2;
+            const int32_t lens[N_SEQ] = {is_trellis ? 135 : 230, 70 + s.n_recent, 5};
+            memcpy(s.lens, lens, sizeof lens);
+            test(s, seed);
+        }
+    }
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
+}
