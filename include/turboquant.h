@@ -645,6 +645,7 @@ typedef struct tq_cuda_store {
     /* 64: keys are coded against references, one for each 64 positions and KV head, as a cache's with this k_ref_block. Wants
      * n_recent > 0, and page_size to be a multiple of it. 0: none. */
     int32_t k_ref_block;
+    const int8_t *k_factors; /* optional [n_head_kv, head_dim]: as tq_cache_set_key_factors; the same in all calls */
     uint64_t seed;
     int64_t n_pages;       /* of `pages` */
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */

@@ -222,7 +222,7 @@ def test_rows_that_share_a_page_and_differ_in_length(tmp_path):
     store.trim(cache.seqs[0], 50)
     cache.seqs.append(store.seq_fork(cache.seqs[1]))
     wanted = [store.read(seq, 1) for seq in cache.seqs]
-    _cuda_snapshot.save(store, cache.seqs, tmp_path / "a.tqs", cache._options, cache._factors_to)
+    _cuda_snapshot.save(store, cache.seqs, tmp_path / "a.tqs", cache._options)
     loaded = load(tmp_path / "a.tqs", **PLAIN)
     for seq, one in zip(loaded.seqs, wanted):
         for mine, other in zip(loaded.store.read(seq, 1), one):

@@ -126,7 +126,8 @@ def test_angles(kind):
 
 
 def quarters(cache):
-    return [None if layer._factors is None else layer._factors.quarters.tolist() for layer in cache._compressed]
+    found = [cache.store.key_factors(layer._number) for layer in cache._compressed]
+    return [None if factors is None else factors.tolist() for factors in found]
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +157,11 @@ def test_nothing_of_a_request_matters(model):
     assert quarters(cache) == found[0]
 
 
-@pytest.mark.skipif(ON_DEVICE, reason="factors of devices are powers of two")
 def test_the_library_has_them(model):
     """In quarters of an octave; a copy that goes on with another model gets a store of its own, and hurts nobody."""
     cache, other_model = compressed(model, **PRESET), make_with_outliers("llama")
     logits(model, cache, ids(1, 100))
     assert any((np.array(layer) % 4 != 0).any() for layer in quarters(cache))
-    assert [cache.store.key_factors(i).tolist() for i in range(4)] == quarters(cache)
     copied, alone = copy.deepcopy(cache), compressed(other_model, **PRESET)
     copied.reset()
     wanted = logits(other_model, alone, ids(1, 80))

@@ -232,15 +232,7 @@ def test_choices():
     with pytest.raises(turboquant.ArgumentError, match="learnt from keys without factors"):
         weight_factors.chosen("weights", "x.tqcal")
 
-
-def test_as_exact_data():
-    """In a file; layers whose keys are half floats have none."""
-    rng, formats = np.random.default_rng(4), [turboquant.format_info(name).number for name in ("tt4", "f16", "tq8")]
-    exponents = [rng.integers(-8, 9, (2, 64), np.int8), None, None]
-    data = weight_factors.to_exact_data(exponents, formats, 4096)
-    assert data.dtype == np.uint8 and len(data) == 4096
-    found = weight_factors.from_exact_data(data, formats, (2, 64))
-    assert np.array_equal(found[0], exponents[0]) and found[1:] == [None, None]
-    assert weight_factors.from_exact_data(np.zeros(4096, np.uint8), formats, (2, 64)) is None
-    with pytest.raises(turboquant.UnsupportedError, match="n_sink and n_recent"):
-        weight_factors.to_exact_data(exponents, formats, 0)
+def test_channel_factors():
+    """2^(quarters / 4), correctly rounded."""
+    quarters = np.arange(-32, 33, dtype=np.int8).reshape(5, 13)
+    assert np.array_equal(weight_factors.channel_factors(quarters), np.float32(2.0 ** (quarters / 4.0)))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import weight_factors
 from ._library import CudaAttendParams, CudaSizes, CudaStore, lib
 from .errors import ArgumentError, CacheFullError, UnsupportedError
 from .formats import SEED_DEFAULT, Codec, format_info, format_number, preset as find_preset
@@ -55,6 +56,8 @@ class Layer:
         lib.tq_cuda_sizes_get(ctypes.byref(self.sizes), self.ref)
         self.pages = empty_bytes(0, device)
         self.grow(1)
+        self.key_factors: np.ndarray | None = None
+        self.holds_tokens = False  # of some sequence
 
     def grow(self, n_pages: int) -> None:
         """Room for n_pages; those that there are keep their content."""
@@ -62,6 +65,19 @@ class Layer:
         pages[: len(self.pages)].copy_(self.pages)
         self.pages = pages
         self.struct.pages, self.struct.n_pages = pages.data_ptr(), n_pages
+
+    def set_key_factors(self, factors: np.ndarray | None) -> None:
+        """As Cache.set_key_factors. The same ones stay where they are, for graphs that have been captured."""
+        if factors is not None and not factors.any():
+            factors = None
+        if factors is self.key_factors or (factors is not None and self.key_factors is not None
+                                           and np.array_equal(factors, self.key_factors)):
+            return
+        if self.holds_tokens:
+            raise ArgumentError("a layer holds tokens whose keys have other factors: set them before the first token")
+        self.key_factors = factors
+        self._on_device = None if factors is None else torch.from_numpy(factors.copy()).to(self.device)
+        self.struct.k_factors = None if self._on_device is None else self._on_device.data_ptr()
 
 
 @dataclass
@@ -198,6 +214,19 @@ class DeviceStore:
         self._free_slots.append(sequence.slot)
         if not self._sequences:  # what comes next may be of another model
             self.n_not_finite.zero_()
+        self._note_emptiness()
+
+    def key_factors(self, layer: int) -> np.ndarray | None:
+        return self.layers[layer].key_factors
+
+    def set_key_factors(self, layer: int, factors: np.ndarray | None) -> None:
+        """As Cache.set_key_factors."""
+        self.layers[layer].set_key_factors(factors)
+
+    def _note_emptiness(self) -> None:
+        if not any(sequence.length for sequence in self._sequences.values()):
+            for layer in self.layers:
+                layer.holds_tokens = False
 
     def length(self, seq: int, layer: int = 0) -> int:
         return self._sequences[seq].length
@@ -224,6 +253,8 @@ class DeviceStore:
         for page in pages:
             self._refs[page] += 1
         self._sequences[seq] = _Sequence(length, list(pages), self._sequences[seq].slot)
+        for layer in self.layers:
+            layer.holds_tokens |= length > 0
 
     def _add(self, sequence: _Sequence) -> int:
         self._n_created += 1
@@ -356,6 +387,7 @@ class DeviceStore:
         unused = sequence.pages[n_pages:]
         del sequence.pages[n_pages:]
         self._release(unused)
+        self._note_emptiness()
 
     def _restore(self, number: int, sequence: _Sequence, begin: int, end: int) -> None:
         rows = torch.from_numpy(self._decode(number, sequence, begin, end)).to(self.device, torch.float16)
@@ -384,6 +416,8 @@ class DeviceStore:
                                                 begin_ref, -(-end // block))
                 rows += references[:, np.arange(begin, end) // block - begin_ref]
                 at += n_bytes
+            if not sides and layer.key_factors is not None:
+                rows *= weight_factors.channel_factors(layer.key_factors)[:, None]
             sides.append(rows)
         return np.stack(sides)
 

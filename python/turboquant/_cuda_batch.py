@@ -347,6 +347,7 @@ class Batch:
             if encoded is not None:
                 torch.cuda.current_stream(self.device).wait_event(encoded)
         self._calls.append((part.row, part.n_rows, step.end - step.begin))
+        layer.holds_tokens = True
         cuda_append(self._statuses, layer.ref, self._append_ref, stream(self.device))
 
     def _set_places(self, part: _Part, step: _Step) -> None:

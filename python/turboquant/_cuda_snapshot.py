@@ -6,7 +6,7 @@ alone writes, checks and refuses files. Codes, references and exact vectors are 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,15 +120,16 @@ def _exact_shape(store: DeviceStore) -> tuple[int, ...]:
 
 # ---- to the CPU ----
 
-def save(store: DeviceStore, seqs: Sequence[int], path: str | os.PathLike, options: dict[str, Any],
-         more: Callable[[Cache], list[int]]) -> None:
-    """Write sequences to a file that a cache with these options loads; more: makes others, to stand behind them."""
+def save(store: DeviceStore, seqs: Sequence[int], path: str | os.PathLike, options: dict[str, Any]) -> None:
+    """Write sequences to a file that a cache with these options loads."""
     store.check_finite(int(store.n_not_finite))
     n_pages = sum(-(-store.length(seq) // store.page_size) for seq in seqs)
     options = options | {"page_size": store.page_size, "max_tok": max(n_pages, 1) * store.page_size}
     host = Cache(len(store.layers), store.n_head_kv, store.head_dim, **options)
     try:
-        host.save(path, [*_to_host(store, seqs, host), *more(host)])
+        for number in range(len(store.layers)):
+            host.set_key_factors(number, store.key_factors(number))
+        host.save(path, _to_host(store, seqs, host))
     finally:
         host.close()
 
@@ -173,6 +174,8 @@ def move(host: Cache, seqs: Sequence[int], store: DeviceStore) -> list[int]:
     lengths = [host.length(seq) for seq in seqs]
     if any(host.length(seq, number) != length for seq, length in zip(seqs, lengths) for number in range(host.n_layer)):
         raise UnsupportedError("layers hold different numbers of tokens, which a device's cache cannot: load it on the CPU")
+    for number in range(host.n_layer):
+        store.set_key_factors(number, host.key_factors(number))
     layout, found = _Pages(store), store.seq_create(len(seqs))
     tables = [host.page_table(seq)[: store._n_pages(length)].tolist() for seq, length in zip(seqs, lengths)]
     places = dict.fromkeys(page for table in tables for page in table)

@@ -33,7 +33,6 @@ from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
 from ._library import AttendParams, lib, log
 from .errors import ArgumentError, SnapshotError, UnsupportedError
-from .formats import preset as find_preset
 
 NAME = "turboquant"
 """The attention implementation, for model.set_attn_implementation."""
@@ -104,35 +103,17 @@ class _Stock(_Handle):
         self.tensor = tensor
 
 
-class _Factors:
-    """
-    Factors of a layer's keys, int8 [n_head_kv, head_dim] of quarters of an octave. is_ours: rows are scaled here, by powers of
-    two, and not by the library's cache.
-    """
-
-    def __init__(self, quarters: np.ndarray, is_ours: bool) -> None:
-        self.quarters, self.is_ours = quarters, is_ours
-        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None  # of queries and keys, [n_head, 1, head_dim]
-
-    def scaled(self, query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Multiply queries, divide keys: exact in every type."""
-        if self._tensors is None or self._tensors[0].device != query.device or len(self._tensors[0]) != query.shape[1]:
-            of_keys = torch.from_numpy(np.ldexp(np.float32(1), -self.quarters // 4)).to(query.device)[:, None]
-            self._tensors = (1 / of_keys).repeat_interleave(query.shape[1] // keys.shape[1], dim=0), of_keys
-        return tuple(torch.mul(x, factors, out=torch.empty_like(x)) for x, factors in zip((query, keys), self._tensors))
-
-
 _known = weight_factors.Known()
 
 
 @torch.no_grad()
-def _factors_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int, whole: bool
+def _factors_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int
                 ) -> tuple[np.ndarray, float] | None:
     """weight_factors.of_module, once for each module; query and keys say what it makes, and where."""
     shape, norm = (query.shape[1], keys.shape[1], keys.shape[3]), weight_factors.norm_before(module)
-    return _known.get(module, (*shape, n_ref, whole), lambda: weight_factors.of_module(
+    return _known.get(module, (*shape, n_ref), lambda: weight_factors.of_module(
         module, *shape, lambda x: torch.from_numpy(x).to(query.device, query.dtype), lambda x: x.float().cpu().numpy(),
-        lambda: _rope(module, shape[2]), n_ref, norm, whole))
+        lambda: _rope(module, shape[2]), n_ref, norm))
 
 
 def _rope(module: torch.nn.Module, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +164,6 @@ class TurboQuantLayer(CacheLayerMixin):
         # Weak, so that a cache and its memory go when the last user of the cache does.
         self._owner, self._number, self.index = weakref.ref(owner), number, index
         self._model_config: Any = None
-        self._factors: _Factors | None = None  # of the keys that it holds
         self.n_columns = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -225,25 +205,20 @@ class TurboQuantLayer(CacheLayerMixin):
                                 f"cache was made for {wanted[0]} of {wanted[1]} and {wanted[2]}: pass the model's config")
         self._model_config = config
 
-    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
+    def _find_factors(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, scaling: float
+                      ) -> np.ndarray | None:
         """Those of the keys to come, from the weights of the module that brings the first."""
-        owner, found = self._cache(), None
-        is_ours = query.device.type in _DEVICE_TYPES
-        if owner._factors == "weights" and not weight_factors.is_exact(owner._key_formats[self._number]):
-            of_weights = _factors_of(module, query, keys, weight_factors.references_of(owner._options), is_ours)
-            if of_weights is None:
-                owner._do_without_factors(module, self)
-            else:
-                quarters, spread = of_weights
-                fmt, layer = owner._key_formats[self._number], f"compressed layer {self._number}"
-                weight_factors.warn_of_spread(fmt, spread * scaling, layer)
-                found = quarters if quarters.any() else None
-        if not is_ours:
-            owner._set_key_factors(self, found)
-        # The same tensors, if they may be, for CUDA graphs that have been captured.
-        if (found is None or self._factors is None or self._factors.is_ours != is_ours
-                or not np.array_equal(self._factors.quarters, found)):
-            self._factors = None if found is None else _Factors(found, is_ours)
+        owner = self._cache()
+        if owner._factors == "off" or weight_factors.is_exact(owner._key_formats[self._number]):
+            return None
+        of_weights = _factors_of(module, query, keys, weight_factors.references_of(owner._options))
+        if of_weights is None:
+            owner._do_without_factors(module, self)
+            return None
+        factors, spread = of_weights
+        layer = f"compressed layer {self._number}"
+        weight_factors.warn_of_spread(owner._key_formats[self._number], spread * scaling, layer)
+        return factors
 
     def attend(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                mask: torch.Tensor | None, scaling: float | None, softcap: float | None = None,
@@ -258,11 +233,10 @@ class TurboQuantLayer(CacheLayerMixin):
         if sinks is not None:
             sinks = sinks.detach().to(torch.float32).contiguous()
         try:
-            if self.n_columns == 0:
-                self._find_factors(module, query, keys, scaling)
+            factors = self._find_factors(module, query, keys, scaling) if self.n_columns == 0 else None
             self._check(module.config, query, keys, values)
-            if self._factors is not None and self._factors.is_ours:
-                query, keys = self._factors.scaled(query, keys)
+            if self.n_columns == 0:
+                owner._set_key_factors(self, factors, query.device)
             kept = owner._begin(self, query, mask)
             if owner._batch is not None:
                 out = owner._batch.attend(self._number, query, keys, values, scaling, softcap, sinks)
@@ -464,13 +438,11 @@ class TurboQuantCache(Cache):
         self._free(self.seqs)
         self.seqs, self._columns = [], Columns()
         store = self.store
-        self.store = _HostStore(store.n_layer, store.n_head_kv, store.head_dim, **self._options)
+        self.store = _HostStore(len(self._compressed), store.n_head_kv, store.head_dim, **self._options)
         self._device = self._batch = None
 
-    def _set_key_factors(self, layer: TurboQuantLayer, factors: np.ndarray | None) -> None:
+    def _set_key_factors(self, layer: TurboQuantLayer, factors: np.ndarray | None, device: torch.device) -> None:
         """Of a layer that holds nothing."""
-        if not isinstance(self.store, _cache.Cache):
-            return  # which is refused by its device
         try:
             self.store.set_key_factors(layer._number, factors)
         except ArgumentError:
@@ -478,6 +450,7 @@ class TurboQuantCache(Cache):
             if layer is not self._compressed[0]:
                 raise
             self._renew_store()
+            self._use(device)
             self.store.set_key_factors(layer._number, factors)
 
     @property
@@ -541,9 +514,6 @@ class TurboQuantCache(Cache):
         if device.type in _DEVICE_TYPES:
             from ._cuda import DeviceStore
 
-            if self.seqs and any(layer._factors is not None and not layer._factors.is_ours for layer in self._compressed):
-                raise UnsupportedError("this cache's keys have factors that a CUDA device does not know: run the prompt again "
-                                       "there, or save caches that are to move with factors='off'")
             store = DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim,
                                 max_tokens=self._max_tokens, **self._options)
             if self.seqs:  # which were loaded
@@ -759,53 +729,11 @@ class TurboQuantCache(Cache):
             raise ArgumentError("a layer was left out of a forward pass: reset() the cache and run the prompt again before "
                                 "saving it")
         if isinstance(self.store, _cache.Cache):
-            of_factors = self._factors_to(self.store)
-            try:
-                self.store.save(path, [*self.seqs, *of_factors])
-            finally:
-                self._free(of_factors)
+            self.store.save(path, self.seqs)
             return
         from ._cuda_snapshot import save
 
-        save(self.store, self.seqs, path, self._options, self._factors_to)
-
-    def _factors_to(self, store: _cache.Cache) -> list[int]:
-        """A sequence without tokens that holds the factors of rows that were scaled here, for a file; none without any."""
-        ours = [layer._factors if layer._factors is not None and layer._factors.is_ours else None for layer in self._compressed]
-        exponents = [None if found is None else found.quarters // 4 for found in ours]
-        if all(found is None for found in exponents):
-            return []
-        of_preset = find_preset(self._options["preset"])
-        n_exact = sum(getattr(of_preset, name) if self._options.get(name) is None else self._options[name]
-                      for name in ("n_sink", "n_recent"))
-        n_values = sum(store.head_dim * (not weight_factors.is_exact(k)) + store.head_dim_v * (not weight_factors.is_exact(v))
-                       for k, v in zip(self._key_formats, weight_factors.formats_of(self._options, store.n_layer, "v")))
-        n_bytes = 2 * n_values * store.n_head_kv * n_exact
-        data = weight_factors.to_exact_data(exponents, self._key_formats, n_bytes)
-        seq = store.seq_create()
-        try:
-            store.seq_import(seq, 0, 0, None, data)
-        except BaseException:
-            store.seq_free(seq)
-            raise
-        return [seq]
-
-    def _take_factors(self, seqs: list[int], exact_bytes: int) -> list[int]:
-        """The inverse, for a file's sequences: those without that one. Other factors the library has from the file."""
-        for layer in self._compressed:
-            quarters = self.store.key_factors(layer._number)
-            layer._factors = None if quarters is None else _Factors(quarters, False)
-        if self.store.length(seqs[-1]) > 0:
-            return seqs
-        data = np.zeros(exact_bytes, np.uint8)
-        self.store.seq_export(seqs[-1], exact=data)
-        exponents = weight_factors.from_exact_data(data, self._key_formats, (self.store.n_head_kv, self.store.head_dim))
-        if exponents is None:
-            return seqs
-        for layer, found in zip(self._compressed, exponents):
-            layer._factors = None if found is None else _Factors(4 * found, True)
-        self._free(seqs[-1:])
-        return seqs[:-1]
+        save(self.store, self.seqs, path, self._options)
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: Any, preset: str | None = None, device: str | torch.device | None = None,
@@ -813,9 +741,8 @@ class TurboQuantCache(Cache):
         """
         A cache from a file that `save` wrote. Formats and what else the file says are the file's; where a preset or options are
         given, they must be those of the saved cache; factors are the file's, and `factors` is for tokens after a reset(). A
-        calibration must be given. On a CUDA device if that is given, else in
-        the CPU's memory, from which the first forward pass takes it to the model's. Raises SnapshotError; UnsupportedError
-        where a device cannot hold it.
+        calibration must be given. On a CUDA device if that is given, else in the CPU's memory, from which the first forward
+        pass takes it to the model's. Raises SnapshotError; UnsupportedError where a device cannot hold it.
         """
         info = _cache.describe_snapshot(path)
         n_layer = list(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]).count("full_attention")
@@ -827,7 +754,7 @@ class TurboQuantCache(Cache):
             if f"{side}_format" in options:
                 of_file.pop(f"layer_{side}_formats", None)
         cache = cls(config, "TQ4" if preset is None else preset, **(of_file | options))
-        cache.seqs = cache._take_factors(cache.store.load(path), info.exact_bytes)
+        cache.seqs = cache.store.load(path)
         cache._columns = Columns.left_padded([cache.store.length(seq) for seq in cache.seqs])
         for layer in cache._compressed:
             layer.n_columns, layer.is_initialized = cache._columns.n, True

@@ -4,8 +4,8 @@ Factors for channels of keys, from a model's weights: docs/quality.md, "Factors 
 
 A coded key's error is even over its channels, so a channel that outweighs the others costs them their precision. Keys are
 divided by a factor for each channel before they are coded, and queries multiplied by it: logits stay what they are, whatever
-the factors. They depend on weights only, never on what is read. The library's cache takes them; where rows are scaled in
-Python, on GPUs and in MLX-LM, they are powers of two, so that scaling rounds nothing.
+the factors. They depend on weights only, never on what is read. The library's caches take them; in MLX-LM, where Python scales
+rows, they are powers of two, so that scaling rounds nothing.
 
 An engine says what its modules are called with; the rest is here. Modules are those of Transformers or of MLX-LM, which have
 the same names.
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import _library
-from .errors import ArgumentError, UnsupportedError
+from .errors import ArgumentError
 from .formats import format_info, format_number, preset as find_preset
 
 CHOICES = ("weights", "off")
@@ -54,6 +54,13 @@ def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray, m
     found, spread = np.empty(keys.shape, np.int8), ctypes.c_float()
     _library.lib.tq_key_factors(found.ctypes.data, ctypes.byref(spread), ctypes.byref(params))
     return found, spread.value
+
+
+def channel_factors(quarters: np.ndarray) -> np.ndarray:
+    """2^(quarters / 4), the library's float32 bits."""
+    octaves, rest = np.divmod(quarters.astype(np.int32), 4)
+    bits = np.array([0x3f800000, 0x3f9837f0, 0x3fb504f3, 0x3fd744fd], np.int32)[rest]
+    return (bits + octaves * 0x800000).astype(np.int32).view(np.float32)
 
 
 def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.ndarray:
@@ -242,32 +249,3 @@ def without(options: dict[str, Any], n_layer: int, module: Any) -> dict[str, Any
         f"outlier channels, and few bits may ruin what such a model says: {what}. To choose yourself pass k_format=, or "
         "factors='off', which leaves the preset as it is", UserWarning, stacklevel=2)
     return {"k_format": "tq8"} if is_presets else {}
-
-
-# ---- in files: docs/snapshot.md ----
-
-# Begins the exact data that hold them.
-_MARK = np.frombuffer(b"exponents of two", np.uint8)
-
-
-def to_exact_data(exponents: Sequence[np.ndarray | None], formats: Sequence[int], n_bytes: int) -> np.ndarray:
-    """Of all layers, whose keys have these formats, as exact data of n_bytes. Raises UnsupportedError if they are too few."""
-    shape = next(found.shape for found in exponents if found is not None)
-    layers = [np.zeros(shape, np.int8) if found is None else found
-              for found, fmt in zip(exponents, formats) if not is_exact(fmt)]
-    said = np.concatenate([_MARK, np.stack(layers).view(np.uint8).ravel()])
-    if len(said) > n_bytes:
-        raise UnsupportedError("a cache with factors for its keys needs exact tokens to be saved, whose place in the file they "
-                               "take: make it with the preset's n_sink and n_recent, or with factors='off'")
-    return np.pad(said, (0, n_bytes - len(said)))
-
-
-def from_exact_data(data: np.ndarray, formats: Sequence[int], shape: tuple[int, int]) -> list[np.ndarray | None] | None:
-    """The inverse; None if that is not what the bytes are. shape: (n_head_kv, head_dim)."""
-    has_some = [not is_exact(fmt) for fmt in formats]
-    n = sum(has_some) * shape[0] * shape[1]
-    if len(data) < len(_MARK) + n or not np.array_equal(data[: len(_MARK)], _MARK):
-        return None
-    layers = iter(data[len(_MARK) : len(_MARK) + n].view(np.int8).reshape(-1, *shape).copy())
-    found = [next(layers) if has else None for has in has_some]
-    return [layer if layer is not None and layer.any() else None for layer in found]

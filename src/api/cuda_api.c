@@ -158,12 +158,14 @@ static tq_status prepare(tq_device_store *out, const tq_cuda_store *store)
     if (store->n_exact_slots < 0 || store->n_exact_slots > INT32_MAX) return bad("n_exact_slots is out of range");
     if (store->n_sink + store->n_recent > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
     if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
+    if ((uintptr_t)store->k_factors % 8 != 0) return bad("k_factors must be aligned to 8 bytes");
     *out = (tq_device_store){.head_dim = store->head_dim,
                              .n_head_kv = store->n_head_kv,
                              .page_size = store->page_size,
                              .n_sink = store->n_sink,
                              .n_recent = store->n_recent,
                              .k_ref_block = store->k_ref_block,
+                             .k_factors = store->k_factors,
                              .n_pages = store->n_pages,
                              .n_exact_slots = store->n_exact_slots,
                              .pages = store->pages,

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/half.h"
+#include "codec/codec.h"
 #include "device_test.h"
 #include "vectors.h"
 
@@ -135,6 +136,11 @@ static size_t key_page_bytes(const model *m)
     return references_begin(m) + n_refs * ((size_t)m->s.head_dim + 2);
 }
 
+static void scale_key(const model *m, int32_t head, int32_t sign, float *x)
+{
+    if (m->s.factors) tq_scale_channels(m->factors + head * m->s.head_dim, sign, m->s.head_dim, 1, x);
+}
+
 /* The reference of the block that position is the first coded one of: the mean of the ring that it begins, through tq8, to
  * reference and to its canonical place in the head's page. */
 static void set_reference(model *m, tq_codec *ref_codec, int32_t seq, int64_t position, int32_t head, uint8_t *head_page,
@@ -149,6 +155,7 @@ static void set_reference(model *m, tq_codec *ref_codec, int32_t seq, int64_t po
         for (int32_t n = 0; n < s->n_recent; n++) reference[k] += m->rows[0][row_of(m, seq, position + n, head) + k];
         reference[k] /= (float)s->n_recent;
     }
+    scale_key(m, head, -1, reference);
     if (tq_codec_encode(ref_codec, reference, 1, record) != TQ_OK) abort();
     if (tq_codec_decode(ref_codec, record, 1, reference) != TQ_OK) abort();
     memcpy(to + i * d, record + 2, d);
@@ -186,10 +193,13 @@ static void encode_rows(model *m)
                     if (!side && s->k_ref_block && (position == s->n_sink || position % s->k_ref_block == 0))
                         set_reference(m, ref_codec, seq, position, head, base, reference);
                     if (side) base += key_page;
-                    for (size_t k = 0; k < d; k++) x[k] = to[k] - reference[k];
+                    memcpy(x, to, d * sizeof *x);
+                    if (!side) scale_key(m, head, -1, x);
+                    for (size_t k = 0; k < d; k++) x[k] -= reference[k];
                     if (tq_codec_encode(codec, x, 1, record) != TQ_OK) abort();
                     if (tq_codec_decode(codec, record, 1, to) != TQ_OK) abort();
                     for (size_t k = 0; k < d; k++) to[k] += reference[k];
+                    if (!side) scale_key(m, head, 1, to);
                     memcpy(base + offset * codes, record + 2, codes);
                     memcpy(base + page_size * codes + 2 * offset, record, 2);
                     m->encoded_mark[(size_t)page * page_size + offset] = 1;
@@ -216,6 +226,10 @@ void model_open(model *m, const setup *s, uint64_t seed)
     m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent, m->store.k_ref_block = s->k_ref_block;
     m->store.n_pages = m->n_pages, m->store.n_exact_slots = s->n_seq;
     CHECK(tq_cuda_sizes_get(&m->sizes, &m->store) == TQ_OK, "sizes");
+    size_t n_factors = (size_t)s->n_head_kv * (size_t)s->head_dim;
+    m->factors = calloc(n_factors, 1);
+    for (size_t i = 0; s->factors && i < n_factors; i++) m->factors[i] = (int8_t)((int)(i * 37 % 17) - 8);
+    if (s->factors) m->store.k_factors = device_copy_of(m->factors, n_factors);
     /* 0xff: NaN in scales, the largest codes. What was not written must not be seen. */
     m->store.pages = device_alloc((size_t)m->n_pages * m->sizes.page_bytes, 0xff);
     m->store.exact = device_alloc((size_t)s->n_seq * m->sizes.exact_bytes, 0xff);
@@ -479,6 +493,6 @@ float *model_check_attend(model *m)
 void model_close(model *m)
 {
     for (int side = 0; side < 2; side++) free(m->rows[side]), free(m->decoded[side]);
-    free(m->page_table), free(m->canonical), free(m->encoded_mark);
+    free(m->page_table), free(m->canonical), free(m->encoded_mark), free(m->factors);
     device_free_all();
 }

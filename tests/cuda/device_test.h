@@ -31,7 +31,7 @@ typedef struct setup {
     tq_dtype dtype;
     int64_t window;
     float softcap;
-    bool sinks, deterministic, outliers;
+    bool sinks, deterministic, outliers, factors;
     int32_t n_seq;
     const int64_t *lens;
     int64_t first_batch; /* tokens of each sequence appended in the first call; 0: drawn */
@@ -49,6 +49,7 @@ typedef struct model {
     float *decoded[2];     /* what attention should see */
     uint8_t *canonical;    /* [n_pages, canonical_bytes]: what pages should hold where something was encoded */
     uint8_t *encoded_mark; /* [n_pages, page_size] */
+    int8_t *factors;       /* [n_head_kv, head_dim] */
     tq_random random;
 } model;
 

@@ -28,7 +28,7 @@ struct test_setup {
     tq_format formats[2];
     int32_t head_dim, page, n_sink, n_recent, k_ref_block;
     tq_dtype dtype;
-    bool many, outliers, descending; /* many: the encoders of large batches */
+    bool many, outliers, descending, factors; /* many: the encoders of large batches */
     int32_t lens[N_SEQ];
 };
 
@@ -40,6 +40,7 @@ struct test_data {
     tq_device_store store;
     std::vector<uint8_t> pages;
     std::vector<uint16_t> exact;
+    alignas(8) int8_t factors[N_HEAD_KV * TQ_DEVICE_HEAD_DIM_MAX];
     int32_t page_table[N_SEQ * PAGES_OF_SEQ];
     std::vector<float> rows[2]; /* of the next batch, as FP16 and as the batch's type hold them */
 };
@@ -166,6 +167,11 @@ static void open_data(test_data &d)
     params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
     params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
     MUST(tq_cache_create(&d.cache, &params));
+    for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(i * 37 % 65 - 32);
+    if (s.factors) {
+        d.store.k_factors = d.factors;
+        MUST(tq_cache_set_key_factors(d.cache, 0, d.factors));
+    }
     for (int32_t i = 0; i < N_SEQ; i++) MUST(tq_cache_seq_create(d.cache, &d.seqs[i]));
 }
 
@@ -320,8 +326,9 @@ static void test(const test_setup &s, uint64_t seed)
         for (int32_t seq = 0; seq < N_SEQ; seq++) n_wrong += compare(d, seq, done[seq], &n_compared);
     }
     const bool good = n_wrong == 0;
-    printf("%s append %s/%s, head_dim %d, page %d, sinks %d, ring %d, references of %d, ", good ? "ok    " : "FAILED",
-           d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent, s.k_ref_block);
+    printf("%s append %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
+           d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent, s.k_ref_block,
+           s.factors);
     printf("dtype %d, many %d, outliers %d: %d calls, %d of %d vectors differ\n", (int)s.dtype, s.many, s.outliers, n_calls,
            n_wrong, n_compared);
     fflush(stdout);
@@ -353,6 +360,7 @@ int main()
             s.page = k % 2 ? 128 : 64, s.n_sink = sinks[(i + k) % 4], s.n_recent = rings[(i + 2 * k) % 4];
             s.k_ref_block = k == 3 ? 0 : 64, s.dtype = (tq_dtype)((i + k) % 3), s.outliers = (i + k) % 3 == 2;
             s.many = pairs[i].head_dim <= 128 && k % 2, s.descending = (i + k) % 2;
+            s.factors = (i + k / 2) % 2;
             const int32_t lens[N_SEQ] = {is_trellis ? 135 : 230, 70 + s.n_recent, 5};
             memcpy(s.lens, lens, sizeof lens);
             test(s, seed);

@@ -29,7 +29,7 @@ struct test_setup {
     tq_format formats[2];
     int32_t head_dim, page, n_query, n_sink, n_recent, window;
     float softcap;
-    bool references, sinks, deterministic, descending;
+    bool references, factors, sinks, deterministic, descending;
 };
 
 struct test_data {
@@ -41,6 +41,7 @@ struct test_data {
     std::vector<float> q, out, lse, partials;
     std::vector<uint32_t> counters;
     float sinks[N_HEAD];
+    int8_t factors[N_HEAD_KV * TQ_DEVICE_HEAD_DIM_MAX];
     int32_t page_table[N_SEQ * PAGES_OF_SEQ];
 
     size_t row(int32_t seq, int32_t position, int32_t head) const
@@ -124,6 +125,7 @@ static void fill_data(test_data &d, uint64_t seed)
     memcpy(d.page_table, table, sizeof table);
     std::vector<float> references;
     fill_references(d, &random, references);
+    for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(s.factors ? i * 37 % 17 - 8 : 0);
     for (int side = 0; side < 2; side++) {
         d.rows[side].assign((size_t)N_SEQ * lens[0] * N_HEAD_KV * s.head_dim, NAN);
         for (int32_t seq = 0; seq < N_SEQ; seq++) {
@@ -133,9 +135,9 @@ static void fill_data(test_data &d, uint64_t seed)
                 for (int32_t k = 0; k < s.head_dim; k++) x[k] = (float)random_gaussian(&random) * (side ? 0.7f : 1.3f);
                 const int32_t i_block = seq * tq_ceil_div(lens[0], TQ_REF_BLOCK) + position / TQ_REF_BLOCK;
                 const float *reference = &references[((size_t)i_block * N_HEAD_KV + head) * s.head_dim];
-                for (int32_t k = 0; k < s.head_dim; k++) {
-                    x[k] = __half2float(__float2half_rn(x[k] + (side ? 0.0f : reference[k])));
-                }
+                const int8_t *factors = d.factors + head * s.head_dim;
+                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] = (x[k] + reference[k]) * tq_channel_factor(factors[k]);
+                for (int32_t k = 0; k < s.head_dim; k++) x[k] = __half2float(__float2half_rn(x[k]));
                 if (position < s.n_sink || position >= lens[seq] - s.n_recent) {
                     const int32_t n = s.n_sink + s.n_recent;
                     const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_recent;
@@ -144,10 +146,12 @@ static void fill_data(test_data &d, uint64_t seed)
                     continue;
                 }
                 uint8_t bytes[2 + TQ_CODE_BYTES_MAX];
+                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] *= tq_channel_factor((int8_t)-factors[k]);
                 for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] -= reference[k];
                 if (tq_codec_encode(d.codec[side], x, 1, bytes) != TQ_OK) abort();
                 if (tq_codec_decode(d.codec[side], bytes, 1, x) != TQ_OK) abort();
                 for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] += reference[k];
+                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] *= tq_channel_factor(factors[k]);
                 const int32_t i_record = position % s.page / TQ_RECORD_TOKENS;
                 uint8_t *to = d.stage(seq, position, head) + tq_record_within(d.reference_bytes(), i_record);
                 const int32_t token = position % TQ_RECORD_TOKENS, codes = tq_plane_bytes(key) + tq_plane_bytes(value);
@@ -157,7 +161,11 @@ static void fill_data(test_data &d, uint64_t seed)
         }
     }
     d.q.resize((size_t)N_SEQ * s.n_query * N_HEAD * s.head_dim);
-    for (float &x : d.q) x = __half2float(__float2half_rn((float)random_gaussian(&random) * 1.5f));
+    for (size_t i = 0; i < d.q.size(); i++) {
+        const int32_t head = (int32_t)(i / s.head_dim % N_HEAD) / GROUP;
+        const float factor = tq_channel_factor((int8_t)-d.factors[head * s.head_dim + i % s.head_dim]);
+        d.q[i] = __half2float(__float2half_rn((float)random_gaussian(&random) * 1.5f * factor));
+    }
     d.out.assign(d.q.size(), NAN), d.lse.assign((size_t)N_SEQ * s.n_query * N_HEAD, NAN);
     for (int32_t i = 0; i < N_HEAD; i++) d.sinks[i] = (float)(i % 5) - 1.0f;
 }
@@ -176,6 +184,7 @@ static attend_args args_of(test_data &d)
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.page_bytes = (int64_t)d.page_bytes();
     args.rotation = emulated_rotation(d.codec[0]->rotation);
+    args.key_factors = s.factors ? d.factors : nullptr;
     for (int side = 0; side < 2; side++) {
         const int8_t *windows = d.codec[side]->traits->windows;
         if (windows) memcpy(args.windows[side], windows, sizeof args.windows[side]);
@@ -287,9 +296,10 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
     error = sqrt(error / size), error_narrow = sqrt(error_narrow / size);
     /* As on a device: tests/cuda/device_model.c. */
     const bool good = error <= 2 * error_narrow && lse_error <= 4 * lse_narrow + 1e-3;
-    printf("%s %s %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, window %d, softcap %g, learned sinks %d: ",
-           good ? "ok    " : "FAILED", s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page,
-           s.n_sink, s.n_recent, s.references, s.window, (double)s.softcap, s.sinks);
+    printf("%s %s %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
+           s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent,
+           s.references, s.factors);
+    printf("window %d, softcap %g, learned sinks %d: ", s.window, (double)s.softcap, s.sinks);
     printf("error %.2e (BF16 %.2e), lse %.1e (%.1e)\n", error, error_narrow, lse_error, lse_narrow);
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     tq_codec_free(d.ref_codec);
@@ -306,7 +316,7 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
     if (i % 3 == 1) s.window = 60;
     if (i % 3 == 2) s.softcap = 3.0f, s.sinks = true;
-    s.references = (i + i / 2) % 2 == 0, s.page = i % 5 < 2 ? 128 : 64;
+    s.references = (i + i / 2) % 2 == 0, s.factors = i / 2 % 2, s.page = i % 5 < 2 ? 128 : 64;
     if (i % 5 == 3 && !s.references) s.n_sink = s.n_recent = 0;
     if (i % 7 == 6) s.n_sink = 40; /* the first record is the second of its block */
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;

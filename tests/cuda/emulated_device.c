@@ -107,12 +107,20 @@ static void read_reference(const context *c, int64_t page, int32_t offset, int32
     if (tq_codec_decode(c->ref_codec, record, 1, x) != TQ_OK) abort();
 }
 
+/* Keys, divided (sign -1) by their channels' factors or multiplied. */
+static void scale_key(const tq_device_store *s, int32_t head, int32_t sign, float *x)
+{
+    if (s->k_factors) tq_scale_channels(s->k_factors + head * s->head_dim, sign, s->head_dim, 1, x);
+}
+
 static void encode(const context *c, int64_t page, int32_t offset, int32_t head, int i_side, const float *from)
 {
     uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
     float x[TQ_DEVICE_HEAD_DIM_MAX], mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
     if (c->ref_codec && !i_side) read_reference(c, page, offset, head, mean);
-    for (int32_t i = 0; i < c->store->head_dim; i++) x[i] = from[i] - mean[i];
+    memcpy(x, from, (size_t)c->store->head_dim * sizeof *x);
+    if (!i_side) scale_key(c->store, head, -1, x);
+    for (int32_t i = 0; i < c->store->head_dim; i++) x[i] -= mean[i];
     if (tq_codec_encode(c->sides[i_side].codec, x, 1, record) != TQ_OK) abort();
     size_t codes = c->sides[i_side].codes;
     uint8_t *base = head_page(c, page, head, i_side);
@@ -128,10 +136,11 @@ static void decode(const context *c, int64_t page, int32_t offset, int32_t head,
     memcpy(record + 2, base + (size_t)offset * codes, codes);
     memcpy(record, base + (size_t)c->store->page_size * codes + 2 * (size_t)offset, 2);
     if (tq_codec_decode(c->sides[i_side].codec, record, 1, x) != TQ_OK) abort();
-    if (!c->ref_codec || i_side) return;
-    float mean[TQ_DEVICE_HEAD_DIM_MAX];
-    read_reference(c, page, offset, head, mean);
+    if (i_side) return;
+    float mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
+    if (c->ref_codec) read_reference(c, page, offset, head, mean);
     for (int32_t i = 0; i < c->store->head_dim; i++) x[i] += mean[i];
+    scale_key(c->store, head, 1, x);
 }
 
 static float load(const void *from, tq_dtype dtype, int64_t i)
@@ -217,6 +226,7 @@ static void set_reference(const context *c, const task *t, int32_t head)
         for (int32_t k = 0; k < s->head_dim; k++) mean[k] += tq_half_to_float(half[k]);
     }
     for (int32_t k = 0; k < s->head_dim; k++) mean[k] /= (float)s->n_recent;
+    scale_key(s, head, -1, mean);
     uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
     if (tq_codec_encode(c->ref_codec, mean, 1, record) != TQ_OK) abort();
     reference to = reference_of(c, t->page, t->offset, head);

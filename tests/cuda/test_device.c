@@ -35,9 +35,9 @@ static tq_format format_of(const char *name)
 
 static void run(const char *what, setup s, uint64_t seed)
 {
-    device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d, references of %d", what,
-                name_of(s.k_format), name_of(s.v_format), s.head_dim, s.n_head_kv, s.group, s.n_query, s.page_size, s.n_sink,
-                s.n_recent, s.k_ref_block);
+    device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d, references of %d, factors %d",
+                what, name_of(s.k_format), name_of(s.v_format), s.head_dim, s.n_head_kv, s.group, s.n_query, s.page_size,
+                s.n_sink, s.n_recent, s.k_ref_block, s.factors);
     model m;
     model_open(&m, &s, seed);
     model_append(&m);
@@ -63,9 +63,10 @@ static setup plain(tq_format k, tq_format v, int32_t head_dim)
                    .lens = lens};
 }
 
-/* With references, if it can have any. */
+/* With references, if it can have any, and factors of channels. */
 static setup referring(setup s)
 {
+    s.factors = true;
     s.k_ref_block = s.n_recent > 0 && s.page_size % 64 == 0 ? 64 : 0;
     return s;
 }

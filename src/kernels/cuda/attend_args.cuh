@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/factors.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/split.h"
 
@@ -37,6 +38,7 @@ struct attend_args {
     uint32_t page_magic; /* record / records_per_page is the upper half of record * page_magic, unless that is one per page */
     int64_t page_bytes;  /* of all KV heads */
     tq_device_rotation rotation;
+    const int8_t *key_factors;           /* [n_head_kv, head_dim], or NULL */
     __align__(4) int8_t windows[2][256]; /* of keys' and values' trellises */
     /* The call. */
     const void *q;
@@ -211,13 +213,15 @@ template <int D> __device__ __forceinline__ void load_query(float (&x)[D / 16], 
 }
 
 template <int D>
-__device__ __forceinline__ void prepare_query(tile_queries<D> &out, float (&x)[D / 16], const attend_args &args)
+__device__ __forceinline__ void prepare_query(tile_queries<D> &out, float (&x)[D / 16], const tile_id &tile,
+                                              const attend_args &args)
 {
     constexpr float largest = 127.0f * 128.0f;
     const int row = threadIdx.x / 16, lane16 = threadIdx.x & 15;
     float magnitude = 0.0f;
 #pragma unroll
     for (int k = 0; k < D / 16; k++) out.plain[row][16 * k + lane16] = x[k];
+    scale_channels<D>(x, args.key_factors, tile.head, 1, lane16);
     rotate<D>(x, args.rotation, lane16);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) magnitude = fmaxf(magnitude, fabsf(x[k]));

@@ -319,7 +319,7 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
     }
     const uint8_t *next_from = from[N];
 
-    if (threadIdx.x < 16 * TQ_TILE_ROWS) prepare_query<D>(shared.queries, query, args);
+    if (threadIdx.x < 16 * TQ_TILE_ROWS) prepare_query<D>(shared.queries, query, tile, args);
     const typename F::tables tables = formats.open_tables(work + shape::work_bytes(stage_bytes), args, lane);
     if (threadIdx.x == 0) shared.next_record = tile.record_begin + (N + 1) * shape::n_warps;
     __syncthreads();

@@ -9,7 +9,7 @@
 
 #include "turboquant.h"
 
-#define TQ_DEVICE_ABI 3
+#define TQ_DEVICE_ABI 4
 #define TQ_DEVICE_HEAD_DIM_MAX 256
 #define TQ_DEVICE_EXACT_MAX 512 /* sinks and ring of a sequence: their scores are kept in shared memory */
 #define TQ_DEVICE_MESSAGE 256
@@ -36,6 +36,7 @@ typedef struct tq_device_store {
     int32_t head_dim, n_head_kv, page_size, n_sink, n_recent;
     int32_t k_ref_block; /* 0, or layout.h's TQ_REF_BLOCK */
     tq_device_rotation rotation;
+    const int8_t *k_factors; /* [n_head_kv, head_dim], or NULL */
     int64_t n_pages, n_exact_slots;
     uint8_t *pages;
     uint16_t *exact; /* FP16 [n_exact_slots, keys and values, n_head_kv, n_sink + n_recent, head_dim] */

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(encode_threads) encode_scalar_kernel(const __g
 
     float x[D / 16];
     load_vector<D>(x, store, p, task, is_value, head, lane16);
-    if (!is_value) subtract_reference<D>(x, store, task, head, lane16);
+    if (!is_value) key_to_coded<D>(x, store, task, head, lane16);
     rotate<D>(x, store.rotation, lane16);
     int code[D / 16];
     __half scale;

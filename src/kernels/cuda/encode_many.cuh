@@ -460,11 +460,11 @@ __device__ __forceinline__ void bring_references(many_shared<D> &shared, const t
 }
 
 /* A KV head's rows of a warp's 8 vectors to shared memory, signs flipped and steps 1, 2 and 4 of the transform done; `source`
- * is of this lane's vector. Rows are all on their way before the first is used. has_references: they stand there, and are taken
- * off. */
+ * is of this lane's vector. Rows are all on their way before the first is used. factors [head_dim], of keys: they are divided
+ * by these. has_references: they stand there, and are taken off. */
 template <int D>
 __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda_append_params &p, const row_source &source,
-                                           bool is_value, int32_t head, bool has_references)
+                                           bool is_value, int32_t head, const int8_t *factors, bool has_references)
 {
     constexpr int per_row = D / 8, n = D / 32; /* pieces of a row, of a lane */
     const int lane = threadIdx.x & 31;
@@ -508,6 +508,14 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda
             x[2 * k] = pair.x, x[2 * k + 1] = pair.y;
         }
         float4 *to = reinterpret_cast<float4 *>(rows[row].x + many_row<D>::at(8 * at));
+        if (factors) {
+            const uint2 steps = __ldg(reinterpret_cast<const uint2 *>(factors) + at);
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const int8_t step = (int8_t)((k < 4 ? steps.x : steps.y) >> 8 * (k % 4));
+                x[k] = __fmul_rn(x[k], channel_factor(-step));
+            }
+        }
         if (has_references) {
             const float4 low = to[0], high = to[1];
             const float reference[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -564,7 +572,8 @@ __global__ void __launch_bounds__(many_threads, many_blocks)
         for (int32_t head = (int32_t)blockIdx.y; head < store.n_head_kv; head += (int32_t)gridDim.y) {
             const bool has_references = !IS_VALUE && store.k_ref_block > 0;
             if (has_references) bring_references<D>(shared, store, task, head);
-            bring_rows<D>(shared, p, source, IS_VALUE, head, has_references);
+            const int8_t *factors = IS_VALUE || !store.k_factors ? nullptr : store.k_factors + head * D;
+            bring_rows<D>(shared, p, source, IS_VALUE, head, factors, has_references);
             float x[D / 4];
             rotated_elements<D>(x, row, store.rotation);
             __syncwarp(); /* codes go where the rows were */

@@ -166,6 +166,7 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     args.reference_bytes = reference_bytes_of(store);
     args.page_bytes = (int64_t)head_page_bytes_of(store) * store.n_head_kv;
     args.rotation = store.rotation;
+    args.key_factors = store.k_factors;
     memcpy(args.windows[0], store.key.windows, sizeof args.windows[0]);
     memcpy(args.windows[1], store.value.windows, sizeof args.windows[1]);
 }

@@ -197,6 +197,7 @@ __device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_i
         if (e < id.n_exact) {
             load_strided(x, finder.keys + (k % 2) * finder.side + (int64_t)finder.entry(args, id, e) * D + lane16);
         }
+        if (k % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
         rotate<D>(x, args.rotation, lane16);
         __half *to = k % 2 ? tile.values[token] : tile.keys[token];
 #pragma unroll
@@ -252,6 +253,7 @@ __device__ __forceinline__ void prefill_queries(prefill_shared<D> &shared, const
             row_place place = place_of(id, args, row);
             load_strided(x, args.q, args.dtype, place.token * args.q_token_stride + place.head * args.q_head_stride + lane16);
         }
+        scale_channels<D>(x, args.key_factors, id.head, 1, lane16);
         rotate<D>(x, args.rotation, lane16);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) shared.work.queries[row][16 * k + lane16] = __float2half_rn(x[k] * args.scale_log2);

@@ -276,6 +276,7 @@ __device__ __forceinline__ void expand_exact_tile(uint8_t *keys, uint8_t *values
         if (e < id.n_exact) {
             load_strided(x, finder.keys + (n % 2) * finder.side + (int64_t)finder.entry(args, id, e) * D + lane16);
         }
+        if (n % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
         rotate<D>(x, args.rotation, lane16);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
@@ -458,6 +459,7 @@ template <class S, int D> __device__ __forceinline__ void write_queries(uint8_t 
             row_place place = place_of(id, args, row);
             load_strided(x, args.q, args.dtype, place.token * args.q_token_stride + place.head * args.q_head_stride + lane16);
         }
+        scale_channels<D>(x, args.key_factors, id.head, 1, lane16);
         rotate<D>(x, args.rotation, lane16);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
