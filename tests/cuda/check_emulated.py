@@ -25,7 +25,7 @@ def copy_kernels(folder):
     """The kernels' headers with shared variables as static ones; by a macro those that are extern could not be told apart."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (ROOT / "src/kernels/cuda").glob("*.cuh"):
-        if path.name != "mma.cuh":
+        if path.name not in ("mma.cuh", "hopper.cuh"):
             (folder / path.name).write_text(re.sub(r"(?<!extern )\b__shared__\b", "static", path.read_text()))
 
 
