@@ -13,6 +13,7 @@ import transformers
 import turboquant
 from tiny import (BACKEND, CACHE, DEVICE, F16, ON_DEVICE, SIZES, compressed, divergence, generated, ids, logits,
                   make_model, stock, use_attention_of)
+from turboquant import transformers as adapter
 from turboquant.transformers import TurboQuantCache
 
 HALVES, QUARTER = np.arange(64) % 32, np.where(np.arange(64) < 16, np.arange(64) % 8, np.arange(64))
@@ -169,6 +170,24 @@ def test_the_library_has_them(model):
     again = compressed(model, **PRESET)
     logits(model, again, ids(1, 100))
     assert torch.equal(logits(model, cache, ids(1, 9, seed=3)), logits(model, again, ids(1, 9, seed=3)))
+
+
+@pytest.mark.skipif(BACKEND != "emulated", reason="the CPU's caches want the model there, too")
+@pytest.mark.parametrize("options", [{}, {"k_ref_block": 0}])
+def test_a_device_has_the_cpus(options, monkeypatch):
+    """A key bias counts as far as references leave it, which a device has like the CPU."""
+    model = make_with_outliers("qwen2")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias += torch.linspace(-3, 3, len(layer.self_attn.k_proj.bias))
+    found = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(adapter, "_DEVICE_TYPES", devices)
+        cache = compressed(model, **PRESET | options)
+        logits(model, cache, ids(1, 20))
+        assert isinstance(cache.store, turboquant.Cache) == (not devices)
+        found.append(exponents(cache))
+    assert found[0] == found[1] and None not in found[0]
 
 
 def test_weights_stay_as_they_are(model):

@@ -25,7 +25,7 @@ def copy_kernels(folder):
     """The kernels' headers with shared variables as static ones; by a macro those that are extern could not be told apart."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (ROOT / "src/kernels/cuda").glob("*.cuh"):
-        if path.name != "mma.cuh":
+        if path.name not in ("mma.cuh", "hopper.cuh"):
             (folder / path.name).write_text(re.sub(r"(?<!extern )\b__shared__\b", "static", path.read_text()))
 
 
@@ -42,8 +42,8 @@ def main():
         subprocess.run([COMPILER, "-std=c++17", *FLAGS, *first, *FOLDERS, "-x", "c++", ROOT / f"tests/cuda/{name}.cu",
                         "-x", "none", *libraries, "-o", folder / name], check=True)
         done = subprocess.run([folder / name], stdout=subprocess.PIPE, text=True)
-        print(done.stdout, end="", flush=True)
         found = re.search(r"^(\d+) passed, (\d+) failed$", done.stdout, re.MULTILINE)
+        print(re.sub(r"^(\d+ passed, )", rf"{name}: \1", done.stdout, flags=re.MULTILINE), end="", flush=True)
         of_program = [int(n) for n in found.groups()] if found else [0, 0]
         if done.returncode and not of_program[1]:
             of_program[1] = 1  # it did not come to its end

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Decode and the portable prefill (src/kernels/cuda) on an emulated device, against attention in double precision over what the
- * codec decodes: the kernels for any pair with every pair of formats at every head_dim, and those of a pair's own.
- * tests/cuda/check_emulated.py compiles and runs it.
+ * Decode and prefill (src/kernels/cuda) on an emulated device, against attention in double precision over what the codec
+ * decodes: the kernels for any pair with every pair of formats at every head_dim (Hopper's prefill with some), and those of a
+ * pair's own. tests/cuda/check_emulated.py compiles and runs it.
  */
 #include <cuda_fp16.h>
 #include <vector>
@@ -16,13 +16,14 @@ extern "C" {
 #include "kernels/cuda/decode.cuh"
 #include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill.cuh"
+#include "kernels/cuda/prefill_hopper.cuh"
 
 /* What blocks call so: all the shared memory that prefill and decode may use. */
-uint8_t memory[99 * 1024] __attribute__((aligned(1024))), work[227 * 1024] __attribute__((aligned(1024)));
+uint8_t memory[227 * 1024] __attribute__((aligned(1024))), work[227 * 1024] __attribute__((aligned(1024)));
 
 enum { N_HEAD_KV = 2, GROUP = 3, N_HEAD = N_HEAD_KV * GROUP, N_SEQ = 2, SPLITS = 3 };
-enum { PAGES_OF_SEQ = 2, N_PAGES = 5 };
-static const int32_t lens[N_SEQ] = {115, 39};
+enum { PAGES_OF_SEQ = 8, N_PAGES = 17 };
+static int32_t lens[N_SEQ]; /* of the running test */
 
 struct test_setup {
     const char *kernel;
@@ -121,8 +122,7 @@ static void fill_data(test_data &d, uint64_t seed)
     const tq_plane key = d.plane(false), value = d.plane(true);
     d.pages.assign(d.page_bytes() * N_PAGES, 0xff); /* NaN in scales, the largest codes */
     d.exact.assign((size_t)N_SEQ * 2 * N_HEAD_KV * (s.n_sink + s.n_recent) * s.head_dim + 1, {0xffff});
-    static const int32_t table[] = {3, 1, 4, 0};
-    memcpy(d.page_table, table, sizeof table);
+    for (int32_t i = 0; i < N_SEQ * PAGES_OF_SEQ; i++) d.page_table[i] = (3 + i * 5) % N_PAGES;
     std::vector<float> references;
     fill_references(d, &random, references);
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(s.factors ? i * 37 % 17 - 8 : 0);
@@ -228,6 +228,14 @@ template <int D> static void run_prefill(attend_args args, bool descending)
     run_kernel<prefill_kernel<D>>(args, grid, shape::n_threads, descending, memory, n_bytes);
 }
 
+template <class F, int D> static void run_hopper(attend_args args, bool descending)
+{
+    using shape = hopper_shape<F, D>;
+    args.splits_allowed = 1;
+    const dim3 grid = {(uint32_t)tq_ceil_div(args.n_query * GROUP, shape::n_rows), N_HEAD_KV, N_SEQ};
+    run_kernel<prefill_hopper_kernel<F, D>>(args, grid, shape::n_threads, descending, memory, shape::shared_bytes);
+}
+
 template <class F, int D, int N_WARPS> static void run_decode(const attend_args &args, bool descending)
 {
     using shape = decode_shape<D, N_WARPS, F::n_stages>;
@@ -308,10 +316,12 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
 
 static int n_passed, n_failed;
 
-/* Options by a number; prefill wants many queries. */
+/* Options by a number; prefill wants many queries, and Hopper's more tokens, since its tiles have up to 128. */
 static void test(const char *kernel, runner run, tq_format k, tq_format v, int32_t head_dim, bool is_prefill, int i)
 {
     test_setup s = {};
+    const bool is_hopper = strstr(kernel, "Hopper") != nullptr;
+    lens[0] = is_hopper ? 450 : 115, lens[1] = is_hopper ? 150 : 39;
     s.kernel = kernel, s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4;
     s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
     if (i % 3 == 1) s.window = 60;
@@ -344,6 +354,7 @@ template <int D> static void test_head_dim()
         test("prefill", [](attend_args args, bool descending) { run_prefill<D>(args, descending); }, k, v, D, true, i);
         test("decode", [](attend_args args, bool descending) { run_decode<any_formats<D, 16>, D, 8>(args, descending); }, k, v,
              D, false, i);
+        if (i % 6 == D / 32 % 6) test("Hopper's prefill", run_hopper<any_pair<D, 16>, D>, k, v, D, true, i);
         if (i % 8 != 0) continue; /* prefill in place of decode, where decode has no room */
         test("prefill of few", [](attend_args args, bool descending) { run_prefill<D>(args, descending); }, k, v, D, false, i);
     }
@@ -354,6 +365,11 @@ template <class K, class V, int D> static void run_own(attend_args args, bool de
     run_decode<known_formats<K, V, D>, D, 8>(args, descending);
 }
 
+/* As prefill_hopper.cu chooses it. */
+template <class K, class V, int D>
+using hopper_pair =
+    std::conditional_t<hopper_shape<known_pair<K, V, D, 32>, D>::fits, known_pair<K, V, D, 32>, known_pair<K, V, D, 16>>;
+
 int main()
 {
     test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();
@@ -362,6 +378,9 @@ int main()
     test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++); \
     test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++);
     TQ_PAIRS(TQ_TEST)
+#define TQ_TEST_HOPPER(D, K, V) \
+    test("own Hopper's prefill", run_hopper<hopper_pair<K, V, D>, D>, format_of(#K), format_of(#V), D, true, i++);
+    TQ_PAIRS(TQ_TEST_HOPPER)
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed > 0;
 }

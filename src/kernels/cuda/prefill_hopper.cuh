@@ -298,9 +298,9 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<F,
     static_assert(S::n_expanders == 2 && S::n_buffers % 2 == 0, "each has buffers of its own");
     const int thread = threadIdx.x % 128, warp = thread >> 5, lane = thread & 31;
     const int n_coded = (n_records + S::n_records - 1) / S::n_records;
-    /* What is copied at once: a record, or two with the reference between them. */
+    /* A unit is copied at once: a record, or two with the reference between them. */
     const int record_bytes = formats.record_bytes, reference_bytes = args.reference_bytes;
-    const int unit = reference_bytes > 0 ? 2 : 1, unit_bytes = unit * record_bytes + reference_bytes;
+    const int in_pairs = reference_bytes > 0 ? 1 : 0, unit_bytes = (record_bytes << in_pairs) + reference_bytes;
     const int queue_bytes = tq_record_begin(record_bytes, reference_bytes, S::n_records);
     const record_finder finder(id, args, record_bytes);
     /* Positions that records bring; a last tile's places beyond hold what was there before. */
@@ -312,13 +312,13 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<F,
     uint64_t *const arrived = shared.arrived + group * S::n_queue;
     const uint8_t *from = nullptr;
     auto find = [&](int i) {
-        int in_tile = lane * unit, record = i * S::n_records + in_tile;
+        int in_tile = lane << in_pairs, record = i * S::n_records + in_tile;
         from = in_tile < S::n_records && record < n_records ? finder.at(id.record_begin + record, args) : nullptr;
     };
     auto fill = [&](int i, int slot) {
         if (i >= n_coded) return;
         int n_now = min(n_records - i * S::n_records, S::n_records);
-        if (lane == 0) barrier_expect(arrived + slot, (uint32_t)((n_now + unit - 1) / unit * unit_bytes));
+        if (lane == 0) barrier_expect(arrived + slot, (uint32_t)(((n_now + in_pairs) >> in_pairs) * unit_bytes));
         __syncwarp();
         if (from) copy_bulk(queue + slot * queue_bytes + lane * unit_bytes, from, unit_bytes, arrived + slot);
         find(i + 2);

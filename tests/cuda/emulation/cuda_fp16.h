@@ -5,7 +5,7 @@
  * when all that take part have come, they go on. Between such points they run in ascending or descending order, so that a
  * missing barrier shows as a result that depends on the order. Shared memory is NaNs before each block.
  *
- * kernels/cuda/mma.cuh, next to this file, is in place of the one with the instructions.
+ * kernels/cuda/mma.cuh and hopper.cuh, next to this file, are in place of those with the instructions.
  */
 #ifndef TQ_TESTS_CUDA_EMULATION_H
 #define TQ_TESTS_CUDA_EMULATION_H
@@ -74,8 +74,8 @@ static inline float4 make_float4(float x, float y, float z, float w)
 namespace emulation
 {
 
-enum { WARP = 32, THREADS_MAX = 512, STACK_BYTES = 1 << 18, SLOT_BYTES = 32 };
-enum wait_kind { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
+enum { WARP = 32, IDLE_TURNS = 1000, THREADS_MAX = 512, STACK_BYTES = 1 << 18, SLOT_BYTES = 32 };
+enum wait_kind { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, LOOKS_AGAIN, ENDED };
 
 struct coroutine {
     jmp_buf at;
@@ -119,6 +119,13 @@ __attribute__((noinline)) inline void wait(wait_kind kind, uint32_t mask, int li
     coroutine &self = the().threads[the().current];
     self.state = kind, self.mask = mask, self.line = line;
     if (_setjmp(self.at) == 0) _longjmp(the().scheduler, 1);
+}
+
+/* Where a thread waits for what others do to memory: they run, and then it does. */
+inline void look_again()
+{
+    wait(LOOKS_AGAIN, 0, 0);
+    asm volatile("" ::: "memory"); /* what was read before may be another now */
 }
 
 inline void run_thread()
@@ -178,10 +185,13 @@ inline bool release_block()
 inline void run_block(bool descending)
 {
     machine &m = the();
-    uint32_t n_ended = 0;
+    uint32_t n_ended = 0, n_idle = 0; /* turns in which threads only looked again, which may have found something */
     for (uint32_t i = 0; i < m.n_threads; i++) m.threads[i].state = RUNS, m.threads[i].n_operations = 0;
     while (n_ended < m.n_threads) {
         bool moved = false;
+        for (uint32_t i = 0; i < m.n_threads; i++) {
+            if (m.threads[i].state == LOOKS_AGAIN) m.threads[i].state = RUNS;
+        }
         for (uint32_t w = 0; w < m.n_threads / WARP; w++) { /* a warp as far as it comes */
             const uint32_t first = (descending ? m.n_threads / WARP - 1 - w : w) * WARP;
             do {
@@ -190,12 +200,13 @@ inline void run_block(bool descending)
                     if (m.threads[i].state != RUNS) continue;
                     resume(i);
                     n_ended += m.threads[i].state == ENDED;
-                    moved = true;
+                    moved |= m.threads[i].state != LOOKS_AGAIN;
                 }
             } while (release_warp(first));
         }
         moved |= release_block();
-        if (!moved) fail("threads wait for others that do not come", m.threads[m.current].line);
+        n_idle = moved ? 0 : n_idle + 1;
+        if (n_idle > IDLE_TURNS) fail("threads wait for others that do not come", m.threads[m.current].line);
     }
 }
 
