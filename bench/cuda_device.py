@@ -39,14 +39,20 @@ def stream():
 
 
 class Cache:
-    """A pool of pages, filled with encoded random vectors, every page once."""
+    """A pool of pages, filled with encoded random vectors, every page once; with references and factors they are zeros."""
 
-    def __init__(self, library, k_format, v_format, head_dim, n_head_kv, page_size, n_pages, n_sink=0, n_recent=0, n_seq=0):
+    def __init__(self, library, k_format, v_format, head_dim, n_head_kv, page_size, n_pages, n_sink=0, n_recent=0, n_seq=0,
+                 references=False, factors=False):
         self.api = library
         self.store = store = library.filled(library.types.CudaStore, "tq_cuda_store_default")
         store.k_format, store.v_format = map(library.format_number, (k_format, v_format))
         store.head_dim, store.n_head_kv, store.page_size, store.n_pages = head_dim, n_head_kv, page_size, n_pages
         store.n_sink, store.n_recent, store.n_exact_slots = n_sink, n_recent, n_seq
+        if references:
+            store.k_ref_block = 64
+        if factors:
+            self.factors = torch.zeros(n_head_kv, head_dim, dtype=torch.int8, device="cuda")
+            store.k_factors = self.factors.data_ptr()
         self.sizes = library.types.CudaSizes()
         library.loaded.tq_cuda_sizes_get(ctypes.byref(self.sizes), ctypes.byref(store))
         self.pages = torch.zeros(n_pages * self.sizes.page_bytes, dtype=torch.uint8, device="cuda")
@@ -64,6 +70,8 @@ class Cache:
 
     def fill(self):
         store, chunk = self.store, 16384
+        if getattr(store, "k_ref_block", 0):
+            return
         n_tok = store.n_pages * store.page_size
         for first in range(0, n_tok, chunk):
             n = min(chunk, n_tok - first)

@@ -8,7 +8,8 @@ over page tables as in cuda_attention.py; then they are replayed in turns, and m
     cuda_pairs.py --old OLD/libturboquant.so --old-source OLD --new NEW/libturboquant.so --csv out.csv [--only decode,prefill]
                   [--rounds 9]
 
-Variants: old; new; new with the kernels for any pair (general); and of prefill the portable kernels of both.
+Variants: old; new; new with the kernels for any pair (general); and of prefill the portable kernels of both. Of presets also
+new with a ring of 64 tokens (ring), and that with references of keys and factors of channels (referring).
 """
 import argparse
 import csv
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 
 N_HEAD, N_HEAD_KV = 40, 8
+PRESETS = ("tq8/tt4", "tt4", "tt3", "tt3/tt2")
 # The first are in pairs.h.
 OWN = {64: ["tq8/tt4", "tt4", "tt3", "tt3/tt2", "tq4"], 128: ["tq8/tt4", "tt4", "tt3", "tt3/tt2", "tq4", "tq4/tq3", "tq3"],
        256: ["tq8/tt4", "tt4", "tt3", "tt3/tt2", "tq4"]}
@@ -28,8 +30,12 @@ OTHER = {64: ["tq8", "tq8/tq4", "tq3", "tq2", "tt2"], 96: ["tq4", "tq3"],
 DECODE = {128: [(1, 4096), (1, 32768), (16, 32768), (64, 8192)]}
 DECODE_ELSE = [(1, 32768), (16, 16384)]
 PREFILL = (2048, 32768)  # queries at the end of tokens
-VARIANTS = {"old": ("old", {}), "new": ("new", {}), "new general": ("new", {"TQ_CUDA_GENERAL": "1"})}
-PORTABLE = {"old portable": ("old", {"TQ_CUDA_PORTABLE": "1"}), "new portable": ("new", {"TQ_CUDA_PORTABLE": "1"})}
+# Whose, environment variables, options of the cache.
+VARIANTS = {"old": ("old", {}, {}), "new": ("new", {}, {}), "new general": ("new", {"TQ_CUDA_GENERAL": "1"}, {})}
+RING = {"new ring": ("new", {}, {"n_recent": 64}),
+        "new referring": ("new", {}, {"n_recent": 64, "references": True, "factors": True})}
+PORTABLE = {"old portable": ("old", {"TQ_CUDA_PORTABLE": "1"}, {}),
+            "new portable": ("new", {"TQ_CUDA_PORTABLE": "1"}, {})}
 SWITCHES = ("TQ_CUDA_GENERAL", "TQ_CUDA_PORTABLE")
 
 
@@ -78,13 +84,16 @@ def worker(path):
         else:
             graphs.clear(), kept.clear()
             tokens = 524288 if case["what"] == "decode" else case["size"][1]
-            kind = (*case["formats"], case["head_dim"], N_HEAD_KV, PAGE, tokens // PAGE)
-            if kind not in filled:
+            shape = (*case["formats"], case["head_dim"], N_HEAD_KV, PAGE, tokens // PAGE)
+            if not any(kind[0] == shape for kind in filled):
                 filled.clear()
                 torch.cuda.empty_cache()
-                filled[kind] = Cache(library, *kind)
-                filled[kind].fill()
-            graphs.update({name: capture(filled[kind], case, switches) for name, switches in case["variants"].items()})
+            for name, (switches, options) in case["variants"].items():
+                kind = shape, tuple(sorted(options.items()))
+                if kind not in filled:
+                    filled[kind] = Cache(library, *shape, n_seq=64 if options else 0, **options)
+                    filled[kind].fill()
+                graphs[name] = capture(filled[kind], case, switches)
             answer = torch.cuda.get_device_name()
         print(json.dumps(answer), flush=True)
 
@@ -109,7 +118,9 @@ def cases(only, portable):
                 sizes = DECODE.get(head_dim, DECODE_ELSE) if what == "decode" else [PREFILL]
                 for size in sizes:
                     variants = VARIANTS if pair in OWN.get(head_dim, []) else {k: VARIANTS[k] for k in ("old", "new")}
-                    yield what, head_dim, pair, size, {**variants, **(PORTABLE if what == "prefill" and portable else {})}
+                    ring = RING if pair in PRESETS and (what == "prefill" or size[0] in (1, 16)) else {}
+                    more = PORTABLE if what == "prefill" and portable else {}
+                    yield what, head_dim, pair, size, {**variants, **more, **ring}
 
 
 def main():
@@ -127,24 +138,25 @@ def main():
         return worker(arguments.worker)
     root = Path(__file__).resolve().parent.parent
     builds = {"old": Build(arguments.old, arguments.old_source), "new": Build(arguments.new, root)}
-    names = [*VARIANTS, *PORTABLE]
+    names = [*VARIANTS, *PORTABLE, *RING]
     table = [["what", "head_dim", "pair", "kernel", "size", *(f"us_{name.replace(' ', '_')}" for name in names),
-              "new_to_old", "general_to_new"]]
+              "new_to_old", "general_to_new", "referring_to_ring"]]
     print(*table[0], sep=",", flush=True)
     for what, head_dim, pair, size, variants in cases(arguments.only, arguments.portable):
         for name, build in builds.items():
-            its = {variant: switches for variant, (of, switches) in variants.items() if of == name}
+            its = {variant: rest for variant, (of, *rest) in variants.items() if of == name}
             build.ask(what=what, head_dim=head_dim, formats=(pair.split("/") * 2)[:2], size=size, variants=its)
         times = {variant: [] for variant in variants}
         for i in range(arguments.rounds + 1):
-            for variant, (of, _) in variants.items():
+            for variant, (of, *_) in variants.items():
                 us = builds[of].ask(replay=variant)
                 if i > 0:  # the first warms up
                     times[variant].append(us)
         us = {variant: statistics.median(found) for variant, found in times.items()}
         kernel = "own" if pair in OWN.get(head_dim, []) else "general"
         row = [what, head_dim, pair, kernel, "x".join(map(str, size)), *(f"{us[n]:.2f}" if n in us else "" for n in names),
-               f"{us['new'] / us['old']:.3f}", f"{us['new general'] / us['new']:.3f}" if "new general" in us else ""]
+               f"{us['new'] / us['old']:.3f}", f"{us['new general'] / us['new']:.3f}" if "new general" in us else "",
+               f"{us['new referring'] / us['new ring']:.3f}" if "new ring" in us else ""]
         table.append(row)
         print(*row, sep=",", flush=True)
         if arguments.csv:

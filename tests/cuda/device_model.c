@@ -105,6 +105,12 @@ static size_t row_of(const model *m, int32_t seq, int64_t position, int32_t head
            (size_t)m->s.head_dim;
 }
 
+/* Divide (sign -1) or multiply a key by its channels' factors, if there are any. */
+static void scale_key(const model *m, int32_t head, int32_t sign, float *x)
+{
+    if (m->s.factors) tq_scale_channels(m->factors + head * m->s.head_dim, sign, m->s.head_dim, 1, x);
+}
+
 static void draw_rows(model *m)
 {
     int32_t d = m->s.head_dim;
@@ -116,8 +122,12 @@ static void draw_rows(model *m)
             vector_kind kind = m->s.outliers ? (vector_kind)(tq_random_next(&m->random) % VECTOR_KINDS) : VECTOR_GAUSSIAN;
             random_vector(&m->random, kind, side ? 0.7f : 1.3f, m->rows[side] + i, d);
             if (m->s.outliers && tq_random_next(&m->random) % 16 == 0) memset(m->rows[side] + i, 0, (size_t)d * sizeof(float));
-            for (int32_t k = 0; k < d; k++)
-                m->rows[side][i + (size_t)k] = tq_half_to_float(tq_half_from_float(m->rows[side][i + (size_t)k]));
+            /* Factors follow from what channels hold. */
+            if (!side) scale_key(m, (int32_t)(i / (size_t)d % (size_t)m->s.n_head_kv), 1, m->rows[side] + i);
+            for (int32_t k = 0; k < d; k++) {
+                float *x = &m->rows[side][i + (size_t)k];
+                *x = tq_half_to_float(tq_half_from_float(fmaxf(fminf(*x, 65504.0f), -65504.0f)));
+            }
         }
     }
 }
@@ -134,11 +144,6 @@ static size_t key_page_bytes(const model *m)
 {
     size_t n_refs = m->s.k_ref_block ? (size_t)(m->s.page_size / m->s.k_ref_block) : 0;
     return references_begin(m) + n_refs * ((size_t)m->s.head_dim + 2);
-}
-
-static void scale_key(const model *m, int32_t head, int32_t sign, float *x)
-{
-    if (m->s.factors) tq_scale_channels(m->factors + head * m->s.head_dim, sign, m->s.head_dim, 1, x);
 }
 
 /* The reference of the block that position is the first coded one of: the mean of the ring that it begins, through tq8, to
@@ -396,11 +401,15 @@ static double attend_row(const model *m, int32_t seq, int64_t position, int32_t 
     return sum > 0 ? max + log(sum) : -INFINITY;
 }
 
-/* The queries and learned sinks of a model: a function of its shape alone. */
+/* The queries and learned sinks of a model: functions of its shape and factors. */
 static float query_value(const model *m, size_t i)
 {
     tq_random random = tq_random_stream(i * 7919u + (uint64_t)m->s.head_dim, 5);
     float x = (float)random_gaussian(&random) * 1.5f;
+    if (m->s.factors) {
+        size_t d = (size_t)m->s.head_dim, head = i / d % (size_t)(m->s.group * m->s.n_head_kv) / (size_t)m->s.group;
+        x *= tq_channel_factor((int8_t)-m->factors[head * d + i % d]);
+    }
     return m->s.dtype == TQ_DTYPE_BF16 ? bf16(x) : tq_half_to_float(tq_half_from_float(x));
 }
 
