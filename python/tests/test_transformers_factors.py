@@ -186,7 +186,7 @@ def test_a_device_has_the_cpus(options, monkeypatch):
         cache = compressed(model, **PRESET | options)
         logits(model, cache, ids(1, 20))
         assert isinstance(cache.store, turboquant.Cache) == (not devices)
-        found.append(exponents(cache))
+        found.append(quarters(cache))
     assert found[0] == found[1] and None not in found[0]
 
 
