@@ -438,7 +438,8 @@ TQ_API TQ_NODISCARD tq_status tq_cache_create(tq_cache **out, const tq_cache_par
 TQ_API void tq_cache_free(tq_cache *cache);
 /*
  * Factors of a layer's keys [n_head_kv, head_dim], copied; NULL: none. As tq_store_params.factors, and saved with sequences.
- * Only while the layer holds no tokens and nobody else uses the cache. Errors: ARGUMENT, RANGE, MEMORY, FULL.
+ * Other ones than it has only while the layer holds no tokens, no published page is kept, and nobody else uses the cache.
+ * Errors: ARGUMENT, RANGE, MEMORY, FULL.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_set_key_factors(tq_cache *cache, int32_t layer, const int8_t *factors);
 /* Those that a layer has, a file's perhaps, to factors [n_head_kv, head_dim]; zeros for none. Errors: ARGUMENT, RANGE. */
@@ -559,8 +560,9 @@ TQ_API TQ_NODISCARD tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq);
 /*
- * Add a file's sequences to a cache that was created with the same shape, formats, page_size, n_sink, n_recent and seed; seqs
- * [room] gets their ids in the order of saving, *n_seq their number. Nothing in the file is trusted. Errors: ARGUMENT, IO,
+ * Add a file's sequences to a cache that was created with the same shape, formats, page_size, n_sink, n_recent, n_take_back,
+ * k_ref_block and seed, and that has the file's factors of keys, or no sequences yet and takes them; seqs [room] gets their
+ * ids in the order of saving, *n_seq their number. Nothing in the file is trusted. Errors: ARGUMENT, IO,
  * CORRUPT, MISMATCH, SHAPE (room is too small), FULL, MEMORY; then the cache holds what it held.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_load(tq_cache *cache, const char *path, int32_t *seqs, int32_t room, int32_t *n_seq);

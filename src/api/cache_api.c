@@ -179,7 +179,7 @@ tq_status tq_cache_set_key_factors(tq_cache *cache, int32_t layer, const int8_t 
     if (factors) TQ_TRY(tq_check_factors(WHO, factors, cache->n_head_kv, keys->codec->head_dim, cache->calibration));
     int8_t *copy = NULL;
     tq_cache_lock(cache);
-    bool takes = tq_cache_takes_factors(cache, layer, factors);
+    bool takes = tq_cache_takes_factors(cache, layer, factors, true);
     tq_status status = takes ? tq_cache_copy_factors(cache, layer, factors, &copy) : TQ_ERR_ARGUMENT;
     if (status == TQ_OK) tq_cache_put_factors(cache, layer, copy);
     tq_cache_unlock(cache);

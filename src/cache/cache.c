@@ -168,29 +168,33 @@ static const int8_t *unless_zero(const int8_t *factors, size_t n)
     return NULL;
 }
 
-static bool holds_tokens(const tq_cache *cache, int32_t layer)
-{
-    for (int32_t i = 0; i < cache->n_sequences; i++) {
-        if (cache->sequences[i] && cache->sequences[i]->length[layer] > 0) return true;
-    }
-    return cache->pool.n_kept > 0;
-}
-
-bool tq_cache_takes_factors(const tq_cache *cache, int32_t layer, const int8_t *factors)
+static bool has_factors(const tq_cache *cache, int32_t layer, const int8_t *factors)
 {
     const tq_cache_side *side = tq_cache_side_get(cache, layer, TQ_SIDE_K);
     size_t n = factors_bytes(cache);
-    factors = unless_zero(factors, n);
-    if (side->codec->traits->family == TQ_FAMILY_EXACT || !holds_tokens(cache, layer)) return true;
+    factors = side->codec->traits->family == TQ_FAMILY_EXACT ? NULL : unless_zero(factors, n);
     return factors && side->factors ? memcmp(factors, side->factors, n) == 0 : factors == side->factors;
+}
+
+bool tq_cache_takes_factors(const tq_cache *cache, int32_t layer, const int8_t *factors, bool is_alone)
+{
+    if (has_factors(cache, layer, factors)) return true;
+    for (int32_t i = 0; i < cache->n_sequences; i++) {
+        const tq_sequence *sequence = cache->sequences[i];
+        /* Its thread changes its length, and reads the layer's factors, without the lock. */
+        if (sequence && (!is_alone || sequence->length[layer] > 0)) return false;
+    }
+    return cache->pool.n_kept == 0;
 }
 
 tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *factors, int8_t **out)
 {
     size_t n = factors_bytes(cache);
+    *out = tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors;
+    if (has_factors(cache, layer, factors)) return TQ_OK;
     *out = NULL;
-    if (tq_cache_side_get(cache, layer, TQ_SIDE_K)->codec->traits->family == TQ_FAMILY_EXACT) return TQ_OK;
     if (!unless_zero(factors, n)) return TQ_OK;
+    TQ_TRY(tq_page_pool_make_room(&cache->pool, n));
     tq_status failure = tq_budget_failure(&cache->budget, n);
     *out = tq_budget_alloc(&cache->budget, n);
     if (!*out) return failure;
@@ -198,16 +202,25 @@ tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *fa
     return TQ_OK;
 }
 
+void tq_cache_need_factors(const tq_cache *cache, int32_t layer, const int8_t *factors, tq_need *need)
+{
+    size_t n = factors_bytes(cache);
+    if (!has_factors(cache, layer, factors) && unless_zero(factors, n)) need->bytes += n;
+}
+
 void tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy)
 {
     tq_cache_side *side = &cache->sides[(size_t)layer * TQ_N_SIDES + TQ_SIDE_K];
-    tq_cache_drop_factors(cache, side->factors);
+    int8_t *before = side->factors;
+    if (copy == before) return;
     side->factors = copy;
+    tq_cache_drop_factors(cache, layer, before);
 }
 
-void tq_cache_drop_factors(tq_cache *cache, int8_t *copy)
+void tq_cache_drop_factors(tq_cache *cache, int32_t layer, int8_t *copy)
 {
-    if (copy) tq_budget_free(&cache->budget, copy, factors_bytes(cache));
+    bool is_used = copy == tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors;
+    if (copy && !is_used) tq_budget_free(&cache->budget, copy, factors_bytes(cache));
 }
 
 static void hold_pages(tq_cache *cache, tq_sequence *const *sequences, int32_t n,
@@ -246,8 +259,7 @@ void tq_cache_destroy(tq_cache *cache)
     tq_budget_free(&cache->budget, cache->sequences, (size_t)cache->n_sequences * sizeof *cache->sequences);
     if (cache->prefixes.budget) tq_prefix_index_deinit(&cache->prefixes);
     if (cache->pool.budget) tq_page_pool_deinit(&cache->pool);
-    for (int32_t layer = 0; cache->sides && layer < cache->n_layer; layer++)
-        tq_cache_drop_factors(cache, tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors);
+    for (int32_t layer = 0; cache->sides && layer < cache->n_layer; layer++) tq_cache_put_factors(cache, layer, NULL);
     tq_budget_free(&cache->budget, cache->sides, sides_bytes(cache->n_layer));
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++) {

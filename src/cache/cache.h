@@ -133,13 +133,15 @@ static inline void tq_cache_unlock(tq_cache *cache)
 tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side);
 /*
  * Factors of a layer's keys, as tq_store_params.factors; NULL: zeros. Does a layer take these: are they what it has, or does it
- * hold nothing yet? A copy, NULL for zeros and where keys are exact (errors: FULL, MEMORY), is put in their place, or dropped.
- * Locked.
+ * hold nothing yet? is_alone: nobody else uses the cache, so that sequences can be looked at. A copy (errors: FULL, MEMORY) is
+ * put in their place, or dropped. It is NULL for zeros and where keys are exact, and what the layer has where that is the same:
+ * other threads may be reading it. Locked.
  */
-bool tq_cache_takes_factors(const tq_cache *cache, int32_t layer, const int8_t *factors);
+bool tq_cache_takes_factors(const tq_cache *cache, int32_t layer, const int8_t *factors, bool is_alone);
 tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *factors, int8_t **out);
+void tq_cache_need_factors(const tq_cache *cache, int32_t layer, const int8_t *factors, tq_need *need);
 void tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy);
-void tq_cache_drop_factors(tq_cache *cache, int8_t *copy);
+void tq_cache_drop_factors(tq_cache *cache, int32_t layer, int8_t *copy);
 /* Around reading pages: they stay where they are in between. No sequence's table may change meanwhile. Locks. */
 void tq_cache_begin_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);
 void tq_cache_end_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);

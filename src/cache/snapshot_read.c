@@ -248,18 +248,25 @@ static const int8_t *factors_of(const loader *l, int32_t layer)
     return (const int8_t *)l->meta + tq_snapshot_formats_bytes(&l->header) + (size_t)layer * bytes;
 }
 
-static tq_status check_factors(const loader *l)
+static tq_status check_factors(const loader *l, tq_need *need)
 {
     size_t bytes = tq_snapshot_factors_bytes(&l->header);
+    if (bytes > 0 && l->cache->calibration) {
+        tq_log(TQ_LOG_ERROR, "snapshot: its keys have factors, which a cache with a calibration has not");
+        return TQ_ERR_MISMATCH;
+    }
     for (int32_t layer = 0; layer < l->header.n_layer; layer++) {
         const int8_t *factors = factors_of(l, layer);
         for (size_t i = 0; i < bytes; i++) {
             if (factors[i] < -TQ_FACTOR_MAX || factors[i] > TQ_FACTOR_MAX) return corrupt("a factor makes no sense");
         }
-        if (tq_cache_takes_factors(l->cache, layer, factors)) continue;
+        if (tq_cache_takes_factors(l->cache, layer, factors, false)) {
+            tq_cache_need_factors(l->cache, layer, factors, need);
+            continue;
+        }
         tq_log(TQ_LOG_ERROR,
-               "snapshot: its keys in layer %d have other factors than those that the cache holds: load it into "
-               "one that holds nothing yet",
+               "snapshot: its keys in layer %d have other factors than the cache has: load it into one "
+               "without sequences",
                (int)layer);
         return TQ_ERR_MISMATCH;
     }
@@ -277,8 +284,8 @@ static tq_status load_factors(loader *l)
 static tq_status check_content(loader *l)
 {
     if (l->header.n_exact > 0 && l->cache->exact_bytes == 0) return corrupt("it has exact data where the formats need none");
-    TQ_TRY(check_factors(l));
     tq_need need = {.n_pages = l->header.n_pages, .may_leave = true};
+    TQ_TRY(check_factors(l, &need));
     tq_need_sequences(l->cache, l->header.n_sequences, &need);
     tq_need_exact(l->cache, l->header.n_exact, &need);
     for (int32_t i = 0; i < l->header.n_sequences; i++) {
@@ -312,7 +319,7 @@ static void finish(loader *l, tq_status status)
         if (status == TQ_OK)
             tq_cache_put_factors(l->cache, layer, l->factors[layer]);
         else
-            tq_cache_drop_factors(l->cache, l->factors[layer]);
+            tq_cache_drop_factors(l->cache, layer, l->factors[layer]);
     }
     for (int32_t i = 0; i < l->n_opened && status != TQ_OK; i++) tq_sequence_close(l->cache, l->sequences[i]->id);
     /* From the end: of a prefix, the end is to be given up first. */

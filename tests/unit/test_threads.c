@@ -310,11 +310,20 @@ static void *use_cache_always(void *arg)
     return NULL;
 }
 
+/* With factors of keys in one layer, which files have too. */
+static tq_cache *create_with_factors(const tq_cache_params *p)
+{
+    int8_t factors[HEAD_DIM] = {4, -4, 16};
+    tq_cache *cache;
+    assert_int_equal(tq_cache_create(&cache, p), TQ_OK);
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, factors), TQ_OK);
+    return cache;
+}
+
 /* As many pages as all threads publish in all rounds, so that none is given up; with few frames, the rest in a file. */
 static tq_cache *create_shared(bool with_file)
 {
     tq_cache_params p;
-    tq_cache *cache;
     tq_cache_params_default(&p);
     p.n_layer = N_LAYER;
     p.head_dim = HEAD_DIM;
@@ -322,15 +331,14 @@ static tq_cache *create_shared(bool with_file)
     p.n_pages = N_USERS * (3 * N_ROUNDS + 25);
     p.n_sink = 2;
     p.n_recent = 16;
-    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
+    tq_cache *cache = create_with_factors(&p);
     if (!with_file) return cache;
     p.offload_folder = kv_temporary_folder();
     p.offload_bytes = (size_t)(p.n_pages + 2) * (cache->pool.page_bytes + 16384);
     size_t sequences = (size_t)N_USERS * 5 * (cache->exact_bytes + 1000), prefixes = (size_t)p.n_pages * 200;
     p.budget_bytes = cache->budget.used + sequences + prefixes + N_FRAMES * cache->pool.page_bytes;
     tq_cache_free(cache);
-    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
-    return cache;
+    return create_with_factors(&p);
 }
 
 static void run_users(bool at_once, bool with_file, cache_user *users)
