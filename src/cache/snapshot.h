@@ -67,7 +67,8 @@ static inline size_t tq_snapshot_hashes_offset(const tq_snapshot_header *header)
     return tq_snapshot_formats_bytes(header) + tq_align_up((size_t)header->n_layer * tq_snapshot_factors_bytes(header), 8);
 }
 
-/* The header that a cache's snapshots have; counts, sizes of the file and hashes left zero. */
+/* The header that a cache's snapshots have; counts, sizes of the file and hashes left zero, the version that without factors.
+ */
 void tq_snapshot_header_of(const tq_cache *cache, tq_snapshot_header *out);
 
 /* snapshot_write.c. seqs NULL: all, and the prefixes that are kept. Locks. Errors: RANGE, IO, MEMORY; then the path holds what

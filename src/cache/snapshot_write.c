@@ -27,9 +27,6 @@ void tq_snapshot_header_of(const tq_cache *cache, tq_snapshot_header *out)
     memset(out, 0, sizeof *out);
     memcpy(out->magic, TQ_SNAPSHOT_MAGIC, sizeof out->magic);
     out->version = TQ_SNAPSHOT_PLAIN;
-    for (int32_t layer = 0; layer < cache->n_layer; layer++) {
-        if (tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors) out->version = TQ_SNAPSHOT_FACTORS;
-    }
     out->header_bytes = sizeof *out;
     out->seed = cache->seed ^ (cache->calibration ? cache->calibration->hash : 0);
     out->page_bytes = cache->pool.page_bytes;
@@ -179,6 +176,9 @@ static void put_prefixes(saver *s)
 static tq_status build_meta(saver *s)
 {
     const tq_cache *cache = s->cache;
+    for (int32_t layer = 0; layer < cache->n_layer; layer++) {
+        if (tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors) s->header.version = TQ_SNAPSHOT_FACTORS;
+    }
     size_t n_sides = (size_t)cache->n_layer * TQ_N_SIDES, n_hashes = (size_t)s->header.n_exact + (size_t)s->header.n_pages;
     s->room = tq_snapshot_hashes_offset(&s->header) + n_hashes * 8;
     for (int32_t i = 0; i < s->header.n_sequences; i++) {
