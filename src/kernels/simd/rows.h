@@ -158,5 +158,5 @@ int64_t TQ_ISA(whole_scale)(const float *y, int64_t n, const float *scale, int64
         int32_t at = errors[lane] == error ? (int32_t)blocks[lane] * VEC_LANES + lane : INT32_MAX;
         found = at < found ? at : found;
     }
-    return found;
+    return found < m ? found : 0; /* NaN is no error that is least */
 }
