@@ -33,7 +33,18 @@ static cudaError_t launch_blocks(const attend_args &args, uint32_t n_seq, cudaSt
 {
     auto kernel = decode_kernel<F, D, N_WARPS>;
     const int shared_bytes = dynamic_bytes<F, D, N_WARPS>(F(args), args.reference_bytes);
-    cudaError_t error = F::is_known ? allow_shared_bytes(kernel, shared_bytes) : allow_most_shared_bytes(kernel);
+    cudaError_t error;
+    if (F::is_known) {
+        /* As with references, also without: another thread may come between this and the launch. Where that is more than a
+         * device has, stores with references have other kernels. */
+        error = allow_shared_bytes(kernel, dynamic_bytes<F, D, N_WARPS>(F(args), tq_reference_bytes(D)));
+        if (error != cudaSuccess) {
+            cudaGetLastError();
+            error = allow_shared_bytes(kernel, shared_bytes);
+        }
+    } else {
+        error = allow_most_shared_bytes(kernel);
+    }
     if (error != cudaSuccess) return error;
     dim3 grid(args.n_row_tiles * (uint32_t)args.n_head_kv, n_seq, (uint32_t)args.splits_allowed);
     return launch_after_append(kernel, grid, 32 * N_WARPS, shared_bytes, args, stream);
