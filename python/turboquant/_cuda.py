@@ -133,6 +133,8 @@ class DeviceStore:
                  layer_k_formats: Sequence[str | int] | None = None, layer_v_formats: Sequence[str | int] | None = None,
                  page_size: int = PAGE_SIZE, max_tok: int | None = None, max_tokens: int | None = None,
                  seed: int = SEED_DEFAULT, n_threads: int | None = None, **refused: Any) -> None:
+        if refused.get("n_take_back") == 0:
+            del refused["n_take_back"]
         for name in refused:
             raise UnsupportedError(f"{name} is not there on a CUDA device: {_REFUSED[name]}")
         self.device, self.n_head_kv, self.head_dim, self.head_dim_v = device, n_head_kv, head_dim, head_dim

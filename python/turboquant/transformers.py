@@ -442,16 +442,11 @@ class TurboQuantCache(Cache):
         self._device = self._batch = None
 
     def _set_key_factors(self, layer: TurboQuantLayer, factors: np.ndarray | None, device: torch.device) -> None:
-        """Of a layer that holds nothing."""
-        try:
-            self.store.set_key_factors(layer._number, factors)
-        except ArgumentError:
-            # Copies share the store, and hold keys of another model.
-            if layer is not self._compressed[0]:
-                raise
+        """Of a layer that holds nothing. Copies share a store, and may hold keys of another model."""
+        if layer is self._compressed[0] and self.store.stats().n_sequences > len(self.seqs):
             self._renew_store()
             self._use(device)
-            self.store.set_key_factors(layer._number, factors)
+        self.store.set_key_factors(layer._number, factors)
 
     @property
     def _n_whole(self) -> int:
@@ -514,8 +509,11 @@ class TurboQuantCache(Cache):
         if device.type in _DEVICE_TYPES:
             from ._cuda import DeviceStore
 
+            options = dict(self._options)
+            if self.seqs:  # of a file, whose exact tokens are read
+                options.pop("n_take_back", None)
             store = DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim,
-                                max_tokens=self._max_tokens, **self._options)
+                                max_tokens=self._max_tokens, **options)
             if self.seqs:  # which were loaded
                 from ._cuda_snapshot import move
 
