@@ -179,7 +179,7 @@ static void test_caches_take_factors(void **state)
     enum { N_TOK = 150 };
     tq_cache_params p;
     tq_cache_params_default(&p);
-    p.head_dim = DIM, p.n_layer = 2;
+    p.head_dim = DIM, p.n_layer = 2, p.page_size = 64;
     tq_cache *cache;
     assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
     int8_t factors[DIM] = {[3] = 20, [4] = -7}, others[DIM] = {[3] = 4}, zeros[DIM] = {0}, large[DIM] = {[63] = 33};
@@ -198,7 +198,7 @@ static void test_caches_take_factors(void **state)
     for (int i = 0; i < N_TOK; i++) k[i * DIM + 3] *= 40;
     int64_t slots[N_TOK];
     for (int i = 0; i < N_TOK; i++) slots[i] = i;
-    tq_store_params s = kv_store_params(p.k_format, DIM, 1, p.page_size * 2);
+    tq_store_params s = kv_store_params(p.k_format, DIM, 1, p.page_size * 3);
     s.n_sink = p.n_sink, s.n_recent = p.n_recent, s.ref_block = p.k_ref_block, s.factors = factors;
     void *memory;
     tq_store *store = kv_open_store(&s, &memory);
@@ -227,6 +227,13 @@ static void test_caches_take_factors(void **state)
                         "cache: layer 0 holds tokens whose keys have other factors: set them before the first token");
     assert_int_equal(tq_cache_seq_free(cache, seq), TQ_OK);
     assert_int_equal(tq_cache_set_key_factors(cache, 0, NULL), TQ_OK);
+    /* Also of pages that are published and nobody's. */
+    int32_t tokens[N_TOK] = {0};
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    for (int layer = 0; layer < 2; layer++) assert_int_equal(tq_cache_append(cache, seq, layer, N_TOK, k, k, NULL), TQ_OK);
+    assert_int_equal(tq_cache_seq_publish(cache, seq, tokens, N_TOK), TQ_OK);
+    assert_int_equal(tq_cache_seq_free(cache, seq), TQ_OK);
+    assert_int_equal(tq_cache_set_key_factors(cache, 0, factors), TQ_ERR_ARGUMENT);
     tq_store_close(store);
     tq_cache_free(cache);
     free(memory), free(k), free(read), free(wanted);
