@@ -13,6 +13,7 @@ import turboquant
 from tiny import BACKEND, DEVICE, ON_DEVICE, TQ8, compressed, generated, ids, logits, make_model, same_tokens
 from transformers import LlamaConfig
 from turboquant import _cuda_batch
+from turboquant._cuda import DeviceStore
 from turboquant._cuda_batch import WORKSPACE_MAX, Batch
 from turboquant.transformers import TurboQuantCache, attention_forward
 
@@ -319,6 +320,15 @@ def test_memory_with_max_tokens(llama):
     assert cache.get_seq_length() == 300
     cache.crop(-50)
     logits(llama, cache, ids(2, 50))
+
+
+def test_factors_are_counted():
+    store = DeviceStore(torch.device(DEVICE), 1, 2, 64)
+    before = store.stats().allocated_bytes
+    store.set_key_factors(0, np.full((2, 64), 4, np.int8))
+    assert store.stats().allocated_bytes == before + 2 * 64
+    store.set_key_factors(0, None)
+    assert store.stats().allocated_bytes == before
 
 
 def test_memory_grows_with_use(llama):

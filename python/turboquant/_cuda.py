@@ -57,6 +57,7 @@ class Layer:
         self.pages = empty_bytes(0, device)
         self.grow(1)
         self.key_factors: np.ndarray | None = None
+        self._on_device = empty_bytes(0, device)  # the same
         self.holds_tokens = False  # of some sequence
 
     def grow(self, n_pages: int) -> None:
@@ -65,6 +66,10 @@ class Layer:
         pages[: len(self.pages)].copy_(self.pages)
         self.pages = pages
         self.struct.pages, self.struct.n_pages = pages.data_ptr(), n_pages
+
+    @property
+    def factor_bytes(self) -> int:
+        return self._on_device.nbytes
 
     def set_key_factors(self, factors: np.ndarray | None) -> None:
         """As Cache.set_key_factors. The same ones stay where they are, for graphs that have been captured."""
@@ -76,8 +81,8 @@ class Layer:
         if self.holds_tokens:
             raise ArgumentError("a layer holds tokens whose keys have other factors: set them before the first token")
         self.key_factors = factors
-        self._on_device = None if factors is None else torch.from_numpy(factors.copy()).to(self.device)
-        self.struct.k_factors = None if self._on_device is None else self._on_device.data_ptr()
+        self._on_device = empty_bytes(0, self.device) if factors is None else torch.from_numpy(factors.copy()).to(self.device)
+        self.struct.k_factors = None if factors is None else self._on_device.data_ptr()
 
 
 @dataclass
@@ -450,7 +455,7 @@ class DeviceStore:
         exact_bytes = self._exact.numel() * 2
         return DeviceStats(len(self._sequences), self.n_pages - len(self._free_pages), len(self._free_pages),
                            sum(n > 1 for n in self._refs), page_bytes, exact_bytes,
-                           self.n_pages * page_bytes + exact_bytes)
+                           self.n_pages * page_bytes + exact_bytes + sum(layer.factor_bytes for layer in self.layers))
 
     def check_finite(self, n: int) -> None:
         """n: what n_not_finite was, as far as is known."""
