@@ -173,6 +173,11 @@ class Chaos(TestCase):
         print(f"{sum(client.n_requests for client in clients)} requests, {sum(client.n_damaged for client in clients)} damaged "
               f"files in {SECONDS:.0f} s; KL {of_fresh} on fresh servers, {after:.5f} afterwards")
         self.assertLess(after, 1.2 * max(before))
+        for client in clients:
+            client.erase()
+        erased = statistics.mean(map(divergence, exact, self.answers(server)))
+        print(f"KL {erased:.5f} with all slots erased")
+        self.assertLess(erased, 1.2 * before[0])
 
 
 class UnifiedChaos(Chaos):
