@@ -160,20 +160,20 @@ def test_drafts_leave_nothing(llama):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(llama, side):
-    """Rows of a padded batch get what each gets alone; padding is not stored."""
+    """Rows of a padded batch get what each gets as the only one; padding is not stored."""
     lengths, n = [40, 150, 97], 150
     input_ids, mask = torch.zeros(2, 3, n, dtype=torch.long, device=DEVICE)
-    alone = []
+    single = []
     for row, length in enumerate(lengths):
         tokens = ids(1, length, seed=row)
         place = slice(n - length, n) if side == "left" else slice(0, length)
         input_ids[row, place], mask[row, place] = tokens[0], 1
-        alone.append(logits(llama, compressed(llama), tokens)[0])
+        single.append(logits(llama, compressed(llama), tokens)[0])
     cache = compressed(llama)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     found = logits(llama, cache, input_ids, attention_mask=mask, position_ids=position_ids)
     for row in range(3):
-        torch.testing.assert_close(found[row][mask[row].bool()], alone[row], atol=OTHER_ORDER, rtol=0)
+        torch.testing.assert_close(found[row][mask[row].bool()], single[row], atol=OTHER_ORDER, rtol=0)
     assert [cache.store.length(seq) for seq in cache.seqs] == lengths and cache.get_seq_length() == n
 
 
@@ -247,16 +247,16 @@ def test_save_and_load(llama, tmp_path):
 
 def test_rows_of_a_batch(llama):
     cache, input_ids = compressed(llama), ids(2, 90)
-    alone = logits(llama, cache, input_ids)
+    wanted = logits(llama, cache, input_ids)
     cache.batch_repeat_interleave(2)
     assert len(cache.seqs) == 4
     cache.batch_select_indices(torch.tensor([True, False, False, True]))
     cache.crop(-1)
     found = logits(llama, cache, input_ids[:, -1:])
-    torch.testing.assert_close(found[:, 0], alone[:, -1], atol=.05, rtol=0)
+    torch.testing.assert_close(found[:, 0], wanted[:, -1], atol=.05, rtol=0)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.store.stats().n_sequences == 0
-    torch.testing.assert_close(logits(llama, cache, input_ids), alone)
+    torch.testing.assert_close(logits(llama, cache, input_ids), wanted)
 
 
 def test_windows_are_left_to_transformers():

@@ -163,10 +163,10 @@ def test_the_library_has_them(model):
     cache, other_model = compressed(model, **PRESET), make_with_outliers("llama")
     logits(model, cache, ids(1, 100))
     assert any((np.array(layer) % 4 != 0).any() for layer in quarters(cache))
-    copied, alone = copy.deepcopy(cache), compressed(other_model, **PRESET)
+    copied, single = copy.deepcopy(cache), compressed(other_model, **PRESET)
     copied.reset()
-    wanted = logits(other_model, alone, ids(1, 80))
-    assert torch.equal(logits(other_model, copied, ids(1, 80)), wanted) and quarters(copied) == quarters(alone)
+    wanted = logits(other_model, single, ids(1, 80))
+    assert torch.equal(logits(other_model, copied, ids(1, 80)), wanted) and quarters(copied) == quarters(single)
     again = compressed(model, **PRESET)
     logits(model, again, ids(1, 100))
     assert torch.equal(logits(model, cache, ids(1, 9, seed=3)), logits(model, again, ids(1, 9, seed=3)))
@@ -233,9 +233,9 @@ def test_copies_and_crops(model):
     other = copy.deepcopy(cache)
     other.crop(-20)
     more = ids(1, 20, seed=8)
-    alone = compressed(model, **PRESET)
-    logits(model, alone, prompt[:, :130])
-    assert divergence(logits(model, alone, more), logits(model, other, more)) < 1e-3
+    single = compressed(model, **PRESET)
+    logits(model, single, prompt[:, :130])
+    assert divergence(logits(model, single, more), logits(model, other, more)) < 1e-3
     assert cache.get_seq_length() == 150 and quarters(other) == quarters(cache)
 
 

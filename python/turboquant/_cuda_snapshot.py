@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """
-A device's sequences in files: docs/snapshot.md. They go through a turboquant.Cache of the same options, so that the library
-alone writes, checks and refuses files. Codes, references and exact vectors are the CPU's, bit for bit, in another arrangement.
+A device's sequences in files: docs/snapshot.md. They go through a turboquant.Cache of the same options, so that only the
+library writes, checks and refuses files. Codes, references and exact vectors are the CPU's, bit for bit, in another
+arrangement.
 """
 from __future__ import annotations
 

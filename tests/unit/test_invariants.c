@@ -57,7 +57,7 @@ static void step(tq_cache *cache, int32_t seq, int32_t layer, const float *k, co
     assert_int_equal(tq_cache_prefill(cache, seq, layer, n, k, v, &p, NULL), TQ_OK);
 }
 
-/* Keys with a bias, as text's have; and the outputs of decoding token by token, alone in a cache. */
+/* Keys with a bias, as text's have; and the outputs of decoding token by token in a cache of its own. */
 static void make_text(text *t, uint64_t seed, const tq_preset *preset)
 {
     kv_random random = {.state = seed};
@@ -83,8 +83,7 @@ static void assert_near(const float *got, const float *wanted, int64_t n, int64_
 {
     for (int64_t i = 0; i < n; i++) {
         if (fabsf(got[i] - wanted[i]) > 5e-4f * (1.0f + fabsf(wanted[i])))
-            fail_msg("position %d: %g, alone and one by one %g", (int)(position + i / Q_ROW), (double)got[i],
-                     (double)wanted[i]);
+            fail_msg("position %d: %g, one by one %g", (int)(position + i / Q_ROW), (double)got[i], (double)wanted[i]);
     }
 }
 
@@ -135,7 +134,7 @@ static void run_history(const tq_preset *preset, uint64_t seed)
     static float out[N_TOK * Q_ROW], k[2][N_TOK * ROW], v[2][N_TOK * ROW];
     kv_random random = {.state = seed};
     tq_cache *cache = create(preset), *plain = create(preset);
-    int32_t seqs[2], alone;
+    int32_t seqs[2], single;
     for (int i = 0; i < 2; i++) assert_int_equal(tq_cache_seq_create(cache, &seqs[i]), TQ_OK);
     while (tq_cache_length(cache, seqs[0], 0) < N_TOK || tq_cache_length(cache, seqs[1], 0) < N_TOK) {
         int which = (int)kv_below(&random, 2);
@@ -151,10 +150,10 @@ static void run_history(const tq_preset *preset, uint64_t seed)
         }
     }
     for (int i = 0; i < 2; i++) {
-        assert_int_equal(tq_cache_seq_create(plain, &alone), TQ_OK);
+        assert_int_equal(tq_cache_seq_create(plain, &single), TQ_OK);
         for (int layer = 0; layer < N_LAYER; layer++) {
-            assert_int_equal(tq_cache_append(plain, alone, layer, N_TOK, texts[i].k[layer], texts[i].v[layer], NULL), TQ_OK);
-            assert_int_equal(tq_cache_read(plain, alone, layer, 0, N_TOK, k[0], v[0]), TQ_OK);
+            assert_int_equal(tq_cache_append(plain, single, layer, N_TOK, texts[i].k[layer], texts[i].v[layer], NULL), TQ_OK);
+            assert_int_equal(tq_cache_read(plain, single, layer, 0, N_TOK, k[0], v[0]), TQ_OK);
             assert_int_equal(tq_cache_read(cache, seqs[i], layer, 0, N_TOK, k[1], v[1]), TQ_OK);
             assert_memory_equal(k[1], k[0], sizeof k[0]);
             assert_memory_equal(v[1], v[0], sizeof v[0]);

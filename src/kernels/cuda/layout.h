@@ -192,7 +192,7 @@ TQ_HD int32_t tq_reference_bytes(int32_t head_dim)
     return head_dim + 16;
 }
 
-/* Where the bytes of record i of a head's page begin, its reference's among them; reference_bytes 0: there are none. */
+/* Where the bytes of record i of a head's page begin, its reference's among them; reference_bytes 0: it has no references. */
 TQ_HD int32_t tq_record_begin(int32_t record_bytes, int32_t reference_bytes, int32_t i)
 {
     return i * record_bytes + (i >> 1) * reference_bytes;
