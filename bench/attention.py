@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 from measure import commit, machine  # noqa: E402
 
-FORMATS = "tq8,tq4,tq3,tq2,tt4,tt3,tt2,TQ6,TQ4,TQ3,TQ2"
-FEW = "tq8,tq4,tt4,tt2,TQ4"
+FORMATS = "sq8,sq4,sq3,sq2,tt4,tt3,tt2,TQ6,TQ4,TQ3,TQ2"
+FEW = "sq8,sq4,tt4,tt2,TQ4"
 # (label, instruction set or None for the best, arguments)
 RUNS = [
     *((f"40/8 heads, {n} tokens", None, ["attention", "--context", n, "--formats", FORMATS if n == 32768 else FEW])

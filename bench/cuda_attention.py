@@ -23,7 +23,7 @@ from cuda_device import Cache, Library
 PAGE = 64
 POOL_TOKENS = 524288  # of one layer: 553 MB at 4 bits
 DECODE = [(1, 4096), (1, 32768), (1, 131072), (8, 32768), (16, 32768), (64, 8192)]
-PAIRS = ["tq4", "tq3", "tq2", "tq8/tq4", "tq8", "tq8/tt4", "tt4", "tt3", "tt3/tt2", "tt2"]
+PAIRS = ["sq4", "sq3", "sq2", "sq8/sq4", "sq8", "sq8/tt4", "tt4", "tt3", "tt3/tt2", "tt2"]
 TORCH = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -102,7 +102,7 @@ def bench_decode(library, rows, quick, wanted):
             for name, us in found.items():
                 rows.add("decode", f"torch {name} bf16", n_head, head_dim, f"{n_seq}x{length}", us, n_bytes, best)
     for n_head, head_dim, sizes in shapes:
-        pairs = wanted if (n_head, head_dim) == (40, 128) else ["tq4", "tq8/tq4"] if head_dim == 64 else ["tq4", "tq3"]
+        pairs = wanted if (n_head, head_dim) == (40, 128) else ["sq4", "sq8/sq4"] if head_dim == 64 else ["sq4", "sq3"]
         for pair in pairs:
             k, v = (pair.split("/") * 2)[:2]
             cache = Cache(library, k, v, head_dim, n_head_kv, PAGE, POOL_TOKENS // PAGE, 4, 64, 64)
@@ -111,7 +111,7 @@ def bench_decode(library, rows, quick, wanted):
             bare.pages = cache.pages
             bare.store.pages = cache.store.pages
             variants = [("", bare, False)]
-            if pair == "tq4" and n_head == 40 and head_dim == 128:
+            if pair == "sq4" and n_head == 40 and head_dim == 128:
                 variants += [(" deterministic", bare, True), (" 4 sinks, ring of 64", cache, False)]
             for n_seq, length in sizes:
                 best = baseline[n_head, head_dim, n_seq, length]
@@ -119,7 +119,7 @@ def bench_decode(library, rows, quick, wanted):
                     calls, n_bytes = decode_calls(used, n_seq, [length] * n_seq, n_head, deterministic)
                     us = time_graph(calls, calls_for(len(calls), n_bytes))
                     rows.add("decode", pair + suffix, n_head, head_dim, f"{n_seq}x{length}", us, n_bytes, best)
-            if pair in ("tq4", "tq3") and n_head == 40 and head_dim == 128:
+            if pair in ("sq4", "sq3") and n_head == 40 and head_dim == 128:
                 generator = torch.Generator().manual_seed(1)
                 lens = torch.randint(1024, 15361, (64,), generator=generator).tolist()
                 calls, n_bytes = decode_calls(bare, 64, lens, n_head, False)
@@ -133,7 +133,7 @@ def bench_decode(library, rows, quick, wanted):
 def bench_encode(library, rows):
     """FP16 rows to pages; bytes are those of the input."""
     n_tok, n_head_kv, head_dim = 32768, 8, 128
-    for name in ("tq8", "tq4", "tq3", "tq2", "tt4", "tt3", "tt2"):
+    for name in ("sq8", "sq4", "sq3", "sq2", "tt4", "tt3", "tt2"):
         cache = Cache(library, name, name, head_dim, n_head_kv, PAGE, n_tok // PAGE)
         k, v = (torch.randn(n_tok, n_head_kv, head_dim, dtype=torch.float16, device="cuda") for _ in range(2))
         slots = torch.randperm(n_tok // PAGE, device="cuda")[:, None] * PAGE + torch.arange(PAGE, device="cuda")
@@ -155,7 +155,7 @@ def bench_prefill(library, rows):
             found[name] = time_graph([lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)], 2, 3)
     for name, us in found.items():
         rows.add("prefill", f"torch {name} bf16", n_head, head_dim, "4096 of 65536", us, operations, min(found.values()))
-    for pair in ("tq4", "tq3", "tq8/tq4", "tt4", "tt3"):
+    for pair in ("sq4", "sq3", "sq8/sq4", "tt4", "tt3"):
         names = (pair.split("/") * 2)[:2]
         cache = Cache(library, *names, head_dim, n_head_kv, PAGE, length // PAGE)
         cache.fill()
@@ -187,7 +187,7 @@ def main():
     parser.add_argument("--csv")
     parser.add_argument("--only", default="encode,prefill,decode")
     parser.add_argument("--quick", action="store_true", help="40 heads of 128 alone")
-    parser.add_argument("--pairs", default=",".join(PAIRS), help="formats of keys and values, as tq4 or tq8/tq4")
+    parser.add_argument("--pairs", default=",".join(PAIRS), help="formats of keys and values, as sq4 or sq8/sq4")
     arguments = parser.parse_args()
     library, rows = Library(arguments.path), Rows()
     info = library.describe()

@@ -21,12 +21,12 @@ import sys
 from pathlib import Path
 
 N_HEAD, N_HEAD_KV = 40, 8
-PRESETS = ("tq8/tt4", "tt4", "tt3", "tt3/tt2")
+PRESETS = ("sq8/tt4", "tt4", "tt3", "tt3/tt2")
 # The first are in pairs.h.
-OWN = {64: ["tq8/tt4", "tt4", "tt3", "tt3/tt2", "tq4"], 128: ["tq8/tt4", "tt4", "tt3", "tt3/tt2", "tq4", "tq4/tq3", "tq3"],
-       256: ["tq8/tt4", "tt4", "tt3", "tt3/tt2", "tq4"]}
-OTHER = {64: ["tq8", "tq8/tq4", "tq3", "tq2", "tt2"], 96: ["tq4", "tq3"],
-         128: ["tq8", "tq8/tq4", "tq4/tq2", "tq2", "tt2", "tt4/tq3"], 192: ["tq4", "tq3"], 256: ["tq8", "tq3", "tq2"]}
+OWN = {64: ["sq8/tt4", "tt4", "tt3", "tt3/tt2", "sq4"], 128: ["sq8/tt4", "tt4", "tt3", "tt3/tt2", "sq4", "sq4/sq3", "sq3"],
+       256: ["sq8/tt4", "tt4", "tt3", "tt3/tt2", "sq4"]}
+OTHER = {64: ["sq8", "sq8/sq4", "sq3", "sq2", "tt2"], 96: ["sq4", "sq3"],
+         128: ["sq8", "sq8/sq4", "sq4/sq2", "sq2", "tt2", "tt4/sq3"], 192: ["sq4", "sq3"], 256: ["sq8", "sq3", "sq2"]}
 DECODE = {128: [(1, 4096), (1, 32768), (16, 32768), (64, 8192)]}
 DECODE_ELSE = [(1, 32768), (16, 16384)]
 PREFILL = (2048, 32768)  # queries at the end of tokens

@@ -12,7 +12,7 @@ which torch's attention reads exactly the tokens that there are, by its flash or
 "decode" is Transformers' model as it is. Its norms, rotations and activations are dozens of small kernels, which take as long
 beside either cache; "decode, compiled" has them fused by torch.compile, for all caches alike.
 
-    headline.py --csv out.csv --json out.json [--only 32b,7b,longest] [--caches TQ3,tq4/tq3,tq3/tq3] [--modes decode,compiled]
+    headline.py --csv out.csv --json out.json [--only 32b,7b,longest] [--caches TQ3,sq4/sq3,sq3/sq3] [--modes decode,compiled]
                 [--profile kernels.csv]
 
 On PYTHONPATH: python; TURBOQUANT_LIBRARY and TQ_CUDA_LIBRARY name the libraries. --tiny tries the script itself, with a small
@@ -481,7 +481,7 @@ def main():
     parser.add_argument("--csv")
     parser.add_argument("--json")
     parser.add_argument("--only", default="32b,7b,longest", help="longest: of the 32b model")
-    parser.add_argument("--caches", default="TQ3,tq4/tq3,tq3/tq3", help="presets, or formats of keys/values")
+    parser.add_argument("--caches", default="TQ3,sq4/sq3,sq3/sq3", help="presets, or formats of keys/values")
     parser.add_argument("--modes", default="decode,compiled", help="of the model beside the cache")
     parser.add_argument("--replays", type=int, default=30, help="of each step, of which the median counts; at least 20")
     parser.add_argument("--profile", help="a CSV file for the times of each step's kernels")

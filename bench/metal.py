@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 N_HEAD, N_HEAD_KV, HEAD_DIM, N_PROMPT = 32, 8, 128, 512
 N_SINK, N_RECENT = 4, 64
 BYTES_WANTED = 256 << 20  # of all layers that a measurement rotates over
-CACHES = {"TQ6": (kernels.TQ8, kernels.TT4, True), "TQ4": (kernels.TT4, kernels.TT4, True),
-          "TQ2": (kernels.TT3, kernels.TT2, True), "tq4": (kernels.TQ4, kernels.TQ4, False),
-          "tq3": (kernels.TQ3, kernels.TQ3, False)}
+CACHES = {"TQ6": (kernels.SQ8, kernels.TT4, True), "TQ4": (kernels.TT4, kernels.TT4, True),
+          "TQ2": (kernels.TT3, kernels.TT2, True), "sq4": (kernels.SQ4, kernels.SQ4, False),
+          "sq3": (kernels.SQ3, kernels.SQ3, False)}
 
 
 def run_tests():

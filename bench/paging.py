@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 
-RUNS = [(formats, page_size) for formats in ("TQ4", "tq4", "tq8") for page_size in (16, 64, 128, 256)]
+RUNS = [(formats, page_size) for formats in ("TQ4", "sq4", "sq8") for page_size in (16, 64, 128, 256)]
 
 
 def measure(tq, formats, page_size, threads, offload):

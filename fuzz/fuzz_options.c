@@ -53,7 +53,7 @@ static void parse(const char *text)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static const char *const words[] = {
-        "k=", "v=", "sinks=", "recent=", "exact=", "head_dim=",   "log=", "tq4", "tq8", "f16", "error", "info", "128", "64",
+        "k=", "v=", "sinks=", "recent=", "exact=", "head_dim=",   "log=", "sq4", "sq8", "f16", "error", "info", "128", "64",
         "0",  "1",  "7",      "1023",    "1024",   "99999999999", "+",    "-",   ",",   ",",   ",",     "=",    "x"};
     char text[1024];
     size_t n = 0;

@@ -197,7 +197,7 @@ static void check_restore(fixture *f)
     /* References are made again of what is restored, so that keys may round otherwise. The product formats,
      * which are there for comparison, have a sketch of the rest that changes with each encoding. */
     const tq_preset *preset = &kv->device->preset;
-    if (preset->k_ref_block == 0 && preset->k_format < TQ_FORMAT_TQ4_PROD && is_moderate(first))
+    if (preset->k_ref_block == 0 && preset->k_format < TQ_FORMAT_SQ4_PROD && is_moderate(first))
         ENSURE(is_equal(second, third));
 }
 
@@ -207,7 +207,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static tq_ggml_options options;
     uint32_t kind = take(&data, &size, 1);
     char error[256], text[64];
-    static const char *const formats[] = {"f16", "bf16", "tq8", "tq4", "tq3", "tq2", "tq4_prod", "tq2_prod", "tt4", "tt2"};
+    static const char *const formats[] = {"f16", "bf16", "sq8", "sq4", "sq3", "sq2", "sq4_prod", "sq2_prod", "tt4", "tt2"};
     const char *format = formats[kind % 10];
     uint32_t n_recent = kind / 32 * 2;
     /* Which is refused where it would have no effect. */

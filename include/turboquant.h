@@ -138,13 +138,13 @@ TQ_API tq_executor tq_openmp_executor(tq_openmp *runtime);
 typedef enum tq_format {
     TQ_FORMAT_F16 = 0,  /* reference, not rotated */
     TQ_FORMAT_BF16 = 1, /* reference, not rotated */
-    TQ_FORMAT_TQ8 = 2,  /* rotated, 8-bit uniform */
-    TQ_FORMAT_TQ4 = 3,  /* rotated, Lloyd-Max (TurboQuant, arXiv 2504.19874, Algorithm 1) */
-    TQ_FORMAT_TQ3 = 4,
-    TQ_FORMAT_TQ2 = 5,
-    TQ_FORMAT_TQ4_PROD = 6, /* Algorithm 2: one bit fewer for the codebook, and a QJL sign bit. For comparison only:   */
-    TQ_FORMAT_TQ3_PROD = 7, /* it is worse than Algorithm 1 after a softmax, and no preset uses it.                    */
-    TQ_FORMAT_TQ2_PROD = 8,
+    TQ_FORMAT_SQ8 = 2,  /* rotated, 8-bit uniform */
+    TQ_FORMAT_SQ4 = 3,  /* rotated, Lloyd-Max (TurboQuant, arXiv 2504.19874, Algorithm 1) */
+    TQ_FORMAT_SQ3 = 4,
+    TQ_FORMAT_SQ2 = 5,
+    TQ_FORMAT_SQ4_PROD = 6, /* Algorithm 2: one bit fewer for the codebook, and a QJL sign bit. For comparison only:   */
+    TQ_FORMAT_SQ3_PROD = 7, /* it is worse than Algorithm 1 after a softmax, and no preset uses it.                    */
+    TQ_FORMAT_SQ2_PROD = 8,
     TQ_FORMAT_TT4 = 9, /* rotated, trellis-coded: the bytes of the Lloyd-Max formats, less error, slower to encode */
     TQ_FORMAT_TT3 = 10,
     TQ_FORMAT_TT2 = 11,
@@ -152,7 +152,7 @@ typedef enum tq_format {
 } tq_format;
 
 typedef struct tq_format_info {
-    const char *name;        /* "tq4" */
+    const char *name;        /* "sq4" */
     const char *description; /* one line */
     int32_t bits;            /* nominal bits of a code */
     int32_t head_dim;
@@ -166,7 +166,7 @@ typedef struct tq_format_info {
 
 /* Fills *out. Errors: ARGUMENT, FORMAT, HEAD_DIM. Thread-safe. */
 TQ_API TQ_NODISCARD tq_status tq_format_describe(tq_format_info *out, tq_format format, int32_t head_dim);
-/* By name, as "tq4". Errors: ARGUMENT, FORMAT. */
+/* By name, as "sq4". Errors: ARGUMENT, FORMAT. */
 TQ_API TQ_NODISCARD tq_status tq_format_from_name(tq_format *out, const char *name);
 /* The supported head_dims in ascending order; *n_out gets their number. Static storage. */
 TQ_API const int32_t *tq_head_dim_list(int32_t *n_out);
@@ -274,7 +274,7 @@ TQ_API void tq_key_factors_params_default(tq_key_factors_params *params);
  */
 TQ_API TQ_NODISCARD tq_status tq_key_factors(int8_t *out, float *spread, const tq_key_factors_params *params);
 /*
- * The guard: the smallest of `wanted`, tt2, tt3, tt4, tq8, f16, no smaller than `wanted`, that moves logits of such a spread
+ * The guard: the smallest of `wanted`, tt2, tt3, tt4, sq8, f16, no smaller than `wanted`, that moves logits of such a spread
  * (softmax_scale included) by at most 1, root mean square. Beyond that attention's weights are off by a factor of e one time in
  * three. `wanted` if the spread is no positive, finite number.
  */
@@ -299,7 +299,7 @@ typedef struct tq_store_params {
     /*
      * 0: none. Else each ref_block slots of a head share a reference vector, and what is coded of a slot is its difference from
      * that: keys have a mean that costs bits and changes slowly along the context. The reference is the mean of the ring when
-     * the first slot of the block is encoded, kept as tq8; it stays until all slots of the block are exact again, as they are
+     * the first slot of the block is encoded, kept as sq8; it stays until all slots of the block are exact again, as they are
      * when tokens were written over them in a ring of at least the block. Needs a ring; for rotated formats but the product
      * ones. 64 suits.
      */
@@ -640,7 +640,7 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_describe(tq_cuda_info *out);
 
 typedef struct tq_cuda_store {
     size_t struct_size;
-    tq_format k_format, v_format; /* tq8, tq4, tq3, tq2; tt4, tt3, tt2 except at head_dim 96. docs/cuda.md: fast pairs */
+    tq_format k_format, v_format; /* sq8, sq4, sq3, sq2; tt4, tt3, tt2 except at head_dim 96. docs/cuda.md: fast pairs */
     int32_t head_dim, n_head_kv;  /* 64, 96, 128, 192 or 256 */
     int32_t page_size;            /* tokens, 32 to 256, a multiple of 32 */
     int32_t n_sink, n_recent;     /* at most 512 together */

@@ -19,7 +19,7 @@ static const char help[] =
     "  --context N           tokens in the cache (8192)\n"
     "  --n-query N           tokens of a batch, the last ones of the context (prefill: 512)\n"
     "  --threads T           (all; encode: 1)\n"
-    "  --formats A,B,...     formats (tq4), two for keys and values (tt4/tt3), presets (TQ4)\n"
+    "  --formats A,B,...     formats (sq4), two for keys and values (tt4/tt3), presets (TQ4)\n"
     "  --baselines A,B,...   cache types of ggml (f16,q8_0,q4_0); 'none' for none\n"
     "  --repeats N           (15; prefill: 5)\n"
     "  --llama-bin DIR       where llama.cpp's programs are\n"
@@ -274,7 +274,7 @@ int cmd_bench(int argc, char **argv)
                                             {"json", no_argument, NULL, 'j'},
                                             {"help", no_argument, NULL, 'h'},
                                             {0}};
-    static char formats[] = "tq8,tq4,tq3,tq2,tt4,tt3,tt2,TQ6,TQ4,TQ3,TQ2", codecs[] = "tq8,tq4,tq3,tq2,tt4,tt3,tt2";
+    static char formats[] = "sq8,sq4,sq3,sq2,tt4,tt3,tt2,TQ6,TQ4,TQ3,TQ2", codecs[] = "sq8,sq4,sq3,sq2,tt4,tt3,tt2";
     static char baselines[] = "f16,q8_0,q4_0";
     request r = {.baselines = baselines, .shape = {.n_head = 40, .n_head_kv = 8, .head_dim = 128, .n_ctx = 8192}};
     if (argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)) {

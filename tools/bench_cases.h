@@ -36,7 +36,7 @@ typedef struct bench_case {
     uint8_t **memory;          /* [n_layers], both stores of a layer */
 } bench_case;
 
-/* By name: a format (tq4), two for keys and values (tt4/tt3), a preset (TQ4). False, after a message, if there is none. */
+/* By name: a format (sq4), two for keys and values (tt4/tt3), a preset (TQ4). False, after a message, if there is none. */
 bool bench_parse_formats(tq_preset *out, const char *name);
 /* Formats, sinks, ring, references and factors. */
 void bench_store_params(tq_store_params *keys, tq_store_params *values, const tq_preset *preset);

@@ -257,7 +257,7 @@ static void do_without_factors(const tq_ggml_kv_tensor *kv, tq_store_params *par
     tq_format_info info;
     if (tq_format_describe(&info, params->format, params->head_dim) != TQ_OK || info.bits >= 8) return;
     bool is_chosen = kv->device->options->has_k_format;
-    if (!is_chosen) params->format = TQ_FORMAT_TQ8;
+    if (!is_chosen) params->format = TQ_FORMAT_SQ8;
     tq_ggml_log(TQ_LOG_WARNING,
                 "layer %d: how the model projects its queries and keys is not understood, so that there are no factors for "
                 "outlier channels, and few bits may ruin what it says: its keys have %s. TQ_GGML=k=FORMAT chooses another "

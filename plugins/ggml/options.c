@@ -283,8 +283,8 @@ static bool is_exact_format(tq_format format)
 
 static bool has_prod_keys(const tq_ggml_options *options)
 {
-    return options->has_k_format && (options->k_format == TQ_FORMAT_TQ4_PROD || options->k_format == TQ_FORMAT_TQ3_PROD ||
-                                     options->k_format == TQ_FORMAT_TQ2_PROD);
+    return options->has_k_format && (options->k_format == TQ_FORMAT_SQ4_PROD || options->k_format == TQ_FORMAT_SQ3_PROD ||
+                                     options->k_format == TQ_FORMAT_SQ2_PROD);
 }
 
 static bool has_exact_keys(const tq_ggml_options *options)

@@ -6,7 +6,7 @@ import turboquant
 from turboquant import metal_kernels as kernels
 
 SEED = turboquant.SEED_DEFAULT
-NUMBERS = {"tq8": 2, "tq4": 3, "tq3": 4, "tq2": 5, "tt4": 9, "tt3": 10, "tt2": 11}
+NUMBERS = {"sq8": 2, "sq4": 3, "sq3": 4, "sq2": 5, "tt4": 9, "tt3": 10, "tt2": 11}
 
 
 class Layer:
@@ -48,8 +48,8 @@ class Layer:
                 mean = np.zeros_like(window[:, 0])
                 for i in range(self.n_recent):
                     mean += window[:, i]
-                ref_bytes[:, block] = turboquant.encode(mean / np.float32(self.n_recent), "tq8")
-                reference = turboquant.decode(ref_bytes[:, block], "tq8", self.head_dim)
+                ref_bytes[:, block] = turboquant.encode(mean / np.float32(self.n_recent), "sq8")
+                reference = turboquant.decode(ref_bytes[:, block], "sq8", self.head_dim)
                 k_coded[:, block * kernels.BLOCK : (block + 1) * kernels.BLOCK] -= reference[:, None]
         parts = []
         for rows, fmt, decoded in ((k_coded, self.formats[0], self.k_decoded),

@@ -139,7 +139,7 @@ def test_save_and_load(rng, tmp_path):
 
 
 def test_formats_of_layers(rng):
-    cache = make(layer_k_formats=["tq8", "tq2"], layer_v_formats=["f16", "tq4"], n_sink=0, n_recent=0, k_ref_block=0)
+    cache = make(layer_k_formats=["sq8", "sq2"], layer_v_formats=["f16", "sq4"], n_sink=0, n_recent=0, k_ref_block=0)
     seq, k = cache.seq_create(), vectors(rng, 100)
     errors = []
     for layer in range(2):
@@ -222,7 +222,7 @@ def test_refusals(rng):
     with pytest.raises(turboquant.ArgumentError, match="give a query for each"):
         cache.prefill(seq, 0, vectors(rng, 1, N_HEAD), k, k)
     with pytest.raises(turboquant.ArgumentError, match="layer_k_formats"):
-        make(layer_k_formats=["tq4"])
+        make(layer_k_formats=["sq4"])
     with pytest.raises(turboquant.UnsupportedError):
         turboquant.Cache(1, 1, 100)
     with pytest.raises(TypeError, match="seq_fork"):
@@ -317,13 +317,13 @@ def integer_arguments():
         "window": lambda c, x: c.attend(0, 0, q, window=x), "read first": lambda c, x: c.read(0, 0, x, 1),
         "read n": lambda c, x: c.read(0, 0, 0, x), "reserve n_tok": lambda c, x: c.reserve(0, x),
         "first_page": lambda c, x: c.seq_export(0, x), "seed": lambda c, x: make(seed=x),
-        "Codec": lambda c, x: turboquant.Codec("tq4", 64, x), "budget_bytes": lambda c, x: make(budget_bytes=x),
+        "Codec": lambda c, x: turboquant.Codec("sq4", 64, x), "budget_bytes": lambda c, x: make(budget_bytes=x),
         "offload_bytes": lambda c, x: make(offload_folder=".", offload_bytes=x), "max_tok": lambda c, x: make(max_tok=x),
     }
     shapes = {
         "n_layer": lambda c, x: turboquant.Cache(x, 1, 64), "n_head_kv": lambda c, x: turboquant.Cache(1, x, 64),
-        "head_dim": lambda c, x: turboquant.Cache(1, 1, x), "codec": lambda c, x: turboquant.Codec("tq4", x),
-        "format_info": lambda c, x: turboquant.format_info(x), "info": lambda c, x: turboquant.format_info("tq4", x),
+        "head_dim": lambda c, x: turboquant.Cache(1, 1, x), "codec": lambda c, x: turboquant.Codec("sq4", x),
+        "format_info": lambda c, x: turboquant.format_info(x), "info": lambda c, x: turboquant.format_info("sq4", x),
         "bits": lambda c, x: turboquant.preset("TQ4").bits_per_value(x, 2, 100),
         "layer": lambda c, x: turboquant.Calibration(CALIBRATION).layer(x),
         "formats": lambda c, x: make(layer_k_formats=[x, 1]),
@@ -376,7 +376,7 @@ def test_paths_are_not_cut(rng, tmp_path, monkeypatch, of, kind):
 
 def test_format_names_are_not_cut():
     with pytest.raises(turboquant.ArgumentError, match="NUL"):
-        turboquant.format_info("tq4\0x")
+        turboquant.format_info("sq4\0x")
 
 
 def exported(rng):

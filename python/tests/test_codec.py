@@ -6,12 +6,12 @@ import turboquant
 
 
 def test_formats():
-    tq4 = turboquant.format_info("tq4", 128)
-    assert (tq4.bits, tq4.bytes_per_vector, tq4.bits_per_value) == (4, 66, 4.125)
-    with pytest.raises(turboquant.UnsupportedError, match="tq4, tq3"):
+    sq4 = turboquant.format_info("sq4", 128)
+    assert (sq4.bits, sq4.bytes_per_vector, sq4.bits_per_value) == (4, 66, 4.125)
+    with pytest.raises(turboquant.UnsupportedError, match="sq4, sq3"):
         turboquant.format_info("q4_0")
     with pytest.raises(turboquant.UnsupportedError, match="100"):
-        turboquant.format_info("tq4", 100)
+        turboquant.format_info("sq4", 100)
 
 
 def test_presets():
@@ -27,7 +27,7 @@ def test_head_dims():
 
 
 # Relative squared error of the codes on normal values (docs/formats.md), with room for the sample.
-@pytest.mark.parametrize("name, error", [("tq8", 2e-4), ("tq4", .0105), ("tt4", .0060), ("tt2", .0800), ("f16", 1e-6)])
+@pytest.mark.parametrize("name, error", [("sq8", 2e-4), ("sq4", .0105), ("tt4", .0060), ("tt2", .0800), ("f16", 1e-6)])
 def test_round_trip(rng, name, error):
     x = rng.standard_normal((64, 128), np.float32)
     encoded = turboquant.encode(x, name)
@@ -38,15 +38,15 @@ def test_round_trip(rng, name, error):
 
 def test_codec_writes_to_out(rng):
     x = rng.standard_normal((4, 64), np.float32)
-    codec = turboquant.Codec("tq4", 64)
+    codec = turboquant.Codec("sq4", 64)
     out = np.zeros((4, 64), np.float32)
     assert codec.decode(codec.encode(x), out) is out
-    assert np.array_equal(out, turboquant.decode(turboquant.encode(x, "tq4"), "tq4", 64))
+    assert np.array_equal(out, turboquant.decode(turboquant.encode(x, "sq4"), "sq4", 64))
 
 
 def test_seed_matters(rng):
     x = rng.standard_normal((4, 64), np.float32)
-    assert not np.array_equal(turboquant.encode(x, "tq4", seed=1), turboquant.encode(x, "tq4", seed=2))
+    assert not np.array_equal(turboquant.encode(x, "sq4", seed=1), turboquant.encode(x, "sq4", seed=2))
 
 
 def test_refusals(rng):
@@ -56,12 +56,12 @@ def test_refusals(rng):
     with pytest.raises(turboquant.ArgumentError, match="give float32"):
         turboquant.encode(np.ones((1, 64), np.int32))
     with pytest.raises(turboquant.ArgumentError, match=r"give \[any, 64\]"):
-        turboquant.Codec("tq4", 64).encode(x[0])
+        turboquant.Codec("sq4", 64).encode(x[0])
     with pytest.raises(turboquant.ArgumentError, match="uint8"):
-        turboquant.decode(turboquant.encode(x, "tq4"), "tq3", 64)
+        turboquant.decode(turboquant.encode(x, "sq4"), "sq3", 64)
 
 
 def test_error_is_the_status_of_the_header():
     with pytest.raises(turboquant.TurboQuantError) as caught:
-        turboquant.format_info("tq4", 100)
+        turboquant.format_info("sq4", 100)
     assert caught.value.status == -30

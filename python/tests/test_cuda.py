@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import turboquant
-from tiny import BACKEND, DEVICE, ON_DEVICE, TQ8, compressed, generated, ids, logits, make_model, same_tokens
+from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, compressed, generated, ids, logits, make_model, same_tokens
 from transformers import LlamaConfig
 from turboquant import _cuda_batch
 from turboquant._cuda import DeviceStore
@@ -51,7 +51,7 @@ class Rows:
             for first in range(before, end if block else 0):
                 if first == store.n_sink or first % block == 0:
                     ring = np.add.accumulate(self.tokens[first: first + store.n_recent, number, 0])  # one after the other
-                    self.references[number, first] = decoded("tq8", ring[-1] / np.float32(store.n_recent))
+                    self.references[number, first] = decoded("sq8", ring[-1] / np.float32(store.n_recent))
 
     def held(self, store, number, side):
         """What is read of keys or values."""
@@ -168,7 +168,7 @@ def check_references(caches):
 def test_random_changes(seed, n_sink, n_recent):
     """Passes, padding, copies, reordering, cropping and freeing in random order; everything is compared after each."""
     rng = np.random.default_rng(seed)
-    options = {"layer_k_formats": ["tq8", "tq4", "tt4"], "layer_v_formats": ["tq8", "tq4", "tt4"]}
+    options = {"layer_k_formats": ["sq8", "sq4", "tt4"], "layer_v_formats": ["sq8", "sq4", "tt4"]}
     options |= {"k_ref_block": 0, "page_size": 32} if seed == 0 else {"page_size": 64}
     first = Checked(rng, n_sink=n_sink, n_recent=n_recent, **options)
     first.run(2, int(rng.integers(1, 90 if seed == 0 else 200)), padding=[0, int(rng.integers(0, 2))])
@@ -199,7 +199,7 @@ def test_random_changes(seed, n_sink, n_recent):
 def test_types(dtype, monkeypatch):
     """Half precision goes to the device as it is."""
     monkeypatch.setattr("test_cuda.TOLERANCE", .1)
-    cache = Checked(np.random.default_rng(1), **TQ8)
+    cache = Checked(np.random.default_rng(1), **SQ8)
     for n_tok in (70, 1, 5):
         cache.run(2, n_tok, dtype=dtype)
 
@@ -207,7 +207,7 @@ def test_types(dtype, monkeypatch):
 def test_other_strides():
     """Projections that make queries, keys and values in one piece leave rows that are further apart."""
     rng = np.random.default_rng(5)
-    caches = [TurboQuantCache(config=CONFIG, **TQ8) for _ in range(2)]
+    caches = [TurboQuantCache(config=CONFIG, **SQ8) for _ in range(2)]
     for n_batch_tok in ((2, 80), (2, 1), (2, 3)):
         packed = torch.from_numpy(rng.standard_normal((*n_batch_tok, N_HEAD + 2 * N_HEAD_KV, HEAD_DIM)).astype(np.float32))
         query, keys, values = packed.to(DEVICE).transpose(1, 2).split([N_HEAD, N_HEAD_KV, N_HEAD_KV], dim=1)
@@ -221,7 +221,7 @@ def test_other_strides():
 @pytest.mark.parametrize("padding", [None, [0, 33]])
 def test_chunks(monkeypatch, padding):
     """Where scratch is short a prompt is appended in parts, each of which attends before the next."""
-    cache = Checked(np.random.default_rng(2), n_recent=200, **TQ8)
+    cache = Checked(np.random.default_rng(2), n_recent=200, **SQ8)
     real = Batch._bytes
     # As on a device that needs much for each token, whatever this one needs.
     monkeypatch.setattr(Batch, "_bytes", lambda batch, n_rows, n_query, n_head: max(real(batch, n_rows, n_query, n_head),
@@ -233,7 +233,7 @@ def test_chunks(monkeypatch, padding):
     cache.check()
 
 
-@pytest.mark.parametrize("formats", [TQ8, {"preset": "TQ3"}, {"preset": "TQ4"}], ids=["tq8", "TQ3", "TQ4"])
+@pytest.mark.parametrize("formats", [SQ8, {"preset": "TQ3"}, {"preset": "TQ4"}], ids=["sq8", "TQ3", "TQ4"])
 def test_cuts_change_no_byte(formats):
     """What is held does not depend on the passes and chunks that the same rows came in."""
     rng, held = np.random.default_rng(6), []
@@ -251,7 +251,7 @@ def test_cuts_change_no_byte(formats):
 
 def test_calls_of_different_shapes():
     """Scratch that a step of decoding has used is used by a call of more query rows, whose counters are elsewhere."""
-    cache = Checked(np.random.default_rng(8), **TQ8)
+    cache = Checked(np.random.default_rng(8), **SQ8)
     for n_tok in (1200, 1, 20, 1, 9, 1, 70):
         cache.run(2, n_tok)
 
@@ -261,7 +261,7 @@ def test_calls_of_different_shapes():
 def test_captured_passes_encode_first(monkeypatch, k_ref_block):
     """What leaves the ring is encoded for all layers before the first stores its new tokens. The emulated device runs at once
     what a graph would keep, so each pass is captured and replayed in one."""
-    cache = Checked(np.random.default_rng(5), max_tokens=400, k_ref_block=k_ref_block, **TQ8)
+    cache = Checked(np.random.default_rng(5), max_tokens=400, k_ref_block=k_ref_block, **SQ8)
     cache.run(2, 120)
     cache.run(2, 1)
     halves, append, end = [], _cuda_batch.lib.tq_cuda_append, cache.cache._end
@@ -294,7 +294,7 @@ def test_captured_passes_encode_first(monkeypatch, k_ref_block):
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"s_aux": torch.linspace(-1, 2, N_HEAD)}], ids=["softcap", "sinks"])
 def test_references_with(options):
     """They are part of scores that are capped or compared with a learned sink's."""
-    caches = [TurboQuantCache(config=CONFIG, factors="off", **TQ8, **more) for more in ({}, {"k_ref_block": 0})]
+    caches = [TurboQuantCache(config=CONFIG, factors="off", **SQ8, **more) for more in ({}, {"k_ref_block": 0})]
     options = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in options.items()}
     for n_tok in (200, 1, 1):
         query, keys, values = (torch.randn(1, n, n_tok, HEAD_DIM, device=DEVICE) for n in (N_HEAD, N_HEAD_KV, N_HEAD_KV))
@@ -379,7 +379,7 @@ def test_presets(preset, head_dim):
     assert run_rows(head_dim, preset=preset).get_seq_length() == 40
 
 
-@pytest.mark.parametrize("head_dim, options", [(64, {"k_format": "tq4", "v_format": "tq8"}),
+@pytest.mark.parametrize("head_dim, options", [(64, {"k_format": "sq4", "v_format": "sq8"}),
                                                (256, {"k_format": "tt3", "v_format": "tt2"})])
 def test_pairs_without_a_kernel_of_their_own(head_dim, options):
     assert run_rows(head_dim, **options).get_seq_length() == 40
@@ -388,11 +388,11 @@ def test_pairs_without_a_kernel_of_their_own(head_dim, options):
 def test_presets_at_another_head_dim():
     with pytest.raises(turboquant.TurboQuantError):
         run_rows(96, preset="TQ3")
-    assert run_rows(96, k_format="tq4", v_format="tq4").get_seq_length() == 40
+    assert run_rows(96, k_format="sq4", v_format="sq4").get_seq_length() == 40
 
 
 def test_formats_without_a_layout(llama):
-    with pytest.raises(turboquant.UnsupportedError, match='no device layout: tq8, tq4.*k_format="tq4"'):
+    with pytest.raises(turboquant.UnsupportedError, match='no device layout: sq8, sq4.*k_format="sq4"'):
         logits(llama, TurboQuantCache(config=llama.config, k_format="f16", v_format="f16"), ids(1, 10))
 
 
@@ -637,8 +637,8 @@ def test_replayed_without_a_graph(llama):
 def test_coded_generation(llama):
     """Beams and guesses that fork and crop what is coded: the same tokens as with everything exact, while nothing is close."""
     input_ids, assistant = ids(1, 150), make_model("llama", seed=2)
-    wanted = generated(llama, compressed(llama, **TQ8), input_ids)
-    assert same_tokens(llama, generated(llama, compressed(llama, **TQ8), input_ids, assistant_model=assistant), wanted)
-    cache = compressed(llama, n_recent=16, **TQ8)
+    wanted = generated(llama, compressed(llama, **SQ8), input_ids)
+    assert same_tokens(llama, generated(llama, compressed(llama, **SQ8), input_ids, assistant_model=assistant), wanted)
+    cache = compressed(llama, n_recent=16, **SQ8)
     generated(llama, cache, ids(2, 100), num_beams=3)
     assert cache.store.stats().n_pages_shared > 0

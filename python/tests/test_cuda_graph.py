@@ -3,7 +3,7 @@
 import pytest
 import torch
 import turboquant
-from tiny import BACKEND, CACHE, TQ8, compressed, ids, logits, make_model, same_tokens, use_attention_of
+from tiny import BACKEND, CACHE, SQ8, compressed, ids, logits, make_model, same_tokens, use_attention_of
 
 if BACKEND != "cuda":
     pytest.skip("TQ_TEST_BACKEND is not cuda", allow_module_level=True)
@@ -55,12 +55,12 @@ class Decoder:
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_batch", [1, 3])
-@pytest.mark.parametrize("formats", [TQ8, {"preset": "TQ3"}], ids=["tq8", "TQ3"])
+@pytest.mark.parametrize("formats", [SQ8, {"preset": "TQ3"}], ids=["sq8", "TQ3"])
 def test_captured_steps(llama, n_batch, formats):
     """The tokens of plain steps; then, without the graph, the next logits."""
     input_ids, found, nexts = ids(n_batch, 120), [], []
     for captured in (False, True):
-        # compressed() gives TQ8 where no format is named.
+        # compressed() gives SQ8 where no format is named.
         cache = compressed(llama, max_tokens=300, **({"k_format": None, "v_format": None} | formats))
         found.append(Decoder(llama, cache, input_ids).run(N_TOK, captured))
         assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 120 + N_TOK

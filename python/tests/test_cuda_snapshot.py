@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import turboquant
-from tiny import BACKEND, DEVICE, ON_DEVICE, TQ8, compressed, generated, ids, logits, make_model, same_tokens
+from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, compressed, generated, ids, logits, make_model, same_tokens
 from transformers import LlamaConfig
 from turboquant import _cuda_snapshot
 from turboquant import transformers as adapter
@@ -27,7 +27,7 @@ N_LAYER, N_HEAD_KV, N_HEAD, HEAD_DIM = 2, 2, 4, 64
 CONFIG = LlamaConfig(num_hidden_layers=N_LAYER, num_attention_heads=N_HEAD, num_key_value_heads=N_HEAD_KV, head_dim=HEAD_DIM,
                      hidden_size=N_HEAD * HEAD_DIM)
 MODULE = types.SimpleNamespace(config=CONFIG)
-MIXED = {"layer_k_formats": ["tq8", "tq4"], "layer_v_formats": ["tt4", "tq4"], "n_sink": 4, "n_recent": 16, "page_size": 64}
+MIXED = {"layer_k_formats": ["sq8", "sq4"], "layer_v_formats": ["tt4", "sq4"], "n_sink": 4, "n_recent": 16, "page_size": 64}
 PLAIN = MIXED | {"k_ref_block": 0, "page_size": 32}
 # What kernels of a device may differ by from run to run; pages and exact tokens never do.
 TOLERANCE = 0 if BACKEND == "emulated" else 2e-3
@@ -283,7 +283,7 @@ def test_files_that_are_refused(tmp_path):
             load(path, **MIXED)
     with pytest.raises(turboquant.SnapshotError):
         load(tmp_path / "absent.tqs", **MIXED)
-    for wrong in ({"n_recent": 32}, {"k_ref_block": 0}, {"layer_v_formats": ["tq4", "tq4"]}, {"seed": 5}, {"page_size": 128}):
+    for wrong in ({"n_recent": 32}, {"k_ref_block": 0}, {"layer_v_formats": ["sq4", "sq4"]}, {"seed": 5}, {"page_size": 128}):
         with pytest.raises(turboquant.SnapshotError, match="another shape"):
             load(tmp_path / "a.tqs", **MIXED | wrong)
     with pytest.raises(turboquant.UnsupportedError, match="budget_bytes"):
@@ -369,9 +369,9 @@ def test_changes_after_loading(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_model(tmp_path, dtype):
     model = make_model("llama", dtype)
-    cache, prompt = compressed(model, preset="TQ4", **TQ8), ids(2, 150)
+    cache, prompt = compressed(model, preset="TQ4", **SQ8), ids(2, 150)
     logits(model, cache, prompt)
     cache.save(tmp_path / "a.tqs")
-    loaded = TurboQuantCache.load(tmp_path / "a.tqs", model.config, device=DEVICE, **TQ8)
+    loaded = TurboQuantCache.load(tmp_path / "a.tqs", model.config, device=DEVICE, **SQ8)
     more = torch.cat([prompt, ids(2, 5, seed=8)], dim=1)
     assert same_tokens(model, generated(model, loaded, more), generated(model, cache, more))

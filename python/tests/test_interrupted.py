@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 import turboquant
-from tiny import BACKEND, DEVICE, EXACT, F16, ON_DEVICE, TQ8, compressed, generated, ids, logits, make_model
+from tiny import BACKEND, DEVICE, EXACT, F16, ON_DEVICE, SQ8, compressed, generated, ids, logits, make_model
 
-# What the failed pass pushed out of the ring is coded: a part of what coding moves these models' logits by (.7 with tq4).
+# What the failed pass pushed out of the ring is coded: a part of what coding moves these models' logits by (.7 with sq4).
 CODED = .05
 # On a GPU products are added up in an order of their own.
 SAME = .005 if BACKEND == "cuda" else 0
 # The whole context in the ring: nothing is coded, and going back is exact.
-IN_RING = TQ8 | EXACT
+IN_RING = SQ8 | EXACT
 
 
 class Interrupted(BaseException):
@@ -42,7 +42,7 @@ def llama():
 
 
 @pytest.mark.parametrize("n_first, n_interrupted, options", [
-    (0, 300, TQ8), (0, 40, TQ8), (50, 300, IN_RING), (150, 30, IN_RING), (200, 1, IN_RING), (150, 30, F16)])
+    (0, 300, SQ8), (0, 40, SQ8), (50, 300, IN_RING), (150, 30, IN_RING), (200, 1, IN_RING), (150, 30, F16)])
 @pytest.mark.parametrize("place", ["first", "attention", "mlp", "last"])
 def test_goes_on_as_if_never_interrupted(llama, place, n_first, n_interrupted, options):
     if ON_DEVICE and options is F16:
@@ -66,7 +66,7 @@ def test_goes_on_as_if_never_interrupted(llama, place, n_first, n_interrupted, o
 @pytest.mark.parametrize("n_interrupted", [1, 30, 200])
 def test_what_left_the_ring_stays_coded(llama, place, n_interrupted):
     """A prompt of several rings, and then a pass that pushes tokens out of it."""
-    options = TQ8 | {"n_recent": 64}
+    options = SQ8 | {"n_recent": 64}
     cache, fresh = compressed(llama, **options), compressed(llama, **options)
     for each in (cache, fresh):
         logits(llama, each, ids(1, 300))

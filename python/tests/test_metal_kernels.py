@@ -48,7 +48,7 @@ def records(codes, scales):
 
 
 # All formats and all head_dims, not all pairs: each is compiled, which takes a second.
-ENCODERS = [(f, 128) for f in NUMBERS] + [("tt4", d) for d in (64, 96, 192, 256)] + [("tq4", 64), ("tq3", 96), ("tq8", 256),
+ENCODERS = [(f, 128) for f in NUMBERS] + [("tt4", d) for d in (64, 96, 192, 256)] + [("sq4", 64), ("sq3", 96), ("sq8", 256),
                                                                                      ("tt3", 96), ("tt2", 64), ("tt2", 256)]
 
 
@@ -61,7 +61,7 @@ def test_encoded_bytes(rng, name, head_dim):
 
 def test_encoding_twice(rng):
     """Decoded vectors give their bytes again: the encoder's later rounds."""
-    for name in ("tq4", "tt4"):
+    for name in ("sq4", "tt4"):
         first = turboquant.encode(rng.standard_normal((8, 128)).astype(np.float32), name)
         again = turboquant.decode(first, name, 128).astype(np.float16)
         codes, scales = kernels.encode(NUMBERS[name], mx.array(again)[None, None], 0, 8, SEED)
@@ -70,7 +70,7 @@ def test_encoding_twice(rng):
 
 def test_references(rng):
     """Means and what is coded against them are the library's bytes."""
-    layer = Layer(rng, "tt4", "tq4", 128, 300, 1, n_recent=32)
+    layer = Layer(rng, "tt4", "sq4", 128, 300, 1, n_recent=32)
     rows = mx.array(layer.k)[None]
     starts = [layer.n_sink, *range(64, layer.coded, 64)]
     refs = kernels.encode_references(rows, starts, 32, SEED)
@@ -96,35 +96,35 @@ def test_decode_lengths(rng, length):
     check(Layer(rng, "tt4", "tt4", 128, length, 1), rng, 2)
 
 
-@pytest.mark.parametrize("formats", [("tq8", "tt4"), ("tt3", "tt2"), ("tq4", "tq4"), ("tq3", "tq2"), ("tq8", "tq8")])
+@pytest.mark.parametrize("formats", [("sq8", "tt4"), ("tt3", "tt2"), ("sq4", "sq4"), ("sq3", "sq2"), ("sq8", "sq8")])
 def test_decode_formats(rng, formats):
-    check(Layer(rng, *formats, 128, 300, 1, has_refs=formats[0] != "tq4"), rng, 2)
+    check(Layer(rng, *formats, 128, 300, 1, has_refs=formats[0] != "sq4"), rng, 2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 192, 256])
 def test_decode_head_dims(rng, head_dim):
-    check(Layer(rng, "tt3", "tq3", head_dim, 300, 2, n_recent=32), rng, 1)
+    check(Layer(rng, "tt3", "sq3", head_dim, 300, 2, n_recent=32), rng, 1)
 
 
 @pytest.mark.parametrize("group,n_query", [(1, 1), (1, 4), (3, 1), (4, 2), (5, 1), (5, 3), (6, 1), (7, 1), (8, 1), (2, 8)])
 def test_decode_rows(rng, group, n_query):
-    check(Layer(rng, "tq4", "tq4", 64, 210, n_query, n_recent=16, n_batch=16), rng, group)
+    check(Layer(rng, "sq4", "sq4", 64, 210, n_query, n_recent=16, n_batch=16), rng, group)
 
 
 @pytest.mark.parametrize("n_batch", [1, 16, 64])
 def test_decode_while_tokens_leave(rng, n_batch):
     """Queries of one call that see different tokens encoded."""
-    layer = Layer(rng, "tq4", "tq4", 64, 200, 6, n_recent=30, n_batch=n_batch)
+    layer = Layer(rng, "sq4", "sq4", 64, 200, 6, n_recent=30, n_batch=n_batch)
     assert n_batch > 1 or len(set(layer.query_ends)) > 1
     check(layer, rng, 1)
 
 
 def test_decode_with_a_long_ring(rng):
-    check(Layer(rng, "tq4", "tq4", 64, 500, 1, n_recent=300), rng, 1)
+    check(Layer(rng, "sq4", "sq4", 64, 500, 1, n_recent=300), rng, 1)
 
 
 def test_decode_with_many_splits(rng):
-    layer = Layer(rng, "tq2", "tq2", 64, 5000, 1, n_head_kv=1, has_refs=False)
+    layer = Layer(rng, "sq2", "sq2", 64, 5000, 1, n_head_kv=1, has_refs=False)
     check(layer, rng, 1)
 
 
@@ -134,14 +134,14 @@ def test_prefill(rng, head_dim, length, n_query, group):
     check(Layer(rng, "tt4", "tt4", head_dim, length, n_query, n_recent=32), rng, group)
 
 
-@pytest.mark.parametrize("formats", [("tq8", "tt4"), ("tt3", "tt2"), ("tq3", "tq2")])
+@pytest.mark.parametrize("formats", [("sq8", "tt4"), ("tt3", "tt2"), ("sq3", "sq2")])
 def test_prefill_formats(rng, formats):
-    check(Layer(rng, *formats, 64, 200, 40, n_sink=0, n_recent=16, n_batch=1, has_refs=formats[0] == "tq8"), rng, 1)
+    check(Layer(rng, *formats, 64, 200, 40, n_sink=0, n_recent=16, n_batch=1, has_refs=formats[0] == "sq8"), rng, 1)
 
 
 @pytest.mark.parametrize("n_query", [1, 40])
 def test_learned_sinks(rng, n_query):
-    layer = Layer(rng, "tq4", "tq4", 64, 150, n_query)
+    layer = Layer(rng, "sq4", "sq4", 64, 150, n_query)
     q, sinks = rng.standard_normal((4, n_query, 64)).astype(np.float32), np.float32([-50, 0, 3, 9])
     wanted, found = layer.attend(q, .1, sinks), layer.kernel_attend(q, .1, sinks=sinks)
     assert abs(found - wanted).max() < 2e-4 * abs(wanted).max()
@@ -150,21 +150,21 @@ def test_learned_sinks(rng, n_query):
 
 @pytest.mark.parametrize("dtype,tolerance", [(mx.float16, 2e-3), (mx.bfloat16, 1e-2)])
 def test_types(rng, dtype, tolerance):
-    check(Layer(rng, "tq4", "tq4", 64, 150, 1), rng, 1, tolerance, dtype)
-    check(Layer(rng, "tq4", "tq4", 64, 150, 40), rng, 1, tolerance, dtype)
+    check(Layer(rng, "sq4", "sq4", 64, 150, 1), rng, 1, tolerance, dtype)
+    check(Layer(rng, "sq4", "sq4", 64, 150, 40), rng, 1, tolerance, dtype)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the GPU has an order of its own")
 def test_any_order_of_threads(rng, monkeypatch):
     """The same bits whatever runs first: no barrier is missing."""
     x = mx.array(vectors(rng, 64))[None, None]
-    decode, prefill = Layer(rng, "tq4", "tq4", 64, 210, 3), Layer(rng, "tq4", "tq4", 64, 150, 40)
+    decode, prefill = Layer(rng, "sq4", "sq4", 64, 210, 3), Layer(rng, "sq4", "sq4", 64, 150, 40)
     found = []
     for order in range(6):
         monkeypatch.setattr(metal_emulator, "order", order)
         q = np.random.default_rng(1).standard_normal((2, 40, 64)).astype(np.float32)
         found.append([np.array(part).tobytes() for part in (
-            *kernels.encode(NUMBERS["tt4"], x, 0, 8, SEED), *kernels.encode(NUMBERS["tq4"], x, 0, 8, SEED),
+            *kernels.encode(NUMBERS["tt4"], x, 0, 8, SEED), *kernels.encode(NUMBERS["sq4"], x, 0, 8, SEED),
             kernels.encode_references(x, [0, 4], 5, SEED), decode.kernel_attend(q[:, :3], .1), prefill.kernel_attend(q, .1))])
     assert all(each == found[0] for each in found)
 

@@ -11,14 +11,14 @@ import pytest
 import turboquant
 from conftest import ROOT
 from mlx_lm.generate import generate_step, speculative_generate_step
-from tiny_mlx import (F16, OTHER_ORDER, TQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits,
+from tiny_mlx import (F16, OTHER_ORDER, SQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits,
                       make_model, make_sharing_model)
 from turboquant.mlx import TurboQuantKVCache, from_kvcache, install, make_prompt_cache
 
 CALIBRATION = ROOT / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
 
-# As in test_transformers.py; tq2 gives .02.
-TOLERANCES = {"f16": (.006, 1e-6), "tq8": (.08, 5e-5)}
+# As in test_transformers.py; sq2 gives .02.
+TOLERANCES = {"f16": (.006, 1e-6), "sq8": (.08, 5e-5)}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -35,7 +35,7 @@ def greedy(model, cache, tokens, n=20, **options):
     return [int(token) for token, _ in generate_step(mx.array(tokens[0]), model, max_tokens=n, prompt_cache=cache, **options)]
 
 
-@pytest.mark.parametrize("formats", [F16, TQ8], ids=["f16", "tq8"])
+@pytest.mark.parametrize("formats", [F16, SQ8], ids=["f16", "sq8"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_logits(model, formats, parts):
     tokens = ids(300, n_batch=2)
@@ -57,7 +57,7 @@ def test_learned_sinks():
 
 
 def test_formats_layer_by_layer(llama):
-    caches = make_prompt_cache(llama, v_format="tq8", layer_k_formats=["f16", "tq8", "tq4"])
+    caches = make_prompt_cache(llama, v_format="sq8", layer_k_formats=["f16", "sq8", "sq4"])
     logits(llama, caches, ids(100))
     stores = [cache._sequences[0].store for cache in caches]
     assert len(set(map(id, stores))) == 3
@@ -65,7 +65,7 @@ def test_formats_layer_by_layer(llama):
     page_bytes = [store.stats().page_bytes for store in stores]
     assert page_bytes[0] > page_bytes[1] > page_bytes[2]
     with pytest.raises(turboquant.ArgumentError, match="2 formats, but 3 layers"):
-        make_prompt_cache(llama, layer_v_formats=["tq8", "tq4"])
+        make_prompt_cache(llama, layer_v_formats=["sq8", "sq4"])
 
 
 def calibrated(model, **options):
@@ -91,7 +91,7 @@ def attended(cache, q, k, v):
 
 
 def test_calibration_in_batches(llama):
-    check_batch(llama, lambda model: calibrated(model, **TQ8), [40, 150, 97], 8, OTHER_ORDER["tq8"])
+    check_batch(llama, lambda model: calibrated(model, **SQ8), [40, 150, 97], 8, OTHER_ORDER["sq8"])
     first, second, _ = calibrated(llama)
     with pytest.raises(turboquant.ArgumentError, match="do not go together"):
         first.extend(second)
@@ -146,14 +146,14 @@ def test_server_takes_a_calibration(monkeypatch):
 def test_few_bits_are_worse(llama):
     tokens = ids(300)
     wanted = logits(llama, stock.make_prompt_cache(llama), tokens)
-    assert divergence(wanted, logits(llama, make_prompt_cache(llama, k_format="tq2", v_format="tq2"), tokens)) > 1e-3
+    assert divergence(wanted, logits(llama, make_prompt_cache(llama, k_format="sq2", v_format="sq2"), tokens)) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision(dtype):
     model, tokens = make_model(dtype=dtype), ids(200)
     wanted = logits(model, stock.make_prompt_cache(model), tokens)
-    assert divergence(wanted, logits(model, make_prompt_cache(model, **TQ8), tokens)) < 2e-3
+    assert divergence(wanted, logits(model, make_prompt_cache(model, **SQ8), tokens)) < 2e-3
 
 
 def test_generation(model):
@@ -173,7 +173,7 @@ def test_speculative(llama):
 
 
 def test_saved_by_the_stock_functions(llama, tmp_path):
-    path, tokens, cache = str(tmp_path / "prompt.safetensors"), ids(200), make_prompt_cache(llama, **TQ8)
+    path, tokens, cache = str(tmp_path / "prompt.safetensors"), ids(200), make_prompt_cache(llama, **SQ8)
     logits(llama, cache, tokens)
     stock.save_prompt_cache(path, cache, {"note": "kept"})
     loaded, metadata = stock.load_prompt_cache(path, return_metadata=True)
@@ -184,7 +184,7 @@ def test_saved_by_the_stock_functions(llama, tmp_path):
 
 
 def test_generating_copies_no_state(llama, monkeypatch):
-    cache = make_prompt_cache(llama, **TQ8)
+    cache = make_prompt_cache(llama, **SQ8)
     monkeypatch.setattr(TurboQuantKVCache, "_save", lambda self: pytest.fail("the state was made"))
     greedy(llama, cache, ids(100), prefill_step_size=20)
     assert cache[0].offset > 100
@@ -275,7 +275,7 @@ def check_going_back(model, make_cache, n_before, n_batch=1):
 @pytest.mark.parametrize("n_batch", [1, 3])
 @pytest.mark.parametrize("n_before", [0, 50, 200])
 def test_interrupted_pass(llama, n_before, n_batch):
-    check_going_back(llama, lambda model: make_prompt_cache(model, n_recent=508, **TQ8), n_before, n_batch)
+    check_going_back(llama, lambda model: make_prompt_cache(model, n_recent=508, **SQ8), n_before, n_batch)
 
 
 def test_interrupted_attention(llama, monkeypatch):
@@ -341,10 +341,10 @@ def test_refusals(llama):
 
 
 BAD_OPTIONS = [
-    {"preset": "TQ5"}, {"preset": None}, {"k_fromat": "tq8"}, {"k_format": "tq9"}, {"v_format": 1 << 32}, {"n_sink": -1},
+    {"preset": "TQ5"}, {"preset": None}, {"k_fromat": "sq8"}, {"k_format": "tq9"}, {"v_format": 1 << 32}, {"n_sink": -1},
     {"n_recent": "many"}, {"page_size": 0}, {"max_tok": -1}, {"n_threads": 0}, {"n_layer": 3}, {"head_dim_v": 64},
     {"dry_run": True}, {"seed": -1}, {"budget_bytes": -1}, {"k_ref_block": 3}, {"calibration_layer": 1},
-    {"layer_k_formats": ["tq8", "tq8", "tq9"]}, {"offload_folder": "/nowhere", "offload_bytes": 1 << 20}]
+    {"layer_k_formats": ["sq8", "sq8", "tq9"]}, {"offload_folder": "/nowhere", "offload_bytes": 1 << 20}]
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
@@ -379,7 +379,7 @@ def test_kv_bits_are_refused(llama, generate, start):
     assert len(list(generate(mx.array(ids(20)[0]), *models, **(options | {"prompt_cache": cache})))) == 3
 
 
-@pytest.mark.parametrize("formats", [F16, TQ8], ids=["f16", "tq8"])
+@pytest.mark.parametrize("formats", [F16, SQ8], ids=["f16", "sq8"])
 @pytest.mark.parametrize("n_batch", [1, 2])
 def test_from_kvcache(llama, formats, n_batch):
     """After a prompt that was read exactly: what the cache holds is that of one which read it itself, but for what coding

@@ -12,7 +12,7 @@ import pytest
 import turboquant
 from conftest import ROOT
 from mlx_lm.generate import generate_step
-from tiny_mlx import F16, TQ8, check_batch, divergence, ids, logits, make_model, make_sharing_model
+from tiny_mlx import F16, SQ8, check_batch, divergence, ids, logits, make_model, make_sharing_model
 from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
 
 HALVES = np.arange(64) % 32
@@ -22,7 +22,7 @@ KINDS = {
     "cohere": ({"head_dim": 64, "layer_norm_eps": 1e-5, "logit_scale": 1.0, "rope_theta": 1e4}, np.arange(64) // 2),
     "gpt_neox": ({"num_key_value_heads": 4, "max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "rotary_emb_base": 10000,
                   "rotary_pct": .25}, np.where(np.arange(64) < 16, np.arange(64) % 8, np.arange(64)))}
-PRESET = {"v_format": "tq8", "n_recent": 16}
+PRESET = {"v_format": "sq8", "n_recent": 16}
 
 
 def make(kind, **options):
@@ -134,7 +134,7 @@ def test_exact_keys_have_none(model):
 
 def test_batches(model):
     """Merged, extended, filtered, extracted: factors come along; those of other layers are refused."""
-    check_batch(model, lambda model: make_prompt_cache(model, **TQ8), [40, 150, 97], 8, .02)
+    check_batch(model, lambda model: make_prompt_cache(model, **SQ8), [40, 150, 97], 8, .02)
     cache, empty = make_prompt_cache(model), make_prompt_cache(model)
     logits(model, cache, ids(30))
     merged = cache[0].merge([empty[0], cache[0]])
@@ -190,7 +190,7 @@ def test_unknown_projections(unknown):
     cache, tokens = make_prompt_cache(unknown, preset="TQ3"), ids(100)
     with pytest.warns(UserWarning, match="projections.*Attention.*keys have 8 bits, not those of TQ3.*k_format=.*off"):
         found = logits(unknown, cache, tokens, 3)
-    chosen = make_prompt_cache(unknown, preset="TQ3", k_format="tq8", factors="off")
+    chosen = make_prompt_cache(unknown, preset="TQ3", k_format="sq8", factors="off")
     assert np.array_equal(found, logits(unknown, chosen, tokens, 3))
     copied = copy.deepcopy(cache)
     assert np.array_equal(logits(unknown, copied, ids(5)), logits(unknown, chosen, ids(5)))
@@ -199,11 +199,11 @@ def test_unknown_projections(unknown):
 def test_formats_that_were_chosen(unknown):
     tokens = ids(100)
     with pytest.warns(UserWarning, match="keys have the format that was asked for"):
-        found = logits(unknown, make_prompt_cache(unknown, k_format="tq4"), tokens)
+        found = logits(unknown, make_prompt_cache(unknown, k_format="sq4"), tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert np.array_equal(found, logits(unknown, make_prompt_cache(unknown, k_format="tq4", factors="off"), tokens))
-        logits(unknown, make_prompt_cache(unknown, **TQ8), tokens)
+        assert np.array_equal(found, logits(unknown, make_prompt_cache(unknown, k_format="sq4", factors="off"), tokens))
+        logits(unknown, make_prompt_cache(unknown, **SQ8), tokens)
 
 
 def test_choices(model):
@@ -221,5 +221,5 @@ def test_choices(model):
 def test_generation(model):
     tokens = mx.array(ids(100)[0])
     found = [[int(token) for token, _ in generate_step(tokens, model, max_tokens=12, prompt_cache=cache)]
-             for cache in (stock.make_prompt_cache(model), make_prompt_cache(model, **TQ8))]
+             for cache in (stock.make_prompt_cache(model), make_prompt_cache(model, **SQ8))]
     assert found[0] == found[1]

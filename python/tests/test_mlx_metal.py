@@ -13,7 +13,7 @@ import pytest
 import turboquant
 import turboquant.mlx
 from mlx_lm.generate import generate_step, speculative_generate_step
-from tiny_mlx import (TQ8, check_batch, check_like, check_padding, divergence, generated_in_batches, ids, logits, make_model,
+from tiny_mlx import (SQ8, check_batch, check_like, check_padding, divergence, generated_in_batches, ids, logits, make_model,
                       make_sharing_model)
 from turboquant import metal_kernels
 from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, install, make_prompt_cache
@@ -53,8 +53,8 @@ def greedy(model, cache, tokens, n=8, **options):
     return [int(token) for token, _ in generate_step(mx.array(tokens[0]), model, max_tokens=n, prompt_cache=cache, **options)]
 
 
-@pytest.mark.parametrize("formats", [{}, TQ8, {"k_format": "tq4", "v_format": "tq2", "k_ref_block": 0}],
-                         ids=["TQ4", "tq8", "tq4 tq2"])
+@pytest.mark.parametrize("formats", [{}, SQ8, {"k_format": "sq4", "v_format": "sq2", "k_ref_block": 0}],
+                         ids=["TQ4", "sq8", "sq4 sq2"])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_like_the_cpu(llama, formats, parts):
     tokens = ids(100)
@@ -110,7 +110,7 @@ def test_batches_are_encoded_later_but_to_the_same_bytes(llama):
 def test_better_than_nothing(llama):
     tokens = ids(120)
     wanted = logits(llama, stock.make_prompt_cache(llama), tokens)
-    assert divergence(wanted, logits(llama, metal(llama, **TQ8, n_recent=16), tokens)) < 5e-5
+    assert divergence(wanted, logits(llama, metal(llama, **SQ8, n_recent=16), tokens)) < 5e-5
     assert divergence(wanted, logits(llama, metal(llama, n_recent=16), tokens)) < 1e-2
 
 

@@ -19,7 +19,7 @@ import pytest
 import smollm
 from conftest import ROOT
 from mlx_lm.models import cache as stock
-from tiny_mlx import TQ8, divergence, logits
+from tiny_mlx import SQ8, divergence, logits
 from turboquant.mlx import make_prompt_cache
 
 N_TOK = 96  # MLX multiplies slowly on the CPU
@@ -47,7 +47,7 @@ def reference(model_and_tokenizer):
 
 
 # A shorter ring, so that most of these few tokens are coded. docs/quality.md has .0057 for TQ4 with 16, its floor included.
-@pytest.mark.parametrize("options, limit", [(TQ8 | {"n_recent": 16}, 1e-4), ({"preset": "TQ4", "n_recent": 16}, .0057)])
+@pytest.mark.parametrize("options, limit", [(SQ8 | {"n_recent": 16}, 1e-4), ({"preset": "TQ4", "n_recent": 16}, .0057)])
 def test_divergence(model_and_tokenizer, reference, options, limit):
     model, _ = model_and_tokenizer
     tokens, wanted = reference
@@ -61,7 +61,7 @@ def test_greedy_text(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     prompt = smollm.novel(tokenizer, 40)
     texts = [mlx_lm.generate(model, tokenizer, prompt, max_tokens=100, prompt_cache=cache)
-             for cache in (stock.make_prompt_cache(model), make_prompt_cache(model, n_recent=16, **TQ8))]
+             for cache in (stock.make_prompt_cache(model), make_prompt_cache(model, n_recent=16, **SQ8))]
     assert len(texts[0]) > 100 and texts[0] == texts[1]
 
 

@@ -7,7 +7,7 @@ import pytest
 import smollm
 import torch
 import turboquant
-from tiny import TQ8, compressed, divergence, generated, logits, stock
+from tiny import SQ8, compressed, divergence, generated, logits, stock
 
 N_TOK = 1024
 
@@ -40,8 +40,8 @@ def test_divergence(model_and_tokenizer, reference, preset, limit):
 def test_eight_bits(model_and_tokenizer, reference):
     model, _ = model_and_tokenizer
     input_ids, wanted = reference
-    found = logits(model, compressed(model, **TQ8), input_ids, parts=2)
-    print(f"tq8: mean KL divergence {divergence(wanted, found):.6f}")
+    found = logits(model, compressed(model, **SQ8), input_ids, parts=2)
+    print(f"sq8: mean KL divergence {divergence(wanted, found):.6f}")
     assert divergence(wanted, found) < 2e-4
     assert (found.argmax(-1) == wanted.argmax(-1)).float().mean() > .99
 
@@ -57,7 +57,7 @@ def test_calibration(model_and_tokenizer, reference, tmp_path):
     subprocess.run([*smollm.calibrate(N_TOK), "--order", "halves", "-o", path], check=True, capture_output=True)
 
     def found(**options):
-        cache = compressed(model, preset="TQ2", k_format="tt2", v_format="tq8", **options)
+        cache = compressed(model, preset="TQ2", k_format="tt2", v_format="sq8", **options)
         return divergence(wanted, logits(model, cache, input_ids, parts=2))
 
     plain, calibrated = found(), found(calibration=path)
@@ -70,7 +70,7 @@ def test_greedy_text(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     prompt = torch.tensor([smollm.novel(tokenizer, 300)])
     model.generation_config.eos_token_id = None
-    wanted, found = (generated(model, make(model), prompt, n=200) for make in (stock, lambda m: compressed(m, **TQ8)))
+    wanted, found = (generated(model, make(model), prompt, n=200) for make in (stock, lambda m: compressed(m, **SQ8)))
     assert found.shape == wanted.shape == (1, 500)
     assert tokenizer.decode(found[0]) == tokenizer.decode(wanted[0])
 

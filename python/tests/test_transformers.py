@@ -8,20 +8,20 @@ import pytest
 import torch
 import transformers
 import turboquant
-from tiny import (BACKEND, CACHE, DEVICE, F16, ON_DEVICE, RECURRENT, TQ8, compressed, divergence, generated, ids,
+from tiny import (BACKEND, CACHE, DEVICE, F16, ON_DEVICE, RECURRENT, SQ8, compressed, divergence, generated, ids,
                   logits, make_model, make_recurrent_model, same_tokens, stock)
 from turboquant.transformers import TurboQuantCache
 
-# Of these models' logits, whose standard deviation is some 0.9: the largest difference, and the mean KL divergence. tq4 gives
-# .7 and .003, tq2 2.6 and .04. On devices a prompt's queries see tokens coded that were recent when those came, and GPUs
+# Of these models' logits, whose standard deviation is some 0.9: the largest difference, and the mean KL divergence. sq4 gives
+# .7 and .003, sq2 2.6 and .04. On devices a prompt's queries see tokens coded that were recent when those came, and GPUs
 # multiply in half precision.
-TOLERANCES = {"f16": (.005, 5e-7), "tq8": (.06, 3e-5)}
+TOLERANCES = {"f16": (.005, 5e-7), "sq8": (.06, 3e-5)}
 if ON_DEVICE:
-    TOLERANCES["tq8"] = (.1, 6e-5)
+    TOLERANCES["sq8"] = (.1, 6e-5)
 if BACKEND == "cuda":
     TOLERANCES["f16"] = (.02, 1e-5)
 # Products of other shapes are added up in another order, and then a value may get another code: a fifth of what coding moves.
-OTHER_ORDER = .2 * TOLERANCES["tq8"][0]
+OTHER_ORDER = .2 * TOLERANCES["sq8"][0]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -34,7 +34,7 @@ def llama():
     return make_model("llama")
 
 
-@pytest.mark.parametrize("formats", [F16, TQ8], ids=["f16", "tq8"])
+@pytest.mark.parametrize("formats", [F16, SQ8], ids=["f16", "sq8"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_logits(model, formats, parts):
     input_ids = ids(2, 300)
@@ -78,7 +78,7 @@ def test_few_bits_are_worse(llama):
     input_ids = ids(1, 300)
     wanted = logits(llama, stock(llama), input_ids)
     exact = divergence(wanted, logits(llama, compressed(llama, **F16), input_ids))
-    coarse = divergence(wanted, logits(llama, compressed(llama, k_format="tq2", v_format="tq2"), input_ids))
+    coarse = divergence(wanted, logits(llama, compressed(llama, k_format="sq2", v_format="sq2"), input_ids))
     assert coarse > 100 * exact
 
 
@@ -209,7 +209,7 @@ def test_chunks_change_no_code(llama):
 def test_prefix_reuse(llama):
     """A copy of the prompt's cache for each of two questions; the prompt's pages are shared and unchanged."""
     # On devices pages hold what has left the ring: some of it must be coded.
-    prompt, cache = ids(1, 400), compressed(llama, **(TQ8 | {"n_recent": 300} if ON_DEVICE else F16))
+    prompt, cache = ids(1, 400), compressed(llama, **(SQ8 | {"n_recent": 300} if ON_DEVICE else F16))
     logits(llama, cache, prompt)
     for seed, make_copy in ((11, copy.deepcopy), (12, copy.copy)):
         whole = torch.cat([prompt, ids(1, 20, seed)], dim=1)
@@ -235,7 +235,7 @@ def test_save_and_load(llama, tmp_path):
     mask[1, :50] = 0
     logits(llama, cache, input_ids, attention_mask=mask)
     cache.save(path)
-    loaded = TurboQuantCache.load(path, llama.config, device=DEVICE if ON_DEVICE else None, max_tok=1 << 16, **TQ8)
+    loaded = TurboQuantCache.load(path, llama.config, device=DEVICE if ON_DEVICE else None, max_tok=1 << 16, **SQ8)
     assert loaded.get_seq_length() == 200 and [loaded.store.length(seq) for seq in loaded.seqs] == [200, 150]
     more = {"attention_mask": torch.cat([mask, torch.ones(2, 5, dtype=torch.long, device=DEVICE)], dim=1)}
     next_ids = ids(2, 5, seed=9)
@@ -381,9 +381,9 @@ def test_initialized(llama, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    TQ8, {"preset": "TQ3", "n_take_back": 5},
+    SQ8, {"preset": "TQ3", "n_take_back": 5},
     {"preset": "TQ2", "n_recent": 17, "n_sink": 3, "page_size": 64, "k_ref_block": 0, "seed": 5},
-    {"layer_k_formats": ["tq8", "tq4", "tq4", "tq3"], "v_format": "tq2"}], ids=str)
+    {"layer_k_formats": ["sq8", "sq4", "sq4", "sq3"], "v_format": "sq2"}], ids=str)
 @pytest.mark.skipif(ON_DEVICE, reason="not all of these are on devices")
 def test_a_file_knows_its_formats(llama, tmp_path, options):
     path, cache = tmp_path / "x.tqs", TurboQuantCache(config=llama.config, **options)

@@ -26,7 +26,7 @@ KINDS = {
     "gpt_neox": ({"hidden_size": 256, "num_key_value_heads": 4, "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": .25}}, QUARTER),
     "qwen2_vl": ({}, HALVES)}
-PRESET = {"k_format": None, "v_format": "tq8", "n_recent": 16}
+PRESET = {"k_format": None, "v_format": "sq8", "n_recent": 16}
 
 
 def make(kind):
@@ -286,8 +286,8 @@ def test_unknown_projections(unknown):
     with pytest.warns(UserWarning, match=match) as told:
         found = logits(unknown, cache, input_ids, parts=3)
     assert len([each for each in told if each.category is UserWarning]) == 1
-    assert key_formats(cache) == {"tq8"} and cache.get_seq_length() == 150
-    chosen = compressed(unknown, preset="TQ3", k_format="tq8", v_format=None, factors="off")
+    assert key_formats(cache) == {"sq8"} and cache.get_seq_length() == 150
+    chosen = compressed(unknown, preset="TQ3", k_format="sq8", v_format=None, factors="off")
     assert torch.equal(found, logits(unknown, chosen, input_ids, parts=3))
     cache.reset()
     assert divergence(logits(unknown, stock(unknown), input_ids), logits(unknown, cache, input_ids)) < 5e-3
@@ -295,9 +295,9 @@ def test_unknown_projections(unknown):
 
 
 @pytest.mark.parametrize("options, wanted, is_told", [
-    ({"k_format": "tq4"}, "tq4", True), ({"k_format": "tq8"}, "tq8", False),
+    ({"k_format": "sq4"}, "sq4", True), ({"k_format": "sq8"}, "sq8", False),
     ({"preset": "TQ3", "factors": "off"}, "tt3", False),
-    ({"layer_k_formats": ["tq4"] * 3}, "tq4", True)], ids=str)
+    ({"layer_k_formats": ["sq4"] * 3}, "sq4", True)], ids=str)
 def test_formats_that_were_chosen(unknown, options, wanted, is_told):
     """They stay, with a warning if they are of few bits."""
     cache = TurboQuantCache(config=unknown.config, **options)
@@ -314,7 +314,7 @@ def test_unknown_projections_in_a_later_layer():
     model = make_model("llama")
     model.model.layers[2].self_attn.q_proj.register_forward_pre_hook(_refuse_few)
     cache = compressed(model, **PRESET)
-    with pytest.raises(turboquant.UnsupportedError, match='LlamaAttention.*layer 2.*k_format="tq8", factors="off"'):
+    with pytest.raises(turboquant.UnsupportedError, match='LlamaAttention.*layer 2.*k_format="sq8", factors="off"'):
         logits(model, cache, ids(1, 20))
     assert logits(model, compressed(model, factors="off"), ids(1, 20)).isfinite().all()
 

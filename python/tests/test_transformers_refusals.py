@@ -7,7 +7,7 @@ import torch
 import transformers
 import turboquant
 import turboquant.transformers
-from tiny import CACHE, F16, ON_DEVICE, SIZES, TQ8, compressed, ids, logits, make_model, stock, use_attention_of
+from tiny import CACHE, F16, ON_DEVICE, SIZES, SQ8, compressed, ids, logits, make_model, stock, use_attention_of
 from turboquant.transformers import TurboQuantCache
 from transformers import (AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BloomConfig, CLIPVisionConfig,
                           LlamaConfig, LlavaConfig, LlavaForConditionalGeneration)
@@ -163,7 +163,7 @@ def test_images():
         model.generate(**given, **{CACHE: TurboQuantCache(config=model.config)})
     model.set_attn_implementation("sdpa")
     model.set_attn_implementation({"text_config": "turboquant"})
-    cache = TurboQuantCache(config=model.config, **TQ8)
+    cache = TurboQuantCache(config=model.config, **SQ8)
     model.generate(**given, **{CACHE: cache})
     assert cache.get_seq_length() == 42
 

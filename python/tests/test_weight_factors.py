@@ -211,7 +211,7 @@ def test_the_norm_before_counts(weights):
 
 
 def test_the_guard_tells():
-    with pytest.warns(UserWarning, match="k_format='tq8'"):
+    with pytest.warns(UserWarning, match="k_format='sq8'"):
         weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 20, "layer 3")
     with warnings.catch_warnings(action="error"):
         weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 6, "layer 3")

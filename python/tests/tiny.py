@@ -50,7 +50,7 @@ RECURRENT = {
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "hidden_size": 256}),
 }
 # The 8-bit formats, as a preset once was.
-TQ8 = {"k_format": "tq8", "v_format": "tq8"}
+SQ8 = {"k_format": "sq8", "v_format": "sq8"}
 
 
 def make_model(kind="llama", dtype=torch.float32, seed=1, **options):
@@ -82,8 +82,8 @@ F16 = {"k_format": "f16", "v_format": "f16", "k_ref_block": 0}
 
 def compressed(model, **options):
     if ON_DEVICE and options.get("k_format") == "f16":  # which there is not: exact as long as there is room
-        options |= TQ8 | EXACT
-    return TurboQuantCache(config=model.config, **({"max_tok": 1 << 16} | TQ8 | options))
+        options |= SQ8 | EXACT
+    return TurboQuantCache(config=model.config, **({"max_tok": 1 << 16} | SQ8 | options))
 
 
 def stock(model):

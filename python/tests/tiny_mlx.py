@@ -10,7 +10,7 @@ from mlx_lm.generate import BatchGenerator
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 192, "num_attention_heads": 4,
          "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 211}
-TQ8 = {"k_format": "tq8", "v_format": "tq8"}
+SQ8 = {"k_format": "sq8", "v_format": "sq8"}
 F16 = {"k_format": "f16", "v_format": "f16", "k_ref_block": 0}
 
 
@@ -54,7 +54,7 @@ def divergence(p_logits, q_logits):
 
 # Where sums are added up in another order, a value may be rounded or coded the other way (check_like): a fifth of what the
 # format itself moves a logit by, .006 and .04.
-OTHER_ORDER = {"f16": .0012, "tq8": .008}
+OTHER_ORDER = {"f16": .0012, "sq8": .008}
 
 
 def check_like(found, wanted, exact):

@@ -195,7 +195,7 @@ class DeviceStore:
             names = [format_info(number, self.head_dim).name for number in (struct.k_format, struct.v_format)]
             raise UnsupportedError(
                 f"keys in {names[0]} with values in {names[1]} cannot be on a CUDA device ({error}). Name a pair, as "
-                'k_format="tq4", v_format="tq4"', error.status) from error
+                'k_format="sq4", v_format="sq4"', error.status) from error
 
     # ---- sequences ----
 
@@ -419,7 +419,7 @@ class DeviceStore:
             at += n_bytes
             if block:
                 n_bytes, begin_ref = n_refs * (self.head_dim + 2), begin // block
-                references = self._decode_plane(Codec("tq8", self.head_dim, self._seed), heads[:, :, at: at + n_bytes], n_refs,
+                references = self._decode_plane(Codec("sq8", self.head_dim, self._seed), heads[:, :, at: at + n_bytes], n_refs,
                                                 begin_ref, -(-end // block))
                 rows += references[:, np.arange(begin, end) // block - begin_ref]
                 at += n_bytes

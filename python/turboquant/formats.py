@@ -51,7 +51,7 @@ class Preset:
 
 
 def format_number(name: str | int) -> int:
-    """tq_format of a name such as "tq4". Raises UnsupportedError for an unknown one, with the names that there are."""
+    """tq_format of a name such as "sq4". Raises UnsupportedError for an unknown one, with the names that there are."""
     if not isinstance(name, str):
         return integer(name, ctypes.c_int, "format")
     out = ctypes.c_int()
@@ -125,7 +125,7 @@ class Codec:
         return vectors
 
 
-def encode(x: Any, name: str | int = "tq4", seed: int = SEED_DEFAULT) -> np.ndarray:
+def encode(x: Any, name: str | int = "sq4", seed: int = SEED_DEFAULT) -> np.ndarray:
     """x [n, head_dim] to uint8 [n, bytes_per_vector]; a Codec for one call."""
     vectors = floats(x, (None, None), "x")
     return Codec(name, vectors.shape[1], seed).encode(vectors)

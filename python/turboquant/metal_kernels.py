@@ -16,8 +16,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-TQ8, TQ4, TQ3, TQ2, TT4, TT3, TT2 = 2, 3, 4, 5, 9, 10, 11  # tq_format
-BITS = {TQ8: 8, TQ4: 4, TQ3: 3, TQ2: 2, TT4: 4, TT3: 3, TT2: 2}
+SQ8, SQ4, SQ3, SQ2, TT4, TT3, TT2 = 2, 3, 4, 5, 9, 10, 11  # tq_format
+BITS = {SQ8: 8, SQ4: 4, SQ3: 3, SQ2: 2, TT4: 4, TT3: 3, TT2: 2}
 HEAD_DIMS = (64, 96, 128, 192, 256)
 BLOCK = 64  # tokens that share a reference, and the unit in which attention is cut
 SIMD, GROUP = 32, 256  # threads of a SIMD group, and of a threadgroup of attention
@@ -116,8 +116,8 @@ def _ints(*values: int) -> mx.array:
 
 
 def reference_words(head_dim: int) -> int:
-    """uint32 of a reference: its tq8 codes, then a word with its scale."""
-    return words(TQ8, head_dim) + 1
+    """uint32 of a reference: its sq8 codes, then a word with its scale."""
+    return words(SQ8, head_dim) + 1
 
 
 def encode_references(rows: mx.array, starts: Sequence[int], window: int, seed: int) -> mx.array:

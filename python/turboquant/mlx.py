@@ -323,7 +323,7 @@ def _cache_class() -> type:
 def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None = None, **options: Any) -> list[Any]:
     """
     MLX-LM's make_prompt_cache, with a compressed cache in place of each plain KVCache; layers with a window or a recurrent
-    state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="tq8"; on
+    state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="sq8"; on
     an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
     for each compressed layer. A calibration, a path or a Calibration, is of the whole model. What was applied is printed once.
     factors="off" leaves channels of keys as they are; by default factors from the model's weights keep outlier channels from

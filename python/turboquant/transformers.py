@@ -310,7 +310,7 @@ class TurboQuantCache(Cache):
     A cache of Transformers whose layers of full attention are compressed. Layers with a window or a recurrent state keep
     what Transformers has for them; of hybrid ones, which have both, keys and values are compressed. Other kinds are refused.
 
-    config: model.config. preset and options: those of turboquant.Cache, as k_format="tq8", v_format="tq8" or
+    config: model.config. preset and options: those of turboquant.Cache, as k_format="sq8", v_format="sq8" or
     layer_k_formats=[...], one for each layer of full attention.
     factors: "weights" (default) scales channels of keys by factors from the model's weights, so that outlier channels cost
     other channels no precision; "off" does not. With a calibration, which does what factors do, "off" is the default.
@@ -431,7 +431,7 @@ class TurboQuantCache(Cache):
             raise UnsupportedError(
                 f"the projections of queries and keys in {type(module).__name__}, of compressed layer {layer._number}, are not "
                 "known, while the first layer's are, so some keys would have factors for outlier channels and others none: "
-                'make the cache with k_format="tq8", factors="off"')
+                'make the cache with k_format="sq8", factors="off"')
 
     def _renew_store(self) -> None:
         """One of its own, while it holds no tokens."""

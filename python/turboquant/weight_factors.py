@@ -248,4 +248,4 @@ def without(options: dict[str, Any], n_layer: int, module: Any) -> dict[str, Any
         f"turboquant does not know the projections of queries and keys in {type(module).__name__}, so it has no factors for "
         f"outlier channels, and few bits may ruin what such a model says: {what}. To choose yourself pass k_format=, or "
         "factors='off', which leaves the preset as it is", UserWarning, stacklevel=2)
-    return {"k_format": "tq8"} if is_presets else {}
+    return {"k_format": "sq8"} if is_presets else {}

@@ -21,8 +21,8 @@ void tq_cuda_store_default(tq_cuda_store *store)
 {
     if (!store) return;
     *store = (tq_cuda_store){.struct_size = sizeof *store,
-                             .k_format = TQ_FORMAT_TQ4,
-                             .v_format = TQ_FORMAT_TQ4,
+                             .k_format = TQ_FORMAT_SQ4,
+                             .v_format = TQ_FORMAT_SQ4,
                              .head_dim = 128,
                              .page_size = 64,
                              .seed = TQ_SEED_DEFAULT};
@@ -57,7 +57,7 @@ static tq_status check_format(tq_format format, int32_t head_dim)
     TQ_TRY(tq_codec_check(format, head_dim));
     const tq_format_traits *traits = tq_format_traits_get(format);
     if (traits->family == TQ_FAMILY_EXACT || traits->family == TQ_FAMILY_PROD) {
-        tq_log(TQ_LOG_ERROR, "CUDA: format %s has no device layout: tq8, tq4, tq3, tq2, tt4, tt3 and tt2 have", traits->name);
+        tq_log(TQ_LOG_ERROR, "CUDA: format %s has no device layout: sq8, sq4, sq3, sq2, tt4, tt3 and tt2 have", traits->name);
         return TQ_ERR_FORMAT;
     }
     bool has_head_dim = head_dim <= TQ_DEVICE_HEAD_DIM_MAX && head_dim % 32 == 0;

@@ -6,7 +6,7 @@
 /* docs/quality.md tells how they were chosen. */
 // clang-format off
 static const tq_preset presets[] = {
-    {"TQ6", "keys tq8, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TQ8, TQ_FORMAT_TT4, 4, 64, 64},
+    {"TQ6", "keys sq8, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 4, 64, 64},
     {"TQ4", "keys tt4, values tt4; first 4 and last 64 tokens exact", TQ_FORMAT_TT4, TQ_FORMAT_TT4, 4, 64, 64},
     {"TQ3", "keys tt3, values tt3; first 4 and last 128 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT3, 4, 128, 64},
     {"TQ2", "keys tt3, values tt2; first 4 and last 64 tokens exact", TQ_FORMAT_TT3, TQ_FORMAT_TT2, 4, 64, 64},

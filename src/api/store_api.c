@@ -12,7 +12,7 @@ void tq_store_params_default(tq_store_params *params)
 {
     if (!params) return;
     *params =
-        (tq_store_params){.struct_size = sizeof *params, .format = TQ_FORMAT_TQ4, .n_head_kv = 1, .seed = TQ_SEED_DEFAULT};
+        (tq_store_params){.struct_size = sizeof *params, .format = TQ_FORMAT_SQ4, .n_head_kv = 1, .seed = TQ_SEED_DEFAULT};
 }
 
 static const char *label_of(const tq_store_params *params)

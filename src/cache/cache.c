@@ -62,7 +62,7 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
     }
     size_t ref_bytes = 0;
     if (is_k && params->k_ref_block > 0 && side->n_recent > 0 && family != TQ_FAMILY_PROD) {
-        TQ_TRY(get_codec(cache, i_side, TQ_FORMAT_TQ8, head_dim, params->seed, &side->ref_codec));
+        TQ_TRY(get_codec(cache, i_side, TQ_FORMAT_SQ8, head_dim, params->seed, &side->ref_codec));
         side->ref_block = params->k_ref_block;
         ref_bytes = tq_codec_vector_bytes(side->ref_codec);
     }

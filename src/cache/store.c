@@ -36,7 +36,7 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
     TQ_TRY(multiply((size_t)params->n_slots, vector_bytes, &unused));
     size_t ref_bytes = 0;
     if (layout.ref_block > 0) {
-        ref_bytes = tq_format_vector_bytes(tq_format_traits_get(TQ_FORMAT_TQ8), params->head_dim);
+        ref_bytes = tq_format_vector_bytes(tq_format_traits_get(TQ_FORMAT_SQ8), params->head_dim);
         TQ_TRY(multiply((size_t)params->n_slots, ref_bytes, &unused));
     }
     layout.encoded_head_stride_bytes =
@@ -62,7 +62,7 @@ tq_status tq_store_attach(tq_store **out, const tq_store_params *params, const t
         return status;
     }
     status = tq_codec_init(&store->exact_codec, TQ_FORMAT_F16, params->head_dim, params->seed);
-    if (status == TQ_OK) status = tq_codec_init(&store->ref_codec, TQ_FORMAT_TQ8, params->head_dim, params->seed);
+    if (status == TQ_OK) status = tq_codec_init(&store->ref_codec, TQ_FORMAT_SQ8, params->head_dim, params->seed);
     if (status == TQ_OK) {
         status =
             tq_store_layout_init(&store->layout, store->codec.traits->family, params, tq_codec_vector_bytes(&store->codec));

@@ -91,7 +91,7 @@ void tq_factors_find(int8_t *out, float *spread, const tq_key_factors_params *pa
 float tq_format_relative_error(tq_format format)
 {
     static const float errors[TQ_FORMAT_COUNT] = {
-        [TQ_FORMAT_TQ8] = 0.007f, [TQ_FORMAT_TQ4] = 0.097f, [TQ_FORMAT_TQ3] = 0.186f, [TQ_FORMAT_TQ2] = 0.343f,
+        [TQ_FORMAT_SQ8] = 0.007f, [TQ_FORMAT_SQ4] = 0.097f, [TQ_FORMAT_SQ3] = 0.186f, [TQ_FORMAT_SQ2] = 0.343f,
         [TQ_FORMAT_TT4] = 0.072f, [TQ_FORMAT_TT3] = 0.139f, [TQ_FORMAT_TT2] = 0.273f};
     return errors[format];
 }
@@ -100,7 +100,7 @@ float tq_format_relative_error(tq_format format)
 
 tq_format tq_key_guard(tq_format wanted, float spread)
 {
-    static const tq_format ladder[] = {TQ_FORMAT_TT2, TQ_FORMAT_TT3, TQ_FORMAT_TT4, TQ_FORMAT_TQ8, TQ_FORMAT_F16};
+    static const tq_format ladder[] = {TQ_FORMAT_TT2, TQ_FORMAT_TT3, TQ_FORMAT_TT4, TQ_FORMAT_SQ8, TQ_FORMAT_F16};
     if (!tq_format_traits_get(wanted)) return wanted;
     float error = tq_format_relative_error(wanted);
     if (!(spread > 0) || !isfinite(spread) || error * spread <= ERROR_MAX) return wanted;

@@ -170,7 +170,7 @@ class Budgets(Trace):
         for name in ("TQ4", "TQ2"):
             p = presets[name]
             # A page of 16 tokens has one reference for its keys.
-            sides = (16 * formats[p["k_format"]] + formats["tq8"], 16 * formats[p["v_format"]])
+            sides = (16 * formats[p["k_format"]] + formats["sq8"], 16 * formats[p["v_format"]])
             self.assertEqual(row[name]["page_bytes"], sum((side + 63) // 64 * 64 for side in sides))
             self.assertEqual(row[name]["sequence_bytes"], (p["n_sink"] + p["n_recent"]) * 2 * 128)
         for r in row.values():
@@ -229,9 +229,9 @@ class Generated(Trace):
     def test_ours_is_never_worse(self):
         rows = simulate(*self.WORDS)["rows"]
         for budget in (0.5, 2):
-            f16, tq4, tq2 = (row for row in rows if row["budget_gib"] == budget)
-            self.assertLess(tq4["wait_p99_s"], f16["wait_p99_s"])
-            self.assertLessEqual(tq2["wait_p99_s"], tq4["wait_p99_s"])
+            f16, sq4, sq2 = (row for row in rows if row["budget_gib"] == budget)
+            self.assertLess(sq4["wait_p99_s"], f16["wait_p99_s"])
+            self.assertLessEqual(sq2["wait_p99_s"], sq4["wait_p99_s"])
 
 
 class Errors(Trace):

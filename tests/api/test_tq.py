@@ -16,7 +16,7 @@ from harness import BUILD, DEPS, ROOT, main  # noqa: E402
 TQ = BUILD / "tq"
 TOOLS = Path(__file__).resolve().parent / "consumer"  # has an executable llama-bench
 MODEL = __file__  # tq run only asks whether the model can be read
-THEORY = {"tq2": 0.1175, "tq3": 0.03454, "tq4": 0.009497}
+THEORY = {"sq2": 0.1175, "sq3": 0.03454, "sq4": 0.009497}
 
 
 def tq(*arguments, **environment):
@@ -35,16 +35,16 @@ class Figures(unittest.TestCase):
         keys = {"name", "bits", "head_dim", "bytes_per_vector", "bits_per_value", "ratio_to_f16", "description"}
         self.assertTrue(all(set(f) == keys for f in formats))
         self.assertEqual({f["head_dim"] for f in formats}, {64, 80, 96, 112, 128, 192, 256, 576})
-        tq4 = next(f for f in formats if f["name"] == "tq4" and f["head_dim"] == 128)
-        self.assertEqual((tq4["bits"], tq4["bytes_per_vector"], tq4["bits_per_value"]), (4, 66, 4.125))
-        self.assertAlmostEqual(tq4["ratio_to_f16"], 16 / 4.125)
+        sq4 = next(f for f in formats if f["name"] == "sq4" and f["head_dim"] == 128)
+        self.assertEqual((sq4["bits"], sq4["bytes_per_vector"], sq4["bits_per_value"]), (4, 66, 4.125))
+        self.assertAlmostEqual(sq4["ratio_to_f16"], 16 / 4.125)
 
     def test_formats_of_one_head_dim(self):
         self.assertEqual({f["head_dim"] for f in tq_json("formats", "--head-dim", "80")}, {80})
 
     def test_formats_table(self):
         table = tq("formats").stdout
-        self.assertIn("tq4", table)
+        self.assertIn("sq4", table)
         self.assertIn("4.125", table)
 
     def test_distortion_within_one_percent_of_theory(self):
@@ -56,12 +56,12 @@ class Figures(unittest.TestCase):
             self.assertLess(abs(d["mse_vector"] / theory - 1), 0.1, name)
 
     def test_distortion_without_codebook(self):
-        d = tq_json("distortion", "--format", "tq8", "--head-dim", "64", "--n", "100", "--seed", "7")
+        d = tq_json("distortion", "--format", "sq8", "--head-dim", "64", "--n", "100", "--seed", "7")
         self.assertEqual((d["lloyd_max"], d["n"], d["seed"]), (None, 100, 7))
         self.assertEqual(d["mse"], d["mse_vector"])
 
     def test_distortion_repeats(self):
-        arguments = ("distortion", "--format", "tq3", "--head-dim", "96", "--n", "50")
+        arguments = ("distortion", "--format", "sq3", "--head-dim", "96", "--n", "50")
         self.assertEqual(tq_json(*arguments), tq_json(*arguments))
         self.assertNotEqual(tq_json(*arguments)["mse"], tq_json(*arguments, "--seed", "2")["mse"])
 
@@ -78,9 +78,9 @@ class Bench(unittest.TestCase):
     KEYS = {"name", "us_median", "us_min", "us_max", "bytes", "gb_per_s", "bandwidth_share", "ratio_vs_f16", "error"}
 
     def test_attention(self):
-        result = tq_json("bench", "attention", *self.SMALL, "--context", "300", "--formats", "tq4,tt4/tt3,TQ4", "--baselines",
+        result = tq_json("bench", "attention", *self.SMALL, "--context", "300", "--formats", "sq4,tt4/tt3,TQ4", "--baselines",
                          "none")
-        self.assertEqual([row["name"] for row in result["rows"]], ["tq4", "tt4/tt3", "TQ4"])
+        self.assertEqual([row["name"] for row in result["rows"]], ["sq4", "tt4/tt3", "TQ4"])
         for row in result["rows"]:
             self.assertEqual(set(row), self.KEYS)
             self.assertTrue(0 < row["us_min"] <= row["us_median"] <= row["us_max"])
@@ -95,21 +95,21 @@ class Bench(unittest.TestCase):
     def test_same_result_as_ggml(self):
         for what in ("attention", "prefill"):
             n_query = ("--n-query", "70") if what == "prefill" else ()
-            result = tq_json("bench", what, *self.SMALL, "--context", "300", *n_query, "--formats", "tq8,tt4",
+            result = tq_json("bench", what, *self.SMALL, "--context", "300", *n_query, "--formats", "sq8,tt4",
                              "--baselines", "f16,q8_0", "--llama-bin", str(DEPS / "llama-bin"))
             rows = {row["name"]: row for row in result["rows"]}
             self.assertEqual((rows["f16"]["error"], rows["f16"]["ratio_vs_f16"]), (0, 1), what)
             self.assertEqual(rows["f16"]["bytes"], 300 * 2 * 2 * 64 * 2)
             # The errors of the codes: another mask, head or scale would give 1.
-            self.assertTrue(0 < rows["tq8"]["error"] < 0.03, rows["tq8"])
+            self.assertTrue(0 < rows["sq8"]["error"] < 0.03, rows["sq8"])
             self.assertTrue(0.01 < rows["tt4"]["error"] < 0.2, rows["tt4"])
 
     def test_encode(self):
-        result = tq_json("bench", "encode", "--repeats", "1", "--formats", "tq4,tt2", "--baselines", "none")
-        self.assertEqual([row["name"] for row in result["rows"]], ["tq4", "tt2"])
+        result = tq_json("bench", "encode", "--repeats", "1", "--formats", "sq4,tt2", "--baselines", "none")
+        self.assertEqual([row["name"] for row in result["rows"]], ["sq4", "tt2"])
 
     def test_table(self):
-        done = tq("bench", "attention", *self.SMALL, "--context", "64", "--formats", "tq4", "--baselines", "none")
+        done = tq("bench", "attention", *self.SMALL, "--context", "64", "--formats", "sq4", "--baselines", "none")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("us median", done.stdout)
 
@@ -120,9 +120,9 @@ class Cache(unittest.TestCase):
     def test_inspect(self):
         info = tq_json("cache", "inspect", self.SNAPSHOT)
         self.assertEqual((info["n_layer"], info["page_size"], info["n_sequences"], info["n_prefixes"]), (2, 16, 2, 2))
-        self.assertEqual((info["k_formats"], info["v_formats"]), (["tt4"] * 2, ["tq3"] * 2))
+        self.assertEqual((info["k_formats"], info["v_formats"]), (["tt4"] * 2, ["sq3"] * 2))
         self.assertEqual(info["file_bytes"], self.SNAPSHOT.stat().st_size)
-        self.assertIn("layers     0 to 1: keys tt4, values tq3", tq("cache", "inspect", self.SNAPSHOT).stdout)
+        self.assertIn("layers     0 to 1: keys tt4, values sq3", tq("cache", "inspect", self.SNAPSHOT).stdout)
 
     def test_verify(self):
         self.assertIn("whole", tq("cache", "verify", self.SNAPSHOT).stdout)
@@ -157,12 +157,12 @@ class Errors(unittest.TestCase):
         self.check(2, "unrecognized option", "formats", "--nope")
         self.check(2, "unexpected argument 'x'", "formats", "x")
         self.check(2, "--format and --head-dim are needed", "distortion")
-        self.check(2, "whole number", "distortion", "--format", "tq4", "--head-dim", "64", "--n", "0")
+        self.check(2, "whole number", "distortion", "--format", "sq4", "--head-dim", "64", "--n", "0")
 
     def test_unsupported(self):
         self.check(1, "64, 80, 96", "formats", "--head-dim", "65")
         self.check(1, "no format 'tq5'", "distortion", "--format", "tq5", "--head-dim", "64")
-        self.check(1, "tq4 at head_dim 64", "distortion", "--format", "tq4", "--head-dim", "64", TQ_CPU="none")
+        self.check(1, "sq4 at head_dim 64", "distortion", "--format", "sq4", "--head-dim", "64", TQ_CPU="none")
 
     def test_run(self):
         self.check(2, "which model", "run")

@@ -5,11 +5,11 @@
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/prefill_hopper.cuh"
 
-template __global__ void decode_kernel<known_formats<tq4, tq3, 128>, 128, 16>(const __grid_constant__ attend_args);
+template __global__ void decode_kernel<known_formats<sq4, sq3, 128>, 128, 16>(const __grid_constant__ attend_args);
 template __global__ void decode_kernel<known_formats<tt3, tt3, 64>, 64, 16>(const __grid_constant__ attend_args);
 template __global__ void decode_kernel<any_formats<64, 16>, 64, 8>(const __grid_constant__ attend_args);
 template __global__ void prefill_kernel<64>(const __grid_constant__ attend_args);
-template __global__ void prefill_hopper_kernel<known_pair<tq8, tt4, 64, 32>, 64>(const __grid_constant__ attend_args);
+template __global__ void prefill_hopper_kernel<known_pair<sq8, tt4, 64, 32>, 64>(const __grid_constant__ attend_args);
 template __global__ void prefill_hopper_kernel<any_pair<64, 16>, 64>(const __grid_constant__ attend_args);
 template __global__ void encode_many_kernel<64, 2, true>(const __grid_constant__ tq_device_store,
                                                          const __grid_constant__ tq_cuda_append_params);

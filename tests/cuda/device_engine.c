@@ -170,7 +170,7 @@ static void engine_step_in_halves(engine *e, cudaStream_t stream, cudaStream_t s
 
 void test_halves(void)
 {
-    static const tq_format formats[] = {TQ_FORMAT_TQ4, TQ_FORMAT_TT3};
+    static const tq_format formats[] = {TQ_FORMAT_SQ4, TQ_FORMAT_TT3};
     for (int f = 0; f < 2; f++) {
         device_test("append in halves beside attention, format %d", (int)formats[f]);
         engine e[2];
@@ -181,7 +181,7 @@ void test_halves(void)
         for (int i = 0; i < 2; i++) {
             tq_cuda_store_default(&e[i].store);
             e[i].store.n_head_kv = N_HEAD_KV, e[i].store.n_recent = 16, e[i].store.k_ref_block = 64;
-            CHECK(tq_cuda_sizes_get(&e[i].sizes, &e[i].store) == TQ_OK, "sizes"); /* tq4's pages are the larger */
+            CHECK(tq_cuda_sizes_get(&e[i].sizes, &e[i].store) == TQ_OK, "sizes"); /* sq4's pages are the larger */
             engine_open(&e[i], device_alloc(N_TABLE * e[i].sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
             e[i].store.k_format = e[i].store.v_format = formats[f];
             engine_add_ring(&e[i], 4, 16);
@@ -315,8 +315,8 @@ void test_snapshot(void)
 {
     device_test("snapshot: from the CPU's cache to the device");
     static const int64_t lens[] = {701};
-    setup s = {.k_format = TQ_FORMAT_TQ4,
-               .v_format = TQ_FORMAT_TQ4,
+    setup s = {.k_format = TQ_FORMAT_SQ4,
+               .v_format = TQ_FORMAT_SQ4,
                .head_dim = 128,
                .n_head_kv = 2,
                .group = 5,

@@ -13,7 +13,7 @@
 #include "device_test.h"
 #include "vectors.h"
 
-enum { VECTOR_BYTES_MAX = 2 + 256 }; /* of tq8 at the largest head_dim of a device */
+enum { VECTOR_BYTES_MAX = 2 + 256 }; /* of sq8 at the largest head_dim of a device */
 
 static int n_passed, n_failed;
 static bool is_running, has_failed;
@@ -146,7 +146,7 @@ static size_t key_page_bytes(const model *m)
     return references_begin(m) + n_refs * ((size_t)m->s.head_dim + 2);
 }
 
-/* The reference of the block that position is the first coded one of: the mean of the ring that it begins, through tq8, to
+/* The reference of the block that position is the first coded one of: the mean of the ring that it begins, through sq8, to
  * reference and to its canonical place in the head's page. */
 static void set_reference(model *m, tq_codec *ref_codec, int32_t seq, int64_t position, int32_t head, uint8_t *head_page,
                           float *reference)
@@ -175,7 +175,7 @@ static void encode_rows(model *m)
     uint8_t record[VECTOR_BYTES_MAX];
     float *references = calloc((size_t)s->n_head_kv * d, sizeof(float)), *x = malloc(d * sizeof(float));
     tq_codec *ref_codec;
-    if (tq_codec_create(&ref_codec, TQ_FORMAT_TQ8, s->head_dim, m->store.seed) != TQ_OK) abort();
+    if (tq_codec_create(&ref_codec, TQ_FORMAT_SQ8, s->head_dim, m->store.seed) != TQ_OK) abort();
     for (int side = 0; side < 2; side++) {
         tq_codec *codec;
         tq_format_info info;

@@ -344,11 +344,11 @@ int main()
     static const struct {
         tq_format k, v;
         int32_t head_dim;
-    } pairs[] = {{TQ_FORMAT_TQ8, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT3, TQ_FORMAT_TT3, 64},
-                 {TQ_FORMAT_TT3, TQ_FORMAT_TT2, 64},  {TQ_FORMAT_TQ8, TQ_FORMAT_TT4, 128}, {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 128},
-                 {TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, 64},  {TQ_FORMAT_TQ3, TQ_FORMAT_TQ4, 96},  {TQ_FORMAT_TQ8, TQ_FORMAT_TQ2, 96},
-                 {TQ_FORMAT_TQ4, TQ_FORMAT_TQ8, 128}, {TQ_FORMAT_TQ2, TQ_FORMAT_TQ3, 128}, {TQ_FORMAT_TQ4, TQ_FORMAT_TQ2, 192},
-                 {TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 256}, {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, 256}};
+    } pairs[] = {{TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT3, TQ_FORMAT_TT3, 64},
+                 {TQ_FORMAT_TT3, TQ_FORMAT_TT2, 64},  {TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 128}, {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 128},
+                 {TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 64},  {TQ_FORMAT_SQ3, TQ_FORMAT_SQ4, 96},  {TQ_FORMAT_SQ8, TQ_FORMAT_SQ2, 96},
+                 {TQ_FORMAT_SQ4, TQ_FORMAT_SQ8, 128}, {TQ_FORMAT_SQ2, TQ_FORMAT_SQ3, 128}, {TQ_FORMAT_SQ4, TQ_FORMAT_SQ2, 192},
+                 {TQ_FORMAT_SQ3, TQ_FORMAT_SQ3, 256}, {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, 256}};
     static const int32_t sinks[] = {4, 0, 64, 30}, rings[] = {17, 64, 1, 40};
     uint64_t seed = 1;
     for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {

@@ -118,7 +118,7 @@ static void fill_data(test_data &d, uint64_t seed)
     for (int side = 0; side < 2; side++) {
         if (tq_codec_create(&d.codec[side], s.formats[side], s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
     }
-    if (tq_codec_create(&d.ref_codec, TQ_FORMAT_TQ8, s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
+    if (tq_codec_create(&d.ref_codec, TQ_FORMAT_SQ8, s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
     const tq_plane key = d.plane(false), value = d.plane(true);
     d.pages.assign(d.page_bytes() * N_PAGES, 0xff); /* NaN in scales, the largest codes */
     d.exact.assign((size_t)N_SEQ * 2 * N_HEAD_KV * (s.n_sink + s.n_recent) * s.head_dim + 1, {0xffff});
@@ -336,7 +336,7 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
 static const struct {
     const char *name;
     tq_format format;
-} formats[] = {{"tq8", TQ_FORMAT_TQ8}, {"tq4", TQ_FORMAT_TQ4}, {"tq3", TQ_FORMAT_TQ3}, {"tq2", TQ_FORMAT_TQ2},
+} formats[] = {{"sq8", TQ_FORMAT_SQ8}, {"sq4", TQ_FORMAT_SQ4}, {"sq3", TQ_FORMAT_SQ3}, {"sq2", TQ_FORMAT_SQ2},
                {"tt4", TQ_FORMAT_TT4}, {"tt3", TQ_FORMAT_TT3}, {"tt2", TQ_FORMAT_TT2}};
 
 static tq_format format_of(const char *name)

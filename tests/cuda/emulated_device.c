@@ -36,7 +36,7 @@ static tq_status fail(char *message, const char *what)
 
 static tq_format format_of(const tq_device_format *format)
 {
-    static const tq_format scalar[] = {[8] = TQ_FORMAT_TQ8, [4] = TQ_FORMAT_TQ4, [3] = TQ_FORMAT_TQ3, [2] = TQ_FORMAT_TQ2};
+    static const tq_format scalar[] = {[8] = TQ_FORMAT_SQ8, [4] = TQ_FORMAT_SQ4, [3] = TQ_FORMAT_SQ3, [2] = TQ_FORMAT_SQ2};
     static const tq_format trellis[] = {[4] = TQ_FORMAT_TT4, [3] = TQ_FORMAT_TT3, [2] = TQ_FORMAT_TT2};
     return (format->is_trellis ? trellis : scalar)[format->bits];
 }
@@ -69,7 +69,7 @@ static context open_context(const tq_device_store *store)
         c.sides[i].begin = c.head_bytes;
         c.head_bytes += (size_t)store->page_size * (c.sides[i].codes + 2);
         if (i || !store->k_ref_block) continue;
-        c.ref_codec = codec_of(TQ_FORMAT_TQ8, store);
+        c.ref_codec = codec_of(TQ_FORMAT_SQ8, store);
         c.head_bytes += (size_t)store->page_size / TQ_REF_BLOCK * ((size_t)store->head_dim + 2);
     }
     return c;

@@ -74,16 +74,16 @@ static setup referring(setup s)
 /* Every pair that has kernels of its own; and others, for those that take any, with each format on each side. */
 #define PAIR(D, K, V) {D, #K, #V},
 // clang-format off
-#define OTHERS(D) PAIR(D, tq8, tt2) PAIR(D, tq4, tt3) PAIR(D, tq3, tq8) PAIR(D, tq2, tq4) PAIR(D, tt4, tq3) \
-                  PAIR(D, tt3, tt4) PAIR(D, tt2, tq2) PAIR(D, tq8, tq4) PAIR(D, tq2, tq2) PAIR(D, tt2, tt2)
+#define OTHERS(D) PAIR(D, sq8, tt2) PAIR(D, sq4, tt3) PAIR(D, sq3, sq8) PAIR(D, sq2, sq4) PAIR(D, tt4, sq3) \
+                  PAIR(D, tt3, tt4) PAIR(D, tt2, sq2) PAIR(D, sq8, sq4) PAIR(D, sq2, sq2) PAIR(D, tt2, tt2)
 // clang-format on
 static const struct {
     int32_t head_dim;
     const char *k, *v;
 } pairs[] = {TQ_PAIRS(PAIR)},
-  others[] = {OTHERS(64) OTHERS(128) OTHERS(192) OTHERS(256) PAIR(192, tt3, tt3) PAIR(192, tq3, tq3) PAIR(64, tq3, tq3)
-                  PAIR(96, tq8, tq3) PAIR(96, tq4, tq8) PAIR(96, tq3, tq2) PAIR(96, tq3, tq4) PAIR(96, tq2, tq4)
-                      PAIR(96, tq4, tq4) PAIR(128, tq8, tq8) PAIR(256, tq8, tq8)};
+  others[] = {OTHERS(64) OTHERS(128) OTHERS(192) OTHERS(256) PAIR(192, tt3, tt3) PAIR(192, sq3, sq3) PAIR(64, sq3, sq3)
+                  PAIR(96, sq8, sq3) PAIR(96, sq4, sq8) PAIR(96, sq3, sq2) PAIR(96, sq3, sq4) PAIR(96, sq2, sq4)
+                      PAIR(96, sq4, sq4) PAIR(128, sq8, sq8) PAIR(256, sq8, sq8)};
 enum { N_PAIRS = sizeof pairs / sizeof pairs[0], N_OTHERS = sizeof others / sizeof others[0] };
 
 static void test_pairs(void)
@@ -112,7 +112,7 @@ static void test_pairs(void)
 /* Vectors that are hard for a quantizer must still give the CPU's bytes. */
 static void test_outliers(void)
 {
-    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
+    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
                                         TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     for (size_t i = 0; i < sizeof formats / sizeof formats[0]; i++) {
         setup s = referring(plain(formats[i], formats[i], 128));
@@ -133,11 +133,11 @@ static void test_many(void)
     static const struct {
         int32_t head_dim;
         tq_format k, v;
-    } many[] = {{128, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4}, {128, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3}, {128, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},
-                {128, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}, {128, TQ_FORMAT_TQ4, TQ_FORMAT_TT3}, {64, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
-                {64, TQ_FORMAT_TQ8, TQ_FORMAT_TQ2},  {64, TQ_FORMAT_TQ2, TQ_FORMAT_TQ8},  {96, TQ_FORMAT_TQ4, TQ_FORMAT_TQ4},
-                {96, TQ_FORMAT_TQ8, TQ_FORMAT_TQ8},  {64, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3},  {96, TQ_FORMAT_TQ3, TQ_FORMAT_TQ3},
-                {96, TQ_FORMAT_TQ2, TQ_FORMAT_TQ2}};
+    } many[] = {{128, TQ_FORMAT_SQ4, TQ_FORMAT_SQ4}, {128, TQ_FORMAT_SQ3, TQ_FORMAT_SQ3}, {128, TQ_FORMAT_SQ8, TQ_FORMAT_SQ8},
+                {128, TQ_FORMAT_SQ2, TQ_FORMAT_SQ2}, {128, TQ_FORMAT_SQ4, TQ_FORMAT_TT3}, {64, TQ_FORMAT_SQ4, TQ_FORMAT_SQ4},
+                {64, TQ_FORMAT_SQ8, TQ_FORMAT_SQ2},  {64, TQ_FORMAT_SQ2, TQ_FORMAT_SQ8},  {96, TQ_FORMAT_SQ4, TQ_FORMAT_SQ4},
+                {96, TQ_FORMAT_SQ8, TQ_FORMAT_SQ8},  {64, TQ_FORMAT_SQ3, TQ_FORMAT_SQ3},  {96, TQ_FORMAT_SQ3, TQ_FORMAT_SQ3},
+                {96, TQ_FORMAT_SQ2, TQ_FORMAT_SQ2}};
     static const int64_t lens[] = {1100, 1203};
     static const int32_t rings[] = {0, 37, 64};
     for (int i = 0; i < (int)(sizeof many / sizeof many[0]); i++) {
@@ -166,7 +166,7 @@ static void test_random(void)
     for (int i = 0; i < (quick ? 4 : 24); i++) {
         static const int32_t sizes[] = {32, 64, 96, 128, 256}, groups[] = {1, 2, 4, 5, 7, 8, 12, 16};
         int64_t lens[5];
-        setup s = plain(TQ_FORMAT_TQ4, i % 3 ? TQ_FORMAT_TQ4 : TQ_FORMAT_TQ3, 128);
+        setup s = plain(TQ_FORMAT_SQ4, i % 3 ? TQ_FORMAT_SQ4 : TQ_FORMAT_SQ3, 128);
         s.page_size = sizes[tq_random_next(&random) % 5];
         s.group = groups[tq_random_next(&random) % 8];
         s.n_head_kv = 1 + (int32_t)(tq_random_next(&random) % 3);
@@ -174,7 +174,7 @@ static void test_random(void)
         s.n_sink = (int32_t)(tq_random_next(&random) % 6);
         s.n_recent = i % 4 == 0 ? 0 : (int32_t)(tq_random_next(&random) % 140);
         s.dtype = (tq_dtype)(tq_random_next(&random) % 3);
-        if (i % 7 == 4 || i % 6 == 2) s.k_format = TQ_FORMAT_TT3, s.v_format = TQ_FORMAT_TQ8;
+        if (i % 7 == 4 || i % 6 == 2) s.k_format = TQ_FORMAT_TT3, s.v_format = TQ_FORMAT_SQ8;
         s.window = i % 5 == 1 ? 1 + (int64_t)(tq_random_next(&random) % 600) : 0;
         s.softcap = i % 6 == 2 ? 2.0f : 0.0f;
         s.sinks = i % 3 == 1;
@@ -231,13 +231,13 @@ static void test_prefill(void)
 static void test_long(void)
 {
     static const int64_t lens[] = {20011, 40};
-    setup s = plain(TQ_FORMAT_TQ4, TQ_FORMAT_TQ4, 128);
+    setup s = plain(TQ_FORMAT_SQ4, TQ_FORMAT_SQ4, 128);
     s.lens = lens, s.n_seq = 2;
     run("long", s, 400);
-    s = plain(TQ_FORMAT_TQ3, TQ_FORMAT_TQ3, 128);
+    s = plain(TQ_FORMAT_SQ3, TQ_FORMAT_SQ3, 128);
     s.lens = lens, s.n_seq = 1, s.group = 8, s.n_query = 2;
     run("long", referring(s), 401);
-    s = plain(TQ_FORMAT_TT4, TQ_FORMAT_TQ2, 128);
+    s = plain(TQ_FORMAT_TT4, TQ_FORMAT_SQ2, 128);
     s.lens = lens, s.n_seq = 2;
     run("long", s, 402);
 }
@@ -265,14 +265,14 @@ static void test_deterministic_of(tq_format k, tq_format v)
 
 static void test_deterministic(void)
 {
-    test_deterministic_of(TQ_FORMAT_TQ4, TQ_FORMAT_TQ4);
-    test_deterministic_of(TQ_FORMAT_TT3, TQ_FORMAT_TQ4);
+    test_deterministic_of(TQ_FORMAT_SQ4, TQ_FORMAT_SQ4);
+    test_deterministic_of(TQ_FORMAT_TT3, TQ_FORMAT_SQ4);
 }
 
 /* Bytes to pages and back, and copies. */
 static void test_pages_of(int32_t head_dim, int n_formats, int32_t k_ref_block)
 {
-    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
+    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
                                         TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     for (int i = 0; i < n_formats; i++) {
         device_test("pages: import, copy, export of %s, head_dim %d, references of %d", name_of(formats[i]), head_dim,

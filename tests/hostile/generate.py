@@ -22,7 +22,7 @@ NUMBERS = {
     "size_t": ["64", "0", "SIZE_MAX", "SIZE_MAX / 2"],
     "uint64_t": ["TQ_SEED_DEFAULT", "0", "UINT64_MAX"],
     "bool": ["true", "false"],
-    "tq_format": ["TQ_FORMAT_TQ4", "(tq_format)-1", "TQ_FORMAT_COUNT", "(tq_format)INT32_MAX"],
+    "tq_format": ["TQ_FORMAT_SQ4", "(tq_format)-1", "TQ_FORMAT_COUNT", "(tq_format)INT32_MAX"],
     "tq_status": ["TQ_OK", "(tq_status)-1000", "(tq_status)INT32_MAX"],
     "tq_dtype": ["TQ_DTYPE_F32", "(tq_dtype)-1", "(tq_dtype)INT32_MAX"],
     "tq_cuda_append_half": ["TQ_CUDA_APPEND_BOTH", "(tq_cuda_append_half)-1", "(tq_cuda_append_half)INT32_MAX"],
@@ -70,7 +70,7 @@ def values(kind, name):
     if stars == 2:
         return ["(void *)f.handles", "NULL"]
     if stars == 1 and base == "char":
-        return ["f.path" if name == "path" else '"tq4"', "NULL", '""', "f.long_text"]
+        return ["f.path" if name == "path" else '"sq4"', "NULL", '""', "f.long_text"]
     if stars == 1 and name == "memory":
         return ["f.memory", "NULL", "f.memory + 1"]
     if stars == 1 and base == "tq_calibration":

@@ -77,7 +77,7 @@ static void make_structs(void)
     f.cache_params.head_dim = 64;
     f.cache_params.n_head_kv = 2;
     f.cache_params.n_recent = 4;
-    f.store_params = kv_store_params(TQ_FORMAT_TQ4, 64, 2, 64);
+    f.store_params = kv_store_params(TQ_FORMAT_SQ4, 64, 2, 64);
     f.store_params.n_recent = 4;
     f.store_params.ref_block = 16;
     tq_key_factors_params_default(&f.key_factors_params);
@@ -146,7 +146,7 @@ static void begin(int number, const char *text)
     KV_CHECK(tq_cache_seq_create(f.cache, &f.seq) == TQ_OK);
     KV_CHECK(tq_cache_append(f.cache, f.seq, 0, N_ROWS, rows, rows, NULL) == TQ_OK);
     f.exact_bytes = f.cache->exact_bytes;
-    KV_CHECK(tq_codec_create(&f.codec, TQ_FORMAT_TQ4, 64, 0) == TQ_OK);
+    KV_CHECK(tq_codec_create(&f.codec, TQ_FORMAT_SQ4, 64, 0) == TQ_OK);
     KV_CHECK(tq_pool_create(&f.pool, 1) == TQ_OK);
     KV_CHECK(tq_stage_create(&f.stage) == TQ_OK);
     size_t bytes;

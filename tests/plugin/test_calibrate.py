@@ -39,7 +39,7 @@ class Calibration(common.TestCase):
     def test_divergence_falls(self):
         """On the text that it was learnt from, the gain is far above what noise is."""
         self.perplexity(F16)
-        plain, calibrated = (parse_statistics(self.perplexity(Cache(f"TQ2:k=tt2,v=tq8{more}"), "--kl-divergence"))
+        plain, calibrated = (parse_statistics(self.perplexity(Cache(f"TQ2:k=tt2,v=sq8{more}"), "--kl-divergence"))
                              for more in (",factors=off", f",calibration={self.path}"))
         print(f"divergence {calibrated['kld_mean']} of {plain['kld_mean']} with a calibration")
         self.assertLess(calibrated["kld_mean"], 0.85 * plain["kld_mean"])

@@ -255,7 +255,7 @@ class Runs(RunCase):
 
     def test_one_that_fails_stops_no_other(self):
         self.arch = "qwen2"  # whose keys with their biases are beyond 2 bits
-        done = self.run_eval("--presets", "TQ2:k=tq2,guard=refuse", "TQ4", "--baselines", "f16", "--json",
+        done = self.run_eval("--presets", "TQ2:k=sq2,guard=refuse", "TQ4", "--baselines", "f16", "--json",
                              self.folder / "out.json")
         self.assertEqual(done.returncode, 1)
         result = json.loads((self.folder / "out.json").read_text())

@@ -61,8 +61,8 @@ class Factors(TestCase):
                 self.assertEqual(bool(result.lines("guard: layer 0: by the model's weights")), is_raised)
 
     def test_they_lower_the_divergence(self):
-        with_factors = self.divergence("k=tq8,v=f16")
-        without = self.divergence("k=tq8,v=f16,factors=off")
+        with_factors = self.divergence("k=sq8,v=f16")
+        without = self.divergence("k=sq8,v=f16,factors=off")
         print(f"divergence {with_factors} of {without} without factors")
         self.assertLess(with_factors, 0.8 * without)
 

@@ -5,7 +5,7 @@ import re
 from common import LLAMA_BIN, PLUGIN, TestCase, complete, main, run, tiny_model
 from eval.llama import path_option
 
-PRESETS = {"TQ6": ("tq8", "tt4", 6.25), "TQ4": ("tt4", "tt4", 4.25), "TQ3": ("tt3", "tt3", 3.25), "TQ2": ("tt3", "tt2", 2.75)}
+PRESETS = {"TQ6": ("sq8", "tt4", 6.25), "TQ4": ("tt4", "tt4", 4.25), "TQ3": ("tt3", "tt3", 3.25), "TQ2": ("tt3", "tt2", 2.75)}
 
 
 class Devices(TestCase):
@@ -21,9 +21,9 @@ class Devices(TestCase):
             self.assertAlmostEqual(bits, nominal, delta=0.3)
 
     def test_options_show_in_the_description(self):
-        result = self.list_devices(TQ_GGML="k=tq8,sinks=7,recent=33")
+        result = self.list_devices(TQ_GGML="k=sq8,sinks=7,recent=33")
         for name in ("TQ4", "TQ2"):
-            self.assert_line(result, f"{name}: ", f"keys tq8, values {PRESETS[name][1]}", "first 7 and last 33 tokens exact")
+            self.assert_line(result, f"{name}: ", f"keys sq8, values {PRESETS[name][1]}", "first 7 and last 33 tokens exact")
 
     def test_without_a_choice_one_device_gets_all_layers(self):
         # llama-bench loads plug-ins without being told a device.
@@ -43,14 +43,14 @@ class Options(TestCase):
         self.assertTrue(result.log.splitlines()[-1].startswith("turboquant: not loaded: TQ_GGML: "), result.log[-500:])
 
     def test_unknown_options_are_refused_and_the_known_ones_named(self):
-        for text, shown in (("foo=1", "'foo=1'"), ("k", "'k'"), ("k=tq4,", "''"), (",", "''"), ("kk=tq4", "'kk=tq4'"),
-                            (" k=tq4", "' k=tq4'"), ("K=tq4", "'K=tq4'"), ("v=tq4;k=tq4", "v=tq4;k=tq4")):
+        for text, shown in (("foo=1", "'foo=1'"), ("k", "'k'"), ("k=sq4,", "''"), (",", "''"), ("kk=sq4", "'kk=sq4'"),
+                            (" k=sq4", "' k=sq4'"), ("K=sq4", "'K=sq4'"), ("v=sq4;k=sq4", "v=sq4;k=sq4")):
             with self.subTest(text):
                 known = ("sinks=N", "recent=N", "exact=LAYER", "ref=N", "guard=raise", "head_dim=N", "log=LEVEL")
                 self.assert_refused(text, shown, *(() if ";" in text else known))
 
     def test_bad_values_are_refused_and_the_valid_ones_named(self):
-        for text, expected in (("k=tq5", "f16, bf16, tq8, tq4, tq3, tq2"), ("v=", "f16, bf16, tq8"), ("sinks=-1", "from 0 to"),
+        for text, expected in (("k=tq5", "f16, bf16, sq8, sq4, sq3, sq2"), ("v=", "f16, bf16, sq8"), ("sinks=-1", "from 0 to"),
                                ("sinks=4x", "from 0 to"), ("recent=99999999999999999999", "from 0 to"),
                                ("sinks=1000,recent=1000", "together"), ("exact=-1", "layers counted from 0"),
                                ("exact=3-1", "layers counted from 0"), ("exact=0+", "layers counted from 0"),
@@ -58,7 +58,7 @@ class Options(TestCase):
                                ("log=loud", "error, warning, info"), ("ref=8", "16 to 1024"), ("ref=x", "16 to 1024"),
                                ("factors=on", "weights or off"), ("guard=on", "raise, warn, refuse, off"),
                                ("calibration=", "a file's path"),
-                               ("k=tq4,k=tq8", "given twice")):
+                               ("k=sq4,k=sq8", "given twice")):
             with self.subTest(text):
                 self.assert_refused(text, expected)
 
@@ -67,7 +67,7 @@ class Options(TestCase):
             for other in ("factors=off", "k=f16", "k=bf16"):
                 with self.subTest(option, other=other):
                     self.assert_refused(f"{other},{option}", "guard= has no effect", other.partition("=")[0] + "=")
-        for option, other in (("ref=64", "recent=0"), ("ref=64", "k=f16"), ("ref=64", "k=tq3_prod"),
+        for option, other in (("ref=64", "recent=0"), ("ref=64", "k=f16"), ("ref=64", "k=sq3_prod"),
                               ("factors=weights", "k=bf16"), ("factors=weights", "calibration=x"), ("calibration=x", "k=f16"),
                               ("sinks=4", "k=f16,v=bf16"), ("recent=4", "k=f16,v=f16"), ("exact=0", "k=f16,v=f16")):
             with self.subTest(option, other=other):
@@ -77,7 +77,7 @@ class Options(TestCase):
     def test_options_that_switch_off_what_is_off_are_taken(self):
         for text in ("guard=off,factors=off", "ref=0,recent=0,factors=off,guard=off",
                      "k=f16,v=f16,sinks=0,recent=0,ref=0,factors=off", "k=f16,sinks=2,recent=8,exact=1",
-                     "k=bf16,v=bf16,exact=1", "factors=weights,k=tq4_prod,v=tq4_prod", "balance=off,bias=off"):
+                     "k=bf16,v=bf16,exact=1", "factors=weights,k=sq4_prod,v=sq4_prod", "balance=off,bias=off"):
             with self.subTest(text):
                 self.assert_ok(complete(tiny_model("llama"), TQ_GGML=text))
 
@@ -92,7 +92,7 @@ class Options(TestCase):
 
     def test_what_the_model_leaves_without_effect_is_announced(self):
         self.assertEqual(complete(tiny_model("llama"), TQ_GGML="v=tt3,exact=0").lines("has no effect"), [])
-        for more in ("k=tq8", "guard=refuse", "ref=32"):
+        for more in ("k=sq8", "guard=refuse", "ref=32"):
             result = complete(tiny_model("llama"), TQ_GGML=f"exact=0-2,{more}")
             self.assert_line(result, "exact= names every layer", "no effect")
         self.assertEqual(complete(tiny_model("llama"), TQ_GGML="exact=0-2").lines("no effect"), [])
@@ -117,26 +117,26 @@ class Options(TestCase):
         self.assertIn("3 layers exact", line)
         self.assertGreater(bits, 15.9)
         self.assertLess(bits, 16.1)
-        bits, line = bytes_of(TQ_GGML="k=tq8,sinks=0,recent=0")
-        self.assertIn("keys tq8, values tt4, first 0 and last 0 tokens exact", line)
+        bits, line = bytes_of(TQ_GGML="k=sq8,sinks=0,recent=0")
+        self.assertIn("keys sq8, values tt4, first 0 and last 0 tokens exact", line)
         self.assertAlmostEqual(bits, (8.25 + 4.25) / 2, delta=0.02)
         self.assertLess(plain, bits)
 
     def test_the_guard(self):
         # By their weights 2 bits move the logits of qwen2's keys, with their biases, too far.
         def answer(guard):
-            return complete(tiny_model("qwen2"), TQ_GGML=f"k=tq2,guard={guard}")
+            return complete(tiny_model("qwen2"), TQ_GGML=f"k=sq2,guard={guard}")
 
         self.assertEqual(answer("off").lines("guard:"), [])
         warned = answer("warn")
         self.assert_ok(warned)
-        self.assert_line(warned, "turboquant: guard: layer 0: by the model's weights", "tq2 would move by more than 1")
+        self.assert_line(warned, "turboquant: guard: layer 0: by the model's weights", "sq2 would move by more than 1")
         raised = answer("raise")
         self.assert_ok(raised)
-        self.assert_line(raised, "guard: layer 0: by the model's weights", "its keys are kept as tq8")
+        self.assert_line(raised, "guard: layer 0: by the model's weights", "its keys are kept as sq8")
         refused = answer("refuse")
         self.assertNotEqual(refused.status, 0)
-        self.assert_line(refused, "refuses", "guard: by the model's weights", "Take another preset, k=tq8, or guard=raise")
+        self.assert_line(refused, "refuses", "guard: by the model's weights", "Take another preset, k=sq8, or guard=raise")
         self.assertEqual(complete(tiny_model("llama"), TQ_GGML="guard=refuse").lines("guard:"), [])
 
     def long_prompt(self):

@@ -97,7 +97,7 @@ class Quality(unittest.TestCase):
         cls.ours = {name: measurements.measure(name) for name in ("TQ6", "TQ4", "TQ3")}
         bare = "recent=0,sinks=0,ref=0,factors=off"
         cls.trellis = measurements.measure(f"TQ4:{bare}")
-        cls.scalar = measurements.measure(f"TQ4:k=tq4,v=tq4,{bare}")
+        cls.scalar = measurements.measure(f"TQ4:k=sq4,v=sq4,{bare}")
 
     def test_6_bits_no_worse_than_q8_0(self):
         ours, stock = self.ours["TQ6"], self.stock["q8_0"]

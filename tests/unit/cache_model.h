@@ -98,7 +98,7 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
     p->n_take_back = kv_take(input, 2) * kv_take(input, 20);
     static const int32_t ref_blocks[] = {0, 16, 24, 64};
     p->k_ref_block = ref_blocks[kv_take(input, 4)];
-    KV_CHECK(tq_codec_create(&m->ref_codec, TQ_FORMAT_TQ8, 64, p->seed) == TQ_OK);
+    KV_CHECK(tq_codec_create(&m->ref_codec, TQ_FORMAT_SQ8, 64, p->seed) == TQ_OK);
     m->executor = executor;
     m->random.state = (uint64_t)kv_take(input, 256) * 104729 + 1;
     for (int32_t layer = 0; layer < p->n_layer; layer++) {
@@ -245,7 +245,7 @@ static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, i
         kv_round_trip(codec, m->head_dim[side], row, m->params.n_head_kv, row);
         return;
     }
-    bool product = format >= TQ_FORMAT_TQ4_PROD && format <= TQ_FORMAT_TQ2_PROD;
+    bool product = format >= TQ_FORMAT_SQ4_PROD && format <= TQ_FORMAT_SQ2_PROD;
     bool has_ref = m->params.k_ref_block > 0 && n_recent > 0 && !product;
     int64_t block = has_ref ? p - p % page_size % m->params.k_ref_block : 0;
     float *ref = own->refs + block * row_floats;

@@ -32,8 +32,8 @@ typedef struct shape {
     int hidden;   /* one in so many mask entries is visible; 0: causal mask */
 } shape;
 
-static const shape usual = {.k_format = TQ_FORMAT_TQ4,
-                            .v_format = TQ_FORMAT_TQ3,
+static const shape usual = {.k_format = TQ_FORMAT_SQ4,
+                            .v_format = TQ_FORMAT_SQ3,
                             .head_dim = 64,
                             .head_dim_v = 64,
                             .n_head_kv = 2,
@@ -536,7 +536,7 @@ static int drop_pool(void **state)
 static void test_references_and_factors(void **state)
 {
     (void)state;
-    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     static const int32_t head_dims[] = {64, 80, 128, 576}, ref_blocks[] = {0, 16, 24, 64, 1000};
     static const int64_t n_queries[] = {1, 5, 40};
     kv_random random = {.state = 9};
@@ -590,7 +590,7 @@ static void test_expiring_columns(void **state)
     static const int64_t n_queries[] = {3, 20, 70};
     for (int run = 0; run < 12; run++) {
         shape s = usual;
-        s.k_format = run % 2 ? TQ_FORMAT_TT3 : TQ_FORMAT_TQ2;
+        s.k_format = run % 2 ? TQ_FORMAT_TT3 : TQ_FORMAT_SQ2;
         s.n_query = n_queries[run % 3];
         s.group = 1 + run % 4;
         s.ref_block = run % 2 ? 16 : 0;

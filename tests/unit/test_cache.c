@@ -138,7 +138,7 @@ static void test_refused_parameters(void **state)
     (void)state;
     const tq_cache_params good = small_params();
     tq_cache *cache = NULL;
-    tq_format formats[2] = {TQ_FORMAT_TQ4, (tq_format)99};
+    tq_format formats[2] = {TQ_FORMAT_SQ4, (tq_format)99};
 #define REFUSED(status, assignment)                            \
     do {                                                       \
         tq_cache_params p = good;                              \
@@ -646,7 +646,7 @@ static void test_prefill_is_token_by_token(void **state)
     (void)state;
     enum { N_TOK = 120, WIDE = 2 * 64, N_HEAD = 4 };
     static const tq_format formats[][2] = {
-        {TQ_FORMAT_TT4, TQ_FORMAT_TQ3}, {TQ_FORMAT_TQ8, TQ_FORMAT_F16}, {TQ_FORMAT_F16, TQ_FORMAT_TT2}};
+        {TQ_FORMAT_TT4, TQ_FORMAT_SQ3}, {TQ_FORMAT_SQ8, TQ_FORMAT_F16}, {TQ_FORMAT_F16, TQ_FORMAT_TT2}};
     static const int32_t windows[][2] = {{2, 8}, {0, 30}, {3, 0}, {16, 100}};
     static float k[N_TOK * WIDE], v[N_TOK * WIDE], q[N_TOK * N_HEAD * 64], out[2][N_TOK * N_HEAD * 64], lse[2][N_TOK * N_HEAD];
     kv_random random = {.state = 11};
@@ -710,7 +710,7 @@ static void test_failing_allocation(void **state)
 {
     (void)state;
     tq_cache_params p = small_params();
-    p.k_format = TQ_FORMAT_TQ3_PROD;
+    p.k_format = TQ_FORMAT_SQ3_PROD;
     for (long n_ok = 0;; n_ok++) {
         assert_true(n_ok < 100);
         int n_failed = 0;

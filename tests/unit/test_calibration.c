@@ -113,12 +113,12 @@ static void test_store(void **state)
     static const struct {
         tq_format format;
         double error;
-    } cases[] = {{TQ_FORMAT_TQ8, 0.001}, {TQ_FORMAT_TQ4, 0.08}, {TQ_FORMAT_TT3, 0.16}, {TQ_FORMAT_TQ4_PROD, 0.4}};
+    } cases[] = {{TQ_FORMAT_SQ8, 0.001}, {TQ_FORMAT_SQ4, 0.08}, {TQ_FORMAT_TT3, 0.16}, {TQ_FORMAT_SQ4_PROD, 0.4}};
     kv_random random = {.state = 5};
     tq_calibration *c = make_calibration(&random, 2, N_HEAD_KV, HEAD_DIM);
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         void *k_memory, *v_memory;
-        tq_store_params p = store_params(cases[i].format, c), of_values = store_params(TQ_FORMAT_TQ8, NULL);
+        tq_store_params p = store_params(cases[i].format, c), of_values = store_params(TQ_FORMAT_SQ8, NULL);
         p.layer = 1;
         tq_store *keys = kv_open_store(&p, &k_memory), *values = kv_open_store(&of_values, &v_memory);
         assert_int_equal(tq_store_write(keys, slots, N_TOK, k, ROW, NULL), TQ_OK);
@@ -153,7 +153,7 @@ static void test_store_takes_its_layer(void **state)
     static float read[3][N_TOK * ROW];
     for (int32_t i = 0; i < 3; i++) {
         void *memory;
-        tq_store_params p = store_params(i < 2 ? TQ_FORMAT_TQ4 : TQ_FORMAT_F16, c);
+        tq_store_params p = store_params(i < 2 ? TQ_FORMAT_SQ4 : TQ_FORMAT_F16, c);
         p.layer = i % 2;
         tq_store *store = kv_open_store(&p, &memory);
         assert_int_equal(tq_store_write(store, slots, N_TOK, k, ROW, NULL), TQ_OK);
@@ -269,7 +269,7 @@ static void test_another_model_is_refused(void **state)
     kv_random random = {.state = 9};
     tq_calibration *c = make_calibration(&random, 2, N_HEAD_KV, HEAD_DIM), *small = make_calibration(&random, 2, 1, HEAD_DIM);
     tq_store *store;
-    tq_store_params p = store_params(TQ_FORMAT_TQ4, c);
+    tq_store_params p = store_params(TQ_FORMAT_SQ4, c);
     size_t bytes;
     assert_int_equal(tq_store_bytes(&bytes, &p), TQ_OK);
     void *memory = kv_aligned(bytes);

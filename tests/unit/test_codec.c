@@ -53,10 +53,10 @@ static void test_sizes(void **state)
         size_t bytes_64, bytes_128;
     } expected[] = {
         {TQ_FORMAT_F16, "f16", 128, 256},         {TQ_FORMAT_BF16, "bf16", 128, 256},
-        {TQ_FORMAT_TQ8, "tq8", 66, 130},          {TQ_FORMAT_TQ4, "tq4", 34, 66},
-        {TQ_FORMAT_TQ3, "tq3", 26, 50},           {TQ_FORMAT_TQ2, "tq2", 18, 34},
-        {TQ_FORMAT_TQ4_PROD, "tq4_prod", 36, 68}, {TQ_FORMAT_TQ3_PROD, "tq3_prod", 28, 52},
-        {TQ_FORMAT_TQ2_PROD, "tq2_prod", 20, 36}, {TQ_FORMAT_TT4, "tt4", 34, 66},
+        {TQ_FORMAT_SQ8, "sq8", 66, 130},          {TQ_FORMAT_SQ4, "sq4", 34, 66},
+        {TQ_FORMAT_SQ3, "sq3", 26, 50},           {TQ_FORMAT_SQ2, "sq2", 18, 34},
+        {TQ_FORMAT_SQ4_PROD, "sq4_prod", 36, 68}, {TQ_FORMAT_SQ3_PROD, "sq3_prod", 28, 52},
+        {TQ_FORMAT_SQ2_PROD, "sq2_prod", 20, 36}, {TQ_FORMAT_TT4, "tt4", 34, 66},
         {TQ_FORMAT_TT3, "tt3", 26, 50},           {TQ_FORMAT_TT2, "tt2", 18, 34},
     };
     assert_int_equal(sizeof(expected) / sizeof(expected[0]), TQ_FORMAT_COUNT);
@@ -113,7 +113,7 @@ static void test_codebook_on_samples(void **state)
     (void)state;
     static const double theory[] = {0.09501e-1, 0.34548e-1, 0.117482};
     for (int i = 0; i < 3; i++) {
-        const tq_format_traits *traits = tq_format_traits_get((tq_format)(TQ_FORMAT_TQ4 + i));
+        const tq_format_traits *traits = tq_format_traits_get((tq_format)(TQ_FORMAT_SQ4 + i));
         tq_random random = tq_random_stream(10, (uint64_t)i);
         enum { N = 500000 };
         double sum = 0.0;
@@ -140,8 +140,8 @@ static void test_gaussian_distortion(void **state)
         int32_t head_dim;
         double expected;
     } cases[] = {
-        {TQ_FORMAT_TQ4, 64, .00886},  {TQ_FORMAT_TQ3, 64, .0328},  {TQ_FORMAT_TQ2, 64, .1164},
-        {TQ_FORMAT_TQ4, 128, .00917}, {TQ_FORMAT_TQ3, 128, .0338}, {TQ_FORMAT_TQ2, 128, .1189},
+        {TQ_FORMAT_SQ4, 64, .00886},  {TQ_FORMAT_SQ3, 64, .0328},  {TQ_FORMAT_SQ2, 64, .1164},
+        {TQ_FORMAT_SQ4, 128, .00917}, {TQ_FORMAT_SQ3, 128, .0338}, {TQ_FORMAT_SQ2, 128, .1189},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         enum { N = 6000 };
@@ -299,10 +299,10 @@ static void test_outlier_distortion(void **state)
 {
     (void)state;
     static const double limit[] = {
-        [TQ_FORMAT_TQ8] = 1e-4, [TQ_FORMAT_TQ4] = .011, [TQ_FORMAT_TQ3] = .042, [TQ_FORMAT_TQ2] = .15};
+        [TQ_FORMAT_SQ8] = 1e-4, [TQ_FORMAT_SQ4] = .011, [TQ_FORMAT_SQ3] = .042, [TQ_FORMAT_SQ2] = .15};
     int32_t n_head_dims;
     const int32_t *head_dims = tq_head_dim_list(&n_head_dims);
-    for (int format = TQ_FORMAT_TQ8; format <= TQ_FORMAT_TQ2; format++) {
+    for (int format = TQ_FORMAT_SQ8; format <= TQ_FORMAT_SQ2; format++) {
         for (int32_t i = 0; i < n_head_dims; i++) {
             tq_codec *codec = make_codec((tq_format)format, head_dims[i], TQ_SEED_DEFAULT);
             for (int kind = 0; kind < VECTOR_KINDS; kind++) {
@@ -327,7 +327,7 @@ static void test_outlier_distortion(void **state)
 static void test_norm_is_kept(void **state)
 {
     (void)state;
-    for (int format = TQ_FORMAT_TQ8; format <= TQ_FORMAT_TQ2; format++) {
+    for (int format = TQ_FORMAT_SQ8; format <= TQ_FORMAT_SQ2; format++) {
         tq_codec *codec = make_codec((tq_format)format, 128, TQ_SEED_DEFAULT);
         tq_random random = tq_random_stream(13, 0);
         for (int n = 0; n < 200; n++) {
@@ -382,7 +382,7 @@ static void test_idempotent(void **state)
 static void test_idempotent_on_rotated_one_hot(void **state)
 {
     (void)state;
-    for (int format = TQ_FORMAT_TQ8; format <= TQ_FORMAT_TQ2; format++) {
+    for (int format = TQ_FORMAT_SQ8; format <= TQ_FORMAT_SQ2; format++) {
         for (int32_t head_dim = 64; head_dim <= 256; head_dim *= 2) {
             tq_codec *codec = make_codec((tq_format)format, head_dim, TQ_SEED_DEFAULT);
             for (int32_t i = 0; i < head_dim; i++) {
@@ -436,7 +436,7 @@ static void test_prod_is_unbiased(void **state)
 {
     (void)state;
     enum { N_SEEDS = 40, N_VECTORS = 50, HEAD_DIM = 64 };
-    for (int format = TQ_FORMAT_TQ4_PROD; format <= TQ_FORMAT_TQ2_PROD; format++) {
+    for (int format = TQ_FORMAT_SQ4_PROD; format <= TQ_FORMAT_SQ2_PROD; format++) {
         double whole = 0.0, codebook_alone = 0.0;
         tq_random random = tq_random_stream(16, 0);
         for (uint64_t seed = 0; seed < N_SEEDS; seed++) {
@@ -571,22 +571,22 @@ static void test_refusals(void **state)
     (void)state;
     tq_codec *codec = NULL;
     tq_format_info info;
-    tq_format format = TQ_FORMAT_TQ3;
+    tq_format format = TQ_FORMAT_SQ3;
     tq_log_set(keep_message, NULL);
-    assert_int_equal(tq_codec_create(&codec, TQ_FORMAT_TQ4, 72, 0), TQ_ERR_HEAD_DIM);
+    assert_int_equal(tq_codec_create(&codec, TQ_FORMAT_SQ4, 72, 0), TQ_ERR_HEAD_DIM);
     assert_string_equal(last_message, "head_dim 72 is not supported: it must be one of 64, 80, 96, 112, 128, 192, 256, 576");
     assert_int_equal(tq_codec_create(&codec, TQ_FORMAT_COUNT, 64, 0), TQ_ERR_FORMAT);
     assert_int_equal(tq_codec_create(&codec, (tq_format)-1, 64, 0), TQ_ERR_FORMAT);
     assert_string_equal(last_message, "format -1 does not exist: formats are numbered 0 to 11");
     assert_null(codec);
-    assert_int_equal(tq_codec_create(NULL, TQ_FORMAT_TQ4, 64, 0), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_format_describe(&info, TQ_FORMAT_TQ4, 0), TQ_ERR_HEAD_DIM);
-    assert_int_equal(tq_format_describe(NULL, TQ_FORMAT_TQ4, 64), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_codec_create(NULL, TQ_FORMAT_SQ4, 64, 0), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_format_describe(&info, TQ_FORMAT_SQ4, 0), TQ_ERR_HEAD_DIM);
+    assert_int_equal(tq_format_describe(NULL, TQ_FORMAT_SQ4, 64), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_format_from_name(&format, "TQ4"), TQ_ERR_FORMAT);
-    assert_non_null(strstr(last_message, "format 'TQ4' does not exist: it must be one of f16, bf16, tq8"));
-    assert_non_null(strstr(last_message, "tq2_prod"));
+    assert_non_null(strstr(last_message, "format 'TQ4' does not exist: it must be one of f16, bf16, sq8"));
+    assert_non_null(strstr(last_message, "sq2_prod"));
     assert_int_equal(tq_format_from_name(&format, NULL), TQ_ERR_ARGUMENT);
-    assert_int_equal(format, TQ_FORMAT_TQ3);
+    assert_int_equal(format, TQ_FORMAT_SQ3);
     tq_codec_free(NULL);
     tq_log_set(NULL, NULL);
 }
@@ -598,7 +598,7 @@ static void test_enormous_counts(void **state)
     static const int64_t enormous[] = {INT64_MAX, INT64_MAX / 64 + 1, INT64_C(1) << 58, INT64_MIN, -1};
     float x[64] = {0};
     uint8_t bytes[128];
-    tq_codec *codec = make_codec(TQ_FORMAT_TQ4, 64, TQ_SEED_DEFAULT);
+    tq_codec *codec = make_codec(TQ_FORMAT_SQ4, 64, TQ_SEED_DEFAULT);
     for (size_t i = 0; i < sizeof enormous / sizeof *enormous; i++) {
         assert_int_equal(tq_codec_encode(codec, x, enormous[i], bytes), TQ_ERR_ARGUMENT);
         assert_int_equal(tq_codec_decode(codec, bytes, enormous[i], x), TQ_ERR_ARGUMENT);
@@ -611,7 +611,7 @@ static void test_not_finite(void **state)
     (void)state;
     static const float bad[] = {NAN, INFINITY, -INFINITY, 65505.0f, -65536.0f};
     tq_log_set(keep_message, NULL);
-    tq_codec *codec = make_codec(TQ_FORMAT_TQ4, 64, TQ_SEED_DEFAULT);
+    tq_codec *codec = make_codec(TQ_FORMAT_SQ4, 64, TQ_SEED_DEFAULT);
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
         uint8_t bytes[3 * BYTES_MAX], untouched[3 * BYTES_MAX];
         float x[3 * 64];
@@ -662,7 +662,7 @@ static void test_allocation_failure(void **state)
     for (long n_ok = 0; n_ok < 2; n_ok++) {
         tq_codec *codec = NULL;
         tq_alloc_fail_after(n_ok);
-        assert_int_equal(tq_codec_create(&codec, TQ_FORMAT_TQ2_PROD, 64, 0), TQ_ERR_MEMORY);
+        assert_int_equal(tq_codec_create(&codec, TQ_FORMAT_SQ2_PROD, 64, 0), TQ_ERR_MEMORY);
         assert_null(codec);
     }
     tq_alloc_fail_after(-1);

@@ -82,7 +82,7 @@ static void test_layout(void **state)
 static void test_sizes(void **state)
 {
     (void)state;
-    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
+    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
                                         TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     for (int k = 0; k < 7; k++) {
         for (int v = 0; v < 7; v++) {
@@ -228,7 +228,7 @@ static void test_store_is_checked(void **state)
     assert_non_null(strstr(last_message, "f16"));
     store.k_format = TQ_FORMAT_TT3, store.head_dim = 96;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
-    store.k_format = store.v_format = TQ_FORMAT_TQ3;
+    store.k_format = store.v_format = TQ_FORMAT_SQ3;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
     store.head_dim = 576;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);

@@ -129,8 +129,8 @@ static void test_counts_as_a_cache_with_vectors(void **state)
         params.n_head_kv = N_HEAD_KV;
         params.head_dim = HEAD_DIM;
         params.page_size = 16 + 16 * (int32_t)kv_below(&random, 2);
-        params.k_format = kv_below(&random, 3) == 0 ? TQ_FORMAT_F16 : TQ_FORMAT_TQ4;
-        params.v_format = params.k_format == TQ_FORMAT_F16 ? TQ_FORMAT_F16 : TQ_FORMAT_TQ2;
+        params.k_format = kv_below(&random, 3) == 0 ? TQ_FORMAT_F16 : TQ_FORMAT_SQ4;
+        params.v_format = params.k_format == TQ_FORMAT_F16 ? TQ_FORMAT_F16 : TQ_FORMAT_SQ2;
         params.n_recent = (int32_t)kv_below(&random, 40);
         params.n_pages = kv_below(&random, 2) == 0 ? 0 : 10 + (int32_t)kv_below(&random, 60);
         params.budget_bytes = params.n_pages == 0 ? 150000 + (size_t)kv_below(&random, 800000) : 0;

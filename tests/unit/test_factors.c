@@ -249,7 +249,7 @@ static void test_the_guard_knows_the_error_of_logits(void **state)
 {
     (void)state;
     enum { N = 2000 };
-    static const tq_format formats[] = {TQ_FORMAT_TQ8, TQ_FORMAT_TQ4, TQ_FORMAT_TQ3, TQ_FORMAT_TQ2,
+    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
                                         TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     energies e;
     make(&e, 8, 0);
@@ -290,9 +290,9 @@ static void test_the_guard_takes_the_next_format_that_does(void **state)
     (void)state;
     assert_int_equal(tq_key_guard(TQ_FORMAT_TT3, 7.0f), TQ_FORMAT_TT3);
     assert_int_equal(tq_key_guard(TQ_FORMAT_TT3, 8.0f), TQ_FORMAT_TT4);
-    assert_int_equal(tq_key_guard(TQ_FORMAT_TQ2, 3.2f), TQ_FORMAT_TT2);
-    assert_int_equal(tq_key_guard(TQ_FORMAT_TT2, 20.0f), TQ_FORMAT_TQ8);
-    assert_int_equal(tq_key_guard(TQ_FORMAT_TQ8, 20.0f), TQ_FORMAT_TQ8);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_SQ2, 3.2f), TQ_FORMAT_TT2);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_TT2, 20.0f), TQ_FORMAT_SQ8);
+    assert_int_equal(tq_key_guard(TQ_FORMAT_SQ8, 20.0f), TQ_FORMAT_SQ8);
     assert_int_equal(tq_key_guard(TQ_FORMAT_TT2, 1e6f), TQ_FORMAT_F16);
     assert_int_equal(tq_key_guard(TQ_FORMAT_BF16, 1e6f), TQ_FORMAT_BF16);
     assert_int_equal(tq_key_guard(TQ_FORMAT_TT2, NAN), TQ_FORMAT_TT2);

@@ -62,7 +62,7 @@ static void check_sizes(tq_status (*call)(const void *), const void *params, siz
 static void test_structs_of_other_sizes(void **state)
 {
     (void)state;
-    tq_store_params store = kv_store_params(TQ_FORMAT_TQ4, 64, 2, 64);
+    tq_store_params store = kv_store_params(TQ_FORMAT_SQ4, 64, 2, 64);
     check_sizes(bytes_of, &store, sizeof store, offsetof(tq_store_params, n_sink));
     tq_cache_params cache;
     tq_cache_params_default(&cache);

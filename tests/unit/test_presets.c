@@ -16,7 +16,7 @@ static void test_list(void **state)
     (void)state;
     assert_null(tq_preset_get(-1));
     assert_null(tq_preset_get(tq_preset_count()));
-    assert_int_equal(tq_preset_find("TQ6")->k_format, TQ_FORMAT_TQ8);
+    assert_int_equal(tq_preset_find("TQ6")->k_format, TQ_FORMAT_SQ8);
     assert_ptr_equal(tq_preset_find("tq6"), tq_preset_find("TQ6"));
     const char *const none[] = {"", "TQ", "TQ66", "TQ5", " TQ6", NULL};
     for (size_t i = 0; i < sizeof none / sizeof *none; i++) assert_null(tq_preset_find(none[i]));
@@ -58,8 +58,8 @@ static void test_mean_of_keys_and_values(void **state)
 {
     (void)state;
     tq_preset all_8 = *tq_preset_find("TQ6"), all_2 = all_8, mixed = all_8;
-    all_8.k_format = all_8.v_format = mixed.k_format = TQ_FORMAT_TQ8;
-    all_2.k_format = all_2.v_format = mixed.v_format = TQ_FORMAT_TQ2;
+    all_8.k_format = all_8.v_format = mixed.k_format = TQ_FORMAT_SQ8;
+    all_2.k_format = all_2.v_format = mixed.v_format = TQ_FORMAT_SQ2;
     double eight = 0.0, two = 0.0, both = 0.0;
     assert_int_equal(tq_preset_bits_per_value(&eight, &all_8, 64, 3, 4096), TQ_OK);
     assert_int_equal(tq_preset_bits_per_value(&two, &all_2, 64, 3, 4096), TQ_OK);

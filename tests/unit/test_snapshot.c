@@ -36,7 +36,7 @@ static tq_cache_params params_of_test(void)
     p.n_pages = 16;
     p.n_sink = 2;
     p.n_recent = 8;
-    p.v_format = TQ_FORMAT_TQ3;
+    p.v_format = TQ_FORMAT_SQ3;
     return p;
 }
 
@@ -148,7 +148,7 @@ static void test_round_trip(void **state)
     assert_int_equal(tq_snapshot_describe(&info, path, true, formats, 4), TQ_OK);
     assert_int_equal(info.n_sequences, 1);
     assert_int_equal(info.page_size, 16);
-    assert_int_equal(formats[3], TQ_FORMAT_TQ3);
+    assert_int_equal(formats[3], TQ_FORMAT_SQ3);
     tq_cache_free(cache);
     tq_cache_free(other);
 }

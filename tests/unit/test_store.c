@@ -17,7 +17,7 @@ enum { N_MODEL_RUNS = 120, MODEL_BYTES = 300 };
 
 static tq_store_params small_params(void)
 {
-    tq_store_params p = kv_store_params(TQ_FORMAT_TQ4, 64, 2, 64);
+    tq_store_params p = kv_store_params(TQ_FORMAT_SQ4, 64, 2, 64);
     p.n_recent = 4;
     p.label = "layer 3 keys";
     return p;
@@ -233,7 +233,7 @@ static void test_stage_equals_single_tokens(void **state)
     for (int run = 0, n_runs = kv_runs(9); run < n_runs; run++) {
         store_fixture l[2];
         for (int i = 0; i < 2; i++) {
-            fixture_init(&l[i], run % 2 ? TQ_FORMAT_TQ3 : TQ_FORMAT_TT4, run % 3 == 1 ? 0 : 4, rings[run / 3], run % 3 ? 64 : 0,
+            fixture_init(&l[i], run % 2 ? TQ_FORMAT_SQ3 : TQ_FORMAT_TT4, run % 3 == 1 ? 0 : 4, rings[run / 3], run % 3 ? 64 : 0,
                          NULL);
         }
         for (int64_t first = 0; first < n; first++) fixture_step(&l[0], stage, slots, rows, q, first, 1, out[0]);
@@ -263,7 +263,7 @@ static void test_stage_writes_as_write_does(void **state)
     float *rows = kv_calloc(600 * FIXTURE_ROW, sizeof *rows);
     for (int run = 0, n_runs = kv_runs(20); run < n_runs; run++) {
         store_fixture l[2];
-        for (int i = 0; i < 2; i++) fixture_init(&l[i], TQ_FORMAT_TQ4, run % 5, run % 3 * 20, run % 2 ? 16 : 0, NULL);
+        for (int i = 0; i < 2; i++) fixture_init(&l[i], TQ_FORMAT_SQ4, run % 5, run % 3 * 20, run % 2 ? 16 : 0, NULL);
         for (int batch = 0; batch < 4; batch++) {
             int64_t slots[600], n = 1 + kv_below(&random, batch == 3 ? 600 : 60);
             for (int64_t i = 0; i < n; i++) slots[i] = kv_below(&random, 8) == 0 ? -1 : kv_below(&random, 90);
@@ -284,7 +284,7 @@ static void test_stage_refusals(void **state)
     (void)state;
     store_fixture l, other;
     fixture_init(&l, TQ_FORMAT_TT4, 4, 16, 64, NULL);
-    fixture_init(&other, TQ_FORMAT_TQ8, 4, 16, 64, NULL);
+    fixture_init(&other, TQ_FORMAT_SQ8, 4, 16, 64, NULL);
     float rows[FIXTURE_ROW * 3] = {0}, q[2 * FIXTURE_ROW * 3] = {0}, out[2 * FIXTURE_ROW * 3];
     int64_t slots[3] = {0, 1, 2};
     tq_stage *stage;
@@ -322,7 +322,7 @@ static void test_stage_refusals(void **state)
 static void test_stage_outlives_its_store(void **state)
 {
     (void)state;
-    tq_store_params p = kv_store_params(TQ_FORMAT_TQ4, 64, 1, 32);
+    tq_store_params p = kv_store_params(TQ_FORMAT_SQ4, 64, 1, 32);
     float rows[20 * 64], q[20 * 64] = {0}, out[20 * 64];
     int64_t slots[20];
     kv_random random = {.state = 3};
@@ -351,7 +351,7 @@ static void test_stage_without_memory(void **state)
 {
     (void)state;
     store_fixture l;
-    fixture_init(&l, TQ_FORMAT_TQ4, 4, 16, 64, NULL);
+    fixture_init(&l, TQ_FORMAT_SQ4, 4, 16, 64, NULL);
     float rows[FIXTURE_ROW * 3] = {0};
     int64_t slots[3] = {0, 1, 2};
     tq_stage *stage = NULL;

@@ -34,11 +34,11 @@ static void test_references_take_means_away(void **state)
     for (int64_t i = 0; i < n * FIXTURE_ROW; i++) plain[i] = kv_round(plain[i]);
     for (int32_t j = 0; j < FIXTURE_DIM; j++) ones[j] = 1;
     store_fixture l;
-    double without_mean = coding_error(TQ_FORMAT_TQ4, 64, NULL, plain, q, n, ones, &l);
+    double without_mean = coding_error(TQ_FORMAT_SQ4, 64, NULL, plain, q, n, ones, &l);
     fixture_deinit(&l);
-    double with_reference = coding_error(TQ_FORMAT_TQ4, 64, NULL, shifted, q, n, ones, &l);
+    double with_reference = coding_error(TQ_FORMAT_SQ4, 64, NULL, shifted, q, n, ones, &l);
     fixture_deinit(&l);
-    double with_mean = coding_error(TQ_FORMAT_TQ4, 0, NULL, shifted, q, n, ones, &l);
+    double with_mean = coding_error(TQ_FORMAT_SQ4, 0, NULL, shifted, q, n, ones, &l);
     fixture_deinit(&l);
     assert_true(with_reference < 1.1 * without_mean);
     assert_true(with_mean > 50 * without_mean);
@@ -99,7 +99,7 @@ static void test_references_stay_with_coded_tokens(void **state)
     float *rows = kv_calloc(REUSED_SLOTS * FIXTURE_ROW, sizeof *rows);
     float *before = kv_calloc(KEPT * FIXTURE_ROW, sizeof *rows), *after = kv_calloc(KEPT * FIXTURE_ROW, sizeof *rows);
     store_fixture l;
-    fixture_init(&l, TQ_FORMAT_TQ4, 4, 64, 64, NULL);
+    fixture_init(&l, TQ_FORMAT_SQ4, 4, 64, 64, NULL);
     kv_fill(&random, rows, REUSED_SLOTS * FIXTURE_ROW);
     for (int64_t i = 0; i < REUSED_SLOTS * FIXTURE_ROW; i++) rows[i] += 30 * cosf((float)(i % FIXTURE_ROW));
     write_rows(&l, 0, REUSED_SLOTS, rows, false);
@@ -125,8 +125,8 @@ static void test_references_do_not_depend_on_batches(void **state)
     kv_fill(&random, rows, N * FIXTURE_ROW);
     for (int32_t n_slots = 20; n_slots <= 160; n_slots += 20) {
         store_fixture batched, single;
-        fixture_init(&batched, TQ_FORMAT_TQ4, 4, 64, 16, NULL);
-        fixture_init(&single, TQ_FORMAT_TQ4, 4, 64, 16, NULL);
+        fixture_init(&batched, TQ_FORMAT_SQ4, 4, 64, 16, NULL);
+        fixture_init(&single, TQ_FORMAT_SQ4, 4, 64, 16, NULL);
         for (int64_t i = 0; i < N; i++) slots[i] = i % n_slots * 3 % n_slots;
         assert_int_equal(tq_store_write(batched.store, slots, N, rows, FIXTURE_ROW, NULL), TQ_OK);
         for (int64_t i = 0; i < N; i++)

@@ -128,7 +128,7 @@ TQ_INLINE void accumulate_products(int source, accumulate_fn floats, const tq_co
     {                                                                                                                       \
         accumulate_products(source, TQ_ISA(accumulate_##name), codec, block, n, p, p_stride, n_row, acc);                   \
     }
-ACCUMULATE_PRODUCTS(tq8, TQ_FORMAT_TQ8)
+ACCUMULATE_PRODUCTS(sq8, TQ_FORMAT_SQ8)
 ACCUMULATE_PRODUCTS(tt4, TQ_FORMAT_TT4)
 ACCUMULATE_PRODUCTS(tt3, TQ_FORMAT_TT3)
 ACCUMULATE_PRODUCTS(tt2, TQ_FORMAT_TT2)

@@ -14,7 +14,7 @@
 
 void tq_kernels_init_dotprod(tq_kernels *kernels)
 {
-    SET_PRODUCTS(TQ_FORMAT_TQ8, tq8, dotprod);
+    SET_PRODUCTS(TQ_FORMAT_SQ8, sq8, dotprod);
     SET_PRODUCTS(TQ_FORMAT_TT4, tt4, dotprod);
     SET_PRODUCTS(TQ_FORMAT_TT3, tt3, dotprod);
     SET_PRODUCTS(TQ_FORMAT_TT2, tt2, dotprod);
@@ -22,7 +22,7 @@ void tq_kernels_init_dotprod(tq_kernels *kernels)
 
 void tq_kernels_init_i8mm(tq_kernels *kernels)
 {
-    SET_PRODUCTS(TQ_FORMAT_TQ8, tq8, i8mm);
+    SET_PRODUCTS(TQ_FORMAT_SQ8, sq8, i8mm);
     SET_PRODUCTS(TQ_FORMAT_TT4, tt4, i8mm);
     SET_PRODUCTS(TQ_FORMAT_TT3, tt3, i8mm);
     SET_PRODUCTS(TQ_FORMAT_TT2, tt2, i8mm);

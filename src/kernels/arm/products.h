@@ -36,7 +36,7 @@ TQ_INLINE void zip_quad(const int8x16_t *y, int8x16_t *turn)
     void tq_accumulate_##name##_##level(const tq_codec *codec, tq_block block, int64_t n, const float *p, int64_t p_stride,   \
                                         int64_t n_row, float *acc);
 #define TQ_DECLARE_PRODUCTS_LEVEL(level) \
-    TQ_DECLARE_PRODUCTS(tq8, level)      \
+    TQ_DECLARE_PRODUCTS(sq8, level)      \
     TQ_DECLARE_PRODUCTS(tt4, level)      \
     TQ_DECLARE_PRODUCTS(tt3, level)      \
     TQ_DECLARE_PRODUCTS(tt2, level)

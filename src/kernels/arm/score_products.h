@@ -101,7 +101,7 @@ TQ_INLINE bool score_products(int source, const tq_codec *codec, tq_block block,
         if (!score_products(source, codec, block, n, q, n_row, s, s_stride))                                                  \
             TQ_ISA(score_##name)(codec, block, n, q, n_row, s, s_stride);                                                     \
     }
-SCORE_PRODUCTS(tq8, TQ_FORMAT_TQ8)
+SCORE_PRODUCTS(sq8, TQ_FORMAT_SQ8)
 SCORE_PRODUCTS(tt4, TQ_FORMAT_TT4)
 SCORE_PRODUCTS(tt3, TQ_FORMAT_TT3)
 SCORE_PRODUCTS(tt2, TQ_FORMAT_TT2)

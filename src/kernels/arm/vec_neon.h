@@ -192,8 +192,8 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
 {
     tables t;
     uint8_t bytes[4][16] = {{0}};
-    if (source == TQ_FORMAT_TQ4 || source == TQ_FORMAT_TQ3 || source == TQ_FORMAT_TQ2) {
-        const int n = source == TQ_FORMAT_TQ4 ? 16 : source == TQ_FORMAT_TQ3 ? 8 : 4;
+    if (source == TQ_FORMAT_SQ4 || source == TQ_FORMAT_SQ3 || source == TQ_FORMAT_SQ2) {
+        const int n = source == TQ_FORMAT_SQ4 ? 16 : source == TQ_FORMAT_SQ3 ? 8 : 4;
         for (int i = 0; i < n; i++) {
             uint32_t u;
             memcpy(&u, codec->traits->codebook + i, sizeof(u));
@@ -201,7 +201,7 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
         }
     }
     for (int plane = 0; plane < 4; plane++) t.plane[plane] = vld1q_u8(bytes[plane]);
-    t.high_plane = source == TQ_FORMAT_TQ3 ? codec->head_dim / 4 : 0;
+    t.high_plane = source == TQ_FORMAT_SQ3 ? codec->head_dim / 4 : 0;
     t.code_bytes = (int32_t)codec->code_bytes;
     if (source_trellis_bits(source) > 0) {
         TQ_UNROLL
@@ -242,7 +242,7 @@ TQ_INLINE int8x16_t look_up_windows(int bits, const tables *t, const uint8_t *co
 /* The values d .. d + 15 of a vector whose format has bytes for values, not yet scaled. */
 TQ_INLINE int8x16_t expand_bytes(int source, const tables *t, const uint8_t *codes, int32_t d)
 {
-    return source == TQ_FORMAT_TQ8 ? vreinterpretq_s8_u8(vld1q_u8(codes + d))
+    return source == TQ_FORMAT_SQ8 ? vreinterpretq_s8_u8(vld1q_u8(codes + d))
                                    : look_up_windows(source_trellis_bits(source), t, codes, d);
 }
 
@@ -287,11 +287,11 @@ TQ_INLINE void look_up(const tables *t, uint8x16_t code, vec *out)
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
 TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
 {
-    if (source == TQ_FORMAT_TQ4) {
+    if (source == TQ_FORMAT_SQ4) {
         look_up(t, unpack4(codes + d / 2), out);
-    } else if (source == TQ_FORMAT_TQ3) {
+    } else if (source == TQ_FORMAT_SQ3) {
         look_up(t, vorrq_u8(unpack2(codes + d / 4), unpack_high(codes + t->high_plane + d / 8)), out);
-    } else if (source == TQ_FORMAT_TQ2) {
+    } else if (source == TQ_FORMAT_SQ2) {
         look_up(t, unpack2(codes + d / 4), out);
     } else if (source_is_bytes(source)) {
         int8x16_t code = expand_bytes(source, t, codes, d);
@@ -318,7 +318,7 @@ typedef struct boundaries {
 
 TQ_INLINE boundaries boundaries_init(int source, const tq_codec *codec)
 {
-    return (boundaries){codec->traits->boundaries, source == TQ_FORMAT_TQ4 ? 15 : source == TQ_FORMAT_TQ3 ? 7 : 3};
+    return (boundaries){codec->traits->boundaries, source == TQ_FORMAT_SQ4 ? 15 : source == TQ_FORMAT_SQ3 ? 7 : 3};
 }
 
 /* 16 codes of 2 bits, one a byte, to 4 bytes. */
@@ -333,9 +333,9 @@ TQ_INLINE void pack2(uint8x16_t code, uint8_t *bytes)
 /* Store 16 codes, one a byte, as codes d .. d + 15 of a vector. */
 TQ_INLINE void pack16(int source, uint8x16_t code, uint8_t *codes, int32_t head_dim, int32_t d)
 {
-    if (source == TQ_FORMAT_TQ4) {
+    if (source == TQ_FORMAT_SQ4) {
         vst1_u8(codes + d / 2, vget_low_u8(vsliq_n_u8(vuzp1q_u8(code, code), vuzp2q_u8(code, code), 4)));
-    } else if (source == TQ_FORMAT_TQ3) {
+    } else if (source == TQ_FORMAT_SQ3) {
         const int8x16_t up = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
         pack2(vandq_u8(code, vdupq_n_u8(3)), codes + d / 4);
         uint8x16_t high = vshlq_u8(vshrq_n_u8(code, 2), up);

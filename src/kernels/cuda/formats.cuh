@@ -13,10 +13,10 @@
 #include "kernels/cuda/trellis_codes.cuh"
 
 /* The names in pairs.h. */
-using tq8 = scalar_codes<8>;
-using tq4 = scalar_codes<4>;
-using tq3 = scalar_codes<3>;
-using tq2 = scalar_codes<2>;
+using sq8 = scalar_codes<8>;
+using sq4 = scalar_codes<4>;
+using sq3 = scalar_codes<3>;
+using sq2 = scalar_codes<2>;
 using tt4 = trellis_codes<4>;
 using tt3 = trellis_codes<3>;
 using tt2 = trellis_codes<2>;
@@ -25,13 +25,13 @@ template <class C> constexpr int kind_of = codes_kind(C::bits, C::is_trellis);
 
 __host__ __device__ constexpr float step_of_kind(int kind)
 {
-    return kind == kind_of<tq4> ? tq4::step : kind == kind_of<tq3> ? tq3::step : kind == kind_of<tq2> ? tq2::step : 1.0f;
+    return kind == kind_of<sq4> ? sq4::step : kind == kind_of<sq3> ? sq3::step : kind == kind_of<sq2> ? sq2::step : 1.0f;
 }
 
 __host__ __device__ constexpr float step_inverse_of_kind(int kind)
 {
-    constexpr float of4 = 1.0f / tq4::step, of3 = 1.0f / tq3::step, of2 = 1.0f / tq2::step;
-    return kind == kind_of<tq4> ? of4 : kind == kind_of<tq3> ? of3 : kind == kind_of<tq2> ? of2 : 1.0f;
+    constexpr float of4 = 1.0f / sq4::step, of3 = 1.0f / sq3::step, of2 = 1.0f / sq2::step;
+    return kind == kind_of<sq4> ? of4 : kind == kind_of<sq3> ? of3 : kind == kind_of<sq2> ? of2 : 1.0f;
 }
 
 /* use(codes) with the type of the kind, among those that head_dim D has. */
@@ -50,14 +50,14 @@ template <int D, typename Use> __device__ __forceinline__ void with_codes(int ki
         }
     }
     switch (kind) {
-    case kind_of<tq8>:
-        return use(tq8());
-    case kind_of<tq4>:
-        return use(tq4());
-    case kind_of<tq3>:
-        return use(tq3());
+    case kind_of<sq8>:
+        return use(sq8());
+    case kind_of<sq4>:
+        return use(sq4());
+    case kind_of<sq3>:
+        return use(sq3());
     default:
-        return use(tq2());
+        return use(sq2());
     }
 }
 
@@ -113,7 +113,7 @@ template <int D, int N_COPIES> struct any_pair {
         table_bytes = (has_key_table + has_value_table) * table::bytes;
     }
     __host__ __device__ explicit any_pair(const attend_args &args) : any_pair(args.key_kind, args.value_kind) {}
-    /* Of the pairs with no table, one (tq8/tt4) and two (tt4/tt3) that have the largest records. */
+    /* Of the pairs with no table, one (sq8/tt4) and two (tt4/tt3) that have the largest records. */
     static constexpr int room(int n)
     {
         int none = n * record_bytes_of(D, 16), one = table::bytes + n * record_bytes_of(D, 12);

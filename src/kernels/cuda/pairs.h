@@ -10,11 +10,11 @@
 
 // clang-format off
 /* TQ6, TQ4, TQ3 and TQ2 */
-#define TQ_PAIRS_OF_PRESETS(X, D) X(D, tq8, tt4) X(D, tt4, tt4) X(D, tt3, tt3) X(D, tt3, tt2)
+#define TQ_PAIRS_OF_PRESETS(X, D) X(D, sq8, tt4) X(D, tt4, tt4) X(D, tt3, tt3) X(D, tt3, tt2)
 #define TQ_PAIRS(X) \
-    TQ_PAIRS_OF_PRESETS(X, 64) X(64, tq4, tq4) X(64, tt2, tt2) \
-    TQ_PAIRS_OF_PRESETS(X, 128) X(128, tq4, tq4) X(128, tq4, tq3) X(128, tq3, tq3) X(128, tt2, tt2) \
-    TQ_PAIRS_OF_PRESETS(X, 256) X(256, tq4, tq4)
+    TQ_PAIRS_OF_PRESETS(X, 64) X(64, sq4, sq4) X(64, tt2, tt2) \
+    TQ_PAIRS_OF_PRESETS(X, 128) X(128, sq4, sq4) X(128, sq4, sq3) X(128, sq3, sq3) X(128, tt2, tt2) \
+    TQ_PAIRS_OF_PRESETS(X, 256) X(256, sq4, sq4)
 // clang-format on
 
 #endif

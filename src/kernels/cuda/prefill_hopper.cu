@@ -17,7 +17,7 @@ template <class F, int D> static cudaError_t launch_formats(const attend_args &a
     return cudaGetLastError();
 }
 
-/* tq8/tt4 at head_dim 256 has no room for all copies of a table. */
+/* sq8/tt4 at head_dim 256 has no room for all copies of a table. */
 template <class K, class V, int D>
 using hopper_pair =
     std::conditional_t<hopper_shape<known_pair<K, V, D, 32>, D>::fits, known_pair<K, V, D, 32>, known_pair<K, V, D, 16>>;

@@ -21,7 +21,7 @@ namespace tq
 {
 
 /* tq_format, those that have kernels here. */
-enum format { TQ8 = 2, TQ4 = 3, TQ3 = 4, TQ2 = 5, TT4 = 9, TT3 = 10, TT2 = 11 };
+enum format { SQ8 = 2, SQ4 = 3, SQ3 = 4, SQ2 = 5, TT4 = 9, TT3 = 10, TT2 = 11 };
 
 constexpr bool is_trellis(int format)
 {
@@ -30,7 +30,7 @@ constexpr bool is_trellis(int format)
 
 constexpr int bits_of(int format)
 {
-    return format == TQ8 ? 8 : format == TQ4 || format == TT4 ? 4 : format == TQ3 || format == TT3 ? 3 : 2;
+    return format == SQ8 ? 8 : format == SQ4 || format == TT4 ? 4 : format == SQ3 || format == TT3 ? 3 : 2;
 }
 
 /* Words of 32 bits that the codes of a vector take. */
@@ -39,7 +39,7 @@ constexpr int words_of(int format, int head_dim)
     return head_dim * bits_of(format) / 32;
 }
 
-/* Words of a reference: tq8 codes, then a word with the scale. */
+/* Words of a reference: sq8 codes, then a word with the scale. */
 constexpr int reference_words(int head_dim)
 {
     return head_dim / 4 + 1;

@@ -61,7 +61,7 @@ inline void attend_block(thread row_state<D, ROWS> &state, thread const attend_p
     if (HAS_REF) {
         float x[D / 32];
         const device uint *reference = reference_of(p, kv, head, block * block_tokens(), D);
-        expand<D, TQ8>(x, reference, shared.k_levels, lane);
+        expand<D, SQ8>(x, reference, shared.k_levels, lane);
         float scale = reference_scale(reference, D);
         for (int r = 0; r < ROWS; r++) ref_score[r] = scale * dot_lanes<D>(state.q[r], x);
     }

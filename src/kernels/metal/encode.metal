@@ -8,8 +8,8 @@ namespace tq
 
 template <int FORMAT> inline float centroid(int code)
 {
-    if (FORMAT == TQ4) return lloyd4_centroids[code & 15];
-    return FORMAT == TQ3 ? lloyd3_centroids[code & 7] : lloyd2_centroids[code & 3];
+    if (FORMAT == SQ4) return lloyd4_centroids[code & 15];
+    return FORMAT == SQ3 ? lloyd3_centroids[code & 7] : lloyd2_centroids[code & 3];
 }
 
 /* The number of boundaries less than z, by halving. */
@@ -18,7 +18,7 @@ template <int FORMAT> inline int nearest_code(float z)
     int code = 0;
     for (int half_range = 1 << (bits_of(FORMAT) - 1); half_range > 0; half_range /= 2) {
         int i = code + half_range - 1;
-        float boundary = FORMAT == TQ4 ? lloyd4_boundaries[i] : FORMAT == TQ3 ? lloyd3_boundaries[i] : lloyd2_boundaries[i];
+        float boundary = FORMAT == SQ4 ? lloyd4_boundaries[i] : FORMAT == SQ3 ? lloyd3_boundaries[i] : lloyd2_boundaries[i];
         code += boundary < z ? half_range : 0;
     }
     return code;
@@ -82,7 +82,7 @@ inline uint packed_word(threadgroup const uchar *code, int n, int first, int bit
 template <int D, int FORMAT> inline void store_codes(device uint *to, threadgroup const uchar *code, int lane)
 {
     for (int word = lane; word < words_of(FORMAT, D); word += 32) {
-        if (FORMAT == TQ3) {
+        if (FORMAT == SQ3) {
             to[word] = word < D / 16 ? packed_word(code, D, 0, 2, word) : packed_word(code, D, 2, 1, word - D / 16);
         } else {
             to[word] = packed_word(code, D, 0, bits_of(FORMAT), word);
@@ -141,11 +141,11 @@ template <int D> struct code_memory {
 template <int D, int FORMAT, int HAS_REF>
 inline void encode_scalar(encode_task task, threadgroup code_memory<D> &shared, uint3 group, int lane)
 {
-    constexpr int lloyd_format = FORMAT == TQ8 ? TQ4 : FORMAT; /* the branch that is not taken must compile, too */
+    constexpr int lloyd_format = FORMAT == SQ8 ? SQ4 : FORMAT; /* the branch that is not taken must compile, too */
     int head = int(group.z), i = int(group.y), code[D / 32];
     float x[D / 32];
     load_vector<D, HAS_REF>(x, task, head, i, lane);
-    half scale = FORMAT == TQ8 ? encode_uniform<D>(code, x) : encode_lloyd<D, lloyd_format>(code, x);
+    half scale = FORMAT == SQ8 ? encode_uniform<D>(code, x) : encode_lloyd<D, lloyd_format>(code, x);
     for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     ulong vector = ulong(head) * task.params.n_encoded + i;
@@ -180,7 +180,7 @@ inline void encode_reference(const device half *rows, const device int *starts, 
     for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     device uint *to = refs + (ulong(head) * p.n_encoded + i) * reference_words(D);
-    store_codes<D, TQ8>(to, shared.code, lane);
+    store_codes<D, SQ8>(to, shared.code, lane);
     if (lane == 0) to[D / 4] = uint(as_type<ushort>(scale));
 }
 

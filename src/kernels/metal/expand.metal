@@ -12,13 +12,13 @@ struct level_table {
     float level[256];
 };
 
-/* By all threads of a threadgroup; a barrier must follow. tq8 has no table. */
+/* By all threads of a threadgroup; a barrier must follow. sq8 has no table. */
 template <int FORMAT> inline void fill_levels(threadgroup level_table &table, int thread_index, int n_threads)
 {
     for (int i = thread_index; i < 256; i += n_threads) {
         if (is_trellis(FORMAT)) {
             table.level[i] = float(window_value<bits_of(FORMAT)>(i));
-        } else if (FORMAT != TQ8 && i < (1 << bits_of(FORMAT))) {
+        } else if (FORMAT != SQ8 && i < (1 << bits_of(FORMAT))) {
             table.level[i] = centroid<FORMAT>(i);
         }
     }
@@ -28,7 +28,7 @@ template <int D, int FORMAT>
 inline void expand(thread float (&x)[D / 32], const device uint *codes, threadgroup const level_table &table, int lane)
 {
     constexpr int n = D / 32, bits = bits_of(FORMAT);
-    if (FORMAT == TQ3) {
+    if (FORMAT == SQ3) {
         ulong low = bits_at(codes, D / 16, 2 * n * lane), high = bits_at(codes + D / 16, D / 32, n * lane);
         for (int k = 0; k < n; k++) {
             uint code = uint(low >> (2 * k) & 3u) | uint(high >> k & 1u) << 2;
@@ -39,7 +39,7 @@ inline void expand(thread float (&x)[D / 32], const device uint *codes, threadgr
     ulong string = bits_at(codes, words_of(FORMAT, D), bits * n * lane);
     for (int k = 0; k < n; k++) {
         uint code = uint(string >> (bits * k));
-        if (FORMAT == TQ8)
+        if (FORMAT == SQ8)
             x[k] = float(int8_t(code & 255u));
         else
             x[k] = table.level[code & (is_trellis(FORMAT) ? 255u : (1u << bits) - 1u)];

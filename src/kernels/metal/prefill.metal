@@ -50,7 +50,7 @@ inline void fill_coded_tile(threadgroup prefill_memory<D> &shared, thread const 
     for (int k = 0; k < n; k++) reference[k] = 0.0f;
     if (HAS_REF) {
         const device uint *from = reference_of(p, kv, head, begin, D);
-        expand<D, TQ8>(reference, from, shared.k_levels, lane);
+        expand<D, SQ8>(reference, from, shared.k_levels, lane);
         for (int k = 0; k < n; k++) reference[k] *= reference_scale(from, D);
     }
     for (int t = simd; t < tile_tokens(D); t += 8) {

@@ -108,7 +108,7 @@ TQ_INLINE void encode_lloyd(int source, const tq_codec *codec, const float *x, i
     }
 }
 
-void TQ_ISA(encode_tq8)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+void TQ_ISA(encode_sq8)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
 {
     int32_t head_dim = codec->head_dim;
     float y[TQ_HEAD_DIM_MAX];
@@ -130,19 +130,19 @@ void TQ_ISA(encode_tq8)(const tq_codec *codec, const float *x, int64_t x_stride,
     }
 }
 
-void TQ_ISA(encode_tq4)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+void TQ_ISA(encode_sq4)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
 {
-    encode_lloyd(TQ_FORMAT_TQ4, codec, x, x_stride, n, out);
+    encode_lloyd(TQ_FORMAT_SQ4, codec, x, x_stride, n, out);
 }
 
-void TQ_ISA(encode_tq3)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+void TQ_ISA(encode_sq3)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
 {
-    encode_lloyd(TQ_FORMAT_TQ3, codec, x, x_stride, n, out);
+    encode_lloyd(TQ_FORMAT_SQ3, codec, x, x_stride, n, out);
 }
 
-void TQ_ISA(encode_tq2)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
+void TQ_ISA(encode_sq2)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
 {
-    encode_lloyd(TQ_FORMAT_TQ2, codec, x, x_stride, n, out);
+    encode_lloyd(TQ_FORMAT_SQ2, codec, x, x_stride, n, out);
 }
 
 /* The least of m[oldest * n_rest ...] over all `oldest`, for each rest. */

@@ -23,7 +23,7 @@ enum { SOURCE_F32 = TQ_FORMAT_COUNT };
 
 TQ_INLINE int source_has_scale(int source)
 {
-    return (source >= TQ_FORMAT_TQ8 && source <= TQ_FORMAT_TQ2) || (source >= TQ_FORMAT_TT4 && source <= TQ_FORMAT_TT2);
+    return (source >= TQ_FORMAT_SQ8 && source <= TQ_FORMAT_SQ2) || (source >= TQ_FORMAT_TT4 && source <= TQ_FORMAT_TT2);
 }
 
 /* Bits of a trellis format, 0 for others. */
@@ -35,7 +35,7 @@ TQ_INLINE int source_trellis_bits(int source)
 /* Are its values, the scale left out, integers of 8 bits? */
 TQ_INLINE int source_is_bytes(int source)
 {
-    return source == TQ_FORMAT_TQ8 || source_trellis_bits(source) > 0;
+    return source == TQ_FORMAT_SQ8 || source_trellis_bits(source) > 0;
 }
 
 /* 8 bytes of a circle of n >= 8 bytes. */

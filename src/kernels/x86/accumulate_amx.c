@@ -181,7 +181,7 @@ TQ_INLINE void accumulate_tiles(int source, accumulate_fn fallback, const tq_cod
     {                                                                                                                   \
         accumulate_tiles(source, TQ_ISA(accumulate_##name), codec, block, n, p, p_stride, n_row, acc);                  \
     }
-ACCUMULATE_TILES(tq8, TQ_FORMAT_TQ8)
+ACCUMULATE_TILES(sq8, TQ_FORMAT_SQ8)
 ACCUMULATE_TILES(tt4, TQ_FORMAT_TT4)
 ACCUMULATE_TILES(tt3, TQ_FORMAT_TT3)
 ACCUMULATE_TILES(tt2, TQ_FORMAT_TT2)

@@ -10,7 +10,7 @@
                                int64_t s_stride);                                                                         \
     void tq_accumulate_##name##_amx(const tq_codec *codec, tq_block block, int64_t n, const float *p, int64_t p_stride,   \
                                     int64_t n_row, float *acc);
-TQ_DECLARE_AMX(tq8)
+TQ_DECLARE_AMX(sq8)
 TQ_DECLARE_AMX(tt4)
 TQ_DECLARE_AMX(tt3)
 TQ_DECLARE_AMX(tt2)

@@ -15,7 +15,7 @@
 
 void tq_kernels_init_amx(tq_kernels *kernels)
 {
-    SET_TILES(TQ_FORMAT_TQ8, tq8);
+    SET_TILES(TQ_FORMAT_SQ8, sq8);
     SET_TILES(TQ_FORMAT_TT4, tt4);
     SET_TILES(TQ_FORMAT_TT3, tt3);
     SET_TILES(TQ_FORMAT_TT2, tt2);

@@ -156,7 +156,7 @@ TQ_INLINE bool score_tiles(int source, const tq_codec *codec, tq_block block, in
         if (!score_tiles(source, codec, block, n, q, n_row, s, s_stride))                                                 \
             TQ_ISA(score_##name)(codec, block, n, q, n_row, s, s_stride);                                                 \
     }
-SCORE_TILES(tq8, TQ_FORMAT_TQ8)
+SCORE_TILES(sq8, TQ_FORMAT_SQ8)
 SCORE_TILES(tt4, TQ_FORMAT_TT4)
 SCORE_TILES(tt3, TQ_FORMAT_TT3)
 SCORE_TILES(tt2, TQ_FORMAT_TT2)

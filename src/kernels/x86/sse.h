@@ -72,10 +72,10 @@ TQ_INLINE void sse_pack2(__m128i code, uint8_t *bytes)
 /* Store 16 codes, one a byte, as codes d .. d + 15 of a vector. */
 TQ_INLINE void sse_pack(int source, __m128i code, uint8_t *codes, int32_t head_dim, int32_t d)
 {
-    if (source == TQ_FORMAT_TQ4) {
+    if (source == TQ_FORMAT_SQ4) {
         __m128i packed = _mm_maddubs_epi16(code, _mm_set1_epi16(0x1001)); /* c0 + 16 c1 */
         _mm_storel_epi64((__m128i *)(void *)(codes + d / 2), _mm_packus_epi16(packed, packed));
-    } else if (source == TQ_FORMAT_TQ3) {
+    } else if (source == TQ_FORMAT_SQ3) {
         sse_pack2(_mm_and_si128(code, _mm_set1_epi8(3)), codes + d / 4);
         uint16_t high = (uint16_t)_mm_movemask_epi8(_mm_slli_epi16(code, 5));
         memcpy(codes + head_dim / 4 + d / 8, &high, sizeof(high));

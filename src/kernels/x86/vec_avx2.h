@@ -174,13 +174,13 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     tables t = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_si256(), _mm256_setzero_si256(), 0, NULL, 0};
     const float *codebook = codec->traits->codebook;
-    if (source == TQ_FORMAT_TQ4) {
+    if (source == TQ_FORMAT_SQ4) {
         t.low = _mm256_loadu_ps(codebook);
         t.high = _mm256_loadu_ps(codebook + 8);
         t.shift = _mm256_slli_epi32(lane, 2);
-    } else if (source == TQ_FORMAT_TQ3 || source == TQ_FORMAT_TQ2) {
+    } else if (source == TQ_FORMAT_SQ3 || source == TQ_FORMAT_SQ2) {
         t.low = _mm256_broadcast_ps((const __m128 *)(const void *)codebook);
-        if (source == TQ_FORMAT_TQ3) t.high = _mm256_broadcast_ps((const __m128 *)(const void *)(codebook + 4));
+        if (source == TQ_FORMAT_SQ3) t.high = _mm256_broadcast_ps((const __m128 *)(const void *)(codebook + 4));
         t.shift = _mm256_slli_epi32(lane, 1);
         t.to_sign = _mm256_sub_epi32(_mm256_set1_epi32(31), lane);
         t.high_plane = codec->head_dim / 4;
@@ -206,21 +206,21 @@ TQ_INLINE vec look_up_windows(int bits, const tables *t, const uint8_t *codes, i
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
 TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
 {
-    if (source == TQ_FORMAT_TQ4) {
+    if (source == TQ_FORMAT_SQ4) {
         __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32((int)load_u32(codes + d / 2)), t->shift);
         vec high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
         out[0] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(t->low, index), _mm256_permutevar8x32_ps(t->high, index), high);
-    } else if (source == TQ_FORMAT_TQ3) {
+    } else if (source == TQ_FORMAT_SQ3) {
         __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(load_u16(codes + d / 4)), t->shift);
         __m256i high = _mm256_sllv_epi32(_mm256_set1_epi32(codes[t->high_plane + d / 8]), t->to_sign);
         out[0] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(t->low, index), _mm256_permutevar8x32_ps(t->high, index),
                                   _mm256_castsi256_ps(high));
-    } else if (source == TQ_FORMAT_TQ2) {
+    } else if (source == TQ_FORMAT_SQ2) {
         __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(load_u16(codes + d / 4)), t->shift);
         out[0] = _mm256_permutevar8x32_ps(t->low, index);
     } else if (source_trellis_bits(source) > 0) {
         out[0] = look_up_windows(source_trellis_bits(source), t, codes, d);
-    } else if (source == TQ_FORMAT_TQ8) {
+    } else if (source == TQ_FORMAT_SQ8) {
         out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(codes + d))));
     } else if (source == TQ_FORMAT_F16) {
         out[0] = vec_load_half((const uint16_t *)(const void *)codes + d);
@@ -238,7 +238,7 @@ typedef struct boundaries {
 
 TQ_INLINE boundaries boundaries_init(int source, const tq_codec *codec)
 {
-    return (boundaries){codec->traits->boundaries, source == TQ_FORMAT_TQ4 ? 15 : source == TQ_FORMAT_TQ3 ? 7 : 3};
+    return (boundaries){codec->traits->boundaries, source == TQ_FORMAT_SQ4 ? 15 : source == TQ_FORMAT_SQ3 ? 7 : 3};
 }
 
 /* 16 dwords, each a byte's value, to bytes; saturating. */

@@ -178,12 +178,12 @@ TQ_INLINE tables tables_init(int source, const tq_codec *codec)
 {
     tables t = {.low = _mm512_setzero_ps(), .high = _mm512_setzero_ps(), .shift = _mm512_setzero_si512()};
     const float *codebook = codec->traits->codebook;
-    if (source == TQ_FORMAT_TQ4) {
+    if (source == TQ_FORMAT_SQ4) {
         t.low = _mm512_loadu_ps(codebook);
         t.shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
-    } else if (source == TQ_FORMAT_TQ3 || source == TQ_FORMAT_TQ2) {
+    } else if (source == TQ_FORMAT_SQ3 || source == TQ_FORMAT_SQ2) {
         t.low = _mm512_broadcast_f32x4(_mm_loadu_ps(codebook));
-        if (source == TQ_FORMAT_TQ3) t.high = _mm512_broadcast_f32x4(_mm_loadu_ps(codebook + 4));
+        if (source == TQ_FORMAT_SQ3) t.high = _mm512_broadcast_f32x4(_mm_loadu_ps(codebook + 4));
         t.shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         t.high_plane = codec->head_dim / 4;
     } else if (source_trellis_bits(source) > 0) {
@@ -217,20 +217,20 @@ TQ_INLINE vec look_up_windows(const tables *t, __m128i window)
 /* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
 TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
 {
-    if (source == TQ_FORMAT_TQ4) {
+    if (source == TQ_FORMAT_SQ4) {
         long long u; /* all 16 codes, in each 64-bit lane; vpmultishiftqb takes a byte from any bit of its lane */
         memcpy(&u, codes + d / 2, sizeof(u));
         out[0] = _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(t->shift, _mm512_set1_epi64(u)), t->low);
-    } else if (source == TQ_FORMAT_TQ3) {
+    } else if (source == TQ_FORMAT_SQ3) {
         __m512i index = _mm512_srlv_epi32(_mm512_set1_epi32((int)load_u32(codes + d / 4)), t->shift);
         __mmask16 high = load_u16(codes + t->high_plane + d / 8);
         out[0] = _mm512_mask_permutexvar_ps(_mm512_permutexvar_ps(index, t->low), high, index, t->high);
-    } else if (source == TQ_FORMAT_TQ2) {
+    } else if (source == TQ_FORMAT_SQ2) {
         __m512i index = _mm512_srlv_epi32(_mm512_set1_epi32((int)load_u32(codes + d / 4)), t->shift);
         out[0] = _mm512_permutexvar_ps(index, t->low);
     } else if (source_trellis_bits(source) > 0) {
         out[0] = look_up_windows(t, load_windows(source_trellis_bits(source), t, codes, d));
-    } else if (source == TQ_FORMAT_TQ8) {
+    } else if (source == TQ_FORMAT_SQ8) {
         out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + d))));
     } else if (source == TQ_FORMAT_F16) {
         out[0] = vec_load_half((const uint16_t *)(const void *)codes + d);
@@ -249,7 +249,7 @@ typedef struct boundaries {
 TQ_INLINE boundaries boundaries_init(int source, const tq_codec *codec)
 {
     const float *b = codec->traits->boundaries;
-    const int n = source == TQ_FORMAT_TQ4 ? 15 : source == TQ_FORMAT_TQ3 ? 7 : 3;
+    const int n = source == TQ_FORMAT_SQ4 ? 15 : source == TQ_FORMAT_SQ3 ? 7 : 3;
     boundaries s;
     s.middle = _mm512_set1_ps(b[n / 2]);
     s.by_4 = n == 15 ? _mm512_maskz_loadu_ps(0x0fff, b + 3) : s.middle;
@@ -266,7 +266,7 @@ TQ_INLINE __m512i search_step(vec z, vec boundary, __m512i code, int step)
 /* Quantize 16 values and store them as codes d .. d + 15. */
 TQ_INLINE void quantize16(int source, const boundaries *s, const vec *z, uint8_t *codes, int32_t head_dim, int32_t d)
 {
-    const int half = source == TQ_FORMAT_TQ4 ? 8 : source == TQ_FORMAT_TQ3 ? 4 : 2;
+    const int half = source == TQ_FORMAT_SQ4 ? 8 : source == TQ_FORMAT_SQ3 ? 4 : 2;
     __m512i code = search_step(z[0], s->middle, _mm512_setzero_si512(), half);
     if (half > 4) code = search_step(z[0], _mm512_permutexvar_ps(code, s->by_4), code, 4);
     if (half > 2) code = search_step(z[0], _mm512_permutexvar_ps(code, s->by_2), code, 2);
