@@ -652,9 +652,15 @@ typedef struct tq_cuda_store {
     int64_t n_pages;       /* of `pages` */
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
     void *pages;           /* n_pages * page_bytes, aligned to 128 bytes; contents do not matter at first */
-    /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_recent, head_dim]; NULL if there are neither. Sink i is
-     * entry i, ring position p entry n_sink + p % n_recent. */
+    /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_ring, head_dim]; NULL if there are neither sinks nor a ring.
+     * Sink i is entry i, ring position p entry n_sink + p % n_ring. */
     void *exact;
+    /* Vectors that the ring holds: at least n_recent, at most 65536; 0: n_recent. Tokens are encoded when they leave the last
+     * n_recent; a longer ring keeps as many before these, so that tokens can be taken back (drafts), or several queries
+     * of a call have each its own last n_recent. */
+    int32_t n_ring;
+    size_t page_stride_bytes;  /* from one page to the next: at least page_bytes, a multiple of 16; 0: page_bytes */
+    size_t exact_stride_bytes; /* from one exact slot to the next: at least exact_bytes, a multiple of 16; 0: exact_bytes */
 } tq_cuda_store;
 TQ_API void tq_cuda_store_default(tq_cuda_store *store);
 

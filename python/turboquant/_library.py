@@ -167,7 +167,8 @@ class CudaStore(_Struct):
         ("struct_size", c_size_t), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int), ("head_dim", c_int32),
         ("n_head_kv", c_int32), ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32),
         ("k_ref_block", c_int32), ("k_factors", c_void_p), ("seed", c_uint64), ("n_pages", c_int64),
-        ("n_exact_slots", c_int64), ("pages", c_void_p), ("exact", c_void_p),
+        ("n_exact_slots", c_int64), ("pages", c_void_p), ("exact", c_void_p), ("n_ring", c_int32),
+        ("page_stride_bytes", c_size_t), ("exact_stride_bytes", c_size_t),
     ]
 
 

@@ -84,6 +84,9 @@ static tq_status check_shape(const tq_cuda_store *store)
     if (sinks < 0 || recent < 0 || sinks > TQ_DEVICE_EXACT_MAX || recent > TQ_DEVICE_EXACT_MAX - sinks) {
         return bad("n_sink and n_recent must be counts from 0 with a sum of at most 512");
     }
+    if (store->n_ring != 0 && (recent == 0 || store->n_ring < recent || store->n_ring > TQ_DEVICE_RING_MAX)) {
+        return bad("n_ring must be 0 for n_recent, or n_recent to 65536 where n_recent is more than 0");
+    }
     if (store->k_ref_block == 0) return TQ_OK;
     if (store->k_ref_block != TQ_REF_BLOCK) return bad("k_ref_block must be 0 or 64");
     if (recent == 0) return bad("with references (k_ref_block) n_recent must be more than 0: they are means of the ring");
@@ -91,11 +94,13 @@ static tq_status check_shape(const tq_cuda_store *store)
     return TQ_OK;
 }
 
-tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *from)
+static int32_t ring_of(const tq_cuda_store *store)
 {
-    if (!out) return TQ_ERR_ARGUMENT;
-    OWN_STORE;
-    TQ_TRY(check_shape(store));
+    return store->n_ring ? store->n_ring : store->n_recent;
+}
+
+static tq_cuda_sizes sizes_of(const tq_cuda_store *store)
+{
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
     tq_plane value = plane_of_format(store->v_format, store->head_dim, true);
     size_t n_heads = (size_t)store->n_head_kv, page_size = (size_t)store->page_size, head_dim = (size_t)store->head_dim;
@@ -104,11 +109,33 @@ tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *from)
     size_t references = store->k_ref_block ? page_size / TQ_REF_BLOCK * (head_dim + sizeof(uint16_t)) : 0;
     size_t vectors = tq_format_vector_bytes(tq_format_traits_get(store->k_format), store->head_dim) +
                      tq_format_vector_bytes(tq_format_traits_get(store->v_format), store->head_dim);
-    *out = (tq_cuda_sizes){
+    return (tq_cuda_sizes){
         .page_bytes = (size_t)tq_device_head_page_bytes(tq_record_bytes(key, value), reference, n_records) * n_heads,
-        .exact_bytes = 2 * n_heads * (size_t)(store->n_sink + store->n_recent) * head_dim * sizeof(uint16_t),
+        .exact_bytes = 2 * n_heads * (size_t)(store->n_sink + ring_of(store)) * head_dim * sizeof(uint16_t),
         .canonical_bytes = n_heads * (page_size * vectors + references),
     };
+}
+
+/* Distances between pages and between exact slots, where they are not as short as can be. */
+static tq_status check_strides(const tq_cuda_store *store)
+{
+    tq_cuda_sizes sizes = sizes_of(store);
+    size_t page = store->page_stride_bytes, exact = store->exact_stride_bytes;
+    if (page != 0 && (page < sizes.page_bytes || page % 16 != 0 || page > COUNT_MAX)) {
+        return bad("page_stride_bytes must be 0, or a multiple of 16 from page_bytes on");
+    }
+    if (exact != 0 && (exact < sizes.exact_bytes || exact % 16 != 0 || exact > COUNT_MAX)) {
+        return bad("exact_stride_bytes must be 0, or a multiple of 16 from exact_bytes on");
+    }
+    return TQ_OK;
+}
+
+tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *from)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    OWN_STORE;
+    TQ_TRY(check_shape(store));
+    *out = sizes_of(store);
     return TQ_OK;
 }
 
@@ -153,21 +180,28 @@ static tq_status fill_side(tq_device_store *out, const tq_cuda_store *store, boo
 static tq_status prepare(tq_device_store *out, const tq_cuda_store *store)
 {
     TQ_TRY(check_shape(store));
+    TQ_TRY(check_strides(store));
     if (!store->pages) return bad("pages is NULL");
     if (store->n_pages < 1 || store->n_pages > INT32_MAX) return bad("n_pages must be 1 to 2^31 - 1");
     if (store->n_exact_slots < 0 || store->n_exact_slots > INT32_MAX) return bad("n_exact_slots is out of range");
     if (store->n_sink + store->n_recent > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
     if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
     if ((uintptr_t)store->k_factors % 8 != 0) return bad("k_factors must be aligned to 8 bytes");
+    tq_cuda_sizes sizes = sizes_of(store);
+    size_t page_stride = store->page_stride_bytes ? store->page_stride_bytes : sizes.page_bytes;
+    size_t exact_stride = store->exact_stride_bytes ? store->exact_stride_bytes : sizes.exact_bytes;
     *out = (tq_device_store){.head_dim = store->head_dim,
                              .n_head_kv = store->n_head_kv,
                              .page_size = store->page_size,
                              .n_sink = store->n_sink,
                              .n_recent = store->n_recent,
+                             .n_ring = ring_of(store),
                              .k_ref_block = store->k_ref_block,
                              .k_factors = store->k_factors,
                              .n_pages = store->n_pages,
                              .n_exact_slots = store->n_exact_slots,
+                             .page_stride = (int64_t)page_stride,
+                             .exact_stride = (int64_t)(exact_stride / sizeof(uint16_t)),
                              .pages = store->pages,
                              .exact = store->exact};
     TQ_TRY(fill_side(out, store, false));

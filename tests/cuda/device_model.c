@@ -229,15 +229,18 @@ void model_open(model *m, const setup *s, uint64_t seed)
     m->store.k_format = s->k_format, m->store.v_format = s->v_format;
     m->store.head_dim = s->head_dim, m->store.n_head_kv = s->n_head_kv, m->store.page_size = s->page_size;
     m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent, m->store.k_ref_block = s->k_ref_block;
-    m->store.n_pages = m->n_pages, m->store.n_exact_slots = s->n_seq;
+    m->store.n_pages = m->n_pages, m->store.n_exact_slots = s->n_seq, m->store.n_ring = s->n_ring;
     CHECK(tq_cuda_sizes_get(&m->sizes, &m->store) == TQ_OK, "sizes");
+    const size_t page_stride = m->sizes.page_bytes + s->page_gap, exact_stride = m->sizes.exact_bytes + s->exact_gap;
+    if (s->page_gap > 0) m->store.page_stride_bytes = page_stride;
+    if (s->exact_gap > 0) m->store.exact_stride_bytes = exact_stride;
     size_t n_factors = (size_t)s->n_head_kv * (size_t)s->head_dim;
     m->factors = calloc(n_factors, 1);
     for (size_t i = 0; s->factors && i < n_factors; i++) m->factors[i] = (int8_t)((int)(i * 37 % 17) - 8);
     if (s->factors) m->store.k_factors = device_copy_of(m->factors, n_factors);
     /* 0xff: NaN in scales, the largest codes. What was not written must not be seen. */
-    m->store.pages = device_alloc((size_t)m->n_pages * m->sizes.page_bytes, 0xff);
-    m->store.exact = device_alloc((size_t)s->n_seq * m->sizes.exact_bytes, 0xff);
+    m->store.pages = device_alloc((size_t)m->n_pages * page_stride, 0xff);
+    m->store.exact = device_alloc((size_t)s->n_seq * exact_stride, 0xff);
     m->page_table = malloc((size_t)s->n_seq * (size_t)m->max_pages * sizeof(int32_t));
     int32_t *order = malloc((size_t)m->n_pages * sizeof(int32_t));
     for (int32_t i = 0; i < m->n_pages; i++) order[i] = i;

@@ -27,7 +27,8 @@ void device_free_all(void);
 /* What a test asks for. */
 typedef struct setup {
     tq_format k_format, v_format;
-    int32_t head_dim, n_head_kv, group, page_size, n_sink, n_recent, k_ref_block, n_query;
+    int32_t head_dim, n_head_kv, group, page_size, n_sink, n_recent, n_ring, k_ref_block, n_query;
+    size_t page_gap, exact_gap; /* bytes between pages, and between exact slots */
     tq_dtype dtype;
     int64_t window;
     float softcap;

@@ -27,6 +27,8 @@ static const int32_t exact_slots[N_SEQ] = {2, 0, 1};
 struct test_setup {
     tq_format formats[2];
     int32_t head_dim, page, n_sink, n_recent, k_ref_block;
+    int32_t n_take_back; /* n_ring is as many more than n_recent */
+    size_t page_gap, exact_gap; /* between pages, and exact slots; in bytes, and in numbers */
     tq_dtype dtype;
     bool many, outliers, descending, factors; /* many: the encoders of large batches */
     int32_t lens[N_SEQ];
@@ -156,9 +158,12 @@ static void open_data(test_data &d)
     d.store.rotation = emulated_rotation(d.codec[0]->rotation);
     d.store.head_dim = s.head_dim, d.store.n_head_kv = N_HEAD_KV, d.store.page_size = s.page;
     d.store.n_sink = s.n_sink, d.store.n_recent = s.n_recent, d.store.k_ref_block = s.k_ref_block;
+    d.store.n_ring = s.n_recent + s.n_take_back;
     d.store.n_pages = N_PAGES, d.store.n_exact_slots = N_SEQ;
-    d.pages.assign((size_t)head_page_bytes_of(d.store) * N_HEAD_KV * N_PAGES + 16, 0xff);
-    d.exact.assign((size_t)N_SEQ * 2 * N_HEAD_KV * (s.n_sink + s.n_recent) * s.head_dim + 8, 0xffff);
+    d.store.page_stride = (int64_t)(head_page_bytes_of(d.store) * N_HEAD_KV + s.page_gap);
+    d.store.exact_stride = (int64_t)(2 * N_HEAD_KV * (s.n_sink + d.store.n_ring) * s.head_dim + s.exact_gap);
+    d.pages.assign((size_t)d.store.page_stride * N_PAGES + 16, 0xff);
+    d.exact.assign((size_t)d.store.exact_stride * N_SEQ + 8, 0xffff);
     d.store.pages = d.pages.data() + (16 - (uintptr_t)d.pages.data() % 16) % 16;
     d.store.exact = d.exact.data() + (16 - (uintptr_t)d.exact.data() % 16) % 16 / 2;
     for (int32_t i = 0; i < N_SEQ * PAGES_OF_SEQ; i++) d.page_table[i] = i * 5 % N_PAGES;
@@ -166,6 +171,7 @@ static void open_data(test_data &d)
     tq_cache_params_default(&params);
     params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
     params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
+    params.n_take_back = s.n_take_back;
     MUST(tq_cache_create(&d.cache, &params));
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(i * 37 % 65 - 32);
     if (s.factors) {
@@ -233,10 +239,10 @@ static void append_batch(test_data &d, tq_random *random, const int32_t *done, c
     p.page_table = d.page_table, p.page_table_stride = PAGES_OF_SEQ, p.exact_slots = exact_slots;
     p.n_not_finite = &n_not_finite;
     const int32_t n_tokens = tq_random_next(random) % 2 ? 1 : 1 + (int32_t)(tq_random_next(random) % reference_tokens_max);
-    if (s.n_recent > 0 && longest <= s.n_recent && tq_random_next(random) % 2) { /* in halves */
+    if (s.n_recent > 0 && tq_random_next(random) % 2) { /* in halves */
         tq_cuda_append_params half = p;
         half.half = TQ_CUDA_APPEND_ENCODE;
-        if (longest <= (s.k_ref_block ? 1 : s.n_recent)) half.k = half.v = nullptr;
+        if (longest <= (s.k_ref_block ? 1 : s.n_recent) && tq_random_next(random) % 2) half.k = half.v = nullptr;
         append_at(d, half, n_tokens);
         p.half = TQ_CUDA_APPEND_STORE;
     }
@@ -257,7 +263,7 @@ static int compare(test_data &d, int32_t seq, int32_t length, int *n_compared)
     MUST(tq_cache_get_stats(d.cache, &stats));
     if (stats.page_bytes != N_HEAD_KV * (strides[0] + strides[1])) emulation::fail("the cache's pages have other sizes", 0);
     std::vector<uint8_t> wanted(n_pages * stats.page_bytes + 1), found(n_pages * N_HEAD_KV * (heads[0] + heads[1]) + 1);
-    const size_t exact_bytes = 2 * N_HEAD_KV * (size_t)(s.n_sink + s.n_recent) * s.head_dim * sizeof(uint16_t);
+    const size_t exact_bytes = 2 * N_HEAD_KV * (size_t)(s.n_sink + d.store.n_ring) * s.head_dim * sizeof(uint16_t);
     std::vector<uint16_t> exact(exact_bytes / 2 + 1);
     MUST(tq_cache_seq_export(d.cache, d.seqs[seq], 0, n_pages, wanted.data(), exact.data(), exact_bytes));
     const int32_t *table = d.page_table + seq * PAGES_OF_SEQ;
@@ -285,13 +291,13 @@ static int compare(test_data &d, int32_t seq, int32_t length, int *n_compared)
             }
         }
     }
-    const int32_t n_entries = s.n_sink + s.n_recent;
+    const int32_t n_entries = s.n_sink + d.store.n_ring;
     for (int32_t position = 0; position < length; position++) {
-        if (position >= s.n_sink && position < coded_end) continue;
-        const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_recent;
+        if (position >= s.n_sink && position < length - d.store.n_ring) continue;
+        const int32_t entry = position < s.n_sink ? position : s.n_sink + position % d.store.n_ring;
         for (int32_t list = 0; list < 2 * N_HEAD_KV; list++) {
             const size_t at = (size_t)(list * n_entries + entry) * s.head_dim;
-            const uint16_t *mine = d.store.exact + (size_t)exact_slots[seq] * 2 * N_HEAD_KV * n_entries * s.head_dim + at;
+            const uint16_t *mine = d.store.exact + exact_slots[seq] * d.store.exact_stride + at;
             n_wrong += memcmp(mine, &exact[at], 2 * (size_t)s.head_dim) != 0;
             ++*n_compared;
         }
@@ -307,7 +313,7 @@ static void test(const test_setup &s, uint64_t seed)
     d.s = s;
     open_data(d);
     tq_random random = tq_random_stream(seed, 7);
-    int32_t done[N_SEQ] = {}, left = 0;
+    int32_t done[N_SEQ] = {}, longest[N_SEQ] = {}, left = 0;
     for (int32_t n : s.lens) left += n;
     int n_wrong = 0, n_compared = 0, n_calls = 0;
     while (left > 0) {
@@ -322,6 +328,13 @@ static void test(const test_setup &s, uint64_t seed)
         }
         append_batch(d, &random, done, counts);
         for (int32_t seq = 0; seq < N_SEQ; seq++) done[seq] += counts[seq];
+        for (int32_t seq = 0; s.n_take_back > 0 && left > 0 && seq < N_SEQ; seq++) { /* drafts */
+            longest[seq] = done[seq] > longest[seq] ? done[seq] : longest[seq];
+            const int32_t least = longest[seq] > s.n_take_back ? longest[seq] - s.n_take_back : 0;
+            const int32_t n = (int32_t)(tq_random_next(&random) % (uint64_t)(done[seq] - least + 1));
+            done[seq] -= n, left += n;
+            MUST(tq_cache_trim(d.cache, d.seqs[seq], done[seq]));
+        }
         if (++n_calls % 8 != 0 && left > 0) continue;
         for (int32_t seq = 0; seq < N_SEQ; seq++) n_wrong += compare(d, seq, done[seq], &n_compared);
     }
@@ -329,7 +342,8 @@ static void test(const test_setup &s, uint64_t seed)
     printf("%s append %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
            d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent, s.k_ref_block,
            s.factors);
-    printf("dtype %d, many %d, outliers %d: %d calls, %d of %d vectors differ\n", (int)s.dtype, s.many, s.outliers, n_calls,
+    printf("take back %d, gaps %d, dtype %d, many %d, outliers %d: %d calls, %d of %d vectors differ\n", s.n_take_back,
+           s.page_gap > 0, (int)s.dtype, s.many, s.outliers, n_calls,
            n_wrong, n_compared);
     fflush(stdout);
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
@@ -361,6 +375,7 @@ int main()
             s.k_ref_block = k == 3 ? 0 : 64, s.dtype = (tq_dtype)((i + k) % 3), s.outliers = (i + k) % 3 == 2;
             s.many = pairs[i].head_dim <= 128 && k % 2, s.descending = (i + k) % 2;
             s.factors = (i + k / 2) % 2;
+            if (k % 2) s.n_take_back = 1 + (int32_t)i % 6 * 7, s.page_gap = 16 * (i % 3 + 1), s.exact_gap = 8 * (i % 4);
             const int32_t lens[N_SEQ] = {is_trellis ? 135 : 230, 70 + s.n_recent, 5};
             memcpy(s.lens, lens, sizeof lens);
             test(s, seed);

@@ -28,7 +28,8 @@ static int32_t lens[N_SEQ]; /* of the running test */
 struct test_setup {
     const char *kernel;
     tq_format formats[2];
-    int32_t head_dim, page, n_query, n_sink, n_recent, window;
+    int32_t head_dim, page, n_query, n_sink, n_recent, n_ring, window;
+    size_t page_gap, exact_gap; /* between pages, and exact slots; in bytes, and in numbers */
     float softcap;
     bool references, factors, sinks, deterministic, descending;
 };
@@ -66,10 +67,18 @@ struct test_data {
     {
         return (size_t)tq_device_head_page_bytes(record_bytes(), reference_bytes(), s.page / TQ_RECORD_TOKENS) * N_HEAD_KV;
     }
+    size_t page_stride() const
+    {
+        return page_bytes() + s.page_gap;
+    }
+    size_t exact_stride() const
+    {
+        return (size_t)2 * N_HEAD_KV * (s.n_sink + s.n_ring) * s.head_dim + s.exact_gap;
+    }
     /* The bytes that bring a position's record, and its reference. */
     uint8_t *stage(int32_t seq, int32_t position, int32_t head)
     {
-        const size_t page = (size_t)page_table[seq * PAGES_OF_SEQ + position / s.page] * page_bytes();
+        const size_t page = (size_t)page_table[seq * PAGES_OF_SEQ + position / s.page] * page_stride();
         const int32_t i = position % s.page / TQ_RECORD_TOKENS;
         return &pages[page + head * (page_bytes() / N_HEAD_KV) + tq_record_begin(record_bytes(), reference_bytes(), i)];
     }
@@ -120,8 +129,8 @@ static void fill_data(test_data &d, uint64_t seed)
     }
     if (tq_codec_create(&d.ref_codec, TQ_FORMAT_SQ8, s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
     const tq_plane key = d.plane(false), value = d.plane(true);
-    d.pages.assign(d.page_bytes() * N_PAGES, 0xff); /* NaN in scales, the largest codes */
-    d.exact.assign((size_t)N_SEQ * 2 * N_HEAD_KV * (s.n_sink + s.n_recent) * s.head_dim + 1, {0xffff});
+    d.pages.assign(d.page_stride() * N_PAGES, 0xff); /* NaN in scales, the largest codes */
+    d.exact.assign(N_SEQ * d.exact_stride() + 1, {0xffff});
     for (int32_t i = 0; i < N_SEQ * PAGES_OF_SEQ; i++) d.page_table[i] = (3 + i * 5) % N_PAGES;
     std::vector<float> references;
     fill_references(d, &random, references);
@@ -139,9 +148,9 @@ static void fill_data(test_data &d, uint64_t seed)
                 for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] = (x[k] + reference[k]) * tq_channel_factor(factors[k]);
                 for (int32_t k = 0; k < s.head_dim; k++) x[k] = __half2float(__float2half_rn(x[k]));
                 if (position < s.n_sink || position >= lens[seq] - s.n_recent) {
-                    const int32_t n = s.n_sink + s.n_recent;
-                    const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_recent;
-                    __half *to = &d.exact[((((size_t)seq * 2 + side) * N_HEAD_KV + head) * n + entry) * s.head_dim];
+                    const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_ring;
+                    const size_t vector = (size_t)(side * N_HEAD_KV + head) * (s.n_sink + s.n_ring) + entry;
+                    __half *to = &d.exact[seq * d.exact_stride() + vector * s.head_dim];
                     for (int32_t k = 0; k < s.head_dim; k++) to[k] = __float2half_rn(x[k]);
                     continue;
                 }
@@ -177,12 +186,12 @@ static attend_args args_of(test_data &d)
     attend_args args = {};
     args.pages = d.pages.data(), args.exact = d.exact.data();
     args.n_pages = N_PAGES, args.n_head_kv = N_HEAD_KV, args.n_sink = s.n_sink, args.n_recent = s.n_recent;
+    args.n_ring = s.n_ring, args.page_stride = (int64_t)d.page_stride(), args.exact_stride = (int64_t)d.exact_stride();
     args.key_kind = codes_kind(d.plane(false).bits, d.plane(false).is_trellis);
     args.value_kind = codes_kind(d.plane(true).bits, d.plane(true).is_trellis);
     args.records_per_page = s.page / TQ_RECORD_TOKENS;
     args.reference_bytes = d.reference_bytes();
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
-    args.page_bytes = (int64_t)d.page_bytes();
     args.rotation = emulated_rotation(d.codec[0]->rotation);
     args.key_factors = s.factors ? d.factors : nullptr;
     for (int side = 0; side < 2; side++) {
@@ -329,6 +338,9 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     s.references = (i + i / 2) % 2 == 0, s.factors = i / 2 % 2, s.page = i % 5 < 2 ? 128 : 64;
     if (i % 5 == 3 && !s.references) s.n_sink = s.n_recent = 0;
     if (i % 7 == 6) s.n_sink = 40; /* the first record is the second of its block */
+    s.n_ring = s.n_recent;
+    if (i % 4 > 1) s.page_gap = 16 * (i % 3), s.exact_gap = 8 * (i % 5);
+    if (i % 4 > 1 && s.n_recent > 0 && s.n_query == 1) s.n_ring += i % 6 * 9;
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
     else n_failed++;
 }

@@ -82,7 +82,7 @@ static size_t page_bytes(const context *c)
 
 static uint8_t *head_page(const context *c, int64_t page, int32_t head, int i_side)
 {
-    return c->store->pages + (size_t)page * page_bytes(c) + (size_t)head * c->head_bytes + c->sides[i_side].begin;
+    return c->store->pages + page * c->store->page_stride + (size_t)head * c->head_bytes + c->sides[i_side].begin;
 }
 
 /* The codes and the scale of a block's reference. */
@@ -161,36 +161,37 @@ static void save(void *to, tq_dtype dtype, int64_t i, float x)
 static uint16_t *exact_vector(const context *c, int64_t slot, int i_side, int32_t head, int32_t entry)
 {
     const tq_device_store *s = c->store;
-    return s->exact + (((slot * 2 + i_side) * s->n_head_kv + head) * (s->n_sink + s->n_recent) + entry) * s->head_dim;
+    return s->exact + slot * s->exact_stride +
+           ((int64_t)(i_side * s->n_head_kv + head) * (s->n_sink + s->n_ring) + entry) * s->head_dim;
 }
 
 static int32_t entry_of(const tq_device_store *s, int64_t position)
 {
-    return (int32_t)(position < s->n_sink ? position : s->n_sink + position % s->n_recent);
+    return (int32_t)(position < s->n_sink ? position : s->n_sink + position % s->n_ring);
 }
 
-/* A row of the batch as FP16; counts it if it has what FP16 cannot hold. */
-static void load_row(const tq_device_store *s, const tq_cuda_append_params *p, int64_t token, int32_t head, int i_side,
+/* A row of the batch as FP16; false: it has what FP16 cannot hold. */
+static bool load_row(const tq_device_store *s, const tq_cuda_append_params *p, int64_t token, int32_t head, int i_side,
                      uint16_t *half)
 {
-    bool bad = false;
+    bool good = true;
     for (int32_t i = 0; i < s->head_dim; i++) {
         float x = load(i_side ? p->v : p->k, p->dtype, token * p->row_stride + head * s->head_dim + i);
         if (!(fabsf(x) <= 65504.0f)) {
-            bad = true;
+            good = false;
             x = x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f;
         }
         half[i] = tq_half_from_float(x);
     }
-    if (bad && p->n_not_finite) ++*p->n_not_finite;
+    return good;
 }
 
-/* What a token does: the place of what is encoded, itself or what leaves the ring; and its entry, -1 if it is not kept exact.
- */
+/* What a token does: the place of what is encoded, itself or what leaves the last n_recent; and its entry, -1 if it is not kept
+ * exact. */
 typedef struct task {
     int64_t page, position;
     int32_t offset, entry;
-    bool encodes, from_ring;
+    bool encodes;
     int64_t exact_slot;
 } task;
 
@@ -206,7 +207,6 @@ static tq_status task_of(task *out, const tq_device_store *s, const tq_cuda_appe
         if (out->exact_slot < 0 || out->exact_slot >= s->n_exact_slots) return fail(message, "append: no such exact slot");
         if (p->positions[i] < s->n_sink || s->n_recent > 0) out->entry = entry_of(s, p->positions[i]);
         if (position < s->n_sink) return TQ_OK;
-        out->from_ring = s->n_recent > 0;
     }
     out->encodes = true, out->position = position;
     out->offset = (int32_t)(position % s->page_size);
@@ -215,15 +215,34 @@ static tq_status task_of(task *out, const tq_device_store *s, const tq_cuda_appe
     return TQ_OK;
 }
 
-/* If what is encoded is the first of its block: the mean of the ring, which that begins, is the block's reference. */
-static void set_reference(const context *c, const task *t, int32_t head)
+/* The vector of the position that is `back` before token i's, of the batch or from the ring as it was before the call. */
+static tq_status read_back(float *x, const context *c, const tq_cuda_append_params *p, int64_t i, int64_t back,
+                           int64_t exact_slot, int32_t head, int i_side, char *message)
 {
     const tq_device_store *s = c->store;
-    if (!c->ref_codec || (t->position != s->n_sink && t->position % TQ_REF_BLOCK != 0)) return;
-    float mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
-    for (int32_t i = 0; i < s->n_recent; i++) {
-        const uint16_t *half = exact_vector(c, t->exact_slot, 0, head, entry_of(s, t->position + i));
-        for (int32_t k = 0; k < s->head_dim; k++) mean[k] += tq_half_to_float(half[k]);
+    uint16_t row[TQ_DEVICE_HEAD_DIM_MAX];
+    const uint16_t *half = row;
+    const int64_t from = i - back;
+    if (back == 0 || (from >= 0 && p->slot_mapping[from] >= 0 && p->seq_ids[from] == p->seq_ids[i])) {
+        if (!p->k || !p->v) return fail(message, "append: a half without keys needs those of the same call");
+        load_row(s, p, from, head, i_side, row);
+    } else {
+        half = exact_vector(c, exact_slot, i_side, head, entry_of(s, p->positions[i] - back));
+    }
+    for (int32_t k = 0; k < s->head_dim; k++) x[k] = tq_half_to_float(half[k]);
+    return TQ_OK;
+}
+
+/* If what is encoded is the first of its block: the mean of the n_recent tokens that it begins is the block's reference. */
+static tq_status set_reference(const context *c, const tq_cuda_append_params *p, int64_t i, const task *t, int32_t head,
+                               char *message)
+{
+    const tq_device_store *s = c->store;
+    if (!c->ref_codec || (t->position != s->n_sink && t->position % TQ_REF_BLOCK != 0)) return TQ_OK;
+    float mean[TQ_DEVICE_HEAD_DIM_MAX] = {0}, x[TQ_DEVICE_HEAD_DIM_MAX];
+    for (int32_t back = s->n_recent; back > 0; back--) {
+        TQ_TRY(read_back(x, c, p, i, back, t->exact_slot, head, 0, message));
+        for (int32_t k = 0; k < s->head_dim; k++) mean[k] += x[k];
     }
     for (int32_t k = 0; k < s->head_dim; k++) mean[k] /= (float)s->n_recent;
     scale_key(s, head, -1, mean);
@@ -232,36 +251,42 @@ static void set_reference(const context *c, const task *t, int32_t head)
     reference to = reference_of(c, t->page, t->offset, head);
     memcpy(to.scale, record, 2);
     memcpy(to.codes, record + 2, (size_t)s->head_dim);
+    return TQ_OK;
+}
+
+/* What tokens make a device encode, or (is_store) what they leave exact. */
+static tq_status append_half(const context *c, const tq_cuda_append_params *p, bool is_store, char *message)
+{
+    const tq_device_store *s = c->store;
+    for (int64_t i = 0; i < p->n_tok; i++) {
+        if (p->slot_mapping[i] < 0) continue;
+        task t;
+        TQ_TRY(task_of(&t, s, p, i, message));
+        for (int32_t list = 0; list < 2 * s->n_head_kv; list++) {
+            const int32_t head = list / 2;
+            const int i_side = list % 2;
+            if (is_store) {
+                uint16_t row[TQ_DEVICE_HEAD_DIM_MAX];
+                if (!load_row(s, p, i, head, i_side, row) && p->n_not_finite) ++*p->n_not_finite;
+                if (t.entry < 0) continue;
+                memcpy(exact_vector(c, t.exact_slot, i_side, head, t.entry), row, (size_t)s->head_dim * sizeof *row);
+            } else if (t.encodes) {
+                float x[TQ_DEVICE_HEAD_DIM_MAX];
+                if (!i_side) TQ_TRY(set_reference(c, p, i, &t, head, message));
+                TQ_TRY(read_back(x, c, p, i, s->n_recent, t.exact_slot, head, i_side, message));
+                encode(c, t.page, t.offset, head, i_side, x);
+            }
+        }
+    }
+    return TQ_OK;
 }
 
 static tq_status append(const tq_device_store *s, const tq_cuda_append_params *p, void *stream, char *message)
 {
     (void)stream;
     context c = open_context(s);
-    for (int64_t i = 0; i < p->n_tok; i++) {
-        if (p->slot_mapping[i] < 0) continue;
-        task t;
-        TQ_TRY(task_of(&t, s, p, i, message));
-        if (p->half != TQ_CUDA_APPEND_BOTH && i >= s->n_recent && p->seq_ids[i - s->n_recent] == p->seq_ids[i]) {
-            return fail(message, "append: the emulated device has no halves where a batch is longer than the ring");
-        }
-        if (p->half == TQ_CUDA_APPEND_ENCODE && c.ref_codec && i > 0 && p->seq_ids[i - 1] == p->seq_ids[i]) {
-            return fail(message, "append: no half sets a reference whose mean has tokens of the same call");
-        }
-        for (int i_side = 0; i_side < 2; i_side++) {
-            for (int32_t head = 0; head < s->n_head_kv; head++) {
-                uint16_t row[TQ_DEVICE_HEAD_DIM_MAX] = {0}, *entry = NULL;
-                if (p->half != TQ_CUDA_APPEND_ENCODE) load_row(s, p, i, head, i_side, row);
-                if (t.entry >= 0) entry = exact_vector(&c, t.exact_slot, i_side, head, t.entry);
-                if (t.encodes && !i_side && p->half != TQ_CUDA_APPEND_STORE) set_reference(&c, &t, head);
-                float x[TQ_DEVICE_HEAD_DIM_MAX]; /* the token that leaves the ring stands where this one goes */
-                for (int32_t k = 0; k < s->head_dim; k++) x[k] = tq_half_to_float(t.from_ring ? entry[k] : row[k]);
-                if (t.encodes && p->half != TQ_CUDA_APPEND_STORE) encode(&c, t.page, t.offset, head, i_side, x);
-                if (entry && p->half != TQ_CUDA_APPEND_ENCODE) memcpy(entry, row, (size_t)s->head_dim * sizeof *row);
-            }
-        }
-    }
-    return TQ_OK;
+    if (p->half != TQ_CUDA_APPEND_STORE) TQ_TRY(append_half(&c, p, false, message));
+    return p->half == TQ_CUDA_APPEND_ENCODE ? TQ_OK : append_half(&c, p, true, message);
 }
 
 /* Keys or values of one KV head of one sequence, float [length, head_dim]. */
@@ -386,7 +411,7 @@ static tq_status copy_pages(const tq_device_store *s, const int32_t *from, const
         if (from[i] < 0 || from[i] >= s->n_pages || to[i] < 0 || to[i] >= s->n_pages) {
             return fail(message, "pages_copy: no such page");
         }
-        memcpy(s->pages + (size_t)to[i] * bytes, s->pages + (size_t)from[i] * bytes, bytes);
+        memcpy(s->pages + to[i] * s->page_stride, s->pages + from[i] * s->page_stride, bytes);
     }
     return TQ_OK;
 }
@@ -398,7 +423,7 @@ static tq_status export_pages(const tq_device_store *s, const int32_t *pages, in
     context c = open_context(s);
     for (int64_t i = 0; i < n; i++) {
         if (pages[i] < 0 || pages[i] >= s->n_pages) return fail(message, "pages_export: no such page");
-        memcpy((uint8_t *)bytes + (size_t)i * page_bytes(&c), s->pages + (size_t)pages[i] * page_bytes(&c), page_bytes(&c));
+        memcpy((uint8_t *)bytes + (size_t)i * page_bytes(&c), s->pages + pages[i] * s->page_stride, page_bytes(&c));
     }
     return TQ_OK;
 }
@@ -410,8 +435,7 @@ static tq_status import_pages(const tq_device_store *s, const int32_t *pages, in
     context c = open_context(s);
     for (int64_t i = 0; i < n; i++) {
         if (pages[i] < 0 || pages[i] >= s->n_pages) return fail(message, "pages_import: no such page");
-        memcpy(s->pages + (size_t)pages[i] * page_bytes(&c), (const uint8_t *)bytes + (size_t)i * page_bytes(&c),
-               page_bytes(&c));
+        memcpy(s->pages + pages[i] * s->page_stride, (const uint8_t *)bytes + (size_t)i * page_bytes(&c), page_bytes(&c));
     }
     return TQ_OK;
 }

@@ -63,6 +63,14 @@ static setup plain(tq_format k, tq_format v, int32_t head_dim)
                    .lens = lens};
 }
 
+/* As a layer of an engine's larger pages and exact slots, with a ring for drafts. */
+static setup embedded(setup s, int i)
+{
+    s.page_gap = 16 * (size_t)(1 + i % 3), s.exact_gap = 16 * (size_t)(i % 2);
+    if (s.n_recent > 0) s.n_ring = s.n_recent + 1 + 5 * (i % 4);
+    return s;
+}
+
 /* With references, if it can have any, and factors of channels. */
 static setup referring(setup s)
 {
@@ -93,7 +101,7 @@ static void test_pairs(void)
         setup s = plain(format_of(pairs[i].k), format_of(pairs[i].v), pairs[i].head_dim);
         run("pair", s, 100 + i);
         if (i % 2) s.page_size = 128, s.n_sink = 40;
-        run("pair", referring(s), 100 + i);
+        run("pair", embedded(referring(s), (int)i), 100 + i);
     }
     for (size_t i = 0; i < N_OTHERS; i++) {
         if (quick && i % 3 != 0) continue;
@@ -148,6 +156,7 @@ static void test_many(void)
             s.n_recent = rings[r], s.n_sink = r == 0 ? 0 : 4, s.outliers = r > 0;
             s.dtype = (tq_dtype)((i + r) % 2);
             if (i % 4 < 3) s = referring(s);
+            if (i % 3 == 1) s = embedded(s, i + r);
             device_test("many: %s/%s, head_dim %d, ring %d, references of %d", name_of(s.k_format), name_of(s.v_format),
                         s.head_dim, s.n_recent, s.k_ref_block);
             model m;
@@ -285,11 +294,12 @@ static void test_pages_of(int32_t head_dim, int n_formats, int32_t k_ref_block)
         uint16_t exact[1]; /* no call here looks at it */
         if (k_ref_block) store.page_size = 192, store.n_recent = 1, store.k_ref_block = k_ref_block, store.exact = exact;
         CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
+        store.page_stride_bytes = sizes.page_bytes + 128 * (size_t)(i % 3);
         size_t bytes = 2 * sizes.canonical_bytes;
         uint8_t *in = malloc(bytes), *out = malloc(bytes);
         tq_random random = tq_random_stream((uint64_t)i, 9);
         for (size_t k = 0; k < bytes; k++) in[k] = (uint8_t)tq_random_next(&random);
-        store.pages = device_alloc(6 * sizes.page_bytes, 0xff);
+        store.pages = device_alloc(6 * store.page_stride_bytes, 0xff);
         static const int32_t first[] = {4, 1}, second[] = {0, 5};
         int32_t *from = device_copy_of(first, sizeof first), *to = device_copy_of(second, sizeof second);
         void *result = device_alloc(bytes, 0);

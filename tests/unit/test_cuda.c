@@ -98,12 +98,12 @@ static void test_sizes(void **state)
             assert_int_equal(sizes.page_bytes, 3 * 96 * (info[0].bytes_per_vector + info[1].bytes_per_vector));
             assert_int_equal(sizes.canonical_bytes, sizes.page_bytes);
             assert_int_equal(sizes.exact_bytes, 2 * 3 * 14 * 128 * 2);
-            store.page_size = 192, store.k_ref_block = 64;
+            store.page_size = 192, store.k_ref_block = 64, store.n_ring = 25;
             size_t vectors = 192 * (info[0].bytes_per_vector + info[1].bytes_per_vector);
             assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
             assert_int_equal(sizes.page_bytes, 3 * (vectors + 3 * (128 + 16)));
             assert_int_equal(sizes.canonical_bytes, 3 * (vectors + 3 * (128 + 2)));
-            assert_int_equal(sizes.exact_bytes, 2 * 3 * 14 * 128 * 2);
+            assert_int_equal(sizes.exact_bytes, 2 * 3 * 29 * 128 * 2);
         }
     }
 }
@@ -238,6 +238,14 @@ static void test_store_is_checked(void **state)
     store.n_sink = 100, store.n_recent = 500;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     store = usable_store(NULL);
+    store.n_ring = 3;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT); /* a ring of what? */
+    store.n_recent = 4;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "n_ring"));
+    store.n_sink = 4, store.n_recent = 508, store.n_ring = 4096;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+    store = usable_store(NULL);
     store.n_recent = 32, store.k_ref_block = 64;
     assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
     store.page_size = 96;
@@ -294,6 +302,20 @@ static void test_calls_are_checked(void **state)
     store.pages = memory + 16;
     assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "128"));
+    store = usable_store(memory);
+    tq_cuda_sizes sizes;
+    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+    store.page_stride_bytes = sizes.page_bytes - 128;
+    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "page_stride_bytes"));
+    store.page_stride_bytes = sizes.page_bytes + 8;
+    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
+    store.page_stride_bytes = sizes.page_bytes + 128, store.n_recent = 8, store.exact = memory;
+    store.exact_stride_bytes = 2 * 8 * 8 * 128 * 2 + 8;
+    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "exact_stride_bytes"));
+    store.exact_stride_bytes += 8;
+    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_NO_DEVICE);
     store = usable_store(memory);
     assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_NO_DEVICE);
     assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 1, NULL), TQ_ERR_ARGUMENT);

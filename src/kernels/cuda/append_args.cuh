@@ -14,12 +14,13 @@ struct encode_task {
     int64_t row; /* of the batch; -1: from the ring */
     int64_t exact_slot;
     int32_t entry;
+    bool is_last_look; /* at a row of the batch, which is not stored exactly: this call counts what is not finite in it */
 };
 
 /* Where a position that is no sink stands among a sequence's exact vectors. */
 __device__ __forceinline__ int32_t ring_entry(const tq_device_store &store, int64_t position)
 {
-    return store.n_sink + (int32_t)(position % store.n_recent);
+    return store.n_sink + (int32_t)(position % store.n_ring);
 }
 
 /* Is row i of the batch position `position` of sequence `seq`? */
@@ -36,6 +37,7 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
     int64_t slot = p.slot_mapping[token];
     if (slot < 0) return task;
     task.row = token;
+    task.is_last_look = true;
     if (store.n_sink + store.n_recent == 0) {
         if (slot >= store.n_pages * store.page_size) return task;
         bool small = slot >> 32 == 0; /* division of 64 bits is slow */
@@ -52,6 +54,7 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
                 task.exact_slot = p.exact_slots ? p.exact_slots[seq] : seq;
                 task.entry = ring_entry(store, position);
             }
+            task.is_last_look = store.n_ring == store.n_recent || row_is(p, task.row + store.n_ring, seq, position + store.n_ring);
         }
         task.page = p.page_table[seq * p.page_table_stride + position / store.page_size];
         task.offset = (int32_t)(position % store.page_size);
@@ -63,7 +66,8 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
 __device__ __forceinline__ int64_t exact_index(const tq_device_store &store, int64_t slot, bool is_value, int32_t head,
                                                int32_t entry)
 {
-    return (((slot * 2 + is_value) * store.n_head_kv + head) * (store.n_sink + store.n_recent) + entry) * store.head_dim;
+    const int64_t vector = (int64_t)(is_value * store.n_head_kv + head) * (store.n_sink + store.n_ring) + entry;
+    return slot * store.exact_stride + vector * store.head_dim;
 }
 
 /* A value as FP16 holds it; `bad` is set where it cannot. */
@@ -92,6 +96,7 @@ __device__ __forceinline__ void load_vector(float (&x)[D / 16], const tq_device_
     load_strided(x, is_value ? p.v : p.k, p.dtype, base + lane16);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) x[k] = __half2float(to_half(x[k], bad));
+    bad = bad && task.is_last_look;
     if (p.n_not_finite && (__ballot_sync(half_mask(), bad) & half_mask()) && lane16 == 0) atomicAdd(p.n_not_finite, 1);
 }
 

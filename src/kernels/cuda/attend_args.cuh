@@ -32,11 +32,11 @@ struct attend_args {
     /* The store. */
     const uint8_t *pages;
     const __half *exact;
-    int32_t n_pages, n_head_kv, n_sink, n_recent;
+    int32_t n_pages, n_head_kv, n_sink, n_recent, n_ring;
     int32_t records_per_page, key_kind, value_kind;
     int32_t reference_bytes; /* of a block; 0: no references */
     uint32_t page_magic; /* record / records_per_page is the upper half of record * page_magic, unless that is one per page */
-    int64_t page_bytes;  /* of all KV heads */
+    int64_t page_stride, exact_stride; /* in bytes, and in numbers */
     tq_device_rotation rotation;
     const int8_t *key_factors;           /* [n_head_kv, head_dim], or NULL */
     __align__(4) int8_t windows[2][256]; /* of keys' and values' trellises */
@@ -176,7 +176,7 @@ struct record_finder {
         int page = __ldg(table + i_page);
         if ((uint32_t)page >= (uint32_t)args.n_pages) page = 0; /* nothing sound to read, but within bounds */
         const int i = record - i_page * args.records_per_page;
-        return head_base + page * args.page_bytes + tq_record_begin(record_bytes, args.reference_bytes, i);
+        return head_base + page * args.page_stride + tq_record_begin(record_bytes, args.reference_bytes, i);
     }
 };
 

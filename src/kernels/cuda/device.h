@@ -9,9 +9,10 @@
 
 #include "turboquant.h"
 
-#define TQ_DEVICE_ABI 4
+#define TQ_DEVICE_ABI 5
 #define TQ_DEVICE_HEAD_DIM_MAX 256
-#define TQ_DEVICE_EXACT_MAX 512 /* sinks and ring of a sequence: their scores are kept in shared memory */
+#define TQ_DEVICE_EXACT_MAX 512 /* exact tokens that a query sees: decode keeps their scores in shared memory */
+#define TQ_DEVICE_RING_MAX 65536
 #define TQ_DEVICE_MESSAGE 256
 
 /* One side's format, as the codec room defines it. */
@@ -33,13 +34,14 @@ typedef struct tq_device_rotation {
 /* A store with all that kernels need; goes by value into a launch. */
 typedef struct tq_device_store {
     tq_device_format key, value;
-    int32_t head_dim, n_head_kv, page_size, n_sink, n_recent;
+    int32_t head_dim, n_head_kv, page_size, n_sink, n_recent, n_ring;
     int32_t k_ref_block; /* 0, or layout.h's TQ_REF_BLOCK */
     tq_device_rotation rotation;
     const int8_t *k_factors; /* [n_head_kv, head_dim], or NULL */
     int64_t n_pages, n_exact_slots;
+    int64_t page_stride, exact_stride; /* from one page to the next, in bytes; from one exact slot to the next, in numbers */
     uint8_t *pages;
-    uint16_t *exact; /* FP16 [n_exact_slots, keys and values, n_head_kv, n_sink + n_recent, head_dim] */
+    uint16_t *exact; /* FP16 [n_exact_slots, keys and values, n_head_kv, n_sink + n_ring, head_dim] */
 } tq_device_store;
 
 /* Each function returns a status and on failure puts the driver's text into message [TQ_DEVICE_MESSAGE]. */

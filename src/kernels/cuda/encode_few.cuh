@@ -73,7 +73,7 @@ __global__ void store_exact_kernel(const __grid_constant__ tq_device_store store
     if (position < store.n_sink) {
         entry = (int32_t)position;
     } else {
-        if (store.n_recent == 0 || row_is(p, token + store.n_recent, seq, position + store.n_recent)) return;
+        if (store.n_ring == 0 || row_is(p, token + store.n_ring, seq, position + store.n_ring)) return;
         entry = ring_entry(store, position);
     }
     int64_t slot = p.exact_slots ? p.exact_slots[seq] : seq;

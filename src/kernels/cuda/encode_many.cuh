@@ -415,18 +415,19 @@ struct row_source {
     const __half *first;
     int32_t head_stride;
     int64_t in_batch; /* negative: from the ring */
+    bool is_last_look;
 };
 
 template <int D>
 __device__ __forceinline__ row_source source_of(const tq_device_store &store, const tq_cuda_append_params &p,
                                                 const encode_task &task, bool is_value)
 {
-    row_source source = {nullptr, D, -1};
+    row_source source = {nullptr, D, -1, task.is_last_look};
     if (!task.exists) return source;
     if (task.row < 0) {
         source.first =
             reinterpret_cast<const __half *>(store.exact) + exact_index(store, task.exact_slot, is_value, 0, task.entry);
-        source.head_stride = (store.n_sink + store.n_recent) * D;
+        source.head_stride = (store.n_sink + store.n_ring) * D;
     } else {
         source.in_batch = task.row * p.row_stride;
         if (p.dtype != TQ_DTYPE_F32) source.first = static_cast<const __half *>(is_value ? p.v : p.k) + source.in_batch;
@@ -482,6 +483,7 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda
     for (int i = 0; i < n; i++) needs_care |= !all_finite(pieces[i]);
     if (__any_sync(~0u, needs_care)) {
         const uint32_t careful = __ballot_sync(~0u, source.in_batch >= 0);
+        const uint32_t counted = __ballot_sync(~0u, source.is_last_look);
         uint32_t bad_rows = 0;
 #pragma unroll
         for (int i = 0; i < n; i++) {
@@ -489,7 +491,7 @@ __device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda
             int64_t first = __shfl_sync(~0u, source.in_batch, 4 * row) + head * D + 8 * at;
             bool is_bad = false;
             if (careful >> 4 * row & 1u) pieces[i] = converted(p, is_value, pieces[i], first, is_bad);
-            if (is_bad) bad_rows |= 1u << row;
+            if (is_bad && (counted >> 4 * row & 1u)) bad_rows |= 1u << row;
         }
 #pragma unroll
         for (int width = 16; width > 0; width /= 2) bad_rows |= __shfl_xor_sync(~0u, bad_rows, width);

@@ -158,13 +158,13 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     args.pages = store.pages;
     args.exact = reinterpret_cast<const __half *>(store.exact);
     args.n_pages = (int32_t)store.n_pages, args.n_head_kv = store.n_head_kv;
-    args.n_sink = store.n_sink, args.n_recent = store.n_recent;
+    args.n_sink = store.n_sink, args.n_recent = store.n_recent, args.n_ring = store.n_ring;
     args.key_kind = codes_kind(store.key.bits, store.key.is_trellis);
     args.value_kind = codes_kind(store.value.bits, store.value.is_trellis);
     args.records_per_page = store.page_size / TQ_RECORD_TOKENS;
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.reference_bytes = reference_bytes_of(store);
-    args.page_bytes = (int64_t)head_page_bytes_of(store) * store.n_head_kv;
+    args.page_stride = store.page_stride, args.exact_stride = store.exact_stride;
     args.rotation = store.rotation;
     args.key_factors = store.k_factors;
     memcpy(args.windows[0], store.key.windows, sizeof args.windows[0]);

@@ -17,7 +17,7 @@ __device__ __forceinline__ int exact_entry(const tile_id &tile, const attend_arg
 {
     if (e < tile.n_sink) return e;
     int entry = ring_first + (e - tile.n_sink);
-    return entry < args.n_sink + args.n_recent ? entry : entry - args.n_recent;
+    return entry < args.n_sink + args.n_ring ? entry : entry - args.n_ring;
 }
 
 /* The whole block. Queries are in place; afterwards `part` is, behind the next barrier. */
@@ -27,11 +27,10 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
 {
     constexpr int n_warps = N_THREADS / 32, at_once = 2;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int n_entries = args.n_sink + args.n_recent;
-    const int64_t head_halves = (int64_t)n_entries * D, side = args.n_head_kv * head_halves;
+    const int64_t head_halves = (int64_t)(args.n_sink + args.n_ring) * D, side = args.n_head_kv * head_halves;
     const int64_t slot = args.exact_slots ? args.exact_slots[tile.sequence] : tile.sequence;
-    const __half *keys = args.exact + slot * 2 * side + tile.head * head_halves, *values = keys + side;
-    const int ring_first = args.n_recent > 0 ? args.n_sink + tile.coded_end % args.n_recent : 0;
+    const __half *keys = args.exact + slot * args.exact_stride + tile.head * head_halves, *values = keys + side;
+    const int ring_first = args.n_ring > 0 ? args.n_sink + tile.coded_end % args.n_ring : 0;
 
     /* Scores: two tokens of a warp at a time; lane r keeps row r's. */
     int2 visible = visible_to(tile, args, token_of(tile.first_row + min(lane, tile.n_rows - 1), args));

@@ -12,8 +12,8 @@ __global__ void copy_pages_kernel(const __grid_constant__ tq_device_store store,
 {
     int64_t source = from[blockIdx.x], target = to[blockIdx.x];
     if (source < 0 || source >= store.n_pages || target < 0 || target >= store.n_pages) return;
-    const uint4 *in = reinterpret_cast<const uint4 *>(store.pages + source * page_bytes);
-    uint4 *out = reinterpret_cast<uint4 *>(store.pages + target * page_bytes);
+    const uint4 *in = reinterpret_cast<const uint4 *>(store.pages + source * store.page_stride);
+    uint4 *out = reinterpret_cast<uint4 *>(store.pages + target * store.page_stride);
     int64_t stride = (int64_t)gridDim.y * blockDim.x;
     for (int64_t i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x; i < page_bytes / 16; i += stride) out[i] = in[i];
 }

@@ -128,10 +128,10 @@ struct exact_finder {
     int64_t side;
     __device__ __forceinline__ exact_finder(const tile_id &id, const attend_args &args, int head_dim)
     {
-        const int64_t head_halves = (int64_t)(args.n_sink + args.n_recent) * head_dim;
+        const int64_t head_halves = (int64_t)(args.n_sink + args.n_ring) * head_dim;
         const int64_t slot = args.exact_slots ? args.exact_slots[id.sequence] : id.sequence;
         side = args.n_head_kv * head_halves;
-        keys = args.exact + slot * 2 * side + id.head * head_halves;
+        keys = args.exact + slot * args.exact_stride + id.head * head_halves;
     }
     __device__ __forceinline__ static int position(const tile_id &id, int e)
     {
@@ -139,7 +139,7 @@ struct exact_finder {
     }
     __device__ __forceinline__ static int entry(const attend_args &args, const tile_id &id, int e)
     {
-        return e < id.n_sink ? e : args.n_sink + position(id, e) % args.n_recent;
+        return e < id.n_sink ? e : args.n_sink + position(id, e) % args.n_ring;
     }
 };
 

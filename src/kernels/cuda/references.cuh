@@ -51,7 +51,7 @@ template <int D> struct reference_shared {
     int32_t n_rows;                               /* of the batch, before that token */
 };
 
-/* The mean of the ring as it is when `token` comes, to shared.mean by a thread a dimension; false: the batch does not say. */
+/* The mean of the n_recent tokens before `token`, to shared.mean by a thread a dimension; false: the batch does not say. */
 template <int D>
 __device__ __forceinline__ bool mean_of_ring(reference_shared<D> &shared, const tq_device_store &store,
                                              const tq_cuda_append_params &p, int64_t token, int32_t head)
@@ -64,16 +64,16 @@ __device__ __forceinline__ bool mean_of_ring(reference_shared<D> &shared, const 
         if (row_is(p, token - i, seq, end - i)) atomicMax(&shared.n_rows, i);
     }
     __syncthreads();
-    const int32_t n_rows = shared.n_rows, n_ring = store.n_recent - n_rows;
-    if ((n_rows > 0 && !p.k) || (n_ring > 0 && (slot < 0 || slot >= store.n_exact_slots))) return false;
+    const int32_t n_rows = shared.n_rows, n_stored = store.n_recent - n_rows;
+    if ((n_rows > 0 && !p.k) || (n_stored > 0 && (slot < 0 || slot >= store.n_exact_slots))) return false;
     float sum = 0.0f;
     const int64_t ring_index = exact_index(store, slot, false, head, store.n_sink) + d;
     const __half *ring = reinterpret_cast<const __half *>(store.exact) + ring_index;
-    int32_t entry = (int32_t)(end % store.n_recent); /* of the oldest */
+    int32_t entry = (int32_t)((end - store.n_recent) % store.n_ring); /* of the oldest */
 #pragma unroll 8
-    for (int32_t i = 0; i < n_ring; i++) {
+    for (int32_t i = 0; i < n_stored; i++) {
         sum = __fadd_rn(sum, __half2float(ring[entry * D]));
-        entry = entry + 1 == store.n_recent ? 0 : entry + 1;
+        entry = entry + 1 == store.n_ring ? 0 : entry + 1;
     }
     const int64_t first = (token - n_rows) * p.row_stride + head * D + d;
     bool bad = false; /* is counted where the row is stored */

@@ -39,11 +39,15 @@ TQ_HD int32_t head_page_bytes_of(const tq_device_store &store)
     return tq_device_head_page_bytes(record_bytes_of(store), reference_bytes_of(store), store.page_size / TQ_RECORD_TOKENS);
 }
 
+__device__ __forceinline__ uint8_t *head_page_of(const tq_device_store &store, int64_t page, int32_t head)
+{
+    return store.pages + page * store.page_stride + (int64_t)head * head_page_bytes_of(store);
+}
+
 __device__ __forceinline__ slot_place place_of_slot(const tq_device_store &store, int64_t page, int32_t offset, int32_t head)
 {
     const int32_t reference = reference_bytes_of(store), i = offset / TQ_RECORD_TOKENS;
-    uint8_t *head_page = store.pages + (page * store.n_head_kv + head) * head_page_bytes_of(store);
-    uint8_t *record = head_page + tq_record_begin(record_bytes_of(store), reference, i) + tq_record_within(reference, i);
+    uint8_t *record = head_page_of(store, page, head) + tq_record_begin(record_bytes_of(store), reference, i) + tq_record_within(reference, i);
     return {record, offset % TQ_RECORD_TOKENS};
 }
 
@@ -57,8 +61,8 @@ __device__ __forceinline__ slot_place place_of_head(const tq_device_store &store
 __device__ __forceinline__ uint8_t *reference_of_slot(const tq_device_store &store, int64_t page, int32_t offset, int32_t head)
 {
     const int32_t record = record_bytes_of(store), i = offset / TQ_RECORD_TOKENS;
-    uint8_t *head_page = store.pages + (page * store.n_head_kv + head) * head_page_bytes_of(store);
-    return head_page + tq_record_begin(record, reference_bytes_of(store), i) + tq_reference_within(record, i);
+    return head_page_of(store, page, head) + tq_record_begin(record, reference_bytes_of(store), i) +
+           tq_reference_within(record, i);
 }
 
 __device__ __forceinline__ uint8_t *codes_of(const tq_device_store &store, const slot_place &place, bool is_value)
