@@ -714,11 +714,12 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_append(const tq_cuda_store *store, const t
 typedef struct tq_cuda_attend_params {
     size_t struct_size;
     int32_t n_seq;
-    int32_t n_query; /* query tokens of each sequence: its last positions. 1 in plain decoding, more in speculative */
-    int32_t n_head;  /* query heads, a multiple of n_head_kv */
-    tq_dtype dtype;  /* of q and out */
-    const void *q;   /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
-    void *out;       /* likewise */
+    int32_t
+        n_query; /* query tokens of each sequence, its last positions: 1 in plain decoding; with query_starts the most of one */
+    int32_t n_head; /* query heads, a multiple of n_head_kv */
+    tq_dtype dtype; /* of q and out */
+    const void *q;  /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
+    void *out;      /* likewise */
     int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
     float *lse; /* optional [n_seq * n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
     const int32_t *page_table; /* int32 [n_seq, max_pages] */
@@ -736,20 +737,37 @@ typedef struct tq_cuda_attend_params {
     /* The call before on this stream is the tq_cuda_append, or its STORE half, of the newest token: kernels may then begin
      * beside it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
     bool follows_append;
-    /* tq_cuda_workspace_bytes of scratch; its first bytes must be zero before its first use, which zeroing all of it once sees
-     * to: each call leaves them zero. A call with other n_seq, n_query or n_head counts elsewhere, where results of this one
-     * may lie: give it a workspace of its own, or zero it anew. Calls that may run at the same time need one each. */
+    /* Scratch, aligned to 128 bytes, whose first 1 / TQ_CUDA_WORKSPACE_COUNTERS must be zero before its first use; each call
+     * leaves them zero. Calls of all shapes may use one workspace, each after the other and with the same workspace_bytes:
+     * those that tq_cuda_workspace_bytes says for the most that any of them has. Calls that may run at the same time need one
+     * each. */
     void *workspace;
     size_t workspace_bytes;
+    /* Optional int32 [n_seq + 1]: sequence i has queries query_starts[i] to query_starts[i + 1], none to n_query of them; there
+     * are query_starts[n_seq] in all, of which q, out, lse and new rows are. */
+    const int32_t *query_starts;
+    /*
+     * Optional: keys and values of the query tokens, [tokens, n_head_kv, head_dim] of dtype, rounded to FP16 on entry. Then the
+     * call comes between the two halves of their append, TQ_CUDA_APPEND_ENCODE and TQ_CUDA_APPEND_STORE, and each query has its
+     * own last n_recent tokens exact: results are those of tokens that come one by one, however a prompt is cut. Without a ring
+     * they are not read, and the append comes first.
+     */
+    const void *new_k, *new_v;
+    int64_t new_row_stride; /* elements from one token to the next; 0: contiguous */
 } tq_cuda_attend_params;
+#define TQ_CUDA_WORKSPACE_COUNTERS 32
 TQ_API void tq_cuda_attend_params_default(tq_cuda_attend_params *params);
-/* Reads n_seq, n_query, n_head, max_seq_len and deterministic. Errors: ARGUMENT, SHAPE, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE. */
+/*
+ * What any call needs whose n_seq, n_query and max_seq_len are at most these, with this n_head, and deterministic calls if
+ * these are. Errors: ARGUMENT, SHAPE, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
+ */
 TQ_API TQ_NODISCARD tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *store,
                                                       const tq_cuda_attend_params *params);
 /*
- * softmax(softmax_scale * q . K) . V, causal: query token i of a sequence sees positions up to length - n_query + i. A row that
- * sees nothing gives zeros. Scales of values (their root mean square) should lie between 1e-4 and 2000. Errors: ARGUMENT,
- * SHAPE, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
+ * softmax(softmax_scale * q . K) . V, causal: query token i of a sequence sees positions up to length - n_query + i, and
+ * exactly the sinks and its own last n_recent of them, as far as the ring or new_k and new_v have these. A row that sees
+ * nothing gives zeros. Scales of values (their root mean square) should lie between 1e-4 and 2000. Errors: ARGUMENT, SHAPE,
+ * FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
  */
 TQ_API TQ_NODISCARD tq_status tq_cuda_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params, void *stream);
 

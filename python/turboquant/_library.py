@@ -193,7 +193,8 @@ class CudaAttendParams(_Struct):
         ("page_table_stride", c_int64), ("seq_lens", c_void_p), ("seq_lens_are_64", c_bool), ("max_seq_len", c_int64),
         ("exact_slots", c_void_p), ("softmax_scale", c_float), ("softcap", c_float), ("window", c_int64),
         ("sinks", c_void_p), ("deterministic", c_bool), ("follows_append", c_bool), ("workspace", c_void_p),
-        ("workspace_bytes", c_size_t),
+        ("workspace_bytes", c_size_t), ("query_starts", c_void_p), ("new_k", c_void_p), ("new_v", c_void_p),
+        ("new_row_stride", c_int64),
     ]
 
 

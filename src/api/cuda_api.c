@@ -13,10 +13,6 @@
 
 #define COUNT_MAX (INT64_C(1) << 40)
 
-/* Bytes of a tile's counter, and of one of its partial results: rows and their states. */
-#define COUNTER_BYTES 128
-#define PARTIAL_FLOATS(head_dim) (TQ_TILE_ROWS * ((size_t)(head_dim) + 2))
-
 void tq_cuda_store_default(tq_cuda_store *store)
 {
     if (!store) return;
@@ -272,20 +268,6 @@ static tq_status check_attend(const tq_cuda_store *store, const tq_cuda_attend_p
     return TQ_OK;
 }
 
-/* The workspace, as entry.cu cuts it: counters of all tiles, then for each its splits' partial results and the exact one. */
-static tq_status workspace_bytes(size_t *out, const tq_device_table *table, const tq_device_store *device,
-                                 const tq_cuda_attend_params *params)
-{
-    int32_t splits;
-    char message[TQ_DEVICE_MESSAGE] = "";
-    TQ_TRY(report(table->splits(&splits, device, params, message), message));
-    int64_t n_rows = (int64_t)params->n_query * (params->n_head / device->n_head_kv);
-    size_t n_tiles = (size_t)params->n_seq * (size_t)device->n_head_kv * (size_t)tq_ceil_div(n_rows, TQ_TILE_ROWS);
-    size_t partials = splits > 1 ? (size_t)splits + 1 : 0;
-    *out = n_tiles * (COUNTER_BYTES + partials * PARTIAL_FLOATS(device->head_dim) * sizeof(float));
-    return TQ_OK;
-}
-
 tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *from, const tq_cuda_attend_params *params)
 {
     if (!out) return TQ_ERR_ARGUMENT;
@@ -302,7 +284,8 @@ tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *from, const 
                               .n_head_kv = store->n_head_kv,
                               .head_dim = store->head_dim,
                               .k_ref_block = store->k_ref_block};
-    return workspace_bytes(out, table, &device, &own);
+    char message[TQ_DEVICE_MESSAGE] = "";
+    return report(table->workspace_bytes(out, &device, &own, message), message);
 }
 
 tq_status tq_cuda_attend(const tq_cuda_store *from, const tq_cuda_attend_params *params, void *stream)
@@ -316,6 +299,10 @@ tq_status tq_cuda_attend(const tq_cuda_store *from, const tq_cuda_attend_params 
     if (!copy.q || !copy.out || !copy.page_table || !copy.seq_lens || !copy.workspace) {
         return bad("attend: q, out, page_table, seq_lens or workspace is NULL");
     }
+    if (!copy.new_k != !copy.new_v) return bad("attend: new_k or new_v is NULL, but not both");
+    int64_t row = (int64_t)store->n_head_kv * store->head_dim;
+    if (copy.new_row_stride == 0) copy.new_row_stride = row;
+    if (copy.new_row_stride < row || copy.new_row_stride > COUNT_MAX) return bad("attend: new_row_stride is less than a row");
     if (!isfinite(copy.softmax_scale)) return bad("attend: softmax_scale is not finite");
     if (!isfinite(copy.softcap) || copy.softcap < 0) return bad("attend: softcap must be finite and positive, or 0 for none");
     if (copy.window < 0) return bad("attend: window must be positive, or 0 for none");
@@ -328,7 +315,7 @@ tq_status tq_cuda_attend(const tq_cuda_store *from, const tq_cuda_attend_params 
     char message[TQ_DEVICE_MESSAGE] = "";
     TQ_TRY(tq_device_load(&table));
     size_t needed;
-    TQ_TRY(workspace_bytes(&needed, table, &device, &copy));
+    TQ_TRY(report(table->workspace_bytes(&needed, &device, &copy, message), message));
     if (copy.workspace_bytes < needed) {
         tq_log(TQ_LOG_ERROR, "CUDA: attend: the workspace has %zu bytes, but %zu are needed", copy.workspace_bytes, needed);
         return TQ_ERR_SHAPE;

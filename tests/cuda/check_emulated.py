@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
 # The threads of the emulated device jump between stacks, which _FORTIFY_SOURCE takes for a mistake.
 FLAGS = ["-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-w"]  # nvcc warns of the kernels
-PROGRAMS = ("emulated_append", "emulated_attention")
+PROGRAMS = ("emulated_append", "emulated_attention", "emulated_prompt")
 FOLDERS = [f"-I{ROOT / folder}" for folder in ("src", "include", "tests/unit")]
 
 

@@ -99,7 +99,7 @@ void device_free_all(void)
     while (n_allocations > 0) cudaFree(allocations[--n_allocations]);
 }
 
-static size_t row_of(const model *m, int32_t seq, int64_t position, int32_t head)
+size_t model_row_of(const model *m, int32_t seq, int64_t position, int32_t head)
 {
     return (((size_t)seq * (size_t)m->max_len + (size_t)position) * (size_t)m->s.n_head_kv + (size_t)head) *
            (size_t)m->s.head_dim;
@@ -111,10 +111,15 @@ static void scale_key(const model *m, int32_t head, int32_t sign, float *x)
     if (m->s.factors) tq_scale_channels(m->factors + head * m->s.head_dim, sign, m->s.head_dim, 1, x);
 }
 
+static float bf16(float x)
+{
+    return tq_bfloat_to_float(tq_bfloat_from_float(x));
+}
+
 static void draw_rows(model *m)
 {
     int32_t d = m->s.head_dim;
-    size_t n = row_of(m, m->s.n_seq, 0, 0);
+    size_t n = model_row_of(m, m->s.n_seq, 0, 0);
     for (int side = 0; side < 2; side++) {
         m->rows[side] = malloc(n * sizeof(float));
         m->decoded[side] = calloc(n, sizeof(float));
@@ -126,6 +131,7 @@ static void draw_rows(model *m)
             if (!side) scale_key(m, (int32_t)(i / (size_t)d % (size_t)m->s.n_head_kv), 1, m->rows[side] + i);
             for (int32_t k = 0; k < d; k++) {
                 float *x = &m->rows[side][i + (size_t)k];
+                if (m->s.bfloat_rows) *x = bf16(*x);
                 *x = tq_half_to_float(tq_half_from_float(fmaxf(fminf(*x, 65504.0f), -65504.0f)));
             }
         }
@@ -157,7 +163,7 @@ static void set_reference(model *m, tq_codec *ref_codec, int32_t seq, int64_t po
     uint8_t record[VECTOR_BYTES_MAX], *to = head_page + references_begin(m);
     for (size_t k = 0; k < d; k++) {
         reference[k] = 0;
-        for (int32_t n = 0; n < s->n_recent; n++) reference[k] += m->rows[0][row_of(m, seq, position + n, head) + k];
+        for (int32_t n = 0; n < s->n_recent; n++) reference[k] += m->rows[0][model_row_of(m, seq, position + n, head) + k];
         reference[k] /= (float)s->n_recent;
     }
     scale_key(m, head, -1, reference);
@@ -190,7 +196,7 @@ static void encode_rows(model *m)
                 int32_t page = m->page_table[seq * m->max_pages + position / s->page_size];
                 size_t offset = (size_t)(position % s->page_size);
                 for (int32_t head = 0; head < s->n_head_kv; head++) {
-                    size_t row = row_of(m, seq, position, head);
+                    size_t row = model_row_of(m, seq, position, head);
                     float *to = m->decoded[side] + row, *reference = references + (size_t)head * d;
                     memcpy(to, m->rows[side] + row, d * sizeof(float));
                     if (exact) continue;
@@ -257,7 +263,7 @@ void model_open(model *m, const setup *s, uint64_t seed)
     encode_rows(m);
 }
 
-static void *typed_copy(const float *x, size_t n, tq_dtype dtype)
+void *device_typed_copy(const float *x, size_t n, tq_dtype dtype)
 {
     if (dtype == TQ_DTYPE_F32) return device_copy_of(x, n * sizeof(float));
     uint16_t *narrow = malloc(n * sizeof(uint16_t));
@@ -287,8 +293,8 @@ void model_append(model *m)
             if (take > longest) longest = take;
             for (int64_t i = 0; i < take; i++, n++) {
                 int64_t position = done[seq]++;
-                memcpy(k + (size_t)n * width, m->rows[0] + row_of(m, seq, position, 0), width * sizeof(float));
-                memcpy(v + (size_t)n * width, m->rows[1] + row_of(m, seq, position, 0), width * sizeof(float));
+                memcpy(k + (size_t)n * width, m->rows[0] + model_row_of(m, seq, position, 0), width * sizeof(float));
+                memcpy(v + (size_t)n * width, m->rows[1] + model_row_of(m, seq, position, 0), width * sizeof(float));
                 int64_t page = m->page_table[seq * m->max_pages + position / s->page_size];
                 slots[n] = page * s->page_size + position % s->page_size;
                 positions[n] = position, seqs[n] = seq;
@@ -306,7 +312,7 @@ void model_append(model *m)
         tq_cuda_append_params_default(&p);
         p.n_tok = n;
         p.dtype = s->dtype == TQ_DTYPE_BF16 ? TQ_DTYPE_F32 : s->dtype; /* the model's rows are FP16 numbers */
-        p.k = typed_copy(k, (size_t)n * width, p.dtype), p.v = typed_copy(v, (size_t)n * width, p.dtype);
+        p.k = device_typed_copy(k, (size_t)n * width, p.dtype), p.v = device_typed_copy(v, (size_t)n * width, p.dtype);
         p.slot_mapping = device_copy_of(slots, (size_t)n * sizeof(int64_t));
         p.positions = device_copy_of(positions, (size_t)n * sizeof(int64_t));
         p.seq_ids = device_copy_of(seqs, (size_t)n * sizeof(int32_t));
@@ -366,46 +372,8 @@ void model_check_pages(model *m)
     free(ids), free(found);
 }
 
-static float bf16(float x)
-{
-    return tq_bfloat_to_float(tq_bfloat_from_float(x));
-}
-
-/* One query row; `narrow`: q, K, V, weights and the result rounded to BF16, sums in float precision at least. */
-static double attend_row(const model *m, int32_t seq, int64_t position, int32_t head, const float *q, float scale, float sink,
-                         bool narrow, double *weights, double *out)
-{
-    const setup *s = &m->s;
-    int32_t d = s->head_dim;
-    int64_t begin = s->window > 0 && position + 1 > s->window ? position + 1 - s->window : 0;
-    double max = s->sinks ? (double)sink : -INFINITY, sum = 0;
-    for (int64_t c = begin; c <= position; c++) {
-        const float *key = m->decoded[0] + row_of(m, seq, c, head);
-        double dot = 0;
-        for (int32_t i = 0; i < d; i++) dot += (double)(narrow ? bf16(q[i]) : q[i]) * (double)(narrow ? bf16(key[i]) : key[i]);
-        dot *= (double)scale;
-        if (s->softcap > 0) dot = (double)s->softcap * tanh(dot / (double)s->softcap);
-        weights[c] = dot;
-        if (dot > max) max = dot;
-    }
-    for (int32_t i = 0; i < d; i++) out[i] = 0;
-    for (int64_t c = begin; c <= position; c++) {
-        const float *value = m->decoded[1] + row_of(m, seq, c, head);
-        double p = exp(weights[c] - max);
-        sum += p;
-        if (narrow) p = (double)bf16((float)p);
-        for (int32_t i = 0; i < d; i++) out[i] += p * (double)(narrow ? bf16(value[i]) : value[i]);
-    }
-    if (s->sinks) sum += exp((double)sink - max);
-    for (int32_t i = 0; i < d; i++) {
-        out[i] = sum > 0 && position >= begin ? out[i] / sum : 0.0;
-        if (narrow) out[i] = (double)bf16((float)out[i]);
-    }
-    return sum > 0 ? max + log(sum) : -INFINITY;
-}
-
 /* The queries and learned sinks of a model: functions of its shape and factors. */
-static float query_value(const model *m, size_t i)
+float model_query_value(const model *m, size_t i)
 {
     tq_random random = tq_random_stream(i * 7919u + (uint64_t)m->s.head_dim, 5);
     float x = (float)random_gaussian(&random) * 1.5f;
@@ -421,18 +389,53 @@ static float sink_value(int32_t head)
     return (float)(head % 5) - 1.0f;
 }
 
+double model_attend_row(const model *m, int32_t seq, int64_t position, int64_t oldest_exact, int32_t head, const float *q,
+                        bool narrow, double *weights, double *out)
+{
+    const setup *s = &m->s;
+    int32_t d = s->head_dim;
+    const float scale = 1.0f / sqrtf((float)d), sink = sink_value(head);
+    const int64_t own = position + 1 - s->n_recent, recent = own > oldest_exact ? own : oldest_exact;
+    head /= s->group;
+    int64_t begin = s->window > 0 && position + 1 > s->window ? position + 1 - s->window : 0;
+    double max = s->sinks ? (double)sink : -INFINITY, sum = 0;
+    for (int64_t c = begin; c <= position; c++) {
+        const float *key = (c < s->n_sink || c >= recent ? m->rows : m->decoded)[0] + model_row_of(m, seq, c, head);
+        double dot = 0;
+        for (int32_t i = 0; i < d; i++) dot += (double)(narrow ? bf16(q[i]) : q[i]) * (double)(narrow ? bf16(key[i]) : key[i]);
+        dot *= (double)scale;
+        if (s->softcap > 0) dot = (double)s->softcap * tanh(dot / (double)s->softcap);
+        weights[c] = dot;
+        if (dot > max) max = dot;
+    }
+    for (int32_t i = 0; i < d; i++) out[i] = 0;
+    for (int64_t c = begin; c <= position; c++) {
+        const float *value = (c < s->n_sink || c >= recent ? m->rows : m->decoded)[1] + model_row_of(m, seq, c, head);
+        double p = exp(weights[c] - max);
+        sum += p;
+        if (narrow) p = (double)bf16((float)p);
+        for (int32_t i = 0; i < d; i++) out[i] += p * (double)(narrow ? bf16(value[i]) : value[i]);
+    }
+    if (s->sinks) sum += exp((double)sink - max);
+    for (int32_t i = 0; i < d; i++) {
+        out[i] = sum > 0 && position >= begin ? out[i] / sum : 0.0;
+        if (narrow) out[i] = (double)bf16((float)out[i]);
+    }
+    return sum > 0 ? max + log(sum) : -INFINITY;
+}
+
 void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float *out, float *lse)
 {
     const setup *s = &m->s;
     int32_t n_head = s->group * s->n_head_kv;
     size_t width = (size_t)n_head * (size_t)s->head_dim, rows = (size_t)n * (size_t)s->n_query;
     float *q = malloc(rows * width * sizeof(float)), *sinks = malloc((size_t)n_head * sizeof(float));
-    for (size_t i = 0; i < rows * width; i++) q[i] = query_value(m, (size_t)first * (size_t)s->n_query * width + i);
+    for (size_t i = 0; i < rows * width; i++) q[i] = model_query_value(m, (size_t)first * (size_t)s->n_query * width + i);
     for (int32_t i = 0; i < n_head; i++) sinks[i] = sink_value(i);
     tq_cuda_attend_params p;
     tq_cuda_attend_params_default(&p);
     p.n_seq = n, p.n_query = s->n_query, p.n_head = n_head, p.dtype = s->dtype;
-    p.q = typed_copy(q, rows * width, s->dtype);
+    p.q = device_typed_copy(q, rows * width, s->dtype);
     p.out = device_alloc(rows * width * sizeof(float), 0xff);
     p.lse = device_alloc(rows * (size_t)n_head * sizeof(float), 0xff);
     p.page_table = m->device_page_table + first * m->max_pages, p.page_table_stride = m->max_pages;
@@ -476,10 +479,10 @@ float *model_check_attend(model *m)
     for (size_t row = 0; row < rows; row++) {
         int32_t head = (int32_t)(row % (size_t)n_head), token = (int32_t)(row / (size_t)n_head), seq = token / s->n_query;
         int64_t position = s->lens[seq] - s->n_query + token % s->n_query;
-        for (int32_t i = 0; i < d; i++) q[i] = query_value(m, row * (size_t)d + (size_t)i);
-        float scale = 1.0f / sqrtf((float)d);
-        double l = attend_row(m, seq, position, head / s->group, q, scale, sink_value(head), false, weights, exact);
-        double ln = attend_row(m, seq, position, head / s->group, q, scale, sink_value(head), true, weights, narrow);
+        for (int32_t i = 0; i < d; i++) q[i] = model_query_value(m, row * (size_t)d + (size_t)i);
+        const int64_t oldest = s->lens[seq] - (s->n_ring ? s->n_ring : s->n_recent);
+        double l = model_attend_row(m, seq, position, oldest, head, q, false, weights, exact);
+        double ln = model_attend_row(m, seq, position, oldest, head, q, true, weights, narrow);
         for (int32_t i = 0; i < d; i++) {
             double x = (double)out[row * (size_t)d + (size_t)i];
             if (!CHECK(isfinite(x), "row %zu: not finite", row)) break;

@@ -33,6 +33,7 @@ typedef struct setup {
     int64_t window;
     float softcap;
     bool sinks, deterministic, outliers, factors;
+    bool bfloat_rows; /* rows are also BF16 numbers */
     int32_t n_seq;
     const int64_t *lens;
     int64_t first_batch; /* tokens of each sequence appended in the first call; 0: drawn */
@@ -47,7 +48,7 @@ typedef struct model {
     int32_t *page_table; /* host [n_seq, max_pages] */
     int32_t *device_page_table;
     float *rows[2];        /* [n_seq, max_len, n_head_kv, head_dim] as appended, rounded to FP16 */
-    float *decoded[2];     /* what attention should see */
+    float *decoded[2];     /* the same of what is encoded in the end */
     uint8_t *canonical;    /* [n_pages, canonical_bytes]: what pages should hold where something was encoded */
     uint8_t *encoded_mark; /* [n_pages, page_size] */
     int8_t *factors;       /* [n_head_kv, head_dim] */
@@ -65,6 +66,20 @@ float *model_check_attend(model *m);
  */
 void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float *out, float *lse);
 void model_close(model *m);
+
+/* A copy in device memory, of a type. */
+void *device_typed_copy(const float *x, size_t n, tq_dtype dtype);
+/* Where a token's vector stands in the model's rows. */
+size_t model_row_of(const model *m, int32_t seq, int64_t position, int32_t head);
+/* Number i of the model's queries. */
+float model_query_value(const model *m, size_t i);
+/* What a query row of head `head` should give: it sees its last n_recent tokens exact, as far as they do not come before
+ * oldest_exact. narrow: q, K, V, weights and the result are rounded to BF16, sums in float precision at least. Returns lse. */
+double model_attend_row(const model *m, int32_t seq, int64_t position, int64_t oldest_exact, int32_t head, const float *q,
+                        bool narrow, double *weights, double *out);
+
+/* device_prompt.c: prompts that come in pieces. */
+void test_prompt(void);
 
 /* device_engine.c */
 void test_graph(void);

@@ -4,22 +4,8 @@
  * random batches, in one call or in halves. What is exported of pages must be the bytes that tq_cache_seq_export gives, codes,
  * scales and references, and the exact vectors must be the same. tests/cuda/check_emulated.py compiles and runs it.
  */
-#include <cuda_fp16.h>
-#include <vector>
-
-extern "C" {
-#include "base/random.h"
-#include "codec/codec.h"
-#include "vectors.h"
-}
-#include "emulated_rotation.h"
-#include "kernels/cuda/encode_few.cuh"
-#include "kernels/cuda/encode_many.cuh"
-#include "kernels/cuda/pages.cuh"
-#include "kernels/cuda/trellis.cuh"
-
-/* Dynamic shared memory. */
-uint8_t memory[99 * 1024] __attribute__((aligned(1024)));
+#include "emulated_launch.h"
+#include "emulated_spec.h"
 
 enum { N_HEAD_KV = 2, N_SEQ = 3, PAGES_OF_SEQ = 4, N_PAGES = N_SEQ * PAGES_OF_SEQ + 1, PADDING = 2 };
 static const int32_t exact_slots[N_SEQ] = {2, 0, 1};
@@ -55,106 +41,28 @@ static void must(tq_status status, int line)
 }
 #define MUST(call) must(call, __LINE__)
 
-template <typename F> static void launch(const test_data &d, dim3 grid, int n_threads, const F &kernel)
-{
-    emulation::run([](const void *argument) { (*(const F *)argument)(); }, &kernel, grid, (uint32_t)n_threads, d.s.descending,
-                   memory, sizeof memory);
-}
-
-static uint32_t blocks_of(int64_t n, int64_t per_block)
-{
-    return (uint32_t)((n + per_block - 1) / per_block);
-}
-
-/* What append.cu launches. */
-template <int D> static void set_references(const test_data &d, const tq_cuda_append_params &p, int32_t n_tokens)
-{
-    launch(d, {blocks_of(p.n_tok, n_tokens), N_HEAD_KV, 1}, D, [&] { set_references_kernel<D>(d.store, p, n_tokens); });
-}
-
-template <int D> static void encode_few(const test_data &d, const tq_cuda_append_params &p, int side)
-{
-    const dim3 grid = {blocks_of(p.n_tok * N_HEAD_KV, encode_threads / 16), 1, 1};
-    launch(d, grid, encode_threads, [&] { encode_scalar_kernel<D>(d.store, p, side); });
-}
-
-template <int D, int BITS> static void encode_many_bits(const test_data &d, const tq_cuda_append_params &p, int side)
-{
-    const dim3 grid = {blocks_of(p.n_tok, many_threads / 4), N_HEAD_KV, 1};
-    if (side) launch(d, grid, many_threads, [&] { encode_many_kernel<D, BITS, true>(d.store, p); });
-    else launch(d, grid, many_threads, [&] { encode_many_kernel<D, BITS, false>(d.store, p); });
-}
-
-template <int D> static void encode_many(const test_data &d, const tq_cuda_append_params &p, int side)
-{
-    const int32_t bits = (side ? d.store.value : d.store.key).bits;
-    if (bits == 8) encode_many_bits<D, 8>(d, p, side);
-    else if (bits == 4) encode_many_bits<D, 4>(d, p, side);
-    else if (bits == 3) encode_many_bits<D, 3>(d, p, side);
-    else encode_many_bits<D, 2>(d, p, side);
-}
-
-template <int D, int BITS> static void encode_trellis(const test_data &d, const tq_cuda_append_params &p, int side)
-{
-    const dim3 grid = {blocks_of(p.n_tok * N_HEAD_KV, trellis_warps), 1, 1};
-    launch(d, grid, 32 * trellis_warps, [&] { encode_trellis_kernel<D, BITS>(d.store, p, side); });
-}
-
-template <int D> static void append(const test_data &d, const tq_cuda_append_params &p, int32_t n_tokens)
-{
-    if (p.half != TQ_CUDA_APPEND_STORE) {
-        if (d.store.k_ref_block) set_references<D>(d, p, n_tokens);
-        for (int side = 0; side < 2; side++) {
-            const tq_device_format &format = side ? d.store.value : d.store.key;
-            if constexpr (D <= 128) {
-                if (!format.is_trellis && d.s.many) encode_many<D>(d, p, side);
-            }
-            if (!format.is_trellis && !d.s.many) encode_few<D>(d, p, side);
-            if constexpr (D % 64 == 0) {
-                if (format.is_trellis && format.bits == 4) encode_trellis<D, 4>(d, p, side);
-                if (format.is_trellis && format.bits == 3) encode_trellis<D, 3>(d, p, side);
-                if (format.is_trellis && format.bits == 2) encode_trellis<D, 2>(d, p, side);
-            }
-        }
-    }
-    if (p.half == TQ_CUDA_APPEND_ENCODE || d.s.n_sink + d.s.n_recent == 0) return;
-    launch(d, {(uint32_t)(p.n_tok * N_HEAD_KV), 2, 1}, 64, [&] { store_exact_kernel(d.store, p); });
-}
-
 static void append_at(const test_data &d, const tq_cuda_append_params &p, int32_t n_tokens)
 {
+    const append_how how = {d.s.many, d.s.descending, n_tokens};
     switch (d.s.head_dim) {
     case 64:
-        return append<64>(d, p, n_tokens);
+        return append<64>(d.store, p, how);
     case 96:
-        return append<96>(d, p, n_tokens);
+        return append<96>(d.store, p, how);
     case 128:
-        return append<128>(d, p, n_tokens);
+        return append<128>(d.store, p, how);
     case 192:
-        return append<192>(d, p, n_tokens);
+        return append<192>(d.store, p, how);
     default:
-        return append<256>(d, p, n_tokens);
+        return append<256>(d.store, p, how);
     }
-}
-
-static void fill_format(tq_device_format &out, const tq_codec *codec)
-{
-    const tq_format_traits *traits = codec->traits;
-    out.bits = traits->bits, out.is_trellis = traits->family == TQ_FAMILY_TRELLIS;
-    if (traits->codebook) {
-        const size_t n = (size_t)1 << traits->bits;
-        memcpy(out.centroids, traits->codebook, n * sizeof(float));
-        memcpy(out.boundaries, traits->boundaries, (n - 1) * sizeof(float));
-    }
-    out.settled_min = codec->settled_min, out.settled_max = codec->settled_max;
-    if (traits->windows) memcpy(out.windows, traits->windows, sizeof out.windows);
 }
 
 static void open_data(test_data &d)
 {
     const test_setup &s = d.s;
     for (int side = 0; side < 2; side++) MUST(tq_codec_create(&d.codec[side], s.formats[side], s.head_dim, TQ_SEED_DEFAULT));
-    fill_format(d.store.key, d.codec[0]), fill_format(d.store.value, d.codec[1]);
+    d.store.key = emulated_format(d.codec[0]), d.store.value = emulated_format(d.codec[1]);
     d.store.rotation = emulated_rotation(d.codec[0]->rotation);
     d.store.head_dim = s.head_dim, d.store.n_head_kv = N_HEAD_KV, d.store.page_size = s.page;
     d.store.n_sink = s.n_sink, d.store.n_recent = s.n_recent, d.store.k_ref_block = s.k_ref_block;
@@ -179,18 +87,6 @@ static void open_data(test_data &d)
         MUST(tq_cache_set_key_factors(d.cache, 0, d.factors));
     }
     for (int32_t i = 0; i < N_SEQ; i++) MUST(tq_cache_seq_create(d.cache, &d.seqs[i]));
-}
-
-/* Rows of a batch in its type. */
-static std::vector<uint8_t> typed(const std::vector<float> &rows, tq_dtype dtype)
-{
-    std::vector<uint8_t> bytes(rows.size() * 4 + 16);
-    for (size_t i = 0; i < rows.size(); i++) {
-        const uint16_t half = dtype == TQ_DTYPE_F16 ? tq_half_from_float(rows[i]) : tq_bfloat_from_float(rows[i]);
-        if (dtype == TQ_DTYPE_F32) memcpy(&bytes[4 * i], &rows[i], 4);
-        else memcpy(&bytes[2 * i], &half, 2);
-    }
-    return bytes;
 }
 
 /* So many tokens more of each sequence, to both. */
@@ -267,10 +163,7 @@ static int compare(test_data &d, int32_t seq, int32_t length, int *n_compared)
     std::vector<uint16_t> exact(exact_bytes / 2 + 1);
     MUST(tq_cache_seq_export(d.cache, d.seqs[seq], 0, n_pages, wanted.data(), exact.data(), exact_bytes));
     const int32_t *table = d.page_table + seq * PAGES_OF_SEQ;
-    if (n_pages > 0) {
-        const dim3 grid = {blocks_of((int64_t)n_pages * N_HEAD_KV * s.page, page_threads / 16), 2, 1};
-        launch(d, grid, page_threads, [&] { convert_pages_kernel<false>(d.store, table, n_pages, found.data()); });
-    }
+    if (n_pages > 0) export_pages(d.store, table, n_pages, found.data(), s.descending);
     int n_wrong = 0;
     for (int32_t page = 0; page < n_pages; page++) {
         for (int32_t head = 0; head < N_HEAD_KV; head++) {

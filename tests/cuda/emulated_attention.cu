@@ -4,22 +4,8 @@
  * decodes: the kernels for any pair with every pair of formats at every head_dim (Hopper's prefill with some), and those of a
  * pair's own. tests/cuda/check_emulated.py compiles and runs it.
  */
-#include <cuda_fp16.h>
-#include <vector>
-
-extern "C" {
-#include "base/random.h"
-#include "codec/codec.h"
-#include "vectors.h"
-}
-#include "emulated_rotation.h"
-#include "kernels/cuda/decode.cuh"
-#include "kernels/cuda/pairs.h"
-#include "kernels/cuda/prefill.cuh"
-#include "kernels/cuda/prefill_hopper.cuh"
-
-/* What blocks call so: all the shared memory that prefill and decode may use. */
-uint8_t memory[227 * 1024] __attribute__((aligned(1024))), work[227 * 1024] __attribute__((aligned(1024)));
+#include "emulated_launch.h"
+#include "emulated_spec.h"
 
 enum { N_HEAD_KV = 2, GROUP = 3, N_HEAD = N_HEAD_KV * GROUP, N_SEQ = 2, SPLITS = 3 };
 enum { PAGES_OF_SEQ = 8, N_PAGES = 17 };
@@ -32,15 +18,33 @@ struct test_setup {
     size_t page_gap, exact_gap; /* between pages, and exact slots; in bytes, and in numbers */
     float softcap;
     bool references, factors, sinks, deterministic, descending;
+    tq_dtype dtype;
+    bool new_rows; /* of the queries' own tokens, which the ring has not yet */
+    bool ragged;   /* sequences have different numbers of queries */
+    int32_t n_query_of(int32_t seq) const
+    {
+        return ragged && seq > 0 ? (n_query > 2 ? n_query / 2 : 0) : n_query;
+    }
+    int32_t first_query(int32_t seq) const
+    {
+        return seq == 0 ? 0 : first_query(seq - 1) + n_query_of(seq - 1);
+    }
+    /* Positions from here on are new rows. */
+    int32_t stored_end(int32_t seq) const
+    {
+        return lens[seq] - (new_rows ? n_query_of(seq) : 0);
+    }
 };
 
 struct test_data {
     test_setup s;
     tq_codec *codec[2], *ref_codec;
-    std::vector<float> rows[2]; /* [seq, position, KV head, head_dim]: what attention should see */
+    std::vector<float> exact_rows[2], coded_rows[2]; /* [seq, position, KV head, head_dim]: FP16, and decoded */
     std::vector<uint8_t> pages;
     std::vector<__half> exact;
-    std::vector<float> q, out, lse, partials;
+    std::vector<float> q, lse, partials;
+    std::vector<uint8_t> typed_q, out, new_rows[2];
+    int32_t query_starts[N_SEQ + 1];
     std::vector<uint32_t> counters;
     float sinks[N_HEAD];
     int8_t factors[N_HEAD_KV * TQ_DEVICE_HEAD_DIM_MAX];
@@ -135,32 +139,49 @@ static void fill_data(test_data &d, uint64_t seed)
     std::vector<float> references;
     fill_references(d, &random, references);
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(s.factors ? i * 37 % 17 - 8 : 0);
+    for (int32_t seq = 0; seq <= N_SEQ; seq++) d.query_starts[seq] = s.first_query(seq);
+    const size_t n_queries = (size_t)d.query_starts[N_SEQ];
     for (int side = 0; side < 2; side++) {
-        d.rows[side].assign((size_t)N_SEQ * lens[0] * N_HEAD_KV * s.head_dim, NAN);
+        std::vector<float> new_rows(n_queries * N_HEAD_KV * s.head_dim, NAN);
+        d.exact_rows[side].assign((size_t)N_SEQ * lens[0] * N_HEAD_KV * s.head_dim, NAN);
+        d.coded_rows[side] = d.exact_rows[side];
         for (int32_t seq = 0; seq < N_SEQ; seq++) {
             for (int32_t i = 0; i < lens[seq] * N_HEAD_KV; i++) {
                 const int32_t position = i / N_HEAD_KV, head = i % N_HEAD_KV;
-                float *x = &d.rows[side][d.row(seq, position, head)];
-                for (int32_t k = 0; k < s.head_dim; k++) x[k] = (float)random_gaussian(&random) * (side ? 0.7f : 1.3f);
+                float *x = &d.exact_rows[side][d.row(seq, position, head)];
                 const int32_t i_block = seq * tq_ceil_div(lens[0], TQ_REF_BLOCK) + position / TQ_REF_BLOCK;
                 const float *reference = &references[((size_t)i_block * N_HEAD_KV + head) * s.head_dim];
                 const int8_t *factors = d.factors + head * s.head_dim;
-                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] = (x[k] + reference[k]) * tq_channel_factor(factors[k]);
+                auto draw = [&](float *to) {
+                    for (int32_t k = 0; k < s.head_dim; k++) {
+                        to[k] = (float)random_gaussian(&random) * (side ? 0.7f : 1.3f);
+                        if (!side) to[k] = (to[k] + reference[k]) * tq_channel_factor(factors[k]);
+                        to[k] = as_type(to[k], s.dtype);
+                    }
+                };
+                draw(x);
+                if (position >= s.stored_end(seq)) {
+                    const size_t row = (size_t)(s.first_query(seq) + position - s.stored_end(seq)) * N_HEAD_KV + head;
+                    memcpy(&new_rows[row * s.head_dim], x, s.head_dim * sizeof *x);
+                }
                 for (int32_t k = 0; k < s.head_dim; k++) x[k] = __half2float(__float2half_rn(x[k]));
-                if (position < s.n_sink || position >= lens[seq] - s.n_recent) {
+                const bool in_ring = position >= s.stored_end(seq) - s.n_ring && position < s.stored_end(seq);
+                if (in_ring || position < s.n_sink) {
                     const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_ring;
                     const size_t vector = (size_t)(side * N_HEAD_KV + head) * (s.n_sink + s.n_ring) + entry;
                     __half *to = &d.exact[seq * d.exact_stride() + vector * s.head_dim];
-                    for (int32_t k = 0; k < s.head_dim; k++) to[k] = __float2half_rn(x[k]);
-                    continue;
+                    for (int32_t k = 0; k < s.head_dim && position < s.stored_end(seq); k++) to[k] = __float2half_rn(x[k]);
                 }
+                if (position < s.n_sink || position >= lens[seq] - s.n_recent) continue;
                 uint8_t bytes[2 + TQ_CODE_BYTES_MAX];
-                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] *= tq_channel_factor((int8_t)-factors[k]);
-                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] -= reference[k];
-                if (tq_codec_encode(d.codec[side], x, 1, bytes) != TQ_OK) abort();
-                if (tq_codec_decode(d.codec[side], bytes, 1, x) != TQ_OK) abort();
-                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] += reference[k];
-                for (int32_t k = 0; !side && k < s.head_dim; k++) x[k] *= tq_channel_factor(factors[k]);
+                float *coded = &d.coded_rows[side][d.row(seq, position, head)];
+                draw(coded); /* another vector, so that it shows which of both a query sees */
+                for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] *= tq_channel_factor((int8_t)-factors[k]);
+                for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] -= reference[k];
+                if (tq_codec_encode(d.codec[side], coded, 1, bytes) != TQ_OK) abort();
+                if (tq_codec_decode(d.codec[side], bytes, 1, coded) != TQ_OK) abort();
+                for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] += reference[k];
+                for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] *= tq_channel_factor(factors[k]);
                 const int32_t i_record = position % s.page / TQ_RECORD_TOKENS;
                 uint8_t *to = d.stage(seq, position, head) + tq_record_within(d.reference_bytes(), i_record);
                 const int32_t token = position % TQ_RECORD_TOKENS, codes = tq_plane_bytes(key) + tq_plane_bytes(value);
@@ -168,14 +189,15 @@ static void fill_data(test_data &d, uint64_t seed)
                 memcpy(to + codes + (side ? TQ_RECORD_SCALE_BYTES : 0) + 2 * token, bytes, 2);
             }
         }
+        d.new_rows[side] = typed(new_rows, s.dtype);
     }
-    d.q.resize((size_t)N_SEQ * s.n_query * N_HEAD * s.head_dim);
+    d.q.resize(n_queries * N_HEAD * s.head_dim);
     for (size_t i = 0; i < d.q.size(); i++) {
         const int32_t head = (int32_t)(i / s.head_dim % N_HEAD) / GROUP;
         const float factor = tq_channel_factor((int8_t)-d.factors[head * s.head_dim + i % s.head_dim]);
-        d.q[i] = __half2float(__float2half_rn((float)random_gaussian(&random) * 1.5f * factor));
+        d.q[i] = as_type(__half2float(__float2half_rn((float)random_gaussian(&random) * 1.5f * factor)), s.dtype);
     }
-    d.out.assign(d.q.size(), NAN), d.lse.assign((size_t)N_SEQ * s.n_query * N_HEAD, NAN);
+    d.typed_q = typed(d.q, s.dtype), d.out.assign(d.typed_q.size(), 0xff), d.lse.assign(n_queries * N_HEAD, NAN);
     for (int32_t i = 0; i < N_HEAD; i++) d.sinks[i] = (float)(i % 5) - 1.0f;
 }
 
@@ -198,7 +220,10 @@ static attend_args args_of(test_data &d)
         const int8_t *windows = d.codec[side]->traits->windows;
         if (windows) memcpy(args.windows[side], windows, sizeof args.windows[side]);
     }
-    args.q = d.q.data(), args.out = d.out.data(), args.lse = d.lse.data(), args.dtype = TQ_DTYPE_F32;
+    args.q = d.typed_q.data(), args.out = d.out.data(), args.lse = d.lse.data(), args.dtype = s.dtype;
+    if (s.ragged) args.query_starts = d.query_starts;
+    if (s.new_rows) args.new_k = d.new_rows[0].data(), args.new_v = d.new_rows[1].data();
+    args.new_row_stride = (int64_t)N_HEAD_KV * s.head_dim;
     args.q_token_stride = args.out_token_stride = (int64_t)N_HEAD * s.head_dim;
     args.q_head_stride = args.out_head_stride = s.head_dim;
     args.page_table = d.page_table, args.page_table_stride = PAGES_OF_SEQ, args.seq_lens = lens;
@@ -215,109 +240,44 @@ static attend_args args_of(test_data &d)
     return args;
 }
 
-/* The kernel in each thread; it may use n_bytes of shared memory. */
-template <void KERNEL(attend_args), size_t N>
-static void run_kernel(const attend_args &args, dim3 grid, int n_threads, bool descending, uint8_t (&shared)[N], int n_bytes)
-{
-    if (n_bytes > (int)N) emulation::fail("more shared memory than there is", __LINE__);
-    memset(shared + n_bytes, 0x5a, N - n_bytes);
-    emulation::run([](const void *args) { KERNEL(*(const attend_args *)args); }, &args, grid, n_threads, descending, shared,
-                   (size_t)n_bytes);
-    for (size_t i = n_bytes; i < N; i++) {
-        if (shared[i] != 0x5a) emulation::fail("wrote behind its shared memory", __LINE__);
-    }
-}
-
-template <int D> static void run_prefill(attend_args args, bool descending)
-{
-    using shape = prefill_shape<D>;
-    args.splits_allowed = 1;
-    const dim3 grid = {(uint32_t)tq_ceil_div(args.n_query * GROUP, shape::n_rows), N_HEAD_KV, N_SEQ};
-    const int n_bytes = prefill_bytes<D>(prefill_pair<D>(args), args.reference_bytes);
-    run_kernel<prefill_kernel<D>>(args, grid, shape::n_threads, descending, memory, n_bytes);
-}
-
-template <class F, int D> static void run_hopper(attend_args args, bool descending)
-{
-    using shape = hopper_shape<F, D>;
-    args.splits_allowed = 1;
-    const dim3 grid = {(uint32_t)tq_ceil_div(args.n_query * GROUP, shape::n_rows), N_HEAD_KV, N_SEQ};
-    run_kernel<prefill_hopper_kernel<F, D>>(args, grid, shape::n_threads, descending, memory, shape::shared_bytes);
-}
-
-template <class F, int D, int N_WARPS> static void run_decode(const attend_args &args, bool descending)
-{
-    using shape = decode_shape<D, N_WARPS, F::n_stages>;
-    const F formats(args);
-    const dim3 grid = {args.n_row_tiles * N_HEAD_KV, N_SEQ, SPLITS};
-    const int n_bytes = shape::work_bytes(formats.record_bytes + args.reference_bytes) + formats.table_bytes;
-    run_kernel<decode_kernel<F, D, N_WARPS>>(args, grid, shape::n_threads, descending, work, n_bytes);
-}
-
-static float bf16(float x)
-{
-    return tq_bfloat_to_float(tq_bfloat_from_float(x));
-}
-
-/* One query row; narrow: everything rounded to BF16 on the way. Returns lse. */
+/* What one query row should give; narrow: everything rounded to BF16 on the way. Returns lse. */
 static double attend_row(const test_data &d, int32_t seq, int32_t i_query, int32_t head, bool narrow, double *out)
 {
     const test_setup &s = d.s;
-    const int32_t position = lens[seq] - s.n_query + i_query, n = s.head_dim;
-    const float *q = &d.q[(((size_t)seq * s.n_query + i_query) * N_HEAD + head) * n];
-    double max = s.sinks ? d.sinks[head] : -INFINITY, sum = 0;
-    std::vector<double> logits(position + 1);
-    const int32_t begin = s.window > 0 && position + 1 > s.window ? position + 1 - s.window : 0;
-    for (int32_t c = begin; c <= position; c++) {
-        const float *key = &d.rows[0][d.row(seq, c, head / GROUP)];
-        double dot = 0;
-        for (int32_t i = 0; i < n; i++) dot += (double)(narrow ? bf16(q[i]) : q[i]) * (narrow ? bf16(key[i]) : key[i]);
-        dot /= sqrt((double)n);
-        logits[c] = s.softcap > 0 ? s.softcap * tanh(dot / s.softcap) : dot;
-        max = fmax(max, logits[c]);
-    }
-    for (int32_t i = 0; i < n; i++) out[i] = 0;
-    for (int32_t c = begin; c <= position; c++) {
-        const float *value = &d.rows[1][d.row(seq, c, head / GROUP)];
-        double p = exp(logits[c] - max);
-        sum += p;
-        if (narrow) p = bf16((float)p);
-        for (int32_t i = 0; i < n; i++) out[i] += p * (narrow ? bf16(value[i]) : value[i]);
-    }
-    if (s.sinks) sum += exp(d.sinks[head] - max);
-    for (int32_t i = 0; i < n; i++) out[i] = narrow ? bf16((float)(out[i] / sum)) : out[i] / sum;
-    return max + log(sum);
+    const int32_t position = lens[seq] - s.n_query_of(seq) + i_query;
+    const float *q = &d.q[((size_t)(s.first_query(seq) + i_query) * N_HEAD + head) * s.head_dim];
+    const int32_t oldest = s.stored_end(seq) - s.n_ring, own = position - s.n_recent + 1, recent = own > oldest ? own : oldest;
+    auto vector = [&](bool side, int32_t column) {
+        const bool is_exact = column < s.n_sink || column >= recent;
+        return &(is_exact ? d.exact_rows : d.coded_rows)[side][d.row(seq, column, head / GROUP)];
+    };
+    return attend_spec({s.head_dim, s.window, s.softcap, s.sinks ? &d.sinks[head] : nullptr}, q, position, narrow, vector, out);
 }
-
-typedef void (*runner)(attend_args args, bool descending);
 
 static bool check(const test_setup &s, runner run, uint64_t seed)
 {
     test_data d = {};
     d.s = s;
     fill_data(d, seed);
-    run(args_of(d), s.descending);
-    double error = 0, error_narrow = 0, size = 0, lse_error = 0, lse_narrow = 0, wanted[256], narrow[256];
-    for (int32_t row = 0; row < N_SEQ * s.n_query * N_HEAD; row++) {
-        const int32_t head = row % N_HEAD, i = row / N_HEAD % s.n_query, seq = row / N_HEAD / s.n_query;
-        const double lse = attend_row(d, seq, i, head, false, wanted);
-        lse_error = fmax(lse_error, fabs(d.lse[row] - lse));
-        lse_narrow = fmax(lse_narrow, fabs(attend_row(d, seq, i, head, true, narrow) - lse));
-        for (int32_t k = 0; k < s.head_dim; k++) {
-            const double x = d.out[(size_t)row * s.head_dim + k];
-            error += isfinite(x) ? (x - wanted[k]) * (x - wanted[k]) : INFINITY;
-            error_narrow += (narrow[k] - wanted[k]) * (narrow[k] - wanted[k]);
-            size += wanted[k] * wanted[k];
+    run(args_of(d), {N_SEQ, s.descending});
+    spec_errors errors;
+    double wanted[256], narrow[256];
+    for (int32_t seq = 0; seq < N_SEQ; seq++) {
+        for (int32_t i = 0; i < s.n_query_of(seq) * N_HEAD; i++) {
+            const size_t row = (size_t)s.first_query(seq) * N_HEAD + i;
+            const double lse = attend_row(d, seq, i / N_HEAD, i % N_HEAD, false, wanted);
+            const double lse_narrow = attend_row(d, seq, i / N_HEAD, i % N_HEAD, true, narrow);
+            errors.add(s.head_dim, [&](int32_t k) { return number_at(d.out, s.dtype, row * s.head_dim + k); }, wanted, narrow,
+                       d.lse[row], lse, lse_narrow);
         }
     }
-    error = sqrt(error / size), error_narrow = sqrt(error_narrow / size);
-    /* As on a device: tests/cuda/device_model.c. */
-    const bool good = error <= 2 * error_narrow && lse_error <= 4 * lse_narrow + 1e-3;
+    const bool good = errors.good();
     printf("%s %s %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
            s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent,
            s.references, s.factors);
-    printf("window %d, softcap %g, learned sinks %d: ", s.window, (double)s.softcap, s.sinks);
-    printf("error %.2e (BF16 %.2e), lse %.1e (%.1e)\n", error, error_narrow, lse_error, lse_narrow);
+    printf("window %d, softcap %g, learned sinks %d, queries %d and %d, ring of %d, new rows %d, dtype %d: ", s.window,
+           (double)s.softcap, s.sinks, s.n_query_of(0), s.n_query_of(1), s.n_ring, s.new_rows, (int)s.dtype);
+    errors.print();
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     tq_codec_free(d.ref_codec);
     return good;
@@ -340,7 +300,8 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     if (i % 7 == 6) s.n_sink = 40; /* the first record is the second of its block */
     s.n_ring = s.n_recent;
     if (i % 4 > 1) s.page_gap = 16 * (i % 3), s.exact_gap = 8 * (i % 5);
-    if (i % 4 > 1 && s.n_recent > 0 && s.n_query == 1) s.n_ring += i % 6 * 9;
+    if (i % 4 > 1 && s.n_recent > 0) s.n_ring += i % 6 * 9;
+    s.dtype = (tq_dtype)(i % 3), s.new_rows = s.n_recent > 0 && i % 2, s.ragged = i % 5 == 1 || i % 5 == 4;
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
     else n_failed++;
 }
@@ -363,24 +324,13 @@ template <int D> static void test_head_dim()
     const int n = D % 64 == 0 ? 7 : 4; /* trellises have no layout at 96 */
     for (int i = 0; i < n * n; i++) {
         const tq_format k = formats[i / n].format, v = formats[i % n].format;
-        test("prefill", [](attend_args args, bool descending) { run_prefill<D>(args, descending); }, k, v, D, true, i);
-        test("decode", [](attend_args args, bool descending) { run_decode<any_formats<D, 16>, D, 8>(args, descending); }, k, v,
-             D, false, i);
+        test("prefill", run_prefill<D>, k, v, D, true, i);
+        test("decode", run_decode<any_formats<D, 16>, D, 8>, k, v, D, false, i);
         if (i % 6 == D / 32 % 6) test("Hopper's prefill", run_hopper<any_pair<D, 16>, D>, k, v, D, true, i);
         if (i % 8 != 0) continue; /* prefill in place of decode, where decode has no room */
-        test("prefill of few", [](attend_args args, bool descending) { run_prefill<D>(args, descending); }, k, v, D, false, i);
+        test("prefill of few", run_prefill<D>, k, v, D, false, i);
     }
 }
-
-template <class K, class V, int D> static void run_own(attend_args args, bool descending)
-{
-    run_decode<known_formats<K, V, D>, D, 8>(args, descending);
-}
-
-/* As prefill_hopper.cu chooses it. */
-template <class K, class V, int D>
-using hopper_pair =
-    std::conditional_t<hopper_shape<known_pair<K, V, D, 32>, D>::fits, known_pair<K, V, D, 32>, known_pair<K, V, D, 16>>;
 
 int main()
 {

@@ -289,37 +289,70 @@ static tq_status append(const tq_device_store *s, const tq_cuda_append_params *p
     return p->half == TQ_CUDA_APPEND_ENCODE ? TQ_OK : append_half(&c, p, true, message);
 }
 
-/* Keys or values of one KV head of one sequence, float [length, head_dim]. */
-static tq_status read_sequence(float *out, const context *c, const tq_cuda_attend_params *p, int32_t seq, int64_t length,
-                               int32_t head, int i_side, char *message)
+/* Keys or values of one KV head of one sequence, float [2, length, head_dim]: what pages hold of each position, then what is
+ * exact; NaN where nothing is. */
+typedef struct sequence {
+    int64_t length, stored_end,
+        oldest_exact; /* positions from stored_end on are new rows; see oldest_exact in attend_args.cuh */
+    int64_t first_query, n_query;
+    const int32_t *table;
+    int64_t slot;
+} sequence;
+
+static sequence sequence_of(const tq_device_store *s, const tq_cuda_attend_params *p, int32_t seq)
+{
+    sequence q = {.table = p->page_table + seq * p->page_table_stride, .n_query = p->n_query};
+    q.length = p->seq_lens_are_64 ? ((const int64_t *)p->seq_lens)[seq] : ((const int32_t *)p->seq_lens)[seq];
+    q.first_query = (int64_t)seq * p->n_query;
+    if (p->query_starts) q.first_query = p->query_starts[seq], q.n_query = p->query_starts[seq + 1] - q.first_query;
+    q.slot = p->exact_slots ? p->exact_slots[seq] : seq;
+    q.stored_end = p->new_k && s->n_recent > 0 ? q.length - q.n_query : q.length;
+    q.oldest_exact = q.stored_end - s->n_ring > s->n_sink ? q.stored_end - s->n_ring : s->n_sink;
+    return q;
+}
+
+static tq_status read_sequence(float *out, const context *c, const tq_cuda_attend_params *p, const sequence *q, int32_t head,
+                               int i_side, char *message)
 {
     const tq_device_store *s = c->store;
-    int64_t slot = p->exact_slots ? p->exact_slots[seq] : seq;
-    for (int64_t position = 0; position < length; position++) {
-        float *x = out + position * s->head_dim;
-        if (position < s->n_sink || position >= length - s->n_recent) {
-            if (slot < 0 || slot >= s->n_exact_slots) return fail(message, "attend: no such exact slot");
-            const uint16_t *half = exact_vector(c, slot, i_side, head, entry_of(s, position));
-            for (int32_t i = 0; i < s->head_dim; i++) x[i] = tq_half_to_float(half[i]);
-            continue;
+    for (int64_t position = 0; position < q->length; position++) {
+        float *coded = out + position * s->head_dim, *exact = coded + q->length * s->head_dim;
+        for (int32_t i = 0; i < s->head_dim; i++) coded[i] = exact[i] = NAN;
+        if (position >= q->stored_end) {
+            for (int32_t i = 0; i < s->head_dim; i++) {
+                const int64_t row = q->first_query + position - q->stored_end;
+                float x = load(i_side ? p->new_v : p->new_k, p->dtype, row * p->new_row_stride + head * s->head_dim + i);
+                exact[i] = tq_half_to_float(tq_half_from_float(x));
+            }
+        } else if (position < s->n_sink || position >= q->oldest_exact) {
+            if (q->slot < 0 || q->slot >= s->n_exact_slots) return fail(message, "attend: no such exact slot");
+            const uint16_t *half = exact_vector(c, q->slot, i_side, head, entry_of(s, position));
+            for (int32_t i = 0; i < s->head_dim; i++) exact[i] = tq_half_to_float(half[i]);
         }
-        int32_t page = p->page_table[seq * p->page_table_stride + position / s->page_size];
+        if (position < s->n_sink || position >= q->length - s->n_recent) continue;
+        int32_t page = q->table[position / s->page_size];
         if (page < 0 || page >= s->n_pages) return fail(message, "attend: no such page");
-        decode(c, page, (int32_t)(position % s->page_size), head, i_side, x);
+        decode(c, page, (int32_t)(position % s->page_size), head, i_side, coded);
     }
     return TQ_OK;
 }
 
-/* One query row over the columns [begin, end). */
-static void attend_row(const tq_device_store *s, const tq_cuda_attend_params *p, int64_t token, int32_t head, const float *keys,
-                       const float *values, int64_t begin, int64_t end, double *logits)
+/* One query row at `position`, which sees as exact its own last n_recent tokens; rows: read_sequence's of keys and of values.
+ */
+static void attend_row(const tq_device_store *s, const tq_cuda_attend_params *p, const sequence *q, int64_t position,
+                       int32_t head, float *const rows[2], double *logits)
 {
+    const int64_t end = position + 1, begin = p->window > 0 && end > p->window ? end - p->window : 0;
+    const int64_t token = q->first_query + position - (q->length - q->n_query);
+    const int64_t recent = end - s->n_recent > q->oldest_exact ? end - s->n_recent : q->oldest_exact;
     double max = p->sinks ? (double)p->sinks[head] : -INFINITY, sum = 0, out[TQ_DEVICE_HEAD_DIM_MAX] = {0};
     for (int64_t column = begin; column < end; column++) {
+        const bool is_exact = column < s->n_sink || column >= recent;
+        const float *key = rows[0] + (column + (is_exact ? q->length : 0)) * s->head_dim;
         double dot = 0;
         for (int32_t i = 0; i < s->head_dim; i++) {
-            float q = load(p->q, p->dtype, token * p->q_token_stride + head * p->q_head_stride + i);
-            dot += (double)q * (double)keys[column * s->head_dim + i];
+            float x = load(p->q, p->dtype, token * p->q_token_stride + head * p->q_head_stride + i);
+            dot += (double)x * (double)key[i];
         }
         dot *= (double)p->softmax_scale;
         if (p->softcap > 0) dot = (double)p->softcap * tanh(dot / (double)p->softcap);
@@ -327,9 +360,11 @@ static void attend_row(const tq_device_store *s, const tq_cuda_attend_params *p,
         max = fmax(max, dot);
     }
     for (int64_t column = begin; column < end; column++) {
+        const bool is_exact = column < s->n_sink || column >= recent;
+        const float *value = rows[1] + (column + (is_exact ? q->length : 0)) * s->head_dim;
         double weight = exp(logits[column] - max);
         sum += weight;
-        for (int32_t i = 0; i < s->head_dim; i++) out[i] += weight * (double)values[column * s->head_dim + i];
+        for (int32_t i = 0; i < s->head_dim; i++) out[i] += weight * (double)value[i];
     }
     if (p->sinks) sum += exp((double)p->sinks[head] - max);
     for (int32_t i = 0; i < s->head_dim; i++) {
@@ -343,26 +378,25 @@ static tq_status attend_sequence(const context *c, const tq_cuda_attend_params *
                                  char *message)
 {
     const tq_device_store *s = c->store;
-    int64_t length = p->seq_lens_are_64 ? ((const int64_t *)p->seq_lens)[seq] : ((const int32_t *)p->seq_lens)[seq];
-    if (length < 0 || length > p->max_seq_len) return fail(message, "attend: a sequence is longer than max_seq_len");
+    const sequence q = sequence_of(s, p, seq);
+    if (q.length < 0 || q.length > p->max_seq_len) return fail(message, "attend: a sequence is longer than max_seq_len");
+    if (q.n_query < 0 || q.n_query > p->n_query) return fail(message, "attend: a sequence has more queries than n_query");
     int32_t group = p->n_head / s->n_head_kv;
-    for (int32_t head_kv = 0; head_kv < s->n_head_kv; head_kv++) {
-        for (int i = 0; i < 2; i++) TQ_TRY(read_sequence(rows[i], c, p, seq, length, head_kv, i, message));
-        for (int32_t i = 0; i < p->n_query; i++) {
-            int64_t end = length - p->n_query + i + 1, begin = p->window > 0 && end > p->window ? end - p->window : 0;
+    for (int32_t head_kv = 0; head_kv < s->n_head_kv && q.n_query > 0; head_kv++) {
+        for (int i = 0; i < 2; i++) TQ_TRY(read_sequence(rows[i], c, p, &q, head_kv, i, message));
+        for (int64_t position = q.length - q.n_query; position < q.length; position++) {
             for (int32_t head = head_kv * group; head < (head_kv + 1) * group; head++) {
-                attend_row(s, p, (int64_t)seq * p->n_query + i, head, rows[0], rows[1], begin, end, logits);
+                attend_row(s, p, &q, position, head, rows, logits);
             }
         }
     }
     return TQ_OK;
 }
 
-/* Counters are zero before a call and after it; where another call may have its own, this one leaves something else. */
-static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
+/* Counters are zero before a call and after it; what is behind them may be anything. */
+static tq_status use_workspace(const tq_cuda_attend_params *p, char *message)
 {
-    size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv);
-    size_t n_counters = (size_t)p->n_seq * (size_t)s->n_head_kv * ((n_rows + 7) / 8) * 128;
+    size_t n_counters = p->workspace_bytes / TQ_CUDA_WORKSPACE_COUNTERS;
     uint8_t *bytes = p->workspace;
     for (size_t i = 0; i < n_counters; i++) {
         if (bytes[i]) return fail(message, "attend: the workspace's counters are not zero");
@@ -374,9 +408,9 @@ static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_pa
 static tq_status attend(const tq_device_store *s, const tq_cuda_attend_params *p, void *stream, char *message)
 {
     (void)stream;
-    TQ_TRY(use_workspace(s, p, message));
+    TQ_TRY(use_workspace(p, message));
     context c = open_context(s);
-    size_t n = (size_t)p->max_seq_len * (size_t)s->head_dim + 1;
+    size_t n = (size_t)p->max_seq_len * (size_t)s->head_dim * 2 + 1;
     float *rows[2] = {malloc(n * sizeof(float)), malloc(n * sizeof(float))};
     double *logits = malloc(n * sizeof(double));
     tq_status status = TQ_OK;
@@ -394,10 +428,13 @@ static tq_status describe(tq_cuda_info *out, char *message)
     return TQ_OK;
 }
 
-static tq_status splits(int32_t *out, const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
+static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
 {
-    (void)s, (void)message;
-    *out = p->n_query > 1 ? 4 : 2; /* so that prompts are cut as on a device without a prefill kernel */
+    (void)message;
+    size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv), n_partials = p->n_query > 1 ? 5 : 3;
+    size_t n_tiles = (size_t)p->n_seq * (size_t)s->n_head_kv * ((n_rows + 7) / 8);
+    *out =
+        n_tiles * n_partials * 8 * (size_t)(s->head_dim + 2) * 4; /* prompts are cut as on a device without a prefill kernel */
     return TQ_OK;
 }
 
@@ -444,7 +481,7 @@ __attribute__((visibility("default"))) const tq_device_table *tq_device_table_ge
 
 const tq_device_table *tq_device_table_get(void)
 {
-    static const tq_device_table table = {TQ_DEVICE_ABI, describe,   append,       attend,
-                                          splits,        copy_pages, export_pages, import_pages};
+    static const tq_device_table table = {TQ_DEVICE_ABI,   describe,   append,       attend,
+                                          workspace_bytes, copy_pages, export_pages, import_pages};
     return &table;
 }

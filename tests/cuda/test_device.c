@@ -346,6 +346,17 @@ static void test_not_finite(void)
     CHECK(tq_cuda_append(&store, &p, NULL) == TQ_OK, "append");
     device_read(&count, p.n_not_finite, sizeof count);
     CHECK(count == 4, "%d instead of 4", (int)count);
+    /* Once also where a token of the batch is both encoded and kept exact. */
+    static const int64_t positions[] = {0, 1};
+    static const int32_t zeros[] = {0, 0};
+    store.n_recent = 1, store.n_ring = 8, store.n_exact_slots = 1;
+    CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
+    store.exact = device_alloc(sizes.exact_bytes, 0);
+    p.positions = device_copy_of(positions, sizeof positions);
+    p.seq_ids = p.page_table = device_copy_of(zeros, sizeof zeros), p.page_table_stride = 1;
+    CHECK(tq_cuda_append(&store, &p, NULL) == TQ_OK, "append");
+    device_read(&count, p.n_not_finite, sizeof count);
+    CHECK(count == 8, "%d instead of 8 with a ring", (int)count);
     device_free_all();
 }
 
@@ -356,19 +367,13 @@ int main(int argc, char **argv)
         void (*run)(void);
         bool is_long;
     } groups[] = {
-        {"pages", test_pages, false},
-        {"not_finite", test_not_finite, false},
-        {"pairs", test_pairs, false},
-        {"outliers", test_outliers, false},
-        {"many", test_many, false},
-        {"random", test_random, false},
-        {"prefill", test_prefill, false},
-        {"long", test_long, true},
-        {"deterministic", test_deterministic, false},
-        {"graph", test_graph, false},
-        {"halves", test_halves, false},
-        {"snapshot", test_snapshot, false},
-        {"full_memory", test_full_memory, true},
+        {"pages", test_pages, false},       {"not_finite", test_not_finite, false},
+        {"pairs", test_pairs, false},       {"outliers", test_outliers, false},
+        {"many", test_many, false},         {"random", test_random, false},
+        {"prefill", test_prefill, false},   {"prompt", test_prompt, false},
+        {"long", test_long, true},          {"deterministic", test_deterministic, false},
+        {"graph", test_graph, false},       {"halves", test_halves, false},
+        {"snapshot", test_snapshot, false}, {"full_memory", test_full_memory, true},
         {"large", test_large, true},
     };
     const char *only = NULL;

@@ -198,6 +198,22 @@ static void test_splits(void **state)
             }
         }
     }
+    /* The workspace of a call is enough for all smaller ones, but where several waves have more than one query. */
+    for (int64_t n_tiles = 1; n_tiles < 600; n_tiles += 1 + n_tiles / 7) {
+        for (int64_t n_records = 1; n_records < 9000; n_records += 1 + n_records / 3) {
+            for (int i = 0; i < 4; i++) {
+                const int32_t head_dim = i % 2 ? 64 : 128;
+                tq_decode_cut cut = tq_decode_cut_of(n_tiles, n_records, head_dim, 132, i / 2);
+                for (int64_t more = 0; more < 400; more += 57) {
+                    int64_t of_one = n_tiles > 132 ? n_tiles + more / 2 : more / 9;
+                    int64_t most = tq_partials_most(n_tiles + more, of_one, n_records + more, head_dim, 132, i / 2);
+                    assert_int_equal(tq_splits_within(cut.splits_allowed, n_tiles, most), cut.splits_allowed);
+                }
+            }
+        }
+    }
+    assert_int_equal(tq_splits_within(16, 100, 900), 8);
+    assert_int_equal(tq_splits_within(16, 100, 100), 1);
     tq_decode_cut alone = tq_decode_cut_of(8, 100, 128, 132, true), batch = tq_decode_cut_of(4096, 9000, 128, 114, true);
     assert_int_equal(alone.splits_allowed, batch.splits_allowed);
     assert_int_equal(alone.split_records_min, batch.split_records_min);
@@ -299,6 +315,15 @@ static void test_calls_are_checked(void **state)
     assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_SHAPE);
     attend.n_head = 16;
     assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    attend.q = attend.new_k = memory, attend.out = attend.workspace = memory;
+    attend.page_table = attend.seq_lens = (const int32_t *)(const void *)memory;
+    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "new_v"));
+    attend.new_v = memory, attend.new_row_stride = 8 * 128 - 1;
+    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "new_row_stride"));
+    attend.new_row_stride++;
+    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_NO_DEVICE); /* nothing else is missing */
     store.pages = memory + 16;
     assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "128"));

@@ -54,7 +54,8 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
                 task.exact_slot = p.exact_slots ? p.exact_slots[seq] : seq;
                 task.entry = ring_entry(store, position);
             }
-            task.is_last_look = store.n_ring == store.n_recent || row_is(p, task.row + store.n_ring, seq, position + store.n_ring);
+            task.is_last_look = store.n_ring == store.n_recent ||
+                                row_is(p, token - store.n_recent + store.n_ring, seq, position + store.n_ring);
         }
         task.page = p.page_table[seq * p.page_table_stride + position / store.page_size];
         task.offset = (int32_t)(position % store.page_size);
@@ -68,14 +69,6 @@ __device__ __forceinline__ int64_t exact_index(const tq_device_store &store, int
 {
     const int64_t vector = (int64_t)(is_value * store.n_head_kv + head) * (store.n_sink + store.n_ring) + entry;
     return slot * store.exact_stride + vector * store.head_dim;
-}
-
-/* A value as FP16 holds it; `bad` is set where it cannot. */
-__device__ __forceinline__ __half to_half(float x, bool &bad)
-{
-    if (fabsf(x) <= 65504.0f) return __float2half_rn(x);
-    bad = true;
-    return __float2half_rn(x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f);
 }
 
 /* Elements lane16, lane16 + 16, ... of the vector to encode, rounded to FP16. Batch rows are checked where the batch is stored

@@ -50,8 +50,11 @@ struct attend_args {
     int64_t page_table_stride;
     const void *seq_lens;
     bool seq_lens_are_64;
-    const int32_t *exact_slots; /* or NULL: sequence i has slot i */
-    int32_t n_query, n_head, group;
+    const int32_t *exact_slots;  /* or NULL: sequence i has slot i */
+    const int32_t *query_starts; /* or NULL: all sequences have n_query queries */
+    const void *new_k, *new_v;   /* rows of the query tokens, which the ring hasn't yet; or NULL: it has */
+    int64_t new_row_stride;
+    int32_t n_query, n_head, group; /* n_query: of the sequence that has most */
     uint32_t n_row_tiles;                    /* of a KV head */
     float scale_log2, cap_log2, cap_inverse; /* of scores in base 2; cap_log2 0: none */
     int32_t window;                          /* 0: none */
@@ -66,10 +69,29 @@ struct attend_args {
 struct tile_id {
     uint32_t index; /* of the row tile, over sequences, KV heads and row tiles of a head */
     int32_t sequence, head, first_row, n_rows, first_token, last_token; /* tokens of the first and the last row */
+    int32_t first_query, n_query;                                       /* of the sequence, among those of the call */
     int32_t split, n_splits, record_begin, record_end;
-    int32_t length;                 /* tokens of the sequence */
-    int32_t coded_begin, coded_end; /* positions that pages hold */
-    int32_t n_sink, n_exact;        /* exact tokens: the first n_sink, then positions from coded_end on */
+    int32_t length;       /* tokens of the sequence */
+    int32_t stored_end;   /* positions from here on are among the new rows, those before in the store */
+    int32_t oldest_exact; /* no other position than sinks is exact before it: the ring has no more, or it is a sink's */
+    int32_t coded_begin, coded_end; /* positions that rows of the tile see in pages */
+    /* Exact tokens that some row of the tile sees: the first n_sink, then positions from recent_begin on; the first n_stored of
+     * all stand in the store. */
+    int32_t n_sink, recent_begin, n_exact, n_stored;
+};
+
+/* What a query token sees of its sequence: positions [begin, end), those of pages before `recent` and the exact ones behind it,
+ * and sinks. */
+struct token_view {
+    int32_t begin, end, recent;
+    __device__ __forceinline__ int32_t coded_end() const
+    {
+        return min(recent, end);
+    }
+    __device__ __forceinline__ bool sees_exact(int32_t position, int32_t n_sink) const
+    {
+        return position >= begin && position < end && (position < n_sink || position >= recent);
+    }
 };
 
 /* Positions that a row sees of the pages; and the records that all rows of the tile see whole. */
@@ -91,27 +113,50 @@ __device__ __forceinline__ int token_of(int row, const attend_args &args)
 __device__ __forceinline__ row_place place_of(const tile_id &tile, const attend_args &args, int row)
 {
     int r = tile.first_row + row, token = token_of(r, args);
-    return {(int64_t)tile.sequence * args.n_query + token, tile.head * args.group + (r - token * args.group)};
+    return {(int64_t)tile.first_query + token, tile.head * args.group + (r - token * args.group)};
 }
 
-/* Positions [begin, end) of the sequence that query token i sees. */
-__device__ __forceinline__ int2 visible_to(const tile_id &tile, const attend_args &args, int token)
+/* The end of what query token i of the sequence sees. */
+__device__ __forceinline__ int32_t end_of(const tile_id &tile, int token)
 {
-    int end = max(tile.length - args.n_query + token + 1, 0);
-    return {args.window > 0 ? max(end - args.window, 0) : 0, end};
+    return max(tile.length - tile.n_query + token + 1, 0);
+}
+
+/* Each query has its own last n_recent tokens, as if it had come alone. */
+__device__ __forceinline__ token_view view_to(int32_t end, int32_t oldest_exact, const attend_args &args)
+{
+    return {args.window > 0 ? max(end - args.window, 0) : 0, end, max(end - args.n_recent, oldest_exact)};
+}
+
+__device__ __forceinline__ token_view view_of(const tile_id &tile, const attend_args &args, int token)
+{
+    return view_to(end_of(tile, token), tile.oldest_exact, args);
 }
 
 __device__ __forceinline__ record_bounds bounds_of(const tile_id &tile, const attend_args &args, int row)
 {
     int token = row < tile.n_rows ? token_of(tile.first_row + row, args) : tile.first_token;
-    int2 mine = visible_to(tile, args, token), first = visible_to(tile, args, tile.first_token);
-    int2 last = visible_to(tile, args, tile.last_token);
+    const token_view mine = view_of(tile, args, token), first = view_of(tile, args, tile.first_token);
+    const token_view last = view_of(tile, args, tile.last_token);
     record_bounds bounds;
-    bounds.begin = max(mine.x, tile.coded_begin);
-    bounds.end = min(mine.y, tile.coded_end);
-    bounds.whole_begin = (max(last.x, tile.coded_begin) + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
-    bounds.whole_end = min(first.y, tile.coded_end) / TQ_RECORD_TOKENS;
+    bounds.begin = max(mine.begin, tile.coded_begin);
+    bounds.end = mine.coded_end();
+    bounds.whole_begin = (max(last.begin, tile.coded_begin) + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
+    bounds.whole_end = first.coded_end() / TQ_RECORD_TOKENS;
     return bounds;
+}
+
+/* Query rows from first_row on, n_rows_max at most; none where the sequence has no more. */
+__device__ __forceinline__ void find_rows(tile_id &tile, const attend_args &args, int n_rows_max)
+{
+    tile.first_query = tile.sequence * args.n_query, tile.n_query = args.n_query;
+    if (args.query_starts) {
+        tile.first_query = __ldg(args.query_starts + tile.sequence);
+        tile.n_query = max(min(__ldg(args.query_starts + tile.sequence + 1) - tile.first_query, args.n_query), 0);
+    }
+    tile.n_rows = min(tile.n_query * args.group - tile.first_row, n_rows_max);
+    tile.first_token = token_of(tile.first_row, args);
+    tile.last_token = token_of(tile.first_row + tile.n_rows - 1, args);
 }
 
 /* The tile alone: what needs no sequence length. */
@@ -128,9 +173,7 @@ __device__ __forceinline__ tile_id tile_of(const attend_args &args)
         tile.head = (int32_t)(blockIdx.x / args.n_row_tiles);
         tile.first_row = (int32_t)(blockIdx.x - tile.head * args.n_row_tiles) * TQ_TILE_ROWS;
     }
-    tile.n_rows = min(args.n_query * args.group - tile.first_row, TQ_TILE_ROWS);
-    tile.first_token = token_of(tile.first_row, args);
-    tile.last_token = token_of(tile.first_row + tile.n_rows - 1, args);
+    find_rows(tile, args, TQ_TILE_ROWS);
     return tile;
 }
 
@@ -138,12 +181,16 @@ __device__ __forceinline__ tile_id tile_of(const attend_args &args)
 __device__ __forceinline__ void measure_tile(tile_id &tile, const attend_args &args, int64_t length)
 {
     tile.length = (int32_t)max(min(length, (int64_t)1 << 30), (int64_t)0);
-    tile.n_sink = min(args.n_sink, tile.length);
-    tile.coded_begin = tile.n_sink;
-    tile.coded_end = max(tile.length - args.n_recent, tile.coded_begin);
-    tile.n_exact = tile.length - (tile.coded_end - tile.coded_begin);
-    int begin = max(visible_to(tile, args, tile.first_token).x, tile.coded_begin);
-    int end = min(visible_to(tile, args, tile.last_token).y, tile.coded_end);
+    tile.stored_end = args.new_k ? max(tile.length - tile.n_query, 0) : tile.length;
+    tile.oldest_exact = max(tile.stored_end - args.n_ring, args.n_sink);
+    const token_view first_view = view_of(tile, args, tile.first_token), last_view = view_of(tile, args, tile.last_token);
+    tile.coded_begin = args.n_sink, tile.coded_end = last_view.coded_end();
+    tile.n_sink = min(args.n_sink, last_view.end);
+    tile.recent_begin = max(first_view.recent, first_view.begin);
+    const int n_recent = max(last_view.end - tile.recent_begin, 0);
+    tile.n_exact = tile.n_sink + n_recent;
+    tile.n_stored = min(tile.n_sink, tile.stored_end) + min(max(tile.stored_end - tile.recent_begin, 0), n_recent);
+    int begin = max(first_view.begin, tile.coded_begin), end = tile.coded_end;
     int first = begin / TQ_RECORD_TOKENS, last = (end + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
     int n_records = end > begin ? last - first : 0;
     tq_tile_cut cut = tq_tile_cut_of(n_records, tile.n_exact > 0, args.splits_allowed, args.split_records_min);
@@ -177,6 +224,61 @@ struct record_finder {
         if ((uint32_t)page >= (uint32_t)args.n_pages) page = 0; /* nothing sound to read, but within bounds */
         const int i = record - i_page * args.records_per_page;
         return head_base + page * args.page_stride + tq_record_begin(record_bytes, args.reference_bytes, i);
+    }
+};
+
+/* Where the exact tokens of a tile stand, by their number e: sinks, then recent ones, in ascending positions. */
+struct exact_finder {
+    const __half *keys;
+    int64_t side;   /* values lie so many numbers further */
+    int ring_first; /* the entry of position recent_begin */
+    __device__ __forceinline__ exact_finder(const tile_id &tile, const attend_args &args, int head_dim)
+    {
+        const int64_t head_halves = (int64_t)(args.n_sink + args.n_ring) * head_dim;
+        const int64_t slot = args.exact_slots ? args.exact_slots[tile.sequence] : tile.sequence;
+        side = args.n_head_kv * head_halves;
+        keys = args.exact + slot * args.exact_stride + tile.head * head_halves;
+        ring_first = args.n_ring > 0 ? args.n_sink + tile.recent_begin % args.n_ring : 0;
+    }
+    __device__ __forceinline__ static int position(const tile_id &tile, int e)
+    {
+        return e < tile.n_sink ? e : tile.recent_begin + (e - tile.n_sink);
+    }
+    /* Of the first n_stored. */
+    __device__ __forceinline__ int entry(const tile_id &tile, const attend_args &args, int e) const
+    {
+        if (e < tile.n_sink) return e;
+        int entry = ring_first + (e - tile.n_sink);
+        return entry < args.n_sink + args.n_ring ? entry : entry - args.n_ring;
+    }
+    /* Of the others: the number of its element 0 in the new rows. */
+    __device__ __forceinline__ static int64_t first_number(const tile_id &tile, const attend_args &args, int head_dim, int e)
+    {
+        const int row = tile.first_query + (position(tile, e) - tile.stored_end);
+        return row * args.new_row_stride + tile.head * head_dim;
+    }
+    /* Elements lane16, lane16 + 16, ... */
+    template <int D>
+    __device__ __forceinline__ void load(float (&x)[D / 16], const tile_id &tile, const attend_args &args, int e, bool is_value,
+                                         int lane16) const
+    {
+        if (e < tile.n_stored) {
+            load_strided(x, keys + (is_value ? side : 0) + (int64_t)entry(tile, args, e) * D + lane16);
+            return;
+        }
+        bool bad = false; /* is counted where the row is stored */
+        load_strided(x, is_value ? args.new_v : args.new_k, args.dtype, first_number(tile, args, D, e) + lane16);
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) x[k] = __half2float(to_half(x[k], bad));
+    }
+    /* Element d of one that is not stored. */
+    __device__ __forceinline__ static float new_number(const tile_id &tile, const attend_args &args, int head_dim, int e,
+                                                       bool is_value, int d)
+    {
+        bool bad = false;
+        float x[1];
+        load_strided(x, is_value ? args.new_v : args.new_k, args.dtype, first_number(tile, args, head_dim, e) + d);
+        return __half2float(to_half(x[0], bad));
     }
 };
 

@@ -16,6 +16,7 @@ struct attend_choice {
     int reference_bytes; /* of a block; 0: no references */
     int shared_bytes;    /* that a block of the device can have */
     bool general;     /* the kernels for any pair, also where this one has its own */
+    int n_rows, n_exact; /* query rows of a KV head; exact tokens that a decode block would see */
 };
 
 /* The pair's own kernel, or the one for any. NULL: the device has too little shared memory. */

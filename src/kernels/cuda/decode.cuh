@@ -535,6 +535,7 @@ __global__ void __launch_bounds__(32 * N_WARPS, decode_shape<D, N_WARPS, F::n_st
     __shared__ __align__(16) decode_shared<D, shape::n_warps> shared;
 
     tile_id tile = tile_of(args);
+    if (tile.n_rows <= 0) return;
     int64_t length = length_of(args, tile.sequence);
     float query[D / 16]; /* on its way before the records, which would delay it */
     if (threadIdx.x < 16 * TQ_TILE_ROWS) load_query<D>(query, tile, args);

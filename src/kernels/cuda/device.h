@@ -50,8 +50,8 @@ typedef struct tq_device_table {
     tq_status (*describe)(tq_cuda_info *out, char *message);
     tq_status (*append)(const tq_device_store *store, const tq_cuda_append_params *params, void *stream, char *message);
     tq_status (*attend)(const tq_device_store *store, const tq_cuda_attend_params *params, void *stream, char *message);
-    /* The splits that attend will use at most, which sizes its workspace. */
-    tq_status (*splits)(int32_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message);
+    /* What any call with at most these counts needs. */
+    tq_status (*workspace_bytes)(size_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message);
     tq_status (*copy_pages)(const tq_device_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream,
                             char *message);
     tq_status (*export_pages)(const tq_device_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream,

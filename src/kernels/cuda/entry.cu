@@ -66,17 +66,18 @@ static int32_t row_tiles_of(const tq_device_store *store, const tq_cuda_attend_p
     return tq_ceil_div((int64_t)params->n_query * (params->n_head / store->n_head_kv), TQ_TILE_ROWS);
 }
 
-static tq_status cut_of(tq_decode_cut *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message)
+static int64_t records_most(const tq_cuda_attend_params *params)
 {
-    int32_t device, n_multiprocessors = 0;
+    return (params->max_seq_len + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
+}
+
+static tq_status count_multiprocessors(int32_t *out, char *message)
+{
+    int32_t device;
     tq_status status = check_device(&device, message);
     if (status != TQ_OK) return status;
-    cudaError_t error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return fail(message, "cannot read the device's properties", error);
-    int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * row_tiles_of(store, params);
-    int64_t n_records = (params->max_seq_len + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
-    *out = tq_decode_cut_of(n_tiles, n_records, store->head_dim, n_multiprocessors, params->deterministic);
-    return TQ_OK;
+    return done(message, "cannot read the device's properties",
+                cudaDeviceGetAttribute(out, cudaDevAttrMultiProcessorCount, device));
 }
 
 static bool get_attribute(int *out, cudaDeviceAttr attribute)
@@ -97,15 +98,16 @@ static bool is_hopper()
 
 /* Prefill reads its pages once for 64 rows or more, decode for 8, but decode has splits: the former pays from some rows on, and
  * is also there where decode's blocks do not fit the device. */
-template <int D> static attend_launch find_at(const attend_choice &choice, int32_t n_rows, bool *is_prefill)
+template <int D> static attend_launch find_at(const attend_choice &choice, bool *is_prefill)
 {
     attend_launch found = nullptr;
-    *is_prefill = n_rows > TQ_PREFILL_ROWS_MIN;
+    const bool can_decode = choice.n_exact <= TQ_DEVICE_EXACT_MAX;
+    *is_prefill = choice.n_rows > TQ_PREFILL_ROWS_MIN || !can_decode;
 #ifdef TQ_CUDA_HOPPER
     if (*is_prefill && is_hopper()) return find_prefill_hopper<D>(choice);
 #endif
     if (*is_prefill) found = find_prefill<D>(choice);
-    if (!found) *is_prefill = false, found = find_decode<D>(choice);
+    if (!found && can_decode) *is_prefill = false, found = find_decode<D>(choice);
     if (!found) *is_prefill = true, found = find_prefill<D>(choice);
     return found;
 }
@@ -116,20 +118,23 @@ static attend_launch find_launch(const tq_device_store &store, const tq_cuda_att
     attend_choice choice = {codes_kind(store.key.bits, store.key.is_trellis),
                             codes_kind(store.value.bits, store.value.is_trellis), reference_bytes_of(store), 0,
                             getenv("TQ_CUDA_GENERAL") != nullptr};
-    int32_t n_rows = params.n_query * (params.n_head / store.n_head_kv);
+    choice.n_rows = params.n_query * (params.n_head / store.n_head_kv);
+    /* A decode block has rows of so many tokens at most, each with a window of its own. */
+    const int32_t n_tokens = params.n_query < TQ_TILE_ROWS ? params.n_query : TQ_TILE_ROWS;
+    choice.n_exact = store.n_sink + store.n_recent + (n_tokens - 1);
     *is_prefill = false;
     if (!get_attribute(&choice.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return nullptr;
     switch (store.head_dim) {
     case 64:
-        return find_at<64>(choice, n_rows, is_prefill);
+        return find_at<64>(choice, is_prefill);
     case 96:
-        return find_at<96>(choice, n_rows, is_prefill);
+        return find_at<96>(choice, is_prefill);
     case 128:
-        return find_at<128>(choice, n_rows, is_prefill);
+        return find_at<128>(choice, is_prefill);
     case 192:
-        return find_at<192>(choice, n_rows, is_prefill);
+        return find_at<192>(choice, is_prefill);
     case 256:
-        return find_at<256>(choice, n_rows, is_prefill);
+        return find_at<256>(choice, is_prefill);
     default:
         return nullptr;
     }
@@ -142,14 +147,38 @@ static bool can_overlap()
     return get_attribute(&major, cudaDevAttrComputeCapabilityMajor) && major >= 9;
 }
 
-static tq_status splits(int32_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message)
+/* The workspace: its first part are counters, the same for calls of all shapes; behind it partial results. A tile has three of
+ * these or more, or none, so there are enough counters for as many tiles as have partial results. */
+static size_t counters_bytes(size_t workspace_bytes)
 {
-    tq_decode_cut cut = {};
-    tq_status status = cut_of(&cut, store, params, message);
+    constexpr size_t of_tile = sizeof(uint32_t) * TQ_COUNTER_STRIDE;
+    static_assert(3 * TQ_TILE_ROWS * (64 + 2) >= TQ_CUDA_WORKSPACE_COUNTERS * TQ_COUNTER_STRIDE, "");
+    return workspace_bytes / TQ_CUDA_WORKSPACE_COUNTERS / of_tile * of_tile;
+}
+
+static size_t partial_bytes(const tq_device_store *store)
+{
+    return TQ_TILE_ROWS * (size_t)(store->head_dim + 2) * sizeof(float);
+}
+
+static tq_status workspace_bytes(size_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message)
+{
+    int32_t n_multiprocessors = 0;
+    tq_status status = count_multiprocessors(&n_multiprocessors, message);
+    if (status != TQ_OK) return status;
+    /* Calls of few rows may be decode where this one is prefill, which needs nothing. */
     bool is_prefill;
     find_launch(*store, *params, &is_prefill);
-    if (status != TQ_OK) return status;
-    *out = is_prefill ? 1 : cut.splits_allowed;
+    const int32_t group = params->n_head / store->n_head_kv;
+    const int64_t n_lists = (int64_t)params->n_seq * store->n_head_kv;
+    int64_t n_rows = (int64_t)params->n_query * group;
+    if (is_prefill && n_rows > TQ_PREFILL_ROWS_MIN) n_rows = group > TQ_PREFILL_ROWS_MIN ? 0 : TQ_PREFILL_ROWS_MIN;
+    const int64_t n_of_one = n_rows < group ? 0 : n_lists * tq_ceil_div(group, TQ_TILE_ROWS);
+    const int64_t n_partials = tq_partials_most(n_lists * tq_ceil_div(n_rows, TQ_TILE_ROWS), n_of_one, records_most(params),
+                                                store->head_dim, n_multiprocessors, params->deterministic);
+    size_t bytes = (size_t)n_partials * partial_bytes(store);
+    bytes += bytes / (TQ_CUDA_WORKSPACE_COUNTERS - 1) + 1;
+    *out = (bytes + 127) / 128 * 128;
     return TQ_OK;
 }
 
@@ -174,8 +203,8 @@ static void fill_store(attend_args &args, const tq_device_store &store)
 static tq_status attend(const tq_device_store *store, const tq_cuda_attend_params *params, void *stream, char *message)
 {
     bool is_prefill;
-    tq_decode_cut cut = {};
-    tq_status status = cut_of(&cut, store, params, message);
+    int32_t n_multiprocessors = 0;
+    tq_status status = count_multiprocessors(&n_multiprocessors, message);
     if (status != TQ_OK) return status;
     attend_launch launch = find_launch(*store, *params, &is_prefill);
     if (!launch) {
@@ -183,8 +212,15 @@ static tq_status attend(const tq_device_store *store, const tq_cuda_attend_param
                  store->head_dim);
         return TQ_ERR_HEAD_DIM;
     }
+    const int32_t n_row_tiles = row_tiles_of(store, params);
+    const int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * n_row_tiles;
+    const tq_decode_cut cut =
+        tq_decode_cut_of(n_tiles, records_most(params), store->head_dim, n_multiprocessors, params->deterministic);
+    const size_t for_counters = counters_bytes(params->workspace_bytes);
+    const size_t n_partials = (params->workspace_bytes - for_counters) / partial_bytes(store);
     attend_args args = {};
-    args.splits_allowed = cut.splits_allowed, args.split_records_min = cut.split_records_min;
+    args.splits_allowed = tq_splits_within(cut.splits_allowed, n_tiles, (int64_t)n_partials);
+    args.split_records_min = cut.split_records_min;
     args.small_blocks = cut.small_blocks;
     if (is_prefill) args.splits_allowed = 1;
     fill_store(args, *store);
@@ -194,21 +230,22 @@ static tq_status attend(const tq_device_store *store, const tq_cuda_attend_param
     args.out_token_stride = params->out_token_stride, args.out_head_stride = params->out_head_stride;
     args.page_table = params->page_table, args.page_table_stride = params->page_table_stride;
     args.seq_lens = params->seq_lens, args.seq_lens_are_64 = params->seq_lens_are_64;
-    args.exact_slots = params->exact_slots;
+    args.exact_slots = params->exact_slots, args.query_starts = params->query_starts;
+    if (store->n_recent > 0) args.new_k = params->new_k, args.new_v = params->new_v;
+    args.new_row_stride = params->new_row_stride;
     args.n_query = params->n_query, args.n_head = params->n_head;
     args.group = params->n_head / store->n_head_kv;
-    args.n_row_tiles = (uint32_t)row_tiles_of(store, params);
+    args.n_row_tiles = (uint32_t)n_row_tiles;
     args.scale_log2 = params->softmax_scale * log2_e;
     args.cap_log2 = params->softcap * log2_e;
     args.cap_inverse = params->softcap > 0.0f ? 1.0f / args.cap_log2 : 0.0f;
     args.window = (int32_t)(params->window < INT32_MAX ? params->window : 0);
     args.sinks = params->sinks;
     args.deterministic = params->deterministic;
-    args.follows_append = params->follows_append && !is_prefill && store->n_sink + store->n_recent > 0 && can_overlap();
-    /* Counters first: their place does not depend on how the partial results are cut. */
-    int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * args.n_row_tiles;
+    args.follows_append = params->follows_append && !is_prefill && !args.new_k && store->n_sink + store->n_recent > 0 &&
+                          can_overlap();
     args.counters = static_cast<uint32_t *>(params->workspace);
-    args.partials = reinterpret_cast<float *>(args.counters + n_tiles * TQ_COUNTER_STRIDE);
+    args.partials = static_cast<float *>(params->workspace) + for_counters / sizeof(float);
     return done(message, "attend", launch(args, (uint32_t)params->n_seq, (cudaStream_t)stream));
 }
 
@@ -233,6 +270,7 @@ static tq_status import_from(const tq_device_store *store, const int32_t *pages,
 
 extern "C" __attribute__((visibility("default"))) const tq_device_table *tq_device_table_get(void)
 {
-    static const tq_device_table table = {TQ_DEVICE_ABI, describe, append, attend, splits, copy, export_to, import_from};
+    static const tq_device_table table = {TQ_DEVICE_ABI, describe, append,    attend,
+                                          workspace_bytes, copy,  export_to, import_from};
     return &table;
 }

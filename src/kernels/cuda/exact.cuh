@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Attention over the sinks and the ring of a sequence: FP16 vectors that are not rotated, a few hundred at most, in floats. */
+/* Attention over the exact tokens of a tile: FP16 vectors that are not rotated, a few hundred at most, in floats. */
 #ifndef TQ_KERNELS_CUDA_EXACT_CUH
 #define TQ_KERNELS_CUDA_EXACT_CUH
 
@@ -12,14 +12,6 @@ template <int D> struct exact_part {
     float2 state[TQ_TILE_ROWS];
 };
 
-/* Where exact token e of n_exact stands among a sequence's entries; ring_first is the entry of position coded_end. */
-__device__ __forceinline__ int exact_entry(const tile_id &tile, const attend_args &args, int ring_first, int e)
-{
-    if (e < tile.n_sink) return e;
-    int entry = ring_first + (e - tile.n_sink);
-    return entry < args.n_sink + args.n_ring ? entry : entry - args.n_ring;
-}
-
 /* The whole block. Queries are in place; afterwards `part` is, behind the next barrier. */
 template <int D, int N_THREADS>
 __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_queries<D> &queries, const tile_id &tile,
@@ -27,20 +19,32 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
 {
     constexpr int n_warps = N_THREADS / 32, at_once = 2;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int64_t head_halves = (int64_t)(args.n_sink + args.n_ring) * D, side = args.n_head_kv * head_halves;
-    const int64_t slot = args.exact_slots ? args.exact_slots[tile.sequence] : tile.sequence;
-    const __half *keys = args.exact + slot * args.exact_stride + tile.head * head_halves, *values = keys + side;
-    const int ring_first = args.n_ring > 0 ? args.n_sink + tile.coded_end % args.n_ring : 0;
+    const exact_finder finder(tile, args, D);
+    const __half *keys = finder.keys, *values = keys + finder.side;
 
     /* Scores: two tokens of a warp at a time; lane r keeps row r's. */
-    int2 visible = visible_to(tile, args, token_of(tile.first_row + min(lane, tile.n_rows - 1), args));
+    const token_view view = view_of(tile, args, token_of(tile.first_row + min(lane, tile.n_rows - 1), args));
     for (int e0 = warp * at_once; e0 < tile.n_exact; e0 += n_warps * at_once) {
         float x[at_once][D / 32], s[at_once][TQ_TILE_ROWS];
+        const int last = min(e0 + at_once, tile.n_exact) - 1;
+        if (last < tile.n_stored) {
 #pragma unroll
-        for (int i = 0; i < at_once; i++) {
-            const __half *key = keys + exact_entry(tile, args, ring_first, min(e0 + i, tile.n_exact - 1)) * D;
+            for (int i = 0; i < at_once; i++) {
+                const __half *key = keys + finder.entry(tile, args, min(e0 + i, last)) * D;
 #pragma unroll
-            for (int k = 0; k < D / 32; k++) x[i][k] = __half2float(key[lane + 32 * k]);
+                for (int k = 0; k < D / 32; k++) x[i][k] = __half2float(key[lane + 32 * k]);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < at_once; i++) {
+                const int e = min(e0 + i, last);
+                const __half *key = keys + finder.entry(tile, args, e) * D;
+#pragma unroll
+                for (int k = 0; k < D / 32; k++) {
+                    x[i][k] = e < tile.n_stored ? __half2float(key[lane + 32 * k])
+                                                : finder.new_number(tile, args, D, e, false, lane + 32 * k);
+                }
+            }
         }
 #pragma unroll
         for (int row = 0; row < TQ_TILE_ROWS; row++) {
@@ -66,8 +70,8 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
             for (int row = 1; row < TQ_TILE_ROWS; row++) mine = lane == row ? s[i][row] : mine;
             mine *= args.scale_log2;
             if (args.cap_log2 > 0.0f) mine = cap_score(mine, args);
-            int e = e0 + i, position = e < tile.n_sink ? e : tile.coded_end + (e - tile.n_sink);
-            if (position < visible.x || position >= visible.y) mine = -INFINITY;
+            int e = e0 + i;
+            if (!view.sees_exact(finder.position(tile, e), args.n_sink)) mine = -INFINITY;
             if (lane < tile.n_rows && e < tile.n_exact) part.scores[lane][e] = mine;
         }
     }
@@ -92,13 +96,16 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
     constexpr int n_parts = N_THREADS / D;
     const int d = threadIdx.x % D, i_part = threadIdx.x / D;
     float sum[TQ_TILE_ROWS] = {};
-    if (i_part < n_parts) {
-#pragma unroll 4
-        for (int e = i_part; e < tile.n_exact; e += n_parts) {
-            float value = __half2float(values[exact_entry(tile, args, ring_first, e) * D + d]);
+    auto add = [&](int e, float value) {
 #pragma unroll
-            for (int row = 0; row < TQ_TILE_ROWS; row++) sum[row] = fmaf(part.scores[row][e], value, sum[row]);
-        }
+        for (int row = 0; row < TQ_TILE_ROWS; row++) sum[row] = fmaf(part.scores[row][e], value, sum[row]);
+    };
+    if (i_part < n_parts) {
+        int e = i_part;
+#pragma unroll 4
+        for (; e < tile.n_stored; e += n_parts) add(e, __half2float(values[finder.entry(tile, args, e) * D + d]));
+#pragma unroll 1
+        for (; e < tile.n_exact; e += n_parts) add(e, finder.new_number(tile, args, D, e, true, d));
     }
     __syncthreads(); /* scores make room for the parts */
     float *parts = &part.scores[0][0];

@@ -194,9 +194,7 @@ __device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_i
     for (int k = threadIdx.x / 16; k < 2 * TQ_RECORD_TOKENS; k += prefill_shape<D>::n_threads / 16) {
         int token = k / 2, e = TQ_RECORD_TOKENS * i + token;
         float x[D / 16] = {};
-        if (e < id.n_exact) {
-            load_strided(x, finder.keys + (k % 2) * finder.side + (int64_t)finder.entry(args, id, e) * D + lane16);
-        }
+        if (e < id.n_exact) finder.load<D>(x, id, args, e, k % 2, lane16);
         if (k % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
         rotate<D>(x, args.rotation, lane16);
         __half *to = k % 2 ? tile.values[token] : tile.keys[token];
@@ -209,7 +207,7 @@ __device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_i
 /* A tile for the 16 rows of one warp; out: their sums of values. */
 template <int D>
 __device__ __forceinline__ void attend_tile(float (&out)[D / 8][4], prefill_rows &rows, const prefill_tile<D> &tile,
-                                            const __half *queries, const attend_args &args, bool whole, int lane)
+                                            const __half *queries, const attend_args &args, bool is_exact, bool whole, int lane)
 {
     float s[4][4], factors[2];
 #pragma unroll
@@ -226,7 +224,7 @@ __device__ __forceinline__ void attend_tile(float (&out)[D / 8][4], prefill_rows
 #pragma unroll
         for (int n = 0; n < 4; n++) mma_half(s[n], q1[0], q1[1], q1[2], q1[3], m[n][2], m[n][3]);
     }
-    mask_scores(s, rows, tile.positions, args, whole, lane);
+    mask_scores(s, rows, tile.positions, args, is_exact, whole, lane);
     if (weigh_scores(s, rows, factors)) scale_rows(out, factors);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
@@ -305,17 +303,17 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
     tile_id id = {};
     id.sequence = (int32_t)blockIdx.z, id.head = (int32_t)blockIdx.y;
     id.first_row = (int32_t)(gridDim.x - 1 - blockIdx.x) * shape::n_rows; /* those that see most first */
-    id.n_rows = min(args.n_query * args.group - id.first_row, shape::n_rows);
-    id.first_token = token_of(id.first_row, args), id.last_token = token_of(id.first_row + id.n_rows - 1, args);
+    find_rows(id, args, shape::n_rows);
+    if (id.n_rows <= 0) return;
     measure_tile(id, args, length_of(args, id.sequence)); /* one split: all records */
 
     const record_finder finder(id, args, pair.record_bytes);
     const int n_records = max(id.record_end - id.record_begin, 0);
     const int n_tiles = n_records + (id.n_exact + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
-    const int2 first = visible_to(id, args, id.first_token), last = visible_to(id, args, id.last_token);
+    const token_view first = view_of(id, args, id.first_token), last = view_of(id, args, id.last_token);
     auto is_whole = [&](int i) {
         int begin = (id.record_begin + i) * TQ_RECORD_TOKENS, end = begin + TQ_RECORD_TOKENS;
-        return i < n_records && begin >= max(last.x, id.coded_begin) && end <= min(first.y, id.coded_end);
+        return i < n_records && begin >= max(last.begin, id.coded_begin) && end <= first.coded_end();
     };
     const uint8_t *from = n_records > 0 ? finder.at(id.record_begin, args) : nullptr; /* of the next record to load */
     const int stage_bytes = pair.record_bytes + args.reference_bytes;
@@ -356,7 +354,8 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
         if (N == 1) __syncthreads();
         load(i + N);
         if (i >= 0) {
-            attend_tile<D>(out, rows, shared.work.tiles[i % N], shared.work.queries[16 * warp], args, is_whole(i), lane);
+            attend_tile<D>(out, rows, shared.work.tiles[i % N], shared.work.queries[16 * warp], args, i >= n_records,
+                           is_whole(i), lane);
         }
         copies_wait();
         __syncthreads();

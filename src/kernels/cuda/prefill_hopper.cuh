@@ -273,9 +273,7 @@ __device__ __forceinline__ void expand_exact_tile(uint8_t *keys, uint8_t *values
     for (int n = threadIdx.x % 128 / 16; n < 2 * S::n_tokens; n += 8) {
         int token = n / 2, e = S::n_tokens * i + token;
         float x[D / 16] = {};
-        if (e < id.n_exact) {
-            load_strided(x, finder.keys + (n % 2) * finder.side + (int64_t)finder.entry(args, id, e) * D + lane16);
-        }
+        if (e < id.n_exact) finder.load<D>(x, id, args, e, n % 2, lane16);
         if (n % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
         rotate<D>(x, args.rotation, lane16);
 #pragma unroll
@@ -367,8 +365,8 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
     using S = hopper_shape<F, D>;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x & 31;
     const int n_coded = (n_records + S::n_records - 1) / S::n_records;
-    const int2 first = visible_to(id, args, id.first_token), last = visible_to(id, args, id.last_token);
-    const int whole_begin = max(last.x, id.coded_begin), whole_end = min(first.y, id.coded_end);
+    const int whole_begin = max(view_of(id, args, id.last_token).begin, id.coded_begin);
+    const int whole_end = view_of(id, args, id.first_token).coded_end();
 
     const uint64_t queries = operand_in(shared_address(shared.queries) + group * 64 * 128);
     prefill_rows rows = open_rows(id, args, 64 * group + 16 * warp, lane);
@@ -395,7 +393,7 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
 
         int begin = (id.record_begin + i * S::n_records) * TQ_RECORD_TOKENS, end = begin + S::n_tokens;
         bool whole = i < n_coded && begin >= whole_begin && end <= whole_end;
-        mask_scores(s, rows, shared.positions + buffer * S::n_tokens, args, whole, lane);
+        mask_scores(s, rows, shared.positions + buffer * S::n_tokens, args, i >= n_coded, whole, lane);
         if (weigh_scores(s, rows, factors)) scale_rows(out, factors);
         uint32_t weights[S::n_tokens / 16][4];
 #pragma unroll
@@ -477,6 +475,11 @@ __global__ void __launch_bounds__(hopper_shape<F, D>::n_threads, 1)
 {
 #ifdef TQ_HOPPER
     using S = hopper_shape<F, D>;
+    tile_id id = {};
+    id.sequence = (int32_t)blockIdx.z, id.head = (int32_t)blockIdx.y;
+    id.first_row = (int32_t)(gridDim.x - 1 - blockIdx.x) * S::n_rows; /* those that see most first */
+    find_rows(id, args, S::n_rows);
+    if (id.n_rows <= 0) return;
     const F formats(args);
     extern __shared__ __align__(1024) uint8_t memory[];
     const hopper_shared<S> shared(memory, formats.table_bytes,
@@ -488,11 +491,6 @@ __global__ void __launch_bounds__(hopper_shape<F, D>::n_threads, 1)
         for (int i = 0; i < S::n_expanders * S::n_queue; i++) barrier_open(shared.arrived + i, 1);
         barriers_opened();
     }
-    tile_id id = {};
-    id.sequence = (int32_t)blockIdx.z, id.head = (int32_t)blockIdx.y;
-    id.first_row = (int32_t)(gridDim.x - 1 - blockIdx.x) * S::n_rows; /* those that see most first */
-    id.n_rows = min(args.n_query * args.group - id.first_row, S::n_rows);
-    id.first_token = token_of(id.first_row, args), id.last_token = token_of(id.first_row + id.n_rows - 1, args);
     measure_tile(id, args, length_of(args, id.sequence)); /* one split: all records */
     if (args.reference_bytes > 0 && id.record_begin < id.record_end) id.record_begin &= ~1; /* whole blocks */
     const int n_records = max(id.record_end - id.record_begin, 0);

@@ -9,26 +9,29 @@
 /* Lane 4 g + t holds rows g and g + 8; of a block of 8 columns x[i], columns 2 t and 2 t + 1 of row g, then of row g + 8. */
 struct prefill_rows {
     float max[2], sum[2]; /* the sum only of this lane's columns */
-    int2 visible[2];      /* positions */
+    int32_t end[2];       /* of the positions that they see */
+    int32_t oldest_exact;
 };
 
 /* first_row: of the warp, in the tile. */
 __device__ __forceinline__ prefill_rows open_rows(const tile_id &id, const attend_args &args, int first_row, int lane)
 {
     prefill_rows rows;
+    rows.oldest_exact = id.oldest_exact;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         rows.max[half] = -1e30f, rows.sum[half] = 0.0f;
         int row = max(min(first_row + 8 * half + (lane >> 2), id.n_rows - 1), 0);
-        rows.visible[half] = visible_to(id, args, token_of(id.first_row + row, args));
+        rows.end[half] = end_of(id, token_of(id.first_row + row, args));
     }
     return rows;
 }
 
-/* Softcap; and, unless all rows see the whole tile, what a row must not see. positions: of the tile's columns. */
+/* Softcap; and, unless all rows see the whole tile, what a row must not see. positions: of the tile's columns, which are exact
+ * tokens or coded ones. */
 template <int N>
 __device__ __forceinline__ void mask_scores(float (&s)[N][4], const prefill_rows &rows, const int *positions,
-                                            const attend_args &args, bool whole, int lane)
+                                            const attend_args &args, bool is_exact, bool whole, int lane)
 {
     if (args.cap_log2 > 0.0f) {
 #pragma unroll
@@ -38,13 +41,20 @@ __device__ __forceinline__ void mask_scores(float (&s)[N][4], const prefill_rows
         }
     }
     if (whole) return;
+    int32_t begin[2], end[2], gap_end[2]; /* but for [n_sink, gap_end) */
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const token_view view = view_to(rows.end[half], rows.oldest_exact, args);
+        begin[half] = view.begin, end[half] = is_exact ? view.end : view.coded_end();
+        gap_end[half] = is_exact ? view.recent : 0;
+    }
 #pragma unroll
     for (int n = 0; n < N; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int position = positions[8 * n + 2 * (lane & 3) + (i & 1)];
-            int2 visible = rows.visible[i / 2];
-            if (position < visible.x || position >= visible.y) s[n][i] = -INFINITY;
+            const int32_t position = positions[8 * n + 2 * (lane & 3) + (i & 1)], half = i / 2;
+            const bool in_gap = position >= args.n_sink && position < gap_end[half];
+            if (position < begin[half] || position >= end[half] || in_gap) s[n][i] = -INFINITY;
         }
     }
 }
@@ -121,26 +131,5 @@ __device__ __forceinline__ float finish_row(const prefill_rows &rows, int half, 
     }
     return share > 0.0f ? share / sum : 0.0f;
 }
-
-/* Where exact token e of a sequence is: its position, and its keys; values lie `side` numbers further. */
-struct exact_finder {
-    const __half *keys;
-    int64_t side;
-    __device__ __forceinline__ exact_finder(const tile_id &id, const attend_args &args, int head_dim)
-    {
-        const int64_t head_halves = (int64_t)(args.n_sink + args.n_ring) * head_dim;
-        const int64_t slot = args.exact_slots ? args.exact_slots[id.sequence] : id.sequence;
-        side = args.n_head_kv * head_halves;
-        keys = args.exact + slot * args.exact_stride + id.head * head_halves;
-    }
-    __device__ __forceinline__ static int position(const tile_id &id, int e)
-    {
-        return e < id.n_sink ? e : id.coded_end + (e - id.n_sink);
-    }
-    __device__ __forceinline__ static int entry(const attend_args &args, const tile_id &id, int e)
-    {
-        return e < id.n_sink ? e : args.n_sink + position(id, e) % args.n_ring;
-    }
-};
 
 #endif

@@ -133,6 +133,14 @@ __device__ __forceinline__ void from_float(uint16_t *bfloat, float x)
     *bfloat = (uint16_t)(bits >> 16);
 }
 
+/* A value as FP16 holds it; `bad` is set where it cannot. */
+__device__ __forceinline__ __half to_half(float x, bool &bad)
+{
+    if (fabsf(x) <= 65504.0f) return __float2half_rn(x);
+    bad = true;
+    return __float2half_rn(x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f);
+}
+
 /* A lane's elements of a vector: base[0], base[16], ... */
 template <typename T, int N> __device__ __forceinline__ void load_strided(float (&x)[N], const T *base)
 {

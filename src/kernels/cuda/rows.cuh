@@ -47,8 +47,8 @@ __device__ __forceinline__ uint8_t *head_page_of(const tq_device_store &store, i
 __device__ __forceinline__ slot_place place_of_slot(const tq_device_store &store, int64_t page, int32_t offset, int32_t head)
 {
     const int32_t reference = reference_bytes_of(store), i = offset / TQ_RECORD_TOKENS;
-    uint8_t *record = head_page_of(store, page, head) + tq_record_begin(record_bytes_of(store), reference, i) + tq_record_within(reference, i);
-    return {record, offset % TQ_RECORD_TOKENS};
+    const int32_t begin = tq_record_begin(record_bytes_of(store), reference, i) + tq_record_within(reference, i);
+    return {head_page_of(store, page, head) + begin, offset % TQ_RECORD_TOKENS};
 }
 
 /* The same slot of another KV head, from head 0's. */

@@ -62,6 +62,33 @@ TQ_HD tq_decode_cut tq_decode_cut_of(int64_t n_row_tiles, int64_t n_records_max,
     return cut;
 }
 
+/*
+ * Partial results that the workspace of calls has room for, whose row tiles and records are so many or fewer: one of each
+ * split, and one of the exact tokens, where a tile has more splits than one. Grows with each number. n_tiles_of_one: row tiles
+ * where sequences have one query. Several waves of more tiles than that are cut as far as this allows (tq_splits_within).
+ */
+TQ_HD int64_t tq_partials_most(int64_t n_row_tiles, int64_t n_tiles_of_one, int64_t n_records_max, int32_t head_dim,
+                               int32_t n_multiprocessors, bool deterministic)
+{
+    if (deterministic) return n_row_tiles * (TQ_SPLITS_MAX + 1);
+    int64_t slots = head_dim <= 64 ? 2 * (int64_t)n_multiprocessors : n_multiprocessors;
+    int64_t splits = n_records_max / TQ_SPLIT_RECORDS_MIN, n = n_row_tiles < slots / 2 ? n_row_tiles : slots / 2;
+    if (splits > TQ_SPLITS_MAX) splits = TQ_SPLITS_MAX;
+    int64_t most = splits < 2 ? 0 : n * splits < slots ? n * (splits + 1) : slots + n; /* of tiles that are one wave */
+    splits = (n_records_max + TQ_SPLIT_RECORDS_RAGGED - 1) / TQ_SPLIT_RECORDS_RAGGED;
+    if (splits > TQ_SPLITS_MAX) splits = TQ_SPLITS_MAX;
+    bool several_waves = n_tiles_of_one > n_multiprocessors && n_records_max > TQ_SPLIT_RECORDS_LONG;
+    return several_waves && n_tiles_of_one * (splits + 1) > most ? n_tiles_of_one * (splits + 1) : most;
+}
+
+/* As many of these splits as there is room for. */
+TQ_HD int32_t tq_splits_within(int32_t splits, int64_t n_row_tiles, int64_t n_partials)
+{
+    int64_t room = n_row_tiles > 0 ? n_partials / n_row_tiles - 1 : splits;
+    if (room < splits) splits = (int32_t)room;
+    return splits < 1 ? 1 : splits;
+}
+
 /* How the records of one row tile are cut: `records` for each split but the last, which has what is left. */
 typedef struct tq_tile_cut {
     int32_t n_splits, records;
