@@ -85,7 +85,7 @@ endif()
 tq_cuda_object(prefill prefill.cu ${tq_cuda_targets})
 tq_cuda_object(entry entry.cu ${tq_cuda_targets} ${tq_cuda_hopper})
 # Encoders round after each operation, as the specification does.
-foreach(name trellis encode_many append pages)
+foreach(name trellis encode_many append pages pass)
     tq_cuda_object(${name} ${name}.cu ${tq_cuda_targets} -fmad=false)
 endforeach()
 

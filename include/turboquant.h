@@ -404,6 +404,19 @@ TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_sto
  * copy: every call in the child but tq_cache_free is an ARGUMENT error, and the parent's file stays as it is.
  */
 typedef struct tq_cache tq_cache;
+/*
+ * Where keys and values are. In a CUDA device's memory (the current one of the thread that creates the cache, and of every
+ * call) they have the same bytes and exact tokens, and batches are the way in and out: append, prefill, attend, slots and dry
+ * runs are the CPU's.
+ */
+typedef enum tq_device_kind { TQ_DEVICE_CPU = 0, TQ_DEVICE_CUDA = 1 } tq_device_kind;
+/* A host's allocator of device memory, aligned to 128 bytes; alloc gives NULL when there is none. Called by any thread that
+ * uses the cache, and for what may still be in use by work on the stream. */
+typedef struct tq_allocator {
+    void *user;
+    void *(*alloc)(void *user, size_t bytes);
+    void (*free)(void *user, void *memory);
+} tq_allocator;
 typedef struct tq_cache_params {
     size_t struct_size;
     int32_t n_layer, n_head_kv;
@@ -427,6 +440,8 @@ typedef struct tq_cache_params {
     const tq_calibration *calibration; /* optional, of keys: as tq_store_params.calibration, all layers */
     uint64_t seed;
     bool dry_run; /* no vectors: pages, bytes, prefixes and refusals are those of a cache with them, in next to no memory */
+    tq_device_kind device;
+    const tq_allocator *allocator; /* of a device's memory, read as long as the cache lives; NULL: the device's own */
 } tq_cache_params;
 /* The preset TQ4, 64 pages of 128 tokens, one layer and one KV head. head_dim is to be set. */
 TQ_API void tq_cache_params_default(tq_cache_params *params);
@@ -550,6 +565,64 @@ typedef struct tq_cache_stats {
 } tq_cache_stats;
 TQ_API TQ_NODISCARD tq_status tq_cache_get_stats(tq_cache *cache, tq_cache_stats *out);
 
+/* ---- batches ------------------------------------------------------------------------------------------------------- */
+
+/*
+ * Sequences of a cache that go through a model together, on every device in the same way:
+ *
+ *     tq_batch_begin(batch, seqs, n_tok, n_head);     a forward pass: room is made, tables go to the device
+ *     tq_batch_attend(batch, layer, rows, executor);  for each layer: its tokens are appended, and their queries attend
+ *     tq_batch_end(batch);
+ *
+ * On a CUDA device calls only put work on the stream, and a step of decoding never waits: it can be captured in a CUDA graph if
+ * a step like it ran before and all pages are reserved. What is captured has not happened; tq_batch_replayed says when it has.
+ * One thread at a time. The cache must live longer.
+ */
+typedef struct tq_batch tq_batch;
+/* n_rows: sequences, the same number in each pass. Errors: ARGUMENT, MEMORY, DEVICE. */
+TQ_API TQ_NODISCARD tq_status tq_batch_create(tq_batch **out, tq_cache *cache, int32_t n_rows);
+TQ_API void tq_batch_free(tq_batch *batch);
+/*
+ * seqs [n_rows], all different, with n_tok [n_rows] tokens to come each, from 0. A pass that was left without an end is
+ * forgotten; tq_cache_trim takes back what its layers have appended. Errors: ARGUMENT (also: tokens of an earlier pass were not
+ * finite on the device, or a graph is being captured and something must be copied), RANGE, FULL, MEMORY, IO, DEVICE; then
+ * nothing was appended.
+ */
+TQ_API TQ_NODISCARD tq_status tq_batch_begin(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok, int32_t n_head);
+/* A layer's rows: the tokens of the first sequence, then those of the second, and so on. Pointers of the cache's device. */
+typedef enum tq_dtype { TQ_DTYPE_F32 = 0, TQ_DTYPE_F16 = 1, TQ_DTYPE_BF16 = 2 } tq_dtype;
+typedef struct tq_batch_rows {
+    size_t struct_size;
+    tq_dtype dtype;    /* of q, k, v and out */
+    const void *q;     /* [n, n_head, head_dim] with the strides below, in elements; 0: contiguous */
+    const void *k, *v; /* [n, n_head_kv, head_dim], of v head_dim_v; heads contiguous */
+    void *out;         /* [n, n_head, head_dim_v] */
+    int64_t q_token_stride, q_head_stride, k_token_stride, v_token_stride, out_token_stride, out_head_stride;
+    float softmax_scale;
+    float softcap;      /* 0: none */
+    int64_t window;     /* > 0: column > position - window */
+    const float *sinks; /* optional [n_head]: learned sink logits */
+} tq_batch_rows;
+TQ_API void tq_batch_rows_default(tq_batch_rows *rows);
+/*
+ * Append and attend, as if token by token: a token is exact for the queries for which it is among the last n_recent. Errors:
+ * ARGUMENT (no pass, or the layer has had its turn), NOT_FINITE (CPU: nothing was appended; a device says so in a later pass),
+ * MEMORY, DEVICE; then tq_cache_length tells what was appended.
+ */
+TQ_API TQ_NODISCARD tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *rows,
+                                              const tq_executor *executor);
+/* The pass is over. Errors: ARGUMENT (there was none). */
+TQ_API TQ_NODISCARD tq_status tq_batch_end(tq_batch *batch);
+/* Is the pass that is open, or what would begin now, captured in a CUDA graph? */
+TQ_API bool tq_batch_is_captured(const tq_batch *batch);
+/*
+ * A graph of a captured pass was launched. Errors: ARGUMENT: sequences have changed since the batch's last pass (trimmed,
+ * forked, others), or have no room; then the graph has written what others use.
+ */
+TQ_API TQ_NODISCARD tq_status tq_batch_replayed(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok);
+/* The stream, a cudaStream_t, on which a CUDA cache's calls work from now on; NULL, at first: the default one. */
+TQ_API TQ_NODISCARD tq_status tq_cache_set_stream(tq_cache *cache, void *stream);
+
 /* ---- snapshots ----------------------------------------------------------------------------------------------------- */
 
 /*
@@ -626,8 +699,6 @@ TQ_API TQ_NODISCARD tq_status tq_preset_bits_per_value(double *out, const tq_pre
  * Positions of a sequence: the first n_sink are exact for ever, the last n_recent exact until newer ones push them out; those
  * between are encoded, position p in page page_table[sequence][p / page_size]. Encoded bytes are those of the CPU's encoder.
  */
-typedef enum tq_dtype { TQ_DTYPE_F32 = 0, TQ_DTYPE_F16 = 1, TQ_DTYPE_BF16 = 2 } tq_dtype;
-
 typedef struct tq_cuda_info {
     char name[64];                        /* of the current device */
     int32_t compute_major, compute_minor; /* 9, 0 */

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["base", "codec", "kernels", "attention", "cache", "api"]
+ROOMS = ["base", "codec", "kernels", "attention", "device", "cache", "api"]
 PUBLIC = "turboquant.h"
 OUTSIDE = ["plugins/ggml", "tools", "examples"]
 INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)

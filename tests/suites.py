@@ -50,10 +50,11 @@ FUZZ_RUNS = 200  # of the stand-alone driver: some 7 s of the slowest target
 FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 5000, "fuzz_state": 250, "fuzz_store_ops": 800}
 # Whose unit tests these are. The hostile ones are written by tests/hostile/generate.py, the others are tests/unit/test_*.c.
 UNIT_ROOMS = {
-    "attention": "attention", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda", "dry_run": "cache",
-    "factors": "codec", "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api",
-    "invariants": "cache", "offload": "cache", "packing": "codec", "params": "api", "presets": "api", "restore": "cache",
-    "rotation": "codec", "snapshot": "cache", "store": "cache", "store_references": "cache", "threads": "base",
+    "attention": "attention", "batch": "cache", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda",
+    "dry_run": "cache", "factors": "codec", "file": "base", "fork": "cache", "golden": "codec", "half": "base",
+    "hostile": "api", "invariants": "cache", "offload": "cache", "packing": "codec", "params": "api", "presets": "api",
+    "restore": "cache", "rotation": "codec", "snapshot": "cache", "store": "cache", "store_references": "cache",
+    "threads": "base",
 }
 
 
@@ -127,7 +128,10 @@ def sources(folder, pattern):
 
 
 def units(kind, environment=None, emulator=(), names=None):
-    return [([*emulator, BUILD / kind / "tests/unit" / name], {**SANITIZERS, **(environment or {})})
+    # test_batch has the device that computes in host memory, next to the CPU.
+    device = {"TQ_CUDA_LIBRARY": str(BUILD / kind / "tests/cuda/libturboquant-cuda-emulated.so")}
+    return [([*emulator, BUILD / kind / "tests/unit" / name],
+             {**SANITIZERS, **(device if name == "test_batch" else {}), **(environment or {})})
             for name in names or [f"test_{name}" for name in UNIT_ROOMS]]
 
 

@@ -6,7 +6,7 @@
 #include <time.h>
 
 #include "api/checks.h"
-#include "api/params.h"
+#include "base/params.h"
 #include "base/alloc.h"
 #include "base/log.h"
 #include "cache/calibration.h"
@@ -61,6 +61,19 @@ static tq_status check_head_dim(int32_t head_dim)
     return TQ_ERR_HEAD_DIM;
 }
 
+static tq_status check_device(const tq_cache_params *params)
+{
+    if (params->device == TQ_DEVICE_CPU) return TQ_OK;
+    if (params->device != TQ_DEVICE_CUDA) {
+        tq_log(TQ_LOG_ERROR, WHO ": device is %d: give TQ_DEVICE_CPU or TQ_DEVICE_CUDA", (int)params->device);
+        return TQ_ERR_ARGUMENT;
+    }
+    if (!params->dry_run && params->budget_bytes == 0 && !params->offload_folder) return TQ_OK;
+    tq_log(TQ_LOG_ERROR,
+           WHO ": budget_bytes, an offload tier and dry runs are of caches in the CPU's memory: bound a device's by n_pages");
+    return TQ_ERR_ARGUMENT;
+}
+
 static tq_status check_params(const tq_cache_params *params)
 {
     if (params->n_layer < 1 || params->n_layer > LAYERS_MAX || params->n_head_kv < 1 || params->n_head_kv > TQ_HEADS_MAX) {
@@ -84,6 +97,7 @@ static tq_status check_params(const tq_cache_params *params)
                (int)params->n_pages);
         return TQ_ERR_ARGUMENT;
     }
+    TQ_TRY(check_device(params));
     TQ_TRY(tq_check_exact(WHO, params->n_sink, params->n_recent, params->k_ref_block));
     if (params->n_take_back < 0 || params->n_take_back > TAKE_BACK_MAX) {
         tq_log(TQ_LOG_ERROR, WHO ": n_take_back is %d; give 0 to %d tokens", (int)params->n_take_back, TAKE_BACK_MAX);
@@ -111,7 +125,7 @@ tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params)
     const tq_kernels *kernels = tq_kernels_get();
     if (!kernels) return TQ_ERR_CPU;
     tq_status status = tq_cache_build(out, &own, kernels);
-    if (status == TQ_ERR_ARGUMENT)
+    if (status == TQ_ERR_ARGUMENT && own.device == TQ_DEVICE_CPU)
         tq_log(TQ_LOG_ERROR, WHO ": a page's bytes overflow; lower n_layer, n_head_kv or page_size");
     else if (status == TQ_ERR_FULL)
         tq_log(TQ_LOG_ERROR,
@@ -144,16 +158,26 @@ static tq_status check_vectors(const tq_cache *cache)
     return TQ_ERR_ARGUMENT;
 }
 
+/* For calls with vectors in the host's memory. */
+static tq_status check_host(const tq_cache *cache)
+{
+    TQ_TRY(tq_check_cache(cache));
+    if (!cache->device) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, WHO ": the vectors are in a %s device's memory: use tq_batch_begin and tq_batch_attend",
+           cache->device->name);
+    return TQ_ERR_ARGUMENT;
+}
+
 static tq_status check_layer(const tq_cache *cache, int32_t layer)
 {
-    if (layer >= 0 && layer < cache->n_layer) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, WHO ": there is no layer %d; there are %d", (int)layer, (int)cache->n_layer);
+    if (layer >= 0 && layer < cache->shape.n_layer) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, WHO ": there is no layer %d; there are %d", (int)layer, (int)cache->shape.n_layer);
     return TQ_ERR_RANGE;
 }
 
 static int32_t value_dim(const tq_cache *cache, int32_t layer)
 {
-    return tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim;
+    return tq_shape_side(&cache->shape, layer, TQ_SIDE_V)->codec->head_dim;
 }
 
 static tq_status find_layer(tq_cache *cache, int32_t seq, int32_t layer, tq_sequence **out)
@@ -175,13 +199,13 @@ tq_status tq_cache_set_key_factors(tq_cache *cache, int32_t layer, const int8_t 
 {
     TQ_TRY(tq_check_cache(cache));
     TQ_TRY(check_layer(cache, layer));
-    const tq_cache_side *keys = tq_cache_side_get(cache, layer, TQ_SIDE_K);
-    if (factors) TQ_TRY(tq_check_factors(WHO, factors, cache->n_head_kv, keys->codec->head_dim, cache->calibration));
+    const tq_side *keys = tq_shape_side(&cache->shape, layer, TQ_SIDE_K);
+    if (factors) TQ_TRY(tq_check_factors(WHO, factors, cache->shape.n_head_kv, keys->codec->head_dim, cache->calibration));
     int8_t *copy = NULL;
     tq_cache_lock(cache);
     bool takes = tq_cache_takes_factors(cache, layer, factors, true);
     tq_status status = takes ? tq_cache_copy_factors(cache, layer, factors, &copy) : TQ_ERR_ARGUMENT;
-    if (status == TQ_OK) tq_cache_put_factors(cache, layer, copy);
+    if (status == TQ_OK) status = tq_cache_put_factors(cache, layer, copy);
     tq_cache_unlock(cache);
     if (!takes)
         tq_log(TQ_LOG_ERROR, WHO ": layer %d holds tokens whose keys have other factors: set them before the first token",
@@ -196,8 +220,8 @@ tq_status tq_cache_get_key_factors(tq_cache *cache, int32_t layer, int8_t *facto
     if (!factors) return TQ_ERR_ARGUMENT;
     TQ_TRY(tq_check_cache(cache));
     TQ_TRY(check_layer(cache, layer));
-    const tq_cache_side *keys = tq_cache_side_get(cache, layer, TQ_SIDE_K);
-    size_t n = (size_t)cache->n_head_kv * (size_t)keys->codec->head_dim;
+    const tq_side *keys = tq_shape_side(&cache->shape, layer, TQ_SIDE_K);
+    size_t n = (size_t)cache->shape.n_head_kv * (size_t)keys->codec->head_dim;
     tq_cache_lock(cache);
     if (keys->factors)
         memcpy(factors, keys->factors, n);
@@ -233,7 +257,7 @@ tq_status tq_cache_seq_fork(tq_cache *cache, int32_t from, int32_t *seq)
 static int64_t shortest_layer(const tq_cache *cache, const tq_sequence *sequence)
 {
     int64_t shortest = sequence->length[0];
-    for (int32_t i = 1; i < cache->n_layer; i++) {
+    for (int32_t i = 1; i < cache->shape.n_layer; i++) {
         if (sequence->length[i] < shortest) shortest = sequence->length[i];
     }
     return shortest;
@@ -275,8 +299,14 @@ tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq)
     tq_sequence *sequence;
     TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
     tq_sequence_close(cache, sequence->id);
+    tq_status status = TQ_OK;
+    if (cache->device) {
+        bool is_last = true;
+        for (int32_t i = 0; i < cache->n_sequences; i++) is_last &= !cache->sequences[i];
+        if (is_last) status = cache->device->forget(cache->memory); /* what comes next may be of another model */
+    }
     tq_cache_unlock(cache);
-    return TQ_OK;
+    return status;
 }
 
 tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok)
@@ -284,7 +314,7 @@ tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok)
     tq_sequence *sequence;
     if (n_tok < 0) return TQ_ERR_ARGUMENT;
     TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
-    tq_status status = n_tok > (int64_t)cache->pool.n_pages * cache->page_size ? TQ_ERR_FULL : TQ_OK;
+    tq_status status = n_tok > (int64_t)cache->pool.n_pages * cache->shape.page_size ? TQ_ERR_FULL : TQ_OK;
     if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, -1, n_tok);
     tq_sequence_let_go(cache, sequence, &sequence->held);
     report(cache, status, "reserve");
@@ -312,9 +342,10 @@ static int64_t now_ns(void)
 
 static tq_status check_rows(const tq_cache *cache, int32_t layer, int64_t position, int64_t n, const float *rows, int32_t side)
 {
-    int32_t head_dim = tq_cache_side_get(cache, layer, side)->codec->head_dim;
+    int32_t head_dim = tq_shape_side(&cache->shape, layer, side)->codec->head_dim;
     for (int64_t i = 0; i < n; i++) {
-        int32_t head = tq_check_row(cache->kernels, rows + i * cache->n_head_kv * head_dim, cache->n_head_kv, head_dim);
+        int32_t head =
+            tq_check_row(cache->shape.kernels, rows + i * cache->shape.n_head_kv * head_dim, cache->shape.n_head_kv, head_dim);
         if (head < 0) continue;
         tq_log(TQ_LOG_ERROR,
                WHO
@@ -334,7 +365,7 @@ static tq_status begin_append(tq_cache *cache, tq_sequence *sequence, int32_t la
         tq_log(TQ_LOG_ERROR, WHO ": append: n_tok is negative, or k or v is NULL");
         return TQ_ERR_ARGUMENT;
     }
-    int64_t length = sequence->length[layer], capacity = (int64_t)cache->pool.n_pages * cache->page_size;
+    int64_t length = sequence->length[layer], capacity = (int64_t)cache->pool.n_pages * cache->shape.page_size;
     tq_status status = n_tok > capacity - length ? TQ_ERR_FULL : TQ_OK;
     if (status == TQ_OK && !is_dry) {
         TQ_TRY(check_rows(cache, layer, length, n_tok, k, TQ_SIDE_K));
@@ -351,6 +382,7 @@ tq_status tq_cache_append(tq_cache *cache, int32_t seq, int32_t layer, int64_t n
                           const tq_executor *executor)
 {
     tq_sequence *sequence;
+    TQ_TRY(check_host(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
     TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
     if (n_tok == 0) return TQ_OK;
@@ -365,10 +397,11 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
                            const tq_attend_params *params, const tq_executor *executor)
 {
     tq_sequence *sequence;
+    TQ_TRY(check_host(cache));
     TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
     TQ_PARAMS(tq_attend_params, own, params, WHO);
-    TQ_TRY(tq_check_attend(WHO, &own, n_tok, cache->n_head_kv, value_dim(cache, layer)));
+    TQ_TRY(tq_check_attend(WHO, &own, n_tok, cache->shape.n_head_kv, value_dim(cache, layer)));
     if (own.mask || own.key_stage || own.value_stage) {
         tq_log(TQ_LOG_ERROR, WHO ": prefill: there is neither mask nor stage");
         return TQ_ERR_ARGUMENT;
@@ -389,8 +422,8 @@ static tq_status check_slot_rows(const tq_cache *cache, int32_t layer, const int
 {
     for (int64_t i = 0; i < n; i++) {
         if (slots[i] < 0) continue;
-        int64_t k_row = (int64_t)cache->n_head_kv * tq_cache_side_get(cache, layer, TQ_SIDE_K)->codec->head_dim;
-        int64_t v_row = (int64_t)cache->n_head_kv * tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim;
+        int64_t k_row = (int64_t)cache->shape.n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->codec->head_dim;
+        int64_t v_row = (int64_t)cache->shape.n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_V)->codec->head_dim;
         TQ_TRY(check_rows(cache, layer, i, 1, k + i * k_row, TQ_SIDE_K));
         TQ_TRY(check_rows(cache, layer, i, 1, v + i * v_row, TQ_SIDE_V));
     }
@@ -400,6 +433,7 @@ static tq_status check_slot_rows(const tq_cache *cache, int32_t layer, const int
 tq_status tq_cache_append_slots(tq_cache *cache, int32_t layer, int64_t n_tok, const int64_t *slot_mapping, const float *k,
                                 const float *v, const tq_executor *executor)
 {
+    TQ_TRY(check_host(cache));
     TQ_TRY(check_vectors(cache));
     TQ_TRY(check_layer(cache, layer));
     if (n_tok < 0 || n_tok > TQ_COUNT_MAX || (n_tok > 0 && (!slot_mapping || !k || !v))) {
@@ -435,16 +469,18 @@ tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_
                           const tq_executor *executor)
 {
     tq_sequence *sequence;
+    TQ_TRY(check_host(cache));
     TQ_TRY(check_vectors(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
     TQ_PARAMS(tq_attend_params, own, params, WHO);
-    TQ_TRY(tq_check_attend(WHO, &own, own.n_query, cache->n_head_kv, value_dim(cache, layer)));
+    TQ_TRY(tq_check_attend(WHO, &own, own.n_query, cache->shape.n_head_kv, value_dim(cache, layer)));
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
     tq_kv_view keys = tq_cache_view(cache, sequence, layer, TQ_SIDE_K, exact_k);
     tq_kv_view values = tq_cache_view(cache, sequence, layer, TQ_SIDE_V, exact_v);
     int64_t started = now_ns();
     tq_cache_begin_reading(cache, &sequence, 1);
-    tq_status status = tq_attend(cache->kernels, &keys, &values, cache->n_head_kv, sequence->length[layer], &own, executor);
+    tq_status status =
+        tq_attend(cache->shape.kernels, &keys, &values, cache->shape.n_head_kv, sequence->length[layer], &own, executor);
     tq_cache_end_reading(cache, &sequence, 1);
     atomic_fetch_add(&cache->attend_ns, now_ns() - started);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": layer %d: attend: %s", (int)layer, tq_status_string(status));
@@ -477,7 +513,7 @@ static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_atte
         }
     }
     int64_t n_query = batch->n_seq > 0 ? batch->query_starts[batch->n_seq] : 0;
-    return tq_check_attend(WHO, &batch->params, n_query, cache->n_head_kv, value_dim(cache, layer));
+    return tq_check_attend(WHO, &batch->params, n_query, cache->shape.n_head_kv, value_dim(cache, layer));
 }
 
 /* Look a batch's sequences up, and check what is asked of them. */
@@ -497,6 +533,7 @@ static tq_status find_batch(tq_cache *cache, int32_t layer, const tq_attend_batc
 
 tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_batch *batch, const tq_executor *executor)
 {
+    TQ_TRY(check_host(cache));
     TQ_TRY(check_vectors(cache));
     TQ_TRY(check_layer(cache, layer));
     TQ_PARAMS(tq_attend_batch, own, batch, WHO);
@@ -522,14 +559,14 @@ tq_status tq_cache_trim(tq_cache *cache, int32_t seq, int64_t n_tok)
         return TQ_ERR_ARGUMENT;
     }
     TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
-    tq_sequence_trim(cache, sequence, n_tok);
+    tq_status status = report(cache, tq_sequence_trim(cache, sequence, n_tok), "trim");
     tq_cache_unlock(cache);
-    return TQ_OK;
+    return status;
 }
 
 int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer)
 {
-    if (tq_check_cache(cache) != TQ_OK || layer < 0 || layer >= cache->n_layer) return -1;
+    if (tq_check_cache(cache) != TQ_OK || layer < 0 || layer >= cache->shape.n_layer) return -1;
     tq_cache_lock(cache);
     const tq_sequence *sequence = tq_cache_sequence(cache, seq);
     int64_t length = sequence ? sequence->length[layer] : -1;
@@ -537,12 +574,15 @@ int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer)
     return length;
 }
 
-static void read_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t side, int64_t first, int64_t n,
-                      float *rows)
+/* copy: what a device holds of it, or NULL. */
+static void read_side(const tq_cache *cache, const tq_sequence *sequence, const tq_host_copy *copy, int32_t layer, int32_t side,
+                      int64_t first, int64_t n, float *rows)
 {
     tq_exact_entry exact[TQ_EXACT_MAX];
-    tq_kv_view view = tq_cache_view(cache, sequence, layer, side, exact);
-    tq_rows_read(cache->kernels, &view, cache->n_head_kv, first, n, rows, (int64_t)cache->n_head_kv * view.codec->head_dim);
+    tq_kv_view view = copy ? tq_host_copy_view(copy, cache, sequence, layer, side, exact)
+                           : tq_cache_view(cache, sequence, layer, side, exact);
+    int32_t n_head_kv = cache->shape.n_head_kv;
+    tq_rows_read(cache->shape.kernels, &view, n_head_kv, first, n, rows, (int64_t)n_head_kv * view.codec->head_dim);
 }
 
 tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t first, int64_t n, float *k, float *v)
@@ -554,16 +594,22 @@ tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t fir
         tq_log(TQ_LOG_ERROR, WHO ": read: first or n is negative");
         return TQ_ERR_ARGUMENT;
     }
-    int64_t length = sequence->length[layer];
+    int64_t length = sequence->length[layer], page_size = cache->shape.page_size;
     if (first > length || n > length - first) {
         tq_log(TQ_LOG_ERROR, WHO ": read: layer %d of sequence %d has %lld tokens; %lld from %lld on are out of range",
                (int)layer, (int)seq, (long long)length, (long long)n, (long long)first);
         return TQ_ERR_RANGE;
     }
+    if (n == 0) return TQ_OK;
+    tq_host_copy copy;
+    if (cache->device)
+        TQ_TRY(tq_host_copy_open(&copy, cache, sequence, first / page_size, (first + n + page_size - 1) / page_size));
+    const tq_host_copy *held = cache->device ? &copy : NULL;
     tq_cache_begin_reading(cache, &sequence, 1);
-    if (k) read_side(cache, sequence, layer, TQ_SIDE_K, first, n, k);
-    if (v) read_side(cache, sequence, layer, TQ_SIDE_V, first, n, v);
+    if (k) read_side(cache, sequence, held, layer, TQ_SIDE_K, first, n, k);
+    if (v) read_side(cache, sequence, held, layer, TQ_SIDE_V, first, n, v);
     tq_cache_end_reading(cache, &sequence, 1);
+    if (held) tq_host_copy_close(&copy);
     return TQ_OK;
 }
 

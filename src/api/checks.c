@@ -6,7 +6,7 @@
 
 #include "base/log.h"
 #include "codec/factors.h"
-#include "cache/kv_rows.h"
+#include "device/rows.h"
 
 /* Elements; their bytes, and sums of a few, do not overflow. */
 #define PLACE_MAX (INT64_MAX / 64)

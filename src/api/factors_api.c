@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_key_factors: argument checks in front of codec/factors.c. */
 #include "api/checks.h"
-#include "api/params.h"
+#include "base/params.h"
 #include "base/log.h"
 #include "codec/factors.h"
 

@@ -14,15 +14,16 @@ static bool has_vectors(const tq_cache *cache)
 
 static bool has_exact_bytes(const tq_cache *cache, size_t exact_bytes)
 {
-    if (exact_bytes == cache->exact_bytes) return true;
-    tq_log(TQ_LOG_ERROR, "sequence: %zu bytes of exact data, where this cache has %zu", exact_bytes, cache->exact_bytes);
+    if (exact_bytes == cache->shape.exact_bytes) return true;
+    tq_log(TQ_LOG_ERROR, "sequence: %zu bytes of exact data, where this cache has %zu", exact_bytes, cache->shape.exact_bytes);
     return false;
 }
 
 tq_status tq_cache_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq)
 {
     if (!path || n_seq < 0 || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
-    tq_status status = tq_snapshot_save(cache, path, seqs, n_seq);
+    tq_status status = cache->device ? cache->device->check(cache->memory) : TQ_OK;
+    if (status == TQ_OK) status = tq_snapshot_save(cache, path, seqs, n_seq);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "snapshot: %s was not written: %s", path, tq_status_string(status));
     return status;
 }
@@ -46,9 +47,9 @@ tq_status tq_cache_seq_export(tq_cache *cache, int32_t seq, int64_t first_page, 
     tq_sequence *sequence;
     TQ_TRY(tq_check_sequence("seq_export", cache, seq, &sequence));
     bool exists = first_page <= sequence->n_pages && n_pages <= sequence->n_pages - first_page;
-    if (exists) tq_sequence_export(cache, sequence, first_page, n_pages, pages, exact);
+    tq_status status = exists ? tq_sequence_export(cache, sequence, first_page, n_pages, pages, exact) : TQ_OK;
     tq_cache_unlock(cache);
-    if (exists) return TQ_OK;
+    if (exists) return status;
     tq_log(TQ_LOG_ERROR, "seq_export: sequence %d has no %lld pages behind its first %lld", (int)seq, (long long)n_pages,
            (long long)first_page);
     return TQ_ERR_RANGE;
@@ -59,7 +60,7 @@ tq_status tq_cache_seq_import(tq_cache *cache, int32_t seq, int64_t n_tok, int64
 {
     if (n_tok < 0 || first_page < 0 || !has_vectors(cache)) return TQ_ERR_ARGUMENT;
     if (!has_exact_bytes(cache, exact ? exact_bytes : 0)) return TQ_ERR_ARGUMENT;
-    int64_t page_size = cache->page_size, n_pages = n_tok / page_size + (n_tok % page_size > 0);
+    int64_t page_size = cache->shape.page_size, n_pages = n_tok / page_size + (n_tok % page_size > 0);
     if (first_page < n_pages && !pages) return TQ_ERR_ARGUMENT;
     tq_sequence *sequence;
     TQ_TRY(tq_check_sequence("seq_import", cache, seq, &sequence));

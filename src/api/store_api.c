@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_store_*: argument checks in front of cache/store.c. */
 #include "api/checks.h"
-#include "api/params.h"
+#include "base/params.h"
 #include "base/alloc.h"
 #include "base/log.h"
 #include "cache/stage.h"

@@ -26,7 +26,7 @@ static tq_status get_codec(tq_cache *cache, int32_t side, tq_format format, int3
             tq_free(codec);
             return status;
         }
-        codec->kernels = cache->kernels;
+        codec->kernels = cache->shape.kernels;
         *slot = codec;
     }
     *out = *slot;
@@ -44,7 +44,7 @@ static tq_status lay_out(size_t *total, size_t *offset, size_t stride, int32_t n
 
 static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32_t layer, int32_t i_side, size_t *page_bytes)
 {
-    tq_cache_side *side = &cache->sides[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
+    tq_side *side = &cache->shape.sides[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
     bool is_k = i_side == TQ_SIDE_K;
     int32_t head_dim = is_k || params->head_dim_v == 0 ? params->head_dim : params->head_dim_v;
     const tq_format *per_layer = is_k ? params->layer_k_formats : params->layer_v_formats;
@@ -71,7 +71,7 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
         tq_align_up(tq_head_page_bytes(vector_bytes, params->page_size, ref_bytes, side->ref_block), ALIGN_BYTES);
     side->exact_head_stride_bytes = (size_t)(side->n_sink + side->n_ring) * tq_codec_vector_bytes(side->exact_codec);
     TQ_TRY(lay_out(page_bytes, &side->page_offset_bytes, side->head_stride_bytes, params->n_head_kv));
-    return lay_out(&cache->exact_bytes, &side->exact_offset_bytes, side->exact_head_stride_bytes, params->n_head_kv);
+    return lay_out(&cache->shape.exact_bytes, &side->exact_offset_bytes, side->exact_head_stride_bytes, params->n_head_kv);
 }
 
 static void forget_prefix(void *context, int32_t page)
@@ -83,13 +83,14 @@ static void forget_prefix(void *context, int32_t page)
 
 static size_t sides_bytes(int32_t n_layer)
 {
-    return (size_t)n_layer * TQ_N_SIDES * sizeof(tq_cache_side);
+    return (size_t)n_layer * TQ_N_SIDES * sizeof(tq_side);
 }
 
 /* One slot of an offload tier stays free, so that a page in memory and one in the file can change places. */
 static tq_status pool_init(tq_cache *cache, const tq_cache_params *params, size_t page_bytes, int32_t *n_pages)
 {
     int32_t n_slots = params->offload_folder ? tq_offload_slots(params->offload_bytes, page_bytes) : 0;
+    if (cache->device) page_bytes = cache->device->frame_bytes(cache->memory);
     size_t room = cache->budget.limit - cache->budget.used, table_bytes = n_slots > 0 ? tq_offload_bytes(n_slots) : 0;
     if (table_bytes > room || (params->offload_folder && n_slots < 2)) return TQ_ERR_FULL;
     size_t most = (room - table_bytes) / page_bytes, limit = (size_t)(INT32_MAX / params->page_size);
@@ -100,21 +101,24 @@ static tq_status pool_init(tq_cache *cache, const tq_cache_params *params, size_
     if (n_frames > *n_pages) n_frames = *n_pages;
     tq_offload *offload = NULL;
     if (n_slots > 0) TQ_TRY(tq_offload_open(&offload, params->offload_folder, n_slots, page_bytes));
-    return tq_page_pool_init(&cache->pool, *n_pages, n_frames, page_bytes, offload, &cache->budget);
+    return tq_page_pool_init(&cache->pool, *n_pages, n_frames, page_bytes, offload, &cache->budget, cache->device,
+                             cache->memory);
 }
 
 static tq_status cache_init(tq_cache *cache, const tq_cache_params *params)
 {
     size_t page_bytes = 0, sink_bytes = 0;
-    cache->sides = tq_budget_alloc(&cache->budget, sides_bytes(params->n_layer));
-    if (!cache->sides) return tq_budget_failure(&cache->budget, sides_bytes(params->n_layer));
+    cache->shape.sides = tq_budget_alloc(&cache->budget, sides_bytes(params->n_layer));
+    if (!cache->shape.sides) return tq_budget_failure(&cache->budget, sides_bytes(params->n_layer));
     for (int32_t layer = 0; layer < params->n_layer; layer++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(side_init(cache, params, layer, side, &page_bytes));
     }
     for (int32_t i = 0; i < params->n_layer * TQ_N_SIDES; i++) {
-        const tq_cache_side *side = &cache->sides[i];
+        const tq_side *side = &cache->shape.sides[i];
         sink_bytes += (size_t)(side->n_sink * params->n_head_kv) * tq_codec_vector_bytes(side->exact_codec);
     }
+    cache->shape.page_bytes = page_bytes;
+    if (cache->device) TQ_TRY(cache->device->open(&cache->memory, &cache->shape, params->allocator));
     int32_t n_pages;
     TQ_TRY(pool_init(cache, params, page_bytes, &n_pages));
     cache->pool.forget = forget_prefix;
@@ -135,14 +139,15 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
         tq_free(cache);
         return status;
     }
-    cache->kernels = kernels;
-    cache->n_layer = params->n_layer;
-    cache->n_head_kv = params->n_head_kv;
-    cache->page_size = params->page_size;
+    cache->device = params->device == TQ_DEVICE_CUDA ? &tq_device_cuda : NULL;
+    cache->shape.kernels = kernels;
+    cache->shape.n_layer = params->n_layer;
+    cache->shape.n_head_kv = params->n_head_kv;
+    cache->shape.page_size = params->page_size;
     cache->n_sink = params->n_sink;
     cache->n_recent = params->n_recent;
     cache->k_ref_block = params->k_ref_block;
-    cache->seed = params->seed;
+    cache->shape.seed = params->seed;
     cache->calibration = params->calibration;
     status = cache_init(cache, params);
     if (status != TQ_OK) {
@@ -156,7 +161,7 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
 /* Of a layer; only caches that were made have any. */
 static size_t factors_bytes(const tq_cache *cache)
 {
-    return (size_t)cache->n_head_kv * (size_t)tq_cache_side_get(cache, 0, TQ_SIDE_K)->codec->head_dim;
+    return (size_t)cache->shape.n_head_kv * (size_t)tq_shape_side(&cache->shape, 0, TQ_SIDE_K)->codec->head_dim;
 }
 
 /* NULL for zeros. */
@@ -170,7 +175,7 @@ static const int8_t *unless_zero(const int8_t *factors, size_t n)
 
 static bool has_factors(const tq_cache *cache, int32_t layer, const int8_t *factors)
 {
-    const tq_cache_side *side = tq_cache_side_get(cache, layer, TQ_SIDE_K);
+    const tq_side *side = tq_shape_side(&cache->shape, layer, TQ_SIDE_K);
     size_t n = factors_bytes(cache);
     factors = side->codec->traits->family == TQ_FAMILY_EXACT ? NULL : unless_zero(factors, n);
     return factors && side->factors ? memcmp(factors, side->factors, n) == 0 : factors == side->factors;
@@ -190,7 +195,7 @@ bool tq_cache_takes_factors(const tq_cache *cache, int32_t layer, const int8_t *
 tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *factors, int8_t **out)
 {
     size_t n = factors_bytes(cache);
-    *out = tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors;
+    *out = tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->factors;
     if (has_factors(cache, layer, factors)) return TQ_OK;
     *out = NULL;
     if (!unless_zero(factors, n)) return TQ_OK;
@@ -208,18 +213,21 @@ void tq_cache_need_factors(const tq_cache *cache, int32_t layer, const int8_t *f
     if (!has_factors(cache, layer, factors) && unless_zero(factors, n)) need->bytes += n;
 }
 
-void tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy)
+tq_status tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy)
 {
-    tq_cache_side *side = &cache->sides[(size_t)layer * TQ_N_SIDES + TQ_SIDE_K];
+    tq_side *side = &cache->shape.sides[(size_t)layer * TQ_N_SIDES + TQ_SIDE_K];
     int8_t *before = side->factors;
-    if (copy == before) return;
+    if (copy == before) return TQ_OK;
     side->factors = copy;
-    tq_cache_drop_factors(cache, layer, before);
+    tq_status status = cache->device ? cache->device->put_factors(cache->memory, layer) : TQ_OK;
+    if (status != TQ_OK) side->factors = before;
+    tq_cache_drop_factors(cache, layer, status == TQ_OK ? before : copy);
+    return status;
 }
 
 void tq_cache_drop_factors(tq_cache *cache, int32_t layer, int8_t *copy)
 {
-    bool is_used = copy == tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors;
+    bool is_used = copy == tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->factors;
     if (copy && !is_used) tq_budget_free(&cache->budget, copy, factors_bytes(cache));
 }
 
@@ -259,8 +267,11 @@ void tq_cache_destroy(tq_cache *cache)
     tq_budget_free(&cache->budget, cache->sequences, (size_t)cache->n_sequences * sizeof *cache->sequences);
     if (cache->prefixes.budget) tq_prefix_index_deinit(&cache->prefixes);
     if (cache->pool.budget) tq_page_pool_deinit(&cache->pool);
-    for (int32_t layer = 0; cache->sides && layer < cache->n_layer; layer++) tq_cache_put_factors(cache, layer, NULL);
-    tq_budget_free(&cache->budget, cache->sides, sides_bytes(cache->n_layer));
+    if (cache->memory) cache->device->close(cache->memory);
+    cache->device = NULL; /* whose memory is gone */
+    for (int32_t layer = 0; cache->shape.sides && layer < cache->shape.n_layer; layer++)
+        (void)tq_cache_put_factors(cache, layer, NULL);
+    tq_budget_free(&cache->budget, cache->shape.sides, sides_bytes(cache->shape.n_layer));
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++) {
             if (cache->codecs[side][format]) tq_codec_deinit(cache->codecs[side][format]);
@@ -271,7 +282,7 @@ void tq_cache_destroy(tq_cache *cache)
     tq_free(cache);
 }
 
-static int32_t list_exact(const tq_cache_side *side, int64_t ring_begin, int64_t length, tq_exact_entry *out)
+static int32_t list_exact(const tq_side *side, int64_t ring_begin, int64_t length, tq_exact_entry *out)
 {
     int32_t n = 0;
     for (int64_t p = 0; p < side->n_sink && p < length; p++) out[n++] = (tq_exact_entry){.column = p, .index = (int32_t)p};
@@ -284,7 +295,7 @@ static int32_t list_exact(const tq_cache_side *side, int64_t ring_begin, int64_t
 tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side,
                          tq_exact_entry *exact)
 {
-    const tq_cache_side *side = tq_cache_side_get(cache, layer, i_side);
+    const tq_side *side = tq_shape_side(&cache->shape, layer, i_side);
     int64_t ring_begin = sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
     return (tq_kv_view){
         .codec = side->codec,
@@ -316,7 +327,7 @@ void tq_cache_count(const tq_cache *cache, tq_cache_stats *out)
         .n_pages_offloaded = pool->offload ? pool->offload->n_slots - pool->offload->n_free : 0,
         .n_offloads = pool->n_offloads,
         .n_restores = pool->n_restores,
-        .page_bytes = pool->page_bytes,
+        .page_bytes = cache->shape.page_bytes,
         .table_bytes = (size_t)cache->n_sequences * sizeof *cache->sequences,
         .allocated_bytes = cache->budget.used + (cache->calibration ? cache->calibration->bytes : 0),
         .n_evicted_pages = cache->n_evicted,
@@ -334,11 +345,15 @@ void tq_cache_count(const tq_cache *cache, tq_cache_stats *out)
     }
     for (int32_t i = 0; i < pool->n_pages; i++) stats.n_pages_shared += pool->pages[i].n_refs > 1;
     stats.exact_bytes = cache->exact_total;
-    if (cache->exact_bytes > 0) stats.table_bytes += cache->exact_total / cache->exact_bytes * sizeof(tq_exact_data);
+    if (cache->shape.exact_bytes > 0)
+        stats.table_bytes += cache->exact_total / cache->shape.exact_bytes * sizeof(tq_exact_data);
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++)
             stats.allocated_bytes += codec_bytes(cache->codecs[side][format]);
     }
+    if (cache->memory) /* the pool's pages are counted */
+        stats.allocated_bytes +=
+            cache->device->bytes(cache->memory) - (size_t)(pool->n_frames - pool->n_bare) * pool->page_bytes;
     *out = stats;
 }
 

@@ -24,25 +24,16 @@
 #include "attention/attention.h"
 #include "base/fork.h"
 #include "base/log.h"
-#include "cache/kv_rows.h"
 #include "cache/page_pool.h"
 #include "cache/prefix.h"
-
-enum { TQ_SIDE_K = 0, TQ_SIDE_V = 1, TQ_N_SIDES = 2 };
-
-typedef struct tq_cache_side {
-    const tq_codec *codec, *exact_codec, *ref_codec;    /* ref_codec NULL: no references */
-    const uint16_t *transforms;                         /* of the calibration, or NULL */
-    int8_t *factors;                                    /* [n_head_kv, head_dim] of keys' channels, or NULL: all zeros */
-    int32_t n_sink, n_recent, n_ring, ref_block;        /* n_ring: vectors of the ring, n_recent and what may be taken back */
-    size_t page_offset_bytes, head_stride_bytes;        /* within a page */
-    size_t exact_offset_bytes, exact_head_stride_bytes; /* within a sequence's exact data */
-} tq_cache_side;
+#include "device/device.h"
+#include "device/rows.h"
 
 /* The exact data of one sequence, or of several after a fork until one of them writes. */
 typedef struct tq_exact_data {
     int32_t n_refs;
-    _Alignas(64) uint8_t bytes[];
+    int32_t slot;                 /* on a device, */
+    _Alignas(64) uint8_t bytes[]; /* or here, in the host's memory */
 } tq_exact_data;
 
 /* Pages [begin, end) of a sequence's table that are pinned in memory, to be written; none: 0 and 0. */
@@ -66,14 +57,12 @@ typedef struct tq_sequence {
 } tq_sequence;
 
 struct tq_cache {
-    const tq_kernels *kernels;
-    int32_t n_layer, n_head_kv, page_size;
+    tq_shape shape;
     int32_t n_sink, n_recent, k_ref_block; /* as asked for; sides have what they need */
-    uint64_t seed;
+    const tq_device *device;               /* that holds pages and exact data; NULL: the host's memory does */
+    tq_memory *memory;
     const tq_calibration *calibration;             /* NULL: none */
     tq_codec *codecs[TQ_N_SIDES][TQ_FORMAT_COUNT]; /* NULL where no layer needs it */
-    tq_cache_side *sides;                          /* [n_layer, TQ_N_SIDES] */
-    size_t exact_bytes;                            /* of one sequence */
     tq_budget budget;
     tq_fork_record fork;
     pthread_mutex_t lock; /* of all below but the counters */
@@ -86,21 +75,16 @@ struct tq_cache {
     _Atomic int64_t encode_ns, attend_ns;
 };
 
-static inline const tq_cache_side *tq_cache_side_get(const tq_cache *cache, int32_t layer, int32_t side)
-{
-    return &cache->sides[(size_t)layer * TQ_N_SIDES + (size_t)side];
-}
-
-/* Which exact vector a position is that is exact. */
-static inline int32_t tq_exact_place(const tq_cache_side *side, int64_t position)
-{
-    return position < side->n_sink ? (int32_t)position : side->n_sink + (int32_t)(position % side->n_ring);
-}
-
 /* Numbers of a sequence that files have: its lengths and where its rings begin. */
 static inline size_t tq_sequence_file_numbers(const tq_cache *cache)
 {
-    return (size_t)cache->n_layer * (1 + TQ_N_SIDES);
+    return (size_t)cache->shape.n_layer * (1 + TQ_N_SIDES);
+}
+
+/* All numbers of a sequence, in one piece of memory. */
+static inline size_t tq_sequence_numbers(const tq_cache *cache)
+{
+    return (size_t)cache->shape.n_layer * (1 + 2 * TQ_N_SIDES);
 }
 
 /* NULL if there is none. */
@@ -109,7 +93,7 @@ static inline tq_sequence *tq_cache_sequence(const tq_cache *cache, int32_t seq)
     return seq >= 0 && seq < cache->n_sequences ? cache->sequences[seq] : NULL;
 }
 
-static inline uint8_t *tq_sequence_exact(const tq_sequence *sequence, const tq_cache_side *side)
+static inline uint8_t *tq_sequence_exact(const tq_sequence *sequence, const tq_side *side)
 {
     return sequence->exact ? sequence->exact->bytes + side->exact_offset_bytes : NULL;
 }
@@ -130,17 +114,17 @@ static inline void tq_cache_unlock(tq_cache *cache)
     pthread_mutex_unlock(&cache->lock);
     tq_log_send();
 }
-tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side);
+tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_side *side);
 /*
  * Factors of a layer's keys, as tq_store_params.factors; NULL: zeros. Does a layer take these: are they what it has, or does it
  * hold nothing yet? is_alone: nobody else uses the cache, so that sequences can be looked at. A copy (errors: FULL, MEMORY) is
- * put in their place, or dropped. It is NULL for zeros and where keys are exact, and what the layer has where that is the same:
- * other threads may be reading it. Locked.
+ * put in their place (errors, on a device: MEMORY, DEVICE), or dropped. It is NULL for zeros and where keys are exact, and what
+ * the layer has where that is the same: other threads may be reading it. Locked.
  */
 bool tq_cache_takes_factors(const tq_cache *cache, int32_t layer, const int8_t *factors, bool is_alone);
 tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *factors, int8_t **out);
 void tq_cache_need_factors(const tq_cache *cache, int32_t layer, const int8_t *factors, tq_need *need);
-void tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy);
+tq_status tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy);
 void tq_cache_drop_factors(tq_cache *cache, int32_t layer, int8_t *copy);
 /* Around reading pages: they stay where they are in between. No sequence's table may change meanwhile. Locks. */
 void tq_cache_begin_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);
@@ -186,22 +170,53 @@ tq_status tq_sequence_hold(tq_cache *cache, const tq_sequence *sequence, tq_held
 void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held);
 /* Errors: FULL, MEMORY. */
 tq_status tq_sequence_own_exact(tq_cache *cache, tq_sequence *sequence);
+/* Exact data in the formats' own arrangement: where they lie, or in scratch [exact_bytes]; NULL if the device fails. */
+const uint8_t *tq_exact_bytes(const tq_cache *cache, const tq_exact_data *exact, uint8_t *scratch);
+/* Errors: those of a device. */
+tq_status tq_exact_fill(tq_cache *cache, tq_exact_data *exact, const uint8_t *bytes);
 /* What moving rows into or out of a side needs. */
-tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side, const float *rows);
+tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, const tq_side *side, const float *rows);
 /* Behind positions that are reserved. */
 void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
                         const tq_executor *executor);
+/* The integers of an append, whoever has moved the vectors. */
+void tq_sequence_advance(const tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
 /* Replace positions [first, first + n_tok), which exist and are the sequence's own; exact ones stay exact. */
 void tq_sequence_write(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t first, int64_t n_tok, const float *k,
                        const float *v, const tq_executor *executor);
-void tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
 /* Bytes of a sequence's record and page table, its exact data left out. */
 size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequence);
 
+/* Give back the pages behind the first n_keep, the last one first. */
+void tq_sequence_keep_pages(tq_cache *cache, tq_sequence *sequence, int32_t n_keep);
+
+/* trim.c; locked. Errors, on a device: MEMORY, DEVICE; then nothing changed. */
+tq_status tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
+
+/* host_copy.c: what a device holds, in the host's memory. */
+typedef struct tq_host_copy {
+    uint8_t **pages;  /* [n_pages of the sequence], NULL but for those that were asked for */
+    int32_t *numbers; /* 0, 1, ...: their table */
+    uint8_t *exact;
+    int64_t first, end;
+} tq_host_copy;
+/* Of a sequence pages [first, end) and the exact data. Errors: MEMORY, DEVICE. */
+tq_status tq_host_copy_open(tq_host_copy *out, const tq_cache *cache, const tq_sequence *sequence, int64_t first, int64_t end);
+void tq_host_copy_close(tq_host_copy *copy);
+/* As tq_cache_view, of the copy. */
+tq_kv_view tq_host_copy_view(const tq_host_copy *copy, const tq_cache *cache, const tq_sequence *sequence, int32_t layer,
+                             int32_t side, tq_exact_entry *exact);
+/* Decode what is not exact of the newest n_recent tokens into exact data [exact_bytes]. Errors: MEMORY, DEVICE. */
+tq_status tq_host_copy_complete(tq_cache *cache, const tq_sequence *sequence, uint8_t *exact);
+/* The same in the sequence's own ring: a device finds exact tokens by their positions alone.
+ * Nothing to do in the host's memory, where sequences say what is exact. Locked. Errors: MEMORY, DEVICE. */
+tq_status tq_sequence_complete(tq_cache *cache, tq_sequence *sequence);
+
 /* exchange.c; locked. */
-/* Pages [first_page, first_page + n_pages) of the table, and the exact data if `exact` is not NULL. */
-void tq_sequence_export(tq_cache *cache, const tq_sequence *sequence, int64_t first_page, int64_t n_pages, uint8_t *pages,
-                        uint8_t *exact);
+/* Pages [first_page, first_page + n_pages) of the table, and the exact data if `exact` is not NULL: the newest n_recent tokens
+ * all of them, decoded where they are not exact. Errors: MEMORY, DEVICE. */
+tq_status tq_sequence_export(tq_cache *cache, const tq_sequence *sequence, int64_t first_page, int64_t n_pages, uint8_t *pages,
+                             uint8_t *exact);
 /* n_tok tokens in each layer, of the pages before first_page and those given; exact: as many bytes as the cache has for a
  * sequence. Errors: FULL, MEMORY, IO; then the sequence is what it was. */
 tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_tok, int32_t first_page, const uint8_t *pages,

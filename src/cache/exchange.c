@@ -5,17 +5,30 @@
 #include "base/log.h"
 #include "cache/cache.h"
 
-void tq_sequence_export(tq_cache *cache, const tq_sequence *sequence, int64_t first_page, int64_t n_pages, uint8_t *pages,
-                        uint8_t *exact)
+/* Decoded where they are not exact, as tq_sequence_complete does for a device. */
+static tq_status export_exact(tq_cache *cache, const tq_sequence *sequence, uint8_t *to)
+{
+    tq_host_copy copy;
+    TQ_TRY(tq_host_copy_open(&copy, cache, sequence, 0, 0));
+    memcpy(to, copy.exact, cache->shape.exact_bytes);
+    tq_host_copy_close(&copy);
+    return tq_host_copy_complete(cache, sequence, to);
+}
+
+tq_status tq_sequence_export(tq_cache *cache, const tq_sequence *sequence, int64_t first_page, int64_t n_pages, uint8_t *pages,
+                             uint8_t *exact)
 {
     tq_page_pool *pool = &cache->pool;
     for (int64_t i = 0; i < n_pages; i++) {
         const int32_t *page = &sequence->page_table[first_page + i];
+        uint8_t *to = pages + (size_t)i * cache->shape.page_bytes;
         tq_page_pool_pin(pool, page, 1);
-        memcpy(pages + (size_t)i * pool->page_bytes, pool->data[*page], pool->page_bytes);
+        const uint8_t *bytes = tq_page_pool_bytes(pool, *page, to);
+        if (bytes && bytes != to) memcpy(to, bytes, cache->shape.page_bytes);
         tq_page_pool_unpin(pool, page, 1);
+        if (!bytes) return TQ_ERR_DEVICE;
     }
-    if (exact && sequence->exact) memcpy(exact, sequence->exact->bytes, cache->exact_bytes);
+    return exact && sequence->exact ? export_exact(cache, sequence, exact) : TQ_OK;
 }
 
 /* Pages with this content, into the table behind its n_pages entries. */
@@ -29,7 +42,11 @@ static tq_status acquire_pages(tq_cache *cache, const tq_sequence *sequence, int
             while (i > 0) tq_page_pool_release(pool, pages[--i]);
             return status;
         }
-        memcpy(pool->data[pages[i]], content + (size_t)i * pool->page_bytes, pool->page_bytes);
+        status = tq_page_pool_fill(pool, pages[i], content + (size_t)i * cache->shape.page_bytes);
+        if (status != TQ_OK) {
+            for (i++; i > 0;) tq_page_pool_release(pool, pages[--i]);
+            return status;
+        }
     }
     return TQ_OK;
 }
@@ -37,7 +54,8 @@ static tq_status acquire_pages(tq_cache *cache, const tq_sequence *sequence, int
 tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_tok, int32_t first_page, const uint8_t *pages,
                              const uint8_t *exact)
 {
-    int32_t n_new = (int32_t)((n_tok + cache->page_size - 1) / cache->page_size) - first_page, n_before = sequence->n_pages;
+    int32_t n_new = (int32_t)((n_tok + cache->shape.page_size - 1) / cache->shape.page_size) - first_page,
+            n_before = sequence->n_pages;
     tq_need need = {.n_pages = n_new, .may_leave = true};
     tq_sequence_need(cache, sequence, 0, -1, &need);
     tq_need_table(sequence->page_capacity, (int64_t)n_before + n_new, &need);
@@ -45,6 +63,12 @@ tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_t
     TQ_TRY(tq_sequence_grow_table(cache, sequence, (int64_t)n_before + n_new));
     TQ_TRY(tq_sequence_own_exact(cache, sequence));
     if (n_new > 0) TQ_TRY(acquire_pages(cache, sequence, n_new, pages));
+    if (sequence->exact) {
+        tq_status status = tq_exact_fill(cache, sequence->exact, exact);
+        for (int32_t i = n_new; status != TQ_OK && i > 0;)
+            tq_page_pool_release(&cache->pool, sequence->page_table[n_before + --i]);
+        TQ_TRY(status);
+    }
     /* Nothing fails from here on. */
     for (int32_t i = n_before; i > first_page; i--) tq_page_pool_release(&cache->pool, sequence->page_table[i - 1]);
     for (int32_t i = first_page; i < first_page + n_new; i++) {
@@ -55,12 +79,11 @@ tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_t
     }
     sequence->n_pages = first_page + n_new;
     if (sequence->n_published > first_page) sequence->n_published = 0;
-    for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++) {
-        const tq_cache_side *side = &cache->sides[i];
+    for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
+        const tq_side *side = &cache->shape.sides[i];
         int64_t latest = n_tok - side->n_recent;
         sequence->length[i / TQ_N_SIDES] = n_tok;
         sequence->ring_begin[i] = sequence->exact_begin[i] = latest > side->n_sink ? latest : side->n_sink;
     }
-    if (sequence->exact) memcpy(sequence->exact->bytes, exact, cache->exact_bytes);
     return TQ_OK;
 }

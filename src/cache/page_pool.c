@@ -38,7 +38,7 @@ static size_t region_bytes(const tq_page_pool *pool)
 }
 
 tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frames, size_t page_bytes, tq_offload *offload,
-                            tq_budget *budget)
+                            tq_budget *budget, const tq_device *device, tq_memory *memory)
 {
     *pool = (tq_page_pool){.page_bytes = page_bytes,
                            .n_pages = n_pages,
@@ -48,7 +48,9 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
                            .oldest = -1,
                            .newest = -1,
                            .budget = budget,
-                           .offload = offload};
+                           .offload = offload,
+                           .device = device,
+                           .memory = memory};
     if (offload) budget->used += tq_offload_bytes(offload->n_slots);
     size_t tables = (size_t)n_pages * (sizeof *pool->data + sizeof *pool->pages + sizeof *pool->free_pages) +
                     (size_t)n_frames * (sizeof *pool->idle + sizeof *pool->bare);
@@ -58,8 +60,9 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
     pool->free_pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->free_pages);
     pool->idle = tq_budget_alloc(budget, (size_t)n_frames * sizeof *pool->idle);
     pool->bare = tq_budget_alloc(budget, (size_t)n_frames * sizeof *pool->bare);
-    if (!budget->is_dry) pool->frames = tq_region_reserve(region_bytes(pool));
-    if (!pool->data || !pool->pages || !pool->free_pages || !pool->idle || !pool->bare || (!budget->is_dry && !pool->frames)) {
+    bool has_region = !budget->is_dry && !device;
+    if (has_region) pool->frames = tq_region_reserve(region_bytes(pool));
+    if (!pool->data || !pool->pages || !pool->free_pages || !pool->idle || !pool->bare || (has_region && !pool->frames)) {
         tq_page_pool_deinit(pool);
         return failure;
     }
@@ -74,7 +77,7 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
 void tq_page_pool_deinit(tq_page_pool *pool)
 {
     size_t n_pages = (size_t)pool->n_pages, n_frames = (size_t)pool->n_frames;
-    tq_region_release(pool->frames, region_bytes(pool));
+    if (pool->frames) tq_region_release(pool->frames, region_bytes(pool));
     pool->budget->used -= (n_frames - (size_t)pool->n_bare) * pool->page_bytes;
     tq_budget_free(pool->budget, pool->data, n_pages * sizeof *pool->data);
     tq_budget_free(pool->budget, pool->pages, n_pages * sizeof *pool->pages);
@@ -109,7 +112,7 @@ static void place(tq_page_pool *pool, int32_t id, int32_t frame)
 {
     pool->pages[id].frame = frame;
     pool->pages[id].slot = -1;
-    pool->data[id] = pool->budget->is_dry ? NULL : pool->frames + (size_t)frame * pool->page_bytes;
+    pool->data[id] = pool->frames ? pool->frames + (size_t)frame * pool->page_bytes : NULL;
 }
 
 static void free_page(tq_page_pool *pool, int32_t id)
@@ -169,9 +172,32 @@ static tq_status offload(tq_page_pool *pool, uint64_t before, int32_t *frame)
     return TQ_OK;
 }
 
+/* Frames of a device, n_wanted of them or more, are idle then. */
+static tq_status grow_device(tq_page_pool *pool, int64_t n_wanted)
+{
+    if (n_wanted > pool->n_bare) n_wanted = pool->n_bare;
+    int32_t first = pool->n_frames - pool->n_bare;
+    int32_t n = n_wanted > 0 ? pool->device->commit(pool->memory, first, (int32_t)n_wanted, pool->n_bare) : 0;
+    if (n_wanted > 0 && n == 0) return TQ_ERR_MEMORY;
+    pool->budget->used += (size_t)n * pool->page_bytes;
+    /* Below those that are idle already, so that the lowest is taken first of the new ones. */
+    memmove(pool->idle + n, pool->idle, (size_t)pool->n_idle * sizeof *pool->idle);
+    for (int32_t i = 0; i < n; i++) pool->idle[i] = first + n - 1 - i;
+    pool->n_idle += n;
+    pool->n_bare -= n;
+    return TQ_OK;
+}
+
+tq_status tq_page_pool_prepare(tq_page_pool *pool, int64_t n)
+{
+    if (!pool->device || n <= pool->n_idle) return TQ_OK;
+    return grow_device(pool, n - pool->n_idle);
+}
+
 /* A frame that is free, or can be without a page's loss. Errors: FULL, MEMORY, IO. */
 static tq_status find_frame(tq_page_pool *pool, uint64_t before, int32_t *frame)
 {
+    if (pool->device && pool->n_idle == 0) TQ_TRY(grow_device(pool, 1));
     if (pool->n_idle > 0) {
         *frame = pool->idle[--pool->n_idle];
         return TQ_OK;
@@ -206,9 +232,34 @@ tq_status tq_page_pool_acquire(tq_page_pool *pool, int32_t *page)
     int32_t id = pool->free_pages[--pool->n_free];
     pool->pages[id] = (tq_page){.n_refs = 1, .older = -1, .newer = -1, .owner = -1, .used_at = ++pool->clock};
     place(pool, id, frame);
-    /* Else a snapshot of one sequence could show what another left behind. */
-    if (!pool->budget->is_dry) memset(pool->data[id], 0, pool->page_bytes);
     *page = id;
+    /* Else a snapshot of one sequence could show what another left behind. */
+    if (pool->device) {
+        tq_status status = pool->device->clear(pool->memory, frame);
+        if (status != TQ_OK) tq_page_pool_release(pool, id);
+        return status;
+    }
+    if (!pool->budget->is_dry) memset(pool->data[id], 0, pool->page_bytes);
+    return TQ_OK;
+}
+
+tq_status tq_page_pool_copy(tq_page_pool *pool, int32_t to, int32_t from)
+{
+    if (pool->device) return pool->device->copy(pool->memory, pool->pages[to].frame, pool->pages[from].frame);
+    memcpy(pool->data[to], pool->data[from], pool->page_bytes);
+    return TQ_OK;
+}
+
+const uint8_t *tq_page_pool_bytes(const tq_page_pool *pool, int32_t page, uint8_t *scratch)
+{
+    if (!pool->device) return pool->data[page];
+    return pool->device->page_out(pool->memory, pool->pages[page].frame, scratch) == TQ_OK ? scratch : NULL;
+}
+
+tq_status tq_page_pool_fill(tq_page_pool *pool, int32_t page, const uint8_t *bytes)
+{
+    if (pool->device) return pool->device->page_in(pool->memory, pool->pages[page].frame, bytes);
+    memcpy(pool->data[page], bytes, pool->page_bytes);
     return TQ_OK;
 }
 

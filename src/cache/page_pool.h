@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "cache/offload.h"
+#include "device/device.h"
 
 /* Bytes held from the allocator; in a dry run those that would be held. */
 typedef struct tq_budget {
@@ -48,11 +49,13 @@ typedef struct tq_page_pool {
     int32_t n_idle, n_bare;           /* frames without a page: with memory, without */
     int32_t oldest, newest;           /* of the kept pages, -1 if there are none */
     tq_budget *budget;
-    uint8_t **data;                       /* [n_pages], NULL where the page is free */
-    tq_page *pages;                       /* [n_pages] */
-    int32_t *free_pages;                  /* stack [n_pages] */
-    int32_t *idle, *bare;                 /* stacks [n_frames] */
-    uint8_t *frames;                      /* the region that they lie in */
+    uint8_t **data;          /* [n_pages], NULL where the page is free or a device's */
+    tq_page *pages;          /* [n_pages] */
+    int32_t *free_pages;     /* stack [n_pages] */
+    int32_t *idle, *bare;    /* stacks [n_frames] */
+    const tq_device *device; /* with frames in its memory; NULL: they are the host's */
+    tq_memory *memory;
+    uint8_t *frames;                      /* the region that the host's lie in */
     tq_offload *offload;                  /* NULL: none */
     uint64_t clock;                       /* counts uses */
     int64_t n_offloads, n_restores;       /* so far */
@@ -60,13 +63,20 @@ typedef struct tq_page_pool {
     void *forget_context;
 } tq_page_pool;
 
-/* With at most n_frames pages in memory at a time. The pool owns `offload`, also after a failure. Errors: FULL (the tables),
- * MEMORY. */
+/* With at most n_frames pages in memory at a time. The pool owns `offload`, also after a failure; device and memory are NULL
+ * for the host's. Errors: FULL (the tables), MEMORY. */
 tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frames, size_t page_bytes, tq_offload *offload,
-                            tq_budget *budget);
+                            tq_budget *budget, const tq_device *device, tq_memory *memory);
 void tq_page_pool_deinit(tq_page_pool *pool);
 /* A page of zeros with one reference, in memory. Errors: FULL, MEMORY, IO. */
 tq_status tq_page_pool_acquire(tq_page_pool *pool, int32_t *page);
+/* n pages are about to be acquired: a device's memory grows for them at once. Errors: MEMORY. */
+tq_status tq_page_pool_prepare(tq_page_pool *pool, int64_t n);
+/* The content of a page. Not in a dry run. Errors: those of a device. */
+tq_status tq_page_pool_copy(tq_page_pool *pool, int32_t to, int32_t from);
+/* In the formats' own arrangement: where it lies, or in scratch [bytes of a page]; NULL if the device fails. */
+const uint8_t *tq_page_pool_bytes(const tq_page_pool *pool, int32_t page, uint8_t *scratch);
+tq_status tq_page_pool_fill(tq_page_pool *pool, int32_t page, const uint8_t *bytes);
 /* One more reference to a used or kept page. */
 void tq_page_pool_share(tq_page_pool *pool, int32_t page);
 /* One reference fewer; at none the page is kept if its content is known, else free. */

@@ -18,7 +18,7 @@ typedef struct exact_copy {
 } exact_copy;
 
 /* Sinks and ring before the rows, then the rows, as far as queries see them exact. */
-static void list_entries(const tq_cache_side *side, int64_t ring_begin, int64_t length, int64_t n_tok, exact_copy *copy)
+static void list_entries(const tq_side *side, int64_t ring_begin, int64_t length, int64_t n_tok, exact_copy *copy)
 {
     for (int64_t p = 0; p < length + n_tok; p++) {
         if (p >= side->n_sink && p < ring_begin) p = ring_begin;
@@ -32,7 +32,7 @@ static void list_entries(const tq_cache_side *side, int64_t ring_begin, int64_t 
     }
 }
 
-static void copy_vectors(const tq_rows_in *in, const tq_cache_side *side, int64_t length, const exact_copy *copy)
+static void copy_vectors(const tq_rows_in *in, const tq_side *side, int64_t length, const exact_copy *copy)
 {
     size_t head_dim = (size_t)side->codec->head_dim;
     for (int32_t head = 0; head < in->n_head_kv; head++) {
@@ -50,17 +50,17 @@ static void copy_vectors(const tq_rows_in *in, const tq_cache_side *side, int64_
 static tq_status copy_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t n_tok,
                            const float *rows, exact_copy *copy)
 {
-    const tq_cache_side *side = tq_cache_side_get(cache, layer, i_side);
+    const tq_side *side = tq_shape_side(&cache->shape, layer, i_side);
     *copy = (exact_copy){0};
     if (side->n_sink + side->n_recent == 0) return TQ_OK;
     size_t vector_bytes = tq_codec_vector_bytes(side->exact_codec), n = (size_t)(side->n_sink + side->n_recent) + (size_t)n_tok;
-    size_t row_bytes = vector_bytes * (size_t)cache->n_head_kv + sizeof *copy->entries;
+    size_t row_bytes = vector_bytes * (size_t)cache->shape.n_head_kv + sizeof *copy->entries;
     if (n > INT32_MAX || n > SIZE_MAX / row_bytes) return TQ_ERR_MEMORY;
     copy->bytes = n * row_bytes;
     copy->memory = tq_scratch_alloc(copy->bytes);
     if (!copy->memory) return TQ_ERR_MEMORY;
     copy->head_stride_bytes = n * vector_bytes;
-    copy->entries = (tq_exact_entry *)(void *)(copy->memory + copy->head_stride_bytes * (size_t)cache->n_head_kv);
+    copy->entries = (tq_exact_entry *)(void *)(copy->memory + copy->head_stride_bytes * (size_t)cache->shape.n_head_kv);
     int64_t length = sequence->length[layer];
     list_entries(side, sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side], length, n_tok, copy);
     tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
@@ -95,7 +95,8 @@ tq_status tq_sequence_prefill(tq_cache *cache, tq_sequence *sequence, int32_t la
         tq_cache_begin_reading(cache, &sequence, 1);
         tq_kv_view key_view = view_of(cache, sequence, layer, TQ_SIDE_K, &keys);
         tq_kv_view value_view = view_of(cache, sequence, layer, TQ_SIDE_V, &values);
-        status = tq_attend(cache->kernels, &key_view, &value_view, cache->n_head_kv, sequence->length[layer], &p, executor);
+        status = tq_attend(cache->shape.kernels, &key_view, &value_view, cache->shape.n_head_kv, sequence->length[layer], &p,
+                           executor);
         tq_cache_end_reading(cache, &sequence, 1);
         tq_scratch_free(values.memory, values.bytes);
     }

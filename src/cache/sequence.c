@@ -9,7 +9,7 @@
 
 static size_t record_bytes(const tq_cache *cache)
 {
-    return sizeof(tq_sequence) + (size_t)cache->n_layer * (1 + 2 * TQ_N_SIDES) * sizeof(int64_t);
+    return sizeof(tq_sequence) + tq_sequence_numbers(cache) * sizeof(int64_t);
 }
 
 size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequence)
@@ -93,10 +93,10 @@ tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out)
     TQ_TRY(allocate(cache, record_bytes(cache), &sequence));
     sequence->id = id;
     sequence->length = sequence->numbers;
-    sequence->ring_begin = sequence->numbers + cache->n_layer;
+    sequence->ring_begin = sequence->numbers + cache->shape.n_layer;
     sequence->exact_begin = sequence->numbers + tq_sequence_file_numbers(cache);
-    for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++)
-        sequence->ring_begin[i] = sequence->exact_begin[i] = cache->sides[i].n_sink;
+    for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++)
+        sequence->ring_begin[i] = sequence->exact_begin[i] = cache->shape.sides[i].n_sink;
     cache->sequences[id] = sequence;
     cache->first_free = id + 1;
     *out = sequence;
@@ -105,31 +105,39 @@ tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out)
 
 static size_t exact_record_bytes(const tq_cache *cache)
 {
-    return sizeof(tq_exact_data) + cache->exact_bytes;
+    return sizeof(tq_exact_data) + (cache->device ? 0 : cache->shape.exact_bytes);
 }
 
 void tq_need_exact(const tq_cache *cache, int32_t n, tq_need *need)
 {
-    if (cache->exact_bytes > 0) need->bytes += (size_t)n * exact_record_bytes(cache);
+    if (cache->shape.exact_bytes > 0) need->bytes += (size_t)n * exact_record_bytes(cache);
 }
 
 tq_status tq_exact_open(tq_cache *cache, tq_exact_data **out)
 {
-    if (cache->exact_bytes == 0) return TQ_OK;
-    TQ_TRY(allocate_vectors(cache, exact_record_bytes(cache), sizeof **out, out));
-    (*out)->n_refs = 1;
-    cache->exact_total += cache->exact_bytes;
+    if (cache->shape.exact_bytes == 0) return TQ_OK;
+    tq_exact_data *exact;
+    TQ_TRY(allocate_vectors(cache, exact_record_bytes(cache), sizeof *exact, &exact));
+    tq_status status = cache->device ? cache->device->exact_open(cache->memory, &exact->slot) : TQ_OK;
+    if (status != TQ_OK) {
+        tq_budget_free(&cache->budget, exact, exact_record_bytes(cache));
+        return status;
+    }
+    exact->n_refs = 1;
+    cache->exact_total += cache->shape.exact_bytes;
+    *out = exact;
     return TQ_OK;
 }
 
 void tq_exact_release(tq_cache *cache, tq_exact_data *exact)
 {
     if (!exact || --exact->n_refs > 0) return;
+    if (cache->device) cache->device->exact_close(cache->memory, exact->slot);
     tq_budget_free(&cache->budget, exact, exact_record_bytes(cache));
-    cache->exact_total -= cache->exact_bytes;
+    cache->exact_total -= cache->shape.exact_bytes;
 }
 
-static void release_pages(tq_cache *cache, tq_sequence *sequence, int32_t n_keep)
+void tq_sequence_keep_pages(tq_cache *cache, tq_sequence *sequence, int32_t n_keep)
 {
     /* From the end, so that of a prefix that is kept the end is given up first. */
     while (sequence->n_pages > n_keep) tq_page_pool_release(&cache->pool, sequence->page_table[--sequence->n_pages]);
@@ -138,7 +146,7 @@ static void release_pages(tq_cache *cache, tq_sequence *sequence, int32_t n_keep
 void tq_sequence_close(tq_cache *cache, int32_t seq)
 {
     tq_sequence *sequence = cache->sequences[seq];
-    release_pages(cache, sequence, 0);
+    tq_sequence_keep_pages(cache, sequence, 0);
     tq_exact_release(cache, sequence->exact);
     tq_budget_free(&cache->budget, sequence->page_table, (size_t)sequence->page_capacity * sizeof *sequence->page_table);
     tq_budget_free(&cache->budget, sequence, record_bytes(cache));
@@ -165,7 +173,7 @@ tq_status tq_sequence_open(tq_cache *cache, tq_sequence **out)
 
 static int64_t pages_for(const tq_cache *cache, int64_t n_tok)
 {
-    return (n_tok + cache->page_size - 1) / cache->page_size;
+    return (n_tok + cache->shape.page_size - 1) / cache->shape.page_size;
 }
 
 /* Doubles, so that appending token by token copies little. */
@@ -231,7 +239,7 @@ typedef struct span {
 static span encoded_by_append(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t n_tok)
 {
     int64_t begin = sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
-    int64_t end = sequence->length[layer] + n_tok - tq_cache_side_get(cache, layer, i_side)->n_recent;
+    int64_t end = sequence->length[layer] + n_tok - tq_shape_side(&cache->shape, layer, i_side)->n_recent;
     return (span){begin, end > begin ? end : begin};
 }
 
@@ -240,7 +248,7 @@ static span encoded_by_append(const tq_cache *cache, const tq_sequence *sequence
 static span pages_written(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
     span pages = {sequence->n_pages, 0};
-    for (int32_t l = layer < 0 ? 0 : layer; l < (layer < 0 ? cache->n_layer : layer + 1); l++) {
+    for (int32_t l = layer < 0 ? 0 : layer; l < (layer < 0 ? cache->shape.n_layer : layer + 1); l++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) {
             span written = encoded_by_append(cache, sequence, l, side, n_tok);
             if (layer < 0 && n_tok > 0) {
@@ -248,7 +256,7 @@ static span pages_written(const tq_cache *cache, const tq_sequence *sequence, in
                 written.end = sequence->length[l] + n_tok;
             }
             if (written.begin == written.end) continue;
-            int64_t first = written.begin / cache->page_size, end = pages_for(cache, written.end);
+            int64_t first = written.begin / cache->shape.page_size, end = pages_for(cache, written.end);
             if (first < pages.begin) pages.begin = first;
             if (end > pages.end) pages.end = end;
         }
@@ -260,7 +268,7 @@ static span pages_written(const tq_cache *cache, const tq_sequence *sequence, in
 static int64_t longest_layer(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
     int64_t longest = 0;
-    for (int32_t l = 0; l < cache->n_layer; l++) {
+    for (int32_t l = 0; l < cache->shape.n_layer; l++) {
         int64_t length = sequence->length[l] + (layer < 0 || layer == l ? n_tok : 0);
         if (length > longest) longest = length;
     }
@@ -277,9 +285,30 @@ tq_status tq_sequence_own_exact(tq_cache *cache, tq_sequence *sequence)
     if (!sequence->exact || sequence->exact->n_refs == 1) return TQ_OK;
     tq_exact_data *copy = NULL;
     TQ_TRY(tq_exact_open(cache, &copy));
-    if (!cache->budget.is_dry) memcpy(copy->bytes, sequence->exact->bytes, cache->exact_bytes);
+    if (cache->device) {
+        tq_status status = cache->device->exact_copy(cache->memory, copy->slot, sequence->exact->slot);
+        if (status != TQ_OK) {
+            tq_exact_release(cache, copy);
+            return status;
+        }
+    } else if (!cache->budget.is_dry) {
+        memcpy(copy->bytes, sequence->exact->bytes, cache->shape.exact_bytes);
+    }
     tq_exact_release(cache, sequence->exact);
     sequence->exact = copy;
+    return TQ_OK;
+}
+
+const uint8_t *tq_exact_bytes(const tq_cache *cache, const tq_exact_data *exact, uint8_t *scratch)
+{
+    if (!cache->device) return exact->bytes;
+    return cache->device->exact_out(cache->memory, exact->slot, scratch) == TQ_OK ? scratch : NULL;
+}
+
+tq_status tq_exact_fill(tq_cache *cache, tq_exact_data *exact, const uint8_t *bytes)
+{
+    if (cache->device) return cache->device->exact_in(cache->memory, exact->slot, bytes);
+    memcpy(exact->bytes, bytes, cache->shape.exact_bytes);
     return TQ_OK;
 }
 
@@ -312,6 +341,7 @@ void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pa
 static tq_status acquire_pages(tq_cache *cache, tq_sequence *sequence, int64_t n)
 {
     if (n == 0) return TQ_OK; /* there may be no table yet */
+    TQ_TRY(tq_page_pool_prepare(&cache->pool, n));
     int32_t *pages = sequence->page_table + sequence->n_pages;
     for (int64_t i = 0; i < n; i++) {
         tq_status status = tq_page_pool_acquire(&cache->pool, &pages[i]);
@@ -368,6 +398,16 @@ void tq_sequence_need(const tq_cache *cache, const tq_sequence *sequence, int32_
     }
 }
 
+/* The content of shared pages in the table from i_copy on. */
+static tq_status copy_shared(tq_cache *cache, const tq_sequence *sequence, span written, int64_t i_copy)
+{
+    for (int64_t i = written.begin; i < written.end && !cache->budget.is_dry; i++) {
+        int32_t page = sequence->page_table[i];
+        if (is_shared(cache, page)) TQ_TRY(tq_page_pool_copy(&cache->pool, sequence->page_table[i_copy++], page));
+    }
+    return TQ_OK;
+}
+
 tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
     tq_need need = {0};
@@ -381,11 +421,18 @@ tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t la
         return status;
     }
     int64_t copy = sequence->n_pages + n_new;
+    status = copy_shared(cache, sequence, written, copy);
+    if (status != TQ_OK) { /* of a device; what was acquired goes back */
+        for (int64_t i = sequence->n_pages + n_new + n_copies; i > sequence->n_pages; i--) {
+            tq_page_pool_unpin(&cache->pool, &sequence->page_table[i - 1], 1);
+            tq_page_pool_release(&cache->pool, sequence->page_table[i - 1]);
+        }
+        tq_sequence_let_go(cache, sequence, &sequence->held);
+        return status;
+    }
     for (int64_t i = written.begin; i < written.end; i++) {
         int32_t page = sequence->page_table[i];
         if (!is_shared(cache, page)) continue;
-        if (!cache->budget.is_dry)
-            memcpy(cache->pool.data[sequence->page_table[copy]], cache->pool.data[page], cache->pool.page_bytes);
         tq_page_pool_unpin(&cache->pool, &page, 1);
         tq_page_pool_release(&cache->pool, page);
         sequence->page_table[i] = sequence->page_table[copy++];
@@ -405,11 +452,11 @@ tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t la
     return TQ_OK;
 }
 
-tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side)
+tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_side *side)
 {
     return (tq_page_view){.page_data = cache->pool.data,
                           .page_table = sequence->page_table,
-                          .page_size = cache->page_size,
+                          .page_size = cache->shape.page_size,
                           .offset_bytes = side->page_offset_bytes,
                           .head_stride_bytes = side->head_stride_bytes,
                           .ref_codec = side->ref_codec,
@@ -417,7 +464,7 @@ tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, 
 }
 
 /* Encode positions [begin, end), which leave the ring or never enter it. */
-static void encode_positions(const tq_rows_in *in, const tq_cache_side *side, int64_t begin, int64_t end, int64_t length,
+static void encode_positions(const tq_rows_in *in, const tq_side *side, int64_t begin, int64_t end, int64_t length,
                              const tq_executor *executor)
 {
     tq_encode_job jobs[TQ_ENCODE_BATCH];
@@ -431,10 +478,10 @@ static void encode_positions(const tq_rows_in *in, const tq_cache_side *side, in
     }
 }
 
-tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, const tq_cache_side *side, const float *rows)
+tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, const tq_side *side, const float *rows)
 {
     return (tq_rows_in){
-        .kernels = cache->kernels,
+        .kernels = cache->shape.kernels,
         .codec = side->codec,
         .exact_codec = side->exact_codec,
         .pages = tq_cache_pages(cache, sequence, side),
@@ -442,16 +489,16 @@ tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, 
         .factors = side->factors,
         .exact_data = tq_sequence_exact(sequence, side),
         .exact_head_stride_bytes = side->exact_head_stride_bytes,
-        .n_head_kv = cache->n_head_kv,
+        .n_head_kv = cache->shape.n_head_kv,
         .rows = rows,
-        .row_stride = (int64_t)cache->n_head_kv * side->codec->head_dim,
+        .row_stride = (int64_t)cache->shape.n_head_kv * side->codec->head_dim,
     };
 }
 
 /* The tokens from a position on that were recent when it left the ring. */
 typedef struct ring_window {
     const tq_rows_in *in;
-    const tq_cache_side *side;
+    const tq_side *side;
     int64_t position, length; /* length: before the rows */
 } ring_window;
 
@@ -461,7 +508,7 @@ static void read_window(const void *context, int32_t i, int32_t head, float *x)
     int64_t position = window->position + i;
     _Alignas(64) uint16_t half[TQ_HEAD_DIM_MAX];
     if (position < window->length) {
-        const tq_cache_side *side = window->side;
+        const tq_side *side = window->side;
         const uint16_t *exact = tq_exact_vector(window->in, head, tq_exact_place(side, position));
         memcpy(half, exact, (size_t)side->codec->head_dim * sizeof *half);
     } else {
@@ -471,7 +518,7 @@ static void read_window(const void *context, int32_t i, int32_t head, float *x)
 }
 
 /* Of the blocks that begin to be encoded with one of positions [begin, end). Blocks begin anew in each page. */
-static void set_references(const tq_rows_in *in, const tq_cache_side *side, int64_t begin, int64_t end, int64_t length)
+static void set_references(const tq_rows_in *in, const tq_side *side, int64_t begin, int64_t end, int64_t length)
 {
     for (int64_t p = begin; p < end;) {
         int64_t page_begin = p - p % in->pages.page_size, slot = p - page_begin;
@@ -485,22 +532,29 @@ static void set_references(const tq_rows_in *in, const tq_cache_side *side, int6
     }
 }
 
-static void append_side(const tq_cache *cache, tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t n_tok,
+void tq_sequence_advance(const tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok)
+{
+    for (int32_t i_side = 0; i_side < TQ_N_SIDES; i_side++) {
+        size_t i = (size_t)layer * TQ_N_SIDES + (size_t)i_side;
+        int64_t ring = sequence->length[layer] + n_tok - tq_shape_side(&cache->shape, layer, i_side)->n_ring;
+        sequence->ring_begin[i] = encoded_by_append(cache, sequence, layer, i_side, n_tok).end;
+        if (sequence->exact_begin[i] < ring) sequence->exact_begin[i] = ring;
+    }
+    sequence->length[layer] += n_tok;
+}
+
+static void append_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t n_tok,
                         const float *rows, const tq_executor *executor)
 {
-    const tq_cache_side *side = tq_cache_side_get(cache, layer, i_side);
+    const tq_side *side = tq_shape_side(&cache->shape, layer, i_side);
     span encoded = encoded_by_append(cache, sequence, layer, i_side, n_tok);
-    int64_t length = sequence->length[layer], end = length + n_tok;
-    int64_t *exact_begin = &sequence->exact_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
-    if (*exact_begin < end - side->n_ring) *exact_begin = end - side->n_ring;
-    sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side] = encoded.end;
-    if (cache->budget.is_dry) return;
+    int64_t length = sequence->length[layer], end = length + n_tok, ring = end - side->n_ring;
     tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
     if (side->ref_codec) set_references(&in, side, encoded.begin, encoded.end, length);
     /* Before the ring changes: what leaves it is read from it. */
     encode_positions(&in, side, encoded.begin, encoded.end, length, executor);
     for (int64_t p = length; p < side->n_sink && p < end; p++) tq_rows_keep_exact(&in, p - length, (int32_t)p);
-    for (int64_t p = *exact_begin > length ? *exact_begin : length; p < end; p++) {
+    for (int64_t p = ring > length ? ring : length; p < end && side->n_ring > 0; p++) {
         if (p >= side->n_sink) tq_rows_keep_exact(&in, p - length, tq_exact_place(side, p));
     }
 }
@@ -508,7 +562,7 @@ static void append_side(const tq_cache *cache, tq_sequence *sequence, int32_t la
 static void write_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t first,
                        int64_t n_tok, const float *rows, const tq_executor *executor)
 {
-    const tq_cache_side *side = tq_cache_side_get(cache, layer, i_side);
+    const tq_side *side = tq_shape_side(&cache->shape, layer, i_side);
     tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
     size_t i = (size_t)layer * TQ_N_SIDES + (size_t)i_side;
     int64_t ring_begin = sequence->ring_begin[i], exact_begin = sequence->exact_begin[i], end = first + n_tok;
@@ -523,9 +577,9 @@ static void write_side(const tq_cache *cache, const tq_sequence *sequence, int32
 void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
                         const tq_executor *executor)
 {
-    append_side(cache, sequence, layer, TQ_SIDE_K, n_tok, k, executor);
-    append_side(cache, sequence, layer, TQ_SIDE_V, n_tok, v, executor);
-    sequence->length[layer] += n_tok;
+    if (!cache->budget.is_dry) append_side(cache, sequence, layer, TQ_SIDE_K, n_tok, k, executor);
+    if (!cache->budget.is_dry) append_side(cache, sequence, layer, TQ_SIDE_V, n_tok, v, executor);
+    tq_sequence_advance(cache, sequence, layer, n_tok);
 }
 
 void tq_sequence_write(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t first, int64_t n_tok, const float *k,
@@ -533,25 +587,4 @@ void tq_sequence_write(tq_cache *cache, tq_sequence *sequence, int32_t layer, in
 {
     write_side(cache, sequence, layer, TQ_SIDE_K, first, n_tok, k, executor);
     write_side(cache, sequence, layer, TQ_SIDE_V, first, n_tok, v, executor);
-}
-
-void tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok)
-{
-    int64_t longest = 0;
-    for (int32_t layer = 0; layer < cache->n_layer; layer++) {
-        if (sequence->length[layer] > n_tok) sequence->length[layer] = n_tok;
-        if (sequence->length[layer] > longest) longest = sequence->length[layer];
-        for (int32_t side = 0; side < TQ_N_SIDES; side++) {
-            const tq_cache_side *s = tq_cache_side_get(cache, layer, side);
-            int64_t *ring_begin = &sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)side];
-            int64_t *exact_begin = &sequence->exact_begin[(size_t)layer * TQ_N_SIDES + (size_t)side];
-            int64_t latest = sequence->length[layer] > s->n_sink ? sequence->length[layer] : s->n_sink;
-            if (*exact_begin > latest) *exact_begin = latest;
-            int64_t begin = sequence->length[layer] - s->n_recent;
-            if (begin < *exact_begin) begin = *exact_begin;
-            if (*ring_begin > begin) *ring_begin = begin;
-        }
-    }
-    release_pages(cache, sequence, (int32_t)pages_for(cache, longest));
-    if (sequence->n_published > n_tok / cache->page_size) sequence->n_published = 0;
 }

@@ -13,13 +13,13 @@
 /* The sequence and position of a slot; NULL if nobody may write it. */
 static tq_sequence *find_owner(const tq_cache *cache, int64_t slot, int64_t *position)
 {
-    int64_t page = slot / cache->page_size;
+    int64_t page = slot / cache->shape.page_size;
     if (page >= cache->pool.n_pages) return NULL;
     const tq_page *record = &cache->pool.pages[page];
     if (record->n_refs != 1 || record->is_known) return NULL;
     tq_sequence *sequence = tq_cache_sequence(cache, record->owner);
     if (!sequence || record->index >= sequence->n_pages || sequence->page_table[record->index] != page) return NULL;
-    *position = (int64_t)record->index * cache->page_size + slot % cache->page_size;
+    *position = (int64_t)record->index * cache->shape.page_size + slot % cache->shape.page_size;
     return sequence;
 }
 
@@ -80,13 +80,13 @@ tq_status tq_slots_plan(tq_cache *cache, int32_t layer, const int64_t *slots, in
         if (status == TQ_OK) status = tq_sequence_own_exact(cache, runs[i].sequence);
         int64_t last = runs[i].position + runs[i].n - 1;
         if (status == TQ_OK)
-            status = tq_sequence_hold(cache, runs[i].sequence, &runs[i].held, runs[i].position / cache->page_size,
-                                      last / cache->page_size + 1);
+            status = tq_sequence_hold(cache, runs[i].sequence, &runs[i].held, runs[i].position / cache->shape.page_size,
+                                      last / cache->shape.page_size + 1);
     }
     for (int64_t i = 0; i < *n_runs; i++) {
         tq_sequence *sequence = runs[i].sequence;
         sequence->pending = 0;
-        if (status == TQ_OK && runs[i].position / cache->page_size < sequence->n_published) sequence->n_published = 0;
+        if (status == TQ_OK && runs[i].position / cache->shape.page_size < sequence->n_published) sequence->n_published = 0;
     }
     if (status != TQ_OK) let_go(cache, runs, *n_runs);
     return status;
@@ -103,8 +103,8 @@ void tq_slots_end_writing(tq_cache *cache, tq_slot_run *runs, int64_t n_runs)
 void tq_slots_write(tq_cache *cache, int32_t layer, const tq_slot_run *runs, int64_t n_runs, const float *k, const float *v,
                     const tq_executor *executor)
 {
-    int64_t k_row = (int64_t)cache->n_head_kv * tq_cache_side_get(cache, layer, TQ_SIDE_K)->codec->head_dim;
-    int64_t v_row = (int64_t)cache->n_head_kv * tq_cache_side_get(cache, layer, TQ_SIDE_V)->codec->head_dim;
+    int64_t k_row = (int64_t)cache->shape.n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->codec->head_dim;
+    int64_t v_row = (int64_t)cache->shape.n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_V)->codec->head_dim;
     for (const tq_slot_run *run = runs; run < runs + n_runs; run++) {
         int64_t n_old = run->sequence->length[layer] - run->position;
         if (n_old > run->n) n_old = run->n;
@@ -156,7 +156,8 @@ static void attend_one(batch_task *task, int32_t i, const tq_executor *executor)
     if (params.lse) params.lse += first * params.n_head;
     while (keys.n_exact > 0 && keys.exact[keys.n_exact - 1].column >= n_col) keys.n_exact--;
     while (values.n_exact > 0 && values.exact[values.n_exact - 1].column >= n_col) values.n_exact--;
-    tq_status status = tq_attend(task->cache->kernels, &keys, &values, task->cache->n_head_kv, n_col, &params, executor);
+    tq_status status =
+        tq_attend(task->cache->shape.kernels, &keys, &values, task->cache->shape.n_head_kv, n_col, &params, executor);
     if (status != TQ_OK) atomic_store(&task->status, status);
 }
 

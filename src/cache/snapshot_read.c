@@ -21,7 +21,8 @@ typedef struct loader {
     tq_sequence **sequences; /* [header.n_sequences]; n_opened of them */
     int32_t n_opened;
     uint64_t *prefixes; /* [header.n_prefixes]: publication numbers in the cache */
-    int8_t **factors;   /* [header.n_layer]: copies, the cache's once all is loaded */
+    int8_t **factors;   /* [header.n_layer]: copies; the first n_factors_put are the cache's, or were dropped */
+    int32_t n_factors_put;
 } loader;
 
 static tq_status corrupt(const char *what)
@@ -102,7 +103,7 @@ static tq_status check_shape(const loader *l)
                 h->n_recent == own.n_recent && h->k_ref_block == own.k_ref_block && h->seed == own.seed &&
                 h->page_bytes == own.page_bytes && h->exact_bytes == own.exact_bytes;
     for (int32_t i = 0; same && i < h->n_layer * TQ_N_SIDES; i++)
-        same = l->meta[i] == (uint8_t)l->cache->sides[i].codec->traits->format;
+        same = l->meta[i] == (uint8_t)l->cache->shape.sides[i].codec->traits->format;
     if (same) return TQ_OK;
     tq_log(
         TQ_LOG_ERROR,
@@ -137,11 +138,11 @@ static bool skip_filling(loader *l)
 /* Do lengths [n_layer] and rings [n_layer, sides] agree with each other and with the pages? */
 static bool is_sound(const tq_cache *cache, const int64_t *lengths, int64_t n_pages)
 {
-    const int64_t *ring_begins = lengths + cache->n_layer;
-    for (int32_t i = 0; i < cache->n_layer * TQ_N_SIDES; i++) {
-        const tq_cache_side *side = &cache->sides[i];
+    const int64_t *ring_begins = lengths + cache->shape.n_layer;
+    for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
+        const tq_side *side = &cache->shape.sides[i];
         int64_t length = lengths[i / TQ_N_SIDES], begin = ring_begins[i];
-        if (length < 0 || length > n_pages * cache->page_size) return false;
+        if (length < 0 || length > n_pages * cache->shape.page_size) return false;
         if (begin < side->n_sink || begin > (length > side->n_sink ? length : side->n_sink)) return false;
         if (length - begin > side->n_recent) return false;
     }
@@ -158,7 +159,7 @@ typedef struct record {
 static tq_status read_sequence(loader *l, record *out)
 {
     if (!take_int(l, &out->n_pages) || !take_int(l, &out->exact)) return corrupt("a sequence is cut off");
-    bool has_exact = l->cache->exact_bytes > 0;
+    bool has_exact = l->cache->shape.exact_bytes > 0;
     if (out->n_pages < 0 || out->n_pages > l->header.n_pages || out->exact < -1 || out->exact >= l->header.n_exact ||
         has_exact != (out->exact >= 0))
         return corrupt("a sequence makes no sense");
@@ -182,7 +183,7 @@ static tq_status load_sequence(loader *l)
     l->sequences[l->n_opened++] = sequence;
     TQ_TRY(tq_sequence_grow_table(l->cache, sequence, from.n_pages));
     memcpy(sequence->numbers, from.numbers, tq_sequence_file_numbers(l->cache) * sizeof(int64_t));
-    for (int32_t i = 0; i < l->cache->n_layer * TQ_N_SIDES; i++) sequence->exact_begin[i] = sequence->ring_begin[i];
+    for (int32_t i = 0; i < l->cache->shape.n_layer * TQ_N_SIDES; i++) sequence->exact_begin[i] = sequence->ring_begin[i];
     for (int32_t i = 0; i < from.n_pages; i++) {
         int32_t page = l->pages[from.pages[i]];
         tq_page_pool_share(&l->cache->pool, page);
@@ -230,12 +231,12 @@ static tq_status load_data(loader *l)
     for (int32_t i = 0; i < l->header.n_pages; i++) {
         TQ_TRY(tq_page_pool_acquire(pool, &l->pages[i]));
         l->n_held++;
-        memcpy(pool->data[l->pages[i]], l->page_data + (size_t)i * pool->page_bytes, pool->page_bytes);
+        TQ_TRY(tq_page_pool_fill(pool, l->pages[i], l->page_data + (size_t)i * l->cache->shape.page_bytes));
     }
     for (int32_t i = 0; i < l->header.n_exact; i++) {
         TQ_TRY(tq_exact_open(l->cache, &l->exact[i]));
         l->n_exact_held++;
-        memcpy(l->exact[i]->bytes, l->exact_data + (size_t)i * l->cache->exact_bytes, l->cache->exact_bytes);
+        TQ_TRY(tq_exact_fill(l->cache, l->exact[i], l->exact_data + (size_t)i * l->cache->shape.exact_bytes));
     }
     return TQ_OK;
 }
@@ -283,7 +284,8 @@ static tq_status load_factors(loader *l)
 /* Read all tables from l->at on, and whether there is room for what they tell; changes nothing. */
 static tq_status check_content(loader *l)
 {
-    if (l->header.n_exact > 0 && l->cache->exact_bytes == 0) return corrupt("it has exact data where the formats need none");
+    if (l->header.n_exact > 0 && l->cache->shape.exact_bytes == 0)
+        return corrupt("it has exact data where the formats need none");
     tq_need need = {.n_pages = l->header.n_pages, .may_leave = true};
     TQ_TRY(check_factors(l, &need));
     tq_need_sequences(l->cache, l->header.n_sequences, &need);
@@ -309,18 +311,19 @@ static tq_status load_content(loader *l)
     l->at = begin;
     for (int32_t i = 0; i < l->header.n_sequences; i++) TQ_TRY(load_sequence(l));
     for (int32_t i = 0; i < l->header.n_prefixes; i++) TQ_TRY(load_prefix(l, i, false));
+    while (l->n_factors_put < l->header.n_layer) {
+        int32_t layer = l->n_factors_put++;
+        TQ_TRY(tq_cache_put_factors(l->cache, layer, l->factors[layer]));
+    }
+    for (int32_t i = 0; i < l->n_opened; i++) TQ_TRY(tq_sequence_complete(l->cache, l->sequences[i]));
     return TQ_OK;
 }
 
 /* Give up our own references, and after a failure the sequences. */
 static void finish(loader *l, tq_status status)
 {
-    for (int32_t layer = 0; l->factors && layer < l->header.n_layer; layer++) {
-        if (status == TQ_OK)
-            tq_cache_put_factors(l->cache, layer, l->factors[layer]);
-        else
-            tq_cache_drop_factors(l->cache, layer, l->factors[layer]);
-    }
+    for (int32_t i = l->n_factors_put; l->factors && i < l->header.n_layer; i++)
+        tq_cache_drop_factors(l->cache, i, l->factors[i]);
     for (int32_t i = 0; i < l->n_opened && status != TQ_OK; i++) tq_sequence_close(l->cache, l->sequences[i]->id);
     /* From the end: of a prefix, the end is to be given up first. */
     while (l->n_held > 0) tq_page_pool_release(&l->cache->pool, l->pages[--l->n_held]);
@@ -340,7 +343,7 @@ tq_status tq_snapshot_load(tq_cache *cache, tq_snapshot_bytes file, int32_t *seq
         return TQ_ERR_SHAPE;
     }
     l.exact_data = file.data + tq_snapshot_data_offset(&l.header);
-    l.page_data = l.exact_data + (size_t)l.header.n_exact * cache->exact_bytes;
+    l.page_data = l.exact_data + (size_t)l.header.n_exact * cache->shape.exact_bytes;
     l.pages = tq_alloc_zero(((size_t)l.header.n_pages + 1) * sizeof *l.pages);
     l.exact = tq_alloc_zero(((size_t)l.header.n_exact + 1) * sizeof *l.exact);
     l.sequences = tq_alloc_zero(((size_t)l.header.n_sequences + 1) * sizeof *l.sequences);

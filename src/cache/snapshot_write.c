@@ -19,7 +19,8 @@ typedef struct saver {
     tq_exact_data **exact;   /* [header.n_exact] */
     tq_prefix **prefixes;    /* [header.n_prefixes], in the order of publication; held by their pages */
     uint8_t *meta;
-    size_t room; /* of meta */
+    size_t room;      /* of meta */
+    uint8_t *scratch; /* a page or exact data from a device, or NULL */
 } saver;
 
 void tq_snapshot_header_of(const tq_cache *cache, tq_snapshot_header *out)
@@ -28,14 +29,14 @@ void tq_snapshot_header_of(const tq_cache *cache, tq_snapshot_header *out)
     memcpy(out->magic, TQ_SNAPSHOT_MAGIC, sizeof out->magic);
     out->version = TQ_SNAPSHOT_PLAIN;
     out->header_bytes = sizeof *out;
-    out->seed = cache->seed ^ (cache->calibration ? cache->calibration->hash : 0);
-    out->page_bytes = cache->pool.page_bytes;
-    out->exact_bytes = cache->exact_bytes;
-    out->n_layer = cache->n_layer;
-    out->n_head_kv = cache->n_head_kv;
-    out->head_dim = tq_cache_side_get(cache, 0, TQ_SIDE_K)->codec->head_dim;
-    out->head_dim_v = tq_cache_side_get(cache, 0, TQ_SIDE_V)->codec->head_dim;
-    out->page_size = cache->page_size;
+    out->seed = cache->shape.seed ^ (cache->calibration ? cache->calibration->hash : 0);
+    out->page_bytes = cache->shape.page_bytes;
+    out->exact_bytes = cache->shape.exact_bytes;
+    out->n_layer = cache->shape.n_layer;
+    out->n_head_kv = cache->shape.n_head_kv;
+    out->head_dim = tq_shape_side(&cache->shape, 0, TQ_SIDE_K)->codec->head_dim;
+    out->head_dim_v = tq_shape_side(&cache->shape, 0, TQ_SIDE_V)->codec->head_dim;
+    out->page_size = cache->shape.page_size;
     out->n_sink = cache->n_sink;
     out->n_recent = cache->n_recent;
     out->k_ref_block = cache->k_ref_block;
@@ -148,8 +149,8 @@ static void put_sequence(saver *s, const tq_sequence *sequence)
 {
     put_int(s, sequence->n_pages);
     put_int(s, exact_number(s, sequence->exact));
-    put(s, sequence->length, (size_t)s->cache->n_layer * sizeof *sequence->length);
-    put(s, sequence->ring_begin, (size_t)s->cache->n_layer * TQ_N_SIDES * sizeof *sequence->ring_begin);
+    put(s, sequence->length, (size_t)s->cache->shape.n_layer * sizeof *sequence->length);
+    put(s, sequence->ring_begin, (size_t)s->cache->shape.n_layer * TQ_N_SIDES * sizeof *sequence->ring_begin);
     for (int32_t i = 0; i < sequence->n_pages; i++) put_int(s, s->numbers[sequence->page_table[i]]);
     fill_up(s);
 }
@@ -165,7 +166,7 @@ static void put_prefixes(saver *s)
         s->prefixes[n++] = prefix;
         put_int(s, s->numbers[prefix->page]);
         put_int(s, parent);
-        put(s, prefix->tokens, (size_t)s->cache->page_size * sizeof *prefix->tokens);
+        put(s, prefix->tokens, (size_t)s->cache->shape.page_size * sizeof *prefix->tokens);
         if (parent < 0) put(s, prefix->sinks, s->cache->prefixes.sink_bytes);
         fill_up(s);
     }
@@ -176,36 +177,46 @@ static void put_prefixes(saver *s)
 static tq_status build_meta(saver *s)
 {
     const tq_cache *cache = s->cache;
-    for (int32_t layer = 0; layer < cache->n_layer; layer++) {
-        if (tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors) s->header.version = TQ_SNAPSHOT_FACTORS;
+    for (int32_t layer = 0; layer < cache->shape.n_layer; layer++) {
+        if (tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->factors) s->header.version = TQ_SNAPSHOT_FACTORS;
     }
-    size_t n_sides = (size_t)cache->n_layer * TQ_N_SIDES, n_hashes = (size_t)s->header.n_exact + (size_t)s->header.n_pages;
+    size_t n_sides = (size_t)cache->shape.n_layer * TQ_N_SIDES,
+           n_hashes = (size_t)s->header.n_exact + (size_t)s->header.n_pages;
     s->room = tq_snapshot_hashes_offset(&s->header) + n_hashes * 8;
     for (int32_t i = 0; i < s->header.n_sequences; i++) {
         s->room += 16 + tq_sequence_file_numbers(cache) * sizeof(int64_t) + (size_t)s->sequences[i]->n_pages * sizeof(int32_t);
     }
-    size_t prefix_bytes = 16 + (size_t)cache->page_size * sizeof(int32_t) + cache->prefixes.sink_bytes;
+    size_t prefix_bytes = 16 + (size_t)cache->shape.page_size * sizeof(int32_t) + cache->prefixes.sink_bytes;
     s->room += (size_t)s->header.n_prefixes * prefix_bytes;
     s->meta = tq_alloc(s->room);
-    if (!s->meta) return TQ_ERR_MEMORY;
-    for (size_t i = 0; i < n_sides; i++) put(s, &(uint8_t){(uint8_t)cache->sides[i].codec->traits->format}, 1);
+    size_t page_bytes = cache->shape.page_bytes, exact_bytes = cache->shape.exact_bytes;
+    if (cache->device) s->scratch = tq_alloc(page_bytes > exact_bytes ? page_bytes : exact_bytes);
+    if (!s->meta || (cache->device && !s->scratch)) return TQ_ERR_MEMORY;
+    for (size_t i = 0; i < n_sides; i++) put(s, &(uint8_t){(uint8_t)cache->shape.sides[i].codec->traits->format}, 1);
     fill_up(s);
     size_t factors_bytes = tq_snapshot_factors_bytes(&s->header);
-    for (int32_t layer = 0; layer < cache->n_layer && factors_bytes > 0; layer++) {
-        const int8_t *factors = tq_cache_side_get(cache, layer, TQ_SIDE_K)->factors;
+    for (int32_t layer = 0; layer < cache->shape.n_layer && factors_bytes > 0; layer++) {
+        const int8_t *factors = tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->factors;
         if (factors)
             put(s, factors, factors_bytes);
         else
             for (size_t i = 0; i < factors_bytes; i++) put(s, "", 1);
     }
     fill_up(s);
-    for (int32_t i = 0; i < s->header.n_exact; i++)
-        put(s, &(uint64_t){tq_hash(s->exact[i]->bytes, cache->exact_bytes, 0)}, sizeof(uint64_t));
-    for (int32_t i = 0; i < s->header.n_pages; i++)
-        put(s, &(uint64_t){tq_hash(cache->pool.data[s->pages[i]], cache->pool.page_bytes, 0)}, sizeof(uint64_t));
+    for (int32_t i = 0; i < s->header.n_exact; i++) {
+        const uint8_t *bytes = tq_exact_bytes(cache, s->exact[i], s->scratch);
+        if (!bytes) return TQ_ERR_DEVICE;
+        put(s, &(uint64_t){tq_hash(bytes, cache->shape.exact_bytes, 0)}, sizeof(uint64_t));
+    }
+    for (int32_t i = 0; i < s->header.n_pages; i++) {
+        const uint8_t *bytes = tq_page_pool_bytes(&cache->pool, s->pages[i], s->scratch);
+        if (!bytes) return TQ_ERR_DEVICE;
+        put(s, &(uint64_t){tq_hash(bytes, cache->shape.page_bytes, 0)}, sizeof(uint64_t));
+    }
     for (int32_t i = 0; i < s->header.n_sequences; i++) put_sequence(s, s->sequences[i]);
     put_prefixes(s);
-    size_t data_bytes = (size_t)s->header.n_exact * cache->exact_bytes + (size_t)s->header.n_pages * cache->pool.page_bytes;
+    size_t data_bytes =
+        (size_t)s->header.n_exact * cache->shape.exact_bytes + (size_t)s->header.n_pages * cache->shape.page_bytes;
     s->header.file_bytes = tq_snapshot_data_offset(&s->header) + data_bytes;
     s->header.meta_hash = tq_hash(s->meta, (size_t)s->header.meta_bytes, 0);
     s->header.header_hash = tq_hash(&s->header, offsetof(tq_snapshot_header, header_hash), 0);
@@ -218,9 +229,16 @@ static tq_status write_content(saver *s, tq_file_writer *writer)
     TQ_TRY(tq_file_write(writer, &s->header, sizeof s->header));
     TQ_TRY(tq_file_write(writer, s->meta, (size_t)s->header.meta_bytes));
     TQ_TRY(tq_file_write(writer, zeros, tq_snapshot_data_offset(&s->header) - writer->n_written));
-    for (int32_t i = 0; i < s->header.n_exact; i++) TQ_TRY(tq_file_write(writer, s->exact[i]->bytes, s->cache->exact_bytes));
-    for (int32_t i = 0; i < s->header.n_pages; i++)
-        TQ_TRY(tq_file_write(writer, s->cache->pool.data[s->pages[i]], s->cache->pool.page_bytes));
+    for (int32_t i = 0; i < s->header.n_exact; i++) {
+        const uint8_t *bytes = tq_exact_bytes(s->cache, s->exact[i], s->scratch);
+        if (!bytes) return TQ_ERR_DEVICE;
+        TQ_TRY(tq_file_write(writer, bytes, s->cache->shape.exact_bytes));
+    }
+    for (int32_t i = 0; i < s->header.n_pages; i++) {
+        const uint8_t *bytes = tq_page_pool_bytes(&s->cache->pool, s->pages[i], s->scratch);
+        if (!bytes) return TQ_ERR_DEVICE;
+        TQ_TRY(tq_file_write(writer, bytes, s->cache->shape.page_bytes));
+    }
     return TQ_OK;
 }
 
@@ -236,6 +254,7 @@ static void let_go(saver *s)
     tq_free(s->exact);
     tq_free(s->prefixes);
     tq_free(s->meta);
+    tq_free(s->scratch);
 }
 
 tq_status tq_snapshot_save(tq_cache *cache, const char *path, const int32_t *seqs, int32_t n_seq)

@@ -13,7 +13,7 @@
 #define TQ_CACHE_STORE_H
 
 #include "attention/attention.h"
-#include "cache/kv_rows.h"
+#include "device/rows.h"
 
 typedef struct tq_store_header {
     int32_t ring_next; /* ring entry that the next new slot takes */

@@ -28,6 +28,15 @@ typedef struct context {
     size_t head_bytes;   /* keys and values of one KV head in a page */
 } context;
 
+/* What tests ask of the device, by functions that it has besides the table. */
+static struct hooks {
+    bool is_capturing;
+    int32_t n_partials, n_appends_left, n_halves, halves[256];
+} hooks = {.n_appends_left = -1};
+#define HOOK(type, name, ...)                                      \
+    __attribute__((visibility("default"))) type name(__VA_ARGS__); \
+    type name(__VA_ARGS__)
+
 static tq_status fail(char *message, const char *what)
 {
     snprintf(message, TQ_DEVICE_MESSAGE, "%s", what);
@@ -284,6 +293,9 @@ static tq_status append_half(const context *c, const tq_cuda_append_params *p, b
 static tq_status append(const tq_device_store *s, const tq_cuda_append_params *p, void *stream, char *message)
 {
     (void)stream;
+    if (hooks.n_appends_left == 0) return fail(message, "append: as tests want it");
+    hooks.n_appends_left -= hooks.n_appends_left > 0;
+    if (hooks.n_halves < 256) hooks.halves[hooks.n_halves++] = (int32_t)p->half;
     context c = open_context(s);
     if (p->half != TQ_CUDA_APPEND_STORE) TQ_TRY(append_half(&c, p, false, message));
     return p->half == TQ_CUDA_APPEND_ENCODE ? TQ_OK : append_half(&c, p, true, message);
@@ -431,10 +443,11 @@ static tq_status describe(tq_cuda_info *out, char *message)
 static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
 {
     (void)message;
-    size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv), n_partials = p->n_query > 1 ? 5 : 3;
+    size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv);
     size_t n_tiles = (size_t)p->n_seq * (size_t)s->n_head_kv * ((n_rows + 7) / 8);
-    *out =
-        n_tiles * n_partials * 8 * (size_t)(s->head_dim + 2) * 4; /* prompts are cut as on a device without a prefill kernel */
+    /* Prompts are cut as on a device without a prefill kernel. */
+    size_t n_partials = p->n_query == 1 ? 3 : hooks.n_partials ? (size_t)hooks.n_partials : 5;
+    *out = n_tiles * n_partials * 8 * (size_t)(s->head_dim + 2) * 4;
     return TQ_OK;
 }
 
@@ -477,11 +490,124 @@ static tq_status import_pages(const tq_device_store *s, const int32_t *pages, in
     return TQ_OK;
 }
 
+static tq_status supports(const tq_device_store *s, char *message)
+{
+    (void)s, (void)message;
+    return TQ_OK;
+}
+
+/* As a device's, memory holds anything at first. */
+static tq_status allocate(void **out, size_t bytes, bool is_host, char *message)
+{
+    *out = aligned_alloc(128, (bytes + 127) / 128 * 128 + 128);
+    if (!*out) return fail(message, "memory: none is left");
+    memset(*out, is_host ? 0 : 0x7b, bytes);
+    return TQ_OK;
+}
+
+static void release(void *memory, bool is_host)
+{
+    (void)is_host;
+    free(memory);
+}
+
+static tq_status copy_bytes(void *to, const void *from, size_t bytes, void *stream, char *message)
+{
+    (void)stream, (void)message;
+    memcpy(to, from, bytes);
+    return TQ_OK;
+}
+
+static tq_status zero(void *to, size_t bytes, void *stream, char *message)
+{
+    (void)stream, (void)message;
+    memset(to, 0, bytes);
+    return TQ_OK;
+}
+
+static tq_status begin_pass(const tq_device_pass *p, void *stream, char *message)
+{
+    (void)stream;
+    for (int32_t row = 0; row < p->n_rows; row++) {
+        for (int32_t i = p->starts[row]; i < p->starts[row + 1]; i++) {
+            int64_t position = p->lengths[row] + i - p->starts[row], i_page = position / p->page_size;
+            if (i_page >= p->page_table_stride) return fail(message, "begin: a token is beyond the page table");
+            p->seq_ids[i] = row;
+            p->positions[i] = position;
+            p->slots[i] = (int64_t)p->page_table[row * p->page_table_stride + i_page] * p->page_size + position % p->page_size;
+        }
+        p->lengths[row] += p->starts[row + 1] - p->starts[row];
+    }
+    return TQ_OK;
+}
+
+static tq_status wait_for(void *stream, char *message)
+{
+    (void)stream, (void)message;
+    return TQ_OK;
+}
+
+/* The stream is captured, or no longer. What is put on it then is done nevertheless, as its first replay would do it. */
+HOOK(void, tq_emulated_capture, bool on)
+{
+    hooks.is_capturing = on;
+}
+
+/* Calls of more than one query have so many partial results of each tile; 0: as at first. */
+HOOK(void, tq_emulated_partials, int32_t n)
+{
+    hooks.n_partials = n;
+}
+
+/* After n more appends they fail; negative: they do not. */
+HOOK(void, tq_emulated_fail_after, int32_t n)
+{
+    hooks.n_appends_left = n;
+}
+
+/* The halves (tq_cuda_append_half) of the appends since the last call, as far as room goes; their number. */
+HOOK(int32_t, tq_emulated_halves, int32_t *halves, int32_t room)
+{
+    int32_t n = hooks.n_halves < room ? hooks.n_halves : room;
+    memcpy(halves, hooks.halves, (size_t)n * sizeof *halves);
+    hooks.n_halves = 0;
+    return n;
+}
+
+static tq_status is_captured(bool *out, void *stream, char *message)
+{
+    (void)stream, (void)message;
+    *out = hooks.is_capturing;
+    return TQ_OK;
+}
+
+static tq_status side_open(tq_device_side **out, int32_t n, char *message)
+{
+    (void)n, (void)message;
+    *out = NULL;
+    return TQ_OK;
+}
+
 __attribute__((visibility("default"))) const tq_device_table *tq_device_table_get(void);
 
 const tq_device_table *tq_device_table_get(void)
 {
-    static const tq_device_table table = {TQ_DEVICE_ABI,   describe,   append,       attend,
-                                          workspace_bytes, copy_pages, export_pages, import_pages};
+    static const tq_device_table table = {.abi = TQ_DEVICE_ABI,
+                                          .describe = describe,
+                                          .append = append,
+                                          .attend = attend,
+                                          .workspace_bytes = workspace_bytes,
+                                          .copy_pages = copy_pages,
+                                          .export_pages = export_pages,
+                                          .import_pages = import_pages,
+                                          .supports = supports,
+                                          .allocate = allocate,
+                                          .release = release,
+                                          .copy = copy_bytes,
+                                          .zero = zero,
+                                          .begin_pass = begin_pass,
+                                          .wait = wait_for,
+                                          .is_captured = is_captured,
+                                          .side_open = side_open};
     return &table;
 }

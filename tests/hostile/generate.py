@@ -25,13 +25,15 @@ NUMBERS = {
     "tq_format": ["TQ_FORMAT_SQ4", "(tq_format)-1", "TQ_FORMAT_COUNT", "(tq_format)INT32_MAX"],
     "tq_status": ["TQ_OK", "(tq_status)-1000", "(tq_status)INT32_MAX"],
     "tq_dtype": ["TQ_DTYPE_F32", "(tq_dtype)-1", "(tq_dtype)INT32_MAX"],
+    "tq_device_kind": ["TQ_DEVICE_CPU", "TQ_DEVICE_CUDA", "(tq_device_kind)-1", "(tq_device_kind)INT32_MAX"],
     "tq_cuda_append_half": ["TQ_CUDA_APPEND_BOTH", "(tq_cuda_append_half)-1", "(tq_cuda_append_half)INT32_MAX"],
     "float": ["1", "0", "-1", "NAN", "INFINITY", "-INFINITY", "FLT_MAX", "FLT_TRUE_MIN"],
     "tq_log_fn": ["drop_message", "NULL"],
 }
-HANDLES = {"tq_cache", "tq_codec", "tq_pool", "tq_store", "tq_stage"}
+HANDLES = {"tq_batch", "tq_cache", "tq_codec", "tq_pool", "tq_store", "tq_stage"}
 STRUCTS = {"tq_attend_params", "tq_attend_batch", "tq_cache_params", "tq_store_params", "tq_key_factors_params", "tq_preset",
-           "tq_executor", "tq_openmp", "tq_cuda_store", "tq_cuda_append_params", "tq_cuda_attend_params"}
+           "tq_executor", "tq_openmp", "tq_batch_rows", "tq_cuda_store", "tq_cuda_append_params",
+           "tq_cuda_attend_params"}
 BUFFERS = {"float", "double", "int8_t", "uint16_t", "int32_t", "int64_t", "size_t", "void", "tq_format", "tq_format_info",
            "tq_cache_stats", "tq_snapshot_info", "tq_cuda_info", "tq_cuda_sizes"}
 VALID = {"head_dim": "64", "seq": "f.seq", "from": "f.seq", "layer": "0", "exact_bytes": "f.exact_bytes",
@@ -44,6 +46,7 @@ FREED = {"seq": "freed_sequence()", "from": "freed_sequence()"}
 CONTENTS = {
     "seqs": ["(freed_sequence(), id_list(f.seq))", "id_list(INT32_MAX)", "id_list(-1)"],
     "query_starts": ["place_list(0)", "place_list(-1)", "place_list(INT64_MAX)"],
+    "n_tok": ["place_list(-1)", "place_list(INT64_MAX)"],
     "seq_lens": ["place_list(0)", "place_list(-1)", "place_list(INT64_MAX)"],
     "layer_k_formats": ["format_list((tq_format)-1)"], "layer_v_formats": ["format_list(TQ_FORMAT_COUNT)"],
     "angles": ["angle_list(NAN)", "angle_list(DBL_MAX)"],
@@ -54,6 +57,15 @@ CONTENTS = {
     "pages": ["f.memory + 1"], "workspace": ["f.memory + 1"],
     "offload_folder": ['""', '"/"', "f.long_text"], "label": ['""', "f.long_text"], "name": ["f.long_text"],
 }
+# Parameters whose content is tried, too.
+LISTS = {"seqs", "n_tok"}
+
+
+def contents(base, name):
+    """Hostile contents of what a parameter or field points to, where it can be wrong."""
+    found = CONTENTS.get(name, [])
+    return [value.replace("place_list(INT64_MAX)", "id_list(INT32_MAX)").replace("place_list", "id_list")
+            for value in found] if base == "int32_t" else found
 
 
 def plain(kind):
@@ -79,7 +91,8 @@ def values(kind, name):
         field = base.removeprefix("tq_")
         return [f"f.{field}", "NULL"] if base in HANDLES else [f"&f.{field}", "NULL", "(void *)f.zeros"]
     if stars == 1 and base in BUFFERS:
-        return ["(void *)(f.buffer + sizeof f.buffer / 2)", "NULL"]
+        lists = contents(base, name) if name in LISTS else []
+        return ["(void *)(f.buffer + sizeof f.buffer / 2)", "NULL", *lists]
     sys.exit(f"tests/hostile/generate.py: there is no value for '{kind} {name}': say what is valid and what is hostile")
 
 
@@ -111,7 +124,7 @@ def replaced_fields(text, name, place):
         if stars == 0 and base in STRUCTS:
             yield from replaced_fields(text, base, target)
         elif stars or base == "function":
-            yield from (f"{target} = {value}" for value in ["NULL", *CONTENTS.get(field, [])])
+            yield from (f"{target} = {value}" for value in ["NULL", *contents(base, field)])
         elif base in NUMBERS:
             yield from (f"{target} = {value}" for value in NUMBERS[base])
         else:

@@ -24,6 +24,7 @@ enum { HOSTILE_SECONDS = 120, N_ROWS = 8 };
 /* Valid arguments, made again for every call: a call may free them. */
 static struct {
     tq_cache *cache;
+    tq_batch *batch; /* in a pass of one token */
     tq_codec *codec;
     tq_pool *pool;
     tq_store *store;
@@ -38,6 +39,7 @@ static struct {
     tq_preset preset;
     tq_executor executor;
     tq_openmp openmp; /* without a runtime: one thread */
+    tq_batch_rows batch_rows;
     tq_cuda_store cuda_store;
     tq_cuda_append_params cuda_append_params;
     tq_cuda_attend_params cuda_attend_params;
@@ -86,6 +88,9 @@ static void make_structs(void)
     f.key_factors_params.angles = angles;
     f.preset = *tq_preset_get(TQ_PRESET_DEFAULT);
     f.executor = (tq_executor){.n_threads = 1};
+    tq_batch_rows_default(&f.batch_rows);
+    f.batch_rows.q = f.batch_rows.k = f.batch_rows.v = half;
+    f.batch_rows.out = half + 4096;
     /* All that there has to be for a device, which there is not. */
     tq_cuda_store_default(&f.cuda_store);
     f.cuda_store.n_head_kv = 1;
@@ -145,7 +150,9 @@ static void begin(int number, const char *text)
     KV_CHECK(tq_cache_create(&f.cache, &f.cache_params) == TQ_OK);
     KV_CHECK(tq_cache_seq_create(f.cache, &f.seq) == TQ_OK);
     KV_CHECK(tq_cache_append(f.cache, f.seq, 0, N_ROWS, rows, rows, NULL) == TQ_OK);
-    f.exact_bytes = f.cache->exact_bytes;
+    KV_CHECK(tq_batch_create(&f.batch, f.cache, 1) == TQ_OK);
+    KV_CHECK(tq_batch_begin(f.batch, &f.seq, slots + 1, 2) == TQ_OK);
+    f.exact_bytes = f.cache->shape.exact_bytes;
     KV_CHECK(tq_codec_create(&f.codec, TQ_FORMAT_SQ4, 64, 0) == TQ_OK);
     KV_CHECK(tq_pool_create(&f.pool, 1) == TQ_OK);
     KV_CHECK(tq_stage_create(&f.stage) == TQ_OK);

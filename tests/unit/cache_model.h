@@ -63,7 +63,7 @@ static inline void cache_model_set_factors(cache_model *m)
 /* The cache again, with memory for n_frames pages besides that for sequences. */
 static inline void cache_model_tighten(cache_model *m, int32_t n_frames)
 {
-    size_t page_bytes = m->cache->pool.page_bytes, sequence_bytes = m->cache->exact_bytes + 1000;
+    size_t page_bytes = m->cache->pool.page_bytes, sequence_bytes = m->cache->shape.exact_bytes + 1000;
     m->params.budget_bytes =
         m->cache->budget.used + (size_t)n_frames * page_bytes + (CACHE_MODEL_SEQUENCES + 1) * sequence_bytes;
     tq_cache_free(m->cache);

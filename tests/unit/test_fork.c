@@ -84,7 +84,7 @@ static tq_cache *create(bool with_file)
     if (!with_file) return cache;
     p.offload_folder = kv_temporary_folder();
     p.offload_bytes = (size_t)(p.n_pages + 2) * (cache->pool.page_bytes + 16384);
-    p.budget_bytes = cache->budget.used + 2 * (cache->exact_bytes + 2000) + N_FRAMES * cache->pool.page_bytes;
+    p.budget_bytes = cache->budget.used + 2 * (cache->shape.exact_bytes + 2000) + N_FRAMES * cache->pool.page_bytes;
     tq_cache_free(cache);
     assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
     return cache;
@@ -163,7 +163,7 @@ static void be_refused(void *arg)
     REFUSED(tq_cache_save(cache, "never-written.tqs", NULL, 0));
     REFUSED(tq_cache_load(cache, "never-read.tqs", NULL, 0, &n));
     REFUSED(tq_cache_seq_export(cache, 0, 0, 0, NULL, NULL, 0));
-    REFUSED(tq_cache_seq_import(cache, 0, 0, 0, NULL, after, cache->exact_bytes));
+    REFUSED(tq_cache_seq_import(cache, 0, 0, 0, NULL, after, cache->shape.exact_bytes));
     KV_CHECK(tq_cache_length(cache, 0, 0) == -1);
     tq_cache_free(cache);
 }

@@ -49,7 +49,7 @@ static tq_cache_params params_with(int32_t n_frames)
     p.offload_folder = folder;
     p.offload_bytes = (size_t)(p.n_pages + 2) * (cache->pool.page_bytes + 16384);
     /* Two sequences, and the file's table. */
-    size_t more = 2 * (cache->exact_bytes + 1000) + (size_t)p.n_pages * 8;
+    size_t more = 2 * (cache->shape.exact_bytes + 1000) + (size_t)p.n_pages * 8;
     p.budget_bytes = cache->budget.used + more + (size_t)n_frames * cache->pool.page_bytes;
     tq_cache_free(cache);
     return p;

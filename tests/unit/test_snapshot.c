@@ -321,7 +321,7 @@ typedef struct bytes_of {
 
 static bytes_of export_of(tq_cache *cache, int32_t seq)
 {
-    bytes_of b = {.page_bytes = stats_of(cache).page_bytes, .exact_bytes = cache->exact_bytes};
+    bytes_of b = {.page_bytes = stats_of(cache).page_bytes, .exact_bytes = cache->shape.exact_bytes};
     assert_int_equal(tq_cache_page_table(cache, seq, NULL, 0, &b.n_pages), TQ_OK);
     b.pages = kv_aligned((size_t)b.n_pages * b.page_bytes);
     b.exact = kv_aligned(b.exact_bytes);
@@ -584,7 +584,7 @@ static tq_cache *create_short(tq_cache_params *p, int32_t seqs[2])
     enum { N_LONG = 178 };
     tq_cache *cache;
     assert_int_equal(tq_cache_create(&cache, p), TQ_OK);
-    p->budget_bytes = cache->budget.used + 2 * (cache->exact_bytes + 4000) + 12 * cache->pool.page_bytes;
+    p->budget_bytes = cache->budget.used + 2 * (cache->shape.exact_bytes + 4000) + 12 * cache->pool.page_bytes;
     tq_cache_free(cache);
     assert_int_equal(tq_cache_create(&cache, p), TQ_OK);
     assert_int_equal(tq_cache_seq_create(cache, &seqs[0]), TQ_OK);
@@ -610,7 +610,7 @@ static void test_refusals_give_up_nothing(void **state)
     append(large, seq, 200);
     assert_int_equal(tq_cache_save(large, path, &seq, 1), TQ_OK);
     static uint8_t pages[1 << 17], exact[1 << 19];
-    size_t exact_bytes = large->exact_bytes;
+    size_t exact_bytes = large->shape.exact_bytes;
     assert_int_equal(tq_cache_seq_export(large, seq, 0, 13, pages, exact, exact_bytes), TQ_OK);
     cache = create_short(&p, seqs);
     assert_int_equal(stats_of(cache).n_pages_kept, 3);

@@ -294,7 +294,7 @@ static void use_cache(cache_user *user, int round)
     decode_batch(user, fork, twin, from + N_PROMPT * HEAD_DIM, out[1]);
     KV_CHECK(tq_cache_seq_create(cache, &moved) == TQ_OK);
     KV_CHECK(tq_cache_get_stats(cache, &stats) == TQ_OK);
-    int32_t loaded = move_sequence(user, fork, moved, &stats, cache->exact_bytes);
+    int32_t loaded = move_sequence(user, fork, moved, &stats, cache->shape.exact_bytes);
     KV_CHECK(tq_cache_trim(cache, loaded, N_PROMPT - 10) == TQ_OK);
     tq_attend_params last = user_queries(1, from, out[2]);
     KV_CHECK(tq_cache_attend(cache, loaded, 0, &last, NULL) == TQ_OK);
@@ -335,7 +335,7 @@ static tq_cache *create_shared(bool with_file)
     if (!with_file) return cache;
     p.offload_folder = kv_temporary_folder();
     p.offload_bytes = (size_t)(p.n_pages + 2) * (cache->pool.page_bytes + 16384);
-    size_t sequences = (size_t)N_USERS * 5 * (cache->exact_bytes + 1000), prefixes = (size_t)p.n_pages * 200;
+    size_t sequences = (size_t)N_USERS * 5 * (cache->shape.exact_bytes + 1000), prefixes = (size_t)p.n_pages * 200;
     p.budget_bytes = cache->budget.used + sequences + prefixes + N_FRAMES * cache->pool.page_bytes;
     tq_cache_free(cache);
     return create_with_factors(&p);

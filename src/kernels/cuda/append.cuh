@@ -17,5 +17,6 @@ cudaError_t copy_pages(const tq_device_store &store, const int32_t *from, const 
 cudaError_t export_pages(const tq_device_store &store, const int32_t *pages, int64_t n, uint8_t *bytes, cudaStream_t stream);
 cudaError_t import_pages(const tq_device_store &store, const int32_t *pages, int64_t n, const uint8_t *bytes,
                          cudaStream_t stream);
+cudaError_t begin_pass(const tq_device_pass &pass, cudaStream_t stream);
 
 #endif

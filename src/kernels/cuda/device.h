@@ -44,6 +44,20 @@ typedef struct tq_device_store {
     uint16_t *exact; /* FP16 [n_exact_slots, keys and values, n_head_kv, n_sink + n_ring, head_dim] */
 } tq_device_store;
 
+/* A forward pass that begins: lengths advance, and tokens get their places. Device memory. */
+typedef struct tq_device_pass {
+    int32_t *lengths;      /* [n_rows], before the pass; after the call those with it */
+    const int32_t *starts; /* [n_rows + 1]: row i has tokens starts[i] .. starts[i + 1] of the pass */
+    const int32_t *page_table;
+    int64_t page_table_stride;
+    int32_t n_rows, page_size;
+    int32_t *seq_ids;           /* [tokens] the row */
+    int64_t *positions, *slots; /* [tokens] in the sequence, and page * page_size + offset */
+} tq_device_pass;
+
+/* A second stream, and events of its work. */
+typedef struct tq_device_side tq_device_side;
+
 /* Each function returns a status and on failure puts the driver's text into message [TQ_DEVICE_MESSAGE]. */
 typedef struct tq_device_table {
     uint32_t abi;
@@ -58,6 +72,26 @@ typedef struct tq_device_table {
                               char *message);
     tq_status (*import_pages)(const tq_device_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream,
                               char *message);
+    /* Has the device kernels for this store? */
+    tq_status (*supports)(const tq_device_store *store, char *message);
+    /* Memory of the device, or of the host where the device writes at any time. */
+    tq_status (*allocate)(void **out, size_t bytes, bool is_host, char *message);
+    void (*release)(void *memory, bool is_host);
+    /* Put on the stream: copies between host and device or within it, zeros, the beginning of a pass. */
+    tq_status (*copy)(void *to, const void *from, size_t bytes, void *stream, char *message);
+    tq_status (*zero)(void *to, size_t bytes, void *stream, char *message);
+    tq_status (*begin_pass)(const tq_device_pass *pass, void *stream, char *message);
+    /* Wait for what is on the stream. */
+    tq_status (*wait)(void *stream, char *message);
+    /* Is what is put on the stream captured in a graph? */
+    tq_status (*is_captured)(bool *out, void *stream, char *message);
+    /* A stream that runs next to another one, NULL where they do not exist, with n events. fork: it goes on from what `stream`
+     * has; record: event i is behind what it has now; join: `stream` waits for event i. */
+    tq_status (*side_open)(tq_device_side **out, int32_t n, char *message);
+    void (*side_close)(tq_device_side *side);
+    tq_status (*side_fork)(tq_device_side *side, void *stream, void **side_stream, char *message);
+    tq_status (*side_record)(tq_device_side *side, int32_t i, char *message);
+    tq_status (*side_join)(tq_device_side *side, int32_t i, void *stream, char *message);
 } tq_device_table;
 
 /* The one symbol of the shared object. */

@@ -268,9 +268,117 @@ static tq_status import_from(const tq_device_store *store, const int32_t *pages,
                 import_pages(*store, pages, n, static_cast<const uint8_t *>(bytes), (cudaStream_t)stream));
 }
 
+static tq_status supports(const tq_device_store *store, char *message)
+{
+    tq_cuda_attend_params params = {};
+    params.n_query = 1, params.n_head = store->n_head_kv;
+    int32_t device;
+    tq_status status = check_device(&device, message);
+    bool is_prefill;
+    if (status != TQ_OK || find_launch(*store, params, &is_prefill)) return status;
+    snprintf(message, TQ_DEVICE_MESSAGE, "no kernel at head_dim %d for these formats fits this device's shared memory",
+             store->head_dim);
+    return TQ_ERR_FORMAT;
+}
+
+static tq_status allocate(void **out, size_t bytes, bool is_host, char *message)
+{
+    return done(message, "memory", is_host ? cudaMallocHost(out, bytes) : cudaMalloc(out, bytes));
+}
+
+static void release(void *memory, bool is_host)
+{
+    (void)(is_host ? cudaFreeHost(memory) : cudaFree(memory));
+}
+
+static tq_status copy_bytes(void *to, const void *from, size_t bytes, void *stream, char *message)
+{
+    return done(message, "copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, (cudaStream_t)stream));
+}
+
+static tq_status zero(void *to, size_t bytes, void *stream, char *message)
+{
+    return done(message, "clear", cudaMemsetAsync(to, 0, bytes, (cudaStream_t)stream));
+}
+
+static tq_status begin(const tq_device_pass *pass, void *stream, char *message)
+{
+    return done(message, "begin", begin_pass(*pass, (cudaStream_t)stream));
+}
+
+static tq_status wait(void *stream, char *message)
+{
+    return done(message, "wait", cudaStreamSynchronize((cudaStream_t)stream));
+}
+
+static tq_status is_captured(bool *out, void *stream, char *message)
+{
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    tq_status status = done(message, "capture", cudaStreamIsCapturing((cudaStream_t)stream, &capture));
+    *out = capture != cudaStreamCaptureStatusNone;
+    return status;
+}
+
+struct tq_device_side {
+    cudaStream_t stream;
+    cudaEvent_t fork;
+    int32_t n;
+    cudaEvent_t *events;
+};
+
+static void side_close(tq_device_side *side)
+{
+    if (!side) return;
+    for (int32_t i = 0; i < side->n; i++) (void)cudaEventDestroy(side->events[i]);
+    if (side->fork) (void)cudaEventDestroy(side->fork);
+    if (side->stream) (void)cudaStreamDestroy(side->stream);
+    free(side->events);
+    free(side);
+}
+
+static tq_status side_open(tq_device_side **out, int32_t n, char *message)
+{
+    tq_device_side *side = static_cast<tq_device_side *>(calloc(1, sizeof *side));
+    if (side) side->events = static_cast<cudaEvent_t *>(calloc((size_t)n + 1, sizeof *side->events));
+    if (!side || !side->events) {
+        free(side);
+        return TQ_ERR_MEMORY;
+    }
+    cudaError_t error = cudaStreamCreateWithFlags(&side->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&side->fork, cudaEventDisableTiming);
+    for (; error == cudaSuccess && side->n < n; side->n += error == cudaSuccess) {
+        error = cudaEventCreateWithFlags(&side->events[side->n], cudaEventDisableTiming);
+    }
+    if (error != cudaSuccess)
+        side_close(side);
+    else
+        *out = side;
+    return done(message, "stream", error);
+}
+
+static tq_status side_fork(tq_device_side *side, void *stream, void **side_stream, char *message)
+{
+    cudaError_t error = cudaEventRecord(side->fork, (cudaStream_t)stream);
+    if (error == cudaSuccess) error = cudaStreamWaitEvent(side->stream, side->fork, 0);
+    *side_stream = side->stream;
+    return done(message, "stream", error);
+}
+
+static tq_status side_record(tq_device_side *side, int32_t i, char *message)
+{
+    return done(message, "event", cudaEventRecord(side->events[i], side->stream));
+}
+
+static tq_status side_join(tq_device_side *side, int32_t i, void *stream, char *message)
+{
+    return done(message, "event", cudaStreamWaitEvent((cudaStream_t)stream, side->events[i], 0));
+}
+
 extern "C" __attribute__((visibility("default"))) const tq_device_table *tq_device_table_get(void)
 {
-    static const tq_device_table table = {TQ_DEVICE_ABI, describe, append,    attend,
-                                          workspace_bytes, copy,  export_to, import_from};
+    static const tq_device_table table = {TQ_DEVICE_ABI, describe,    append,      attend,      workspace_bytes, copy,
+                                          export_to,     import_from, supports,    allocate,    release,         copy_bytes,
+                                          zero,          begin,       wait,        is_captured, side_open,       side_close,
+                                          side_fork,     side_record, side_join};
     return &table;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* Private to src/api: structs of parameters from callers that were compiled with another version of the header. */
-#ifndef TQ_API_PARAMS_H
-#define TQ_API_PARAMS_H
+/* Structs of parameters from callers that were compiled with another version of the header. */
+#ifndef TQ_BASE_PARAMS_H
+#define TQ_BASE_PARAMS_H
 
 #include "base/log.h"
 

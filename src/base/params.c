@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-#include "api/params.h"
+#include "base/params.h"
 
 #include <string.h>
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* See kv_rows.h. Vectors go through small buffers on the stack, so that nothing here can fail. */
-#include "cache/kv_rows.h"
+/* See rows.h. Vectors go through small buffers on the stack, so that nothing here can fail. */
+#include "device/rows.h"
 
 #include <math.h>
 #include <stdatomic.h>

@@ -3,11 +3,10 @@
 #include <math.h>
 #include <string.h>
 
-#include "api/checks.h"
-#include "api/params.h"
 #include "base/log.h"
+#include "base/params.h"
 #include "codec/codec.h"
-#include "kernels/cuda/device.h"
+#include "device/cuda_store.h"
 #include "kernels/cuda/layout.h"
 #include "kernels/cuda/split.h"
 
@@ -172,17 +171,10 @@ static tq_status fill_side(tq_device_store *out, const tq_cuda_store *store, boo
     return TQ_OK;
 }
 
-/* Everything that a launch needs of a store; all memory checks but those of pointers' targets. */
-static tq_status prepare(tq_device_store *out, const tq_cuda_store *store)
+tq_status tq_cuda_shape_store(tq_device_store *out, const tq_cuda_store *store)
 {
     TQ_TRY(check_shape(store));
     TQ_TRY(check_strides(store));
-    if (!store->pages) return bad("pages is NULL");
-    if (store->n_pages < 1 || store->n_pages > INT32_MAX) return bad("n_pages must be 1 to 2^31 - 1");
-    if (store->n_exact_slots < 0 || store->n_exact_slots > INT32_MAX) return bad("n_exact_slots is out of range");
-    if (store->n_sink + store->n_recent > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
-    if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
-    if ((uintptr_t)store->k_factors % 8 != 0) return bad("k_factors must be aligned to 8 bytes");
     tq_cuda_sizes sizes = sizes_of(store);
     size_t page_stride = store->page_stride_bytes ? store->page_stride_bytes : sizes.page_bytes;
     size_t exact_stride = store->exact_stride_bytes ? store->exact_stride_bytes : sizes.exact_bytes;
@@ -193,15 +185,28 @@ static tq_status prepare(tq_device_store *out, const tq_cuda_store *store)
                              .n_recent = store->n_recent,
                              .n_ring = ring_of(store),
                              .k_ref_block = store->k_ref_block,
-                             .k_factors = store->k_factors,
-                             .n_pages = store->n_pages,
-                             .n_exact_slots = store->n_exact_slots,
                              .page_stride = (int64_t)page_stride,
-                             .exact_stride = (int64_t)(exact_stride / sizeof(uint16_t)),
-                             .pages = store->pages,
-                             .exact = store->exact};
+                             .exact_stride = (int64_t)(exact_stride / sizeof(uint16_t))};
     TQ_TRY(fill_side(out, store, false));
     return fill_side(out, store, true);
+}
+
+/* Everything that a launch needs of a store; all memory checks but those of pointers' targets. */
+static tq_status prepare(tq_device_store *out, const tq_cuda_store *store)
+{
+    TQ_TRY(tq_cuda_shape_store(out, store));
+    if (!store->pages) return bad("pages is NULL");
+    if (store->n_pages < 1 || store->n_pages > INT32_MAX) return bad("n_pages must be 1 to 2^31 - 1");
+    if (store->n_exact_slots < 0 || store->n_exact_slots > INT32_MAX) return bad("n_exact_slots is out of range");
+    if (store->n_sink + store->n_recent > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
+    if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
+    if ((uintptr_t)store->k_factors % 8 != 0) return bad("k_factors must be aligned to 8 bytes");
+    out->k_factors = store->k_factors;
+    out->n_pages = store->n_pages;
+    out->n_exact_slots = store->n_exact_slots;
+    out->pages = store->pages;
+    out->exact = store->exact;
+    return TQ_OK;
 }
 
 static tq_status report(tq_status status, const char *message)
@@ -262,7 +267,7 @@ static tq_status check_attend(const tq_cuda_store *store, const tq_cuda_attend_p
     }
     if (params->max_seq_len < 0 || params->max_seq_len > (INT64_C(1) << 30)) return bad("attend: max_seq_len is out of range");
     int64_t n_rows = (int64_t)params->n_query * (params->n_head / store->n_head_kv);
-    if (n_rows > 65536) return bad("attend: more than 65536 query rows of a KV head");
+    if (n_rows > TQ_CUDA_ROWS_MAX) return bad("attend: more than 65536 query rows of a KV head");
     int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * tq_ceil_div(n_rows, TQ_TILE_ROWS);
     if (n_tiles > INT32_MAX / TQ_SPLITS_MAX) return bad("attend: more than 2^27 row tiles");
     return TQ_OK;

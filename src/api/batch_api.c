@@ -1,0 +1,274 @@
+/* SPDX-License-Identifier: MIT */
+/* tq_batch_*: argument checks in front of cache/batch.c, and passes on the CPU, which are prefills of its sequences. */
+#include <math.h>
+#include <string.h>
+
+#include "api/checks.h"
+#include "base/alloc.h"
+#include "base/half.h"
+#include "base/log.h"
+#include "base/params.h"
+#include "cache/batch.h"
+
+#define WHO "batch"
+#define ROWS_MAX 65535
+
+tq_status tq_batch_create(tq_batch **out, tq_cache *cache, int32_t n_rows)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    TQ_TRY(tq_check_cache(cache));
+    if (n_rows < 1 || n_rows > ROWS_MAX) {
+        tq_log(TQ_LOG_ERROR, WHO ": n_rows is %d; give 1 to %d", (int)n_rows, ROWS_MAX);
+        return TQ_ERR_ARGUMENT;
+    }
+    tq_status status = tq_batch_open(out, cache, n_rows);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO " of %d rows: %s", (int)n_rows, tq_status_string(status));
+    return status;
+}
+
+void tq_batch_free(tq_batch *batch)
+{
+    if (batch) tq_batch_close(batch);
+}
+
+static tq_status check_batch(const tq_batch *batch)
+{
+    if (!batch) {
+        tq_log(TQ_LOG_ERROR, WHO ": is NULL");
+        return TQ_ERR_ARGUMENT;
+    }
+    TQ_TRY(tq_check_cache(batch->cache));
+    if (!batch->cache->budget.is_dry) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, WHO ": a dry run has no vectors");
+    return TQ_ERR_ARGUMENT;
+}
+
+/* Take over the rows of a pass. */
+static tq_status set_rows(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok)
+{
+    if (!seqs || !n_tok) {
+        tq_log(TQ_LOG_ERROR, WHO ": seqs or n_tok is NULL");
+        return TQ_ERR_ARGUMENT;
+    }
+    int64_t sum = 0;
+    for (int32_t i = 0; i < batch->n_rows; i++) {
+        if (n_tok[i] < 0 || n_tok[i] > INT32_MAX - sum) {
+            tq_log(TQ_LOG_ERROR, WHO ": n_tok[%d] is %lld; give counts from 0 with a sum below 2^31", (int)i,
+                   (long long)n_tok[i]);
+            return TQ_ERR_ARGUMENT;
+        }
+        sum += n_tok[i];
+    }
+    memcpy(batch->seqs, seqs, (size_t)batch->n_rows * sizeof *seqs);
+    memcpy(batch->n_tok, n_tok, (size_t)batch->n_rows * sizeof *n_tok);
+    return TQ_OK;
+}
+
+tq_status tq_batch_begin(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok, int32_t n_head)
+{
+    TQ_TRY(check_batch(batch));
+    batch->is_open = false;
+    TQ_TRY(set_rows(batch, seqs, n_tok));
+    TQ_TRY(tq_check_heads(WHO, n_head, batch->cache->shape.n_head_kv));
+    return tq_batch_start(batch, n_head);
+}
+
+void tq_batch_rows_default(tq_batch_rows *rows)
+{
+    if (rows) *rows = (tq_batch_rows){.struct_size = sizeof *rows, .softmax_scale = 1.0f};
+}
+
+static int64_t total_of(const tq_batch *batch)
+{
+    int64_t n = 0;
+    for (int32_t i = 0; i < batch->n_rows; i++) n += batch->n_tok[i];
+    return n;
+}
+
+static tq_status check_rows(const tq_batch *batch, const tq_batch_rows *rows)
+{
+    if (rows->dtype != TQ_DTYPE_F32 && rows->dtype != TQ_DTYPE_F16 && rows->dtype != TQ_DTYPE_BF16) {
+        tq_log(TQ_LOG_ERROR, WHO ": dtype is %d, which does not exist", (int)rows->dtype);
+        return TQ_ERR_ARGUMENT;
+    }
+    const int64_t strides[] = {rows->q_token_stride, rows->q_head_stride,    rows->k_token_stride,
+                               rows->v_token_stride, rows->out_token_stride, rows->out_head_stride};
+    for (size_t i = 0; i < sizeof strides / sizeof *strides; i++) {
+        if (strides[i] >= 0 && tq_check_stride(total_of(batch), strides[i])) continue;
+        tq_log(TQ_LOG_ERROR, WHO ": a stride is negative or overflows");
+        return TQ_ERR_ARGUMENT;
+    }
+    if (total_of(batch) > 0 && (!rows->q || !rows->k || !rows->v || !rows->out)) {
+        tq_log(TQ_LOG_ERROR, WHO ": q, k, v or out is NULL");
+        return TQ_ERR_ARGUMENT;
+    }
+    if (!isfinite(rows->softmax_scale) || !isfinite(rows->softcap) || rows->softcap < 0 || rows->window < 0) {
+        tq_log(TQ_LOG_ERROR, WHO ": softmax_scale must be finite, softcap and window positive, or 0 for none");
+        return TQ_ERR_ARGUMENT;
+    }
+    return TQ_OK;
+}
+
+static void set_stride(int64_t *stride, int64_t contiguous)
+{
+    if (*stride == 0) *stride = contiguous;
+}
+
+/* n elements from element `at` on, as floats. */
+static void read_floats(tq_dtype dtype, const void *from, int64_t at, int64_t n, float *x)
+{
+    const uint16_t *half = (const uint16_t *)from + at;
+    if (dtype == TQ_DTYPE_F32) memcpy(x, (const float *)from + at, (size_t)n * sizeof *x);
+    for (int64_t i = 0; dtype == TQ_DTYPE_F16 && i < n; i++) x[i] = tq_half_to_float(half[i]);
+    for (int64_t i = 0; dtype == TQ_DTYPE_BF16 && i < n; i++) x[i] = tq_bfloat_to_float(half[i]);
+}
+
+static void write_floats(tq_dtype dtype, void *to, int64_t at, int64_t n, const float *x)
+{
+    uint16_t *half = (uint16_t *)to + at;
+    if (dtype == TQ_DTYPE_F32) memcpy((float *)to + at, x, (size_t)n * sizeof *x);
+    for (int64_t i = 0; dtype == TQ_DTYPE_F16 && i < n; i++) half[i] = tq_half_from_float(x[i]);
+    for (int64_t i = 0; dtype == TQ_DTYPE_BF16 && i < n; i++) half[i] = tq_bfloat_from_float(x[i]);
+}
+
+/* Rows of keys or values [n, width] without gaps, in floats: where they are, or in `scratch`. */
+static const float *plain_rows(const tq_batch_rows *rows, const void *x, int64_t first, int64_t n, int64_t stride,
+                               int64_t width, float *scratch)
+{
+    if (rows->dtype == TQ_DTYPE_F32 && stride == width) return (const float *)x + first * stride;
+    for (int64_t i = 0; i < n; i++) read_floats(rows->dtype, x, (first + i) * stride, width, scratch + i * width);
+    return scratch;
+}
+
+/* Shapes of a layer. */
+typedef struct widths {
+    int64_t k, v, q, out; /* of a token */
+    int32_t head_dim, head_dim_v;
+} widths;
+
+/* The tokens of row i, which are `first` and those behind it. */
+static tq_status prefill_row(const tq_batch *batch, int32_t i, int32_t layer, int64_t first, const tq_batch_rows *rows,
+                             widths w, float *scratch, const tq_executor *executor)
+{
+    int64_t n = batch->n_tok[i];
+    const float *k = plain_rows(rows, rows->k, first, n, rows->k_token_stride, w.k, scratch);
+    const float *v = plain_rows(rows, rows->v, first, n, rows->v_token_stride, w.v, scratch + n * w.k);
+    tq_attend_params params;
+    tq_attend_params_default(&params);
+    params.n_head = batch->n_head;
+    params.softmax_scale = rows->softmax_scale;
+    params.softcap = rows->softcap;
+    params.window = rows->window;
+    params.sinks = rows->sinks;
+    if (rows->dtype == TQ_DTYPE_F32) {
+        params.q = (const float *)rows->q + first * rows->q_token_stride;
+        params.q_token_stride = rows->q_token_stride, params.q_head_stride = rows->q_head_stride;
+        params.out = (float *)rows->out + first * rows->out_token_stride;
+        params.out_token_stride = rows->out_token_stride, params.out_head_stride = rows->out_head_stride;
+        return tq_cache_prefill(batch->cache, batch->seqs[i], layer, n, k, v, &params, executor);
+    }
+    float *q = scratch + n * (w.k + w.v), *out = q + n * w.q;
+    for (int64_t j = 0; j < n * batch->n_head; j++) {
+        int64_t at = (first + j / batch->n_head) * rows->q_token_stride + j % batch->n_head * rows->q_head_stride;
+        read_floats(rows->dtype, rows->q, at, w.head_dim, q + j * w.head_dim);
+    }
+    params.q = q, params.q_token_stride = w.q, params.q_head_stride = w.head_dim;
+    params.out = out, params.out_token_stride = w.out, params.out_head_stride = w.head_dim_v;
+    TQ_TRY(tq_cache_prefill(batch->cache, batch->seqs[i], layer, n, k, v, &params, executor));
+    for (int64_t j = 0; j < n * batch->n_head; j++) {
+        int64_t at = (first + j / batch->n_head) * rows->out_token_stride + j % batch->n_head * rows->out_head_stride;
+        write_floats(rows->dtype, rows->out, at, w.head_dim_v, out + j * w.head_dim_v);
+    }
+    return TQ_OK;
+}
+
+static tq_status run_on_cpu(const tq_batch *batch, int32_t layer, const tq_batch_rows *rows, widths w,
+                            const tq_executor *executor)
+{
+    int64_t longest = 0, first = 0;
+    for (int32_t i = 0; i < batch->n_rows; i++) longest = batch->n_tok[i] > longest ? batch->n_tok[i] : longest;
+    bool is_plain = rows->dtype == TQ_DTYPE_F32 && rows->k_token_stride == w.k && rows->v_token_stride == w.v;
+    size_t bytes = is_plain ? 0 : (size_t)(longest * (w.k + w.v + w.q + w.out)) * sizeof(float);
+    float *scratch = bytes ? tq_scratch_alloc(bytes) : NULL;
+    if (bytes && !scratch) return TQ_ERR_MEMORY;
+    tq_status status = TQ_OK;
+    for (int32_t i = 0; i < batch->n_rows && status == TQ_OK; first += batch->n_tok[i++]) {
+        if (batch->n_tok[i] > 0) status = prefill_row(batch, i, layer, first, rows, w, scratch, executor);
+    }
+    if (scratch) tq_scratch_free(scratch, bytes);
+    return status;
+}
+
+tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *rows, const tq_executor *executor)
+{
+    TQ_TRY(check_batch(batch));
+    TQ_PARAMS(tq_batch_rows, own, rows, WHO);
+    const tq_shape *shape = &batch->cache->shape;
+    if (!batch->is_open) {
+        tq_log(TQ_LOG_ERROR, WHO ": there is no pass: call tq_batch_begin first");
+        return TQ_ERR_ARGUMENT;
+    }
+    if (layer < 0 || layer >= shape->n_layer) {
+        tq_log(TQ_LOG_ERROR, WHO ": there is no layer %d; there are %d", (int)layer, (int)shape->n_layer);
+        return TQ_ERR_RANGE;
+    }
+    TQ_TRY(check_rows(batch, &own));
+    widths w = {.head_dim = tq_shape_side(shape, layer, TQ_SIDE_K)->codec->head_dim,
+                .head_dim_v = tq_shape_side(shape, layer, TQ_SIDE_V)->codec->head_dim};
+    w.k = (int64_t)shape->n_head_kv * w.head_dim, w.v = (int64_t)shape->n_head_kv * w.head_dim_v;
+    w.q = (int64_t)batch->n_head * w.head_dim, w.out = (int64_t)batch->n_head * w.head_dim_v;
+    set_stride(&own.q_token_stride, w.q);
+    set_stride(&own.q_head_stride, w.head_dim);
+    set_stride(&own.k_token_stride, w.k);
+    set_stride(&own.v_token_stride, w.v);
+    set_stride(&own.out_token_stride, w.out);
+    set_stride(&own.out_head_stride, w.head_dim_v);
+    if (own.k_token_stride < w.k || own.v_token_stride < w.v) {
+        tq_log(TQ_LOG_ERROR, WHO ": k_token_stride or v_token_stride is less than a row");
+        return TQ_ERR_ARGUMENT;
+    }
+    if (batch->cache->device) return tq_batch_run(batch, layer, &own);
+    return run_on_cpu(batch, layer, &own, w, executor);
+}
+
+tq_status tq_batch_end(tq_batch *batch)
+{
+    TQ_TRY(check_batch(batch));
+    if (!batch->is_open) {
+        tq_log(TQ_LOG_ERROR, WHO ": there is no pass that could end");
+        return TQ_ERR_ARGUMENT;
+    }
+    batch->is_open = false;
+    return TQ_OK;
+}
+
+bool tq_batch_is_captured(const tq_batch *batch)
+{
+    if (check_batch(batch) != TQ_OK || !batch->cache->device) return false;
+    bool is_captured = false;
+    if (batch->is_open) return batch->is_captured;
+    return batch->cache->device->is_captured(batch->cache->memory, &is_captured) == TQ_OK && is_captured;
+}
+
+tq_status tq_batch_replayed(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok)
+{
+    TQ_TRY(check_batch(batch));
+    if (!batch->cache->device) {
+        tq_log(TQ_LOG_ERROR, WHO ": graphs are of CUDA devices");
+        return TQ_ERR_ARGUMENT;
+    }
+    batch->is_open = false;
+    TQ_TRY(set_rows(batch, seqs, n_tok));
+    return tq_batch_count_replay(batch);
+}
+
+tq_status tq_cache_set_stream(tq_cache *cache, void *stream)
+{
+    TQ_TRY(tq_check_cache(cache));
+    if (!cache->device) {
+        tq_log(TQ_LOG_ERROR, "cache: streams are of devices");
+        return TQ_ERR_ARGUMENT;
+    }
+    cache->device->set_stream(cache->memory, stream);
+    return TQ_OK;
+}
