@@ -3,19 +3,20 @@
 TurboQuantCache on a device: its sequences under random changes against plain arrays, memory, refusals, and the bookkeeping of
 CUDA graphs. With TQ_TEST_BACKEND=emulated or cuda (tiny.py).
 """
+import contextlib
 import copy
+import ctypes
 import types
 
 import numpy as np
 import pytest
 import torch
 import turboquant
-from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, compressed, generated, ids, logits, make_model, same_tokens
+import tiny
+from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, captured, compressed, generated, ids, logits, make_model, same_tokens
 from transformers import LlamaConfig
-from turboquant import _cuda_batch
-from turboquant._cuda import DeviceStore
-from turboquant._cuda_batch import WORKSPACE_MAX, Batch
-from turboquant.transformers import TurboQuantCache, attention_forward
+from turboquant.transformers import TurboQuantCache, _DeviceStore, attention_forward
+from turboquant.weight_factors import formats_of
 
 if not ON_DEVICE:
     pytest.skip("TQ_TEST_BACKEND is neither emulated nor cuda", allow_module_level=True)
@@ -23,6 +24,7 @@ if not ON_DEVICE:
 N_LAYER, N_HEAD_KV, N_HEAD, HEAD_DIM = 3, 2, 4, 64
 CONFIG = LlamaConfig(num_hidden_layers=N_LAYER, num_attention_heads=N_HEAD, num_key_value_heads=N_HEAD_KV, head_dim=HEAD_DIM,
                      hidden_size=N_HEAD * HEAD_DIM)
+only_emulated = pytest.mark.skipif(BACKEND != "emulated", reason="hooks of the emulated device")
 # What a device multiplies in half precision.
 TOLERANCE = 2e-3 if BACKEND == "emulated" else .1
 
@@ -41,38 +43,44 @@ class Rows:
         self.references = {}  # of a layer, from a block's first coded position on
 
     def append(self, new, cache):
-        store = cache.store
+        store, block = cache.store, ref_block(cache)
         self.tokens = np.concatenate([self.tokens, new.astype(np.float16).astype(np.float32)])
         before, end = int(self.coded.sum()) + store.n_sink, max(len(self.tokens) - store.n_recent, store.n_sink)
         self.coded = np.concatenate([self.coded, np.zeros(len(new), bool)])
         self.coded[store.n_sink: end] = True
-        for number, layer in enumerate(store.layers):
-            block = layer.struct.k_ref_block
+        for number in range(N_LAYER):
             for first in range(before, end if block else 0):
                 if first == store.n_sink or first % block == 0:
                     ring = np.add.accumulate(self.tokens[first: first + store.n_recent, number, 0])  # one after the other
                     self.references[number, first] = decoded("sq8", ring[-1] / np.float32(store.n_recent))
 
-    def held(self, store, number, side):
+    def held(self, cache, number, side):
         """What is read of keys or values."""
-        x, struct = self.tokens[:, number, side], store.layers[number].struct
+        x, block = self.tokens[:, number, side], ref_block(cache)
         shift = np.zeros_like(x)
         for (layer, first), reference in self.references.items():
             if side == 0 and layer == number:
-                shift[first: (first // struct.k_ref_block + 1) * struct.k_ref_block] = reference
-        return np.where(self.coded[:, None, None], decoded(struct.v_format if side else struct.k_format, x - shift) + shift, x)
+                shift[first: (first // block + 1) * block] = reference
+        format_ = formats_of(cache._options, N_LAYER, "kv"[side])[number]
+        return np.where(self.coded[:, None, None], decoded(format_, x - shift) + shift, x)
 
-    def cut(self, n, store):
+    def cut(self, n, cache):
         """What is exact again was decoded."""
+        store = cache.store
         if n < len(self.tokens):
             again = np.flatnonzero(self.coded[max(n - store.n_recent, 0): n]) + max(n - store.n_recent, 0)
             for number in range(N_LAYER):
                 for side in range(2):
-                    x = self.held(store, number, side)[again]
+                    x = self.held(cache, number, side)[again]
                     self.tokens[again, number, side] = x.astype(np.float16)
             self.coded[again] = False
         self.tokens, self.coded = self.tokens[:n], self.coded[:n]
         self.references = {key: x for key, x in self.references.items() if self.coded[key[1]: key[1] + 1].any()}
+
+
+def ref_block(cache):
+    chosen = turboquant.preset(cache._options["preset"]).k_ref_block
+    return cache._options.get("k_ref_block", chosen) if cache.store.n_recent else 0
 
 
 def decoded(format_, x):
@@ -116,14 +124,21 @@ class Checked:
                 assert not outs[layer][row][~new[row]].any()
 
     def check_attention(self, row, layer, q, out, new):
-        keys, values = self.cache.store.read(self.cache.seqs[row], layer)
-        n = int(new.sum())
+        """Each query sees the sinks and its own newest n_recent tokens exact, and the others as they are coded."""
+        store, n = self.cache.store, int(new.sum())
+        held = store.read(self.cache.seqs[row], layer)
+        length = len(held[0])
+        columns, queries = np.arange(length)[None], np.arange(length - n, length)[:, None]
+        sees_exact = (columns < store.n_sink) | (columns > queries - store.n_recent)
+        exact = [self.rows[row].tokens[:, layer, side] for side in range(2)]
         for h in range(N_HEAD):
             head = h * N_HEAD_KV // N_HEAD
-            scores = q[h][new].astype(np.float64) @ keys[:, head].T * HEAD_DIM ** -.5
-            scores[np.arange(len(keys))[None] > np.arange(len(keys) - n, len(keys))[:, None]] = -np.inf
+            rows = q[h][new].astype(np.float64)
+            scores = np.where(sees_exact, rows @ exact[0][:, head].T, rows @ held[0][:, head].T) * HEAD_DIM ** -.5
+            scores[columns > queries] = -np.inf
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            wanted = weights / weights.sum(axis=1, keepdims=True) @ values[:, head]
+            weights /= weights.sum(axis=1, keepdims=True)
+            wanted = (weights * sees_exact) @ exact[1][:, head] + (weights * ~sees_exact) @ held[1][:, head]
             np.testing.assert_allclose(out[new][:, h], wanted, atol=TOLERANCE)
 
     def check(self):
@@ -133,7 +148,7 @@ class Checked:
         for seq, row in zip(self.cache.seqs, self.rows):
             for layer in range(N_LAYER):
                 for side, found in enumerate(store.read(seq, layer)):
-                    np.testing.assert_allclose(found, row.held(store, layer, side), atol=1e-5)
+                    np.testing.assert_allclose(found, row.held(self.cache, layer, side), atol=1e-5)
 
     def fork(self):
         other = copy.copy(self)
@@ -149,18 +164,17 @@ class Checked:
         self.cache.crop(-n)
         self.real = self.real[:, : self.real.shape[1] - n]
         for row, real in zip(self.rows, self.real):
-            row.cut(int(real.sum()), self.cache.store)
+            row.cut(int(real.sum()), self.cache)
 
 
 def check_references(caches):
-    """Pages are counted as often as sequences have them, and none is lost."""
-    store, used = caches[0].cache.store, {}
-    for seq in store._sequences.values():
-        for page in seq.pages:
-            used[page] = used.get(page, 0) + 1
-    assert {page: n for page, n in enumerate(store._refs) if n} == used
-    assert sorted(store._free_pages) == sorted(set(range(store.n_pages)) - set(used))
-    assert len(store._sequences) == sum(len(each.cache.seqs) for each in caches)
+    """Pages are those of the sequences, shared ones counted once, and none is lost."""
+    store, stats = caches[0].cache.store, caches[0].cache.store.stats()
+    tables = [store.page_table(seq).tolist() for each in caches for seq in each.cache.seqs]
+    assert all(len(set(table)) == len(table) for table in tables)
+    used = [page for table in tables for page in table]
+    assert stats.n_pages_used == len(set(used)) and stats.n_sequences == len(tables)
+    assert stats.n_pages_shared == sum(used.count(page) > 1 for page in set(used))
 
 
 @pytest.mark.parametrize("n_sink, n_recent", [(4, 16), (0, 40), (4, 0), (0, 0)])
@@ -218,16 +232,22 @@ def test_other_strides():
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.fixture
+def short_of_scratch():
+    """The device needs much for each query token, so that prompts go in parts."""
+    tiny.emulated.tq_emulated_partials(4000)
+    yield
+    tiny.emulated.tq_emulated_partials(0)
+
+
+@only_emulated
 @pytest.mark.parametrize("padding", [None, [0, 33]])
-def test_chunks(monkeypatch, padding):
+def test_chunks(short_of_scratch, padding):
     """Where scratch is short a prompt is appended in parts, each of which attends before the next."""
-    cache = Checked(np.random.default_rng(2), n_recent=200, **SQ8)
-    real = Batch._bytes
-    # As on a device that needs much for each token, whatever this one needs.
-    monkeypatch.setattr(Batch, "_bytes", lambda batch, n_rows, n_query, n_head: max(real(batch, n_rows, n_query, n_head),
-                                                                                    n_query * (WORKSPACE_MAX // 32)))
+    cache, halves = Checked(np.random.default_rng(2), n_recent=200, **SQ8), np.empty(256, np.int32)
+    tiny.emulated.tq_emulated_halves(halves.ctypes.data_as(ctypes.c_void_p), 0)
     cache.run(2, 150, padding=padding)
-    assert max(len(part.steps) for part in cache.cache._batch._parts) > 3
+    assert tiny.emulated.tq_emulated_halves(halves.ctypes.data_as(ctypes.c_void_p), 256) >= 2 * 3 * N_LAYER
     cache.check()
     cache.run(2, 1)
     cache.check()
@@ -256,38 +276,33 @@ def test_calls_of_different_shapes():
         cache.run(2, n_tok)
 
 
-@pytest.mark.skipif(BACKEND != "emulated", reason="a real device does nothing while a graph is captured")
+@only_emulated
 @pytest.mark.parametrize("k_ref_block", [0, 64])
-def test_captured_passes_encode_first(monkeypatch, k_ref_block):
-    """What leaves the ring is encoded for all layers before the first stores its new tokens. The emulated device runs at once
-    what a graph would keep, so each pass is captured and replayed in one."""
-    cache = Checked(np.random.default_rng(5), max_tokens=400, k_ref_block=k_ref_block, **SQ8)
+def test_captured_passes_encode_first(k_ref_block):
+    """What leaves the ring is encoded for all layers before the first stores its new tokens. Each pass is captured and replayed
+    in one, behind a plain one of as many tokens."""
+    cache = Checked(np.random.default_rng(5), max_tokens=500, k_ref_block=k_ref_block, **SQ8)
     cache.run(2, 120)
-    cache.run(2, 1)
-    halves, append, end = [], _cuda_batch.lib.tq_cuda_append, cache.cache._end
+    end, found = cache.cache._end, np.empty(256, np.int32)
 
-    def recorded_append(store, params, stream):
-        halves.append(params._obj.half)
-        append(store, params, stream)
-
-    def recorded_step(statuses, *arguments):
-        statuses.append(0)
-        recorded_append(*arguments)
+    def halves():
+        n = tiny.emulated.tq_emulated_halves(found.ctypes.data_as(ctypes.c_void_p), 256)
+        return found[:n].tolist()
 
     def end_and_replay():
         n_tok = cache.cache._columns.n - cache.cache._pass.n_columns
         end()
         cache.cache.replayed(n_tok)
 
-    monkeypatch.setattr(_cuda_batch, "is_capturing", lambda device: True)
-    monkeypatch.setattr(_cuda_batch.lib, "tq_cuda_append", recorded_append)
-    monkeypatch.setattr(_cuda_batch, "cuda_append", recorded_step)
-    cache.cache._end = end_and_replay
-    for n_tok in (1, 1, 5, 64, 1):
+    for n_tok in (1, 5, 64, 1):
+        cache.cache._end = end
         cache.run(2, n_tok)
-        # A reference may be the mean of tokens of the same pass, whose keys are not there yet.
-        assert halves == ([0] * N_LAYER if k_ref_block and n_tok > 1 else [1] * N_LAYER + [2] * N_LAYER)
-        halves.clear()
+        halves()
+        cache.cache._end = end_and_replay
+        with captured():
+            cache.run(2, n_tok)
+        # Of several tokens those attend first that see what the others push out.
+        assert halves() == ([1, 2] * N_LAYER if n_tok > 1 else [1] * N_LAYER + [2] * N_LAYER)
     cache.check()
 
 
@@ -303,30 +318,27 @@ def test_references_with(options):
             found, wanted = (attention_forward(Checked.module, query, *cache.update(keys, values, layer), None, **options)[0]
                              for cache in caches)
             torch.testing.assert_close(found, wanted, atol=.05, rtol=0)
-    assert [cache.store.layers[0].struct.k_ref_block for cache in caches] == [64, 0]
 
 
 def test_memory_with_max_tokens(llama):
-    """Everything is taken at first; and no more tokens come than were asked for."""
+    """Everything is taken at first."""
     cache = compressed(llama, max_tokens=300)
     logits(llama, cache, ids(2, 100))
-    pages, bytes_before = [layer.pages.data_ptr() for layer in cache.store.layers], cache.store.stats().allocated_bytes
-    assert cache.store.n_pages == 2 * -(-(300 - 64) // 64)
+    tables, before = [cache.store.page_table(seq) for seq in cache.seqs], cache.store.stats()
+    assert [len(table) for table in tables] == [-(-300 // 64)] * 2 and before.n_pages_used == 2 * -(-300 // 64)
     logits(llama, cache, ids(2, 200), parts=4)
-    assert [layer.pages.data_ptr() for layer in cache.store.layers] == pages
-    assert cache.store.stats().allocated_bytes == bytes_before
-    with pytest.raises(turboquant.CacheFullError, match="max_tokens=300"):
-        logits(llama, cache, ids(2, 1))
-    assert cache.get_seq_length() == 300
-    cache.crop(-50)
-    logits(llama, cache, ids(2, 50))
+    assert all(np.array_equal(cache.store.page_table(seq), table) for seq, table in zip(cache.seqs, tables))
+    after = cache.store.stats()
+    assert (after.n_pages_used, after.exact_bytes) == (before.n_pages_used, before.exact_bytes)
+    logits(llama, cache, ids(2, 200))  # more tokens find room, too
+    assert cache.get_seq_length() == 500
 
 
 def test_factors_are_counted():
-    store = DeviceStore(torch.device(DEVICE), 1, 2, 64)
+    store = _DeviceStore(torch.device(DEVICE), 1, 2, 64)
     before = store.stats().allocated_bytes
     store.set_key_factors(0, np.full((2, 64), 4, np.int8))
-    assert store.stats().allocated_bytes == before + 2 * 64
+    assert store.stats().allocated_bytes == before + 2 * 2 * 64  # on the device, and the host's copy
     store.set_key_factors(0, None)
     assert store.stats().allocated_bytes == before
 
@@ -337,15 +349,19 @@ def test_memory_grows_with_use(llama):
     few = cache.nbytes
     logits(llama, cache, ids(1, 3000), parts=3)
     stats = cache.store.stats()
-    assert cache.store.n_pages <= 1.3 * stats.n_pages_used + 16
-    assert stats.n_pages_used == -(-(3100 - 64) // 64) and cache.nbytes > few
+    assert stats.n_pages_used == -(-3100 // 64) and cache.nbytes > few
     assert stats.allocated_bytes >= stats.exact_bytes + stats.n_pages_used * stats.page_bytes
+    # Tables of all pages that there may be, and scratch, come besides.
+    pages = 1.3 * stats.n_pages_used + 16
+    small = compressed(llama, max_tok=4096)
+    logits(llama, small, ids(1, 3100), parts=3)
+    assert small.nbytes < 1.1 * pages * stats.page_bytes + stats.exact_bytes + (4 << 20)
 
 
 def test_full_cache_changes_nothing(llama):
-    cache = compressed(llama, max_tok=128)
+    cache = compressed(llama, max_tok=256)
     logits(llama, cache, ids(1, 150))
-    with pytest.raises(turboquant.CacheFullError, match="max_tok"):
+    with pytest.raises(turboquant.CacheFullError, match="of 4 pages can be had"):
         logits(llama, cache, ids(1, 150))
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 150
     assert logits(llama, cache, ids(1, 5)).isfinite().all()
@@ -392,7 +408,7 @@ def test_presets_at_another_head_dim():
 
 
 def test_formats_without_a_layout(llama):
-    with pytest.raises(turboquant.UnsupportedError, match='no device layout: sq8, sq4.*k_format="sq4"'):
+    with pytest.raises(turboquant.UnsupportedError, match="no device layout: sq8, sq4"):
         logits(llama, TurboQuantCache(config=llama.config, k_format="f16", v_format="f16"), ids(1, 10))
 
 
@@ -403,12 +419,12 @@ def test_options_that_references_refuse(options):
 
 
 def test_no_references_without_a_ring():
-    assert run_rows(64, n_recent=0).store.layers[0].struct.k_ref_block == 0
+    assert run_rows(64, n_recent=0).get_seq_length() == 40
 
 
 @pytest.mark.parametrize("options", [{"budget_bytes": 1 << 30}, {"dry_run": True}])
 def test_refused_options(llama, options):
-    with pytest.raises(turboquant.UnsupportedError, match=f"{next(iter(options))} is not there on a CUDA device: "):
+    with pytest.raises(turboquant.ArgumentError, match="budget_bytes, an offload tier and dry runs are of caches in the CPU's"):
         logits(llama, TurboQuantCache(config=llama.config, **options), ids(1, 10))
 
 
@@ -435,7 +451,7 @@ def test_numbers_that_are_not_finite():
     logits(model, compressed(model), ids(1, 5))  # another cache is not concerned
     with torch.no_grad():
         weight.copy_(kept)
-    with pytest.raises(turboquant.ArgumentError, match="NaN.*reset"):
+    with pytest.raises(turboquant.ArgumentError, match="NaN.*free its sequences"):
         for _ in range(2):  # what the first has asked for is there at the second
             logits(model, cache, ids(1, 5))
             if DEVICE == "cuda":
@@ -459,7 +475,7 @@ def test_failing_layer_is_rolled_back(llama):
     cache._batch.attend = fail
     with pytest.raises(torch.OutOfMemoryError):
         logits(llama, cache, ids(1, 30, seed=8))
-    cache._batch.attend = attend
+    del cache._batch.attend
     assert [each.n_columns for each in cache._compressed] == [150] * 4 and cache.store.length(cache.seqs[0]) == 150
     for layer in range(4):
         for found, wanted in zip(cache.store.read(cache.seqs[0], layer), fresh.store.read(fresh.seqs[0], layer)):
@@ -468,30 +484,19 @@ def test_failing_layer_is_rolled_back(llama):
     torch.testing.assert_close(logits(llama, cache, ids(1, 5)), logits(llama, fresh, ids(1, 5)), atol=.05, rtol=0)
 
 
+@only_emulated
 @pytest.mark.parametrize("n_calls", [0, 1, 2, 3, 5, 8, 15])
-@pytest.mark.parametrize("is_appended", [False, True])
-def test_interrupted_within_a_layer(llama, monkeypatch, n_calls, is_appended):
-    """Between the parts of a prompt and the rows of a batch that a layer appends, before and after a call of the library."""
-    monkeypatch.setattr(_cuda_batch, "CHUNK_MAX", 16)
+def test_failure_within_a_layer(llama, short_of_scratch, n_calls):
+    """Between the parts of a prompt and the rows of a batch that a layer appends."""
     cache, fresh, mask = compressed(llama, n_recent=32), compressed(llama, n_recent=32), torch.ones(2, 100, dtype=torch.long)
     mask[0, :30] = mask[0, 70:75] = 0  # two parts for each row and layer
     mask = mask.to(DEVICE)
     for each in (cache, fresh):
         logits(llama, each, ids(2, 70), attention_mask=mask[:, :70])
-    append, left = _cuda_batch.cuda_append, n_calls
-
-    def interrupted(*arguments):
-        nonlocal left
-        if left == 0 and not is_appended:
-            raise KeyboardInterrupt
-        append(*arguments)
-        if left == 0:
-            raise KeyboardInterrupt
-        left -= 1
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(_cuda_batch, "cuda_append", interrupted)
+    tiny.emulated.tq_emulated_fail_after(n_calls)
+    with pytest.raises(turboquant.TurboQuantError, match="as tests want it"):
         logits(llama, cache, ids(2, 30, seed=8), attention_mask=mask)
+    tiny.emulated.tq_emulated_fail_after(-1)
     assert [cache.store.length(seq) for seq in cache.seqs] == [40, 70]
     for layer in range(4):
         for row, seq in enumerate(cache.seqs):
@@ -519,89 +524,79 @@ def test_going_back_is_interrupted(llama, monkeypatch, n_calls):
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
         patch.setattr(store, "trim", interrupted)
-        append = _cuda_batch.cuda_append
-        patch.setattr(_cuda_batch, "cuda_append", lambda statuses, layer, *rest: (
-            1 / 0 if layer is store.layers[2].ref else append(statuses, layer, *rest)))
+        attend = cache._batch.attend
+        patch.setattr(cache._batch, "attend", lambda layer, rows: 1 / 0 if layer == 2 else attend(layer, rows))
         logits(llama, cache, ids(2, 90))
     torch.testing.assert_close(logits(llama, cache, ids(2, 5)), logits(llama, fresh, ids(2, 5)), atol=.05, rtol=0)
     assert [store.length(seq) for seq in cache.seqs] == [155] * 2
 
 
-def capture(batch):
-    """In place of Batch.look: as if the stream were captured."""
-    batch.is_capturing = True
-    return True
-
-
+@only_emulated
 def test_replays(llama):
     """A captured step does not count; replayed() does. Here the captured step runs, as its first replay would."""
     input_ids, cache, plain = ids(2, 90), compressed(llama, max_tokens=200), compressed(llama, max_tokens=200)
     for each in (cache, plain):
         logits(llama, each, input_ids)
         logits(llama, each, ids(2, 1, seed=1))
-    batch, look = cache._batch, cache._batch.look
-    batch.look = lambda: capture(batch)
-    found = logits(llama, cache, ids(2, 1, seed=2))
-    batch.look = look
+    with captured():
+        found = logits(llama, cache, ids(2, 1, seed=2))
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 91
     cache.replayed()
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 92
     assert torch.equal(found, logits(llama, plain, ids(2, 1, seed=2)))
     assert torch.equal(logits(llama, cache, ids(2, 3, seed=4)), logits(llama, plain, ids(2, 3, seed=4)))
-    with pytest.raises(turboquant.CacheFullError):
+    with pytest.raises(turboquant.ArgumentError, match="more tokens than are reserved"):
         cache.replayed(200)
 
 
+@only_emulated
 def test_crop_after_replays(llama):
     """The pass that was captured is over: what is removed then is removed on the device, too."""
     input_ids, steps, found = ids(2, 150), ids(2, 10, seed=2), []
-    for captured in (False, True):
+    for is_captured in (False, True):
         cache = compressed(llama, max_tokens=300)
         logits(llama, cache, input_ids)
         logits(llama, cache, ids(2, 1, seed=1))
-        batch, look = cache._batch, cache._batch.look
         for step in steps.split(1, dim=1):
-            if captured:
-                batch.look = lambda: capture(batch)
-            logits(llama, cache, step)
-            if captured:
-                batch.look = look
+            with captured() if is_captured else contextlib.nullcontext():
+                logits(llama, cache, step)
+            if is_captured:
                 cache.replayed()
         assert cache.get_seq_length() == 161
         cache.crop(-3)
-        if captured:
-            with pytest.raises(turboquant.ArgumentError, match="capture anew"):
+        if is_captured:
+            with pytest.raises(turboquant.ArgumentError, match="capture again"):
                 cache.replayed()
         found.append(logits(llama, cache, steps[:, -3:]))
-        assert batch.lens.tolist() == [161, 161] == [cache.store.length(seq) for seq in cache.seqs]
+        assert [cache.store.length(seq) for seq in cache.seqs] == [161, 161]
     assert torch.equal(*found)
 
 
+@only_emulated
 def test_failing_capture(llama):
     """It leaves lengths and pages as they were: also where it failed between layers, and the cache is cropped afterwards."""
     cache = compressed(llama, max_tokens=300)
     logits(llama, cache, ids(1, 150))
     logits(llama, cache, ids(1, 1, seed=1))
-    batch, look = cache._batch, cache._batch.look
-    n_pages = len(cache.store._sequences[cache.seqs[0]].pages)
+    batch, table = cache._batch, cache.store.page_table(cache.seqs[0])
     mlp = llama.model.layers[2].mlp
     for owner, name in ((batch, "attend"), (mlp, "forward")):
-        lens, kept = batch.lens.clone(), getattr(owner, name)
-        batch.look = lambda: capture(batch)
+        kept = getattr(owner, name)
         setattr(owner, name, lambda *arguments, **options: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with captured(), pytest.raises(ZeroDivisionError):
             logits(llama, cache, ids(1, 1, seed=2))
-        batch.look = look
         delattr(owner, name)
-        batch.lens.copy_(lens)  # which a captured pass has not changed
         assert getattr(owner, name) == kept
-    assert len(cache.store._sequences[cache.seqs[0]].pages) == n_pages
+        assert cache.store.length(cache.seqs[0]) == 151
+        logits(llama, copy.deepcopy(cache), ids(1, 1, seed=1))  # a plain step, which knows what the device has
+    assert np.array_equal(cache.store.page_table(cache.seqs[0]), table)
     assert cache.get_seq_length() == 151
     cache.crop(-1)
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 150
     assert [layer.n_columns for layer in cache._compressed] == [150] * 4
 
 
+@only_emulated
 def test_capture_after_padding(llama):
     """The cache knows of the padding: a captured step passes no mask."""
     input_ids, mask = ids(2, 90), torch.ones(2, 90, dtype=torch.long, device=DEVICE)
@@ -612,19 +607,17 @@ def test_capture_after_padding(llama):
         logits(llama, cache, ids(2, 1))
     more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long, device=DEVICE)], dim=1)
     logits(llama, cache, ids(2, 1), attention_mask=more)
-    batch, look = cache._batch, cache._batch.look
-    batch.look = lambda: capture(batch)
-    logits(llama, cache, ids(2, 1))
-    batch.look = look
+    with captured():
+        logits(llama, cache, ids(2, 1))
     cache.replayed()
     assert [cache.store.length(seq) for seq in cache.seqs] == [92, 52] and cache.get_seq_length() == 92
 
 
+@only_emulated
 def test_capture_needs_what_is_reserved(llama):
     cache = compressed(llama)
     logits(llama, cache, ids(1, 128))
-    cache._batch.look = lambda: capture(cache._batch)
-    with pytest.raises(turboquant.ArgumentError, match="max_tokens=.*before"):
+    with captured(), pytest.raises(turboquant.ArgumentError, match="reserve all tokens.*before it"):
         logits(llama, cache, ids(1, 100))
     assert cache.get_seq_length() == 128
 

@@ -209,13 +209,14 @@ def test_chunks_change_no_code(llama):
 def test_prefix_reuse(llama):
     """A copy of the prompt's cache for each of two questions; the prompt's pages are shared and unchanged."""
     # On devices pages hold what has left the ring: some of it must be coded.
-    prompt, cache = ids(1, 400), compressed(llama, **(SQ8 | {"n_recent": 300} if ON_DEVICE else F16))
+    options = SQ8 | {"n_recent": 300} if ON_DEVICE else F16
+    prompt, cache = ids(1, 400), compressed(llama, **options)
     logits(llama, cache, prompt)
     for seed, make_copy in ((11, copy.deepcopy), (12, copy.copy)):
         whole = torch.cat([prompt, ids(1, 20, seed)], dim=1)
         mine = make_copy(cache)
         assert cache.store.stats().n_pages_shared > 0
-        assert same_tokens(llama, generated(llama, mine, whole), generated(llama, stock(llama), whole))
+        assert same_tokens(llama, generated(llama, mine, whole), generated(llama, compressed(llama, **options), whole))
         del mine
     assert cache.get_seq_length() == 400 and cache.store.stats().n_sequences == 1
 

@@ -3,6 +3,8 @@
 Small random models of Transformers, and generation with and without the cache. TQ_TEST_BACKEND says where the cache is: cpu;
 emulated, on tests/cuda's device in host memory; or cuda, with the models.
 """
+import contextlib
+import ctypes
 import os
 
 import pytest
@@ -19,6 +21,7 @@ ON_DEVICE = BACKEND != "cpu"
 DEVICE = "cuda" if BACKEND == "cuda" else "cpu"
 if BACKEND == "emulated":
     turboquant.transformers._DEVICE_TYPES.add("cpu")
+    emulated = ctypes.CDLL(os.environ["TQ_CUDA_LIBRARY"])  # with functions for tests: tests/cuda/emulated_device.c
 # What models of this version of Transformers call the argument.
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17) else "past_key_values"
 
@@ -51,6 +54,16 @@ RECURRENT = {
 }
 # The 8-bit formats, as a preset once was.
 SQ8 = {"k_format": "sq8", "v_format": "sq8"}
+
+
+@contextlib.contextmanager
+def captured():
+    """As if the stream were captured in a CUDA graph; the emulated device runs at once what a graph would keep."""
+    emulated.tq_emulated_capture(True)
+    try:
+        yield
+    finally:
+        emulated.tq_emulated_capture(False)
 
 
 def make_model(kind="llama", dtype=torch.float32, seed=1, **options):

@@ -132,7 +132,25 @@ class CacheParams(_Struct):
         ("layer_k_formats", POINTER(ctypes.c_int)), ("layer_v_formats", POINTER(ctypes.c_int)), ("page_size", c_int32),
         ("n_pages", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("n_take_back", c_int32), ("k_ref_block", c_int32),
         ("budget_bytes", c_size_t), ("offload_folder", c_char_p), ("offload_bytes", c_size_t),
-        ("calibration", c_void_p), ("seed", c_uint64), ("dry_run", c_bool),
+        ("calibration", c_void_p), ("seed", c_uint64), ("dry_run", c_bool), ("device", ctypes.c_int),
+        ("allocator", c_void_p),
+    ]
+
+
+ALLOC_FN = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_size_t)
+FREE_FN = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
+
+
+class Allocator(_Struct):
+    _fields_ = [("user", c_void_p), ("alloc", ALLOC_FN), ("free", FREE_FN)]
+
+
+class BatchRows(_Struct):
+    _fields_ = [
+        ("struct_size", c_size_t), ("dtype", ctypes.c_int), ("q", c_void_p), ("k", c_void_p), ("v", c_void_p),
+        ("out", c_void_p), ("q_token_stride", c_int64), ("q_head_stride", c_int64), ("k_token_stride", c_int64),
+        ("v_token_stride", c_int64), ("out_token_stride", c_int64), ("out_head_stride", c_int64),
+        ("softmax_scale", c_float), ("softcap", c_float), ("window", c_int64), ("sinks", c_void_p),
     ]
 
 
@@ -201,6 +219,7 @@ class CudaAttendParams(_Struct):
 STRUCTS = {
     "tq_format_info": FormatInfo, "tq_preset": Preset, "tq_executor": Executor, "tq_openmp": OpenMP,
     "tq_attend_params": AttendParams, "tq_attend_batch": AttendBatch, "tq_cache_params": CacheParams,
+    "tq_allocator": Allocator, "tq_batch_rows": BatchRows,
     "tq_cache_stats": CacheStats, "tq_snapshot_info": SnapshotInfo, "tq_cuda_info": CudaInfo, "tq_cuda_store": CudaStore,
     "tq_cuda_sizes": CudaSizes, "tq_cuda_append_params": CudaAppendParams, "tq_cuda_attend_params": CudaAttendParams,
 }
@@ -212,6 +231,7 @@ _N_HEAD_KV = _named("n_head_kv", c_int32)
 _LAYER = _named("layer", c_int32)
 _SEQ = _named("seq", c_int32)
 _ROOM = _named("room", c_int32)
+_N_ROWS = _named("n_rows", c_int32)
 _N_SEQ = _named("n_seq", c_int32)
 _INDEX = _named("index", c_int32)
 _FORMAT = _named("format", ctypes.c_int)
@@ -259,6 +279,12 @@ _FALLIBLE = {
     "tq_cache_load": [c_void_p, _PATH, c_void_p, _ROOM, POINTER(c_int32)],
     "tq_cache_seq_export": [c_void_p, _SEQ, _FIRST_PAGE, _N_PAGES, c_void_p, c_void_p, _EXACT_BYTES],
     "tq_cache_seq_import": [c_void_p, _SEQ, _N_TOK, _FIRST_PAGE, c_void_p, c_void_p, _EXACT_BYTES],
+    "tq_cache_set_stream": [c_void_p, c_void_p],
+    "tq_batch_create": [POINTER(c_void_p), c_void_p, _N_ROWS],
+    "tq_batch_begin": [c_void_p, c_void_p, c_void_p, c_int32],
+    "tq_batch_attend": [c_void_p, _LAYER, POINTER(BatchRows), POINTER(Executor)],
+    "tq_batch_end": [c_void_p],
+    "tq_batch_replayed": [c_void_p, c_void_p, c_void_p],
     "tq_snapshot_describe": [POINTER(SnapshotInfo), _PATH, c_bool, POINTER(ctypes.c_int), _ROOM],
     "tq_cuda_describe": [POINTER(CudaInfo)],
     "tq_cuda_sizes_get": [POINTER(CudaSizes), POINTER(CudaStore)],
@@ -291,6 +317,9 @@ _OTHER = {
     "tq_cuda_append_params_default": (None, [POINTER(CudaAppendParams)]),
     "tq_cuda_attend_params_default": (None, [POINTER(CudaAttendParams)]),
     "tq_cache_length": (c_int64, [c_void_p, _SEQ, _LAYER]),
+    "tq_batch_free": (None, [c_void_p]),
+    "tq_batch_rows_default": (None, [POINTER(BatchRows)]),
+    "tq_batch_is_captured": (c_bool, [c_void_p]),
     "tq_codec_free": (None, [c_void_p]),
     "tq_cache_free": (None, [c_void_p]),
     "tq_pool_free": (None, [c_void_p]),
@@ -361,16 +390,7 @@ def _load() -> types.SimpleNamespace:
         function.restype, function.argtypes = result, arguments
         setattr(functions, name, _guarded(function))
     functions.tq_log_set(_callback, None)
-    functions.append_unchecked = library["tq_cuda_append"]  # a function of its own, without a check
-    functions.append_unchecked.argtypes = _FALLIBLE["tq_cuda_append"]
     return functions
-
-
-def cuda_append(statuses: list[int], *arguments: Any) -> None:
-    """tq_cuda_append, whose status is also added to `statuses`, in one step of the interpreter: a KeyboardInterrupt comes
-    before or after both, so that the list says what was appended."""
-    statuses.extend(map(lib.append_unchecked, *((argument,) for argument in arguments)))
-    _check(statuses[-1], lib.append_unchecked, arguments)
 
 
 lib = _load()

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from . import _threads
-from ._library import AttendBatch, AttendParams, CacheParams, CacheStats, SnapshotInfo, integer, lib
+from ._library import Allocator, AttendBatch, AttendParams, BatchRows, CacheParams, CacheStats, SnapshotInfo, integer, lib
 from .buffers import address, floats, integers, raw_bytes, writable
 from .errors import ArgumentError, RangeError
 from .formats import SEED_DEFAULT, format_number, preset as find_preset
 
 MAX_TOK_DEFAULT = 1 << 22
+_DEVICES = ("cpu", "cuda")  # tq_device_kind
 # Multiplications that one thread does in some 80 us.
 _SMALL = 1 << 21
 
@@ -142,6 +143,7 @@ class Cache:
     max_tok: capacity in tokens, all sequences together; memory is taken page by page as it is used. budget_bytes: limit of all
     that the cache takes from the allocator. offload_folder, offload_bytes: a file for pages beyond it.
     calibration: of all n_layer layers; a path or a Calibration.
+    device: "cpu", or "cuda": the current CUDA device, where a Batch is the way in and out; allocator: of its memory.
     n_threads: for encoding and attention; by default the processors that this process may use.
 
     Arrays may be anything with the buffer protocol or DLPack, or a turboquant.Pointer; float32 is not copied.
@@ -156,7 +158,7 @@ class Cache:
                  page_size: int = 128, max_tok: int = MAX_TOK_DEFAULT, budget_bytes: int = 0,
                  offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0,
                  calibration: str | os.PathLike | Calibration | None = None, seed: int = SEED_DEFAULT, dry_run: bool = False,
-                 n_threads: int | None = None) -> None:
+                 device: str = "cpu", allocator: Allocator | None = None, n_threads: int | None = None) -> None:
         self._handle = _Handle()
         params = CacheParams()
         lib.tq_cache_params_default(ctypes.byref(params))
@@ -188,6 +190,12 @@ class Cache:
         params.budget_bytes, params.seed, params.dry_run = budget_bytes, seed, dry_run
         if offload_folder is not None:
             params.offload_folder, params.offload_bytes = os.fsencode(offload_folder), offload_bytes
+        if device not in _DEVICES:
+            raise ArgumentError(f"device: is {device!r}; give one of {', '.join(_DEVICES)}")
+        params.device, self.device_kind = _DEVICES.index(device), device
+        if allocator is not None:
+            params.allocator = ctypes.addressof(allocator)
+            self._handle.allocator = allocator
         # The library reads it as long as the cache lives.
         self.calibration = Calibration(calibration) if isinstance(calibration, (str, bytes, os.PathLike)) else calibration
         if self.calibration is not None:
@@ -220,6 +228,10 @@ class Cache:
     def _threads(n_threads: int) -> Any:
         """What calls run on."""
         return _threads.pool(n_threads)
+
+    def _here(self) -> Any:
+        """A context for calls that a device works on."""
+        return contextlib.nullcontext()
 
     def _executor(self) -> Any:
         return self._threads(self._n_threads).executor()
@@ -431,6 +443,10 @@ class Cache:
             lib.tq_cache_attend_batch(self._handle, layer, ctypes.byref(batch), executor)
         return result
 
+    def set_stream(self, stream: int) -> None:
+        """The CUDA stream, a cudaStream_t, on which the calls of a cache on such a device work from now on."""
+        lib.tq_cache_set_stream(self._handle, stream or None)
+
     # ---- bytes and files ----
 
     def stats(self) -> Stats:
@@ -482,6 +498,60 @@ class Cache:
         exact = None if exact is None else raw_bytes(exact, "exact", False)
         lib.tq_cache_seq_import(self._handle, seq, n_tok, first_page, address(pages), address(exact),
                                 0 if exact is None else exact.nbytes)
+
+
+class Batch:
+    """
+    n_rows sequences of a cache that go through a model together, in forward passes: begin, attend in each layer, end. On a CUDA
+    device steps of decoding can be captured in a graph (turboquant.h, tq_batch). For one thread at a time.
+    """
+
+    def __init__(self, cache: Cache, n_rows: int) -> None:
+        self.cache, self.n_rows = cache, n_rows
+        self._handle = ctypes.c_void_p()
+        self._cache_handle = cache._handle
+        with cache._here():
+            lib.tq_batch_create(ctypes.byref(self._handle), cache._handle, n_rows)
+        self._n_score = 0
+
+    def __del__(self, free: Any = lib.tq_batch_free) -> None:
+        # When a cycle of references is collected, the cache may have been first.
+        if getattr(self, "_handle", None) and self._cache_handle.value is not None:
+            free(self._handle)
+
+    @property
+    def is_captured(self) -> bool:
+        """Is the pass that is open, or what would begin now, captured in a CUDA graph?"""
+        with self.cache._here():
+            return lib.tq_batch_is_captured(self._handle)
+
+    def _rows(self, seqs: Sequence[int], n_tok: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        ids, counts = integers(seqs, np.int32, "seqs"), integers(n_tok, np.int64, "n_tok")
+        if len(ids) != self.n_rows or len(counts) != self.n_rows:
+            raise ArgumentError(f"seqs and n_tok: have {len(ids)} and {len(counts)} numbers; give {self.n_rows}")
+        return ids, counts
+
+    def begin(self, seqs: Sequence[int], n_tok: Sequence[int], n_head: int) -> None:
+        """A pass brings n_tok[i] tokens of sequence seqs[i]: room is made for them."""
+        ids, counts = self._rows(seqs, n_tok)
+        with self.cache._here():
+            lib.tq_batch_begin(self._handle, address(ids), address(counts), n_head)
+        longest = max(map(self.cache.length, ids.tolist()))
+        self._n_score = int(counts.sum()) * n_head * (longest + int(counts.max()))
+
+    def attend(self, layer: int, rows: BatchRows) -> None:
+        """Append a layer's tokens and attend with their queries, on addresses, which nobody checks."""
+        with self.cache._here(), self.cache._executor_of(self._n_score) as executor:
+            lib.tq_batch_attend(self._handle, layer, ctypes.byref(rows), executor)
+
+    def end(self) -> None:
+        """The pass is over."""
+        lib.tq_batch_end(self._handle)
+
+    def replayed(self, seqs: Sequence[int], n_tok: Sequence[int]) -> None:
+        """A graph of a captured pass was launched."""
+        ids, counts = self._rows(seqs, n_tok)
+        lib.tq_batch_replayed(self._handle, address(ids), address(counts))
 
 
 def describe_snapshot(path: str | os.PathLike, verify: bool = False) -> Snapshot:

@@ -13,11 +13,14 @@ Padding is not stored: a sequence of the library holds a row's real tokens, and 
 """
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import os
 import sys
+import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,7 +34,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
-from ._library import AttendParams, lib, log
+from ._library import ALLOC_FN, FREE_FN, Allocator, BatchRows, lib, log
 from .errors import ArgumentError, SnapshotError, UnsupportedError
 
 NAME = "turboquant"
@@ -42,14 +45,21 @@ NAME = "turboquant"
 _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid_sliding", "dummy"}
 # Layers of Transformers that an interrupted pass can be taken back from: they replace their tensors, and change none.
 _WITH_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
-# Kinds of torch devices that have tq_cuda_*'s functions.
+# Kinds of torch devices whose caches are TQ_DEVICE_CUDA's; the tests' emulated device is in the CPU's memory.
 _DEVICE_TYPES = {"cuda"}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # tq_dtype
+DEVICE_PAGE_SIZE = 64
+"""Tokens of a page on a device, unless page_size says otherwise."""
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
     "output_attentions": "output_attentions: the weights are never all in memory",
     "sliding_window": "a sliding window in a layer that the configuration calls full attention",
 }
+
+
+def _is_device(device: torch.device) -> bool:
+    return device.type in _DEVICE_TYPES
 
 
 def _calling_model() -> PreTrainedModel | None:
@@ -238,14 +248,7 @@ class TurboQuantLayer(CacheLayerMixin):
             if self.n_columns == 0:
                 owner._set_key_factors(self, factors, query.device)
             kept = owner._begin(self, query, mask)
-            if owner._batch is not None:
-                out = owner._batch.attend(self._number, query, keys, values, scaling, softcap, sinks)
-            else:
-                # [n_batch, n_tok, head, dim] is how projections leave keys and values, so this copies but half floats.
-                rows = [x.transpose(1, 2).to(torch.float32).contiguous() for x in (keys, values)]
-                params = _attend_params(query.shape[1], scaling, softcap, sinks)
-                out = _attend_rows(owner.store, owner.seqs, self._number, query.to(torch.float32), *rows, kept, params)
-                out = out.to(query.dtype)
+            out = _attend_rows(owner._batch, self._number, query, keys, values, kept, scaling, softcap, sinks)
         except BaseException:
             if owner._pass is not None and not owner._pass.is_recurrent:
                 owner._take_back()
@@ -267,34 +270,57 @@ class TurboQuantHybridLayer(LinearAttentionLayer, TurboQuantLayer):
         LinearAttentionLayer.__init__(self, **options)
 
 
-def _attend_params(n_head: int, scaling: float, softcap: float | None, sinks: torch.Tensor | None) -> AttendParams:
-    params = AttendParams()
-    lib.tq_attend_params_default(params)
-    params.n_head, params.softmax_scale, params.softcap = n_head, scaling, softcap or 0
-    params.sinks = None if sinks is None else sinks.data_ptr()
-    return params
+def _attend_rows(batch: _cache.Batch, number: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                 kept: np.ndarray | None, scaling: float, softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    """query [n_batch, n_head, n_tok, head_dim], keys and values [n_batch, n_head_kv, n_tok, head_dim]; kept [n_batch, n_tok]:
+    which are tokens, None: all. Returns [n_batch, n_tok, n_head, head_dim]."""
+    device, dtype = query.device, query.dtype
+    # Torch converts on all threads. A device's kernels take what models compute in.
+    if device.type == "cpu" and not _is_device(device):
+        query, keys, values = query.float(), keys.float(), values.float()
+    elif dtype not in _DTYPES:
+        raise UnsupportedError(f"the model computes in {dtype}; CUDA kernels take float32, float16 and bfloat16")
+    else:
+        keys, values = keys.to(dtype), values.to(dtype)
+    places = None if kept is None or kept.all() else torch.from_numpy(np.flatnonzero(kept)).to(device)
+    rows, n_head = BatchRows(), query.shape[1]
+    lib.tq_batch_rows_default(rows)
+    (query, q_stride, rows.q_head_stride), (keys, k_stride, _), (values, v_stride, _) = (
+        _token_rows(x, places, heads_together) for x, heads_together in ((query, False), (keys, True), (values, True)))
+    if k_stride != v_stride:
+        keys, values = keys.contiguous(), values.contiguous()
+        k_stride = v_stride = 0
+    n_batch, n_tok = (kept.shape if kept is not None else (batch.n_rows, len(query) // batch.n_rows))
+    out = torch.empty(len(query), n_head, values.shape[2], dtype=query.dtype, device=device)
+    rows.dtype, rows.q, rows.k, rows.v, rows.out = (_DTYPES[query.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(),
+                                                    out.data_ptr())
+    rows.q_token_stride, rows.k_token_stride, rows.v_token_stride = q_stride, k_stride, v_stride
+    rows.softmax_scale, rows.softcap = scaling, softcap or 0
+    rows.sinks = None if sinks is None else sinks.data_ptr()
+    if len(query):
+        batch.attend(number, rows)
+    if places is not None:  # a row of padding gives zeros
+        out = out.new_zeros(n_batch * n_tok, *out.shape[1:]).index_copy_(0, places, out)
+    return out.view(n_batch, n_tok, n_head, -1).to(dtype)
 
 
-def _attend_rows(store: _cache.Cache, seqs: list[int], number: int, query: torch.Tensor, keys: torch.Tensor,
-                 values: torch.Tensor, kept: np.ndarray | None, params: AttendParams) -> torch.Tensor:
-    """query [n_batch, n_head, n_tok, head_dim], keys and values [n_batch, n_tok, n_head_kv, head_dim], all float32."""
-    n_batch, n_head, n_tok, _ = query.shape
-    query = query if query.stride(3) == 1 else query.contiguous()
-    out = (torch.empty if kept is None else torch.zeros)(n_batch, n_tok, n_head, store.head_dim_v)
-    params.out_token_stride, params.out_head_stride = n_head * store.head_dim_v, store.head_dim_v
-    for i, seq in enumerate(seqs):
-        q, k, v, result = query[i], keys[i], values[i], out[i]
-        real = None if kept is None or kept[i].all() else torch.from_numpy(kept[i])
-        if real is not None:
-            q, k, v, result = q[:, real], k[real], v[real], torch.empty(int(real.sum()), n_head, store.head_dim_v)
-        if len(k) == 0:
-            continue
-        params.n_query, params.q, params.out = len(k), q.data_ptr(), result.data_ptr()
-        params.q_head_stride, params.q_token_stride = q.stride(0), q.stride(1)
-        store.prefill_raw(seq, number, len(k), k.data_ptr(), v.data_ptr(), params)
-        if real is not None:
-            out[i, real] = result
-    return out
+def _token_rows(x: torch.Tensor, places: torch.Tensor | None, heads_together: bool) -> tuple[torch.Tensor, int, int]:
+    """
+    x [n_batch, n_head, n_tok, head_dim] as [tokens, n_head, head_dim], copied only where tokens are not equally far apart, or
+    heads, if they must, do not lie together; and how far apart tokens and heads are.
+    """
+    x = x.transpose(1, 2)
+    n_batch, n_tok, n_head, head_dim = x.shape
+    by_row, by_token, by_head, by_element = x.stride()
+    is_even = n_batch == 1 or by_row == n_tok * by_token or n_tok == 1
+    if by_element != 1 or not is_even or (heads_together and n_head > 1 and by_head != head_dim):
+        x = x.contiguous()
+        by_token, by_row, by_head = n_head * head_dim, n_tok * n_head * head_dim, head_dim
+    stride = by_row if n_tok == 1 else by_token
+    rows = x.as_strided((n_batch * n_tok, n_head, head_dim), (stride, by_head, 1))
+    if places is not None:
+        rows, stride, by_head = rows.index_select(0, places), n_head * head_dim, head_dim
+    return rows, stride, by_head
 
 
 class _HostStore(_cache.Cache):
@@ -303,6 +329,68 @@ class _HostStore(_cache.Cache):
         """PyTorch's, if there are as many as its own operations have: a region of another size makes it start others."""
         found = _threads.openmp(n_threads) if n_threads == torch.get_num_threads() else None
         return found or _threads.pool(n_threads)
+
+
+class _TorchMemory:
+    """tq_allocator: memory of a device from PyTorch's allocator, so that it is counted there and what is free is shared."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._tensors = device, {}
+        self.struct = Allocator(None, ALLOC_FN(self._alloc), FREE_FN(self._free))
+
+    def _alloc(self, _user: int | None, n_bytes: int) -> int | None:
+        try:
+            memory = torch.empty(max(n_bytes, 1), dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError:
+            return None
+        self._tensors[memory.data_ptr()] = memory
+        return memory.data_ptr()
+
+    def _free(self, _user: int | None, address: int) -> None:
+        self._tensors.pop(address, None)
+
+
+class _DeviceStore(_cache.Cache):
+    """A cache on a CUDA device, on whose current stream all calls work."""
+
+    def __init__(self, device: torch.device, *args: Any, **options: Any) -> None:
+        self.device, self._stream, self._handle = device, 0, None
+        memory = _TorchMemory(device) if device.type == "cuda" else None  # else the emulated device's own
+        with self._here():
+            super().__init__(*args, **{"page_size": DEVICE_PAGE_SIZE} | options, device="cuda",
+                             allocator=None if memory is None else memory.struct)
+        self._handle.memory = memory
+
+    @contextlib.contextmanager
+    def _here(self) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            if self._handle and stream != self._stream:
+                self._stream = stream
+                self.set_stream(stream)
+            yield
+
+    def _executor_of(self, n_score: int) -> Any:
+        return contextlib.nullcontext()
+
+
+def _on_stream(name: str) -> Any:
+    method = getattr(_cache.Cache, name)
+
+    @functools.wraps(method)
+    def call(self: _DeviceStore, *args: Any, **options: Any) -> Any:
+        with self._here():
+            return method(self, *args, **options)
+
+    return call
+
+
+for _name in ("seq_create", "seq_fork", "seq_free", "seq_match", "seq_publish", "trim", "reserve", "read", "save", "load",
+              "set_key_factors"):
+    setattr(_DeviceStore, _name, _on_stream(_name))
 
 
 class TurboQuantCache(Cache):
@@ -364,7 +452,8 @@ class TurboQuantCache(Cache):
         self._pass: _Pass | None = None
         self._ended_after: int | None = None  # the layer with which the first pass ended, if it did not reach the last
         self._device: torch.device | None = None
-        self._batch: Any = None  # _cuda_batch.Batch, where store is a _cuda.DeviceStore
+        self._batch: _cache.Batch | None = None
+        self._is_captured = False  # the pass, in a CUDA graph
 
     def __del__(self) -> None:
         # When a cycle of references is collected, the store may have been first.
@@ -384,7 +473,7 @@ class TurboQuantCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the compressed layers hold, everything counted; of all copies that share pages."""
-        return self.store.stats().allocated_bytes + (self._batch.nbytes if self._batch is not None else 0)
+        return self.store.stats().allocated_bytes
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -506,21 +595,13 @@ class TurboQuantCache(Cache):
         if self._device is not None:
             raise UnsupportedError(f"this cache is on {self._device}, and a layer on {device}: it keeps to one device. Load "
                                    'the model on one, as with device_map={"": 0}, and make a new cache for it')
-        if device.type in _DEVICE_TYPES:
-            from ._cuda import DeviceStore
-
-            options = dict(self._options)
-            if self.seqs:  # of a file, whose exact tokens are read
-                options.pop("n_take_back", None)
-            store = DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim,
-                                max_tokens=self._max_tokens, **options)
+        if _is_device(device):
+            store = _DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim, **self._options)
             if self.seqs:  # which were loaded
-                from ._cuda_snapshot import move
-
-                seqs = move(self.store, self.seqs, store)
+                seqs = _move(self.store, self.seqs, store)
                 self._free(self.seqs)
                 self.seqs = seqs
-            self.store = store  # the CPU's goes with its last user
+            self.store, self._batch = store, None  # the CPU's goes with its last user
         elif device.type != "cpu":
             raise UnsupportedError(f"the model is on {device}: this cache computes on the CPU and on CUDA devices. Use "
                                    "model.to('cpu'), or a cache of Transformers")
@@ -528,12 +609,12 @@ class TurboQuantCache(Cache):
 
     def _open(self, n_batch: int) -> None:
         """Sequences for a new batch."""
-        if self._device is None or self._device.type not in _DEVICE_TYPES:
-            for _ in range(n_batch):
-                self.seqs.append(self.store.seq_create())
-                self.store.reserve(self.seqs[-1], self._max_tokens or 0)
-            return
-        self.seqs = self.store.seq_create(n_batch)
+        self.seqs = [self.store.seq_create() for _ in range(n_batch)]
+
+    def _reserve(self) -> None:
+        """What max_tokens asks for, again where rows were cropped."""
+        for seq in self.seqs if self._max_tokens else ():
+            self.store.reserve(seq, max(self._max_tokens - self.store.length(seq), 0))
 
     def _begin(self, layer: TurboQuantLayer, query: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray | None:
         """Which of the new columns of a layer's queries [n_batch, n_head, n_tok, head_dim] are tokens, bool [n_batch, n_tok];
@@ -546,18 +627,15 @@ class TurboQuantCache(Cache):
                                 "batch_repeat_interleave or batch_select_indices")
         begin = self._come(layer.index).n_columns
         if begin == self._columns.n:
-            if self._device.type in _DEVICE_TYPES and (self._batch is None or self._batch.n_rows != n_batch):
-                from ._cuda_batch import Batch
-
-                self._batch = Batch(self.store, n_batch)
-            is_captured = self._batch is not None and self._batch.look()
-            tokens = self._extend(n_tok) if is_captured and mask is None else self._columns.extend(
+            if self._batch is None or self._batch.n_rows != n_batch:
+                self._batch = _cache.Batch(self.store, n_batch)
+            self._is_captured = self._batch.is_captured
+            tokens = self._extend(n_tok) if self._is_captured and mask is None else self._columns.extend(
                 n_batch, n_tok, None if mask is None else mask.cpu().numpy())
-            if self._batch is not None:
-                self._batch.begin(self.seqs, n_tok, tokens, n_head)
-                return tokens
-            for row, seq in enumerate(self.seqs):
-                self.store.reserve(seq, n_tok if tokens is None else int(tokens[row].sum()))
+            counts = [n_tok] * n_batch if tokens is None else tokens.sum(axis=1).tolist()
+            if not self._is_captured:
+                self._reserve()
+            self._batch.begin(self.seqs, counts, n_head)
         if layer.n_columns != begin or begin + n_tok != self._columns.n:
             raise ArgumentError(f"layer {layer.index} holds {layer.n_columns} tokens and gets {n_tok}, others held {begin} and "
                                 f"hold {self._columns.n}: it was left out of a forward pass. reset() the cache")
@@ -572,46 +650,33 @@ class TurboQuantCache(Cache):
     def _end(self) -> None:
         """The last layer has come. What a CUDA graph has captured did not happen; replayed() says when it does."""
         if self._batch is not None:
-            if self._batch.is_capturing:
-                self._forget_capture(self._pass.n_columns)
             self._batch.end()
+            if self._is_captured:
+                self._forget_capture(self._pass.n_columns)
         self._pass = self._ended_after = None
 
     def _forget_capture(self, n: int) -> None:
-        """The host alone has counted what comes after n columns: the device's lengths and pages are as they were."""
-        self._batch.is_capturing = False
-        for seq, length in zip(self.seqs, self._columns.lengths(len(self.seqs), n)):
-            self.store.advance(seq, length - self.store.length(seq))
+        """Only the columns have counted what comes after n: the library's lengths are as they were."""
+        self._is_captured = False
         self._columns.cut(n)
         for layer in self._compressed:
             layer.n_columns = min(layer.n_columns, n)
 
     def replayed(self, n_tok: int = 1) -> None:
         """Say that a CUDA graph of a step was replayed, which appended n_tok tokens to each row."""
-        if self._batch is None:
+        if self._batch is None or not _is_device(self._device):
             raise ArgumentError("replayed() is for CUDA graphs of a model with this cache, which has seen none")
-        if self._batch.is_stale or not self.store.is_ready(self.seqs, [n_tok] * len(self.seqs)):
-            raise ArgumentError("the graph was captured before its cache was copied, cropped or reordered, and has written "
-                                "what others use: reset() the cache; run a step, and capture anew, after such a change")
+        self._batch.replayed(self.seqs, [n_tok] * len(self.seqs))
         self._extend(n_tok)
         for layer in self._compressed:
             layer.n_columns += n_tok
-        for seq in self.seqs:
-            self.store.advance(seq, n_tok)
 
     def _roll_back(self, n: int) -> None:
         """Keep n columns: what there was before a forward pass that failed."""
-        if self._batch is not None and self._batch.is_capturing:  # a captured pass has failed, here or where nobody told us
+        if self._is_captured:  # a captured pass has failed, here or where nobody told us
             self._forget_capture(min(layer.n_columns for layer in self._compressed))
-            if n == self._columns.n:
-                return
-        lengths = self._columns.lengths(len(self.seqs), n)
-        if self._batch is None:
-            for seq, length in zip(self.seqs, lengths):
-                self.store.trim(seq, length)
-        else:
-            held = [self._columns.lengths(len(self.seqs), layer.n_columns) for layer in self._compressed]
-            self._batch.trim(self.seqs, lengths, held)
+        for seq, length in zip(self.seqs, self._columns.lengths(len(self.seqs), n)):
+            self.store.trim(seq, length)
         for layer in self._compressed:
             layer.n_columns = min(layer.n_columns, n)
         self._columns.cut(n)  # at last: until then a roll back that is interrupted can be done again
@@ -644,8 +709,7 @@ class TurboQuantCache(Cache):
             layer.reset()
         self._free(self.seqs)
         self.seqs, self._columns, self._pass, self._ended_after = [], Columns(), None, None
-        if self._batch is not None:
-            self._batch.forget()
+        self._batch = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row beam_idx[i] was: pages are shared."""
@@ -679,8 +743,6 @@ class TurboQuantCache(Cache):
         self._free(unused.values())
         self.seqs = seqs
         self._columns.select(rows)
-        if self._batch is not None:
-            self._batch.is_stale = True
         for layer in self._of_transformers():  # by this, since it is all that recurrent states have
             layer.reorder_cache(indices)
 
@@ -726,12 +788,7 @@ class TurboQuantCache(Cache):
         if any(layer.n_columns != self._columns.n for layer in self._compressed):
             raise ArgumentError("a layer was left out of a forward pass: reset() the cache and run the prompt again before "
                                 "saving it")
-        if isinstance(self.store, _cache.Cache):
-            self.store.save(path, self.seqs)
-            return
-        from ._cuda_snapshot import save
-
-        save(self.store, self.seqs, path, self._options)
+        self.store.save(path, self.seqs)
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: Any, preset: str | None = None, device: str | torch.device | None = None,
@@ -752,13 +809,21 @@ class TurboQuantCache(Cache):
             if f"{side}_format" in options:
                 of_file.pop(f"layer_{side}_formats", None)
         cache = cls(config, "TQ4" if preset is None else preset, **(of_file | options))
+        if device is not None:
+            cache._use(_with_index(torch.device(device)))
         cache.seqs = cache.store.load(path)
         cache._columns = Columns.left_padded([cache.store.length(seq) for seq in cache.seqs])
         for layer in cache._compressed:
             layer.n_columns, layer.is_initialized = cache._columns.n, True
-        if device is not None:
-            cache._use(_with_index(torch.device(device)))
         return cache
+
+
+def _move(host: _cache.Cache, seqs: Sequence[int], store: _cache.Cache) -> list[int]:
+    """Sequences of another cache of the same options with the content of these, by a file: what they share stays shared."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "cache.tqs")
+        host.save(path, seqs)
+        return store.load(path)
 
 
 def _options_of(info: _cache.Snapshot) -> dict[str, Any]:
