@@ -475,8 +475,8 @@ tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_
     TQ_PARAMS(tq_attend_params, own, params, WHO);
     TQ_TRY(tq_check_attend(WHO, &own, own.n_query, cache->shape.n_head_kv, value_dim(cache, layer)));
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
-    tq_kv_view keys = tq_cache_view(cache, sequence, layer, TQ_SIDE_K, exact_k);
-    tq_kv_view values = tq_cache_view(cache, sequence, layer, TQ_SIDE_V, exact_v);
+    tq_cpu_sequence on_cpu = tq_sequence_on_cpu(cache, sequence, layer);
+    tq_kv_view keys = tq_cpu_view(&on_cpu, TQ_SIDE_K, exact_k), values = tq_cpu_view(&on_cpu, TQ_SIDE_V, exact_v);
     int64_t started = now_ns();
     tq_cache_begin_reading(cache, &sequence, 1);
     tq_status status =
@@ -574,15 +574,12 @@ int64_t tq_cache_length(tq_cache *cache, int32_t seq, int32_t layer)
     return length;
 }
 
-/* copy: what a device holds of it, or NULL. */
-static void read_side(const tq_cache *cache, const tq_sequence *sequence, const tq_host_copy *copy, int32_t layer, int32_t side,
-                      int64_t first, int64_t n, float *rows)
+static void read_side(const tq_cpu_sequence *sequence, int32_t side, int64_t first, int64_t n, float *rows)
 {
     tq_exact_entry exact[TQ_EXACT_MAX];
-    tq_kv_view view = copy ? tq_host_copy_view(copy, cache, sequence, layer, side, exact)
-                           : tq_cache_view(cache, sequence, layer, side, exact);
-    int32_t n_head_kv = cache->shape.n_head_kv;
-    tq_rows_read(cache->shape.kernels, &view, n_head_kv, first, n, rows, (int64_t)n_head_kv * view.codec->head_dim);
+    tq_kv_view view = tq_cpu_view(sequence, side, exact);
+    int32_t n_head_kv = sequence->shape->n_head_kv;
+    tq_rows_read(sequence->shape->kernels, &view, n_head_kv, first, n, rows, (int64_t)n_head_kv * view.codec->head_dim);
 }
 
 tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t first, int64_t n, float *k, float *v)
@@ -604,12 +601,13 @@ tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t fir
     tq_host_copy copy;
     if (cache->device)
         TQ_TRY(tq_host_copy_open(&copy, cache, sequence, first / page_size, (first + n + page_size - 1) / page_size));
-    const tq_host_copy *held = cache->device ? &copy : NULL;
+    tq_cpu_sequence on_cpu =
+        cache->device ? tq_host_copy_layer(&copy, cache, sequence, layer) : tq_sequence_on_cpu(cache, sequence, layer);
     tq_cache_begin_reading(cache, &sequence, 1);
-    if (k) read_side(cache, sequence, held, layer, TQ_SIDE_K, first, n, k);
-    if (v) read_side(cache, sequence, held, layer, TQ_SIDE_V, first, n, v);
+    if (k) read_side(&on_cpu, TQ_SIDE_K, first, n, k);
+    if (v) read_side(&on_cpu, TQ_SIDE_V, first, n, v);
     tq_cache_end_reading(cache, &sequence, 1);
-    if (held) tq_host_copy_close(&copy);
+    if (cache->device) tq_host_copy_close(&copy);
     return TQ_OK;
 }
 

@@ -282,34 +282,6 @@ void tq_cache_destroy(tq_cache *cache)
     tq_free(cache);
 }
 
-static int32_t list_exact(const tq_side *side, int64_t ring_begin, int64_t length, tq_exact_entry *out)
-{
-    int32_t n = 0;
-    for (int64_t p = 0; p < side->n_sink && p < length; p++) out[n++] = (tq_exact_entry){.column = p, .index = (int32_t)p};
-    for (int64_t p = ring_begin; p < length; p++) {
-        out[n++] = (tq_exact_entry){.column = p, .index = tq_exact_place(side, p)};
-    }
-    return n;
-}
-
-tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side,
-                         tq_exact_entry *exact)
-{
-    const tq_side *side = tq_shape_side(&cache->shape, layer, i_side);
-    int64_t ring_begin = sequence->ring_begin[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
-    return (tq_kv_view){
-        .codec = side->codec,
-        .pages = tq_cache_pages(cache, sequence, side),
-        .transforms = side->transforms,
-        .factors = side->factors,
-        .exact_codec = side->exact_codec,
-        .exact_data = tq_sequence_exact(sequence, side),
-        .exact_head_stride_bytes = side->exact_head_stride_bytes,
-        .exact = exact,
-        .n_exact = list_exact(side, ring_begin, sequence->length[layer], exact),
-    };
-}
-
 static size_t codec_bytes(const tq_codec *codec)
 {
     if (!codec) return 0;

@@ -26,8 +26,7 @@
 #include "base/log.h"
 #include "cache/page_pool.h"
 #include "cache/prefix.h"
-#include "device/device.h"
-#include "device/rows.h"
+#include "device/cpu.h"
 
 /* The exact data of one sequence, or of several after a fork until one of them writes. */
 typedef struct tq_exact_data {
@@ -93,11 +92,6 @@ static inline tq_sequence *tq_cache_sequence(const tq_cache *cache, int32_t seq)
     return seq >= 0 && seq < cache->n_sequences ? cache->sequences[seq] : NULL;
 }
 
-static inline uint8_t *tq_sequence_exact(const tq_sequence *sequence, const tq_side *side)
-{
-    return sequence->exact ? sequence->exact->bytes + side->exact_offset_bytes : NULL;
-}
-
 /* cache.c */
 /* Errors: ARGUMENT if a size overflows; FULL if the budget holds no page; FORMAT, HEAD_DIM, MEMORY, SHAPE (the calibration's).
  */
@@ -114,7 +108,6 @@ static inline void tq_cache_unlock(tq_cache *cache)
     pthread_mutex_unlock(&cache->lock);
     tq_log_send();
 }
-tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_side *side);
 /*
  * Factors of a layer's keys, as tq_store_params.factors; NULL: zeros. Does a layer take these: are they what it has, or does it
  * hold nothing yet? is_alone: nobody else uses the cache, so that sequences can be looked at. A copy (errors: FULL, MEMORY) is
@@ -131,15 +124,12 @@ void tq_cache_begin_reading(tq_cache *cache, tq_sequence *const *sequences, int3
 void tq_cache_end_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);
 /* After writing to a sequence what was held for it. Locks. */
 void tq_cache_end_writing(tq_cache *cache, tq_sequence *sequence);
-/* exact has room for TQ_EXACT_MAX entries and must outlive the view. */
-tq_kv_view tq_cache_view(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t side,
-                         tq_exact_entry *exact);
 /* Locked. */
 void tq_cache_count(const tq_cache *cache, tq_cache_stats *out);
 /* Tests only: fill the memory of the free pages with what would spoil every result. */
 void tq_cache_poison(tq_cache *cache);
 
-/* sequence.c; all but tq_sequence_append and tq_sequence_write locked. */
+/* sequence.c; all but tq_sequence_append and tq_sequence_advance locked. */
 /* Exact data with one reference, or if no side has any NULL. Errors: FULL, MEMORY. */
 tq_status tq_exact_open(tq_cache *cache, tq_exact_data **out);
 /* NULL is fine. */
@@ -174,16 +164,13 @@ tq_status tq_sequence_own_exact(tq_cache *cache, tq_sequence *sequence);
 const uint8_t *tq_exact_bytes(const tq_cache *cache, const tq_exact_data *exact, uint8_t *scratch);
 /* Errors: those of a device. */
 tq_status tq_exact_fill(tq_cache *cache, tq_exact_data *exact, const uint8_t *bytes);
-/* What moving rows into or out of a side needs. */
-tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, const tq_side *side, const float *rows);
+/* A layer of it as the CPU's functions take it; valid until the sequence changes. */
+tq_cpu_sequence tq_sequence_on_cpu(const tq_cache *cache, const tq_sequence *sequence, int32_t layer);
 /* Behind positions that are reserved. */
 void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
                         const tq_executor *executor);
 /* The integers of an append, whoever has moved the vectors. */
 void tq_sequence_advance(const tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
-/* Replace positions [first, first + n_tok), which exist and are the sequence's own; exact ones stay exact. */
-void tq_sequence_write(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t first, int64_t n_tok, const float *k,
-                       const float *v, const tq_executor *executor);
 /* Bytes of a sequence's record and page table, its exact data left out. */
 size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequence);
 
@@ -203,9 +190,8 @@ typedef struct tq_host_copy {
 /* Of a sequence pages [first, end) and the exact data. Errors: MEMORY, DEVICE. */
 tq_status tq_host_copy_open(tq_host_copy *out, const tq_cache *cache, const tq_sequence *sequence, int64_t first, int64_t end);
 void tq_host_copy_close(tq_host_copy *copy);
-/* As tq_cache_view, of the copy. */
-tq_kv_view tq_host_copy_view(const tq_host_copy *copy, const tq_cache *cache, const tq_sequence *sequence, int32_t layer,
-                             int32_t side, tq_exact_entry *exact);
+/* A layer of the sequence with the copy's pages and exact data. */
+tq_cpu_sequence tq_host_copy_layer(const tq_host_copy *copy, const tq_cache *cache, const tq_sequence *sequence, int32_t layer);
 /* Decode what is not exact of the newest n_recent tokens into exact data [exact_bytes]. Errors: MEMORY, DEVICE. */
 tq_status tq_host_copy_complete(tq_cache *cache, const tq_sequence *sequence, uint8_t *exact);
 /* The same in the sequence's own ring: a device finds exact tokens by their positions alone.

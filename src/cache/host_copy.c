@@ -52,14 +52,13 @@ void tq_host_copy_close(tq_host_copy *copy)
     tq_free(copy->exact);
 }
 
-tq_kv_view tq_host_copy_view(const tq_host_copy *copy, const tq_cache *cache, const tq_sequence *sequence, int32_t layer,
-                             int32_t side, tq_exact_entry *exact)
+tq_cpu_sequence tq_host_copy_layer(const tq_host_copy *copy, const tq_cache *cache, const tq_sequence *sequence, int32_t layer)
 {
-    tq_kv_view view = tq_cache_view(cache, sequence, layer, side, exact);
-    view.pages.page_data = copy->pages;
-    view.pages.page_table = copy->numbers;
-    if (copy->exact) view.exact_data = copy->exact + tq_shape_side(&cache->shape, layer, side)->exact_offset_bytes;
-    return view;
+    tq_cpu_sequence found = tq_sequence_on_cpu(cache, sequence, layer);
+    found.pages = copy->pages;
+    found.page_table = copy->numbers;
+    found.exact = copy->exact;
+    return found;
 }
 
 /* Positions [begin, end) of a side are among the newest n_recent, and not exact. */
@@ -108,7 +107,8 @@ tq_status tq_host_copy_complete(tq_cache *cache, const tq_sequence *sequence, ui
     float *rows = tq_alloc((size_t)cache->shape.n_head_kv * (size_t)widest * sizeof *rows);
     for (int32_t i = 0; rows && i < n_sides; i++) {
         tq_exact_entry entries[TQ_EXACT_MAX];
-        tq_kv_view view = tq_host_copy_view(&copy, cache, sequence, i / TQ_N_SIDES, i % TQ_N_SIDES, entries);
+        tq_cpu_sequence layer = tq_host_copy_layer(&copy, cache, sequence, i / TQ_N_SIDES);
+        tq_kv_view view = tq_cpu_view(&layer, i % TQ_N_SIDES, entries);
         complete_side(cache, &view, i, gap_of(cache, sequence, i), rows, exact);
     }
     tq_host_copy_close(&copy);

@@ -452,86 +452,6 @@ tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t la
     return TQ_OK;
 }
 
-tq_page_view tq_cache_pages(const tq_cache *cache, const tq_sequence *sequence, const tq_side *side)
-{
-    return (tq_page_view){.page_data = cache->pool.data,
-                          .page_table = sequence->page_table,
-                          .page_size = cache->shape.page_size,
-                          .offset_bytes = side->page_offset_bytes,
-                          .head_stride_bytes = side->head_stride_bytes,
-                          .ref_codec = side->ref_codec,
-                          .ref_block = side->ref_block};
-}
-
-/* Encode positions [begin, end), which leave the ring or never enter it. */
-static void encode_positions(const tq_rows_in *in, const tq_side *side, int64_t begin, int64_t end, int64_t length,
-                             const tq_executor *executor)
-{
-    tq_encode_job jobs[TQ_ENCODE_BATCH];
-    for (int64_t p = begin; p < end;) {
-        int32_t n = 0;
-        for (; p < end && n < TQ_ENCODE_BATCH; p++, n++) {
-            jobs[n] = (tq_encode_job){.column = p, .row = (int32_t)(p - length)};
-            if (p < length) jobs[n].exact_index = tq_exact_place(side, p);
-        }
-        tq_rows_encode(in, jobs, n, executor);
-    }
-}
-
-tq_rows_in tq_sequence_rows(const tq_cache *cache, const tq_sequence *sequence, const tq_side *side, const float *rows)
-{
-    return (tq_rows_in){
-        .kernels = cache->shape.kernels,
-        .codec = side->codec,
-        .exact_codec = side->exact_codec,
-        .pages = tq_cache_pages(cache, sequence, side),
-        .transforms = side->transforms,
-        .factors = side->factors,
-        .exact_data = tq_sequence_exact(sequence, side),
-        .exact_head_stride_bytes = side->exact_head_stride_bytes,
-        .n_head_kv = cache->shape.n_head_kv,
-        .rows = rows,
-        .row_stride = (int64_t)cache->shape.n_head_kv * side->codec->head_dim,
-    };
-}
-
-/* The tokens from a position on that were recent when it left the ring. */
-typedef struct ring_window {
-    const tq_rows_in *in;
-    const tq_side *side;
-    int64_t position, length; /* length: before the rows */
-} ring_window;
-
-static void read_window(const void *context, int32_t i, int32_t head, float *x)
-{
-    const ring_window *window = context;
-    int64_t position = window->position + i;
-    _Alignas(64) uint16_t half[TQ_HEAD_DIM_MAX];
-    if (position < window->length) {
-        const tq_side *side = window->side;
-        const uint16_t *exact = tq_exact_vector(window->in, head, tq_exact_place(side, position));
-        memcpy(half, exact, (size_t)side->codec->head_dim * sizeof *half);
-    } else {
-        tq_row_half(window->in, position - window->length, head, half);
-    }
-    tq_half_expand(window->in, half, 1, x);
-}
-
-/* Of the blocks that begin to be encoded with one of positions [begin, end). Blocks begin anew in each page. */
-static void set_references(const tq_rows_in *in, const tq_side *side, int64_t begin, int64_t end, int64_t length)
-{
-    for (int64_t p = begin; p < end;) {
-        int64_t page_begin = p - p % in->pages.page_size, slot = p - page_begin;
-        int64_t block_begin = p - slot % side->ref_block, next = block_begin + side->ref_block;
-        if (p == block_begin || p == side->n_sink) {
-            ring_window context = {in, side, p, length};
-            tq_window window = {&context, side->n_recent, read_window};
-            for (int32_t head = 0; head < in->n_head_kv; head++) tq_rows_set_reference(in, head, p, &window);
-        }
-        p = next < page_begin + in->pages.page_size ? next : page_begin + in->pages.page_size;
-    }
-}
-
 void tq_sequence_advance(const tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
     for (int32_t i_side = 0; i_side < TQ_N_SIDES; i_side++) {
@@ -543,48 +463,25 @@ void tq_sequence_advance(const tq_cache *cache, tq_sequence *sequence, int32_t l
     sequence->length[layer] += n_tok;
 }
 
-static void append_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t n_tok,
-                        const float *rows, const tq_executor *executor)
+tq_cpu_sequence tq_sequence_on_cpu(const tq_cache *cache, const tq_sequence *sequence, int32_t layer)
 {
-    const tq_side *side = tq_shape_side(&cache->shape, layer, i_side);
-    span encoded = encoded_by_append(cache, sequence, layer, i_side, n_tok);
-    int64_t length = sequence->length[layer], end = length + n_tok, ring = end - side->n_ring;
-    tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
-    if (side->ref_codec) set_references(&in, side, encoded.begin, encoded.end, length);
-    /* Before the ring changes: what leaves it is read from it. */
-    encode_positions(&in, side, encoded.begin, encoded.end, length, executor);
-    for (int64_t p = length; p < side->n_sink && p < end; p++) tq_rows_keep_exact(&in, p - length, (int32_t)p);
-    for (int64_t p = ring > length ? ring : length; p < end && side->n_ring > 0; p++) {
-        if (p >= side->n_sink) tq_rows_keep_exact(&in, p - length, tq_exact_place(side, p));
-    }
-}
-
-static void write_side(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int32_t i_side, int64_t first,
-                       int64_t n_tok, const float *rows, const tq_executor *executor)
-{
-    const tq_side *side = tq_shape_side(&cache->shape, layer, i_side);
-    tq_rows_in in = tq_sequence_rows(cache, sequence, side, rows);
-    size_t i = (size_t)layer * TQ_N_SIDES + (size_t)i_side;
-    int64_t ring_begin = sequence->ring_begin[i], exact_begin = sequence->exact_begin[i], end = first + n_tok;
-    int64_t code_begin = first > side->n_sink ? first : side->n_sink, code_end = end < ring_begin ? end : ring_begin;
-    if (code_begin < code_end) encode_positions(&in, side, code_begin, code_end, first, executor);
-    for (int64_t p = first; p < end; p++) {
-        if (p < side->n_sink) tq_rows_keep_exact(&in, p - first, (int32_t)p);
-        if (p >= exact_begin && p >= side->n_sink) tq_rows_keep_exact(&in, p - first, tq_exact_place(side, p));
-    }
+    return (tq_cpu_sequence){.shape = &cache->shape,
+                             .layer = layer,
+                             .pages = cache->pool.data,
+                             .page_table = sequence->page_table,
+                             .exact = sequence->exact ? sequence->exact->bytes : NULL,
+                             .length = sequence->length[layer],
+                             .ring_begin = sequence->ring_begin + (size_t)layer * TQ_N_SIDES,
+                             .exact_begin = sequence->exact_begin + (size_t)layer * TQ_N_SIDES};
 }
 
 void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
                         const tq_executor *executor)
 {
-    if (!cache->budget.is_dry) append_side(cache, sequence, layer, TQ_SIDE_K, n_tok, k, executor);
-    if (!cache->budget.is_dry) append_side(cache, sequence, layer, TQ_SIDE_V, n_tok, v, executor);
+    int64_t coded_end[TQ_N_SIDES];
+    for (int32_t side = 0; side < TQ_N_SIDES; side++)
+        coded_end[side] = encoded_by_append(cache, sequence, layer, side, n_tok).end;
+    tq_cpu_sequence on_cpu = tq_sequence_on_cpu(cache, sequence, layer);
+    if (!cache->budget.is_dry) tq_cpu_append(&on_cpu, coded_end, n_tok, k, v, executor);
     tq_sequence_advance(cache, sequence, layer, n_tok);
-}
-
-void tq_sequence_write(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t first, int64_t n_tok, const float *k,
-                       const float *v, const tq_executor *executor)
-{
-    write_side(cache, sequence, layer, TQ_SIDE_K, first, n_tok, k, executor);
-    write_side(cache, sequence, layer, TQ_SIDE_V, first, n_tok, v, executor);
 }

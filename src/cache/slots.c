@@ -109,7 +109,8 @@ void tq_slots_write(tq_cache *cache, int32_t layer, const tq_slot_run *runs, int
         int64_t n_old = run->sequence->length[layer] - run->position;
         if (n_old > run->n) n_old = run->n;
         const float *k_rows = k + run->first_row * k_row, *v_rows = v + run->first_row * v_row;
-        if (n_old > 0) tq_sequence_write(cache, run->sequence, layer, run->position, n_old, k_rows, v_rows, executor);
+        tq_cpu_sequence on_cpu = tq_sequence_on_cpu(cache, run->sequence, layer);
+        if (n_old > 0) tq_cpu_write(&on_cpu, run->position, n_old, k_rows, v_rows, executor);
         if (n_old < run->n) {
             tq_sequence_append(cache, run->sequence, layer, run->n - n_old, k_rows + n_old * k_row, v_rows + n_old * v_row,
                                executor);
@@ -145,8 +146,8 @@ static double work_of(const batch_task *task, int32_t i)
 static void attend_one(batch_task *task, int32_t i, const tq_executor *executor)
 {
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
-    tq_kv_view keys = tq_cache_view(task->cache, task->sequences[i], task->layer, TQ_SIDE_K, exact_k);
-    tq_kv_view values = tq_cache_view(task->cache, task->sequences[i], task->layer, TQ_SIDE_V, exact_v);
+    tq_cpu_sequence on_cpu = tq_sequence_on_cpu(task->cache, task->sequences[i], task->layer);
+    tq_kv_view keys = tq_cpu_view(&on_cpu, TQ_SIDE_K, exact_k), values = tq_cpu_view(&on_cpu, TQ_SIDE_V, exact_v);
     tq_attend_params params = task->batch->params;
     int64_t first = task->batch->query_starts[i], n_col = columns_of(task, i);
     params.n_query = queries_of(task, i);

@@ -1,0 +1,259 @@
+/* SPDX-License-Identifier: MIT */
+/* See cpu.h. */
+#include "device/cpu.h"
+
+#include <string.h>
+
+#include "base/alloc.h"
+#include "base/log.h"
+
+static const tq_side *side_of(const tq_cpu_sequence *sequence, int32_t side)
+{
+    return tq_shape_side(sequence->shape, sequence->layer, side);
+}
+
+static uint8_t *exact_of(const tq_cpu_sequence *sequence, const tq_side *side)
+{
+    return sequence->exact ? sequence->exact + side->exact_offset_bytes : NULL;
+}
+
+static tq_page_view pages_of(const tq_cpu_sequence *sequence, const tq_side *side)
+{
+    return (tq_page_view){.page_data = sequence->pages,
+                          .page_table = sequence->page_table,
+                          .page_size = sequence->shape->page_size,
+                          .offset_bytes = side->page_offset_bytes,
+                          .head_stride_bytes = side->head_stride_bytes,
+                          .ref_codec = side->ref_codec,
+                          .ref_block = side->ref_block};
+}
+
+static int32_t list_exact(const tq_side *side, int64_t ring_begin, int64_t length, tq_exact_entry *out)
+{
+    int32_t n = 0;
+    for (int64_t p = 0; p < side->n_sink && p < length; p++) out[n++] = (tq_exact_entry){.column = p, .index = (int32_t)p};
+    for (int64_t p = ring_begin; p < length; p++) {
+        out[n++] = (tq_exact_entry){.column = p, .index = tq_exact_place(side, p)};
+    }
+    return n;
+}
+
+tq_kv_view tq_cpu_view(const tq_cpu_sequence *sequence, int32_t i_side, tq_exact_entry *exact)
+{
+    const tq_side *side = side_of(sequence, i_side);
+    return (tq_kv_view){
+        .codec = side->codec,
+        .pages = pages_of(sequence, side),
+        .transforms = side->transforms,
+        .factors = side->factors,
+        .exact_codec = side->exact_codec,
+        .exact_data = exact_of(sequence, side),
+        .exact_head_stride_bytes = side->exact_head_stride_bytes,
+        .exact = exact,
+        .n_exact = list_exact(side, sequence->ring_begin[i_side], sequence->length, exact),
+    };
+}
+
+/* What moving rows into a side needs. */
+static tq_rows_in rows_in(const tq_cpu_sequence *sequence, const tq_side *side, const float *rows)
+{
+    return (tq_rows_in){
+        .kernels = sequence->shape->kernels,
+        .codec = side->codec,
+        .exact_codec = side->exact_codec,
+        .pages = pages_of(sequence, side),
+        .transforms = side->transforms,
+        .factors = side->factors,
+        .exact_data = exact_of(sequence, side),
+        .exact_head_stride_bytes = side->exact_head_stride_bytes,
+        .n_head_kv = sequence->shape->n_head_kv,
+        .rows = rows,
+        .row_stride = (int64_t)sequence->shape->n_head_kv * side->codec->head_dim,
+    };
+}
+
+/* Encode positions [begin, end), which leave the ring or never enter it. */
+static void encode_positions(const tq_rows_in *in, const tq_side *side, int64_t begin, int64_t end, int64_t length,
+                             const tq_executor *executor)
+{
+    tq_encode_job jobs[TQ_ENCODE_BATCH];
+    for (int64_t p = begin; p < end;) {
+        int32_t n = 0;
+        for (; p < end && n < TQ_ENCODE_BATCH; p++, n++) {
+            jobs[n] = (tq_encode_job){.column = p, .row = (int32_t)(p - length)};
+            if (p < length) jobs[n].exact_index = tq_exact_place(side, p);
+        }
+        tq_rows_encode(in, jobs, n, executor);
+    }
+}
+
+/* The tokens from a position on that were recent when it left the ring. */
+typedef struct ring_window {
+    const tq_rows_in *in;
+    const tq_side *side;
+    int64_t position, length; /* length: before the rows */
+} ring_window;
+
+static void read_window(const void *context, int32_t i, int32_t head, float *x)
+{
+    const ring_window *window = context;
+    int64_t position = window->position + i;
+    _Alignas(64) uint16_t half[TQ_HEAD_DIM_MAX];
+    if (position < window->length) {
+        const tq_side *side = window->side;
+        const uint16_t *exact = tq_exact_vector(window->in, head, tq_exact_place(side, position));
+        memcpy(half, exact, (size_t)side->codec->head_dim * sizeof *half);
+    } else {
+        tq_row_half(window->in, position - window->length, head, half);
+    }
+    tq_half_expand(window->in, half, 1, x);
+}
+
+/* Of the blocks that begin to be encoded with one of positions [begin, end). Blocks begin anew in each page. */
+static void set_references(const tq_rows_in *in, const tq_side *side, int64_t begin, int64_t end, int64_t length)
+{
+    for (int64_t p = begin; p < end;) {
+        int64_t page_begin = p - p % in->pages.page_size, slot = p - page_begin;
+        int64_t block_begin = p - slot % side->ref_block, next = block_begin + side->ref_block;
+        if (p == block_begin || p == side->n_sink) {
+            ring_window context = {in, side, p, length};
+            tq_window window = {&context, side->n_recent, read_window};
+            for (int32_t head = 0; head < in->n_head_kv; head++) tq_rows_set_reference(in, head, p, &window);
+        }
+        p = next < page_begin + in->pages.page_size ? next : page_begin + in->pages.page_size;
+    }
+}
+
+static void append_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t coded_end, int64_t n_tok, const float *rows,
+                        const tq_executor *executor)
+{
+    const tq_side *side = side_of(sequence, i_side);
+    int64_t coded_begin = sequence->ring_begin[i_side];
+    int64_t length = sequence->length, end = length + n_tok, ring = end - side->n_ring;
+    tq_rows_in in = rows_in(sequence, side, rows);
+    if (side->ref_codec) set_references(&in, side, coded_begin, coded_end, length);
+    /* Before the ring changes: what leaves it is read from it. */
+    encode_positions(&in, side, coded_begin, coded_end, length, executor);
+    for (int64_t p = length; p < side->n_sink && p < end; p++) tq_rows_keep_exact(&in, p - length, (int32_t)p);
+    for (int64_t p = ring > length ? ring : length; p < end && side->n_ring > 0; p++) {
+        if (p >= side->n_sink) tq_rows_keep_exact(&in, p - length, tq_exact_place(side, p));
+    }
+}
+
+void tq_cpu_append(const tq_cpu_sequence *sequence, const int64_t *coded_end, int64_t n_tok, const float *k, const float *v,
+                   const tq_executor *executor)
+{
+    append_side(sequence, TQ_SIDE_K, coded_end[TQ_SIDE_K], n_tok, k, executor);
+    append_side(sequence, TQ_SIDE_V, coded_end[TQ_SIDE_V], n_tok, v, executor);
+}
+
+static void write_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t first, int64_t n_tok, const float *rows,
+                       const tq_executor *executor)
+{
+    const tq_side *side = side_of(sequence, i_side);
+    tq_rows_in in = rows_in(sequence, side, rows);
+    int64_t ring_begin = sequence->ring_begin[i_side], exact_begin = sequence->exact_begin[i_side], end = first + n_tok;
+    int64_t code_begin = first > side->n_sink ? first : side->n_sink, code_end = end < ring_begin ? end : ring_begin;
+    if (code_begin < code_end) encode_positions(&in, side, code_begin, code_end, first, executor);
+    for (int64_t p = first; p < end; p++) {
+        if (p < side->n_sink) tq_rows_keep_exact(&in, p - first, (int32_t)p);
+        if (p >= exact_begin && p >= side->n_sink) tq_rows_keep_exact(&in, p - first, tq_exact_place(side, p));
+    }
+}
+
+void tq_cpu_write(const tq_cpu_sequence *sequence, int64_t first, int64_t n_tok, const float *k, const float *v,
+                  const tq_executor *executor)
+{
+    write_side(sequence, TQ_SIDE_K, first, n_tok, k, executor);
+    write_side(sequence, TQ_SIDE_V, first, n_tok, v, executor);
+}
+
+/* Sinks and ring before the rows, then the rows, as far as queries see them exact. */
+static void list_entries(const tq_side *side, int64_t ring_begin, int64_t length, int64_t n_tok, tq_cpu_exact *copy)
+{
+    for (int64_t p = 0; p < length + n_tok; p++) {
+        if (p >= side->n_sink && p < ring_begin) p = ring_begin;
+        /* Query i is position length + i, and sees as recent what is behind position length + i - n_recent. */
+        int64_t expires = p < side->n_sink ? n_tok : p + side->n_recent - length;
+        if (expires > 0) {
+            copy->entries[copy->n] =
+                (tq_exact_entry){.column = p, .index = copy->n, .expires = expires < n_tok ? (int32_t)expires : 0};
+            copy->n++;
+        }
+    }
+}
+
+static void copy_vectors(const tq_rows_in *in, const tq_side *side, int64_t length, const tq_cpu_exact *copy)
+{
+    size_t head_dim = (size_t)side->codec->head_dim;
+    for (int32_t head = 0; head < in->n_head_kv; head++) {
+        uint16_t *to = (uint16_t *)(void *)(copy->memory + (size_t)head * copy->head_stride_bytes);
+        for (int32_t i = 0; i < copy->n; i++, to += head_dim) {
+            int64_t p = copy->entries[i].column;
+            if (p >= length)
+                tq_row_half(in, p - length, head, to);
+            else
+                memcpy(to, tq_exact_vector(in, head, tq_exact_place(side, p)), head_dim * sizeof *to);
+        }
+    }
+}
+
+static tq_status copy_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t n_tok, const float *rows,
+                           tq_cpu_exact *copy)
+{
+    const tq_side *side = side_of(sequence, i_side);
+    int32_t n_head_kv = sequence->shape->n_head_kv;
+    if (side->n_sink + side->n_recent == 0) return TQ_OK;
+    size_t vector_bytes = tq_codec_vector_bytes(side->exact_codec), n = (size_t)(side->n_sink + side->n_recent) + (size_t)n_tok;
+    size_t row_bytes = vector_bytes * (size_t)n_head_kv + sizeof *copy->entries;
+    if (n > INT32_MAX || n > SIZE_MAX / row_bytes) return TQ_ERR_MEMORY;
+    copy->bytes = n * row_bytes;
+    copy->memory = tq_scratch_alloc(copy->bytes);
+    if (!copy->memory) return TQ_ERR_MEMORY;
+    copy->head_stride_bytes = n * vector_bytes;
+    copy->entries = (tq_exact_entry *)(void *)(copy->memory + copy->head_stride_bytes * (size_t)n_head_kv);
+    list_entries(side, sequence->ring_begin[i_side], sequence->length, n_tok, copy);
+    tq_rows_in in = rows_in(sequence, side, rows);
+    copy_vectors(&in, side, sequence->length, copy);
+    return TQ_OK;
+}
+
+void tq_cpu_prefill_end(tq_cpu_prefill *prefill)
+{
+    for (int32_t side = TQ_N_SIDES; side-- > 0;) {
+        if (prefill->sides[side].memory) tq_scratch_free(prefill->sides[side].memory, prefill->sides[side].bytes);
+    }
+}
+
+tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *sequence, int64_t n_tok, const float *k,
+                               const float *v)
+{
+    *out = (tq_cpu_prefill){0};
+    TQ_TRY(copy_side(sequence, TQ_SIDE_K, n_tok, k, &out->sides[TQ_SIDE_K]));
+    tq_status status = copy_side(sequence, TQ_SIDE_V, n_tok, v, &out->sides[TQ_SIDE_V]);
+    if (status != TQ_OK) tq_cpu_prefill_end(out);
+    return status;
+}
+
+static tq_kv_view view_of(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int32_t side)
+{
+    tq_exact_entry unused[TQ_EXACT_MAX];
+    tq_kv_view view = tq_cpu_view(sequence, side, unused);
+    const tq_cpu_exact *exact = &prefill->sides[side];
+    view.exact = exact->entries;
+    view.n_exact = exact->n;
+    view.exact_data = exact->memory;
+    view.exact_head_stride_bytes = exact->head_stride_bytes;
+    return view;
+}
+
+tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int64_t n_tok,
+                                const tq_attend_params *params, const tq_executor *executor)
+{
+    tq_attend_params p = *params;
+    p.causal = true;
+    p.n_query = n_tok;
+    p.first_pos = sequence->length - n_tok;
+    tq_kv_view keys = view_of(prefill, sequence, TQ_SIDE_K), values = view_of(prefill, sequence, TQ_SIDE_V);
+    return tq_attend(sequence->shape->kernels, &keys, &values, sequence->shape->n_head_kv, sequence->length, &p, executor);
+}

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: MIT */
+/* The CPU's part of a cache: one layer of a sequence whose pages and exact data are in the host's memory. */
+#ifndef TQ_DEVICE_CPU_H
+#define TQ_DEVICE_CPU_H
+
+#include "device/device.h"
+#include "device/rows.h"
+
+/* What a cache tells of it; lengths and the like are as they were before the call. */
+typedef struct tq_cpu_sequence {
+    const tq_shape *shape;
+    int32_t layer;
+    uint8_t *const *pages; /* by number, and the numbers: */
+    const int32_t *page_table;
+    uint8_t *exact; /* NULL if no side has any */
+    int64_t length;
+    const int64_t *ring_begin, *exact_begin; /* [TQ_N_SIDES]: positions that queries see exact, and that the ring still has */
+} tq_cpu_sequence;
+
+/* exact has room for TQ_EXACT_MAX entries and must outlive the view. */
+tq_kv_view tq_cpu_view(const tq_cpu_sequence *sequence, int32_t side, tq_exact_entry *exact);
+/* Tokens behind the others; positions from ring_begin[side] up to coded_end[side] are encoded, as they leave the ring. */
+void tq_cpu_append(const tq_cpu_sequence *sequence, const int64_t *coded_end, int64_t n_tok, const float *k, const float *v,
+                   const tq_executor *executor);
+/* Replace positions [first, first + n_tok), which exist; exact ones stay exact. */
+void tq_cpu_write(const tq_cpu_sequence *sequence, int64_t first, int64_t n_tok, const float *k, const float *v,
+                  const tq_executor *executor);
+
+/*
+ * An append whose queries attend, as if token by token: a token is exact for those for which it is among the last n_recent, so
+ * what the ring holds and what is appended is kept exact until all have attended. Begin before the append, attend after it.
+ */
+typedef struct tq_cpu_exact {
+    uint8_t *memory; /* NULL if the side has no exact vectors */
+    size_t bytes, head_stride_bytes;
+    tq_exact_entry *entries;
+    int32_t n;
+} tq_cpu_exact;
+typedef struct tq_cpu_prefill {
+    tq_cpu_exact sides[TQ_N_SIDES];
+} tq_cpu_prefill;
+/* Errors: MEMORY. */
+tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *sequence, int64_t n_tok, const float *k,
+                               const float *v);
+/* sequence: after the append. Sets what is causal of params. Errors: MEMORY. */
+tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int64_t n_tok,
+                                const tq_attend_params *params, const tq_executor *executor);
+void tq_cpu_prefill_end(tq_cpu_prefill *prefill);
+
+#endif
