@@ -80,7 +80,8 @@ class Layer:
         scale = np.ascontiguousarray(ref_bytes[..., :2]).view(np.uint16).astype(np.uint32)
         refs = np.concatenate([np.ascontiguousarray(ref_bytes[..., 2:]).view(np.uint32), scale], axis=2)
         exact = [np.concatenate([x[:, self.exact], np.full_like(x[:, :3], np.nan)], axis=1) for x in (self.k, self.v)]
-        return kernels.Arrays(*plane(parts[0][0]), mx.array(refs)[None], *plane(parts[1][0]), *(mx.array(x)[None] for x in exact))
+        k, v = (plane(found) for found, _ in parts)
+        return kernels.Arrays(*k, mx.array(refs)[None], *v, *(mx.array(x)[None] for x in exact))
 
     def attend(self, q, scale, sinks=None):
         """q [n_head, n_query, head_dim]: the same in float64. sinks [n_head]: learned ones."""
@@ -98,6 +99,7 @@ class Layer:
         return out
 
     def kernel_attend(self, q, scale, dtype=mx.float32, sinks=None):
+        optional = [None if x is None else mx.array(x) for x in (sinks, self.factors)]
         out = kernels.attend(mx.array(q)[None].astype(dtype), self.arrays, *(NUMBERS[f] for f in self.formats), self.has_refs,
-                             self.extent, scale, SEED, *(None if x is None else mx.array(x) for x in (sinks, self.factors)))
+                             self.extent, scale, SEED, *optional)
         return np.array(out[0].astype(mx.float32))
