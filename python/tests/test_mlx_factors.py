@@ -14,7 +14,7 @@ from conftest import ROOT
 from mlx_lm.generate import generate_step
 from tiny_mlx import (F16, HALVES, SQ8, attentions, check_batch, divergence, ids, logits, make_model, make_sharing_model,
                       with_outliers)
-from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
+from turboquant.mlx import TurboQuantKVCache, from_kvcache, install, make_prompt_cache
 
 # Options of small models, and which channels RoPE turns together: those with the same number.
 KINDS = {
@@ -163,6 +163,23 @@ def test_files_from_before(model):
         assert other.offset == 4 and other._factors.quarters is None
     with pytest.raises(turboquant.SnapshotError, match="run the prompt again"):
         other.state = said | {"factors": "[[[1, -1]], {}]"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_that_were_read_exactly(kind, monkeypatch):
+    """from_kvcache codes keys by the factors that a pass finds, the weights of the norm before counted."""
+    model, tokens = with_outliers(make(kind), KINDS[kind][1]), ids(100)
+    for layer in model.layers:
+        norm = layer.input_layernorm
+        norm.weight = norm.weight * mx.exp(.3 * mx.random.normal(norm.weight.shape))
+    exact, cache = stock.make_prompt_cache(model), make_prompt_cache(model)
+    logits(model, exact, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read = from_kvcache(model, exact)
+    monkeypatch.setattr(turboquant.weight_factors, "_known", turboquant.weight_factors.Known())
+    logits(model, cache, tokens)
+    assert None not in factors(read) and factors(read) == factors(cache)
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])

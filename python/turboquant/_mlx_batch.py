@@ -71,14 +71,14 @@ class Factors(NamedTuple):
         return None if self.quarters is None else np.array(self.quarters, np.int8)
 
 
-def _find_factors(options: dict[str, Any], module: Any, n_head_kv: int, head_dim: int) -> Factors:
-    """Those of a cache with these options, from the weights of the attention that brings it keys."""
+def _find_factors(options: dict[str, Any], module: Any, layer: Any, n_head_kv: int, head_dim: int) -> Factors:
+    """Those of a cache with these options, from the weights of the attention that brings it keys; layer: as of norm_before."""
     if weight_factors.chosen(options.get("factors"), options.get("calibration")) == "off":
         return Factors()
     engine = weight_factors.Engine(mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _rope(module, head_dim))
     fmt, n_ref = weight_factors.formats_of(options, 1, "k")[0], weight_factors.references_of(options)
     found, is_known = weight_factors.of_keys(fmt, module, (None, n_head_kv, head_dim), n_ref, engine,
-                                             getattr(module, "scale", head_dim**-0.5), "a layer")
+                                             getattr(module, "scale", head_dim**-0.5), "a layer", layer)
     return Factors.of(found, None if is_known else weight_factors.without(options, 1, module))
 
 
@@ -131,9 +131,10 @@ class BatchCache(stock._BaseCache):
         return self._attend(queries, self._take(queries.shape[2]), lambda sequence, part: sequence.attend(
             queries[part], keys[part], values[part], scale, sinks))
 
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        """Append rows [n_batch, n_head_kv, n_tok, head_dim], which have attended elsewhere."""
-        self.update_and_fetch(keys, values)
+    def append(self, keys: mx.array, values: mx.array, layer: Any = None) -> None:
+        """Append rows [n_batch, n_head_kv, n_tok, head_dim], which have attended elsewhere; layer: of the model, theirs."""
+        modules = [] if layer is None else layer.modules()
+        self._expect(keys, values, next((each for each in modules if weight_factors.has_projections(each)), None), layer)
         for i, sequence, begin, n in self._take(keys.shape[2]):
             sequence.attend(None, *(x[i : i + 1, :, begin : begin + n] for x in (keys, values)))
 
@@ -163,6 +164,11 @@ class BatchCache(stock._BaseCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Handles of the rows. They are appended when the attention that follows brings the queries."""
+        self._expect(keys, values, sys._getframe(1).f_locals.get("self"))  # the attention whose keys these are
+        return Rows(self, keys), Rows(self, values)
+
+    def _expect(self, keys: mx.array, values: mx.array, module: Any, layer: Any = None) -> None:
+        """Be ready for rows that an attention has made."""
         if self._pending:
             raise ArgumentError("a forward pass was interrupted and could not be taken back: make a new cache")
         n_batch, n_head_kv, n_tok, head_dim = keys.shape
@@ -172,15 +178,13 @@ class BatchCache(stock._BaseCache):
         if n_batch != len(self._sequences):
             self._sequences, self._left, self._batched = [None] * n_batch, [0] * n_batch, True
         if self.empty():
-            module = sys._getframe(1).f_locals.get("self")  # the attention whose keys these are
-            self._factors = _find_factors(self._options, module, n_head_kv, head_dim)
+            self._factors = _find_factors(self._options, module, layer, n_head_kv, head_dim)
             self._sequences = [None] * n_batch  # those that were trimmed away may be of another model
         elif any(sequence is not None and sequence.shape != shape for sequence in self._sequences):
             raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs to "
                                 "another model. Make a new one")
         self._sequences = [self._make(shape) if sequence is None else sequence for sequence in self._sequences]
         self._pending = n_tok
-        return Rows(self, keys), Rows(self, values)
 
     def keys_and_values(self) -> tuple[Rows, Rows]:
         """Of the rows that were appended last, for a layer that shares them."""

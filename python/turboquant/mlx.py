@@ -232,8 +232,8 @@ class TurboQuantKVCache(BatchCache):
         if "snapshot" not in value:
             return
         if json.loads(value.get("factors", "[null]"))[0] is not None:
-            raise SnapshotError("this prompt cache is of a version before 2026-11-30 and holds scaled keys, which this one does "
-                                "not read: run the prompt again")
+            raise SnapshotError("this prompt cache is from before 2026-11-30 and holds scaled keys, which are not read any "
+                                "more: run the prompt again")
         self._factors = Factors.of(None, json.loads(value.get("instead", "{}")))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache.tqs"
@@ -357,7 +357,7 @@ def from_kvcache(model: Any, caches: Sequence[Any], preset: str = "TQ4", **optio
         pools = {"layer": [i, n]} if kind is TurboQuantKVCache else {}
         applied[i] = kind(preset, **pools, **of_layer)
         if caches[i].offset > 0:
-            applied[i].append(*caches[i].keys_and_values())
+            applied[i].append(*caches[i].keys_and_values(), model.layers[i])
     _reach_attention(model)
     guard_passes(type(model))
     said = ", ".join(f"{name}={value}" for name, value in {"preset": preset, **options}.items() if value is not None)

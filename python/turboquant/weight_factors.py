@@ -71,21 +71,25 @@ def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.n
     return np.where(found[found] == np.arange(head_dim), found, np.arange(head_dim))
 
 
-def norm_before(module: Any) -> Any:
+def norm_before(module: Any, layer: Any = None) -> Any:
     """
-    The norm whose output an attention takes, found in the layer that is calling it now. None if there is no such layer, or none
-    by a name that is known.
+    The norm whose output an attention takes, found in its layer: the one that is calling it now, if it is not given. None if
+    there is no such layer, or none by a name that is known.
     """
-    frame = sys._getframe(1)
-    for _ in range(_FRAMES_MAX):
-        owner = frame.f_locals.get("self")
+    for owner in _callers() if layer is None else [layer]:
         parts = owner if isinstance(owner, dict) else getattr(owner, "_modules", None)
         if isinstance(parts, dict) and any(part is module for part in parts.values()):
             return next((parts[name] for name in _INPUT_NORMS if name in parts), None)
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
     return None
+
+
+def _callers() -> list[Any]:
+    """Whose methods are being called now, the innermost first."""
+    frame, found = sys._getframe(2), []
+    while frame is not None and len(found) < _FRAMES_MAX:
+        found.append(frame.f_locals.get("self"))
+        frame = frame.f_back
+    return found
 
 
 def has_projections(module: Any) -> bool:
@@ -214,20 +218,21 @@ class Engine(NamedTuple):
 _known = Known()
 
 
-def of_keys(fmt: int, module: Any, shape: tuple[int | None, int, int], n_ref: int, engine: Engine, scale: float, layer: str
-            ) -> tuple[np.ndarray | None, bool]:
+def of_keys(fmt: int, module: Any, shape: tuple[int | None, int, int], n_ref: int, engine: Engine, scale: float, name: str,
+            layer: Any = None) -> tuple[np.ndarray | None, bool]:
     """
     Factors of the keys that a module brings a layer with keys in this format, None for none; and are its projections known, or
-    is that no matter? shape: of_module's n_head, n_head_kv and head_dim. Warns by the softmax's scale, the guard.
+    is that no matter? shape: of_module's n_head, n_head_kv and head_dim. layer: as of norm_before. Warns by the softmax's
+    scale, the guard, of a layer of this name.
     """
     if is_exact(fmt):
         return None, True
-    norm = norm_before(module)
+    norm = norm_before(module, layer)
     found = _known.get(module, (*shape, n_ref), lambda: of_module(module, *shape, *engine, n_ref, norm))
     if found is None:
         return None, False
     factors, spread = found
-    warn_of_spread(fmt, spread * scale, layer)
+    warn_of_spread(fmt, spread * scale, name)
     return factors if factors.any() else None, True
 
 
