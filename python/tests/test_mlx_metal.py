@@ -317,7 +317,8 @@ def test_refusals(llama):
     for options, words in (({"n_threads": 2}, "no such option"), ({"calibration": "x"}, "on the CPU"),
                            ({"k_format": "f16"}, "no Metal kernels"),
                            ({"encode_batch": 48}, "divisor"), ({"k_ref_block": 32}, "blocks of 64"),
-                           ({"n_sink": -1}, "negative"), ({"preset": "TQ5"}, "there is no preset")):
+                           ({"n_sink": -1}, "counts from 0"), ({"seed": -1}, "seed"),
+                           ({"preset": "TQ5"}, "there is no preset")):
         with pytest.raises(turboquant.TurboQuantError, match=words):
             TurboQuantMetalKVCache(**options)
     cache = TurboQuantMetalKVCache()

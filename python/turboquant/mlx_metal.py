@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import metal_kernels as kernels
+from . import cache as _cache, metal_kernels as kernels, weight_factors
 from ._library import integer
 from ._mlx_batch import BatchCache, Factors, Shape
 from .errors import ArgumentError, UnsupportedError
-from .formats import SEED_DEFAULT, format_info, format_number, preset as find_preset
+from .formats import SEED_DEFAULT, format_info
 
 GROW_TOKENS = 1024  # codes get room for so many tokens more at least, or for an eighth more
 
@@ -38,41 +38,27 @@ class _Options(NamedTuple):
     seed: int
 
 
-def _options(preset: str, k_format: str | int | None = None, v_format: str | int | None = None, n_sink: int | None = None,
-             n_recent: int | None = None, k_ref_block: int | None = None, encode_batch: int = kernels.BLOCK,
-             seed: int = SEED_DEFAULT, **other: Any) -> _Options:
+def _options(encode_batch: int = kernels.BLOCK, **options: Any) -> _Options:
     """Check options. Raises ArgumentError, and UnsupportedError for what the CPU's cache has and this one has not."""
-    if "calibration" in other:
+    if "calibration" in options:
         raise UnsupportedError("calibration: the Metal kernels know no transforms of keys; leave it out, or compute on the CPU "
                                "(mx.set_default_device(mx.cpu))")
+    other = options.keys() - {"preset", "k_format", "v_format", "n_sink", "n_recent", "k_ref_block", "seed"}
     if other:
         raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, "
                                "v_format, n_sink, n_recent, k_ref_block, encode_batch, seed and factors")
-    base = find_preset(preset)
-    integer(seed, c_uint64, "seed")
-    numbers = {"n_sink": n_sink, "n_recent": n_recent, "k_ref_block": k_ref_block, "encode_batch": encode_batch}
-    for name, value in numbers.items():
-        if value is not None:
-            integer(value, c_int32, name)
-
-    def chosen(value: int | None, of_preset: int) -> int:
-        return of_preset if value is None else value
-
-    formats = [base.k_format if k_format is None else format_number(k_format),
-               base.v_format if v_format is None else format_number(v_format)]
-    for number in formats:
+    encode_batch = integer(encode_batch, c_int32, "encode_batch")
+    if encode_batch < 1 or kernels.BLOCK % encode_batch != 0:
+        raise ArgumentError(f"encode_batch is {encode_batch}; give a divisor of {kernels.BLOCK}")
+    on_cpu, ref_block = _cache.Cache(1, 1, 128, max_tok=1, dry_run=True, **options), weight_factors.references_of(options)
+    for number in (on_cpu.k_format, on_cpu.v_format):
         if number not in kernels.BITS:
             names = ", ".join(format_info(known).name for known in kernels.BITS)
             raise UnsupportedError(f"{format_info(number).name} has no Metal kernels; there are {names}")
-    sink, recent = chosen(n_sink, base.n_sink), chosen(n_recent, base.n_recent)
-    ref_block = chosen(k_ref_block, base.k_ref_block)
-    if sink < 0 or recent < 0:
-        raise ArgumentError(f"n_sink is {sink} and n_recent {recent}; give numbers that are not negative")
-    if encode_batch < 1 or kernels.BLOCK % encode_batch != 0:
-        raise ArgumentError(f"encode_batch is {encode_batch}; give a divisor of {kernels.BLOCK}")
     if ref_block not in (0, kernels.BLOCK):
         raise UnsupportedError(f"k_ref_block is {ref_block}; the Metal kernels have blocks of {kernels.BLOCK}, or 0 for none")
-    return _Options(*formats, sink, recent, ref_block > 0 and recent > 0, encode_batch, seed)
+    return _Options(on_cpu.k_format, on_cpu.v_format, on_cpu.n_sink, on_cpu.n_recent, ref_block > 0, encode_batch,
+                    integer(options.get("seed", SEED_DEFAULT), c_uint64, "seed"))
 
 
 def _grown(x: mx.array, n: int) -> mx.array:
@@ -90,7 +76,7 @@ class _Sequence:
 
     def __init__(self, options: _Options, shape: Shape, factors: np.ndarray | None) -> None:
         self._options, self.shape = options, shape
-        self._factors = None if factors is None else mx.array(factors)
+        self.factors = None if factors is None else mx.array(factors)
         self.arrays = self._empty_arrays()
         self.length = self.coded = 0  # tokens; those below `coded` are encoded, as far as they are no sinks
 
@@ -125,7 +111,7 @@ class _Sequence:
     def _attend(self, queries: mx.array, extent: kernels.Extent, scale: float, sinks: mx.array | None) -> mx.array:
         options = self._options
         return kernels.attend(queries, self.arrays, options.k_format, options.v_format, options.has_refs, extent, scale,
-                              options.seed, sinks, self._factors)
+                              options.seed, sinks, self.factors)
 
     def _extent(self) -> kernels.Extent:
         options = self._options
@@ -190,11 +176,11 @@ class _Sequence:
             starts += range(begin // kernels.BLOCK * kernels.BLOCK + kernels.BLOCK, end, kernels.BLOCK)
             if starts:
                 made = kernels.encode_references(arrays.k_exact, [p - begin + first for p in starts], options.n_recent,
-                                                 options.seed, self._factors)
+                                                 options.seed, self.factors)
                 arrays = arrays._replace(refs=_written(arrays.refs, made, starts[0] // kernels.BLOCK))
             refs = arrays.refs
         found = {}
-        for side, fmt, *of_keys in (("k", options.k_format, refs, self._factors), ("v", options.v_format)):
+        for side, fmt, *of_keys in (("k", options.k_format, refs, self.factors), ("v", options.v_format)):
             rows = getattr(arrays, f"{side}_exact")
             codes, scales = kernels.encode(fmt, rows, first, end - begin, options.seed, begin, *of_keys)
             found[f"{side}_codes"] = _written(getattr(arrays, f"{side}_codes"), codes, begin)
@@ -223,7 +209,8 @@ class TurboQuantMetalKVCache(BatchCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, with the room that they have for more. Arrays that copies share count in each."""
-        return sum(x.nbytes for sequence in self._sequences if sequence is not None for x in sequence.arrays)
+        held = [sequence for sequence in self._sequences if sequence is not None]
+        return sum(x.nbytes for sequence in held for x in (*sequence.arrays, sequence.factors) if x is not None)
 
     # ---- what save_prompt_cache and load_prompt_cache call ----
 
