@@ -33,9 +33,9 @@ class Held(Protocol):
     def __len__(self) -> int: ...
     def fork(self) -> Held: ...
     def trim(self, length: int) -> None: ...
-    def attend(self, queries: mx.array | None, keys: mx.array, values: mx.array, scale: float = 1,
-               sinks: mx.array | None = None) -> mx.array | None: ...
-    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array: ...
+    def attend(self, queries: Any, keys: Any, values: Any, scale: float = 1, sinks: mx.array | None = None
+               ) -> Any: ...
+    def attend_again(self, queries: Any, scale: float, sinks: mx.array | None) -> Any: ...
 
 
 class Rows:
@@ -102,8 +102,11 @@ def _rope(module: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 class BatchCache(stock._BaseCache):
     """
     The cache of one layer for a batch of sequences, in the place of MLX-LM's KVCache and BatchKVCache. Padding is not stored.
-    Who inherits it has `state`, `nbytes`, and `_make`, which makes a sequence.
+    Who inherits it has `state`, `nbytes`, and `_make`, which makes a sequence; `_rows` and `_arrays`, if that takes and gives
+    other arrays than MLX's.
     """
+
+    _arrays: Any = mx  # the module of what sequences give
 
     def __init__(self, options: dict[str, Any]) -> None:
         weight_factors.chosen(options.get("factors"), options.get("calibration"))
@@ -120,6 +123,10 @@ class BatchCache(stock._BaseCache):
         """An empty sequence. Raises for a shape that it cannot have."""
         raise NotImplementedError
 
+    def _rows(self, x: mx.array) -> Any:
+        """[n_batch, n_head, n_tok, head_dim] as sequences take parts of it."""
+        return x
+
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
                ) -> mx.array:
         """
@@ -128,31 +135,34 @@ class BatchCache(stock._BaseCache):
         """
         if queries.shape[1] % keys.shape[1] != 0:
             raise ArgumentError(f"{queries.shape[1]} query heads do not share {keys.shape[1]} KV heads evenly")
+        q, k, v = map(self._rows, (queries, keys, values))
         return self._attend(queries, self._take(queries.shape[2]), lambda sequence, part: sequence.attend(
-            queries[part], keys[part], values[part], scale, sinks))
+            q[part], k[part], v[part], scale, sinks))
 
     def append(self, keys: mx.array, values: mx.array, layer: Any = None) -> None:
         """Append rows [n_batch, n_head_kv, n_tok, head_dim], which have attended elsewhere; layer: of the model, theirs."""
         modules = [] if layer is None else layer.modules()
         self._expect(keys, values, next((each for each in modules if weight_factors.has_projections(each)), None), layer)
+        k, v = map(self._rows, (keys, values))
         for i, sequence, begin, n in self._take(keys.shape[2]):
-            sequence.attend(None, *(x[i : i + 1, :, begin : begin + n] for x in (keys, values)))
+            sequence.attend(None, *(x[i : i + 1, :, begin : begin + n] for x in (k, v)))
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         """Attend with the queries of another layer, which shares the rows that were appended last. They see all of them coded
         that are by now, which in a long part of a prompt is more than those of the first layer saw."""
-        return self._attend(queries, self._take_again(), lambda sequence, part: sequence.attend_again(
-            queries[part], scale, sinks))
+        q = self._rows(queries)
+        return self._attend(queries, self._take_again(), lambda sequence, part: sequence.attend_again(q[part], scale, sinks))
 
     def _attend(self, queries: mx.array, taken: Iterable[tuple[int, Held, int, int]],
-                call: Callable[[Held, tuple[slice, slice, slice]], mx.array]) -> mx.array:
+                call: Callable[[Held, tuple[slice, slice, slice]], Any]) -> mx.array:
         n_batch, n_head, n_tok, _ = queries.shape
-        head_dim_v = self._sequences[0].shape[2]
-        found = [mx.zeros((1, n_head, n_tok, head_dim_v), queries.dtype)] * n_batch
+        xp, shape = self._arrays, (1, n_head, n_tok, self._sequences[0].shape[2])
+        found: list[Any] = [None] * n_batch
         for i, sequence, begin, n in taken:
             out = call(sequence, (slice(i, i + 1), slice(None), slice(begin, begin + n)))
-            found[i] = out if n == n_tok else mx.pad(out, [(0, 0), (0, 0), (begin, n_tok - begin - n), (0, 0)])
-        return found[0] if n_batch == 1 else mx.concatenate(found, axis=0)
+            found[i] = out if n == n_tok else xp.pad(out, [(0, 0), (0, 0), (begin, n_tok - begin - n), (0, 0)])
+        found = [xp.zeros(shape, xp.float32) if out is None else out for out in found]
+        return mx.array(found[0] if n_batch == 1 else xp.concatenate(found, axis=0)).astype(queries.dtype)
 
     # ---- what the models call ----
 

@@ -130,7 +130,7 @@ def _try(options: str) -> None:
 
 
 class _Sequence:
-    """A sequence of a pool, freed with this object. Computes at once, whatever was lazy."""
+    """A sequence of a pool, freed with this object. It computes at once, on rows as _host has them."""
 
     def __init__(self, store: _cache.Cache, seq: int | None = None) -> None:
         self.store, self.seq = store, store.seq_create() if seq is None else seq
@@ -145,32 +145,33 @@ class _Sequence:
     def trim(self, length: int) -> None:
         self.store.trim(self.seq, length)
 
-    def attend(self, queries: mx.array | None, keys: mx.array, values: mx.array, scale: float = 1,
-               sinks: mx.array | None = None) -> mx.array | None:
-        k, v = _host(keys), _host(values)
+    def attend(self, queries: np.ndarray | None, keys: np.ndarray, values: np.ndarray, scale: float = 1,
+               sinks: mx.array | None = None) -> np.ndarray | None:
+        k, v = (x[0].transpose(1, 0, 2) for x in (keys, values))
         if queries is None:
             self.store.append(self.seq, 0, k, v)
             return None
         return self._call(queries, scale, sinks, lambda params: self.store.prefill_raw(
             self.seq, 0, params.n_query, k.ctypes.data, v.ctypes.data, params))
 
-    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+    def attend_again(self, queries: np.ndarray, scale: float, sinks: mx.array | None) -> np.ndarray:
         def call(params: AttendParams) -> None:
             params.causal, params.first_pos = True, len(self) - params.n_query
             self.store.attend_raw(self.seq, 0, params)
 
         return self._call(queries, scale, sinks, call)
 
-    def _call(self, queries: mx.array, scale: float, sinks: mx.array | None, call: Callable[[AttendParams], None]) -> mx.array:
-        q, sinks = _host(queries), None if sinks is None else np.array(sinks.astype(mx.float32))
-        n_tok, n_head, head_dim = q.shape
+    def _call(self, queries: np.ndarray, scale: float, sinks: mx.array | None, call: Callable[[AttendParams], None]
+              ) -> np.ndarray:
+        sinks = None if sinks is None else np.array(sinks.astype(mx.float32))
+        _, n_head, n_tok, head_dim = queries.shape
         out = np.empty((n_tok, n_head, self.store.head_dim_v), np.float32)
         params = attend_params(n_head, scale, None if sinks is None else sinks.ctypes.data)
-        params.n_query, params.q, params.out = n_tok, q.ctypes.data, out.ctypes.data
+        params.n_query, params.q, params.out = n_tok, queries.ctypes.data, out.ctypes.data
         params.q_token_stride, params.q_head_stride = n_head * head_dim, head_dim
         params.out_token_stride, params.out_head_stride = n_head * self.store.head_dim_v, self.store.head_dim_v
         call(params)
-        return mx.array(out).astype(queries.dtype).transpose(1, 0, 2)[None]
+        return out[None].transpose(0, 2, 1, 3)
 
     def __del__(self) -> None:
         # When a cycle of references is collected, the store may have been first.
@@ -200,6 +201,11 @@ class TurboQuantKVCache(BatchCache):
 
     def __init__(self, preset: str = "TQ4", **options: Any) -> None:
         super().__init__(_checked({"preset": preset, **options}))
+
+    _arrays = np
+
+    def _rows(self, x: mx.array) -> np.ndarray:
+        return _host(x)
 
     def _make(self, shape: Shape) -> _Sequence:
         return _Sequence(_store(shape, self._used_options(), self._factors.array))
@@ -256,8 +262,8 @@ class TurboQuantKVCache(BatchCache):
 
 
 def _host(x: mx.array) -> np.ndarray:
-    """[1, n_head, n_tok, head_dim] as float32 [n_tok, n_head, head_dim] in host memory, MLX's own."""
-    return np.array(mx.contiguous(x[0].transpose(1, 0, 2).astype(mx.float32)), copy=False)
+    """[n_batch, n_head, n_tok, head_dim] in host memory, MLX's own: float32, where heads follow each other token by token."""
+    return np.array(mx.contiguous(x.transpose(0, 2, 1, 3).astype(mx.float32)), copy=False).transpose(0, 2, 1, 3)
 
 
 def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any,
