@@ -89,6 +89,12 @@ def test_encoded_bytes_by_factors(rng, name, head_dim):
                                           turboquant.encode(wanted[i, head], name))
 
 
+def test_bits_of_factors():
+    """A last bit hardly ever changes a code."""
+    for bits in channel_factors(np.arange(4)).view(np.uint32):
+        assert f"0x{bits:08x}u" in kernels.header("encode")
+
+
 @pytest.mark.parametrize("has_factors", [False, True])
 def test_references(rng, has_factors):
     """Means and what is coded against them are the library's bytes."""
