@@ -106,8 +106,8 @@ def in_mlx(folder, kind, context):
     found["mlx_peak"] = (mx.get_peak_memory() - before) / 2**20
     if kind == "stock":
         found["held"] = sum(layer.nbytes for layer in cache) / 2**20
-    else:  # with the pool's tables, which no single layer counts
-        found["held"] = cache[0]._sequences[0].store.stats().allocated_bytes / 2**20
+    else:  # with the pools' tables, which no single layer counts
+        found["held"] = sum(layer._sequences[0].store.stats().allocated_bytes for layer in cache) / 2**20
     return found | {"following": following(smollm.novel(tokenizer, N_TOK + 1)[-1], cache)}
 
 

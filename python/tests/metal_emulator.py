@@ -18,7 +18,8 @@ from turboquant import metal_kernels
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHIM, FOLDER = ROOT / "tests/metal/shim.h", ROOT / "build/metal"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.uint32: "uint", mx.int32: "int"}
+C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.uint32: "uint", mx.int32: "int",
+           mx.int8: "int8_t"}
 CONSTANT_BELOW = 8  # elements: MLX passes smaller inputs in another address space, which the kernels do not take
 ASCENDING, DESCENDING, AHEAD_ASCENDING, AHEAD_DESCENDING = range(4)  # shim.h's orders of threads; more are seeds
 

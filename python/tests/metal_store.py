@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import turboquant
 from turboquant import metal_kernels as kernels
+from turboquant.weight_factors import channel_factors
 
 SEED = turboquant.SEED_DEFAULT
 NUMBERS = {"sq8": 2, "sq4": 3, "sq3": 4, "sq2": 5, "tt4": 9, "tt3": 10, "tt2": 11}
@@ -13,13 +14,16 @@ class Layer:
     """
     Keys and values [n_head_kv, length, head_dim] of one sequence, of which the last n_query tokens come now. What was encoded
     before them (n_recent and n_batch say which tokens) and is by now lies encoded; the arrays of `kernels` hold the same bytes.
+    factors: int8 [n_head_kv, head_dim], or None.
     """
 
     def __init__(self, rng, k_format, v_format, head_dim, length, n_query, n_head_kv=2, n_sink=4, n_recent=64, n_batch=64,
-                 has_refs=True):
-        self.formats, self.has_refs, self.head_dim = (k_format, v_format), has_refs, head_dim
+                 has_refs=True, factors=None):
+        self.formats, self.has_refs, self.head_dim, self.factors = (k_format, v_format), has_refs, head_dim, factors
         offset = 3 * rng.standard_normal((n_head_kv, 1, head_dim))
         self.k = (rng.standard_normal((n_head_kv, length, head_dim)) + offset).astype(np.float16)
+        if factors is not None:
+            self.k = (self.k * channel_factors(factors)[:, None]).astype(np.float16)
         self.v = rng.standard_normal((n_head_kv, length, head_dim)).astype(np.float16)
 
         def coded_end(length):
@@ -40,7 +44,10 @@ class Layer:
         span = range(self.n_sink, self.coded)
         n_blocks = capacity // kernels.BLOCK
         ref_bytes = np.zeros((n_head_kv, n_blocks, self.head_dim + 2), np.uint8)
-        k_coded = self.k.astype(np.float32)
+        steps = np.zeros((n_head_kv, self.head_dim), np.int8) if self.factors is None else self.factors
+        multiplied, divided = (channel_factors(x)[:, None] for x in (steps, -steps))
+        k_coded = self.k.astype(np.float32) * divided
+        k_reference = np.zeros_like(k_coded)
         if self.has_refs:
             for block in sorted({p // kernels.BLOCK for p in span}):
                 first = max(block * kernels.BLOCK, self.n_sink)
@@ -48,21 +55,22 @@ class Layer:
                 mean = np.zeros_like(window[:, 0])
                 for i in range(self.n_recent):
                     mean += window[:, i]
-                ref_bytes[:, block] = turboquant.encode(mean / np.float32(self.n_recent), "sq8")
+                ref_bytes[:, block] = turboquant.encode(mean / np.float32(self.n_recent) * divided[:, 0], "sq8")
                 reference = turboquant.decode(ref_bytes[:, block], "sq8", self.head_dim)
-                k_coded[:, block * kernels.BLOCK : (block + 1) * kernels.BLOCK] -= reference[:, None]
+                k_reference[:, block * kernels.BLOCK : (block + 1) * kernels.BLOCK] = reference[:, None]
         parts = []
-        for rows, fmt, decoded in ((k_coded, self.formats[0], self.k_decoded),
-                                   (self.v.astype(np.float32), self.formats[1], self.v_decoded)):
+        for rows, fmt in ((k_coded - k_reference, self.formats[0]), (self.v.astype(np.float32), self.formats[1])):
             width = turboquant.format_info(fmt, self.head_dim).bytes_per_vector
-            found = np.zeros((n_head_kv, capacity, width), np.uint8)
+            found, decoded = np.zeros((n_head_kv, capacity, width), np.uint8), np.zeros_like(rows)
             for head in range(n_head_kv):
                 if len(span):
                     part = slice(span.start, span.stop)
                     found[head, part] = turboquant.encode(rows[head, part], fmt)
-                    taken = self.k[head, part] - rows[head, part] if decoded is self.k_decoded else 0
-                    decoded[head, part] = turboquant.decode(found[head, part], fmt, self.head_dim) + taken
-            parts.append(found)
+                    decoded[head, part] = turboquant.decode(found[head, part], fmt, self.head_dim)
+            parts.append((found, decoded))
+        part = slice(span.start, max(span.stop, span.start))
+        self.k_decoded[:, part] = ((parts[0][1] + k_reference) * multiplied)[:, part]
+        self.v_decoded[:, part] = parts[1][1][:, part]
 
         def plane(records):
             codes = np.ascontiguousarray(records[..., 2:]).view(np.uint32)
@@ -72,7 +80,8 @@ class Layer:
         scale = np.ascontiguousarray(ref_bytes[..., :2]).view(np.uint16).astype(np.uint32)
         refs = np.concatenate([np.ascontiguousarray(ref_bytes[..., 2:]).view(np.uint32), scale], axis=2)
         exact = [np.concatenate([x[:, self.exact], np.full_like(x[:, :3], np.nan)], axis=1) for x in (self.k, self.v)]
-        return kernels.Arrays(*plane(parts[0]), mx.array(refs)[None], *plane(parts[1]), *(mx.array(x)[None] for x in exact))
+        k, v = (plane(found) for found, _ in parts)
+        return kernels.Arrays(*k, mx.array(refs)[None], *v, *(mx.array(x)[None] for x in exact))
 
     def attend(self, q, scale, sinks=None):
         """q [n_head, n_query, head_dim]: the same in float64. sinks [n_head]: learned ones."""
@@ -90,6 +99,7 @@ class Layer:
         return out
 
     def kernel_attend(self, q, scale, dtype=mx.float32, sinks=None):
+        optional = [None if x is None else mx.array(x) for x in (sinks, self.factors)]
         out = kernels.attend(mx.array(q)[None].astype(dtype), self.arrays, *(NUMBERS[f] for f in self.formats), self.has_refs,
-                             self.extent, scale, SEED, None if sinks is None else mx.array(sinks))
+                             self.extent, scale, SEED, *optional)
         return np.array(out[0].astype(mx.float32))

@@ -12,6 +12,7 @@ import pytest
 import turboquant
 from metal_store import NUMBERS, SEED, Layer
 from turboquant import metal_kernels as kernels
+from turboquant.weight_factors import channel_factors
 
 ON_GPU = os.environ.get("TQ_METAL_DEVICE") == "1"
 if not ON_GPU:
@@ -68,16 +69,45 @@ def test_encoding_twice(rng):
         np.testing.assert_array_equal(records(codes, scales), first)
 
 
-def test_references(rng):
+def steps(rng, n_head_kv, head_dim, largest=32):
+    """Factors as turboquant.Cache.set_key_factors takes them, all residues and both ends among them."""
+    found = rng.integers(-largest, largest + 1, (n_head_kv, head_dim)).astype(np.int8)
+    found[:, :6] = -largest, largest, -3, -2, -1, 0
+    return found
+
+
+@pytest.mark.parametrize("name,head_dim", [("sq8", 64), ("sq4", 128), ("sq3", 96), ("tt4", 256), ("tt3", 192), ("tt2", 64)])
+def test_encoded_bytes_by_factors(rng, name, head_dim):
+    """Of two KV heads in each of two sequences."""
+    x = rng.standard_normal((2, 2, 5, head_dim)).astype(np.float16)
+    factors = steps(rng, 2, head_dim)
+    wanted = x.astype(np.float32) * channel_factors(-factors)[:, None]
+    codes, scales = kernels.encode(NUMBERS[name], mx.array(x), 0, 5, SEED, factors=mx.array(factors))
+    for i in range(2):
+        for head in range(2):
+            np.testing.assert_array_equal(records(codes[i:, head:], scales[i:, head:]),
+                                          turboquant.encode(wanted[i, head], name))
+
+
+def test_bits_of_factors():
+    """A last bit hardly ever changes a code."""
+    for bits in channel_factors(np.arange(4)).view(np.uint32):
+        assert f"0x{bits:08x}u" in kernels.header("encode")
+
+
+@pytest.mark.parametrize("has_factors", [False, True])
+def test_references(rng, has_factors):
     """Means and what is coded against them are the library's bytes."""
-    layer = Layer(rng, "tt4", "sq4", 128, 300, 1, n_recent=32)
-    rows = mx.array(layer.k)[None]
+    factors = steps(rng, 2, 128) if has_factors else None
+    layer = Layer(rng, "tt4", "sq4", 128, 300, 1, n_recent=32, factors=factors)
+    rows, factors = mx.array(layer.k)[None], None if factors is None else mx.array(factors)
     starts = [layer.n_sink, *range(64, layer.coded, 64)]
-    refs = kernels.encode_references(rows, starts, 32, SEED)
+    refs = kernels.encode_references(rows, starts, 32, SEED, factors)
     wanted = layer.arrays
     n = len(starts)
     assert mx.array_equal(refs, wanted.refs[:, :, :n])
-    codes, scales = kernels.encode(NUMBERS["tt4"], rows, layer.n_sink, layer.coded - layer.n_sink, SEED, layer.n_sink, refs)
+    codes, scales = kernels.encode(NUMBERS["tt4"], rows, layer.n_sink, layer.coded - layer.n_sink, SEED, layer.n_sink, refs,
+                                   factors)
     span = slice(layer.n_sink, layer.coded)
     assert mx.array_equal(codes, wanted.k_codes[:, :, span]) and mx.array_equal(scales, wanted.k_scales[:, :, span])
 
@@ -139,6 +169,18 @@ def test_prefill_formats(rng, formats):
     check(Layer(rng, *formats, 64, 200, 40, n_sink=0, n_recent=16, n_batch=1, has_refs=formats[0] == "sq8"), rng, 1)
 
 
+@pytest.mark.parametrize("n_query", [1, 3, 40])
+@pytest.mark.parametrize("formats,head_dim,has_refs", [(("tt4", "sq4"), 64, True), (("sq4", "sq4"), 128, False),
+                                                       (("tt3", "sq2"), 96, True)])
+def test_factors(rng, formats, head_dim, has_refs, n_query):
+    """Queries meet encoded keys by their factors, exact ones as they came."""
+    factors = steps(rng, 2, head_dim, 12)
+    layer = Layer(rng, *formats, head_dim, 200, n_query, n_recent=32, has_refs=has_refs, factors=factors)
+    check(layer, rng, 2)
+    layer.factors, q = None, rng.standard_normal((4, n_query, head_dim)).astype(np.float32)
+    assert abs(layer.kernel_attend(q, .1) - layer.attend(q, .1)).max() > .1
+
+
 @pytest.mark.parametrize("n_query", [1, 40])
 def test_learned_sinks(rng, n_query):
     layer = Layer(rng, "sq4", "sq4", 64, 150, n_query)
@@ -169,19 +211,20 @@ def test_any_order_of_threads(rng, monkeypatch):
     assert all(each == found[0] for each in found)
 
 
-ENCODER_TYPES = (["half", "uint", "uint", "int"], ["uint", "half"])
-STORE_TYPES = ["uint", "half", "uint", "uint", "half", "half", "half", "uint", "int"]
+ENCODER_TYPES = (["half", "uint", "int8_t", "uint", "int"], ["uint", "half"])
+STORE_TYPES = ["uint", "half", "uint", "uint", "half", "half", "half", "int8_t", "uint", "int"]
 
 
 @pytest.mark.skipif(ON_GPU or not shutil.which("clang++"), reason="clang++ is what knows address spaces")
 @pytest.mark.parametrize("name,template,types", [
-    ("encode", [128, 4, 1], ENCODER_TYPES), ("trellis", [96, 10, 1], ENCODER_TYPES),
-    ("reference", [192], (["half", "int", "uint", "int"], ["uint"])),
-    ("decode", [128, 9, 4, 1, 8], (["float", *STORE_TYPES], ["float"])),
+    ("encode", [128, 4, 1, 1], ENCODER_TYPES), ("trellis", [96, 10, 1, 0], ENCODER_TYPES),
+    ("reference", [192, 1], (["half", "int", "int8_t", "uint", "int"], ["uint"])),
+    ("decode", [128, 9, 4, 1, 1, 8], (["float", *STORE_TYPES], ["float"])),
     ("combine", [64], (["float", "uint", "float", "int"], ["half"])),
-    ("prefill", [256, 2, 11, 1], (["half", *STORE_TYPES, "float"], ["half"]))])
+    ("prefill", [256, 2, 11, 1, 1], (["half", *STORE_TYPES, "float"], ["half"]))])
 def test_address_spaces(name, template, types):
-    names = {1: ["D"], 3: ["D", "FORMAT", "HAS_REF"], 4: ["D", "KF", "VF", "HAS_REF"], 5: ["D", "KF", "VF", "HAS_REF", "ROWS"]}
+    of_store = ["D", "KF", "VF", "HAS_REF", "HAS_FACTORS", "ROWS"]
+    names = {1: ["D"], 2: ["D", "HAS_FACTORS"], 4: ["D", "FORMAT", "HAS_REF", "HAS_FACTORS"], 5: of_store, 6: of_store}
     arguments = list(zip(names[len(template)], template))
     assert metal_emulator.address_space_faults(name, arguments, *types) == ""
     if name == "decode":

@@ -68,6 +68,20 @@ def test_formats_layer_by_layer(llama):
         make_prompt_cache(llama, layer_v_formats=["sq8", "sq4"])
 
 
+def test_pools(llama):
+    """Each layer has one, which caches with the same options share; they have equal parts of tokens and bytes."""
+    options = {"max_tok": 3 * 256, "budget_bytes": 3 << 20}
+    caches = [make_prompt_cache(llama, **options) for _ in range(2)]
+    for cache in caches:
+        logits(llama, cache, ids(100))
+    stores = [[layer._sequences[0].store for layer in cache] for cache in caches]
+    assert len(set(map(id, stores[0]))) == 3 and stores[0] == stores[1]
+    with pytest.raises(turboquant.CacheFullError, match="pages"):
+        logits(llama, caches[0], ids(200))
+    with pytest.raises(turboquant.CacheFullError, match="budget"):
+        logits(llama, make_prompt_cache(llama, budget_bytes=3 << 10), ids(100))
+
+
 def calibrated(model, **options):
     return make_prompt_cache(model, calibration=CALIBRATION, **options)
 
@@ -111,7 +125,7 @@ def test_calibration_counts_all_layers():
     """Also those that are left to MLX-LM: compressed ones take those of their own number."""
     model = make_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=32)
     cache = calibrated(model)
-    assert cache[1]._options["calibration_layer"] == 1
+    assert cache[1]._options["layer"] == [1, 1]
 
 
 def test_calibration_is_saved_by_name(llama, tmp_path):
@@ -140,7 +154,7 @@ def test_server_takes_a_calibration(monkeypatch):
     monkeypatch.setattr(mlx_server.sys, "argv", ["server", "--kv-calibration", str(CALIBRATION), "--port", "1"])
     mlx_server.main()
     assert mlx_server.sys.argv == ["server", "--port", "1"]
-    assert [layer._options["calibration_layer"] for layer in model.make_cache()] == [0, 1, 2]
+    assert [layer._options["layer"] for layer in model.make_cache()] == [[0, 3], [1, 3], [2, 3]]
 
 
 def test_few_bits_are_worse(llama):

@@ -12,10 +12,10 @@ import pytest
 import turboquant
 from conftest import ROOT
 from mlx_lm.generate import generate_step
-from tiny_mlx import F16, SQ8, check_batch, divergence, ids, logits, make_model, make_sharing_model
-from turboquant.mlx import TurboQuantKVCache, install, make_prompt_cache
+from tiny_mlx import (F16, HALVES, SQ8, attentions, check_batch, divergence, ids, logits, make_model, make_sharing_model,
+                      with_outliers)
+from turboquant.mlx import TurboQuantKVCache, from_kvcache, install, make_prompt_cache
 
-HALVES = np.arange(64) % 32
 # Options of small models, and which channels RoPE turns together: those with the same number.
 KINDS = {
     "llama": ({}, HALVES), "qwen2": ({}, HALVES), "qwen3": ({}, HALVES), "phi3": ({}, HALVES),
@@ -28,39 +28,6 @@ PRESET = {"v_format": "sq8", "n_recent": 16}
 def make(kind, **options):
     mx.random.seed(1)  # of biases
     return make_model(kind, **KINDS[kind][0] | options)
-
-
-def attentions(model):
-    return [module for _, module in model.named_modules()
-            if any(name in module for name in ("k_proj", "qkv_proj", "query_key_value"))]
-
-
-def scale(module, factors):
-    """Multiply keys of a module by factors [head_dim] before RoPE and divide queries by them, in weights only."""
-    def rows(linear, by):
-        for name in ("weight", "scales", "biases", "bias"):
-            if name in linear and not (name == "weight" and "scales" in linear):
-                x = linear[name]
-                linear[name] = (x.T * mx.array(by, mx.float32)).T.astype(x.dtype)
-
-    n, one = len(factors), np.ones_like(factors)
-    if "k_norm" in module:
-        for norm, by in ((module.q_norm, 1 / factors), (module.k_norm, factors)):
-            norm.weight = norm.weight * mx.array(by)
-    elif "k_proj" in module:
-        rows(module.q_proj, np.tile(1 / factors, module.q_proj.weight.shape[0] // n))
-        rows(module.k_proj, np.tile(factors, module.k_proj.weight.shape[0] // n))
-    elif "qkv_proj" in module:
-        rows(module.qkv_proj, np.concatenate([np.tile(1 / factors, 4), np.tile(factors, 2), np.tile(one, 2)]))
-    else:
-        rows(module.query_key_value, np.tile(np.concatenate([1 / factors, factors, one]), 4))
-
-
-def with_outliers(model, numbers=HALVES):
-    """Every fifth of the channels' numbers is 64 times larger in keys."""
-    for i, module in enumerate(attentions(model)):
-        scale(module, np.where(np.random.default_rng(i).random(64) < .2, 64.0, 1.0)[numbers].astype(np.float32))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +72,13 @@ def test_quantized_weights(dtype):
 
 
 def factors(cache):
-    return [layer._factors.exponents for layer in cache]
+    return [layer._factors.quarters for layer in cache]
 
 
-def test_scaling_rounds_nothing(model):
-    """While all keys are exact, logits are those without factors; next to nothing is so small that half floats cut it."""
+def test_exact_keys_are_as_they_came(model):
+    """While all keys are exact, logits are those without factors."""
     found = [logits(model, make_prompt_cache(model, factors=each), ids(60, n_batch=2), 3) for each in ("weights", "off")]
-    assert abs(found[0] - found[1]).max() < 1e-3 * abs(found[1]).max()
+    assert np.array_equal(*found)
 
 
 def test_nothing_of_a_request_matters(model):
@@ -133,14 +100,29 @@ def test_exact_keys_have_none(model):
 
 
 def test_batches(model):
-    """Merged, extended, filtered, extracted: factors come along; those of other layers are refused."""
+    """Merged, extended, filtered, extracted: factors come along; other layers' caches are refused."""
     check_batch(model, lambda model: make_prompt_cache(model, **SQ8), [40, 150, 97], 8, .02)
     cache, empty = make_prompt_cache(model), make_prompt_cache(model)
     logits(model, cache, ids(30))
     merged = cache[0].merge([empty[0], cache[0]])
     assert merged._factors == cache[0]._factors and copy.deepcopy(merged)._factors == cache[0]._factors
-    with pytest.raises(turboquant.ArgumentError, match="different factors"):
+    with pytest.raises(turboquant.ArgumentError, match="do not go together"):
         cache[0].extend(cache[1])
+    others = make_prompt_cache(make("qwen2"))
+    logits(make("qwen2"), others, ids(30))
+    with pytest.raises(turboquant.ArgumentError, match="different factors"):
+        cache[0].extend(others[0])
+
+
+def test_another_model_after_all_was_trimmed(model):
+    """The cache has its factors then, and none of the first one's."""
+    other, cache = with_outliers(make("qwen2", seed=2)), make_prompt_cache(model)
+    logits(model, cache, ids(100))
+    before = factors(cache)
+    stock.trim_prompt_cache(cache, 100)
+    found, fresh = logits(other, cache, ids(100)), make_prompt_cache(other)
+    assert np.array_equal(found, logits(other, fresh, ids(100)))
+    assert factors(cache) == factors(fresh) != before
 
 
 @pytest.mark.parametrize("options", [{}, {"factors": "off"}], ids=["weights", "off"])
@@ -150,19 +132,54 @@ def test_saved_by_the_stock_functions(model, tmp_path, options):
     stock.save_prompt_cache(path, cache)
     loaded = stock.load_prompt_cache(path)
     assert factors(loaded) == factors(cache)
+    assert [layer._sequences[0].store for layer in loaded] == [layer._sequences[0].store for layer in cache]
     assert np.array_equal(logits(model, loaded, ids(10, seed=9)), logits(model, cache, ids(10, seed=9)))
 
 
-def test_a_file_from_before(model):
-    """Without a word of factors: its keys have none."""
+def test_loaded_where_its_cache_is_gone(model, tmp_path):
+    """The file brings the factors, and other caches of the model go on to share the pool."""
+    path, cache = str(tmp_path / "prompt.safetensors"), make_prompt_cache(model, **PRESET)
+    logits(model, cache, ids(100))
+    wanted, before = logits(model, copy.deepcopy(cache), ids(10, seed=9)), factors(cache)
+    stock.save_prompt_cache(path, cache)
+    del cache
+    loaded, other = stock.load_prompt_cache(path), make_prompt_cache(model, **PRESET)
+    logits(model, other, ids(20))
+    assert factors(loaded) == before
+    assert other[0]._sequences[0].store is loaded[0]._sequences[0].store
+    assert np.array_equal(logits(model, loaded, ids(10, seed=9)), wanted)
+
+
+def test_files_from_before(model):
+    """Without a word of factors: its keys have none. With those that had scaled keys in Python: refused."""
     cache, other = make_prompt_cache(model, factors="off")[0], TurboQuantKVCache()
     rows = mx.zeros((1, 2, 4, 64))
     handles = cache.update_and_fetch(rows, rows)
     cache.attend(mx.zeros((1, 4, 4, 64)), handles[0].rows, handles[1].rows, 1.0)
-    said = dict(cache.state.items())
-    del said["factors"]
-    other.state = said | {"options": json.dumps({"preset": "TQ4"})}
-    assert other.offset == 4 and other._factors.exponents is None
+    said = dict(cache.state.items()) | {"options": json.dumps({"preset": "TQ4"})}
+    del said["instead"]
+    for factors in ({}, {"factors": "[null, {}]"}):
+        other.state = said | factors
+        assert other.offset == 4 and other._factors.quarters is None
+    with pytest.raises(turboquant.SnapshotError, match="run the prompt again"):
+        other.state = said | {"factors": "[[[1, -1]], {}]"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_that_were_read_exactly(kind, monkeypatch):
+    """from_kvcache codes keys by the factors that a pass finds, the weights of the norm before counted."""
+    model, tokens = with_outliers(make(kind), KINDS[kind][1]), ids(100)
+    for layer in model.layers:
+        norm = layer.input_layernorm
+        norm.weight = norm.weight * mx.exp(.3 * mx.random.normal(norm.weight.shape))
+    exact, cache = stock.make_prompt_cache(model), make_prompt_cache(model)
+    logits(model, exact, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read = from_kvcache(model, exact)
+    monkeypatch.setattr(turboquant.weight_factors, "_known", turboquant.weight_factors.Known())
+    logits(model, cache, tokens)
+    assert None not in factors(read) and factors(read) == factors(cache)
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])
@@ -175,7 +192,7 @@ def test_layers_that_share_keys(kind, monkeypatch):
     wanted = logits(model, stock.make_prompt_cache(model), tokens)
     cache = make_prompt_cache(model, n_recent=200)  # so that all keys are exact
     found = logits(model, cache, tokens, 3)
-    assert any(isinstance(each, TurboQuantKVCache) and each._factors.exponents for each in cache)
+    assert any(isinstance(each, TurboQuantKVCache) and each._factors.quarters for each in cache)
     assert abs(found - wanted).max() < .005 * abs(wanted).max()
 
 

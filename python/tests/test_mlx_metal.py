@@ -14,8 +14,9 @@ import turboquant
 import turboquant.mlx
 from mlx_lm.generate import generate_step, speculative_generate_step
 from tiny_mlx import (SQ8, check_batch, check_like, check_padding, divergence, generated_in_batches, ids, logits, make_model,
-                      make_sharing_model)
+                      make_sharing_model, with_outliers)
 from turboquant import metal_kernels
+from turboquant._mlx_batch import Factors
 from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, install, make_prompt_cache
 
 ON_GPU = os.environ.get("TQ_METAL_DEVICE") == "1"
@@ -105,6 +106,100 @@ def test_batches_are_encoded_later_but_to_the_same_bytes(llama):
         coded.append([x[:, :, 4:128] for x in cache[0].state[1:3]])
         assert cache[0].offset == 150
     assert all(mx.array_equal(a, b) for a, b in zip(*coded))
+
+
+def test_outlier_keys(tmp_path):
+    """Factors come from the weights as on the CPU, and keys are coded by them; files hold them."""
+    model, tokens, path = with_outliers(make_model("qwen2", **SMALL)), ids(90), str(tmp_path / "prompt.safetensors")
+    exact = logits(model, stock.make_prompt_cache(model), tokens)
+    caches = {name: make(model, **options) for name, make, options in (
+        ("cpu", cpu, {"n_recent": 16}), ("metal", metal, LIKE_CPU), ("off", metal, LIKE_CPU | {"factors": "off"}))}
+    found = {name: logits(model, cache, tokens, parts=2) for name, cache in caches.items()}
+    check_like(found["metal"], found["cpu"], exact)
+    assert divergence(exact, found["metal"]) < .2 * divergence(exact, found["off"])
+    factors = [[layer._factors for layer in caches[name]] for name in ("cpu", "metal")]
+    assert factors[0] == factors[1] and all(each.quarters for each in factors[0])
+    stock.save_prompt_cache(path, caches["metal"])
+    loaded, more = stock.load_prompt_cache(path), ids(8, seed=9)
+    assert [layer._factors for layer in loaded] == factors[1]
+    assert np.array_equal(logits(model, loaded, more), logits(model, caches["metal"], more))
+
+
+def rows_with_outliers(rng, n_head_kv, n_tok, head_dim):
+    """
+    Keys and values [1, n_head_kv, n_tok, head_dim] such as models have: keys with a few channels that outweigh the others a
+    hundred times, by biases that turn slowly with the position.
+    """
+    scales = np.exp(rng.standard_normal((n_head_kv, 1, head_dim)))
+    biases = 60 * rng.standard_normal((n_head_kv, 1, head_dim)) * (rng.random((n_head_kv, 1, head_dim)) < .06)
+    half = np.arange(head_dim) % (head_dim // 2)
+    angles = np.arange(n_tok)[:, None] * 10000.0 ** (-2 * half / head_dim)
+    keys = biases * np.cos(angles) + scales * rng.standard_normal((n_head_kv, n_tok, head_dim))
+    values = np.exp(.5 * rng.standard_normal((n_head_kv, 1, head_dim))) * rng.standard_normal((n_head_kv, n_tok, head_dim))
+    steps = np.clip(np.rint(4 * np.log2(np.sqrt((keys**2).mean(axis=1)))), -32, 32).astype(np.int8)
+    return *(mx.array(x[None].astype(np.float16)) for x in (keys, values)), steps
+
+
+def sides_of_pages(cache, n_tok):
+    """
+    Of a CPU's cache of one layer and one sequence, keys and values: codes [n_head_kv, n_tok, bytes], scales, codes and scales
+    of references, as docs/snapshot.md and docs/formats.md lay them out.
+    """
+    store, seq = cache._sequences[0].store, cache._sequences[0].seq
+    pages, at, found = np.empty((-(-n_tok // store.page_size), store.stats().page_bytes), np.uint8), 0, []
+    store.seq_export(seq, 0, pages)
+    for fmt, n_ref in ((store.k_format, store.page_size // cache._options["k_ref_block"]), (store.v_format, 0)):
+        parts = [[], [], [], []]
+        for _ in range(store.n_head_kv):
+            code_bytes = turboquant.format_info(fmt, store.head_dim).bytes_per_vector - 2
+            for part, (n, width) in zip(parts, ((store.page_size, code_bytes), (store.page_size, 2), (n_ref, store.head_dim),
+                                                (n_ref, 2))):
+                part.append(pages[:, at : at + n * width].reshape(-1, width))
+                at += n * width
+            at = -(-at // 64) * 64
+        found.append([np.stack(part) for part in parts])
+    assert at == pages.shape[1]
+    return found
+
+
+PARITY = [("TQ6", 64, {"n_sink": 0}), ("TQ4", 128, {}), ("TQ3", 192, {"n_sink": 9}), ("TQ2", 96, {"encode_batch": 64}),
+          ("TQ4", 128, {"k_format": "sq3", "v_format": "sq2"})]
+
+
+@pytest.mark.parametrize("has_factors", [True, False], ids=["factors", "none"])
+@pytest.mark.parametrize("preset, head_dim, options", PARITY, ids=str)
+def test_codes_of_real_keys(monkeypatch, preset, head_dim, options, has_factors):
+    """
+    The same bytes as on the CPU, however the rows come: codes, scales, references. And the same attention, but for rounding,
+    where the same tokens are encoded.
+    """
+    rng = np.random.default_rng(7)
+    k, v, steps = rows_with_outliers(rng, 2, 206, head_dim)
+    monkeypatch.setattr(turboquant._mlx_batch, "_find_factors", lambda *_: Factors.of(steps if has_factors else None))
+    common = {"preset": preset, "n_recent": 16, "k_ref_block": 64} | options
+    encode_batch = common.pop("encode_batch", 1)
+    caches = TurboQuantKVCache(**common, page_size=64), TurboQuantMetalKVCache(**common, encode_batch=encode_batch)
+    for cache in caches:
+        for part in (slice(0, 5), slice(5, 130), slice(130, 131), slice(131, 200)):
+            cache.append(k[:, :, part], v[:, :, part])
+    sequence = caches[1]._sequences[0]
+    arrays, first, end = sequence.arrays, sequence._options.n_sink, sequence.coded
+    assert end == (184 if encode_batch == 1 else 128)
+
+    def same(x, wanted, begin, end):
+        found = np.ascontiguousarray(np.array(x)[0]).view(np.uint8).reshape(2, x.shape[2], -1)
+        return np.array_equal(found[:, begin:end], wanted[:, begin:end])
+
+    (codes, scales, ref_codes, ref_scales), (v_codes, v_scales, *_) = sides_of_pages(caches[0], 200)
+    refs = np.concatenate([ref_codes, ref_scales, 0 * ref_scales], axis=2)
+    assert same(arrays.k_codes, codes, first, end) and same(arrays.k_scales, scales, first, end)
+    assert same(arrays.v_codes, v_codes, first, end) and same(arrays.v_scales, v_scales, first, end)
+    assert same(arrays.refs, refs, first // 64, -(-end // 64))
+    q, found = mx.array(rng.standard_normal((1, 4, 6, head_dim), np.float32)), []
+    for cache in caches:
+        handles = cache.update_and_fetch(*(x[:, :, 200:].astype(mx.float32) for x in (k, v)))
+        found.append(np.array(cache.attend(q, *(handle.rows for handle in handles), .02)))
+    assert encode_batch > 1 or abs(found[0] - found[1]).max() < 1e-3 * abs(found[0]).max()
 
 
 def test_better_than_nothing(llama):
@@ -222,7 +317,8 @@ def test_refusals(llama):
     for options, words in (({"n_threads": 2}, "no such option"), ({"calibration": "x"}, "on the CPU"),
                            ({"k_format": "f16"}, "no Metal kernels"),
                            ({"encode_batch": 48}, "divisor"), ({"k_ref_block": 32}, "blocks of 64"),
-                           ({"n_sink": -1}, "negative"), ({"preset": "TQ5"}, "there is no preset")):
+                           ({"n_sink": -1}, "counts from 0"), ({"seed": -1}, "seed"),
+                           ({"preset": "TQ5"}, "there is no preset")):
         with pytest.raises(turboquant.TurboQuantError, match=words):
             TurboQuantMetalKVCache(**options)
     cache = TurboQuantMetalKVCache()

@@ -11,6 +11,7 @@ from mlx_lm.generate import BatchGenerator
 SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 192, "num_attention_heads": 4,
          "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 211}
 SQ8 = {"k_format": "sq8", "v_format": "sq8"}
+HALVES = np.arange(64) % 32
 F16 = {"k_format": "f16", "v_format": "f16", "k_ref_block": 0}
 
 
@@ -33,6 +34,39 @@ def make_model(kind="llama", seed=1, dtype=mx.float32, **options):
 
     model.update(tree_map(draw, model.parameters()))
     model.eval()
+    return model
+
+
+def attentions(model):
+    return [module for _, module in model.named_modules()
+            if any(name in module for name in ("k_proj", "qkv_proj", "query_key_value"))]
+
+
+def scale(module, factors):
+    """Multiply keys of a module by factors [head_dim] before RoPE and divide queries by them, in weights only."""
+    def rows(linear, by):
+        for name in ("weight", "scales", "biases", "bias"):
+            if name in linear and not (name == "weight" and "scales" in linear):
+                x = linear[name]
+                linear[name] = (x.T * mx.array(by, mx.float32)).T.astype(x.dtype)
+
+    n, one = len(factors), np.ones_like(factors)
+    if "k_norm" in module:
+        for norm, by in ((module.q_norm, 1 / factors), (module.k_norm, factors)):
+            norm.weight = norm.weight * mx.array(by)
+    elif "k_proj" in module:
+        rows(module.q_proj, np.tile(1 / factors, module.q_proj.weight.shape[0] // n))
+        rows(module.k_proj, np.tile(factors, module.k_proj.weight.shape[0] // n))
+    elif "qkv_proj" in module:
+        rows(module.qkv_proj, np.concatenate([np.tile(1 / factors, 4), np.tile(factors, 2), np.tile(one, 2)]))
+    else:
+        rows(module.query_key_value, np.tile(np.concatenate([1 / factors, factors, one]), 4))
+
+
+def with_outliers(model, numbers=HALVES):
+    """Every fifth of the channels' numbers is 64 times larger in keys."""
+    for i, module in enumerate(attentions(model)):
+        scale(module, np.where(np.random.default_rng(i).random(64) < .2, 64.0, 1.0)[numbers].astype(np.float32))
     return model
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import mlx.core as mx
@@ -20,12 +19,23 @@ from . import weight_factors
 from .errors import ArgumentError, UnsupportedError
 
 
+Shape = tuple[int, int, int]  # n_head_kv, head_dim, head_dim of values
+
+
 class Held(Protocol):
-    """One sequence of one layer."""
+    """
+    One sequence of one layer. attend: append keys and values [1, n_head_kv, n_tok, head_dim] and attend with queries [1,
+    n_head, n_tok, head_dim], if there are any; attend_again: with queries of its last positions, appending nothing.
+    """
+
+    shape: Shape
 
     def __len__(self) -> int: ...
     def fork(self) -> Held: ...
     def trim(self, length: int) -> None: ...
+    def attend(self, queries: Any, keys: Any, values: Any, scale: float = 1, sinks: mx.array | None = None
+               ) -> Any: ...
+    def attend_again(self, queries: Any, scale: float, sinks: mx.array | None) -> Any: ...
 
 
 class Rows:
@@ -44,33 +54,32 @@ class Rows:
                             "own, which turboquant.mlx does not reach. Use mlx_lm.models.cache.make_prompt_cache")
 
 
-class _Factors(NamedTuple):
-    """Of a layer's keys: exponents of two [n_head_kv][head_dim], None for none; and the options that take the place of those
-    given, where a layer's weights give no factors."""
+class Factors(NamedTuple):
+    """Of a layer's keys: quarters of an octave [n_head_kv][head_dim], None for none; and the options that take the place of
+    those given, where a layer's weights give no factors."""
 
-    exponents: list[list[int]] | None = None
+    quarters: list[list[int]] | None = None
     instead: dict[str, Any] = {}
 
+    @classmethod
+    def of(cls, quarters: np.ndarray | None, instead: dict[str, Any] | None = None) -> Factors:
+        return cls(None if quarters is None else quarters.tolist(), instead or {})
 
-_known = weight_factors.Known()
+    @property
+    def array(self) -> np.ndarray | None:
+        """int8 [n_head_kv, head_dim]"""
+        return None if self.quarters is None else np.array(self.quarters, np.int8)
 
 
-def _find_factors(options: dict[str, Any], module: Any, n_head_kv: int, head_dim: int) -> _Factors:
-    """Those of a cache with these options, from the weights of the attention that brings it keys."""
-    is_off = weight_factors.chosen(options.get("factors"), options.get("calibration")) == "off"
-    if is_off or weight_factors.is_exact(weight_factors.formats_of(options, 1, "k")[0]):
-        return _Factors()
-    shape, n_ref = (n_head_kv, head_dim), weight_factors.references_of(options)
-    norm = weight_factors.norm_before(module)
-    found = _known.get(module, (*shape, n_ref), lambda: weight_factors.of_module(
-        module, None, *shape, mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _rope(module, head_dim), n_ref,
-        norm, whole=True))
-    if found is None:
-        return _Factors(None, weight_factors.without(options, 1, module))
-    exponents, spread = found[0] // 4, found[1]
-    fmt, scale = weight_factors.formats_of(options, 1, "k")[0], getattr(module, "scale", head_dim**-0.5)
-    weight_factors.warn_of_spread(fmt, spread * scale, "a layer")
-    return _Factors(exponents.tolist() if exponents.any() else None)
+def _find_factors(options: dict[str, Any], module: Any, layer: Any, n_head_kv: int, head_dim: int) -> Factors:
+    """Those of a cache with these options, from the weights of the attention that brings it keys; layer: as of norm_before."""
+    if weight_factors.chosen(options.get("factors"), options.get("calibration")) == "off":
+        return Factors()
+    engine = weight_factors.Engine(mx.array, lambda x: np.array(x.astype(mx.float32)), lambda: _rope(module, head_dim))
+    fmt, n_ref = weight_factors.formats_of(options, 1, "k")[0], weight_factors.references_of(options)
+    found, is_known = weight_factors.of_keys(fmt, module, (None, n_head_kv, head_dim), n_ref, engine,
+                                             getattr(module, "scale", head_dim**-0.5), "a layer", layer)
+    return Factors.of(found, None if is_known else weight_factors.without(options, 1, module))
 
 
 def _rope(module: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,40 +102,67 @@ def _rope(module: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 class BatchCache(stock._BaseCache):
     """
     The cache of one layer for a batch of sequences, in the place of MLX-LM's KVCache and BatchKVCache. Padding is not stored.
-    Who inherits it has `attend`, `state`, `nbytes`, and `_begin`, which makes the sequences of rows that have none.
+    Who inherits it has `state`, `nbytes`, and `_make`, which makes a sequence; `_rows` and `_arrays`, if that takes and gives
+    other arrays than MLX's.
     """
+
+    _arrays: Any = mx  # the module of what sequences give
 
     def __init__(self, options: dict[str, Any]) -> None:
         weight_factors.chosen(options.get("factors"), options.get("calibration"))
         self._options = options
-        self._factors = _Factors()  # of the keys that it holds
-        self._sequences: list[Any] = [None]  # Held; None: empty
+        self._factors = Factors()  # of the keys that it holds
+        self._sequences: list[Held | None] = [None]  # None: empty
         self._left = [0]  # padding to come before a row's first token
         self._to_come: list[int] | None = None  # tokens to come of each row, right padding after them; None: all
         self._batched = False
         self._pending = 0
         self._taken: list[tuple[int, int, int]] | None = None  # row, first token, number of tokens of the last pass
 
-    def _begin(self, keys: mx.array, values: mx.array) -> None:
-        """Make the sequences that are missing. Raises if those that are there hold keys of another shape."""
+    def _make(self, shape: Shape) -> Held:
+        """An empty sequence. Raises for a shape that it cannot have."""
         raise NotImplementedError
+
+    def _rows(self, x: mx.array) -> Any:
+        """[n_batch, n_head, n_tok, head_dim] as sequences take parts of it."""
+        return x
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
                ) -> mx.array:
         """
-        Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]. sinks [n_head]:
-        learned logits of the denominator alone.
+        Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape,
+        zeros where there is padding. sinks [n_head]: learned logits of the denominator only.
         """
-        raise NotImplementedError
+        if queries.shape[1] % keys.shape[1] != 0:
+            raise ArgumentError(f"{queries.shape[1]} query heads do not share {keys.shape[1]} KV heads evenly")
+        q, k, v = map(self._rows, (queries, keys, values))
+        return self._attend(queries, self._take(queries.shape[2]), lambda sequence, part: sequence.attend(
+            q[part], k[part], v[part], scale, sinks))
 
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        """Append rows [n_batch, n_head_kv, n_tok, head_dim], which have attended elsewhere."""
-        raise NotImplementedError
+    def append(self, keys: mx.array, values: mx.array, layer: Any = None) -> None:
+        """Append rows [n_batch, n_head_kv, n_tok, head_dim], which have attended elsewhere; layer: of the model, theirs."""
+        modules = [] if layer is None else layer.modules()
+        self._expect(keys, values, next((each for each in modules if weight_factors.has_projections(each)), None), layer)
+        k, v = map(self._rows, (keys, values))
+        for i, sequence, begin, n in self._take(keys.shape[2]):
+            sequence.attend(None, *(x[i : i + 1, :, begin : begin + n] for x in (k, v)))
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         """Attend with the queries of another layer, which shares the rows that were appended last. They see all of them coded
         that are by now, which in a long part of a prompt is more than those of the first layer saw."""
-        raise NotImplementedError
+        q = self._rows(queries)
+        return self._attend(queries, self._take_again(), lambda sequence, part: sequence.attend_again(q[part], scale, sinks))
+
+    def _attend(self, queries: mx.array, taken: Iterable[tuple[int, Held, int, int]],
+                call: Callable[[Held, tuple[slice, slice, slice]], Any]) -> mx.array:
+        n_batch, n_head, n_tok, _ = queries.shape
+        xp, shape = self._arrays, (1, n_head, n_tok, self._sequences[0].shape[2])
+        found: list[Any] = [None] * n_batch
+        for i, sequence, begin, n in taken:
+            out = call(sequence, (slice(i, i + 1), slice(None), slice(begin, begin + n)))
+            found[i] = out if n == n_tok else xp.pad(out, [(0, 0), (0, 0), (begin, n_tok - begin - n), (0, 0)])
+        found = [xp.zeros(shape, xp.float32) if out is None else out for out in found]
+        return mx.array(found[0] if n_batch == 1 else xp.concatenate(found, axis=0)).astype(queries.dtype)
 
     # ---- what the models call ----
 
@@ -138,19 +174,27 @@ class BatchCache(stock._BaseCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Handles of the rows. They are appended when the attention that follows brings the queries."""
+        self._expect(keys, values, sys._getframe(1).f_locals.get("self"))  # the attention whose keys these are
+        return Rows(self, keys), Rows(self, values)
+
+    def _expect(self, keys: mx.array, values: mx.array, module: Any, layer: Any = None) -> None:
+        """Be ready for rows that an attention has made."""
         if self._pending:
             raise ArgumentError("a forward pass was interrupted and could not be taken back: make a new cache")
-        n_batch, _, n_tok, _ = keys.shape
+        n_batch, n_head_kv, n_tok, head_dim = keys.shape
+        shape = (n_head_kv, head_dim, values.shape[3])
         if n_batch != len(self._sequences) and any(self._lengths()):
             raise ArgumentError(f"this cache holds a batch of {len(self._sequences)}, and was given one of {n_batch}")
         if n_batch != len(self._sequences):
             self._sequences, self._left, self._batched = [None] * n_batch, [0] * n_batch, True
         if self.empty():
-            module = sys._getframe(1).f_locals.get("self")  # the attention whose keys these are
-            self._factors = _find_factors(self._options, module, keys.shape[1], keys.shape[3])
-        self._begin(keys, values)
+            self._factors = _find_factors(self._options, module, layer, n_head_kv, head_dim)
+            self._sequences = [None] * n_batch  # those that were trimmed away may be of another model
+        elif any(sequence is not None and sequence.shape != shape for sequence in self._sequences):
+            raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs to "
+                                "another model. Make a new one")
+        self._sequences = [self._make(shape) if sequence is None else sequence for sequence in self._sequences]
         self._pending = n_tok
-        return Rows(self, keys), Rows(self, values)
 
     def keys_and_values(self) -> tuple[Rows, Rows]:
         """Of the rows that were appended last, for a layer that shares them."""
@@ -162,20 +206,7 @@ class BatchCache(stock._BaseCache):
         """What sequences are made with."""
         return {name: value for name, value in self._options.items() if name != "factors"} | self._factors.instead
 
-    def scaled(self, x: mx.array, sign: int) -> mx.array:
-        """Queries (sign 1) or keys (-1) [n_batch, n_head, n_tok, head_dim] with their factors, which is exact in every type."""
-        if self._factors.exponents is None:
-            return x
-        factors = np.ldexp(np.float32(1), sign * np.array(self._factors.exponents, np.int32))
-        factors = factors.repeat(x.shape[1] // len(factors), axis=0)
-        return x * mx.array(factors[:, None]).astype(x.dtype)
-
-    def _take_factors(self, said: str | None) -> None:
-        """Of a saved cache: JSON of them; files of before have none."""
-        if said is not None:
-            self._factors = _Factors(*json.loads(said))
-
-    def _take(self, n_tok: int) -> Iterator[tuple[int, Any, int, int]]:
+    def _take(self, n_tok: int) -> Iterator[tuple[int, Held, int, int]]:
         """
         (row, sequence, first token, number of tokens) of the next n_tok tokens, without padding. A row that fails leaves the
         others longer; the next forward pass is refused by `_pending`.
@@ -192,7 +223,7 @@ class BatchCache(stock._BaseCache):
                 self._to_come[i] -= n
         self._pending, self._taken = 0, taken
 
-    def _take_again(self) -> Iterator[tuple[int, Any, int, int]]:
+    def _take_again(self) -> Iterator[tuple[int, Held, int, int]]:
         for i, begin, n in self._taken or []:
             yield i, self._sequences[i], begin, n
 

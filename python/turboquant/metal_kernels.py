@@ -33,15 +33,15 @@ class Kernel(NamedTuple):
     files: tuple[str, ...]
 
 
-_ENCODE_FILES = ("common", "tables", "rotate", "encode")
-_ENCODE = ("rows", "refs", "signs", "params")
-_STORE = ("q", "k_codes", "k_scales", "refs", "v_codes", "v_scales", "k_exact", "v_exact", "signs", "params")
+_ENCODE_FILES = ("common", "tables", "rotate", "factors", "encode")
+_ENCODE = ("rows", "refs", "factors", "signs", "params")
+_STORE = ("q", "k_codes", "k_scales", "refs", "v_codes", "v_scales", "k_exact", "v_exact", "factors", "signs", "params")
 NO_SINK = -1e30
 _ATTEND_FILES = (*_ENCODE_FILES, "trellis", "expand", "attend")
 KERNELS = {
     "encode": Kernel(_ENCODE, ("codes", "scales"), _ENCODE_FILES),
     "trellis": Kernel(_ENCODE, ("codes", "scales"), (*_ENCODE_FILES, "trellis")),
-    "reference": Kernel(("rows", "starts", "signs", "params"), ("refs",), _ENCODE_FILES),
+    "reference": Kernel(("rows", "starts", "factors", "signs", "params"), ("refs",), _ENCODE_FILES),
     "decode": Kernel(_STORE, ("partial",), (*_ATTEND_FILES, "decode")),
     "combine": Kernel(("partial", "signs", "sinks", "params"), ("out",), (*_ATTEND_FILES, "combine")),
     "prefill": Kernel((*_STORE, "sinks"), ("out",), (*_ATTEND_FILES, "prefill")),
@@ -120,29 +120,36 @@ def reference_words(head_dim: int) -> int:
     return words(SQ8, head_dim) + 1
 
 
-def encode_references(rows: mx.array, starts: Sequence[int], window: int, seed: int) -> mx.array:
+def _factors_or_none(factors: mx.array | None) -> mx.array:
+    """What a kernel without factors is given does not matter."""
+    return mx.zeros(8, mx.int8) if factors is None else factors
+
+
+def encode_references(rows: mx.array, starts: Sequence[int], window: int, seed: int, factors: mx.array | None = None
+                      ) -> mx.array:
     """
     The means of rows [start, start + window) of float16 [n_batch, n_head_kv, n_rows, head_dim], coded: uint32 [n_batch,
-    n_head_kv, n_starts, reference_words].
+    n_head_kv, n_starts, reference_words]. factors, int8 [n_head_kv, head_dim], as of turboquant.Cache.set_key_factors.
     """
     n_batch, n_head_kv, n_rows, head_dim = rows.shape
     n = len(starts)
-    inputs = [rows, _ints(*starts), signs(head_dim, seed), _ints(window, n_rows, n)]
-    return launcher("reference", [("D", head_dim)], inputs, (SIMD, n, n_batch * n_head_kv), (SIMD, 1, 1),
+    inputs = [rows, _ints(*starts), _factors_or_none(factors), signs(head_dim, seed), _ints(window, n_rows, n, n_head_kv)]
+    template = [("D", head_dim), ("HAS_FACTORS", int(factors is not None))]
+    return launcher("reference", template, inputs, (SIMD, n, n_batch * n_head_kv), (SIMD, 1, 1),
                     [(n_batch, n_head_kv, n, reference_words(head_dim))], [mx.uint32])[0]
 
 
-def encode(fmt: int, rows: mx.array, first: int, n: int, seed: int, position: int = 0, refs: mx.array | None = None
-           ) -> tuple[mx.array, mx.array]:
+def encode(fmt: int, rows: mx.array, first: int, n: int, seed: int, position: int = 0, refs: mx.array | None = None,
+           factors: mx.array | None = None) -> tuple[mx.array, mx.array]:
     """
-    Rows [first, first + n) of float16 [n_batch, n_head_kv, n_rows, head_dim], the first at `position`, against references if
-    given: codes uint32 [n_batch, n_head_kv, n, words], scales float16 [n_batch, n_head_kv, n].
+    Rows [first, first + n) of float16 [n_batch, n_head_kv, n_rows, head_dim], the first at `position`, against references and
+    by factors if given: codes uint32 [n_batch, n_head_kv, n, words], scales float16 [n_batch, n_head_kv, n].
     """
     n_batch, n_head_kv, n_rows, head_dim = rows.shape
     n_blocks = 0 if refs is None else refs.shape[2]
-    inputs = [rows, mx.zeros(8, mx.uint32) if refs is None else refs, signs(head_dim, seed),
-              _ints(first, position, n_rows, n_blocks, n)]
-    template = [("D", head_dim), ("FORMAT", fmt), ("HAS_REF", int(refs is not None))]
+    inputs = [rows, mx.zeros(8, mx.uint32) if refs is None else refs, _factors_or_none(factors), signs(head_dim, seed),
+              _ints(first, position, n_rows, n_blocks, n, n_head_kv)]
+    template = [("D", head_dim), ("FORMAT", fmt), ("HAS_REF", int(refs is not None)), ("HAS_FACTORS", int(factors is not None))]
     shapes = [(n_batch, n_head_kv, n, words(fmt, head_dim)), (n_batch, n_head_kv, n)]
     codes, scales = launcher("trellis" if fmt >= TT4 else "encode", template, inputs, (SIMD, n, n_batch * n_head_kv),
                              (SIMD, 1, 1), shapes, [mx.uint32, mx.float16])
@@ -181,10 +188,10 @@ def _sinks_of_heads(sinks: mx.array | None, n_batch: int, n_head: int) -> mx.arr
 
 
 def attend(q: mx.array, arrays: Arrays, k_format: int, v_format: int, has_refs: bool, extent: Extent, softmax_scale: float,
-           seed: int, sinks: mx.array | None = None) -> mx.array:
+           seed: int, sinks: mx.array | None = None, factors: mx.array | None = None) -> mx.array:
     """
     Causal attention of q [n_batch, n_head, n_query, head_dim], the last positions of a sequence: the same shape. sinks
-    [n_head]: learned logits that count in the softmax's denominator alone.
+    [n_head]: learned logits that count in the softmax's denominator only. factors: those that keys were encoded with.
     """
     n_batch, n_head, n_query, head_dim = q.shape
     n_head_kv = arrays.k_exact.shape[1]
@@ -199,10 +206,11 @@ def attend(q: mx.array, arrays: Arrays, k_format: int, v_format: int, has_refs: 
     scale_log2 = struct.unpack("i", struct.pack("f", softmax_scale * 1.4426950408889634))[0]
     params = _ints(n_query, group, extent.length, extent.n_sink, extent.n_recent, extent.n_batch, extent.coded,
                    arrays.k_codes.shape[2], extent.first_exact, extent.n_exact, arrays.k_exact.shape[2], n_splits, split_blocks,
-                   scale_log2)
+                   scale_log2, n_head_kv)
     rotation = signs(head_dim, seed)
-    inputs, of_heads = [q, *arrays, rotation, params], _sinks_of_heads(sinks, n_batch, n_head)
-    template = [("D", head_dim), ("KF", k_format), ("VF", v_format), ("HAS_REF", int(has_refs))]
+    inputs, of_heads = [q, *arrays, _factors_or_none(factors), rotation, params], _sinks_of_heads(sinks, n_batch, n_head)
+    template = [("D", head_dim), ("KF", k_format), ("VF", v_format), ("HAS_REF", int(has_refs)),
+                ("HAS_FACTORS", int(factors is not None))]
     if n_rows > 2 * rows_max:
         grid = (GROUP, -(-n_rows // PREFILL_ROWS), n_heads)
         return launcher("prefill", template, [*inputs, of_heads], grid, (GROUP, 1, 1), [q.shape], [q.dtype])[0]

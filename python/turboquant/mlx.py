@@ -10,7 +10,7 @@ or turboquant.mlx.install(model) once, after which MLX-LM makes such caches itse
 of the compressed keys, which MLX's own attention does not take; make_prompt_cache puts a dispatcher before the
 scaled_dot_product_attention of the model's module, which sends them to the library and all else to MLX-LM.
 
-All caches of one shape and one set of options share a pool, so that batches are made of sequences without a copy.
+A layer's caches with one set of options share a pool, so that batches are made of sequences without a copy.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ import mlx_lm.models.cache as stock
 import numpy as np
 
 from . import cache as _cache
-from ._library import AttendParams, lib
-from ._mlx_batch import BatchCache, Rows, guard_passes
-from .errors import ArgumentError, UnsupportedError
+from ._library import AttendParams
+from ._mlx_batch import BatchCache, Factors, Rows, Shape, guard_passes
+from ._rows import attend_params
+from .errors import ArgumentError, SnapshotError, UnsupportedError
 from .mlx_metal import TurboQuantMetalKVCache
 
-# Of a pool, whose sequences are those of all layers. Memory is taken as it is used; the tables of so many pages take some MB.
+# Of the pools of all layers. Memory is taken as it is used; the tables of so many pages take some MB.
 MAX_TOK_DEFAULT = 1 << 25
 
 _stores: weakref.WeakValueDictionary[str, _cache.Cache] = weakref.WeakValueDictionary()
@@ -53,38 +54,60 @@ def _calibration(path: str) -> _cache.Calibration:
     return found
 
 
-def _store(shape: Sequence[int], options: dict[str, Any]) -> _cache.Cache:
+def _new_store(shape: Shape, options: dict[str, Any], factors: np.ndarray | None = None) -> _cache.Cache:
     """
-    The pool of caches of this shape (n_head_kv, head_dim, head_dim_v) and these options: of turboquant.Cache, where a
-    calibration is a path, and calibration_layer says which of its layers.
+    A pool with options of turboquant.Cache, but that a calibration is a path, and that `layer` may say [i, n]: it is for layer
+    i of a model, and one of n pools, which have tokens and bytes together.
     """
-    key = json.dumps([list(shape), options], sort_keys=True)
+    options = dict(options)
+    if "layer" in options:
+        i, n = options.pop("layer")
+        options = {"max_tok": MAX_TOK_DEFAULT} | options
+        options |= {name: -(-options[name] // n) for name in ("max_tok", "budget_bytes", "offload_bytes") if name in options}
+        if "calibration" in options:
+            options["calibration"] = _calibration(options["calibration"]).layer(i)
+    n_head_kv, head_dim, head_dim_v = shape
+    store = _cache.Cache(1, n_head_kv, head_dim, head_dim_v=head_dim_v, **options)
+    store.set_key_factors(0, factors)
+    return store
+
+
+def _key(shape: Shape, options: dict[str, Any], factors: np.ndarray | None) -> str:
+    return json.dumps([shape, options, None if factors is None else factors.tolist()], sort_keys=True)
+
+
+def _store(shape: Shape, options: dict[str, Any], factors: np.ndarray | None) -> _cache.Cache:
+    """The pool of caches of this shape, these options and factors of keys."""
+    key = _key(shape, options, factors)
     found = _stores.get(key)
     if found is None:
-        n_head_kv, head_dim, head_dim_v = shape
-        options = {"max_tok": MAX_TOK_DEFAULT} | options
-        if "calibration_layer" in options:
-            options["calibration"] = _calibration(options["calibration"]).layer(options.pop("calibration_layer"))
-        found = _cache.Cache(1, n_head_kv, head_dim, head_dim_v=head_dim_v, **options)
-        _stores[key] = found
+        found = _stores[key] = _new_store(shape, options, factors)
     return found
+
+
+def _load(path: Path, options: dict[str, Any]) -> tuple[_cache.Cache, list[int]]:
+    """A file's sequences, in the pool of caches with these options and the file's factors."""
+    info = _cache.describe_snapshot(path)
+    shape = (info.n_head_kv, info.head_dim, info.head_dim_v)
+    fresh = _new_store(shape, options)
+    seqs = fresh.load(path)
+    store = _stores.setdefault(_key(shape, options, fresh.key_factors(0)), fresh)
+    return store, seqs if store is fresh else store.load(path)
 
 
 # What comes with the first keys, or is no matter of a model's cache.
 _NOT_OPTIONS = {"self", "n_layer", "n_head_kv", "head_dim", "head_dim_v", "dry_run"}
 _OPTIONS = [name for name in inspect.signature(_cache.Cache.__init__).parameters if name not in _NOT_OPTIONS] + ["factors"]
 # Those that are no matter of the smallest cache: calibrations know shapes, and are read elsewhere.
-_CHECKED_ELSEWHERE = ("calibration", "calibration_layer", "factors")
+_CHECKED_ELSEWHERE = ("calibration", "layer", "factors")
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """Options as JSON has them. Raises now what the pool that they are for would be refused for, as far as no shape matters."""
-    known = [*_OPTIONS, "calibration_layer"]
+    known = [*_OPTIONS, "layer"]
     for name in options:
         if name not in known:
             raise ArgumentError(f"unknown option {name!r}; the options are {', '.join(_OPTIONS)}")
-    if "calibration_layer" in options and "calibration" not in options:
-        raise ArgumentError("calibration_layer is given without a calibration: give one, or neither")
     plain = {name: _plain(value) for name, value in options.items()}
     try:
         _try(json.dumps(plain, sort_keys=True))
@@ -107,10 +130,11 @@ def _try(options: str) -> None:
 
 
 class _Sequence:
-    """A sequence of a pool, freed with this object."""
+    """A sequence of a pool, freed with this object. It computes at once, on rows as _host has them."""
 
     def __init__(self, store: _cache.Cache, seq: int | None = None) -> None:
         self.store, self.seq = store, store.seq_create() if seq is None else seq
+        self.shape = (store.n_head_kv, store.head_dim, store.head_dim_v)
 
     def __len__(self) -> int:
         return self.store.length(self.seq)
@@ -120,6 +144,34 @@ class _Sequence:
 
     def trim(self, length: int) -> None:
         self.store.trim(self.seq, length)
+
+    def attend(self, queries: np.ndarray | None, keys: np.ndarray, values: np.ndarray, scale: float = 1,
+               sinks: mx.array | None = None) -> np.ndarray | None:
+        k, v = (x[0].transpose(1, 0, 2) for x in (keys, values))
+        if queries is None:
+            self.store.append(self.seq, 0, k, v)
+            return None
+        return self._call(queries, scale, sinks, lambda params: self.store.prefill_raw(
+            self.seq, 0, params.n_query, k.ctypes.data, v.ctypes.data, params))
+
+    def attend_again(self, queries: np.ndarray, scale: float, sinks: mx.array | None) -> np.ndarray:
+        def call(params: AttendParams) -> None:
+            params.causal, params.first_pos = True, len(self) - params.n_query
+            self.store.attend_raw(self.seq, 0, params)
+
+        return self._call(queries, scale, sinks, call)
+
+    def _call(self, queries: np.ndarray, scale: float, sinks: mx.array | None, call: Callable[[AttendParams], None]
+              ) -> np.ndarray:
+        sinks = None if sinks is None else np.array(sinks.astype(mx.float32))
+        _, n_head, n_tok, head_dim = queries.shape
+        out = np.empty((n_tok, n_head, self.store.head_dim_v), np.float32)
+        params = attend_params(n_head, scale, None if sinks is None else sinks.ctypes.data)
+        params.n_query, params.q, params.out = n_tok, queries.ctypes.data, out.ctypes.data
+        params.q_token_stride, params.q_head_stride = n_head * head_dim, head_dim
+        params.out_token_stride, params.out_head_stride = n_head * self.store.head_dim_v, self.store.head_dim_v
+        call(params)
+        return out[None].transpose(0, 2, 1, 3)
 
     def __del__(self) -> None:
         # When a cycle of references is collected, the store may have been first.
@@ -150,58 +202,13 @@ class TurboQuantKVCache(BatchCache):
     def __init__(self, preset: str = "TQ4", **options: Any) -> None:
         super().__init__(_checked({"preset": preset, **options}))
 
-    def _begin(self, keys: mx.array, values: mx.array) -> None:
-        _, n_head_kv, _, head_dim = keys.shape
-        store = _store((n_head_kv, head_dim, values.shape[3]), self._used_options())
-        for sequence in self._sequences:
-            if sequence is not None and sequence.store is not store:
-                raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs "
-                                    "to another model. Make a new one")
-        self._sequences = [_Sequence(store) if sequence is None else sequence for sequence in self._sequences]
+    _arrays = np
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
-               ) -> mx.array:
-        """
-        Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape.
-        sinks [n_head]: learned logits that only the denominator has. Computes at once, whatever was lazy.
-        """
-        k, v = _host(keys), _host(values)
+    def _rows(self, x: mx.array) -> np.ndarray:
+        return _host(x)
 
-        def append(store: _cache.Cache, seq: int, i: int, begin: int, params: AttendParams) -> None:
-            store.prefill_raw(seq, 0, params.n_query, k[i, begin:].ctypes.data, v[i, begin:].ctypes.data, params)
-
-        return self._attend(queries, scale, sinks, self._take(queries.shape[2]), append)
-
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        self.update_and_fetch(keys, values)
-        k, v = _host(keys), _host(values)
-        for i, sequence, begin, n in self._take(keys.shape[2]):
-            sequence.store.append(sequence.seq, 0, k[i, begin : begin + n], v[i, begin : begin + n])
-
-    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
-        def attend(store: _cache.Cache, seq: int, i: int, begin: int, params: AttendParams) -> None:
-            params.causal, params.first_pos = True, store.length(seq) - params.n_query
-            store.attend_raw(seq, 0, params)
-
-        return self._attend(queries, scale, sinks, self._take_again(), attend)
-
-    def _attend(self, queries: mx.array, scale: float, sinks: mx.array | None, taken: Iterable[tuple[int, Any, int, int]],
-                call: Callable[[_cache.Cache, int, int, int, AttendParams], None]) -> mx.array:
-        n_batch, n_head, n_tok, _ = queries.shape
-        q, store = _host(queries), self._sequences[0].store
-        out = np.zeros((n_batch, n_tok, n_head, store.head_dim_v), np.float32)
-        params = AttendParams()
-        lib.tq_attend_params_default(params)
-        params.n_head, params.softmax_scale = n_head, scale
-        params.q_token_stride, params.q_head_stride = n_head * store.head_dim, store.head_dim
-        params.out_token_stride, params.out_head_stride = n_head * store.head_dim_v, store.head_dim_v
-        if sinks is not None:
-            sinks = np.array(sinks.astype(mx.float32))
-            params.sinks = sinks.ctypes.data
-        for i, sequence, begin, n in taken:
-            params.n_query, params.q, params.out = n, q[i, begin:].ctypes.data, out[i, begin:].ctypes.data
-            call(store, sequence.seq, i, begin, params)
-        return mx.array(out).astype(queries.dtype).transpose(0, 2, 1, 3)
+    def _make(self, shape: Shape) -> _Sequence:
+        return _Sequence(_store(shape, self._used_options(), self._factors.array))
 
     @property
     def nbytes(self) -> int:
@@ -219,7 +226,7 @@ class TurboQuantKVCache(BatchCache):
     @property
     def state(self) -> _State:
         """
-        {"options": JSON, "batched": 0 or 1, "factors": JSON, "snapshot": uint8 of docs/snapshot.md}, the last two if anything
+        {"options": JSON, "batched": 0 or 1, "instead": JSON, "snapshot": uint8 of docs/snapshot.md}, the last two if anything
         is held; made when read.
         """
         return _State(self._save)
@@ -230,13 +237,16 @@ class TurboQuantKVCache(BatchCache):
         self._batched = bool(value["batched"])
         if "snapshot" not in value:
             return
-        self._take_factors(value.get("factors"))
+        if json.loads(value.get("factors", "[null]"))[0] is not None:
+            raise SnapshotError("this prompt cache is from before 2026-11-30 and holds scaled keys, which are not read any "
+                                "more: run the prompt again")
+        self._factors = Factors.of(None, json.loads(value.get("instead", "{}")))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache.tqs"
             path.write_bytes(np.array(value["snapshot"]).tobytes())
-            info = _cache.describe_snapshot(path)
-            store = _store((info.n_head_kv, info.head_dim, info.head_dim_v), self._used_options())
-            self._sequences = [_Sequence(store, seq) for seq in store.load(path)]
+            store, seqs = _load(path, self._used_options())
+        self._factors = Factors.of(store.key_factors(0), self._factors.instead)
+        self._sequences = [_Sequence(store, seq) for seq in seqs]
         self._left = [0] * len(self._sequences)
 
     def _save(self) -> dict[str, Any]:
@@ -246,14 +256,14 @@ class TurboQuantKVCache(BatchCache):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "cache.tqs"
                 sequences[0].store.save(path, [sequence.seq for sequence in sequences])
-                found["factors"] = json.dumps(self._factors)
+                found["instead"] = json.dumps(self._factors.instead)
                 found["snapshot"] = mx.array(np.fromfile(path, np.uint8))
         return found
 
 
 def _host(x: mx.array) -> np.ndarray:
-    """[n_batch, n_head, n_tok, head_dim] as float32 [n_batch, n_tok, n_head, head_dim] in host memory, MLX's own."""
-    return np.array(mx.contiguous(x.transpose(0, 2, 1, 3).astype(mx.float32)), copy=False)
+    """[n_batch, n_head, n_tok, head_dim] in host memory, MLX's own: float32, where heads follow each other token by token."""
+    return np.array(mx.contiguous(x.transpose(0, 2, 1, 3).astype(mx.float32)), copy=False).transpose(0, 2, 1, 3)
 
 
 def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any,
@@ -262,11 +272,10 @@ def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cach
     if not isinstance(keys, Rows):
         return _stock_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     if mask is not None and not (isinstance(mask, str) and mask == "causal"):
-        raise UnsupportedError("a mask as an array: compressed attention is causal alone, and knows padding from the cache")
-    queries = keys.cache.scaled(queries, 1)
+        raise UnsupportedError("a mask as an array: compressed attention is causal only, and knows padding from the cache")
     if keys.rows is None:
         return keys.cache.attend_again(queries, scale, sinks)
-    out = keys.cache.attend(queries, keys.cache.scaled(keys.rows, -1), values.rows, scale, sinks)
+    out = keys.cache.attend(queries, keys.rows, values.rows, scale, sinks)
     keys.rows = values.rows = None  # they are appended: a layer that is given them shares them
     return out
 
@@ -286,7 +295,7 @@ def _reach_attention(model: Any) -> None:
 def _options_of_layers(options: dict[str, Any], compressed: Sequence[int], n_layer: int) -> list[dict[str, Any]]:
     """
     Of the compressed ones of a model's n_layer layers: layer_k_formats and layer_v_formats become each layer's k_format and
-    v_format, and a calibration its own layer of it.
+    v_format.
     """
     n, of_layers = len(compressed), ("layer_k_formats", "layer_v_formats", "calibration")
     common = {name: value for name, value in options.items() if name not in of_layers}
@@ -298,8 +307,8 @@ def _options_of_layers(options: dict[str, Any], compressed: Sequence[int], n_lay
         if calibration.n_layer != n_layer:
             raise ArgumentError(f"the calibration {calibration.path} (of {calibration.model}) has {calibration.n_layer} "
                                 f"layers, not {n_layer}: it is of another model")
-        for layer, i in zip(layers, compressed):
-            layer |= {"calibration": calibration.path, "calibration_layer": i}
+        for layer in layers:
+            layer["calibration"] = calibration.path
     for side in "kv":
         formats = options.get(f"layer_{side}_formats") or []
         if formats and len(formats) != n:
@@ -327,7 +336,8 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
     for each compressed layer. A calibration, a path or a Calibration, is of the whole model. What was applied is printed once.
     factors="off" leaves channels of keys as they are; by default factors from the model's weights keep outlier channels from
-    costing the others precision. Options are checked now. max_kv_size is MLX-LM's, and refused: there is no bound.
+    costing the others precision. On the CPU max_tok, budget_bytes and offload_bytes are of all layers together, which get equal
+    shares. Options are checked now. max_kv_size is MLX-LM's, and refused: there is no bound.
     """
     if max_kv_size is not None:
         raise UnsupportedError(f"max_kv_size is {max_kv_size}, but a compressed cache holds all tokens: leave it out, or use a "
@@ -348,11 +358,12 @@ def from_kvcache(model: Any, caches: Sequence[Any], preset: str = "TQ4", **optio
     n = len(compressed)
     if n == 0:
         raise UnsupportedError("none of this model's layers has a plain KVCache: there is nothing to compress")
-    of_layers = iter(_options_of_layers(options, compressed, len(caches)))
-    applied = [kind(preset, **next(of_layers)) if type(cache) is stock.KVCache else cache for cache in caches]
-    for i in compressed:
+    applied = list(caches)
+    for i, of_layer in zip(compressed, _options_of_layers(options, compressed, len(caches))):
+        pools = {"layer": [i, n]} if kind is TurboQuantKVCache else {}
+        applied[i] = kind(preset, **pools, **of_layer)
         if caches[i].offset > 0:
-            applied[i].append(*caches[i].keys_and_values())
+            applied[i].append(*caches[i].keys_and_values(), model.layers[i])
     _reach_attention(model)
     guard_passes(type(model))
     said = ", ".join(f"{name}={value}" for name, value in {"preset": preset, **options}.items() if value is not None)

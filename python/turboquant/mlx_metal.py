@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from ctypes import c_int32, c_uint64
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
-from . import metal_kernels as kernels
+from . import cache as _cache, metal_kernels as kernels, weight_factors
 from ._library import integer
-from ._mlx_batch import BatchCache
+from ._mlx_batch import BatchCache, Factors, Shape
 from .errors import ArgumentError, UnsupportedError
-from .formats import SEED_DEFAULT, format_info, format_number, preset as find_preset
+from .formats import SEED_DEFAULT, format_info
 
 GROW_TOKENS = 1024  # codes get room for so many tokens more at least, or for an eighth more
 
@@ -37,41 +38,27 @@ class _Options(NamedTuple):
     seed: int
 
 
-def _options(preset: str, k_format: str | int | None = None, v_format: str | int | None = None, n_sink: int | None = None,
-             n_recent: int | None = None, k_ref_block: int | None = None, encode_batch: int = kernels.BLOCK,
-             seed: int = SEED_DEFAULT, **other: Any) -> _Options:
+def _options(encode_batch: int = kernels.BLOCK, **options: Any) -> _Options:
     """Check options. Raises ArgumentError, and UnsupportedError for what the CPU's cache has and this one has not."""
-    if "calibration" in other:
+    if "calibration" in options:
         raise UnsupportedError("calibration: the Metal kernels know no transforms of keys; leave it out, or compute on the CPU "
                                "(mx.set_default_device(mx.cpu))")
+    other = options.keys() - {"preset", "k_format", "v_format", "n_sink", "n_recent", "k_ref_block", "seed"}
     if other:
         raise UnsupportedError(f"{', '.join(other)}: the cache on an Apple GPU has no such option; it takes k_format, "
                                "v_format, n_sink, n_recent, k_ref_block, encode_batch, seed and factors")
-    base = find_preset(preset)
-    integer(seed, c_uint64, "seed")
-    numbers = {"n_sink": n_sink, "n_recent": n_recent, "k_ref_block": k_ref_block, "encode_batch": encode_batch}
-    for name, value in numbers.items():
-        if value is not None:
-            integer(value, c_int32, name)
-
-    def chosen(value: int | None, of_preset: int) -> int:
-        return of_preset if value is None else value
-
-    formats = [base.k_format if k_format is None else format_number(k_format),
-               base.v_format if v_format is None else format_number(v_format)]
-    for number in formats:
+    encode_batch = integer(encode_batch, c_int32, "encode_batch")
+    if encode_batch < 1 or kernels.BLOCK % encode_batch != 0:
+        raise ArgumentError(f"encode_batch is {encode_batch}; give a divisor of {kernels.BLOCK}")
+    on_cpu, ref_block = _cache.Cache(1, 1, 128, max_tok=1, dry_run=True, **options), weight_factors.references_of(options)
+    for number in (on_cpu.k_format, on_cpu.v_format):
         if number not in kernels.BITS:
             names = ", ".join(format_info(known).name for known in kernels.BITS)
             raise UnsupportedError(f"{format_info(number).name} has no Metal kernels; there are {names}")
-    sink, recent = chosen(n_sink, base.n_sink), chosen(n_recent, base.n_recent)
-    ref_block = chosen(k_ref_block, base.k_ref_block)
-    if sink < 0 or recent < 0:
-        raise ArgumentError(f"n_sink is {sink} and n_recent {recent}; give numbers that are not negative")
-    if encode_batch < 1 or kernels.BLOCK % encode_batch != 0:
-        raise ArgumentError(f"encode_batch is {encode_batch}; give a divisor of {kernels.BLOCK}")
     if ref_block not in (0, kernels.BLOCK):
         raise UnsupportedError(f"k_ref_block is {ref_block}; the Metal kernels have blocks of {kernels.BLOCK}, or 0 for none")
-    return _Options(*formats, sink, recent, ref_block > 0 and recent > 0, encode_batch, seed)
+    return _Options(on_cpu.k_format, on_cpu.v_format, on_cpu.n_sink, on_cpu.n_recent, ref_block > 0, encode_batch,
+                    integer(options.get("seed", SEED_DEFAULT), c_uint64, "seed"))
 
 
 def _grown(x: mx.array, n: int) -> mx.array:
@@ -85,10 +72,11 @@ def _written(x: mx.array, rows: mx.array, first: int) -> mx.array:
 
 
 class _Sequence:
-    """One sequence: its arrays, n_batch = 1, which are replaced and never changed, so that copies may share them."""
+    """One sequence: its arrays, n_batch = 1, which are replaced and never changed, so that copies may share them. Lazy."""
 
-    def __init__(self, options: _Options, n_head_kv: int, head_dim: int) -> None:
-        self._options, self.shape = options, (n_head_kv, head_dim)
+    def __init__(self, options: _Options, shape: Shape, factors: np.ndarray | None) -> None:
+        self._options, self.shape = options, shape
+        self.factors = None if factors is None else mx.array(factors)
         self.arrays = self._empty_arrays()
         self.length = self.coded = 0  # tokens; those below `coded` are encoded, as far as they are no sinks
 
@@ -104,38 +92,37 @@ class _Sequence:
 
     def attend(self, queries: mx.array | None, keys: mx.array, values: mx.array, scale: float = 1,
                sinks: mx.array | None = None) -> mx.array | None:
-        """Append keys and values [1, n_head_kv, n_tok, head_dim] and attend with queries [1, n_head, n_tok, head_dim], if there
-        are any."""
-        options, n_tok = self._options, keys.shape[2]
-        begin, n_before = self._first_exact(), self._n_exact()
+        options, begin, n_before = self._options, self._first_exact(), self._n_exact()
         self._keep_exact(n_before, keys.astype(mx.float16), values.astype(mx.float16))
-        length = self.length + n_tok
-        extent = kernels.Extent(length, options.n_sink, options.n_recent, options.encode_batch, self.coded, begin,
-                                n_before + n_tok)
-        end = max(length - options.n_recent, 0) // options.encode_batch * options.encode_batch
+        self.length += keys.shape[2]
+        extent = self._extent()
+        end = max(self.length - options.n_recent, 0) // options.encode_batch * options.encode_batch
         if end > begin:
             self._encode(begin, end)
-        out = None if queries is None else kernels.attend(queries, self.arrays, options.k_format, options.v_format,
-                                                          options.has_refs, extent, scale, options.seed, sinks)
+        out = None if queries is None else self._attend(queries, extent, scale, sinks)
         if end > begin:
             self._forget_exact(end - begin, extent.n_exact)
             self.coded = end
-        self.length = length
         return out
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        """Attend with queries of the last positions, appending nothing."""
+        return self._attend(queries, self._extent(), scale, sinks)
+
+    def _attend(self, queries: mx.array, extent: kernels.Extent, scale: float, sinks: mx.array | None) -> mx.array:
         options = self._options
-        extent = kernels.Extent(self.length, options.n_sink, options.n_recent, options.encode_batch, self.coded,
-                                self._first_exact(), self._n_exact())
         return kernels.attend(queries, self.arrays, options.k_format, options.v_format, options.has_refs, extent, scale,
-                              options.seed, sinks)
+                              options.seed, sinks, self.factors)
+
+    def _extent(self) -> kernels.Extent:
+        options = self._options
+        return kernels.Extent(self.length, options.n_sink, options.n_recent, options.encode_batch, self.coded,
+                              self._first_exact(), self._n_exact())
 
     def _exact_capacity(self) -> int:
         return self._options.n_sink + self._options.n_recent + self._options.encode_batch
 
     def _empty_arrays(self) -> kernels.Arrays:
-        n_head_kv, head_dim = self.shape
+        n_head_kv, head_dim, _ = self.shape
         lead, options = (1, n_head_kv), self._options
 
         def codes(fmt: int) -> list[mx.array]:
@@ -189,13 +176,13 @@ class _Sequence:
             starts += range(begin // kernels.BLOCK * kernels.BLOCK + kernels.BLOCK, end, kernels.BLOCK)
             if starts:
                 made = kernels.encode_references(arrays.k_exact, [p - begin + first for p in starts], options.n_recent,
-                                                 options.seed)
+                                                 options.seed, self.factors)
                 arrays = arrays._replace(refs=_written(arrays.refs, made, starts[0] // kernels.BLOCK))
             refs = arrays.refs
         found = {}
-        for side, fmt, used in (("k", options.k_format, refs), ("v", options.v_format, None)):
+        for side, fmt, *of_keys in (("k", options.k_format, refs, self.factors), ("v", options.v_format)):
             rows = getattr(arrays, f"{side}_exact")
-            codes, scales = kernels.encode(fmt, rows, first, end - begin, options.seed, begin, used)
+            codes, scales = kernels.encode(fmt, rows, first, end - begin, options.seed, begin, *of_keys)
             found[f"{side}_codes"] = _written(getattr(arrays, f"{side}_codes"), codes, begin)
             found[f"{side}_scales"] = _written(getattr(arrays, f"{side}_scales"), scales, begin)
         self.arrays = arrays._replace(**found)
@@ -212,76 +199,39 @@ class TurboQuantMetalKVCache(BatchCache):
         super().__init__({"preset": preset, **options})
         _options(**self._used_options())
 
-    def _begin(self, keys: mx.array, values: mx.array) -> None:
-        _, n_head_kv, _, head_dim = keys.shape
-        if head_dim not in kernels.HEAD_DIMS or values.shape[3] != head_dim:
-            raise UnsupportedError(f"keys of {head_dim} and values of {values.shape[3]}: the Metal kernels have head_dims "
+    def _make(self, shape: Shape) -> _Sequence:
+        _, head_dim, head_dim_v = shape
+        if head_dim not in kernels.HEAD_DIMS or head_dim_v != head_dim:
+            raise UnsupportedError(f"keys of {head_dim} and values of {head_dim_v}: the Metal kernels have head_dims "
                                    f"{', '.join(map(str, kernels.HEAD_DIMS))}, the same for both")
-        for sequence in self._sequences:
-            if sequence is not None and sequence.shape != (n_head_kv, head_dim):
-                raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs "
-                                    "to another model. Make a new one")
-        chosen = _options(**self._used_options())
-        self._sequences = [_Sequence(chosen, n_head_kv, head_dim) if sequence is None else sequence
-                           for sequence in self._sequences]
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
-               ) -> mx.array:
-        """
-        Append the rows of update_and_fetch and attend with their queries [n_batch, n_head, n_tok, head_dim]: the same shape,
-        zeros where there is padding. sinks [n_head]: learned logits of the denominator alone. Lazy.
-        """
-        if queries.shape[1] % keys.shape[1] != 0:
-            raise ArgumentError(f"{queries.shape[1]} query heads do not share {keys.shape[1]} KV heads evenly")
-        return self._attend(queries, self._take(queries.shape[2]), lambda sequence, part: sequence.attend(
-            queries[part], keys[part], values[part], scale, sinks))
-
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        self.update_and_fetch(keys, values)
-        for i, sequence, begin, n in self._take(keys.shape[2]):
-            sequence.attend(None, *(x[i : i + 1, :, begin : begin + n] for x in (keys, values)))
-
-    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
-        return self._attend(queries, self._take_again(), lambda sequence, part: sequence.attend_again(
-            queries[part], scale, sinks))
-
-    def _attend(self, queries: mx.array, taken: Iterable[tuple[int, _Sequence, int, int]],
-                call: Callable[[_Sequence, tuple[slice, slice, slice]], mx.array]) -> mx.array:
-        n_batch, _, n_tok, _ = queries.shape
-        found = [mx.zeros((1, *queries.shape[1:]), queries.dtype)] * n_batch
-        for i, sequence, begin, n in taken:
-            out = call(sequence, (slice(i, i + 1), slice(None), slice(begin, begin + n)))
-            found[i] = out if n == n_tok else mx.pad(out, [(0, 0), (0, 0), (begin, n_tok - begin - n), (0, 0)])
-        return found[0] if n_batch == 1 else mx.concatenate(found, axis=0)
+        return _Sequence(_options(**self._used_options()), shape, self._factors.array)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, with the room that they have for more. Arrays that copies share count in each."""
-        return sum(x.nbytes for sequence in self._sequences if sequence is not None for x in sequence.arrays)
+        held = [sequence for sequence in self._sequences if sequence is not None]
+        return sum(x.nbytes for sequence in held for x in (*sequence.arrays, sequence.factors) if x is not None)
 
     # ---- what save_prompt_cache and load_prompt_cache call ----
 
     @property
     def state(self) -> list[str | mx.array]:
         """What it is, in JSON, and the arrays of all sequences; MLX-LM evaluates them after each part of a prompt."""
-        held = [None if sequence is None else [sequence.length, sequence.coded, *sequence.shape]
-                for sequence in self._sequences]
-        said = json.dumps({"options": self._options, "batched": self._batched, "sequences": held,
-                           "factors": json.dumps(self._factors)})
+        held = [None if sequence is None else [sequence.length, sequence.coded, sequence.shape] for sequence in self._sequences]
+        said = json.dumps({"options": self._options, "batched": self._batched, "sequences": held, "key_factors": self._factors})
         return [said, *(x for sequence in self._sequences if sequence is not None for x in sequence.arrays)]
 
     @state.setter
     def state(self, value: Sequence[str | mx.array]) -> None:
         said, arrays = json.loads(value[0]), iter(value[1:])
         self.__init__(**said["options"])
-        self._batched, self._sequences = said["batched"], []
-        self._take_factors(said.get("factors"))
-        chosen = _options(**self._used_options())
+        self._batched, self._sequences, self._factors = said["batched"], [], Factors(*said["key_factors"])
         for held in said["sequences"]:
             sequence = None
             if held is not None:
-                sequence = _Sequence(chosen, *held[2:])
-                sequence.length, sequence.coded = held[:2]
+                length, coded, shape = held
+                sequence = self._make(tuple(shape))
+                sequence.length, sequence.coded = length, coded
                 sequence.arrays = kernels.Arrays(*(next(arrays) for _ in kernels.Arrays._fields))
             self._sequences.append(sequence)
         self._left = [0] * len(self._sequences)

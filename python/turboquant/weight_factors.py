@@ -4,8 +4,7 @@ Factors for channels of keys, from a model's weights: docs/quality.md, "Factors 
 
 A coded key's error is even over its channels, so a channel that outweighs the others costs them their precision. Keys are
 divided by a factor for each channel before they are coded, and queries multiplied by it: logits stay what they are, whatever
-the factors. They depend on weights only, never on what is read. The library's caches take them; in MLX-LM, where Python scales
-rows, they are powers of two, so that scaling rounds nothing.
+the factors. They depend on weights only, never on what is read. The library's caches and the Metal kernels take them.
 
 An engine says what its modules are called with; the rest is here. Modules are those of Transformers or of MLX-LM, which have
 the same names.
@@ -17,7 +16,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,21 +71,25 @@ def partners_of(turn: Callable[[np.ndarray], np.ndarray], head_dim: int) -> np.n
     return np.where(found[found] == np.arange(head_dim), found, np.arange(head_dim))
 
 
-def norm_before(module: Any) -> Any:
+def norm_before(module: Any, layer: Any = None) -> Any:
     """
-    The norm whose output an attention takes, found in the layer that is calling it now. None if there is no such layer, or none
-    by a name that is known.
+    The norm whose output an attention takes, found in its layer: the one that is calling it now, if it is not given. None if
+    there is no such layer, or none by a name that is known.
     """
-    frame = sys._getframe(1)
-    for _ in range(_FRAMES_MAX):
-        owner = frame.f_locals.get("self")
+    for owner in _callers() if layer is None else [layer]:
         parts = owner if isinstance(owner, dict) else getattr(owner, "_modules", None)
         if isinstance(parts, dict) and any(part is module for part in parts.values()):
             return next((parts[name] for name in _INPUT_NORMS if name in parts), None)
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
     return None
+
+
+def _callers() -> list[Any]:
+    """Whose methods are being called now, the innermost first."""
+    frame, found = sys._getframe(2), []
+    while frame is not None and len(found) < _FRAMES_MAX:
+        found.append(frame.f_locals.get("self"))
+        frame = frame.f_back
+    return found
 
 
 def has_projections(module: Any) -> bool:
@@ -155,7 +158,7 @@ def _normed_input(norm: Any, white: Any) -> Any:
 
 def of_module(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
               to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int,
-              norm: Any = None, whole: bool = False) -> tuple[np.ndarray, float] | None:
+              norm: Any = None) -> tuple[np.ndarray, float] | None:
     """
     from_energies for an attention module, None if its projections of queries and keys are not known. n_head: None if it is to
     be found. rope: partners and angles of channels. to_engine, to_host: float32 arrays to the engine's and back.
@@ -172,7 +175,7 @@ def of_module(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to
         return None
     queries, keys = (np.square(y, dtype=np.float32).mean(axis=0) for y in rows)
     partners, angles = rope()
-    return from_energies(keys, queries, partners, rows[1].mean(axis=0), angles, n_ref, whole)
+    return from_energies(keys, queries, partners, rows[1].mean(axis=0), angles, n_ref)
 
 
 class Known:
@@ -202,6 +205,35 @@ def chosen(factors: str | None, calibration: Any) -> str:
         raise ArgumentError("factors='weights' with a calibration, which was learnt from keys without factors: leave one of "
                             "them out")
     return factors or ("off" if calibration is not None else "weights")
+
+
+class Engine(NamedTuple):
+    """How an engine's modules are called, as of_module takes it."""
+
+    to_engine: Callable[[np.ndarray], Any]
+    to_host: Callable[[Any], np.ndarray]
+    rope: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+_known = Known()
+
+
+def of_keys(fmt: int, module: Any, shape: tuple[int | None, int, int], n_ref: int, engine: Engine, scale: float, name: str,
+            layer: Any = None) -> tuple[np.ndarray | None, bool]:
+    """
+    Factors of the keys that a module brings a layer with keys in this format, None for none; and are its projections known, or
+    is that no matter? shape: of_module's n_head, n_head_kv and head_dim. layer: as of norm_before. Warns by the softmax's
+    scale, the guard, of a layer of this name.
+    """
+    if is_exact(fmt):
+        return None, True
+    norm = norm_before(module, layer)
+    found = _known.get(module, (*shape, n_ref), lambda: of_module(module, *shape, *engine, n_ref, norm))
+    if found is None:
+        return None, False
+    factors, spread = found
+    warn_of_spread(fmt, spread * scale, name)
+    return factors if factors.any() else None, True
 
 
 def warn_of_spread(fmt: int, spread: float, layer: str) -> None:

@@ -24,12 +24,13 @@ struct attend_params {
     int n_splits;       /* of the encoded part; the exact vectors are one more */
     int split_blocks;   /* blocks of a split */
     float scale_log2;   /* softmax scale times log2(e) */
+    int n_head_kv;      /* of a sequence */
 };
 
-/* The same, as they come: 14 words. */
+/* The same, as they come: 15 words. */
 inline attend_params attend_params_of(const device int *x)
 {
-    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], as_type<float>(x[13])};
+    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], as_type<float>(x[13]), x[14]};
 }
 
 /* The arrays of a layer; [n_heads] is sequences times KV heads. */
@@ -41,6 +42,7 @@ struct kv_arrays {
     const device half *v_scales; /* [n_heads, capacity] */
     const device half *k_exact;  /* [n_heads, exact_capacity, D] */
     const device half *v_exact;
+    const device int8_t *factors; /* [n_head_kv, D] of keys' channels */
     const device uint *signs;
 };
 
@@ -84,6 +86,15 @@ inline ulong row_offset(thread const attend_params &p, int head, int row, int he
 {
     ulong query_head = ulong(head) * p.group + row % p.group;
     return (query_head * p.n_query + row / p.group) * head_dim;
+}
+
+/* A query, strided, to the basis of encoded keys. */
+template <int D, int HAS_FACTORS>
+inline void to_coded_basis(thread float (&x)[D / 32], thread const attend_params &p, thread const kv_arrays &kv, int head,
+                           int lane)
+{
+    if (HAS_FACTORS) scale_channels<D>(x, kv.factors, p.n_head_kv, head, 1, lane);
+    rotate<D>(x, kv.signs, lane);
 }
 
 /* ROWS rows of one SIMD group; elements consecutive. */

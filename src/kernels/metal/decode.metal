@@ -146,7 +146,7 @@ inline void merge_simdgroups(thread row_state<D, ROWS> &state, threadgroup decod
  * Grid [256 * (n_splits + 1), row tiles, n_heads], threadgroups of 256. q: [n_batch, n_head, n_query, D], partial: [n_heads,
  * n_splits + 1, n_rows, partial_floats].
  */
-template <int D, int KF, int VF, int HAS_REF, int ROWS, typename T>
+template <int D, int KF, int VF, int HAS_REF, int HAS_FACTORS, int ROWS, typename T>
 inline void decode(const device T *q, kv_arrays kv, attend_params p, device float *partial,
                    threadgroup decode_memory<D, ROWS> &shared, uint3 group, int simd, int lane)
 {
@@ -158,7 +158,7 @@ inline void decode(const device T *q, kv_arrays kv, attend_params p, device floa
     for (int r = simd; r < ROWS; r += decode_simdgroups()) { /* rows beyond the last are copies of it */
         float x[D / 32];
         load_strided<D>(x, q + row_offset(p, head, min(first_row + r, all_rows - 1), D), lane);
-        if (!is_exact) rotate<D>(x, kv.signs, lane);
+        if (!is_exact) to_coded_basis<D, HAS_FACTORS>(x, p, kv, head, lane);
         for (int k = 0; k < D / 32; k++) shared.rows[r][32 * k + lane] = x[k] * p.scale_log2;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -106,24 +106,27 @@ struct encode_params {
     int n_rows;         /* rows of a head */
     int n_blocks;       /* references of a head */
     int n_encoded;      /* outputs of a head */
+    int n_head_kv;      /* heads of a sequence */
 };
 
 /* The inputs and outputs of an encoder. */
 struct encode_task {
-    const device half *rows; /* [n_heads, n_rows, D] */
-    const device uint *refs; /* [n_heads, n_blocks, reference_words] */
+    const device half *rows;      /* [n_heads, n_rows, D] */
+    const device uint *refs;      /* [n_heads, n_blocks, reference_words] */
+    const device int8_t *factors; /* [n_head_kv, D] */
     const device uint *signs;
     encode_params params;
     device uint *codes;  /* [n_heads, n_encoded, words] */
     device half *scales; /* [n_heads, n_encoded] */
 };
 
-/* What is coded of row `i`: the vector less its reference, rotated, strided. */
-template <int D, int HAS_REF>
+/* What is coded of row `i`: the vector by its factors, less its reference, rotated, strided. */
+template <int D, int HAS_REF, int HAS_FACTORS>
 inline void load_vector(thread float (&x)[D / 32], thread const encode_task &task, int head, int i, int lane)
 {
     encode_params p = task.params;
     load_strided<D>(x, task.rows + (ulong(head) * p.n_rows + p.first_row + i) * D, lane);
+    if (HAS_FACTORS) scale_channels<D>(x, task.factors, p.n_head_kv, head, -1, lane);
     if (HAS_REF) {
         ulong block = ulong(head) * p.n_blocks + (p.first_position + i) / block_tokens();
         float reference[D / 32];
@@ -138,13 +141,13 @@ template <int D> struct code_memory {
 };
 
 /* One threadgroup of 32 threads a vector: grid [32, n_encoded, n_heads]. */
-template <int D, int FORMAT, int HAS_REF>
+template <int D, int FORMAT, int HAS_REF, int HAS_FACTORS>
 inline void encode_scalar(encode_task task, threadgroup code_memory<D> &shared, uint3 group, int lane)
 {
     constexpr int lloyd_format = FORMAT == SQ8 ? SQ4 : FORMAT; /* the branch that is not taken must compile, too */
     int head = int(group.z), i = int(group.y), code[D / 32];
     float x[D / 32];
-    load_vector<D, HAS_REF>(x, task, head, i, lane);
+    load_vector<D, HAS_REF, HAS_FACTORS>(x, task, head, i, lane);
     half scale = FORMAT == SQ8 ? encode_uniform<D>(code, x) : encode_lloyd<D, lloyd_format>(code, x);
     for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -157,15 +160,17 @@ struct reference_params {
     int n_window;  /* rows of a mean */
     int n_rows;    /* rows of a head */
     int n_encoded; /* outputs of a head */
+    int n_head_kv; /* heads of a sequence */
 };
 
 /*
- * References of blocks: the mean of n_window rows from starts[i] on, summed in order. rows: [n_heads, n_rows, D], refs:
- * [n_heads, n_encoded, reference_words]. Grid [32, n_encoded, n_heads].
+ * References of blocks: the mean of n_window rows from starts[i] on, summed in order, by its factors. rows: [n_heads, n_rows,
+ * D], refs: [n_heads, n_encoded, reference_words]. Grid [32, n_encoded, n_heads].
  */
-template <int D>
-inline void encode_reference(const device half *rows, const device int *starts, const device uint *signs, reference_params p,
-                             device uint *refs, threadgroup code_memory<D> &shared, uint3 group, int lane)
+template <int D, int HAS_FACTORS>
+inline void encode_reference(const device half *rows, const device int *starts, const device int8_t *factors,
+                             const device uint *signs, reference_params p, device uint *refs,
+                             threadgroup code_memory<D> &shared, uint3 group, int lane)
 {
     int head = int(group.z), i = int(group.y), code[D / 32];
     float x[D / 32];
@@ -175,6 +180,7 @@ inline void encode_reference(const device half *rows, const device int *starts, 
         for (int k = 0; k < D / 32; k++) x[k] += float(from[32 * k + lane]);
     }
     for (int k = 0; k < D / 32; k++) x[k] = isfinite(x[k]) ? precise::divide(x[k], float(p.n_window)) : 0.0f;
+    if (HAS_FACTORS) scale_channels<D>(x, factors, p.n_head_kv, head, -1, lane);
     rotate<D>(x, signs, lane);
     half scale = encode_uniform<D>(code, x);
     for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);

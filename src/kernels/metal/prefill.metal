@@ -26,15 +26,15 @@ template <int D> struct prefill_memory {
     float scratch[8][D];
 };
 
-/* The queries of a SIMD group, consecutive; rotated or as they came. */
-template <int D, typename T>
+/* The queries of a SIMD group, consecutive; for encoded keys, or as they came. */
+template <int D, int HAS_FACTORS, typename T>
 inline void load_queries(thread row_state<D, 4> &state, const device T *q, thread const attend_params &p,
-                         const device uint *signs, bool is_rotated, int head, int first_row, threadgroup float *scratch,
+                         thread const kv_arrays &kv, bool is_coded, int head, int first_row, threadgroup float *scratch,
                          int lane)
 {
     for (int r = 0; r < prefill_rows(); r++) {
         load_strided<D>(state.q[r], q + row_offset(p, head, min(first_row + r, p.n_query * p.group - 1), D), lane);
-        if (is_rotated) rotate<D>(state.q[r], signs, lane);
+        if (is_coded) to_coded_basis<D, HAS_FACTORS>(state.q[r], p, kv, head, lane);
         for (int k = 0; k < D / 32; k++) state.q[r][k] *= p.scale_log2;
         to_consecutive<D>(state.q[r], scratch, lane);
     }
@@ -100,7 +100,7 @@ inline void attend_tile(thread row_state<D, 4> &state, threadgroup const prefill
 }
 
 /* Grid [256, row tiles, n_heads], threadgroups of 256. q and out: [n_batch, n_head, n_query, D]. */
-template <int D, int KF, int VF, int HAS_REF, typename T>
+template <int D, int KF, int VF, int HAS_REF, int HAS_FACTORS, typename T>
 inline void prefill(const device T *q, kv_arrays kv, const device float *sinks, attend_params p, device T *out,
                     threadgroup prefill_memory<D> &shared, uint3 group, int simd, int lane)
 {
@@ -111,7 +111,7 @@ inline void prefill(const device T *q, kv_arrays kv, const device float *sinks, 
     fill_levels<VF>(shared.v_levels, 32 * simd + lane, 256);
     row_state<D, rows> state;
     clear_rows(state);
-    load_queries(state, q, p, kv.signs, true, head, first_row, shared.scratch[simd], lane);
+    load_queries<D, HAS_FACTORS>(state, q, p, kv, true, head, first_row, shared.scratch[simd], lane);
 
     row_limits<rows> limits = limits_of<rows>(p, first_row);
     row_limits<1> of_last = limits_of<1>(p, last_row);
@@ -133,7 +133,7 @@ inline void prefill(const device T *q, kv_arrays kv, const device float *sinks, 
         rotate_back<D>(state.acc[r], kv.signs, lane);
         to_consecutive<D>(state.acc[r], shared.scratch[simd], lane);
     }
-    load_queries(state, q, p, kv.signs, false, head, first_row, shared.scratch[simd], lane);
+    load_queries<D, HAS_FACTORS>(state, q, p, kv, false, head, first_row, shared.scratch[simd], lane);
     for (int begin = 0; begin < p.n_exact; begin += tile) {
         if (exact_position(p, begin) > of_last.position[0]) break; /* so are all that follow */
         threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -142,14 +142,14 @@ inline float search(threadgroup trellis_memory<D, BITS> &shared, thread const fl
 }
 
 /* One threadgroup of 32 threads a vector: grid [32, n_encoded, n_heads]. */
-template <int D, int FORMAT, int HAS_REF>
+template <int D, int FORMAT, int HAS_REF, int HAS_FACTORS>
 inline void encode_trellis(encode_task task, threadgroup trellis_memory<D, bits_of(FORMAT)> &shared, uint3 group, int lane)
 {
     constexpr int bits = bits_of(FORMAT);
     int head = int(group.z), i = int(group.y), target[8];
     for (int c = 0; c < 8; c++) target[c] = window_value<bits>(8 * lane + c) * 256 * (bits > 2 ? 4 : 2);
     float x[D / 32];
-    load_vector<D, HAS_REF>(x, task, head, i, lane);
+    load_vector<D, HAS_REF, HAS_FACTORS>(x, task, head, i, lane);
     float ss = sum_squares<D>(x), factor = unit_factor(ss, D) * 36.0f, energy = 0.0f, error = 0.0f;
     const float least_share = 0.3f / float(1 << 2 * bits);
     for (int round = 0; round < 3; round++) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
 TQ_SHARED(shared, tq::trellis_memory<D, tq::bits_of(FORMAT)>);
-tq::encode_params p = {params[0], params[1], params[2], params[3], params[4]};
-tq::encode_task task = {rows, refs, signs, p, codes, scales};
-tq::encode_trellis<D, FORMAT, HAS_REF>(task, shared, threadgroup_position_in_grid, int(thread_index_in_simdgroup));
+tq::encode_params p = {params[0], params[1], params[2], params[3], params[4], params[5]};
+tq::encode_task task = {rows, refs, factors, signs, p, codes, scales};
+tq::encode_trellis<D, FORMAT, HAS_REF, HAS_FACTORS>(task, shared, threadgroup_position_in_grid, int(thread_index_in_simdgroup));
