@@ -52,8 +52,9 @@ FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 
 UNIT_ROOMS = {
     "attention": "attention", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda", "dry_run": "cache",
     "factors": "codec", "file": "base", "fork": "cache", "golden": "codec", "half": "base", "hostile": "api",
-    "invariants": "cache", "offload": "cache", "packing": "codec", "params": "api", "presets": "api", "restore": "cache",
-    "rotation": "codec", "snapshot": "cache", "store": "cache", "store_references": "cache", "threads": "base",
+    "invariants": "cache", "keep": "cache", "offload": "cache", "packing": "codec", "params": "api", "presets": "api",
+    "restore": "cache", "rotation": "codec",
+    "snapshot": "cache", "store": "cache", "store_references": "cache", "threads": "base",
 }
 
 
