@@ -339,10 +339,11 @@ TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slo
 /*
  * The same for rows that tq_store_read gave, rounded to FP16 (its bits). What of them is encoded gets the codes that it was
  * decoded from, at a fraction of the time, and blocks in which nothing is encoded get the references that they had then. What
- * can't be found (other formats or factors, other references where some are in use) is encoded as any other.
+ * can't be found (other formats or factors, other references where some are in use) is encoded as any other. The first n_first
+ * rows are first tokens of a sequence, as in tq_stage_keep; of places none is taken away for them.
  */
 TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows,
-                                               int64_t row_stride, const tq_executor *executor);
+                                               int64_t row_stride, int64_t n_first, const tq_executor *executor);
 /*
  * What slots [first_slot, first_slot + n) hold is not wanted any longer: they are about to be written again, and may read as
  * anything until then. Without it a write encodes what it pushes out of the ring, and keeps the references of blocks. Errors:

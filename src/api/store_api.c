@@ -163,10 +163,11 @@ tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n)
 }
 
 tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows, int64_t row_stride,
-                           const tq_executor *executor)
+                           int64_t n_first, const tq_executor *executor)
 {
-    tq_store_rows decoded = {.slots = slots, .n = n, .decoded = rows, .row_stride = row_stride};
+    tq_store_rows decoded = {.slots = slots, .n = n, .decoded = rows, .row_stride = row_stride, .n_first = n_first};
     TQ_TRY(check_write(store, &decoded));
+    decoded.n_used = store->n_slots;
     tq_store_put(store, &decoded, executor);
     return TQ_OK;
 }
@@ -225,7 +226,7 @@ tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t
                (long long)stage->n_rows);
         return TQ_ERR_RANGE;
     }
-    for (int64_t i = 0; i < n; i++) stage->is_kept[rows[i]] = true;
+    for (int64_t i = 0; i < n; i++) stage->is_first[rows[i]] = true;
     stage->n_used = n_used;
     return TQ_OK;
 }

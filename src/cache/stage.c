@@ -30,7 +30,7 @@ static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
     size_t slots = take(&total, (size_t)n, sizeof *stage->slots);
     size_t exact = take(&total, n_vectors, sizeof *stage->exact);
     size_t pushes = take(&total, n_vectors, sizeof *stage->pushes);
-    size_t is_kept = take(&total, (size_t)n, sizeof *stage->is_kept);
+    size_t is_first = take(&total, (size_t)n, sizeof *stage->is_first);
     size_t data = take(&total, head_stride, (size_t)store->n_head_kv);
     if (total > stage->capacity) {
         void *memory = tq_alloc(total);
@@ -43,7 +43,7 @@ static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
     stage->slots = (int64_t *)(void *)(base + slots);
     stage->exact = (tq_exact_entry *)(void *)(base + exact);
     stage->pushes = (tq_stage_push *)(void *)(base + pushes);
-    stage->is_kept = (bool *)(base + is_kept);
+    stage->is_first = (bool *)(base + is_first);
     stage->data = base + data;
     stage->head_stride_bytes = head_stride;
     return TQ_OK;
@@ -75,7 +75,7 @@ tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *s
     stage->first_row = store->layout.n_exact;
     stage->n_used = store->n_slots;
     if (n > 0) memcpy(stage->slots, slots, (size_t)n * sizeof *slots);
-    if (n > 0) memset(stage->is_kept, 0, (size_t)n * sizeof *stage->is_kept);
+    if (n > 0) memset(stage->is_first, 0, (size_t)n * sizeof *stage->is_first);
     for (int32_t i = 0; i < n; i++) {
         if (slots[i] >= 0) copy_row(stage, store, rows + i * row_stride, stage->first_row + i);
     }
@@ -123,12 +123,12 @@ static tq_stage_push *find_push(const player *p, int64_t slot)
     return NULL;
 }
 
-static void play_keep(player *p, int64_t slot, int32_t vector, bool is_kept)
+static void play_keep(player *p, int64_t slot, int32_t vector, bool is_first)
 {
-    int32_t entry =
-        is_kept ? tq_store_place_to_keep(p->store, p->ids, slot, p->stage->n_used) : tq_store_find_kept(p->store, p->ids, slot);
+    int32_t entry = is_first ? tq_store_place_to_keep(p->store, p->ids, slot, p->stage->n_used)
+                             : tq_store_find_kept(p->store, p->ids, slot);
     if (entry < 0) return;
-    p->ids[entry] = is_kept ? (int32_t)(slot + 1) : 0;
+    p->ids[entry] = is_first ? (int32_t)(slot + 1) : 0;
     p->vectors[entry] = vector;
 }
 
@@ -143,7 +143,7 @@ static void play_row(player *p, int32_t token)
         p->vectors[slot] = vector;
         return;
     }
-    play_keep(p, slot, vector, p->stage->is_kept[token]);
+    play_keep(p, slot, vector, p->stage->is_first[token]);
     tq_stage_push *held = find_push(p, slot);
     if (held) {
         held->index = vector;
@@ -191,7 +191,7 @@ void tq_stage_settle(tq_stage *stage, tq_store *store, const tq_executor *execut
                  &(tq_store_rows){.slots = stage->slots,
                                   .n = stage->n_rows,
                                   .staged = {rows, stage->head_stride_bytes},
-                                  .is_kept = stage->is_kept,
+                                  .is_first = stage->is_first,
                                   .n_used = stage->n_used},
                  executor);
     stage->is_settled = true;

@@ -24,7 +24,7 @@ struct tq_stage {
     int32_t n_exact;
     /* Parts of memory. */
     int64_t *slots;        /* [n_rows] */
-    bool *is_kept;         /* [n_rows] as tq_stage_keep says */
+    bool *is_first;        /* [n_rows] as tq_stage_keep says */
     tq_exact_entry *exact; /* [n_exact] ascending by column */
     tq_stage_push *pushes;
     uint8_t *data; /* FP16 [n_head_kv, vectors, head_dim]: the store's exact entries as they were, then the rows */

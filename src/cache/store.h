@@ -92,8 +92,9 @@ typedef struct tq_store_rows {
     const uint16_t *decoded;
     int64_t row_stride;
     tq_staged_rows staged;
-    const bool *is_kept; /* [n] as tq_stage_keep says, or NULL: none is */
-    int64_t n_used;      /* likewise */
+    const bool *is_first; /* [n] as tq_stage_keep says, or NULL: */
+    int64_t n_first;      /* the first of them are */
+    int64_t n_used;       /* as tq_stage_keep says */
 } tq_store_rows;
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);

@@ -13,8 +13,8 @@
 typedef struct write_batch {
     tq_store *store;
     tq_rows_in in;
-    const bool *is_kept; /* of rows, or NULL */
-    int64_t n_used;
+    const bool *is_first; /* these as in tq_store_rows */
+    int64_t n_first, n_used;
     int32_t ids[TQ_EXACT_MAX];  /* as in the store's memory */
     int32_t from[TQ_EXACT_MAX]; /* the row that an exact entry will take, or NO_ROW if it keeps its data */
     int32_t ring_next;
@@ -29,7 +29,8 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
 {
     tq_kv_view view = tq_store_view(store, NULL, 0);
     batch->store = store;
-    batch->is_kept = rows->is_kept ? rows->is_kept + first : NULL;
+    batch->is_first = rows->is_first ? rows->is_first + first : NULL;
+    batch->n_first = rows->n_first - first;
     batch->n_used = rows->n_used;
     batch->in = (tq_rows_in){.kernels = store->kernels,
                              .codec = &store->codec,
@@ -185,12 +186,13 @@ static bool ring_is_full(const write_batch *batch)
     return n == layout->n_recent;
 }
 
-/* A slot that is written again is kept if the new row says so. */
+/* A slot that is written again is kept if the new row is a first token, too. */
 static void plan_keep(write_batch *batch, int64_t slot, int32_t row)
 {
     const tq_store *store = batch->store;
     if (store->layout.n_keep == 0) return;
-    if (!batch->is_kept || !batch->is_kept[row]) {
+    bool is_first = batch->is_first ? batch->is_first[row] : row < batch->n_first;
+    if (!is_first) {
         int32_t entry = tq_store_find_kept(store, batch->ids, slot);
         if (entry >= 0) batch->ids[entry] = 0;
         return;

@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "base/half.h"
 #include "cache/store.h"
 #include "store_fixture.h"
 
@@ -131,6 +132,33 @@ static void test_discarded_slots_give_their_places_back(void **state)
     write_slots(&l, 300, 50, 3, 400);
     write_slots(&l, 400, 50, 0, 450);
     for (int64_t slot = 300; slot < 303; slot++) assert_true(is_exact(&l, slot));
+    fixture_deinit(&l);
+}
+
+/* So do those of a state that comes back. */
+static void test_restored_first_tokens_stay(void **state)
+{
+    (void)state;
+    enum { N = 100, FIRST = 300 };
+    store_fixture l;
+    init(&l, TQ_FORMAT_TT2, 64);
+    int64_t slots[N];
+    uint16_t *rows = kv_calloc(N * FIXTURE_ROW, sizeof *rows);
+    for (int64_t i = 0; i < N; i++) {
+        slots[i] = FIRST + i;
+        for (int32_t j = 0; j < FIXTURE_ROW; j++) rows[i * FIXTURE_ROW + j] = tq_half_from_float(value_of(FIRST + i, j));
+    }
+    assert_int_equal(tq_store_restore(l.store, slots, N, rows, FIXTURE_ROW, 2, NULL), TQ_OK);
+    assert_true(is_exact(&l, FIRST));
+    assert_true(is_exact(&l, FIRST + 1));
+    assert_false(is_exact(&l, FIRST + 2));
+    /* One place is left, and those of others are not taken. */
+    assert_int_equal(tq_store_restore(l.store, slots + 50, 50, rows + 50 * FIXTURE_ROW, FIXTURE_ROW, 3, NULL), TQ_OK);
+    write_slots(&l, 500, 50, 0, 1000);
+    assert_true(is_exact(&l, FIRST));
+    assert_true(is_exact(&l, FIRST + 50));
+    assert_false(is_exact(&l, FIRST + 51));
+    free(rows);
     fixture_deinit(&l);
 }
 
@@ -276,6 +304,7 @@ int main(void)
         cmocka_unit_test(test_who_has_a_place_keeps_it),
         cmocka_unit_test(test_unused_slots_make_room),
         cmocka_unit_test(test_discarded_slots_give_their_places_back),
+        cmocka_unit_test(test_restored_first_tokens_stay),
         cmocka_unit_test(test_a_block_that_a_sequence_begins_gets_a_new_reference),
         cmocka_unit_test(test_a_batch_sees_what_single_tokens_see),
         cmocka_unit_test(test_refusals),
