@@ -22,6 +22,8 @@ static void check_options(const tq_ggml_options *options)
     params.n_slots = 1;
     params.n_sink = options->n_sink;
     params.n_recent = options->n_recent;
+    params.n_keep = tq_ggml_options_n_keep(options, options->n_sink, options->n_recent);
+    ENSURE(params.n_keep <= options->n_sequences * options->n_sink);
     size_t bytes;
     ENSURE(tq_store_bytes(&bytes, &params) == TQ_OK);
     ENSURE(options->log_level >= TQ_LOG_ERROR && options->log_level <= TQ_LOG_INFO);
@@ -53,8 +55,9 @@ static void parse(const char *text)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static const char *const words[] = {
-        "k=", "v=", "sinks=", "recent=", "exact=", "head_dim=",   "log=", "sq4", "sq8", "f16", "error", "info", "128", "64",
-        "0",  "1",  "7",      "1023",    "1024",   "99999999999", "+",    "-",   ",",   ",",   ",",     "=",    "x"};
+        "k=",          "v=",    "sinks=", "sequences=", "recent=", "exact=", "head_dim=", "log=", "sq4",  "sq8",
+        "f16",         "error", "info",   "128",        "64",      "0",      "1",         "7",    "1023", "1024",
+        "99999999999", "+",     "-",      ",",          ",",       ",",      "=",         "x"};
     char text[1024];
     size_t n = 0;
     if (size == 0) return 0;

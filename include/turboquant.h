@@ -284,10 +284,11 @@ TQ_API tq_format tq_key_guard(tq_format wanted, float spread);
 
 /*
  * Keys or values (one of the two) of one layer, addressed by slot, in memory that the caller owns. A slot is exact (FP16) or
- * encoded: the slots below n_sink stay exact for ever, the last n_recent slots written stay exact until newer writes push them
- * out, and only then are they encoded, once. Values are rounded to FP16 on entry, as an FP16 cache would, so the bytes do not
- * depend on how writes were batched. All state lives in the caller's memory, which is valid (and empty) when zero-filled:
- * clearing a store is a memset, copying one is a memcpy.
+ * encoded: the slots below n_sink stay exact for ever, so do up to n_keep that tq_stage_keep names, until they are written
+ * again, and the last n_recent slots written stay exact until newer writes push them out. Only then are they encoded, once.
+ * Values are rounded to FP16 on entry, as an FP16 cache would, so the bytes do not depend on how writes were batched. All state
+ * lives in the caller's memory, which is valid (and empty) when zero-filled: clearing a store is a memset, copying one is a
+ * memcpy.
  */
 typedef struct tq_store tq_store;
 typedef struct tq_store_params {
@@ -318,6 +319,7 @@ typedef struct tq_store_params {
     int32_t layer;
     uint64_t seed;
     const char *label; /* optional, copied: names the store in messages, as "layer 3 keys" */
+    int32_t n_keep;    /* n_sink + n_recent + n_keep is at most 1024 */
 } tq_store_params;
 TQ_API void tq_store_params_default(tq_store_params *params);
 /* The bytes of memory that tq_store_open needs. Errors: ARGUMENT, FORMAT, HEAD_DIM. */
@@ -337,10 +339,11 @@ TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slo
 /*
  * The same for rows that tq_store_read gave, rounded to FP16 (its bits). What of them is encoded gets the codes that it was
  * decoded from, at a fraction of the time, and blocks in which nothing is encoded get the references that they had then. What
- * can't be found (other formats or factors, other references where some are in use) is encoded as any other.
+ * can't be found (other formats or factors, other references where some are in use) is encoded as any other. The first n_first
+ * rows are first tokens of a sequence, as in tq_stage_keep; of places none is taken away for them.
  */
 TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows,
-                                               int64_t row_stride, const tq_executor *executor);
+                                               int64_t row_stride, int64_t n_first, const tq_executor *executor);
 /*
  * What slots [first_slot, first_slot + n) hold is not wanted any longer: they are about to be written again, and may read as
  * anything until then. Without it a write encodes what it pushes out of the ring, and keeps the references of blocks. Errors:
@@ -379,6 +382,13 @@ TQ_API int64_t tq_stage_n_rows(const tq_stage *stage);
  */
 TQ_API TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *slots, int64_t n,
                                              const float *rows, int64_t row_stride);
+/*
+ * For slots that sequences share: rows[n], numbers of staged rows, are first tokens of sequences, which much attention goes to.
+ * Settling gives their slots a place among the n_keep. Where none is free, one is taken from slots of n_used and beyond, which
+ * nobody attends to any longer; if there are none the row is kept as others are, so that what has a place never loses it to
+ * newer ones. Errors: ARGUMENT (nothing is staged, or it was settled), RANGE.
+ */
+TQ_API TQ_NODISCARD tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t n_used);
 /* Write what was staged for this store. Errors: ARGUMENT (nothing is staged for this store, or it was settled). */
 TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_executor *executor);
 /*

@@ -52,7 +52,8 @@ FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 
 UNIT_ROOMS = {
     "attention": "attention", "batch": "cache", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda",
     "dry_run": "cache", "factors": "codec", "file": "base", "fork": "cache", "golden": "codec", "half": "base",
-    "hostile": "api", "invariants": "cache", "offload": "cache", "packing": "codec", "params": "api", "presets": "api",
+    "hostile": "api", "invariants": "cache", "keep": "cache", "offload": "cache", "packing": "codec", "params": "api",
+    "presets": "api",
     "restore": "cache", "rotation": "codec", "snapshot": "cache", "store": "cache", "store_references": "cache",
     "threads": "base",
 }
@@ -257,8 +258,9 @@ def plugin_suites():
     for name, classes in quick.items():
         yield plugin_suite(f"plug-in/{name}", f"test_{name}", *classes, tier="test", rooms=("plugins",))
     yield plugin_suite("plug-in/all hosts", "test_hosts", "AllHosts", part="plug-in")
-    yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "DamagedUnifiedServer", "FirstRequest",
-                       part="plug-in")
+    yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "FirstTokens", "DamagedUnifiedServer",
+                       "FirstRequest", part="plug-in")
+    yield plugin_suite("plug-in/clients", "test_hosts", "Clients", part="plug-in")
     yield plugin_suite("plug-in/chaos", "test_chaos", part="plug-in")
     # Other processors' sums in llama.cpp, and their kernels here.
     variants = {"avx2": " avx2 ", "avx512": " avx512_vnni "}

@@ -265,6 +265,7 @@ static tq_status describe(tq_ggml_device *device)
     if (status == TQ_OK) status = tq_format_describe(&k, preset->k_format, HEAD_DIM);
     if (status == TQ_OK) status = tq_format_describe(&v, preset->v_format, HEAD_DIM);
     if (status != TQ_OK) return status;
+    bits += 16.0 * device->n_keep / N_SLOTS;
     snprintf(device->description, sizeof device->description,
              "KV cache with keys %s%s, values %s, first %d and last %d tokens exact: %.2f bits per value%s", k.name,
              device->calibration ? " (calibrated)" : "", v.name, (int)preset->n_sink, (int)preset->n_recent, bits,
@@ -283,6 +284,7 @@ tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, cons
     if (options->has_n_sink) out->preset.n_sink = options->n_sink;
     if (options->has_n_recent) out->preset.n_recent = options->n_recent;
     if (options->has_ref_block) out->preset.k_ref_block = options->ref_block;
+    out->n_keep = tq_ggml_options_n_keep(options, out->preset.n_sink, out->preset.n_recent);
     tq_status status = describe(out);
     if (status != TQ_OK) return status;
     snprintf(out->kv_buft_name, sizeof out->kv_buft_name, "%s_KV", preset->name);

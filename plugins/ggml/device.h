@@ -13,6 +13,7 @@
 
 typedef struct tq_ggml_device {
     tq_preset preset; /* with what TQ_GGML overrides */
+    int32_t n_keep;   /* places for first tokens where sequences share a stream */
     const tq_ggml_options *options;
     const tq_calibration *calibration; /* NULL: none */
     char description[192];
@@ -25,9 +26,10 @@ typedef struct tq_ggml_device {
      * The KV cache must not say so, or the CPU would run its operations on encoded bytes.
      */
     struct ggml_backend_buffer_type host_buft, kv_buft;
-    atomic_bool has_kv_tensor; /* a KV cache was placed here at least once */
-    atomic_int n_refused;      /* of its KV tensors, those that can't be served */
-    atomic_int n_threads;      /* the most that a graph was computed with */
+    atomic_bool has_kv_tensor;           /* a KV cache was placed here at least once */
+    atomic_int n_refused;                /* of its KV tensors, those that can't be served */
+    _Atomic(const void *) last_restored; /* the KV tensor that a state was written to last */
+    atomic_int n_threads;                /* the most that a graph was computed with */
 } tq_ggml_device;
 
 /* Fill *out for one preset. Errors: what tq_store_bytes says of the formats and counts. */

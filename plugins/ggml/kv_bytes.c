@@ -19,6 +19,7 @@ typedef struct piece {
     int64_t stream, first_slot, n_rows;
     size_t first_byte; /* within the row; 0 for whole rows */
     size_t bytes;
+    int64_t n_first; /* first tokens of a sequence that it begins with */
 } piece;
 
 static size_t row_bytes(const tq_ggml_kv_tensor *kv)
@@ -119,7 +120,7 @@ static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_
     int64_t slots[CHUNK_ROWS_MAX];
     for (int64_t i = 0; i < p->n_rows; i++) slots[i] = p->first_slot + i;
     if (p->bytes == (size_t)p->n_rows * row_bytes(kv))
-        return tq_store_restore(store, slots, p->n_rows, halves, kv->n_embd, executor);
+        return tq_store_restore(store, slots, p->n_rows, halves, kv->n_embd, p->n_first, executor);
     tq_status status = tq_store_read(store, p->first_slot, 1, rows, kv->n_embd);
     if (status != TQ_OK) return status;
     clamp_to_fp16(rows, kv->n_embd);
@@ -147,7 +148,7 @@ static bool write_rows(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *fro
     bool ok = write_piece(kv, p, from, rows, executor) == TQ_OK;
     if (!ok && p->n_rows > 1) {
         for (int64_t i = 0; i < p->n_rows; i++) {
-            piece one = {p->stream, p->first_slot + i, 1, 0, row_bytes(kv)};
+            piece one = {p->stream, p->first_slot + i, 1, 0, row_bytes(kv), i < p->n_first};
             write_rows(kv, &one, from + (size_t)i * row_bytes(kv), rows, executor);
         }
         return false;
@@ -158,6 +159,15 @@ static bool write_rows(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *fro
     return ok;
 }
 
+/*
+ * llama.cpp restores a sequence tensor by tensor, each in as many runs as there are free cells next to each other, its first
+ * tokens first.
+ */
+static bool begins_sequence(const tq_ggml_kv_tensor *kv)
+{
+    return atomic_exchange(&kv->device->last_restored, kv) != kv;
+}
+
 bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in, const tq_executor *executor)
 {
     bool ok = check_range(kv, offset, size) && tq_ggml_stage_settle_all(kv) == TQ_OK;
@@ -166,8 +176,11 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
     ok = rows != NULL && discard_rows(kv, offset, size);
     if (!ok) tq_ggml_damage_mark_bytes(kv, offset, size);
     const uint8_t *from = in;
+    int64_t n_first = begins_sequence(kv) ? kv->device->preset.n_sink : 0;
     while (rows && size > 0) {
         piece p = next_piece(kv, offset, size);
+        p.n_first = n_first;
+        n_first = n_first > p.n_rows ? n_first - p.n_rows : 0;
         ok &= write_rows(kv, &p, from, rows, executor);
         from += p.bytes;
         offset += p.bytes;

@@ -113,12 +113,14 @@ bool tq_ggml_kv_has_layer(int32_t layer)
 }
 
 static void fill_params(tq_store_params *params, const tq_ggml_device *device, int32_t layer, bool is_value, int64_t n_embd,
-                        int64_t n_slots, int32_t head_dim)
+                        int64_t n_slots, int64_t n_stream, int32_t head_dim)
 {
     tq_store_params_default(params);
     params->format = is_value ? device->preset.v_format : device->preset.k_format;
     params->n_sink = device->preset.n_sink;
     params->n_recent = device->preset.n_recent;
+    /* A sequence with a stream of its own begins at the stream's first cells. */
+    params->n_keep = n_stream == 1 ? device->n_keep : 0;
     params->ref_block = is_value ? 0 : device->preset.k_ref_block;
     params->calibration = is_value ? NULL : device->calibration;
     params->layer = layer;
@@ -152,7 +154,7 @@ size_t tq_ggml_kv_estimate(const tq_ggml_device *device, const struct ggml_tenso
     for (int32_t i = 0; i < n; i++) {
         if (t->ne[0] % head_dims[i] != 0) continue;
         tq_store_params params;
-        fill_params(&params, device, layer, is_value, t->ne[0], t->ne[1], head_dims[i]);
+        fill_params(&params, device, layer, is_value, t->ne[0], t->ne[1], t->ne[2], head_dims[i]);
         size_t bytes = store_bytes(&params);
         if (head_dims[i] == known) return bytes * (size_t)t->ne[2] + table_bytes(device, layer, is_value);
         if (bytes > largest) largest = bytes;
@@ -300,7 +302,7 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct gg
         return false;
     }
     tq_store_params params;
-    fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, head_dim);
+    fill_params(&params, kv->device, kv->layer, kv->is_value, kv->n_embd, kv->n_slots, kv->n_stream, head_dim);
     bool wants_factors = attention && tq_ggml_kv_wants_factors(kv);
     int8_t *factors = wants_factors ? malloc((size_t)kv->n_embd) : NULL;
     if (wants_factors && !factors) {

@@ -10,6 +10,7 @@
 
 #include "buffer.h"
 #include "damage.h"
+#include "first_tokens.h"
 #include "log.h"
 #include "ops.h"
 
@@ -156,12 +157,30 @@ static void fill_params(tq_attend_params *p, const attention *a, const struct gg
     p->mask_head_stride = mask->ne[2] == 1 ? 0 : (int64_t)(mask->nb[2] / sizeof(ggml_fp16_t));
 }
 
+/* Rows that are about to be written are first tokens of their sequences if their queries see few cells. */
+static tq_status keep_first_tokens(tq_ggml_worker *worker, const attention *a, const tq_attend_params *p, int64_t stream)
+{
+    const tq_ggml_device *device = a->keys.kv->device;
+    if (!p->mask || a->keys.kv->n_stream > 1 || device->n_keep == 0) return TQ_OK;
+    tq_stage *of_keys = tq_ggml_stage_waiting(a->keys.kv, stream, p->n_query);
+    tq_stage *of_values = tq_ggml_stage_waiting(a->values.kv, stream, p->n_query);
+    if (!of_keys && !of_values) return TQ_OK;
+    int64_t *rows = tq_ggml_worker_slots(worker, (size_t)p->n_query);
+    if (!rows) return TQ_ERR_MEMORY;
+    int64_t n_col = a->keys.n_slots, n = tq_ggml_first_tokens(p, n_col, device->preset.n_sink, rows);
+    if (n == 0) return TQ_OK;
+    tq_status status = of_keys ? tq_stage_keep(of_keys, rows, n, n_col) : TQ_OK;
+    if (status == TQ_OK && of_values) status = tq_stage_keep(of_values, rows, n, n_col);
+    return status;
+}
+
 /* Write what the graph has staged for the stream, then attend. */
 static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_attend_params *p, int64_t stream)
 {
     tq_ggml_kv_tensor *keys = a->keys.kv, *values = a->values.kv;
     const tq_executor *executor = &worker->threads.executor;
-    tq_status status = tq_ggml_stage_settle(keys, stream, executor);
+    tq_status status = keep_first_tokens(worker, a, p, stream);
+    if (status == TQ_OK) status = tq_ggml_stage_settle(keys, stream, executor);
     if (status == TQ_OK) status = tq_ggml_stage_settle(values, stream, executor);
     if (status == TQ_OK && keys->device->options->observe[0])
         status = tq_ggml_observe(&worker->observer, keys, stream, a->keys.n_slots, p);

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define VALUE_MAX 256                    /* bytes of what a message says of a value */
+#define SEQUENCES_DEFAULT 4              /* llama-server's, which then shares a stream */
 #define ITEM_MAX (TQ_GGML_PATH_MAX + 64) /* of one key=value */
 
 typedef struct error_text {
@@ -71,7 +72,7 @@ static bool parse_v(tq_ggml_options *options, const char *value, error_text *err
 }
 
 /* Would a store take these? The library knows its limit. */
-static bool exact_counts_fit(int32_t n_sink, int32_t n_recent)
+static bool exact_counts_fit(int32_t n_sink, int32_t n_recent, int32_t n_keep)
 {
     tq_store_params params;
     tq_store_params_default(&params);
@@ -79,6 +80,7 @@ static bool exact_counts_fit(int32_t n_sink, int32_t n_recent)
     params.n_slots = 1;
     params.n_sink = n_sink;
     params.n_recent = n_recent;
+    params.n_keep = n_keep;
     size_t bytes;
     return tq_store_bytes(&bytes, &params) == TQ_OK;
 }
@@ -87,7 +89,7 @@ static bool exact_counts_fit(int32_t n_sink, int32_t n_recent)
 static int32_t max_exact_count(void)
 {
     int32_t n = 1;
-    while (n < INT32_MAX / 2 && exact_counts_fit(2 * n, 0)) n *= 2;
+    while (n < INT32_MAX / 2 && exact_counts_fit(2 * n, 0, 0)) n *= 2;
     return n;
 }
 
@@ -110,6 +112,15 @@ static bool parse_recent(tq_ggml_options *options, const char *value, error_text
 {
     options->has_n_recent = true;
     return parse_count(&options->n_recent, "recent", value, error);
+}
+
+static bool parse_sequences(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->has_n_sequences = true;
+    if (parse_whole_number(&options->n_sequences, value, TQ_GGML_SEQUENCES_MAX)) return true;
+    char expected[VALUE_MAX];
+    snprintf(expected, sizeof expected, "give a count of sequences from 0 to %d", TQ_GGML_SEQUENCES_MAX);
+    return fail(error, "sequences", value, expected);
 }
 
 /* The library knows which ones it takes. */
@@ -222,6 +233,7 @@ static const option_key keys[] = {
     {"k", "FORMAT", parse_k},
     {"v", "FORMAT", parse_v},
     {"sinks", "N", parse_sinks},
+    {"sequences", "N", parse_sequences},
     {"recent", "N", parse_recent},
     {"ref", "N", parse_ref},
     {"factors", "weights|off", parse_factors},
@@ -318,6 +330,9 @@ static bool check_effects(const tq_ggml_options *o, error_text *error)
         {"calibration", o->calibration[0] != '\0', exact_keys, is_exact},
         {"sinks", o->n_sink > 0, all_exact, are_exact},
         {"recent", o->n_recent > 0, all_exact, are_exact},
+        {"sequences", o->has_n_sequences && o->n_sequences > 0, all_exact, are_exact},
+        {"sequences", o->has_n_sequences && o->n_sequences > 0, o->has_n_sink && o->n_sink == 0,
+         "with sinks=0 no first tokens are kept"},
         {"exact", o->max_exact_layer >= 0, all_exact && o->k_format == o->v_format && o->k_format == TQ_FORMAT_F16, are_exact},
     };
     for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
@@ -327,6 +342,26 @@ static bool check_effects(const tq_ggml_options *o, error_text *error)
         return false;
     }
     return true;
+}
+
+int32_t tq_ggml_options_n_keep(const tq_ggml_options *options, int32_t n_sink, int32_t n_recent)
+{
+    int32_t n = options->n_sequences;
+    while (n > 0 && !exact_counts_fit(n_sink, n_recent, n * n_sink)) n--;
+    return n * n_sink;
+}
+
+/* Is there room for all sequences, whatever the preset? */
+static bool sequences_fit(const tq_ggml_options *options)
+{
+    bool fit = true;
+    for (int32_t i = 0; i < tq_preset_count(); i++) {
+        const tq_preset *preset = tq_preset_get(i);
+        int32_t n_sink = options->has_n_sink ? options->n_sink : preset->n_sink;
+        int32_t n_recent = options->has_n_recent ? options->n_recent : preset->n_recent;
+        fit &= tq_ggml_options_n_keep(options, n_sink, n_recent) == options->n_sequences * n_sink;
+    }
+    return fit;
 }
 
 /*
@@ -349,7 +384,8 @@ static bool take_item(char item[ITEM_MAX], const char **text)
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes)
 {
     error_text to = {error, error_bytes};
-    tq_ggml_options options = {.factors = true, .log_level = TQ_LOG_INFO, .max_exact_layer = -1};
+    tq_ggml_options options = {
+        .factors = true, .log_level = TQ_LOG_INFO, .max_exact_layer = -1, .n_sequences = SEQUENCES_DEFAULT};
     uint32_t seen = 0;
     const char *p = text ? text : "";
     while (*p) {
@@ -360,12 +396,19 @@ bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, 
         if (!parse_item(&options, item, &seen, &to)) return false;
         p += *p == ',';
     }
-    if (!exact_counts_fit(options.n_sink, options.n_recent)) {
+    if (!exact_counts_fit(options.n_sink, options.n_recent, 0)) {
         snprintf(error, error_bytes, "TQ_GGML: sinks=%d and recent=%d are too many; give up to %d together",
                  (int)options.n_sink, (int)options.n_recent, (int)max_exact_count());
         return false;
     }
     if (!check_effects(&options, &to)) return false;
+    if (options.has_n_sequences && !sequences_fit(&options)) {
+        snprintf(error, error_bytes,
+                 "TQ_GGML: sequences=%d: their first tokens and what else is exact are too many; at most %d "
+                 "tokens can be exact",
+                 (int)options.n_sequences, (int)max_exact_count());
+        return false;
+    }
     *out = options;
     return true;
 }

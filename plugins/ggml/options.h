@@ -14,18 +14,20 @@
 
 #define TQ_GGML_LAYERS_MAX 1024
 #define TQ_GGML_PATH_MAX 4096
+#define TQ_GGML_SEQUENCES_MAX 256 /* llama.cpp's limit */
 
 /* What happens to a layer whose keys the format can't hold well enough, by its weights. */
 typedef enum tq_ggml_guard { TQ_GGML_GUARD_RAISE, TQ_GGML_GUARD_WARN, TQ_GGML_GUARD_REFUSE, TQ_GGML_GUARD_OFF } tq_ggml_guard;
 
 typedef struct tq_ggml_options {
     bool has_k_format, has_v_format, has_n_sink, has_n_recent, has_ref_block; /* else the preset's */
-    bool has_factors, has_guard;
+    bool has_factors, has_guard, has_n_sequences;
     tq_format k_format, v_format;
     int32_t n_sink, n_recent;
     int32_t ref_block;
-    bool factors;     /* of keys' channels, from the weights */
-    int32_t head_dim; /* 0: not given */
+    int32_t n_sequences; /* that share a stream and whose first tokens stay exact, and one more at its first cells */
+    bool factors;        /* of keys' channels, from the weights */
+    int32_t head_dim;    /* 0: not given */
     tq_log_level log_level;
     tq_ggml_guard guard;
     char calibration[TQ_GGML_PATH_MAX];           /* of `tq calibrate`, or "" */
@@ -39,6 +41,9 @@ typedef struct tq_ggml_options {
  * option and what it may be. An option that others leave without effect is such a failure.
  */
 bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, size_t error_bytes);
+
+/* The places for first tokens of sequences that share a stream: n_sink for each, of as many as the library has room for. */
+int32_t tq_ggml_options_n_keep(const tq_ggml_options *options, int32_t n_sink, int32_t n_recent);
 
 static inline bool tq_ggml_options_is_exact(const tq_ggml_options *options, int32_t layer)
 {

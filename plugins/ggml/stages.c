@@ -51,6 +51,12 @@ tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int6
     return TQ_OK;
 }
 
+tq_stage *tq_ggml_stage_waiting(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t n)
+{
+    const tq_ggml_stage *s = kv->stages[stream];
+    return s && s->is_pending && tq_stage_n_rows(s->stage) == n ? s->stage : NULL;
+}
+
 tq_status tq_ggml_stage_settle(tq_ggml_kv_tensor *kv, int64_t stream, const tq_executor *executor)
 {
     tq_ggml_stage *s = kv->stages ? kv->stages[stream] : NULL;

@@ -25,6 +25,8 @@ typedef struct tq_ggml_stages {
 /* Stage rows for one stream of a tensor. Errors: those of tq_store_stage. */
 tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int64_t stream, const int64_t *slots, int64_t n,
                              const float *rows, int64_t row_stride, const tq_executor *executor);
+/* The rows that wait for a stream if there are n of them, before their attention, else NULL. */
+tq_stage *tq_ggml_stage_waiting(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t n);
 /* Write the rows that wait for a stream, if any. */
 tq_status tq_ggml_stage_settle(tq_ggml_kv_tensor *kv, int64_t stream, const tq_executor *executor);
 /* The same for all streams of a tensor. */

@@ -38,7 +38,11 @@ static tq_status check_params(const tq_store_params *params)
     }
     if (params->factors)
         TQ_TRY(tq_check_factors(label, params->factors, params->n_head_kv, params->head_dim, params->calibration));
-    return tq_check_exact(label, params->n_sink, params->n_recent, params->ref_block);
+    TQ_TRY(tq_check_exact(label, params->n_sink, params->n_recent, params->ref_block));
+    if (params->n_keep >= 0 && params->n_keep <= TQ_EXACT_MAX - params->n_sink - params->n_recent) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "%s: n_keep is %d: give 0 to %d, which with n_sink and n_recent makes %d", label, (int)params->n_keep,
+           TQ_EXACT_MAX - params->n_sink - params->n_recent, TQ_EXACT_MAX);
+    return TQ_ERR_ARGUMENT;
 }
 
 /* The bytes of one vector without the cost of a codec's tables. */
@@ -159,10 +163,11 @@ tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n)
 }
 
 tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows, int64_t row_stride,
-                           const tq_executor *executor)
+                           int64_t n_first, const tq_executor *executor)
 {
-    tq_store_rows decoded = {.slots = slots, .n = n, .decoded = rows, .row_stride = row_stride};
+    tq_store_rows decoded = {.slots = slots, .n = n, .decoded = rows, .row_stride = row_stride, .n_first = n_first};
     TQ_TRY(check_write(store, &decoded));
+    decoded.n_used = store->n_slots;
     tq_store_put(store, &decoded, executor);
     return TQ_OK;
 }
@@ -208,6 +213,24 @@ tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *
     return status;
 }
 
+tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t n_used)
+{
+    if (!stage || n < 0 || (n > 0 && !rows) || n_used < 0) return TQ_ERR_ARGUMENT;
+    if (!stage->store || stage->is_settled) {
+        tq_log(TQ_LOG_ERROR, "stage: keep: no rows are staged that were not settled");
+        return TQ_ERR_ARGUMENT;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        if (rows[i] >= 0 && rows[i] < stage->n_rows) continue;
+        tq_log(TQ_LOG_ERROR, "stage: keep: row %lld is out of range; %lld are staged", (long long)rows[i],
+               (long long)stage->n_rows);
+        return TQ_ERR_RANGE;
+    }
+    for (int64_t i = 0; i < n; i++) stage->is_first[rows[i]] = true;
+    stage->n_used = n_used;
+    return TQ_OK;
+}
+
 tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_executor *executor)
 {
     if (!store || !stage) return TQ_ERR_ARGUMENT;
@@ -215,10 +238,7 @@ tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_executor *e
         tq_log(TQ_LOG_ERROR, "%s: settle: no rows are staged for it", store->label);
         return TQ_ERR_ARGUMENT;
     }
-    tq_store_rows rows = {
-        .slots = stage->slots, .n = stage->n_rows, .staged = {stage->data, stage->head_stride_bytes, stage->index}};
-    tq_store_put(store, &rows, executor);
-    stage->is_settled = true;
+    tq_stage_settle(stage, store, executor);
     return TQ_OK;
 }
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Filling a stage: the batch's writes are played through to learn when each vector leaves the ring, that is, from which query
+ * Before a batch is written its writes are played through, to learn when each vector leaves the ring, that is, from which query
  * token on it is seen encoded. Query token i sees the store as it is after row i was written.
  */
 #include "cache/stage.h"
@@ -24,13 +24,13 @@ static size_t take(size_t *total, size_t n, size_t item_bytes)
 /* Point the parts into memory for n rows, which grows if it must. */
 static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
 {
-    size_t n_vectors = (size_t)(store->layout.n_sink + store->layout.n_recent) + (size_t)n, total = 0;
+    size_t n_vectors = (size_t)store->layout.n_exact + (size_t)n, total = 0;
     size_t head_stride = n_vectors * (size_t)store->codec.head_dim * sizeof(uint16_t);
     if (n > INT32_MAX / 2 || head_stride > SIZE_MAX / 16 / (size_t)store->n_head_kv) return TQ_ERR_MEMORY;
     size_t slots = take(&total, (size_t)n, sizeof *stage->slots);
     size_t exact = take(&total, n_vectors, sizeof *stage->exact);
     size_t pushes = take(&total, n_vectors, sizeof *stage->pushes);
-    size_t index = take(&total, (size_t)n, sizeof *stage->index);
+    size_t is_first = take(&total, (size_t)n, sizeof *stage->is_first);
     size_t data = take(&total, head_stride, (size_t)store->n_head_kv);
     if (total > stage->capacity) {
         void *memory = tq_alloc(total);
@@ -43,7 +43,7 @@ static tq_status reserve(tq_stage *stage, const tq_store *store, int64_t n)
     stage->slots = (int64_t *)(void *)(base + slots);
     stage->exact = (tq_exact_entry *)(void *)(base + exact);
     stage->pushes = (tq_stage_push *)(void *)(base + pushes);
-    stage->index = (int32_t *)(void *)(base + index);
+    stage->is_first = (bool *)(base + is_first);
     stage->data = base + data;
     stage->head_stride_bytes = head_stride;
     return TQ_OK;
@@ -55,16 +55,6 @@ static uint16_t *vector_at(const tq_stage *stage, int32_t head, int32_t index)
     return (uint16_t *)(void *)data + (size_t)index * (size_t)stage->head_dim;
 }
 
-static void copy_exact(tq_stage *stage, const tq_store *store, int32_t entry, int32_t index)
-{
-    size_t vector_bytes = (size_t)store->codec.head_dim * sizeof(uint16_t);
-    for (int32_t head = 0; head < store->n_head_kv; head++) {
-        const uint8_t *data =
-            store->memory + store->layout.exact_data_offset + (size_t)head * store->layout.exact_head_stride_bytes;
-        memcpy(vector_at(stage, head, index), data + (size_t)entry * vector_bytes, vector_bytes);
-    }
-}
-
 static void copy_row(tq_stage *stage, const tq_store *store, const float *row, int32_t index)
 {
     int64_t head_dim = store->codec.head_dim;
@@ -73,29 +63,52 @@ static void copy_row(tq_stage *stage, const tq_store *store, const float *row, i
     }
 }
 
+tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
+                        int64_t row_stride)
+{
+    stage->store = 0;
+    TQ_TRY(reserve(stage, store, n));
+    stage->store = store->number;
+    stage->head_dim = store->codec.head_dim;
+    stage->is_settled = false;
+    stage->n_rows = n;
+    stage->first_row = store->layout.n_exact;
+    stage->n_used = store->n_slots;
+    if (n > 0) memcpy(stage->slots, slots, (size_t)n * sizeof *slots);
+    if (n > 0) memset(stage->is_first, 0, (size_t)n * sizeof *stage->is_first);
+    for (int32_t i = 0; i < n; i++) {
+        if (slots[i] >= 0) copy_row(stage, store, rows + i * row_stride, stage->first_row + i);
+    }
+    return TQ_OK;
+}
+
 typedef struct player {
     tq_stage *stage;
     const tq_store *store;
-    int32_t n_vectors, n_pushes;
-    int32_t sinks[TQ_EXACT_MAX]; /* vectors of the sinks, or -1 */
+    int32_t n_pushes;
+    int32_t ids[TQ_EXACT_MAX];     /* of the sinks and of what is kept, as in the store's memory */
+    int32_t vectors[TQ_EXACT_MAX]; /* theirs */
 } player;
 
 /* What the store holds exact before the batch. */
 static void play_store(player *p)
 {
     const tq_store *store = p->store;
-    int32_t n_sink = store->layout.n_sink, n_recent = store->layout.n_recent;
-    for (int32_t i = 0; i < n_sink; i++) {
-        p->sinks[i] = tq_store_exact_slot(store, i) >= 0 ? p->n_vectors++ : -1;
-        if (p->sinks[i] >= 0) copy_exact(p->stage, store, i, p->sinks[i]);
+    const tq_store_layout *layout = &store->layout;
+    for (int32_t head = 0; head < store->n_head_kv; head++) {
+        memcpy(vector_at(p->stage, head, 0),
+               store->memory + layout->exact_data_offset + (size_t)head * layout->exact_head_stride_bytes,
+               layout->exact_head_stride_bytes);
     }
-    int32_t next = n_recent > 0 ? tq_store_ring_next(store) : 0;
-    for (int32_t i = 0; i < n_recent; i++) {
-        int32_t entry = n_sink + (next + i) % n_recent;
-        int64_t slot = tq_store_exact_slot(store, entry);
-        if (slot < 0) continue;
-        copy_exact(p->stage, store, entry, p->n_vectors);
-        p->stage->pushes[p->n_pushes++] = (tq_stage_push){slot, p->n_vectors++, PUSH_STAYS};
+    for (int32_t i = 0; i < layout->n_exact; i++) {
+        p->ids[i] = (int32_t)(tq_store_exact_slot(store, i) + 1);
+        p->vectors[i] = i;
+    }
+    int32_t next = layout->n_recent > 0 ? tq_store_ring_next(store) : 0;
+    for (int32_t i = 0; i < layout->n_recent; i++) {
+        int32_t entry = layout->n_sink + (next + i) % layout->n_recent;
+        if (p->ids[entry] == 0) continue;
+        p->stage->pushes[p->n_pushes++] = (tq_stage_push){p->ids[entry] - 1, entry, PUSH_STAYS};
     }
 }
 
@@ -110,32 +123,48 @@ static tq_stage_push *find_push(const player *p, int64_t slot)
     return NULL;
 }
 
+static void play_keep(player *p, int64_t slot, int32_t vector, bool is_first)
+{
+    int32_t entry = is_first ? tq_store_place_to_keep(p->store, p->ids, slot, p->stage->n_used)
+                             : tq_store_find_kept(p->store, p->ids, slot);
+    if (entry < 0) return;
+    p->ids[entry] = is_first ? (int32_t)(slot + 1) : 0;
+    p->vectors[entry] = vector;
+}
+
 /* Every row has a vector of its own. What is written again is seen as it is at last, by all query tokens. */
-static int32_t play_row(player *p, int64_t slot, int32_t token)
+static void play_row(player *p, int32_t token)
 {
     const tq_store_layout *layout = &p->store->layout;
-    int32_t vector = p->n_vectors++;
+    int64_t slot = p->stage->slots[token];
+    int32_t vector = p->stage->first_row + token;
     if (slot < layout->n_sink) {
-        p->sinks[slot] = vector;
-        return vector;
+        p->ids[slot] = (int32_t)(slot + 1);
+        p->vectors[slot] = vector;
+        return;
     }
+    play_keep(p, slot, vector, p->stage->is_first[token]);
     tq_stage_push *held = find_push(p, slot);
     if (held) {
         held->index = vector;
-        return vector;
+        return;
     }
     int32_t leaving = p->n_pushes - layout->n_recent;
     p->stage->pushes[p->n_pushes++] = (tq_stage_push){slot, vector, PUSH_STAYS};
-    if (leaving >= 0) p->stage->pushes[leaving].expires = token;
-    return vector;
+    if (leaving < 0) return;
+    tq_stage_push *left = &p->stage->pushes[leaving];
+    if (tq_store_find_kept(p->store, p->ids, left->slot) < 0) left->expires = token;
 }
 
 static void list_exact(player *p)
 {
+    const tq_store_layout *layout = &p->store->layout;
     tq_stage *stage = p->stage;
     int32_t n = 0;
-    for (int32_t i = 0; i < p->store->layout.n_sink; i++) {
-        if (p->sinks[i] >= 0) n = tq_exact_insert(stage->exact, n, (tq_exact_entry){.column = i, .index = p->sinks[i]});
+    for (int32_t i = 0; i < layout->n_exact; i++) {
+        bool is_ring = i >= layout->n_sink && i < tq_store_first_kept(p->store);
+        if (!is_ring && p->ids[i] != 0)
+            n = tq_exact_insert(stage->exact, n, (tq_exact_entry){.column = p->ids[i] - 1, .index = p->vectors[i]});
     }
     for (int32_t i = 0; i < p->n_pushes; i++) {
         const tq_stage_push *push = &stage->pushes[i];
@@ -146,25 +175,26 @@ static void list_exact(player *p)
     stage->n_exact = n;
 }
 
-tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
-                        int64_t row_stride)
+void tq_stage_settle(tq_stage *stage, tq_store *store, const tq_executor *executor)
 {
-    stage->store = 0;
-    TQ_TRY(reserve(stage, store, n));
-    stage->store = store->number;
-    stage->head_dim = store->codec.head_dim;
-    stage->is_settled = false;
-    stage->n_rows = n;
-    if (n > 0) memcpy(stage->slots, slots, (size_t)n * sizeof *slots);
-    player p = {.stage = stage, .store = store};
-    stage->is_plain = n <= 1;
-    if (!stage->is_plain) play_store(&p);
-    for (int32_t i = 0; i < n; i++) {
-        stage->index[i] = slots[i] < 0 ? 0 : play_row(&p, slots[i], i);
-        if (slots[i] >= 0) copy_row(stage, store, rows + i * row_stride, stage->index[i]);
+    stage->is_plain = stage->n_rows <= 1;
+    if (!stage->is_plain) {
+        player p = {.stage = stage, .store = store};
+        play_store(&p);
+        for (int32_t i = 0; i < stage->n_rows; i++) {
+            if (stage->slots[i] >= 0) play_row(&p, i);
+        }
+        list_exact(&p);
     }
-    list_exact(&p);
-    return TQ_OK;
+    const uint8_t *rows = (const uint8_t *)vector_at(stage, 0, stage->first_row);
+    tq_store_put(store,
+                 &(tq_store_rows){.slots = stage->slots,
+                                  .n = stage->n_rows,
+                                  .staged = {rows, stage->head_stride_bytes},
+                                  .is_first = stage->is_first,
+                                  .n_used = stage->n_used},
+                 executor);
+    stage->is_settled = true;
 }
 
 tq_kv_view tq_stage_view(const tq_stage *stage, const tq_store *store)

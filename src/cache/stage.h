@@ -24,18 +24,22 @@ struct tq_stage {
     int32_t n_exact;
     /* Parts of memory. */
     int64_t *slots;        /* [n_rows] */
+    bool *is_first;        /* [n_rows] as tq_stage_keep says */
     tq_exact_entry *exact; /* [n_exact] ascending by column */
     tq_stage_push *pushes;
-    int32_t *index; /* [n_rows] the vectors of the rows; a skipped row has none */
-    uint8_t *data;  /* FP16 [n_head_kv, vectors, head_dim] */
+    uint8_t *data; /* FP16 [n_head_kv, vectors, head_dim]: the store's exact entries as they were, then the rows */
     size_t head_stride_bytes;
+    int32_t first_row; /* vector of row 0 */
+    int64_t n_used;    /* as tq_stage_keep says */
     void *memory;
     size_t capacity;
 };
 
-/* Errors: MEMORY; then nothing is staged. */
+/* Hold rows. Errors: MEMORY; then nothing is staged. */
 tq_status tq_stage_fill(tq_stage *stage, const tq_store *store, const int64_t *slots, int64_t n, const float *rows,
                         int64_t row_stride);
+/* Play the rows through and write them. */
+void tq_stage_settle(tq_stage *stage, tq_store *store, const tq_executor *executor);
 /* The view of the store that it belongs to, with the stage's exact vectors. Not for plain ones. */
 tq_kv_view tq_stage_view(const tq_stage *stage, const tq_store *store);
 

@@ -29,10 +29,11 @@ tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_
     if (family != TQ_FAMILY_EXACT) {
         layout.n_sink = params->n_sink;
         layout.n_recent = params->n_recent;
+        layout.n_keep = params->n_keep;
         layout.ref_block = params->n_recent > 0 && family != TQ_FAMILY_PROD ? params->ref_block : 0;
     }
-    size_t head_dim = (size_t)params->head_dim;
-    size_t n_exact = (size_t)layout.n_sink + (size_t)layout.n_recent, exact_bytes, encoded_bytes, unused;
+    layout.n_exact = layout.n_sink + layout.n_recent + layout.n_keep;
+    size_t head_dim = (size_t)params->head_dim, n_exact = (size_t)layout.n_exact, exact_bytes, encoded_bytes, unused;
     TQ_TRY(multiply((size_t)params->n_slots, vector_bytes, &unused));
     size_t ref_bytes = 0;
     if (layout.ref_block > 0) {
@@ -117,6 +118,24 @@ int64_t tq_store_exact_slot(const tq_store *store, int32_t entry)
     return (entry < n_sink ? slot == entry : slot >= n_sink) ? slot : -1;
 }
 
+int32_t tq_store_find_kept(const tq_store *store, const int32_t *ids, int64_t slot)
+{
+    for (int32_t i = tq_store_first_kept(store); i < store->layout.n_exact; i++) {
+        if (ids[i] == slot + 1) return i;
+    }
+    return -1;
+}
+
+int32_t tq_store_place_to_keep(const tq_store *store, const int32_t *ids, int64_t slot, int64_t n_used)
+{
+    int32_t entry = tq_store_find_kept(store, ids, slot);
+    if (entry < 0) entry = tq_store_find_kept(store, ids, -1);
+    for (int32_t i = tq_store_first_kept(store); entry < 0 && i < store->layout.n_exact; i++) {
+        if (ids[i] > n_used) entry = i;
+    }
+    return entry;
+}
+
 int32_t tq_exact_insert(tq_exact_entry *list, int32_t n, tq_exact_entry entry)
 {
     /* Write order is nearly that order, so the common case is an append. */
@@ -146,6 +165,10 @@ int32_t tq_store_list_exact(const tq_store *store, int64_t n_col, tq_exact_entry
     for (int32_t i = 0; i < n_sink; i++) {
         int64_t slot = tq_store_exact_slot(store, i);
         if (slot >= 0 && slot < n_col) out[n++] = (tq_exact_entry){.column = slot, .index = i};
+    }
+    for (int32_t i = tq_store_first_kept(store); i < store->layout.n_exact; i++) {
+        int64_t slot = tq_store_exact_slot(store, i);
+        if (slot >= 0 && slot < n_col) n = tq_exact_insert(out, n, (tq_exact_entry){.column = slot, .index = i});
     }
     int32_t next = n_recent > 0 ? tq_store_ring_next(store) : 0;
     for (int32_t i = 0; i < n_recent; i++) {

@@ -4,10 +4,11 @@
  *
  * The memory, each part aligned to 64 bytes:
  *   header      tq_store_header
- *   exact ids   int32 [n_sink + n_recent]: slot + 1 of each exact entry, 0 for none; entry s < n_sink is slot s
- *   exact data  FP16 [n_head_kv, n_sink + n_recent, head_dim]
+ *   exact ids   int32 [n_sink + n_recent + n_keep]: slot + 1 of each exact entry, 0 for none; entry s < n_sink is slot s, then
+ *               come the ring's and those of slots that are kept, which are in the ring as well while they are recent
+ *   exact data  FP16 [n_head_kv, n_sink + n_recent + n_keep, head_dim]
  *   encoded     [n_head_kv] head pages of n_slots, with their references
- * All zeros is an empty store. Sinks and ring do not exist (count 0) for the formats that are exact anyway.
+ * All zeros is an empty store. Exact entries do not exist (count 0) for the formats that are exact anyway.
  */
 #ifndef TQ_CACHE_STORE_H
 #define TQ_CACHE_STORE_H
@@ -22,8 +23,9 @@ typedef struct tq_store_header {
 _Static_assert(sizeof(tq_store_header) == 64, "the exact ids begin at the next 64-byte boundary");
 
 typedef struct tq_store_layout {
-    int32_t n_sink, n_recent; /* as the format needs them */
-    int32_t ref_block;        /* likewise; 0: no references */
+    int32_t n_sink, n_recent, n_keep; /* as the format needs them */
+    int32_t n_exact;                  /* all of them */
+    int32_t ref_block;                /* likewise; 0: no references */
     size_t exact_ids_offset, exact_data_offset, encoded_offset;
     size_t bytes;
     size_t exact_head_stride_bytes, encoded_head_stride_bytes;
@@ -53,6 +55,12 @@ static inline int32_t *tq_store_exact_ids(const tq_store *store)
     return (int32_t *)(void *)(store->memory + store->layout.exact_ids_offset);
 }
 
+/* The first entry of a slot that is kept. */
+static inline int32_t tq_store_first_kept(const tq_store *store)
+{
+    return store->layout.n_sink + store->layout.n_recent;
+}
+
 /* store.c */
 /* Errors: ARGUMENT if the size overflows. */
 tq_status tq_store_layout_init(tq_store_layout *out, tq_family family, const tq_store_params *params, size_t vector_bytes);
@@ -63,6 +71,12 @@ void tq_store_detach(tq_store *store);
 int32_t tq_store_ring_next(const tq_store *store);
 /* The slot of an exact entry, or -1 for none. Never out of range, whatever the memory holds. */
 int64_t tq_store_exact_slot(const tq_store *store, int32_t entry);
+/*
+ * The entry of the slots that are kept which a slot has in ids [n_exact], -1 for none; and the one that it would get: its own,
+ * a free one, or that of a slot from n_used on.
+ */
+int32_t tq_store_find_kept(const tq_store *store, const int32_t *ids, int64_t slot);
+int32_t tq_store_place_to_keep(const tq_store *store, const int32_t *ids, int64_t slot, int64_t n_used);
 /* Put an entry where the order by column wants it, instead of one of the same column if there is any; returns the new number.
  */
 int32_t tq_exact_insert(tq_exact_entry *list, int32_t n, tq_exact_entry entry);
@@ -78,6 +92,9 @@ typedef struct tq_store_rows {
     const uint16_t *decoded;
     int64_t row_stride;
     tq_staged_rows staged;
+    const bool *is_first; /* [n] as tq_stage_keep says, or NULL: */
+    int64_t n_first;      /* the first of them are */
+    int64_t n_used;       /* as tq_stage_keep says */
 } tq_store_rows;
 void tq_store_put(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);
 void tq_store_replace(tq_store *store, const tq_store_rows *rows, const tq_executor *executor);

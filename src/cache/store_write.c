@@ -13,6 +13,8 @@
 typedef struct write_batch {
     tq_store *store;
     tq_rows_in in;
+    const bool *is_first; /* these as in tq_store_rows */
+    int64_t n_first, n_used;
     int32_t ids[TQ_EXACT_MAX];  /* as in the store's memory */
     int32_t from[TQ_EXACT_MAX]; /* the row that an exact entry will take, or NO_ROW if it keeps its data */
     int32_t ring_next;
@@ -25,9 +27,11 @@ typedef struct write_batch {
 /* Rows [first, first + TQ_ENCODE_BATCH) at most. */
 static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows *rows, int64_t first)
 {
-    int32_t n_exact = store->layout.n_sink + store->layout.n_recent;
     tq_kv_view view = tq_store_view(store, NULL, 0);
     batch->store = store;
+    batch->is_first = rows->is_first ? rows->is_first + first : NULL;
+    batch->n_first = rows->n_first - first;
+    batch->n_used = rows->n_used;
     batch->in = (tq_rows_in){.kernels = store->kernels,
                              .codec = &store->codec,
                              .exact_codec = &store->exact_codec,
@@ -41,8 +45,8 @@ static void batch_begin(write_batch *batch, tq_store *store, const tq_store_rows
                              .row_stride = rows->row_stride,
                              .staged = rows->staged,
                              .decoded = rows->decoded ? rows->decoded + first * rows->row_stride : NULL};
-    if (!rows->rows && !rows->decoded) batch->in.staged.index += first;
-    for (int32_t i = 0; i < n_exact; i++) {
+    if (!rows->rows && !rows->decoded) batch->in.staged.data += first * store->codec.head_dim * (int64_t)sizeof(uint16_t);
+    for (int32_t i = 0; i < store->layout.n_exact; i++) {
         batch->ids[i] = (int32_t)(tq_store_exact_slot(store, i) + 1);
         batch->from[i] = NO_ROW;
     }
@@ -85,6 +89,18 @@ static int64_t block_end(const write_batch *batch, int64_t slot)
     return end < batch->store->n_slots ? end : batch->store->n_slots;
 }
 
+/* The sink or the ring's entry that holds a slot, or -1. */
+static int32_t find_entry(const write_batch *batch, int64_t slot)
+{
+    const tq_store_layout *layout = &batch->store->layout;
+    int32_t id = (int32_t)(slot + 1);
+    if (slot < layout->n_sink) return batch->ids[slot] == id ? (int32_t)slot : -1;
+    int32_t found = -1;
+    /* No slot is there twice, and compilers make vectors of a loop without an exit. */
+    for (int32_t i = layout->n_sink; i < layout->n_sink + layout->n_recent; i++) found = batch->ids[i] == id ? i : found;
+    return found;
+}
+
 /*
  * Are all slots of a slot's block exact? Then what is coded there is of tokens that were written over, and so is its reference.
  * Slots that are written in their order are, when the first of a block leaves a ring of at least a block.
@@ -94,6 +110,10 @@ static bool block_is_exact(const write_batch *batch, int64_t slot)
     const tq_store_layout *layout = &batch->store->layout;
     int32_t begin = (int32_t)block_begin(batch, slot), end = (int32_t)block_end(batch, slot), n = 0;
     for (int32_t i = 0; i < layout->n_sink + layout->n_recent; i++) n += (batch->ids[i] > begin) & (batch->ids[i] <= end);
+    for (int32_t i = layout->n_sink + layout->n_recent; i < layout->n_exact; i++) {
+        int32_t id = batch->ids[i];
+        n += id > begin && id <= end && find_entry(batch, id - 1) < 0;
+    }
     return n == end - begin;
 }
 
@@ -150,34 +170,63 @@ static void add_job(write_batch *batch, tq_encode_job job)
     batch->jobs[batch->n_jobs++] = job;
 }
 
-/* The exact entry that holds a slot, or -1. */
-static int32_t find_entry(const write_batch *batch, int64_t slot)
+/* What an exact entry holds is encoded. */
+static void leave_entry(write_batch *batch, int32_t entry, int32_t n_window)
+{
+    int64_t slot = batch->ids[entry] - 1;
+    set_reference(batch, slot, n_window);
+    add_job(batch, (tq_encode_job){slot, batch->from[entry], entry});
+}
+
+static bool ring_is_full(const write_batch *batch)
 {
     const tq_store_layout *layout = &batch->store->layout;
-    int32_t id = (int32_t)(slot + 1);
-    if (slot < layout->n_sink) return batch->ids[slot] == id ? (int32_t)slot : -1;
-    int32_t found = -1;
-    /* No slot is there twice, and compilers make vectors of a loop without an exit. */
-    for (int32_t i = layout->n_sink; i < layout->n_sink + layout->n_recent; i++) found = batch->ids[i] == id ? i : found;
-    return found;
+    int32_t n = 0;
+    for (int32_t i = layout->n_sink; i < layout->n_sink + layout->n_recent; i++) n += batch->ids[i] != 0;
+    return n == layout->n_recent;
+}
+
+/* A slot that is written again is kept if the new row is a first token, too. */
+static void plan_keep(write_batch *batch, int64_t slot, int32_t row)
+{
+    const tq_store *store = batch->store;
+    if (store->layout.n_keep == 0) return;
+    bool is_first = batch->is_first ? batch->is_first[row] : row < batch->n_first;
+    if (!is_first) {
+        int32_t entry = tq_store_find_kept(store, batch->ids, slot);
+        if (entry >= 0) batch->ids[entry] = 0;
+        return;
+    }
+    int32_t entry = tq_store_place_to_keep(store, batch->ids, slot, batch->n_used);
+    if (entry < 0) return;
+    int64_t before = batch->ids[entry] - 1;
+    if (before >= 0 && before != slot && find_entry(batch, before) < 0)
+        leave_entry(batch, entry, ring_is_full(batch) ? store->layout.n_recent : 0);
+    batch->ids[entry] = (int32_t)(slot + 1);
+    batch->from[entry] = row;
+}
+
+static bool is_kept(const write_batch *batch, int64_t slot)
+{
+    return tq_store_find_kept(batch->store, batch->ids, slot) >= 0;
 }
 
 static void plan_write(write_batch *batch, int64_t slot, int32_t row)
 {
     const tq_store_layout *layout = &batch->store->layout;
     int32_t entry = slot < layout->n_sink ? (int32_t)slot : find_entry(batch, slot);
+    if (slot >= layout->n_sink) plan_keep(batch, slot, row);
     if (entry < 0 && layout->n_recent == 0) {
+        if (is_kept(batch, slot)) return;
         set_reference(batch, slot, 0);
         add_job(batch, (tq_encode_job){.column = slot, .row = row});
         return;
     }
     if (entry < 0) {
         entry = layout->n_sink + batch->ring_next;
-        if (batch->ids[entry] != 0) set_reference(batch, batch->ids[entry] - 1, layout->n_recent);
+        bool leaves = batch->ids[entry] != 0 && !is_kept(batch, batch->ids[entry] - 1);
+        if (leaves) leave_entry(batch, entry, layout->n_recent);
         batch->ring_next = (batch->ring_next + 1) % layout->n_recent;
-        if (batch->ids[entry] != 0) {
-            add_job(batch, (tq_encode_job){batch->ids[entry] - 1, batch->from[entry], entry});
-        }
     }
     batch->ids[entry] = (int32_t)(slot + 1);
     batch->from[entry] = row;
@@ -185,23 +234,20 @@ static void plan_write(write_batch *batch, int64_t slot, int32_t row)
 
 static void plan_update(write_batch *batch, int64_t slot, int32_t row)
 {
-    int32_t entry = find_entry(batch, slot);
-    if (entry >= 0) {
-        batch->from[entry] = row;
-    } else {
-        set_reference(batch, slot, 0);
-        add_job(batch, (tq_encode_job){.column = slot, .row = row});
-    }
+    int32_t entry = find_entry(batch, slot), kept = tq_store_find_kept(batch->store, batch->ids, slot);
+    if (entry >= 0) batch->from[entry] = row;
+    if (kept >= 0) batch->from[kept] = row;
+    if (entry >= 0 || kept >= 0) return;
+    set_reference(batch, slot, 0);
+    add_job(batch, (tq_encode_job){.column = slot, .row = row});
 }
 
 static void batch_commit(write_batch *batch)
 {
     tq_store *store = batch->store;
     encode_jobs(batch);
-    int32_t n_exact = store->layout.n_sink + store->layout.n_recent;
-    for (int32_t i = 0; i < n_exact; i++) {
-        if (batch->from[i] == NO_ROW) continue;
-        tq_rows_keep_exact(&batch->in, batch->from[i], i);
+    for (int32_t i = 0; i < store->layout.n_exact; i++) {
+        if (batch->from[i] != NO_ROW) tq_rows_keep_exact(&batch->in, batch->from[i], i);
         tq_store_exact_ids(store)[i] = batch->ids[i];
     }
     tq_store_header_of(store)->ring_next = batch->ring_next;
@@ -251,6 +297,10 @@ void tq_store_forget(tq_store *store, int64_t first, int64_t n)
     for (int64_t i = block > 0 ? (first + block - 1) / block * block : end; i < end; i += block) {
         int64_t next = i + block < store->n_slots ? i + block : store->n_slots;
         if (next <= end) forget_block(store, &pages, i, next - i);
+    }
+    for (int32_t i = tq_store_first_kept(store); i < layout->n_exact; i++) {
+        int64_t slot = tq_store_exact_slot(store, i);
+        if (slot >= first && slot < end) tq_store_exact_ids(store)[i] = 0;
     }
     /* A ring with gaps would hold fewer tokens than it can. */
     for (int32_t i = layout->n_sink; i < layout->n_sink + layout->n_recent; i++) {

@@ -37,7 +37,7 @@ void tq_row_half(const tq_rows_in *in, int64_t row, int32_t head, uint16_t *to)
         return;
     }
     const uint8_t *from = in->staged.data + (size_t)head * in->staged.head_stride_bytes;
-    memcpy(to, from + (size_t)in->staged.index[row] * vector_bytes, vector_bytes);
+    memcpy(to, from + (size_t)row * vector_bytes, vector_bytes);
 }
 
 uint16_t *tq_exact_vector(const tq_rows_in *in, int32_t head, int32_t index)

@@ -8,7 +8,7 @@
 
 #include "attention/attention.h"
 
-/* The most sinks and recent tokens together that a store or sequence may have: their lists live on the stack. */
+/* The most exact tokens that a store or sequence may have: their lists live on the stack. */
 #define TQ_EXACT_MAX 1024
 /* Columns encoded in one go: their list lives on the stack, too. */
 #define TQ_ENCODE_BATCH 512
@@ -20,11 +20,10 @@ typedef struct tq_encode_job {
     int32_t exact_index; /* vector number in the exact data, if row is negative */
 } tq_encode_job;
 
-/* Rows as a stage holds them, FP16: head h of row i is vector index[i] at data + h * head_stride_bytes. */
+/* Rows as a stage holds them, FP16: head h of row i is vector i at data + h * head_stride_bytes. */
 typedef struct tq_staged_rows {
     const uint8_t *data;
     size_t head_stride_bytes;
-    const int32_t *index;
 } tq_staged_rows;
 
 typedef struct tq_rows_in {

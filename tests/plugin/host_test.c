@@ -15,8 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "ggml-backend.h"
-#include "llama.h"
+#include "host.h"
 
 enum { N_CTX_SEQ = 1024, N_SEQ = 4, N_BATCH = 256, N_PREFILL = 400, N_FRESH = 150, POINTS_MAX = 16 };
 
@@ -74,19 +73,7 @@ static void check(bool ok, const char *what)
     }
 }
 
-static void die(const char *what)
-{
-    printf("host_test: %s\n0 passed, 1 failed\n", what);
-    exit(1);
-}
-
 /* ---- hosts ---- */
-
-static void log_errors(enum ggml_log_level level, const char *message, void *user)
-{
-    (void)user;
-    if (level >= GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_CONT) fputs(message, stderr);
-}
 
 /* device NULL: the CPU. as_reference: float keys and values, without flash attention (which on the CPU sums up in FP16). */
 static void start(host *h, const char *model_path, ggml_backend_dev_t device, bool as_reference, bool unified, int n_threads)
@@ -119,16 +106,6 @@ static void stop(host *h)
 {
     llama_free(h->ctx);
     llama_model_free(h->model);
-}
-
-static void add(struct llama_batch *batch, llama_token token, llama_pos pos, llama_seq_id seq, bool logits)
-{
-    int32_t i = batch->n_tokens++;
-    batch->token[i] = token;
-    batch->pos[i] = pos;
-    batch->n_seq_id[i] = 1;
-    batch->seq_id[i][0] = seq;
-    batch->logits[i] = logits;
 }
 
 /* n tokens of the text, the first at position pos of a sequence; logits after the last. */
@@ -212,25 +189,6 @@ static void run_scenario(points *out, host *h)
 }
 
 /* ---- comparison ---- */
-
-/* KL(p || q) of the distributions that two rows of logits mean. */
-static double divergence(const float *p, const float *q, int32_t n)
-{
-    double max_p = p[0], max_q = q[0], sum_p = 0, sum_q = 0, kl = 0;
-    for (int32_t i = 1; i < n; i++) {
-        if (p[i] > max_p) max_p = p[i];
-        if (q[i] > max_q) max_q = q[i];
-    }
-    for (int32_t i = 0; i < n; i++) {
-        sum_p += exp(p[i] - max_p);
-        sum_q += exp(q[i] - max_q);
-    }
-    for (int32_t i = 0; i < n; i++) {
-        double log_p = p[i] - max_p - log(sum_p), log_q = q[i] - max_q - log(sum_q);
-        kl += exp(log_p) * (log_p - log_q);
-    }
-    return kl;
-}
 
 /* What divergence means that nothing is right: the mean between check-points of the reference that have little in common. */
 static double unrelated(const points *reference, int32_t n_vocab)
@@ -334,7 +292,7 @@ static void check_states(host *h, bool unified)
     uint8_t *second = get_state(h, 0, &n2);
     check(same_state(first, n1, second, n2), "a restored sequence saves to the same bytes");
 
-    /* In one stream with others the sequence lies elsewhere, so its first tokens are encoded now; but only once. */
+    /* In one stream with others the sequence lies elsewhere, so its keys may get other references; but only once. */
     set_state(h, 1, second, n2);
     uint8_t *third = get_state(h, 1, &n3);
     llama_memory_seq_rm(h->memory, 1, -1, -1);

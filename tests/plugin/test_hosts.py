@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""host_test.c on the real model with each device, and on random models of all shapes."""
-from common import MODEL, PLUGIN, THREADS, TestCase, build_host, main, run, tiny_model
+"""host_test.c on the real model with each device, and on random models of all shapes; clients_host.c on the real model."""
+import re
+
+from common import MODEL, PLUGIN, THREADS, TestCase, build_host, main, path_from_env, run, tiny_model
 
 ARCHS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "gemma4", "phi3", "gpt-oss", "mpt", "deepseek2"]
 PLAIN = "k=f16,v=f16"  # no quantization: what is left is the plumbing
@@ -77,6 +79,31 @@ class AllHosts(HostCase):
         for options in ("sinks=0,recent=0", "sinks=1,recent=1", "sinks=64,recent=960"):
             with self.subTest(options):
                 self.check(tiny_model("llama"), "TQ4", "--max-kl", "0.1", TQ_GGML=options)
+
+
+class Clients(TestCase):
+    """Sequences that share the cells (-kvu): whoever comes second, third or again is answered as the first one is."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.host = build_host("clients_host.c", cls.directory)
+
+    def divergences(self, n_clients, n_tokens, **variables):
+        result = run([self.host, PLUGIN, MODEL, "TQ4", path_from_env("TQ_TEXT"), n_clients, n_tokens, THREADS], timeout=900,
+                     **variables)
+        print(result.log)
+        self.assert_ok(result)
+        return [float(kl) for kl in re.findall(r"client \d+: (\S+)", result.log)]
+
+    def test_each_client_is_answered_as_the_first(self):
+        first, *others = self.divergences(3, 512)
+        self.assertEqual(len(others), 5)
+        self.assertLess(max(others), 1.1 * first)
+
+    def test_without_places_the_second_is_not(self):
+        first, second, *_ = self.divergences(2, 384, TQ_GGML="sequences=0")
+        self.assertGreater(second, 1.3 * first)
 
 
 if __name__ == "__main__":

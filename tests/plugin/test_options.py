@@ -46,13 +46,15 @@ class Options(TestCase):
         for text, shown in (("foo=1", "'foo=1'"), ("k", "'k'"), ("k=sq4,", "''"), (",", "''"), ("kk=sq4", "'kk=sq4'"),
                             (" k=sq4", "' k=sq4'"), ("K=sq4", "'K=sq4'"), ("v=sq4;k=sq4", "v=sq4;k=sq4")):
             with self.subTest(text):
-                known = ("sinks=N", "recent=N", "exact=LAYER", "ref=N", "guard=raise", "head_dim=N", "log=LEVEL")
+                known = ("sinks=N", "sequences=N", "recent=N", "exact=LAYER", "ref=N", "guard=raise", "head_dim=N", "log=LEVEL")
                 self.assert_refused(text, shown, *(() if ";" in text else known))
 
     def test_bad_values_are_refused_and_the_valid_ones_named(self):
         for text, expected in (("k=tq5", "f16, bf16, sq8, sq4, sq3, sq2"), ("v=", "f16, bf16, sq8"), ("sinks=-1", "from 0 to"),
                                ("sinks=4x", "from 0 to"), ("recent=99999999999999999999", "from 0 to"),
-                               ("sinks=1000,recent=1000", "together"), ("exact=-1", "layers counted from 0"),
+                               ("sinks=1000,recent=1000", "together"), ("sequences=x", "from 0 to 256"),
+                               ("sequences=257", "from 0 to 256"), ("sequences=256", "at most 1024"),
+                               ("sinks=100,sequences=16", "at most 1024"), ("exact=-1", "layers counted from 0"),
                                ("exact=3-1", "layers counted from 0"), ("exact=0+", "layers counted from 0"),
                                ("exact=5000", "layers counted from 0"), ("head_dim=48", "64, 80, 96"),
                                ("log=loud", "error, warning, info"), ("ref=8", "16 to 1024"), ("ref=x", "16 to 1024"),
@@ -69,14 +71,16 @@ class Options(TestCase):
                     self.assert_refused(f"{other},{option}", "guard= has no effect", other.partition("=")[0] + "=")
         for option, other in (("ref=64", "recent=0"), ("ref=64", "k=f16"), ("ref=64", "k=sq3_prod"),
                               ("factors=weights", "k=bf16"), ("factors=weights", "calibration=x"), ("calibration=x", "k=f16"),
-                              ("sinks=4", "k=f16,v=bf16"), ("recent=4", "k=f16,v=f16"), ("exact=0", "k=f16,v=f16")):
+                              ("sinks=4", "k=f16,v=bf16"), ("sequences=4", "v=f16,k=f16"), ("sequences=2", "sinks=0"),
+                              ("recent=4", "k=f16,v=f16"), ("exact=0", "k=f16,v=f16")):
             with self.subTest(option, other=other):
                 for text in (f"{option},{other}", f"{other},{option}"):
                     self.assert_refused(text, f"{option.partition('=')[0]}= has no effect", "Leave one of the two out")
 
     def test_options_that_switch_off_what_is_off_are_taken(self):
         for text in ("guard=off,factors=off", "ref=0,recent=0,factors=off,guard=off",
-                     "k=f16,v=f16,sinks=0,recent=0,ref=0,factors=off", "k=f16,sinks=2,recent=8,exact=1",
+                     "k=f16,v=f16,sinks=0,recent=0,ref=0,factors=off,sequences=0", "sinks=900,recent=100",
+                     "k=f16,sinks=2,recent=8,exact=1",
                      "k=bf16,v=bf16,exact=1", "factors=weights,k=sq4_prod,v=sq4_prod", "balance=off,bias=off"):
             with self.subTest(text):
                 self.assert_ok(complete(tiny_model("llama"), TQ_GGML=text))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Stock llama-server with the plug-in: parallel requests, and its slots saved and restored."""
 import concurrent.futures
+import dataclasses
 import math
+import random
 
-from common import SETUP, TestCase, main, path_from_env
+from common import SETUP, TestCase, main, path_from_env, tiny_model
 from eval.llama import F16, Cache, running_server
 
 TEXT = path_from_env("TQ_TEXT").read_text()
@@ -124,9 +126,9 @@ class CodedServer(ServerCase):
 
 
 class UnifiedServer(CodedServer):
-    """Slots share the cells. One that is restored into others is added up in another order; its first tokens are coded now."""
+    """Slots share the cells. One that is restored into others is added up in another order."""
 
-    options = "ref=0"
+    options = "ref=0,sequences=12"
     arguments = ("-kvu", *CodedServer.arguments)
     bound = TWO_CODINGS
 
@@ -195,6 +197,69 @@ class FirstRequest(ServerCase):
             with self.subTest(first[:20]):
                 self.slots.next_token(first, 1)
                 self.assertEqual(self.slots.next_token(prompt, 1), wanted)
+
+
+class FirstTokens(TestCase):
+    """
+    Slots that share the cells keep their first tokens exact. A slot's file has what the cache holds of it, layer by layer. What
+    the first layer's keys are before they are coded depends on nothing else, so where the file begins to differ from that of an
+    FP16 cache tells how many tokens are exact.
+    """
+
+    n_tokens = 150
+    n_sinks = 4
+
+    def save(self, server, slot):
+        server.post(f"/slots/{slot}?action=save", filename="slot.bin")
+        return (self.directory / "slot.bin").read_bytes()
+
+    def ask(self, server, slot, seed, n=n_tokens):
+        chance = random.Random(seed)
+        prompt = [chance.randrange(3, 200) for _ in range(n)]
+        server.post("/completion", prompt=prompt, n_predict=1, id_slot=slot, cache_prompt=False)
+        return self.save(server, slot)
+
+    def serve(self, cache):
+        arguments = ("-c", "4096", "-np", "7", "-kvu", "--slots", "--cache-ram", "0", "--slot-save-path", self.directory)
+        return running_server(dataclasses.replace(SETUP, model=self.model), cache, arguments)
+
+    def start(self, arch):
+        self.model = tiny_model(arch)
+        with self.serve(F16) as server:
+            self.stock = [self.ask(server, slot, slot) for slot in range(7)]
+        with self.serve(Cache("TQ4:sequences=0")) as server:
+            exact, coded = (self.differs_at(self.ask(server, slot, slot), slot) for slot in range(2))
+        self.row = (exact - coded) // self.n_sinks
+        self.assertGreater(self.row, 100)
+        self.coded = coded // self.row
+
+    def differs_at(self, ours, slot):
+        self.assertEqual(len(ours), len(self.stock[slot]))
+        return next(i for i, pair in enumerate(zip(ours, self.stock[slot])) if pair[0] != pair[1])
+
+    def n_exact(self, ours, slot):
+        return self.differs_at(ours, slot) // self.row - self.coded
+
+    def test_as_many_sequences_as_there_are_places_for(self):
+        self.start("llama")
+        with self.serve(Cache("TQ4")) as server:
+            found = [self.n_exact(self.ask(server, slot, slot), slot) for slot in range(7)]
+            self.assertEqual(found, [self.n_sinks] * 5 + [0] * 2)
+            # Who has a place keeps it, whatever others do; who comes where one began gets its place.
+            self.ask(server, 6, 100, 700)
+            self.assertEqual([self.n_exact(self.save(server, slot), slot) for slot in range(5)], [self.n_sinks] * 5)
+            self.assertEqual(self.n_exact(self.ask(server, 3, 3), 3), self.n_sinks)
+            server.post("/slots/2?action=erase")
+            self.assertEqual(self.n_exact(self.ask(server, 5, 5), 5), self.n_sinks)
+            # Its file was the last that was saved.
+            server.post("/slots/5?action=erase")
+            server.post("/slots/5?action=restore", filename="slot.bin")
+            self.assertEqual(self.n_exact(self.save(server, 5), 5), self.n_sinks)
+
+    def test_masks_with_alibi(self):
+        self.start("mpt")
+        with self.serve(Cache("TQ4")) as server:
+            self.assertEqual([self.n_exact(self.ask(server, slot, slot), slot) for slot in range(3)], [self.n_sinks] * 3)
 
 
 if __name__ == "__main__":

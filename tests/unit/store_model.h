@@ -27,14 +27,24 @@ typedef struct store_model {
     bool *exact;   /* [n_slots] */
     int64_t *ring; /* slots in write order, oldest first */
     int32_t n_ring;
+    int64_t *kept; /* [n_keep] slots, -1: a free place */
+    tq_stage *stage, *twin_stage;
     int64_t slots[STORE_MODEL_BATCH];
     float *rows;
     int32_t n;
 } store_model;
 
-static inline bool store_model_keeps(const store_model *m, int64_t slot)
+static inline int32_t store_model_find(const int64_t *list, int32_t n, int64_t slot)
 {
-    return m->exact[slot] || slot < m->params.n_sink;
+    for (int32_t i = 0; i < n; i++) {
+        if (list[i] == slot) return i;
+    }
+    return -1;
+}
+
+static inline bool store_model_is_kept(const store_model *m, int64_t slot)
+{
+    return store_model_find(m->kept, m->params.n_keep, slot) >= 0;
 }
 
 /* Does what a slot is encoded to depend on others? */
@@ -71,28 +81,51 @@ static inline void store_model_set(store_model *m, int64_t slot, const float *ro
     for (int32_t i = 0; i < m->row_floats; i++) value[i] = kv_round(row[i]);
 }
 
-static inline void store_model_write(store_model *m, int64_t slot, const float *row)
+/* Give a slot a place among those that are kept, or take it away. */
+static inline void store_model_keep(store_model *m, int64_t slot, bool keep, int64_t n_used)
+{
+    int32_t n = m->params.n_keep, place = store_model_find(m->kept, n, slot);
+    if (!keep && place >= 0) m->kept[place] = -1;
+    if (!keep || place >= 0) return;
+    place = store_model_find(m->kept, n, -1);
+    for (int32_t i = 0; i < n && place < 0; i++) {
+        if (m->kept[i] >= n_used) place = i;
+    }
+    if (place < 0) return;
+    int64_t left = m->kept[place];
+    m->kept[place] = slot;
+    if (left >= 0 && store_model_find(m->ring, m->n_ring, left) < 0)
+        store_model_set(m, left, m->values + left * m->row_floats, false);
+}
+
+static inline void store_model_write(store_model *m, int64_t slot, const float *row, bool keep, int64_t n_used)
 {
     bool reference = m->params.format == TQ_FORMAT_F16 || m->params.format == TQ_FORMAT_BF16;
-    if (reference || (!store_model_keeps(m, slot) && m->params.n_recent == 0)) {
-        store_model_set(m, slot, row, false);
+    if (reference || slot < m->params.n_sink) {
+        store_model_set(m, slot, row, !reference);
         return;
     }
-    if (!store_model_keeps(m, slot)) {
+    store_model_keep(m, slot, keep, n_used);
+    if (m->params.n_recent > 0 && store_model_find(m->ring, m->n_ring, slot) < 0) {
         if (m->n_ring == m->params.n_recent) {
             int64_t oldest = m->ring[0];
             memmove(m->ring, m->ring + 1, (size_t)--m->n_ring * sizeof *m->ring);
-            store_model_set(m, oldest, m->values + oldest * m->row_floats, false);
+            if (!store_model_is_kept(m, oldest)) store_model_set(m, oldest, m->values + oldest * m->row_floats, false);
         }
         m->ring[m->n_ring++] = slot;
     }
-    store_model_set(m, slot, row, true);
+    store_model_set(m, slot, row, m->params.n_recent > 0 || store_model_is_kept(m, slot));
 }
 
 static inline void store_model_open(store_model *m)
 {
     KV_CHECK(tq_store_open(&m->store, &m->params, m->memory, m->bytes) == TQ_OK);
     KV_CHECK(tq_store_open(&m->twin, &m->params, m->twin_memory, m->bytes) == TQ_OK);
+}
+
+static inline void store_model_keep_none(store_model *m)
+{
+    for (int32_t i = 0; i < m->params.n_keep; i++) m->kept[i] = -1;
 }
 
 static inline void store_model_init(store_model *m, kv_input *input, const tq_executor *executor)
@@ -106,6 +139,7 @@ static inline void store_model_init(store_model *m, kv_input *input, const tq_ex
     m->params.n_slots = kv_take(input, 70) + 1;
     m->params.n_sink = kv_take(input, 6);
     m->params.n_recent = kv_take(input, 10);
+    m->params.n_keep = kv_take(input, 4);
     m->params.label = "store under test";
     m->random.state = (uint64_t)kv_take(input, 256) * 7919 + 1;
     static const int32_t ref_blocks[] = {0, 0, 16, 64};
@@ -124,6 +158,10 @@ static inline void store_model_init(store_model *m, kv_input *input, const tq_ex
     m->values = kv_calloc((size_t)m->params.n_slots * (size_t)m->row_floats, sizeof *m->values);
     m->exact = kv_calloc((size_t)m->params.n_slots, sizeof *m->exact);
     m->ring = kv_calloc((size_t)m->params.n_recent, sizeof *m->ring);
+    m->kept = kv_calloc((size_t)m->params.n_keep, sizeof *m->kept);
+    store_model_keep_none(m);
+    KV_CHECK(tq_stage_create(&m->stage) == TQ_OK);
+    KV_CHECK(tq_stage_create(&m->twin_stage) == TQ_OK);
     m->rows = kv_calloc((size_t)STORE_MODEL_BATCH * (size_t)m->row_floats, sizeof *m->rows);
     store_model_open(m);
 }
@@ -139,6 +177,9 @@ static inline void store_model_deinit(store_model *m)
     free(m->values);
     free(m->exact);
     free(m->ring);
+    free(m->kept);
+    tq_stage_free(m->stage);
+    tq_stage_free(m->twin_stage);
     free(m->rows);
 }
 
@@ -167,7 +208,33 @@ static inline void store_model_do_write(store_model *m, bool update)
         if (update)
             store_model_set(m, m->slots[i], row, m->exact[m->slots[i]]);
         else
-            store_model_write(m, m->slots[i], row);
+            store_model_write(m, m->slots[i], row, false, 0);
+    }
+}
+
+static inline void store_model_settle(tq_store *store, tq_stage *stage, const int64_t *slots, int32_t n, const float *rows,
+                                      int32_t row_floats, const int64_t *kept, int32_t n_kept, int64_t n_used)
+{
+    KV_CHECK(tq_store_stage(store, stage, slots, n, rows, row_floats) == TQ_OK);
+    KV_CHECK(tq_stage_keep(stage, kept, n_kept, n_used) == TQ_OK);
+    KV_CHECK(tq_store_settle(store, stage, NULL) == TQ_OK);
+}
+
+/* A batch through a stage, some of whose rows are first tokens. */
+static inline void store_model_do_stage(store_model *m)
+{
+    int64_t kept[STORE_MODEL_BATCH], n_used = kv_below(&m->random, m->params.n_slots + 1), first_row = 0;
+    int32_t n_kept = 0;
+    bool is_kept[STORE_MODEL_BATCH];
+    for (int32_t i = 0; i < m->n; i++) {
+        is_kept[i] = kv_below(&m->random, 6) == 0;
+        if (is_kept[i]) kept[n_kept++] = i;
+    }
+    store_model_settle(m->store, m->stage, m->slots, m->n, m->rows, m->row_floats, kept, n_kept, n_used);
+    for (int32_t i = 0; i < m->n; i++) {
+        const float *row = m->rows + (int64_t)i * m->row_floats;
+        store_model_settle(m->twin, m->twin_stage, &m->slots[i], 1, row, m->row_floats, &first_row, is_kept[i], n_used);
+        if (m->slots[i] >= 0) store_model_write(m, m->slots[i], row, is_kept[i], n_used);
     }
 }
 
@@ -197,6 +264,7 @@ static inline void store_model_clear(store_model *m)
     memset(m->values, 0, (size_t)m->params.n_slots * (size_t)m->row_floats * sizeof *m->values);
     memset(m->exact, 0, (size_t)m->params.n_slots * sizeof *m->exact);
     m->n_ring = 0;
+    store_model_keep_none(m);
 }
 
 /* Go on in a copy of the memory, with new handles. */
@@ -277,9 +345,11 @@ static inline void store_model_run(const uint8_t *data, size_t n, const tq_execu
     store_model model, *m = &model;
     store_model_init(m, &input, executor);
     while (input.n > 0) {
-        int32_t operation = kv_take(&input, 12);
+        int32_t operation = kv_take(&input, 16);
         store_model_batch(m, &input);
-        if (operation < 6)
+        if (operation >= 12)
+            store_model_do_stage(m);
+        else if (operation < 6)
             store_model_do_write(m, false);
         else if (operation < 8)
             store_model_do_write(m, true);

@@ -71,7 +71,7 @@ static tq_status restore_rows(tq_store *store, const int64_t *to, int64_t n, con
 {
     uint16_t *half = kv_calloc((size_t)(n * row_stride), sizeof *half);
     for (int64_t i = 0; i < n * row_stride; i++) half[i] = tq_half_from_float(rows[i]);
-    tq_status status = tq_store_restore(store, to, n, half, row_stride, executor);
+    tq_status status = tq_store_restore(store, to, n, half, row_stride, 0, executor);
     free(half);
     return status;
 }
