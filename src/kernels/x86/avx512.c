@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: MIT */
+/* AVX-512: all but scores and weighted sums. */
+#include "kernels/x86/target.h"
+
+#if TQ_ARCH_X86
+TQ_TARGET_BEGIN_AVX512
+#include "kernels/x86/vec_avx512.h"
+
+#include "kernels/simd/encode.h"
+#include "kernels/simd/expand.h"
+#include "kernels/simd/rotate.h"
+#include "kernels/simd/rows.h"
+#include "kernels/simd/transform.h"
+TQ_TARGET_END
+
+#include "kernels/simd/init.h"
+#endif
