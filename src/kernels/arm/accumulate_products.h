@@ -8,6 +8,7 @@ enum {
     WEIGH_VECTORS = 16, /* of a step of weigh_add */
     WEIGH_ROWS = 2,     /* of a tile: 16 accumulators */
     WEIGHT_ROWS_MAX = 32,
+    WEIGHT_VECTORS_STEP = 1,
     WEIGH_STEP_BYTES = 256 /* 16 values of WEIGH_VECTORS vectors */
 };
 

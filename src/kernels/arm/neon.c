@@ -7,7 +7,6 @@
 
 #include "kernels/simd/encode.h"
 #include "kernels/simd/expand.h"
-#include "kernels/simd/init.h"
 #include "kernels/simd/rotate.h"
 #include "kernels/simd/rows.h"
 #include "kernels/simd/transform.h"

@@ -1,20 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Template: scores of formats whose values are bytes, by products of bytes. Queries are rounded to 16 bits and split, as in
- * simd/words.h, whose accuracy this has. Four vectors are expanded at a time, into a buffer, for all rows.
+ * simd/words.h, whose accuracy this has. Four vectors are expanded at a time, into a buffer, for all rows. Include it after
+ * products_*.h.
  */
 enum { SCORE_ROWS_MAX = 32 }; /* that share what was expanded */
+#define QUERY_ROWS_MAX(width) SCORE_ROWS_MAX
 
 typedef struct integer_queries {
     int8_t bytes[SCORE_ROWS_MAX][2 * INTEGER_WIDTH_MAX]; /* as split_store leaves them */
     float unit[SCORE_ROWS_MAX];
 } integer_queries;
-
-TQ_INLINE int query_rows_max(int32_t width)
-{
-    (void)width;
-    return SCORE_ROWS_MAX;
-}
 
 TQ_INLINE void store_query(integer_queries *queries, int r, const float *x, int32_t width, float factor)
 {

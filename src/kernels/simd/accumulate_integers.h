@@ -2,8 +2,9 @@
 /*
  * Template: weighted sums in integers. Weights, the vectors' scales included, are rounded for INTEGER_CHUNK vectors at a time,
  * which are expanded once for a chunk of rows. Included by what has defined, next to what score_integers.h wants,
- *   WEIGHT_ROWS_MAX     rows of a chunk
- *   integer_weights     weights [WEIGHT_ROWS_MAX, INTEGER_CHUNK]; unit[r] is what 1 is in row r's sums
+ *   WEIGHT_ROWS_MAX        rows of a chunk
+ *   WEIGHT_VECTORS_STEP    accumulate_chunk takes a multiple of this many vectors
+ *   integer_weights        weights [WEIGHT_ROWS_MAX, INTEGER_CHUNK]; unit[r] is what 1 is in row r's sums
  *   store_weights(weights, r, x, n, factor)    row r's x [n] times factor to integers, n a multiple of 16
  *   accumulate_chunk(source, tables, codec, block, n, weights, n_row, acc)
  */
@@ -29,7 +30,7 @@ static weights_kind integer_weights_init(integer_weights *w, const uint16_t *sca
     return WEIGHTS_READY;
 }
 
-/* Few vectors or rows, and weights that are not finite, go to `fallback`. */
+/* Few vectors or rows, a rest of vectors, and weights that are not finite go to `fallback`. */
 TQ_INLINE void accumulate_integers(int source, accumulate_fn fallback, const tq_codec *codec, tq_block block, int64_t n,
                                    const float *p, int64_t p_stride, int64_t n_row, float *acc)
 {
@@ -38,8 +39,10 @@ TQ_INLINE void accumulate_integers(int source, accumulate_fn fallback, const tq_
         return;
     }
     const integer_tables t = integer_tables_init(source, codec);
-    for (int64_t i = 0; i < n; i += INTEGER_CHUNK) {
-        const int64_t m = n - i < INTEGER_CHUNK ? n - i : INTEGER_CHUNK;
+    for (int64_t i = 0, m; i < n; i += m) {
+        m = n - i < INTEGER_CHUNK ? n - i : INTEGER_CHUNK;
+        const bool is_rest = m < WEIGHT_VECTORS_STEP;
+        if (!is_rest) m -= m % WEIGHT_VECTORS_STEP;
         const tq_block part = tq_block_at(codec, block, i);
         for (int64_t row = 0, now; row < n_row; row += now) {
             now = next_rows(n_row - row, WEIGHT_ROWS_MAX);
@@ -47,8 +50,11 @@ TQ_INLINE void accumulate_integers(int source, accumulate_fn fallback, const tq_
             float *out = acc + row * codec->width;
             integer_weights w;
             weights_kind kind = integer_weights_init(&w, part.scales, m, weights, p_stride, (int)now);
-            if (kind == WEIGHTS_NOT_FINITE) fallback(codec, part, m, weights, p_stride, now, out);
-            if (kind == WEIGHTS_READY) accumulate_chunk(source, &t, codec, part, m, &w, (int)now, out);
+            if (kind == WEIGHTS_NEGLIGIBLE) continue;
+            if (kind == WEIGHTS_NOT_FINITE || is_rest)
+                fallback(codec, part, m, weights, p_stride, now, out);
+            else
+                accumulate_chunk(source, &t, codec, part, m, &w, (int)now, out);
         }
     }
 }

@@ -9,6 +9,7 @@
 enum {
     ZIPPED = 2 * WORD_GROUP_REGS, /* registers of a pair of vectors' group */
     WEIGHT_ROWS_MAX = 32,
+    WEIGHT_VECTORS_STEP = 2,
 };
 
 typedef struct integer_weights {
@@ -21,7 +22,7 @@ TQ_INLINE void store_weights(integer_weights *w, int r, const float *x, int32_t 
     store_as_words(x, n, factor, w->p[r]);
 }
 
-/* n vectors, of which values d .. d + n_value - 1 are summed. */
+/* n vectors (an even number), of which values d .. d + n_value - 1 are summed. */
 typedef struct word_block {
     const uint8_t *codes;
     size_t stride_bytes;
@@ -31,14 +32,14 @@ typedef struct word_block {
     ptrdiff_t jump;
 } word_block;
 
-/* Values of two vectors in turn. Where there is no second one the first stands for it, with a weight of 0. */
+/* Values of two vectors in turn. */
 TQ_INLINE void expand_pair(int source, const integer_tables *t, const word_block *b, int64_t i, words *pairs)
 {
     const uint8_t *codes = b->codes + (size_t)i * b->stride_bytes;
     words first[WORD_GROUP_REGS], second[WORD_GROUP_REGS];
     if (b->d == 0) prefetch_ahead(codes, 2 * b->stride_bytes, b->run_end, b->jump);
     expand_words(source, t, codes, b->d, b->n_value, first);
-    expand_words(source, t, i + 1 < b->n ? codes + b->stride_bytes : codes, b->d, b->n_value, second);
+    expand_words(source, t, codes + b->stride_bytes, b->d, b->n_value, second);
     TQ_UNROLL
     for (int k = 0; k < WORD_GROUP_REGS; k++) words_zip(first[k], second[k], pairs + 2 * k);
 }

@@ -5,7 +5,7 @@
  *   INTEGER_ROWS_MIN                       fewer rows are not worth it
  *   integer_tables, integer_tables_init    what codes are expanded with
  *   integer_queries                        a chunk of rows; unit[r] is what 1 is in row r's scores, the vectors' scales left
- * out query_rows_max(width)                  the rows that it holds store_query(queries, r, x, width, factor)    row r's x
+ * out QUERY_ROWS_MAX(width)                  the rows that it holds store_query(queries, r, x, width, factor)    row r's x
  * [width] times factor to integers score_chunk(source, tables, codec, block, n, queries, n_row, s, s_stride)
  */
 #include "kernels/simd/integers.h"
@@ -19,7 +19,7 @@ TQ_INLINE bool score_integers(int source, const tq_codec *codec, tq_block block,
     const integer_tables t = integer_tables_init(source, codec);
     integer_queries queries;
     for (int64_t row = 0, now; row < n_row; row += now) {
-        now = next_rows(n_row - row, query_rows_max(width));
+        now = next_rows(n_row - row, QUERY_ROWS_MAX(width));
         for (int r = 0; r < now; r++) {
             const float *x = q + (row + r) * width;
             float factor;

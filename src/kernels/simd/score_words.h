@@ -3,16 +3,11 @@
 #include "kernels/simd/words.h"
 
 /* Queries as words. */
+#define QUERY_ROWS_MAX(width) WORD_SCORE_ROWS
 typedef struct integer_queries {
     _Alignas(64) int16_t q[WORD_SCORE_ROWS][INTEGER_WIDTH_MAX];
     float unit[WORD_SCORE_ROWS];
 } integer_queries;
-
-TQ_INLINE int query_rows_max(int32_t width)
-{
-    (void)width;
-    return WORD_SCORE_ROWS;
-}
 
 TQ_INLINE void store_query(integer_queries *queries, int r, const float *x, int32_t width, float factor)
 {

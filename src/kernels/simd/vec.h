@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What vectors do in the same way on every instruction set. Those of GCC and Clang add, subtract, multiply, divide and have
- * their bits combined by C's operators, where the other operand may be a scalar. A vec_*.h defines the types, the constants and
- * what takes an instruction of its own, and ends with this file. Include one of those.
+ * What vectors do in the same way on every instruction set. They are those of GCC and Clang, so C's operators work on them, and
+ * the other operand may be a scalar. A vec_*.h defines the types, the constants, and what needs instructions of its own; it
+ * ends with this file. Include one of those.
  */
 #ifndef TQ_KERNELS_SIMD_VEC_H
 #define TQ_KERNELS_SIMD_VEC_H
 
 enum { VECS16 = 16 / VEC_LANES }; /* the vecs that hold 16 values */
 
-/* In memory, of what alignment and type ever: gcc makes better code of these than of memcpy. */
+/* Vectors in memory, whatever its alignment and type. gcc makes better code of these than of memcpy. */
 typedef vec vec_at __attribute__((aligned(4), may_alias));
 typedef vec4 vec4_at __attribute__((aligned(4), may_alias));
 typedef uint32_t vec_bits __attribute__((vector_size(sizeof(vec))));

@@ -8,6 +8,7 @@
 
 enum {
     WEIGHT_ROWS_MAX = 64,
+    WEIGHT_VECTORS_STEP = 1,
     STEP = 64, /* vectors of a left tile */
     CHUNK_STEPS = INTEGER_CHUNK / STEP
 };

@@ -12,6 +12,4 @@ TQ_TARGET_BEGIN_AVX512
 #include "kernels/simd/rows.h"
 #include "kernels/simd/transform.h"
 TQ_TARGET_END
-
-#include "kernels/simd/init.h"
 #endif

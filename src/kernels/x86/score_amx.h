@@ -20,11 +20,7 @@ TQ_INLINE int32_t n_groups(int32_t width)
 {
     return (width + 63) / 64;
 }
-
-TQ_INLINE int query_rows_max(int32_t width)
-{
-    return QUERY_TILES_MAX / n_groups(width) * OCTET;
-}
+#define QUERY_ROWS_MAX(width) (QUERY_TILES_MAX / n_groups(width) * OCTET)
 
 TQ_INLINE void store_query(integer_queries *queries, int r, const float *x, int32_t width, float factor)
 {
