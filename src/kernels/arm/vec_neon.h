@@ -47,6 +47,11 @@ TQ_INLINE vec vec_max(vec a, vec b)
     return vmaxq_f32(a, b);
 }
 
+TQ_INLINE vec vec_abs(vec a)
+{
+    return vabsq_f32(a);
+}
+
 TQ_INLINE vec vec_round(vec a)
 {
     return vrndnq_f32(a);

@@ -31,15 +31,10 @@ TQ_INLINE vec vec_set1(float x)
     return x - (vec){0};
 }
 
-TQ_INLINE vec vec_abs(vec a)
-{
-    return (vec)((vec_bits)a & 0x7fffffffu);
-}
-
 /* The magnitude of a with the sign of b. */
 TQ_INLINE vec vec_copysign(vec a, vec b)
 {
-    return (vec)(((vec_bits)a & 0x7fffffffu) | ((vec_bits)b & 0x80000000u));
+    return (vec)((vec_bits)vec_abs(a) | ((vec_bits)b & 0x80000000u));
 }
 
 /* 2^n for whole n, -126 <= n <= 127 */

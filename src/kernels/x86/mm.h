@@ -20,6 +20,11 @@ TQ_INLINE vec vec_max(vec a, vec b)
     return MM(max_ps)(a, b);
 }
 
+TQ_INLINE vec vec_abs(vec a)
+{
+    return MM(andnot_ps)(MM(set1_ps)(-0.0f), a);
+}
+
 TQ_INLINE vec vec_load_half(const uint16_t *h)
 {
     half_register u;

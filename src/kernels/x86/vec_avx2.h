@@ -332,12 +332,13 @@ TQ_INLINE __m256i look_up_bytes(const integer_tables *t, __m256i window)
 TQ_INLINE void expand_words(int source, const integer_tables *t, const uint8_t *codes, int32_t d, int n, words *out)
 {
     const int bits = source_trellis_bits(source);
+    const bool is_half = __builtin_expect(n < WORD_GROUP, 0); /* only at the end of some widths */
     if (bits == 0) {
         out[0] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(codes + d)));
-        out[1] = n < 32 ? out[0] : _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(codes + d + 16)));
+        out[1] = is_half ? out[0] : _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(codes + d + 16)));
         return;
     }
-    __m256i low = load_windows16(bits, t, codes, d), high = n < 32 ? low : load_windows16(bits, t, codes, d + 16);
+    __m256i low = load_windows16(bits, t, codes, d), high = is_half ? low : load_windows16(bits, t, codes, d + 16);
     __m256i value = look_up_bytes(t, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
     out[0] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(value));
     out[1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(value, 1));
