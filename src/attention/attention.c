@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The entry: cuts a call into tasks, gives each thread its scratch memory, and hands the tasks out. Splitting a short query
- * over the context and combining the parts follows Flash-Decoding (Dao et al., 2023). How a call is cut depends on shapes
- * alone, and a tile's parts are combined in their order, so that the number of threads never shows in the result.
+ * over the context and combining the parts follows Flash-Decoding (Dao et al., 2023). How a call is cut depends only on
+ * shapes, and a tile's parts are combined in their order, so that the number of threads never shows in the result.
  */
 #include "attention/attention.h"
 
@@ -13,7 +13,7 @@
 
 #define TILE_FLOATS_MAX (64 * 256)      /* rows times width: what bounds the accumulators */
 #define EXPANDED_FLOATS_MAX (32 * 1024) /* columns times width, 128 KiB: a part of the L2 cache */
-/* A part of the columns costs some microseconds beside the columns themselves. */
+/* A part of the columns costs some microseconds on top of the columns themselves. */
 #define SPLIT_COLS_MIN 256   /* where there would be fewer tasks than TASKS_MIN */
 #define SPLIT_COLS_LONG 2048 /* up to TASKS_WANTED */
 #define SPLITS_MAX 16

@@ -96,7 +96,7 @@ void tq_from_basis(const tq_kv_view *view, int32_t head, int64_t n, float *x);
 
 /*
  * The operation behind tq_store_attend and tq_cache_attend. Arguments were checked by the caller. Errors: MEMORY, before
- * anything is written. The result is a function of the arguments alone, not of the executor.
+ * anything is written. The result depends only on the arguments, not on the executor.
  */
 tq_status tq_attend(const tq_kernels *kernels, const tq_kv_view *keys, const tq_kv_view *values, int32_t n_head_kv,
                     int64_t n_col, const tq_attend_params *params, const tq_executor *executor);

@@ -70,7 +70,7 @@ static void encoded_part(const exact_range *range, int64_t *begin, int64_t *end)
     }
 }
 
-/* The longest run from entry i of consecutive columns that are consecutive vectors, too, exact for the same rows. */
+/* The longest run from entry i of consecutive columns that are also consecutive vectors and exact for the same rows. */
 static int32_t run_length(const exact_range *range, int32_t i)
 {
     const tq_exact_entry *first = &range->entries[i];

@@ -25,8 +25,7 @@ static bool may_allocate(void)
 void *tq_alloc(size_t bytes)
 {
     if (bytes == 0 || bytes > SIZE_MAX - ALIGNMENT || !may_allocate()) return NULL;
-    size_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* C11 wants a multiple of the alignment */
-    return aligned_alloc(ALIGNMENT, rounded);
+    return aligned_alloc(ALIGNMENT, tq_align_up(bytes, ALIGNMENT)); /* C11 wants a multiple of the alignment */
 }
 
 void *tq_alloc_zero(size_t bytes)

@@ -21,14 +21,15 @@ void *tq_scratch_alloc(size_t bytes);
 void tq_scratch_free(void *p, size_t bytes);
 
 /*
- * A range of addresses, whose parts get memory and lose it again: one run of large system pages where there are such, so that
- * reading across it costs few of a CPU's address translations. NULL on failure. Release it with the size that was asked for.
+ * A range of addresses, whose parts get memory and lose it again: one run of large system pages where the system has them, so
+ * that reading across it costs few of a CPU's address translations. NULL on failure. Release it with the size that was asked
+ * for.
  */
 void *tq_region_reserve(size_t bytes);
 void tq_region_release(void *region, size_t bytes);
 /* Memory for bytes [offset, offset + bytes); zeros where there was none. False on failure. */
 bool tq_region_commit(void *region, size_t offset, size_t bytes);
-/* No memory for them, but for system pages that hold other bytes, too; what they held may be lost or not. */
+/* Give their memory back, except system pages that also hold other bytes. What they held may be lost or not. */
 void tq_region_decommit(void *region, size_t offset, size_t bytes);
 
 /*

@@ -24,7 +24,7 @@ const tq_cpu_level *tq_cpu_levels(int *n_out);
 
 /*
  * Flags of this machine: CPUID and XGETBV, or what Linux says of an AArch64 processor. No environment. Where there is AMX it
- * asks Linux for leave to use it, which holds for the process: without, its registers are not saved and using them is fatal.
+ * asks Linux for permission, which holds for the process: without it, its registers are not saved and using them is fatal.
  */
 uint32_t tq_cpu_detect(void);
 /*

@@ -84,7 +84,7 @@ tq_status tq_file_write(tq_file_writer *writer, const void *data, size_t bytes)
     return TQ_OK;
 }
 
-/* So that the new name survives a crash, too. */
+/* So that the new name also survives a crash. */
 static tq_status sync_folder(const char *path)
 {
     const char *slash = strrchr(path, '/');

@@ -8,7 +8,7 @@
 
 #include "turboquant.h"
 
-/* A file in the making, under a temporary name beside its path. */
+/* A file in the making, under a temporary name next to its path. */
 typedef struct tq_file_writer {
     char *path; /* to be replaced: where symbolic links lead */
     char *temporary;

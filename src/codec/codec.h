@@ -85,7 +85,7 @@ bool tq_head_dim_supported(int32_t head_dim);
 const int32_t *tq_supported_head_dims(int32_t *n_out);
 /* Is there such a format at such a head_dim? If not, the reason goes to the log. Errors: FORMAT, HEAD_DIM. */
 tq_status tq_codec_check(tq_format format, int32_t head_dim);
-/* The bytes of a vector: codes alone, and codes with scales. */
+/* The bytes of a vector: codes without scales, and with them. */
 size_t tq_format_code_bytes(const tq_format_traits *traits, int32_t head_dim);
 size_t tq_format_vector_bytes(const tq_format_traits *traits, int32_t head_dim);
 /* head_dim must be supported. */

@@ -15,7 +15,7 @@
 
 enum { SKETCH_STREAM = 0x51 }; /* apart from the rotation's rounds */
 
-/* Sums of 12 uniform 16-bit numbers, centred: variance 1 and nearly normal, exact in float, from integers alone. */
+/* Sums of 12 uniform 16-bit numbers, centred: variance 1 and nearly normal, exact in float, from integers only. */
 void tq_sketch_init(float *sketch, int32_t head_dim, uint64_t seed)
 {
     tq_random random = tq_random_stream(seed, (uint64_t)head_dim << 32 | SKETCH_STREAM);

@@ -6,6 +6,7 @@
 
 #include "base/cpu.h"
 #include "base/log.h"
+#include "kernels/arm/target.h"
 #include "kernels/kernels.h"
 
 void tq_kernels_init(tq_kernels *kernels, uint32_t cpu_flags)
@@ -18,8 +19,10 @@ void tq_kernels_init(tq_kernels *kernels, uint32_t cpu_flags)
     if (cpu_flags & TQ_CPU_AMX) tq_kernels_init_amx(kernels);
 #elif defined(__aarch64__)
     if (cpu_flags & TQ_CPU_NEON) tq_kernels_init_neon(kernels);
+#if TQ_ARM_PRODUCTS
     if (cpu_flags & TQ_CPU_DOTPROD) tq_kernels_init_dotprod(kernels);
     if (cpu_flags & TQ_CPU_I8MM) tq_kernels_init_i8mm(kernels);
+#endif
 #endif
 }
 

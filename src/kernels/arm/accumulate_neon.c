@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
-/* Weighted sums for NEON: simd/accumulate.h on vec_neon.h. */
-#if defined(__aarch64__)
+/* Weighted sums for NEON; next to neon.c, since this takes as long to compile as all of that. */
+#include "kernels/arm/target.h"
+
+#if TQ_ARCH_ARM
 #include "kernels/arm/vec_neon.h"
 
 #include "kernels/simd/accumulate.h"
-#else
-typedef int tq_accumulate_neon_empty; /* ISO C wants a declaration in every file */
 #endif

@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* The rung of the ladder for NEON: simd/init.h on vec_neon.h. */
-#if defined(__aarch64__)
-#include "kernels/arm/vec_neon.h"
+/* The rung of the ladder for NEON: simd/init.h. */
+#include "kernels/arm/target.h"
 
+#if TQ_ARCH_ARM
+#define TQ_ISA(name) tq_##name##_neon
 #include "kernels/simd/init.h"
-#else
-typedef int tq_init_neon_empty; /* ISO C wants a declaration in every file */
 #endif

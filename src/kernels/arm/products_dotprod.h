@@ -6,7 +6,8 @@
 #ifndef TQ_KERNELS_ARM_PRODUCTS_DOTPROD_H
 #define TQ_KERNELS_ARM_PRODUCTS_DOTPROD_H
 
-#define TQ_PRODUCTS(name) tq_##name##_dotprod
+#include "kernels/arm/products.h"
+
 #define SCORE_ROWS 2 /* of a tile by 4 vectors: 16 accumulators */
 
 TQ_INLINE void split_store(int8x16_t high, int8x16_t low, int8_t *out)

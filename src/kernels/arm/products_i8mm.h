@@ -7,7 +7,8 @@
 #ifndef TQ_KERNELS_ARM_PRODUCTS_I8MM_H
 #define TQ_KERNELS_ARM_PRODUCTS_I8MM_H
 
-#define TQ_PRODUCTS(name) tq_##name##_i8mm
+#include "kernels/arm/products.h"
+
 #define SCORE_ROWS 4 /* of a tile by 4 vectors: 8 accumulators */
 
 /* The lower halves of a and b, or the upper ones. */

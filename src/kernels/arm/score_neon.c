@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
-/* Scores for NEON: simd/score.h on vec_neon.h. */
-#if defined(__aarch64__)
+/* Scores for NEON; next to neon.c, since this takes as long to compile as all of that. */
+#include "kernels/arm/target.h"
+
+#if TQ_ARCH_ARM
 #include "kernels/arm/vec_neon.h"
 
 #include "kernels/simd/score.h"
-#else
-typedef int tq_score_neon_empty; /* ISO C wants a declaration in every file */
 #endif

@@ -1,30 +1,20 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Template: scores of formats whose values are bytes, by products of bytes. Queries are rounded to 16 bits and split, as in
- * simd/words.h, whose accuracy this has. Four vectors are expanded at a time, into a buffer, for all rows.
+ * simd/words.h, whose accuracy this has. Four vectors are expanded at a time, into a buffer, for all rows. Include it after
+ * products_*.h.
  */
-#include "kernels/arm/products.h"
-
 enum { SCORE_ROWS_MAX = 32 }; /* that share what was expanded */
+#define QUERY_ROWS_MAX(width) SCORE_ROWS_MAX
 
-typedef struct split_queries {
+typedef struct integer_queries {
     int8_t bytes[SCORE_ROWS_MAX][2 * INTEGER_WIDTH_MAX]; /* as split_store leaves them */
     float unit[SCORE_ROWS_MAX];
-} split_queries;
+} integer_queries;
 
-/* False if a query is not finite. */
-static bool split_queries_init(split_queries *out, const float *q, int32_t width, int n_row)
+TQ_INLINE void store_query(integer_queries *queries, int r, const float *x, int32_t width, float factor)
 {
-    for (int r = 0; r < n_row; r++, q += width) {
-        float factor;
-        if (!integer_unit(q, width, &factor, &out->unit[r])) return false;
-        for (int32_t d = 0; d < width; d += 16) {
-            int8x16_t high, low;
-            split16(q + d, vdupq_n_f32(factor), &high, &low);
-            split_store(high, low, out->bytes[r] + 2 * d);
-        }
-    }
-    return true;
+    split_row(x, width, factor, queries->bytes[r]);
 }
 
 /* n <= 4 vectors; the last one stands for those that are missing. */
@@ -40,7 +30,7 @@ TQ_INLINE void expand_quad(int source, const tables *t, const uint8_t *codes, si
 }
 
 /* Rows row .. row + n_row - 1 by 4 vectors, n of which are stored. */
-TQ_INLINE void score_quad(int n_row, const int8_t *y, int32_t width, const split_queries *q, int row, const uint16_t *scales,
+TQ_INLINE void score_quad(int n_row, const int8_t *y, int32_t width, const integer_queries *q, int row, const uint16_t *scales,
                           int64_t n, float *s, int64_t s_stride)
 {
     quad_sums sums[SCORE_ROWS];
@@ -54,7 +44,7 @@ TQ_INLINE void score_quad(int n_row, const int8_t *y, int32_t width, const split
         vec4 dots = vmulq_n_f32(vcvtq_f32_s32(quad_total(&sums[r])), q->unit[row + r]);
         float *out = s + (row + r) * s_stride;
         if (n == 4) {
-            vec4_store(out, vec4_mul(dots, vec4_load_half(scales)));
+            vec4_store(out, dots * vec4_load_half(scales));
             continue;
         }
         float dot[4];
@@ -63,7 +53,7 @@ TQ_INLINE void score_quad(int n_row, const int8_t *y, int32_t width, const split
     }
 }
 
-TQ_INLINE void score_quad_rows(int n_row, const int8_t *y, int32_t width, const split_queries *q, const uint16_t *scales,
+TQ_INLINE void score_quad_rows(int n_row, const int8_t *y, int32_t width, const integer_queries *q, const uint16_t *scales,
                                int64_t n, float *s, int64_t s_stride)
 {
     int row = 0;
@@ -71,37 +61,17 @@ TQ_INLINE void score_quad_rows(int n_row, const int8_t *y, int32_t width, const 
     for (; row < n_row; row++) score_quad(1, y, width, q, row, scales, n, s, s_stride);
 }
 
-/* False, and nothing done, if a query is not finite or there is nothing to gain. */
-TQ_INLINE bool score_products(int source, const tq_codec *codec, tq_block block, int64_t n, const float *q, int64_t n_row,
-                              float *s, int64_t s_stride)
+TQ_INLINE void score_chunk(int source, const integer_tables *t, const tq_codec *codec, tq_block block, int64_t n,
+                           const integer_queries *q, int n_row, float *s, int64_t s_stride)
 {
-    if (codec->width > INTEGER_WIDTH_MAX || n < INTEGER_VECTORS_MIN) return false;
-    const tables t = tables_init(source, codec);
-    split_queries queries;
     int8_t y[4 * INTEGER_WIDTH_MAX];
-    for (int64_t row = 0; row < n_row;) {
-        int now = next_rows(n_row - row, SCORE_ROWS_MAX);
-        if (!split_queries_init(&queries, q + row * codec->width, codec->width, now)) return false;
-        for (int64_t i = 0; i < n; i += 4) {
-            const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
-            int64_t m = n - i < 4 ? n - i : 4;
-            prefetch_ahead(codes, (size_t)m * codec->code_bytes, block.run_end, block.jump);
-            expand_quad(source, &t, codes, codec->code_bytes, m, codec->width, y);
-            score_quad_rows(now, y, codec->width, &queries, block.scales + i, m, s + row * s_stride + i, s_stride);
-        }
-        row += now;
+    for (int64_t i = 0; i < n; i += 4) {
+        const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
+        int64_t m = n - i < 4 ? n - i : 4;
+        prefetch_ahead(codes, (size_t)m * codec->code_bytes, block.run_end, block.jump);
+        expand_quad(source, t, codes, codec->code_bytes, m, codec->width, y);
+        score_quad_rows(n_row, y, codec->width, q, block.scales + i, m, s + i, s_stride);
     }
-    return true;
 }
 
-#define SCORE_PRODUCTS(name, source)                                                                                          \
-    void TQ_PRODUCTS(score_##name)(const tq_codec *codec, tq_block block, int64_t n, const float *q, int64_t n_row, float *s, \
-                                   int64_t s_stride)                                                                          \
-    {                                                                                                                         \
-        if (!score_products(source, codec, block, n, q, n_row, s, s_stride))                                                  \
-            TQ_ISA(score_##name)(codec, block, n, q, n_row, s, s_stride);                                                     \
-    }
-SCORE_PRODUCTS(sq8, TQ_FORMAT_SQ8)
-SCORE_PRODUCTS(tt4, TQ_FORMAT_TT4)
-SCORE_PRODUCTS(tt3, TQ_FORMAT_TT3)
-SCORE_PRODUCTS(tt2, TQ_FORMAT_TT2)
+#include "kernels/simd/score_integers.h"

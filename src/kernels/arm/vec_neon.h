@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The vector type of the kernel templates (simd/): AArch64 Advanced SIMD, which every such processor has. */
+/* The vectors of the kernel templates (simd/): AArch64 Advanced SIMD, which every such processor has. */
 #ifndef TQ_KERNELS_ARM_VEC_NEON_H
 #define TQ_KERNELS_ARM_VEC_NEON_H
 
@@ -11,23 +11,15 @@
 
 typedef float32x4_t vec;
 typedef float32x4_t vec4;
+typedef uint16x8_t words;
 
 #define VEC_LANES 4   /* floats in a vec */
+#define WORD_LANES 8  /* 16-bit numbers in words */
 #define GROUP 16      /* values that expand_group makes at once */
 #define GROUP_VECS 4  /* and the vecs that hold them */
 #define TILE_GROUPS 1 /* of a tile of accumulate */
 #define TILE_ROWS 4   /* of a tile on expanded vectors: 4 x 4 accumulators */
 #define FUSED_ROWS 2  /* up to here codes are expanded in registers; above, once into a buffer */
-
-TQ_INLINE vec4 vec4_mul(vec4 a, vec4 b)
-{
-    return vmulq_f32(a, b);
-}
-
-TQ_INLINE void vec4_store(float *x, vec4 a)
-{
-    vst1q_f32(x, a);
-}
 
 TQ_INLINE vec4 vec4_load_half(const uint16_t *h)
 {
@@ -42,41 +34,6 @@ TQ_INLINE float float_from_half(uint16_t h)
 TQ_INLINE uint16_t half_from_float(float x)
 {
     return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
-}
-
-TQ_INLINE vec vec_load(const float *x)
-{
-    return vld1q_f32(x);
-}
-
-TQ_INLINE void vec_store(float *x, vec a)
-{
-    vst1q_f32(x, a);
-}
-
-TQ_INLINE vec vec_set1(float x)
-{
-    return vdupq_n_f32(x);
-}
-
-TQ_INLINE vec vec_add(vec a, vec b)
-{
-    return vaddq_f32(a, b);
-}
-
-TQ_INLINE vec vec_sub(vec a, vec b)
-{
-    return vsubq_f32(a, b);
-}
-
-TQ_INLINE vec vec_mul(vec a, vec b)
-{
-    return vmulq_f32(a, b);
-}
-
-TQ_INLINE vec vec_div(vec a, vec b)
-{
-    return vdivq_f32(a, b);
 }
 
 /* a * b + c */
@@ -98,18 +55,6 @@ TQ_INLINE vec vec_abs(vec a)
 TQ_INLINE vec vec_round(vec a)
 {
     return vrndnq_f32(a);
-}
-
-/* 2^n for whole n, -126 <= n <= 127 */
-TQ_INLINE vec vec_exp2_whole(vec n)
-{
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
-}
-
-/* The magnitude of a with the sign of b. */
-TQ_INLINE vec vec_copysign(vec a, vec b)
-{
-    return vbslq_f32(vdupq_n_u32(0x80000000u), b, a);
 }
 
 /* x >= limit ? a : b, lane by lane; b where x is NaN */
@@ -139,11 +84,10 @@ TQ_INLINE vec vec_load_bfloat(const uint16_t *h)
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(h), 16));
 }
 
-TQ_INLINE void vec_store_bfloat(uint16_t *h, vec a)
+/* The upper 16 bits of each lane. */
+TQ_INLINE void vec_store_upper(uint16_t *h, vec a)
 {
-    uint32x4_t u = vreinterpretq_u32_f32(a);
-    uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
-    vst1_u16(h, vshrn_n_u32(vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16));
+    vst1_u16(h, vshrn_n_u32(vreinterpretq_u32_f32(a), 16));
 }
 
 TQ_INLINE float vec_max_lane(vec a)
@@ -153,15 +97,8 @@ TQ_INLINE float vec_max_lane(vec a)
 
 TQ_INLINE float vec_sum(vec a)
 {
-    return vaddvq_f32(a);
-}
-
-/* Lanes j + 8, j + 4, j + 2, j + 1 of four vecs, the tree of tq_sum_squares. */
-TQ_INLINE float vec_fold16(const vec *a)
-{
-    vec b = vaddq_f32(vaddq_f32(a[0], a[2]), vaddq_f32(a[1], a[3]));
-    float32x2_t c = vadd_f32(vget_low_f32(b), vget_high_f32(b));
-    return vget_lane_f32(c, 0) + vget_lane_f32(c, 1);
+    float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+    return vget_lane_f32(b, 0) + vget_lane_f32(b, 1);
 }
 
 /* The sums of four vecs, by pairwise adds. */
@@ -174,9 +111,9 @@ TQ_INLINE vec4 vec_sum4(vec a, vec b, vec c, vec d)
 TQ_INLINE vec vec_butterflies(vec a)
 {
     vec other = vrev64q_f32(a);
-    a = vtrn2q_f32(vaddq_f32(a, other), vsubq_f32(other, a));
+    a = vtrn2q_f32(a + other, other - a);
     other = vextq_f32(a, a, 2);
-    return vcombine_f32(vget_low_f32(vaddq_f32(a, other)), vget_high_f32(vsubq_f32(other, a)));
+    return vcombine_f32(vget_low_f32(a + other), vget_high_f32(other - a));
 }
 
 /* What expand_group keeps in registers: the codebook as four planes of bytes, so that tbl looks up 16 codes at once. */
@@ -230,7 +167,7 @@ TQ_INLINE uint8x16_t load_windows(int bits, const tables *t, const uint8_t *code
     return vuzp1q_u8(vreinterpretq_u8_u16(first), vreinterpretq_u8_u16(second));
 }
 
-/* The values of windows d .. d + 15: four tables of 64 entries; tbx leaves a lane alone whose index is not its own. */
+/* The values of windows d .. d + 15: four tables of 64 entries; tbx keeps a lane whose index is not in its table. */
 TQ_INLINE int8x16_t look_up_windows(int bits, const tables *t, const uint8_t *codes, int32_t d)
 {
     uint8x16_t index = load_windows(bits, t, codes, d), value = vqtbl4q_u8(t->windows[0], index);
@@ -284,8 +221,8 @@ TQ_INLINE void look_up(const tables *t, uint8x16_t code, vec *out)
     out[3] = vreinterpretq_f32_u16(vzip2q_u16(low1, high1));
 }
 
-/* The values d .. d + GROUP - 1 of a vector, not yet scaled. */
-TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
+/* As expand_group, of formats with a scale. */
+TQ_INLINE void expand_codes(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
 {
     if (source == TQ_FORMAT_SQ4) {
         look_up(t, unpack4(codes + d / 2), out);
@@ -293,21 +230,13 @@ TQ_INLINE void expand_group(int source, const tables *t, const uint8_t *codes, i
         look_up(t, vorrq_u8(unpack2(codes + d / 4), unpack_high(codes + t->high_plane + d / 8)), out);
     } else if (source == TQ_FORMAT_SQ2) {
         look_up(t, unpack2(codes + d / 4), out);
-    } else if (source_is_bytes(source)) {
+    } else {
         int8x16_t code = expand_bytes(source, t, codes, d);
         int16x8_t low = vmovl_s8(vget_low_s8(code)), high = vmovl_s8(vget_high_s8(code));
         out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
         out[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));
         out[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
         out[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)));
-    } else {
-        TQ_UNROLL
-        for (int i = 0; i < GROUP_VECS; i++) {
-            int32_t at = d + VEC_LANES * i;
-            if (source == TQ_FORMAT_F16) out[i] = vec_load_half((const uint16_t *)(const void *)codes + at);
-            if (source == TQ_FORMAT_BF16) out[i] = vec_load_bfloat((const uint16_t *)(const void *)codes + at);
-            if (source == SOURCE_F32) out[i] = vec_load((const float *)(const void *)codes + at);
-        }
     }
 }
 
@@ -375,26 +304,11 @@ TQ_INLINE void round16(vec *y, uint8_t *bytes)
     vst1q_u8(bytes, vreinterpretq_u8_s8(vcombine_s8(low, high)));
 }
 
-/* 16-bit lanes, for the trellis search. */
-typedef uint16x8_t words;
-
-enum { WORD_LANES = 8, N_WORDS = 256 / WORD_LANES };
-
-TQ_INLINE words words_load(const uint16_t *p)
-{
-    return vld1q_u16(p);
-}
-
 /* The first n lanes, or all if there are no more. */
 TQ_INLINE void words_store_part(uint16_t *p, words a, int n)
 {
     (void)n;
     vst1q_u16(p, a);
-}
-
-TQ_INLINE words words_set1(uint16_t a)
-{
-    return vdupq_n_u16(a);
 }
 
 TQ_INLINE words words_min(words a, words b)
@@ -411,11 +325,6 @@ TQ_INLINE words words_min_halves(words a)
 TQ_INLINE uint16_t words_min_lane(words a)
 {
     return vminvq_u16(a);
-}
-
-TQ_INLINE words words_sub(words a, words b)
-{
-    return vsubq_u16(a, b);
 }
 
 TQ_INLINE words words_add_saturated(words a, words b)
@@ -464,5 +373,7 @@ TQ_INLINE words words_repeat(const words *least, const uint16_t *stored, int bit
     const uint16_t *from = stored + (s >> bits);
     return bits > 2 ? vdupq_n_u16(from[0]) : vcombine_u16(vdup_n_u16(from[0]), vdup_n_u16(from[1]));
 }
+
+#include "kernels/simd/vec.h"
 
 #endif

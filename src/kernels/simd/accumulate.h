@@ -7,6 +7,10 @@
 #include "kernels/simd/ops.h"
 #include "kernels/simd/weights.h"
 
+#ifdef HAS_WORDS
+#include "kernels/simd/accumulate_words.h"
+#endif
+
 enum { TILE_VECS = TILE_GROUPS * GROUP_VECS, WEIGHT_CHUNK = 64 };
 
 /* Vectors in memory, codes of a format or floats, and their weights p[r * p_stride + i], scales included. */
@@ -66,37 +70,12 @@ void TQ_ISA(accumulate_f32)(const float *y, int32_t width, int64_t n, const floa
     weighted v = {(const uint8_t *)(const void *)y, (size_t)width * sizeof(float), p, p_stride, width, NULL, 0};
     while (n_row > 0) {
         int rows = next_rows(n_row, TILE_ROWS);
-        switch (rows) {
-        case 1:
-            accumulate_rows(SOURCE_F32, 1, NULL, &v, n, acc);
-            break;
-        case 2:
-            accumulate_rows(SOURCE_F32, 2, NULL, &v, n, acc);
-            break;
-#if TILE_ROWS > 3
-        case 3:
-            accumulate_rows(SOURCE_F32, 3, NULL, &v, n, acc);
-            break;
-#endif
-#if TILE_ROWS > 4
-        case 4:
-            accumulate_rows(SOURCE_F32, 4, NULL, &v, n, acc);
-            break;
-        case 5:
-            accumulate_rows(SOURCE_F32, 5, NULL, &v, n, acc);
-            break;
-#endif
-        default:
-            accumulate_rows(SOURCE_F32, TILE_ROWS, NULL, &v, n, acc);
-            break;
-        }
+        TQ_WITH_ROWS(rows, TILE_ROWS, accumulate_rows(SOURCE_F32, ROWS, NULL, &v, n, acc));
         n_row -= rows;
         v.p += rows * p_stride;
         acc += rows * width;
     }
 }
-
-typedef void (*expand_fn)(const tq_codec *codec, tq_block block, int64_t n, float *y);
 
 static void accumulate_expanded(expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *p,
                                 int64_t p_stride, int64_t n_row, float *acc)
@@ -137,55 +116,36 @@ TQ_INLINE void accumulate_fused(int source, int n_row, const tq_codec *codec, tq
 TQ_INLINE void accumulate_floats(int source, expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *p,
                                  int64_t p_stride, int64_t n_row, float *acc)
 {
-    switch (n_row) {
-    case 1:
-        accumulate_fused(source, 1, codec, block, n, p, p_stride, acc);
-        break;
-    case 2:
-        accumulate_fused(source, 2, codec, block, n, p, p_stride, acc);
-        break;
-#if FUSED_ROWS > 2
-    case 3:
-        accumulate_fused(source, 3, codec, block, n, p, p_stride, acc);
-        break;
-    case 4:
-        accumulate_fused(source, 4, codec, block, n, p, p_stride, acc);
-        break;
-#endif
-    default:
+    if (n_row > FUSED_ROWS) {
         accumulate_expanded(expand, codec, block, n, p, p_stride, n_row, acc);
-        break;
-    }
-}
-
-#ifdef HAS_WORDS
-#include "kernels/simd/accumulate_words.h"
-#endif
-
-TQ_INLINE void accumulate_format(int source, expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *p,
-                                 int64_t p_stride, int64_t n_row, float *acc)
-{
-#ifdef HAS_WORDS
-    if (source_is_bytes(source) && codec->width <= INTEGER_WIDTH_MAX && n >= INTEGER_VECTORS_MIN) {
-        accumulate_words(source, expand, codec, block, n, p, p_stride, n_row, acc);
         return;
     }
-#endif
-    accumulate_floats(source, expand, codec, block, n, p, p_stride, n_row, acc);
+    TQ_WITH_ROWS(n_row, FUSED_ROWS, accumulate_fused(source, ROWS, codec, block, n, p, p_stride, acc));
 }
 
-#define ACCUMULATE(name, source)                                                                                       \
-    void TQ_ISA(accumulate_##name)(const tq_codec *codec, tq_block block, int64_t n, const float *p, int64_t p_stride, \
-                                   int64_t n_row, float *acc)                                                          \
-    {                                                                                                                  \
-        accumulate_format(source, TQ_ISA(expand_##name), codec, block, n, p, p_stride, n_row, acc);                    \
+TQ_INLINE void accumulate_format(int source, accumulate_fn floats, const tq_codec *codec, tq_block block, int64_t n,
+                                 const float *p, int64_t p_stride, int64_t n_row, float *acc)
+{
+#ifdef HAS_WORDS
+    if (source_is_bytes(source)) {
+        accumulate_integers(source, floats, codec, block, n, p, p_stride, n_row, acc);
+        return;
     }
-ACCUMULATE(f16, TQ_FORMAT_F16)
-ACCUMULATE(bf16, TQ_FORMAT_BF16)
-ACCUMULATE(sq8, TQ_FORMAT_SQ8)
-ACCUMULATE(sq4, TQ_FORMAT_SQ4)
-ACCUMULATE(sq3, TQ_FORMAT_SQ3)
-ACCUMULATE(sq2, TQ_FORMAT_SQ2)
-ACCUMULATE(tt4, TQ_FORMAT_TT4)
-ACCUMULATE(tt3, TQ_FORMAT_TT3)
-ACCUMULATE(tt2, TQ_FORMAT_TT2)
+#else
+    (void)source;
+#endif
+    floats(codec, block, n, p, p_stride, n_row, acc);
+}
+
+#define ACCUMULATE(name, source)                                                                                             \
+    static void accumulate_floats_##name(const tq_codec *codec, tq_block block, int64_t n, const float *p, int64_t p_stride, \
+                                         int64_t n_row, float *acc)                                                          \
+    {                                                                                                                        \
+        accumulate_floats(source, TQ_ISA(expand_##name), codec, block, n, p, p_stride, n_row, acc);                          \
+    }                                                                                                                        \
+    void TQ_ISA(accumulate_##name)(const tq_codec *codec, tq_block block, int64_t n, const float *p, int64_t p_stride,       \
+                                   int64_t n_row, float *acc)                                                                \
+    {                                                                                                                        \
+        accumulate_format(source, accumulate_floats_##name, codec, block, n, p, p_stride, n_row, acc);                       \
+    }
+TQ_VECTOR_FORMATS(ACCUMULATE)

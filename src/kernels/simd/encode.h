@@ -4,13 +4,13 @@
 #include "codec/trellis.h"
 #include "kernels/simd/ops.h"
 
-enum { VECS16 = 16 / VEC_LANES };
+enum { N_WORDS = TQ_TRELLIS_WINDOWS / WORD_LANES };
 
 /* The 16 running sums of tq_sum_squares. Not fused. */
 TQ_INLINE void add_squares(vec *sum, const vec *x)
 {
     TQ_UNROLL
-    for (int k = 0; k < VECS16; k++) sum[k] = vec_add(sum[k], vec_mul(x[k], x[k]));
+    for (int k = 0; k < VECS16; k++) sum[k] += x[k] * x[k];
 }
 
 TQ_INLINE void load16(vec *out, const float *x)
@@ -28,7 +28,7 @@ TQ_INLINE void zero16(vec *out)
 TQ_INLINE void scale16(vec *x, vec factor)
 {
     TQ_UNROLL
-    for (int k = 0; k < VECS16; k++) x[k] = vec_mul(x[k], factor);
+    for (int k = 0; k < VECS16; k++) x[k] *= factor;
 }
 
 TQ_INLINE void expand16(int source, const tables *t, const uint8_t *codes, int32_t d, vec *out)
@@ -130,20 +130,14 @@ void TQ_ISA(encode_sq8)(const tq_codec *codec, const float *x, int64_t x_stride,
     }
 }
 
-void TQ_ISA(encode_sq4)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
-{
-    encode_lloyd(TQ_FORMAT_SQ4, codec, x, x_stride, n, out);
-}
-
-void TQ_ISA(encode_sq3)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
-{
-    encode_lloyd(TQ_FORMAT_SQ3, codec, x, x_stride, n, out);
-}
-
-void TQ_ISA(encode_sq2)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
-{
-    encode_lloyd(TQ_FORMAT_SQ2, codec, x, x_stride, n, out);
-}
+#define ENCODE_LLOYD(bits)                                                                                         \
+    void TQ_ISA(encode_sq##bits)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out) \
+    {                                                                                                              \
+        encode_lloyd(TQ_FORMAT_SQ##bits, codec, x, x_stride, n, out);                                              \
+    }
+ENCODE_LLOYD(4)
+ENCODE_LLOYD(3)
+ENCODE_LLOYD(2)
 
 /* The least of m[oldest * n_rest ...] over all `oldest`, for each rest. */
 TQ_INLINE void least_words(const words *m, int bits, words *least)
@@ -194,7 +188,7 @@ TQ_INLINE void trellis_run(const int8_t *windows, int bits, const int16_t *z, in
         }
     }
     TQ_UNROLL
-    for (int k = 0; k < N_WORDS; k++) words_store_part(metric + k * WORD_LANES, m[k], WORD_LANES);
+    for (int k = 0; k < N_WORDS; k++) words_store(metric + k * WORD_LANES, m[k]);
 }
 
 #define ENCODE_TRELLIS(bits_)                                                                                           \
@@ -217,18 +211,13 @@ ENCODE_TRELLIS(4)
 ENCODE_TRELLIS(3)
 ENCODE_TRELLIS(2)
 
-void TQ_ISA(encode_f16)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
-{
-    uint16_t *h = (uint16_t *)(void *)out.codes;
-    for (int64_t i = 0; i < n; i++, h += codec->head_dim) {
-        for (int32_t d = 0; d < codec->head_dim; d += VEC_LANES) vec_store_half(h + d, vec_load(x + i * x_stride + d));
+#define ENCODE_EXACT(name, store)                                                                                \
+    void TQ_ISA(encode_##name)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out) \
+    {                                                                                                            \
+        uint16_t *h = (uint16_t *)(void *)out.codes;                                                             \
+        for (int64_t i = 0; i < n; i++, h += codec->head_dim, x += x_stride) {                                   \
+            for (int32_t d = 0; d < codec->head_dim; d += VEC_LANES) store(h + d, vec_load(x + d));              \
+        }                                                                                                        \
     }
-}
-
-void TQ_ISA(encode_bf16)(const tq_codec *codec, const float *x, int64_t x_stride, int64_t n, tq_block out)
-{
-    uint16_t *h = (uint16_t *)(void *)out.codes;
-    for (int64_t i = 0; i < n; i++, h += codec->head_dim) {
-        for (int32_t d = 0; d < codec->head_dim; d += VEC_LANES) vec_store_bfloat(h + d, vec_load(x + i * x_stride + d));
-    }
-}
+ENCODE_EXACT(f16, vec_store_half)
+ENCODE_EXACT(bf16, vec_store_bfloat)

@@ -7,12 +7,12 @@
 TQ_INLINE void expand_trellis(int source, const tq_codec *codec, tq_block block, int64_t n, float *y)
 {
     enum { VECS = WORD_GROUP / VEC_LANES, WORDS_VECS = WORD_LANES / VEC_LANES };
-    const word_tables t = word_tables_init(source, codec);
+    const integer_tables t = integer_tables_init(source, codec);
     int32_t width = codec->width;
     for (int64_t i = 0; i < n; i++, y += width) {
         const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
         prefetch_ahead(codes, codec->code_bytes, block.run_end, block.jump);
-        const vec scale = vec_set1(float_from_half(block.scales[i]));
+        const float scale = float_from_half(block.scales[i]);
         for (int32_t d = 0; d < width; d += WORD_GROUP) {
             const int n_value = width - d < WORD_GROUP ? width - d : WORD_GROUP;
             words value[WORD_GROUP_REGS];
@@ -23,7 +23,7 @@ TQ_INLINE void expand_trellis(int source, const tq_codec *codec, tq_block block,
             TQ_UNROLL
             for (int k = 0; k < VECS; k++) {
                 if (k * VEC_LANES >= n_value) break;
-                vec_store(y + d + k * VEC_LANES, vec_mul(v[k], scale));
+                vec_store(y + d + k * VEC_LANES, v[k] * scale);
             }
         }
     }
@@ -43,13 +43,13 @@ TQ_INLINE void expand_format(int source, const tq_codec *codec, tq_block block, 
     for (int64_t i = 0; i < n; i++, y += width) {
         const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
         prefetch_ahead(codes, codec->code_bytes, block.run_end, block.jump);
-        vec scale = vec_set1(source_has_scale(source) ? float_from_half(block.scales[i]) : 1.0f);
+        float scale = source_has_scale(source) ? float_from_half(block.scales[i]) : 1.0f;
         for (int32_t d = 0; d < width; d += GROUP) {
             vec v[GROUP_VECS];
             expand_group(source, &t, codes, d, v);
             TQ_UNROLL
             for (int k = 0; k < GROUP_VECS; k++) {
-                vec_store(y + d + k * VEC_LANES, source_has_scale(source) ? vec_mul(v[k], scale) : v[k]);
+                vec_store(y + d + k * VEC_LANES, source_has_scale(source) ? v[k] * scale : v[k]);
             }
         }
     }
@@ -60,12 +60,4 @@ TQ_INLINE void expand_format(int source, const tq_codec *codec, tq_block block, 
     {                                                                                      \
         expand_format(source, codec, block, n, y);                                         \
     }
-EXPAND(f16, TQ_FORMAT_F16)
-EXPAND(bf16, TQ_FORMAT_BF16)
-EXPAND(sq8, TQ_FORMAT_SQ8)
-EXPAND(sq4, TQ_FORMAT_SQ4)
-EXPAND(sq3, TQ_FORMAT_SQ3)
-EXPAND(sq2, TQ_FORMAT_SQ2)
-EXPAND(tt4, TQ_FORMAT_TT4)
-EXPAND(tt3, TQ_FORMAT_TT3)
-EXPAND(tt2, TQ_FORMAT_TT2)
+TQ_VECTOR_FORMATS(EXPAND)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What every vector header and kernel template needs: forced inlining, full unrolling, and the names of what is read. */
+/* What every vector header and kernel template needs: forced inlining, full unrolling, lists of formats, cases of rows. */
 #ifndef TQ_KERNELS_SIMD_INLINE_H
 #define TQ_KERNELS_SIMD_INLINE_H
 
@@ -18,12 +18,30 @@
 #define TQ_UNROLL _Pragma("GCC unroll 32")
 #endif
 
+/* The formats that have vector kernels: APPLY(name, format) for each. The product formats have none. */
+#define TQ_BYTE_FORMATS(APPLY) /* whose values, the scale left out, are integers of 8 bits */ \
+    APPLY(sq8, TQ_FORMAT_SQ8)                                                                 \
+    APPLY(tt4, TQ_FORMAT_TT4)                                                                 \
+    APPLY(tt3, TQ_FORMAT_TT3)                                                                 \
+    APPLY(tt2, TQ_FORMAT_TT2)
+#define TQ_ROTATED_FORMATS(APPLY) /* which have a scale */ \
+    TQ_BYTE_FORMATS(APPLY)                                 \
+    APPLY(sq4, TQ_FORMAT_SQ4)                              \
+    APPLY(sq3, TQ_FORMAT_SQ3)                              \
+    APPLY(sq2, TQ_FORMAT_SQ2)
+#define TQ_VECTOR_FORMATS(APPLY) \
+    TQ_ROTATED_FORMATS(APPLY)    \
+    APPLY(f16, TQ_FORMAT_F16)    \
+    APPLY(bf16, TQ_FORMAT_BF16)
+
 /* Templates take the format as a constant, `source`; this one stands for vectors that are expanded already. */
 enum { SOURCE_F32 = TQ_FORMAT_COUNT };
 
-TQ_INLINE int source_has_scale(int source)
+TQ_INLINE bool source_has_scale(int source)
 {
-    return (source >= TQ_FORMAT_SQ8 && source <= TQ_FORMAT_SQ2) || (source >= TQ_FORMAT_TT4 && source <= TQ_FORMAT_TT2);
+#define IS_SOURCE(name, format) || source == format
+    return false TQ_ROTATED_FORMATS(IS_SOURCE);
+#undef IS_SOURCE
 }
 
 /* Bits of a trellis format, 0 for others. */
@@ -32,8 +50,8 @@ TQ_INLINE int source_trellis_bits(int source)
     return source == TQ_FORMAT_TT4 ? 4 : source == TQ_FORMAT_TT3 ? 3 : source == TQ_FORMAT_TT2 ? 2 : 0;
 }
 
-/* Are its values, the scale left out, integers of 8 bits? */
-TQ_INLINE int source_is_bytes(int source)
+/* One of TQ_BYTE_FORMATS? */
+TQ_INLINE bool source_is_bytes(int source)
 {
     return source == TQ_FORMAT_SQ8 || source_trellis_bits(source) > 0;
 }
@@ -59,6 +77,23 @@ TQ_INLINE int next_rows(int64_t n_row, int tile_rows)
     return (int)((n_row + n_tiles - 1) / n_tiles);
 }
 
+/* Run `call` with ROWS, a constant, for n: each number of rows has its own code. 1 <= n <= max <= 6, and max is a constant. */
+#define TQ_WITH_ROWS(n, max, call) \
+    switch (n) {                   \
+        TQ_CASE_ROWS(1, max, call) \
+        TQ_CASE_ROWS(2, max, call) \
+        TQ_CASE_ROWS(3, max, call) \
+        TQ_CASE_ROWS(4, max, call) \
+        TQ_CASE_ROWS(5, max, call) \
+        TQ_CASE_ROWS(6, max, call) \
+    }
+#define TQ_CASE_ROWS(k, max, call) \
+    case k: {                      \
+        enum { ROWS = k };         \
+        if (k <= max) call;        \
+        break;                     \
+    }
+
 /*
  * Ask for the codes that are read PREFETCH_BYTES after those at `codes`, in this run or the next. A cache streams from memory
  * only once per token and layer, in runs of some KiB, which hardware prefetchers learn too late.
@@ -70,6 +105,11 @@ TQ_INLINE void prefetch_ahead(const uint8_t *codes, size_t n_bytes, const uint8_
     if (ahead >= run_end) ahead += jump;
     for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(ahead + at, 0, 3);
 }
+
+/* Kernels of a format, as in tq_format_kernels. */
+typedef void (*expand_fn)(const tq_codec *codec, tq_block block, int64_t n, float *y);
+typedef void (*accumulate_fn)(const tq_codec *codec, tq_block block, int64_t n, const float *p, int64_t p_stride, int64_t n_row,
+                              float *acc);
 
 /* Floats of the buffer on the stack that codes are expanded into where registers do not do: within L1. */
 enum { EXPAND_BUFFER = 8192 };

@@ -6,26 +6,24 @@
  */
 #include "kernels/simd/ops.h"
 
-enum { HARTLEY_MAX = 9 };
-
-/* Stages stride and 2 * stride, or the first alone, of one chunk of n. */
+/* Stages stride and 2 * stride, or only the first, of one chunk of n. */
 TQ_INLINE void butterfly_pass(float *x, int32_t n, int32_t stride, bool two)
 {
     for (int32_t i = 0; i < n; i += two ? 4 * stride : 2 * stride) {
         for (int32_t j = i; j < i + stride; j += VEC_LANES) {
             vec a = vec_load(x + j), b = vec_load(x + j + stride);
-            vec sum = vec_add(a, b), difference = vec_sub(a, b);
+            vec sum = a + b, difference = a - b;
             if (!two) {
                 vec_store(x + j, sum);
                 vec_store(x + j + stride, difference);
                 continue;
             }
             vec c = vec_load(x + j + 2 * stride), d = vec_load(x + j + 3 * stride);
-            vec sum2 = vec_add(c, d), difference2 = vec_sub(c, d);
-            vec_store(x + j, vec_add(sum, sum2));
-            vec_store(x + j + stride, vec_add(difference, difference2));
-            vec_store(x + j + 2 * stride, vec_sub(sum, sum2));
-            vec_store(x + j + 3 * stride, vec_sub(difference, difference2));
+            vec sum2 = c + d, difference2 = c - d;
+            vec_store(x + j, sum + sum2);
+            vec_store(x + j + stride, difference + difference2);
+            vec_store(x + j + 2 * stride, sum - sum2);
+            vec_store(x + j + 3 * stride, difference - difference2);
         }
     }
 }
@@ -40,14 +38,14 @@ static void hadamard_strides(float *x, int32_t n)
 /* y = the Hartley matrix across the m chunks of x, scaled. */
 static void mix_chunks(const tq_rotation *rotation, const float *x, float *y)
 {
-    int32_t m = rotation->m, pow2 = rotation->pow2;
-    vec scale = vec_set1(rotation->scale);
+    const int32_t m = rotation->m, pow2 = rotation->pow2;
+    const float scale = rotation->scale;
     for (int32_t t = 0; t < pow2; t += VEC_LANES) {
         for (int32_t i = 0; i < m; i++) {
             const float *row = rotation->hartley + i * m;
-            vec sum = vec_mul(vec_set1(row[0]), vec_load(x + t));
-            for (int32_t j = 1; j < m; j++) sum = vec_add(sum, vec_mul(vec_set1(row[j]), vec_load(x + j * pow2 + t)));
-            vec_store(y + i * pow2 + t, vec_mul(sum, scale));
+            vec sum = row[0] * vec_load(x + t);
+            for (int32_t j = 1; j < m; j++) sum += row[j] * vec_load(x + j * pow2 + t);
+            vec_store(y + i * pow2 + t, sum * scale);
         }
     }
 }
@@ -60,17 +58,17 @@ TQ_INLINE void transform(const tq_rotation *rotation, const float *signs_in, con
     float *z = rotation->m > 1 ? buffer : y; /* the mixing is not in place */
     for (int32_t i = 0; i < n; i += VEC_LANES) {
         vec a = vec_load(x + i);
-        vec_store(z + i, vec_butterflies(signs_in ? vec_mul(a, vec_load(signs_in + i)) : a));
+        vec_store(z + i, vec_butterflies(signs_in ? a * vec_load(signs_in + i) : a));
     }
     for (int32_t i = 0; i < n; i += rotation->pow2) hadamard_strides(z + i, rotation->pow2);
     if (rotation->m > 1) {
         mix_chunks(rotation, z, y);
     } else {
-        vec scale = vec_set1(rotation->scale);
-        for (int32_t i = 0; i < n; i += VEC_LANES) vec_store(y + i, vec_mul(vec_load(z + i), scale));
+        const float scale = rotation->scale;
+        for (int32_t i = 0; i < n; i += VEC_LANES) vec_store(y + i, vec_load(z + i) * scale);
     }
     if (!signs_out) return;
-    for (int32_t i = 0; i < n; i += VEC_LANES) vec_store(y + i, vec_mul(vec_load(y + i), vec_load(signs_out + i)));
+    for (int32_t i = 0; i < n; i += VEC_LANES) vec_store(y + i, vec_load(y + i) * vec_load(signs_out + i));
 }
 
 void TQ_ISA(rotation_forward)(const tq_rotation *rotation, const float *x, float *y)

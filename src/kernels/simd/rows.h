@@ -34,14 +34,14 @@ TQ_INLINE vec exp_nonpositive(vec x)
 {
     const vec limit = vec_set1(-87.0f), zero = vec_set1(0.0f);
     vec safe = vec_select_ge(x, limit, x, zero);
-    vec n = vec_round(vec_mul(safe, vec_set1(0x1.715476p+0f)));
+    vec n = vec_round(safe * 0x1.715476p+0f);
     vec r = vec_fma(n, vec_set1(-0x1.62e4p-1f), safe); /* 14 bits: n times it is exact */
     r = vec_fma(n, vec_set1(-0x1.7f7d1cp-20f), r);
     vec p = vec_set1(0x1.10625p-7f);
     p = vec_fma(p, r, vec_set1(0x1.572a64p-5f));
     p = vec_fma(p, r, vec_set1(0x1.5557bp-3f));
     p = vec_fma(p, r, vec_set1(0x1.fffdfcp-2f));
-    p = vec_fma(p, vec_mul(r, r), r);
+    p = vec_fma(p, r * r, r);
     vec power = vec_exp2_whole(n);
     return vec_select_ge(x, limit, vec_fma(p, power, power), zero);
 }
@@ -60,13 +60,13 @@ float TQ_ISA(row_exp)(float *s, int64_t n, float max)
     vec sum = vec_set1(0.0f), shift = vec_set1(max);
     int64_t i = 0;
     for (; i + VEC_LANES <= n; i += VEC_LANES) {
-        vec e = exp_nonpositive(vec_sub(vec_load(s + i), shift));
-        sum = vec_add(sum, e);
+        vec e = exp_nonpositive(vec_load(s + i) - shift);
+        sum += e;
         vec_store(s + i, e);
     }
     if (i < n) {
-        vec e = exp_nonpositive(vec_sub(load_part(s + i, n - i, -INFINITY), shift));
-        sum = vec_add(sum, e);
+        vec e = exp_nonpositive(load_part(s + i, n - i, -INFINITY) - shift);
+        sum += e;
         store_part(s + i, n - i, e);
     }
     return vec_sum(sum);
@@ -75,9 +75,8 @@ float TQ_ISA(row_exp)(float *s, int64_t n, float max)
 /* cap tanh(x / cap), tanh |u| = (1 - e) / (1 + e) with e = exp(-2 |u|) */
 TQ_INLINE vec softcap(vec x, vec cap, vec inverse)
 {
-    const vec one = vec_set1(1.0f);
-    vec e = exp_nonpositive(vec_mul(vec_abs(vec_mul(x, inverse)), vec_set1(-2.0f)));
-    return vec_copysign(vec_mul(cap, vec_div(vec_sub(one, e), vec_add(one, e))), x);
+    vec e = exp_nonpositive(-2.0f * vec_abs(x * inverse));
+    return vec_copysign(cap * ((1.0f - e) / (1.0f + e)), x);
 }
 
 void TQ_ISA(row_softcap)(float *s, int64_t n, float cap)
@@ -91,7 +90,7 @@ void TQ_ISA(row_softcap)(float *s, int64_t n, float cap)
 /* The select hides what a NaN or +inf in s would make of a hidden column. */
 TQ_INLINE vec masked(vec s, vec scale, vec mask, vec slope)
 {
-    vec biased = vec_fma(s, scale, vec_mul(slope, mask));
+    vec biased = vec_fma(s, scale, slope * mask);
     return vec_select_ge(mask, vec_set1(-65504.0f), biased, vec_set1(-INFINITY));
 }
 
@@ -127,10 +126,10 @@ bool TQ_ISA(all_finite)(const float *x, int64_t n)
 
 TQ_INLINE vec whole_error(const float *y, int64_t n, vec scale)
 {
-    vec inverse = vec_div(vec_set1(1.0f), scale), sum = vec_set1(0.0f);
+    vec inverse = 1.0f / scale, sum = vec_set1(0.0f);
     for (int64_t i = 0; i < n; i++) {
-        vec z = vec_mul(vec_set1(y[i]), inverse), distance = vec_sub(z, vec_round(z));
-        sum = vec_add(sum, vec_mul(distance, distance));
+        vec z = y[i] * inverse, distance = z - vec_round(z);
+        sum += distance * distance;
     }
     return sum;
 }
@@ -139,18 +138,13 @@ int64_t TQ_ISA(whole_scale)(const float *y, int64_t n, const float *scale, int64
 {
     float errors[VEC_LANES], blocks[VEC_LANES];
     vec least = vec_set1(INFINITY), best = vec_set1(0.0f); /* of each lane, and the block of scales that it was in */
-    int64_t k = 0;
-    for (; k + VEC_LANES <= m; k += VEC_LANES) {
-        vec error = whole_error(y, n, vec_load(scale + k));
+    for (int64_t k = 0; k < m; k += VEC_LANES) {
+        bool is_whole = k + VEC_LANES <= m; /* else the lanes beyond are copies of the last scale */
+        vec error = whole_error(y, n, is_whole ? vec_load(scale + k) : load_part(scale + k, m - k, scale[m - 1]));
         best = vec_select_ge(error, least, best, vec_set1((float)(k / VEC_LANES)));
         least = vec_select_ge(error, least, least, error);
     }
-    if (k < m) { /* the lanes beyond are copies of the last scale */
-        vec error = whole_error(y, n, load_part(scale + k, m - k, scale[m - 1]));
-        best = vec_select_ge(error, least, best, vec_set1((float)(k / VEC_LANES)));
-        least = vec_select_ge(error, least, least, error);
-    }
-    float error = -vec_max_lane(vec_sub(vec_set1(0.0f), least));
+    float error = -vec_max_lane(-least);
     vec_store(errors, least);
     vec_store(blocks, best);
     int32_t found = INT32_MAX;

@@ -6,6 +6,10 @@
  */
 #include "kernels/simd/ops.h"
 
+#ifdef HAS_WORDS
+#include "kernels/simd/score_words.h"
+#endif
+
 enum { TILE_VECTORS = 4 };
 
 /* Vectors in memory: codes of a format, or floats. */
@@ -48,7 +52,7 @@ TQ_INLINE void score_tile(int source, int n_vector, int n_row, const tables *t, 
         float *out = s + r * s_stride + first;
         if (n_vector == TILE_VECTORS) {
             vec4 dots = vec_sum4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
-            vec4_store(out, source_has_scale(source) ? vec4_mul(dots, vec4_load_half(v->scales + first)) : dots);
+            vec4_store(out, source_has_scale(source) ? dots * vec4_load_half(v->scales + first) : dots);
         } else {
             float scale = source_has_scale(source) ? float_from_half(v->scales[first]) : 1.0f;
             out[0] = vec_sum(sum[0][r]) * scale;
@@ -69,41 +73,12 @@ void TQ_ISA(score_f32)(const float *y, int32_t width, int64_t n, const float *q,
     const vectors v = {(const uint8_t *)(const void *)y, NULL, (size_t)width * sizeof(float), width, NULL, 0};
     while (n_row > 0) {
         int rows = next_rows(n_row, TILE_ROWS);
-        switch (rows) {
-        case 1:
-            score_rows(SOURCE_F32, 1, NULL, &v, n, q, s, s_stride);
-            break;
-        case 2:
-            score_rows(SOURCE_F32, 2, NULL, &v, n, q, s, s_stride);
-            break;
-#if TILE_ROWS > 3
-        case 3:
-            score_rows(SOURCE_F32, 3, NULL, &v, n, q, s, s_stride);
-            break;
-#endif
-#if TILE_ROWS > 4
-        case 4:
-            score_rows(SOURCE_F32, 4, NULL, &v, n, q, s, s_stride);
-            break;
-        case 5:
-            score_rows(SOURCE_F32, 5, NULL, &v, n, q, s, s_stride);
-            break;
-#endif
-        default:
-            score_rows(SOURCE_F32, TILE_ROWS, NULL, &v, n, q, s, s_stride);
-            break;
-        }
+        TQ_WITH_ROWS(rows, TILE_ROWS, score_rows(SOURCE_F32, ROWS, NULL, &v, n, q, s, s_stride));
         n_row -= rows;
         q += rows * width;
         s += rows * s_stride;
     }
 }
-
-#ifdef HAS_WORDS
-#include "kernels/simd/score_words.h"
-#endif
-
-typedef void (*expand_fn)(const tq_codec *codec, tq_block block, int64_t n, float *y);
 
 static void score_expanded(expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *q, int64_t n_row,
                            float *s, int64_t s_stride)
@@ -120,32 +95,16 @@ static void score_expanded(expand_fn expand, const tq_codec *codec, tq_block blo
 TQ_INLINE void score_format(int source, expand_fn expand, const tq_codec *codec, tq_block block, int64_t n, const float *q,
                             int64_t n_row, float *s, int64_t s_stride)
 {
-    const vectors v = {block.codes, block.scales, codec->code_bytes, codec->width, block.run_end, block.jump};
 #ifdef HAS_WORDS
-    if (source_is_bytes(source) && codec->width <= INTEGER_WIDTH_MAX && n >= INTEGER_VECTORS_MIN &&
-        score_words(source, codec, &v, n, q, n_row, s, s_stride))
-        return;
+    if (source_is_bytes(source) && score_integers(source, codec, block, n, q, n_row, s, s_stride)) return;
 #endif
-    const tables t = tables_init(source, codec);
-    switch (n_row) {
-    case 1:
-        score_rows(source, 1, &t, &v, n, q, s, s_stride);
-        break;
-    case 2:
-        score_rows(source, 2, &t, &v, n, q, s, s_stride);
-        break;
-#if FUSED_ROWS > 2
-    case 3:
-        score_rows(source, 3, &t, &v, n, q, s, s_stride);
-        break;
-    case 4:
-        score_rows(source, 4, &t, &v, n, q, s, s_stride);
-        break;
-#endif
-    default:
+    if (n_row > FUSED_ROWS) {
         score_expanded(expand, codec, block, n, q, n_row, s, s_stride);
-        break;
+        return;
     }
+    const tables t = tables_init(source, codec);
+    const vectors v = {block.codes, block.scales, codec->code_bytes, codec->width, block.run_end, block.jump};
+    TQ_WITH_ROWS(n_row, FUSED_ROWS, score_rows(source, ROWS, &t, &v, n, q, s, s_stride));
 }
 
 #define SCORE(name, source)                                                                                              \
@@ -154,12 +113,4 @@ TQ_INLINE void score_format(int source, expand_fn expand, const tq_codec *codec,
     {                                                                                                                    \
         score_format(source, TQ_ISA(expand_##name), codec, block, n, q, n_row, s, s_stride);                             \
     }
-SCORE(f16, TQ_FORMAT_F16)
-SCORE(bf16, TQ_FORMAT_BF16)
-SCORE(sq8, TQ_FORMAT_SQ8)
-SCORE(sq4, TQ_FORMAT_SQ4)
-SCORE(sq3, TQ_FORMAT_SQ3)
-SCORE(sq2, TQ_FORMAT_SQ2)
-SCORE(tt4, TQ_FORMAT_TT4)
-SCORE(tt3, TQ_FORMAT_TT3)
-SCORE(tt2, TQ_FORMAT_TT2)
+TQ_VECTOR_FORMATS(SCORE)

@@ -18,7 +18,7 @@ void TQ_ISA(transform_key)(const uint16_t *l, int32_t head_dim, const float *x, 
         const uint16_t *row = l + tq_transform_row(i);
         vec factor = vec_set1(x[i]);
         for (int32_t j = 0; j < tq_transform_row_length(i); j += VEC_LANES) {
-            vec_store(y + j, vec_add(vec_load(y + j), vec_mul(factor, vec_load_bfloat(row + j))));
+            vec_store(y + j, vec_load(y + j) + factor * vec_load_bfloat(row + j));
         }
     }
 }
@@ -29,16 +29,17 @@ TQ_INLINE void transform_queries(const uint16_t *l, int32_t head_dim, const floa
     clear(y, (int64_t)n * head_dim);
     for (int32_t i = 0; i < head_dim; i++) {
         const uint16_t *row = l + tq_transform_row(i);
-        vec sums[QUERIES][STEP_VECS];
+        vec partial[QUERIES][STEP_VECS];
         for (int r = 0; r < n; r++) {
-            for (int k = 0; k < STEP_VECS; k++) sums[r][k] = vec_set1(0.0f);
+            for (int k = 0; k < STEP_VECS; k++) partial[r][k] = vec_set1(0.0f);
         }
         /* The diagonal meets a zero: y[i] is not there yet. */
         for (int32_t j = 0; j < tq_transform_row_length(i); j += TQ_TRANSFORM_STEP) {
             for (int k = 0; k < STEP_VECS; k++) {
                 vec values = vec_load_bfloat(row + j + k * VEC_LANES);
                 for (int r = 0; r < n; r++) {
-                    sums[r][k] = vec_fma(values, vec_load(y + (size_t)r * (size_t)head_dim + j + k * VEC_LANES), sums[r][k]);
+                    partial[r][k] =
+                        vec_fma(values, vec_load(y + (size_t)r * (size_t)head_dim + j + k * VEC_LANES), partial[r][k]);
                 }
             }
         }
@@ -46,8 +47,8 @@ TQ_INLINE void transform_queries(const uint16_t *l, int32_t head_dim, const floa
         vec_store(lanes, vec_load_bfloat(row + i / VEC_LANES * VEC_LANES));
         float inverse = 1.0f / lanes[i % VEC_LANES];
         for (int r = 0; r < n; r++) {
-            vec sum = sums[r][0];
-            for (int k = 1; k < STEP_VECS; k++) sum = vec_add(sum, sums[r][k]);
+            vec sum = partial[r][0];
+            for (int k = 1; k < STEP_VECS; k++) sum += partial[r][k];
             y[r * head_dim + i] = (q[r * head_dim + i] - vec_sum(sum)) * inverse;
         }
     }

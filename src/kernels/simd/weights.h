@@ -10,7 +10,7 @@
 TQ_INLINE void scale_weights(const float *p, const uint16_t *scales, int64_t n, float *out)
 {
     int64_t i = 0;
-    for (; i + VEC_LANES <= n; i += VEC_LANES) vec_store(out + i, vec_mul(vec_load(p + i), vec_load_half(scales + i)));
+    for (; i + VEC_LANES <= n; i += VEC_LANES) vec_store(out + i, vec_load(p + i) * vec_load_half(scales + i));
     for (; i < n; i++) out[i] = p[i] * float_from_half(scales[i]);
 }
 

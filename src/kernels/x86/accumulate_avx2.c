@@ -1,15 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* Weighted sums for AVX2: simd/accumulate.h on vec_avx2.h. */
+/* Weighted sums for AVX2; next to avx2.c, since this takes as long to compile as all of that. */
 #include "kernels/x86/target.h"
 
 #if TQ_ARCH_X86
-#include "kernels/simd/inline.h"
-
 TQ_TARGET_BEGIN_AVX2
 #include "kernels/x86/vec_avx2.h"
-#include "kernels/x86/words_avx2.h"
+
 #include "kernels/simd/accumulate.h"
 TQ_TARGET_END
-#else
-typedef int tq_accumulate_avx2_empty; /* ISO C wants a declaration in every file */
 #endif

@@ -1,15 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* Weighted sums for AVX-512: simd/accumulate.h on vec_avx512.h. */
+/* Weighted sums for AVX-512; next to avx512.c, since this takes as long to compile as all of that. */
 #include "kernels/x86/target.h"
 
 #if TQ_ARCH_X86
-#include "kernels/simd/inline.h"
-
 TQ_TARGET_BEGIN_AVX512
 #include "kernels/x86/vec_avx512.h"
-#include "kernels/x86/words_avx512.h"
+
 #include "kernels/simd/accumulate.h"
 TQ_TARGET_END
-#else
-typedef int tq_accumulate_avx512_empty; /* ISO C wants a declaration in every file */
 #endif

@@ -1,15 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* Scores for AVX2: simd/score.h on vec_avx2.h. */
+/* Scores for AVX2; next to avx2.c, since this takes as long to compile as all of that. */
 #include "kernels/x86/target.h"
 
 #if TQ_ARCH_X86
-#include "kernels/simd/inline.h"
-
 TQ_TARGET_BEGIN_AVX2
 #include "kernels/x86/vec_avx2.h"
-#include "kernels/x86/words_avx2.h"
+
 #include "kernels/simd/score.h"
 TQ_TARGET_END
-#else
-typedef int tq_score_avx2_empty; /* ISO C wants a declaration in every file */
 #endif

@@ -3,6 +3,7 @@
 #ifndef TQ_KERNELS_X86_TARGET_H
 #define TQ_KERNELS_X86_TARGET_H
 
+#include "kernels/simd/inline.h"
 #include "kernels/simd/target.h"
 
 #if defined(__x86_64__)

@@ -3,13 +3,14 @@
  * AMX: eight tile registers of 16 rows of 64 bytes. tdpbssd adds to a tile of 16 x 16 sums the products of a left tile, 16 rows
  * of 64 bytes, with a right one, whose row k has bytes 4 k .. 4 k + 3 of each of 16 columns. Numbers of 16 bits are split into
  * bytes (INTEGER_LARGEST): a left tile has the high bytes of an octet of rows, then their low bytes. Include it inside the
- * target region, after words_avx512.h.
+ * target region, after vec_avx512.h.
  */
 #ifndef TQ_KERNELS_X86_TILES_AMX_H
 #define TQ_KERNELS_X86_TILES_AMX_H
 
 #include "kernels/simd/integers.h"
-#include "kernels/x86/amx.h"
+
+#define INTEGER_ROWS_MIN 5 /* fewer are faster by words (simd/words.h) */
 
 enum {
     TILE_BYTES = 1024,
@@ -52,12 +53,17 @@ TQ_INLINE void tiles_written(void)
     __asm__ volatile("" ::: "memory");
 }
 
-/* n (a multiple of 16) floats times factor, of magnitude INTEGER_LARGEST at most, to one row of an octet of left tiles. */
-TQ_INLINE void split_row(const float *x, int32_t n, float factor, int8_t *tiles)
+/*
+ * n (a multiple of 16) floats times factor, of magnitude INTEGER_LARGEST at most, to row r of left tiles [octet, n_tile]. Rows
+ * come in order: the first of an octet clears its tiles.
+ */
+TQ_INLINE void split_row(const float *x, int32_t n, float factor, int8_t *tiles, int32_t n_tile, int r)
 {
-    const __m512 factors = _mm512_set1_ps(factor);
+    tiles += r / OCTET * n_tile * TILE_BYTES;
+    if (r % OCTET == 0) memset(tiles, 0, (size_t)n_tile * TILE_BYTES);
+    tiles += r % OCTET * TILE_ROW_BYTES;
     for (int32_t d = 0; d < n; d += 16) {
-        __m512i word = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + d), factors));
+        __m512i word = _mm512_cvtps_epi32(vec_load(x + d) * factor);
         /* Rounded, so that the low byte has a sign. */
         __m512i high = _mm512_srai_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(128)), 8);
         int8_t *out = tiles + d / TILE_ROW_BYTES * TILE_BYTES + d % TILE_ROW_BYTES;

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: MIT */
-/* The rotation for AVX2: simd/rotate.h on vec_avx2.h. */
+/* AVX2: all but scores and weighted sums. */
 #include "kernels/x86/target.h"
 
 #if TQ_ARCH_X86
-#include "kernels/simd/inline.h"
-
 TQ_TARGET_BEGIN_AVX2
 #include "kernels/x86/vec_avx2.h"
+
+#include "kernels/simd/encode.h"
+#include "kernels/simd/expand.h"
 #include "kernels/simd/rotate.h"
+#include "kernels/simd/rows.h"
+#include "kernels/simd/transform.h"
 TQ_TARGET_END
-#else
-typedef int tq_rotate_avx2_empty; /* ISO C wants a declaration in every file */
 #endif

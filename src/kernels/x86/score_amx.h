@@ -1,42 +1,30 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Scores by AMX of formats whose values are bytes. Queries are the left tiles, vectors the right ones, 32 at a time: expanded
- * and transposed once for all rows of the call.
+ * and transposed once for all rows of the call. Include it inside the target region.
  */
-#include "kernels/x86/target.h"
-
-#if TQ_ARCH_X86
-#include "kernels/simd/inline.h"
-
-TQ_TARGET_BEGIN_AMX
-#include "kernels/x86/vec_avx512.h"
-#include "kernels/x86/words_avx512.h"
-
 #include "kernels/x86/tiles_amx.h"
 
 enum {
-    ROWS_MIN = 5,         /* fewer are faster by words (simd/score_words.h) */
     QUERY_TILES_MAX = 32, /* 32 KiB of the stack: two thirds of L1 */
     KEYS = 32,            /* vectors at a time, as two right tiles for each 64 of the width */
     GROUPS_MAX = INTEGER_WIDTH_MAX / 64
 };
 
-typedef struct split_queries {
-    _Alignas(64) int8_t tiles[QUERY_TILES_MAX * TILE_BYTES]; /* [octet, group] */
+typedef struct integer_queries {
+    _Alignas(64) int8_t tiles[QUERY_TILES_MAX * TILE_BYTES]; /* [octet, group], zeros where nothing is */
     float unit[QUERY_TILES_MAX * OCTET];
-} split_queries;
+} integer_queries;
 
-/* False if a query is not finite. */
-static bool split_queries_init(split_queries *out, const float *q, int32_t width, int32_t n_group, int n_row)
+TQ_INLINE int32_t n_groups(int32_t width)
 {
-    int n_octet = (n_row + OCTET - 1) / OCTET;
-    memset(out->tiles, 0, (size_t)n_octet * (size_t)n_group * TILE_BYTES);
-    for (int r = 0; r < n_row; r++, q += width) {
-        float factor;
-        if (!integer_unit(q, width, &factor, &out->unit[r])) return false;
-        split_row(q, width, factor, out->tiles + r / OCTET * n_group * TILE_BYTES + r % OCTET * TILE_ROW_BYTES);
-    }
-    return true;
+    return (width + 63) / 64;
+}
+#define QUERY_ROWS_MAX(width) (QUERY_TILES_MAX / n_groups(width) * OCTET)
+
+TQ_INLINE void store_query(integer_queries *queries, int r, const float *x, int32_t width, float factor)
+{
+    split_row(x, width, factor, queries->tiles, n_groups(width), r);
 }
 
 /* r[i] lane j to r[j] lane i. */
@@ -67,7 +55,7 @@ TQ_INLINE void transpose(__m512i *r)
 }
 
 /* n <= 16 vectors to right tiles, 2 * TILE_BYTES apart. */
-TQ_INLINE void expand_keys(int source, const word_tables *t, const tq_codec *codec, const uint8_t *codes, int64_t n,
+TQ_INLINE void expand_keys(int source, const integer_tables *t, const tq_codec *codec, const uint8_t *codes, int64_t n,
                            int8_t *tiles)
 {
     for (int32_t d = 0; d < codec->width; d += 64, tiles += 2 * TILE_BYTES) {
@@ -96,7 +84,7 @@ TQ_INLINE void store_scores(const int32_t *tile, int n_row, const float *unit, c
 }
 
 /* All rows with n <= KEYS vectors. */
-static void score_keys(const split_queries *q, int n_row, int32_t n_group, const int8_t *keys, const uint16_t *scales,
+static void score_keys(const integer_queries *q, int n_row, int32_t n_group, const int8_t *keys, const uint16_t *scales,
                        int64_t n, float *s, int64_t s_stride)
 {
     _Alignas(64) int32_t tiles[2][TILE_BYTES / sizeof(int32_t)];
@@ -120,47 +108,22 @@ static void score_keys(const split_queries *q, int n_row, int32_t n_group, const
     }
 }
 
-/* False if a query is not finite or there is nothing to gain; some scores may be stored by then. */
-TQ_INLINE bool score_tiles(int source, const tq_codec *codec, tq_block block, int64_t n, const float *q, int64_t n_row,
-                           float *s, int64_t s_stride)
+TQ_INLINE void score_chunk(int source, const integer_tables *t, const tq_codec *codec, tq_block block, int64_t n,
+                           const integer_queries *q, int n_row, float *s, int64_t s_stride)
 {
-    if (n_row < ROWS_MIN || n < INTEGER_VECTORS_MIN || codec->width > INTEGER_WIDTH_MAX) return false;
-    const word_tables t = word_tables_init(source, codec);
-    const int32_t n_group = (codec->width + 63) / 64;
-    split_queries queries;
     tile_config before;
     _Alignas(64) int8_t keys[2 * GROUPS_MAX * TILE_BYTES];
-    for (int64_t row = 0; row < n_row;) {
-        int now = next_rows(n_row - row, QUERY_TILES_MAX / n_group * OCTET);
-        if (!split_queries_init(&queries, q + row * codec->width, codec->width, n_group, now)) return false;
-        tiles_begin(&before);
-        for (int64_t i = 0; i < n; i += KEYS) {
-            const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
-            const int64_t m = n - i < KEYS ? n - i : KEYS;
-            prefetch_ahead(codes, (size_t)m * codec->code_bytes, block.run_end, block.jump);
-            expand_keys(source, &t, codec, codes, m, keys);
-            if (m > 16) expand_keys(source, &t, codec, codes + 16 * codec->code_bytes, m - 16, keys + TILE_BYTES);
-            tiles_written();
-            score_keys(&queries, now, n_group, keys, block.scales + i, m, s + row * s_stride + i, s_stride);
-        }
-        tiles_end(&before);
-        row += now;
+    tiles_begin(&before);
+    for (int64_t i = 0; i < n; i += KEYS) {
+        const uint8_t *codes = block.codes + (size_t)i * codec->code_bytes;
+        const int64_t m = n - i < KEYS ? n - i : KEYS;
+        prefetch_ahead(codes, (size_t)m * codec->code_bytes, block.run_end, block.jump);
+        expand_keys(source, t, codec, codes, m, keys);
+        if (m > 16) expand_keys(source, t, codec, codes + 16 * codec->code_bytes, m - 16, keys + TILE_BYTES);
+        tiles_written();
+        score_keys(q, n_row, n_groups(codec->width), keys, block.scales + i, m, s + i, s_stride);
     }
-    return true;
+    tiles_end(&before);
 }
 
-#define SCORE_TILES(name, source)                                                                                         \
-    void tq_score_##name##_amx(const tq_codec *codec, tq_block block, int64_t n, const float *q, int64_t n_row, float *s, \
-                               int64_t s_stride)                                                                          \
-    {                                                                                                                     \
-        if (!score_tiles(source, codec, block, n, q, n_row, s, s_stride))                                                 \
-            TQ_ISA(score_##name)(codec, block, n, q, n_row, s, s_stride);                                                 \
-    }
-SCORE_TILES(sq8, TQ_FORMAT_SQ8)
-SCORE_TILES(tt4, TQ_FORMAT_TT4)
-SCORE_TILES(tt3, TQ_FORMAT_TT3)
-SCORE_TILES(tt2, TQ_FORMAT_TT2)
-TQ_TARGET_END
-#else
-typedef int tq_score_amx_empty; /* ISO C wants a declaration in every file */
-#endif
+#include "kernels/simd/score_integers.h"
