@@ -321,7 +321,8 @@ def pytest(name, venv, *files, more=(), **options):
 
 
 def python_suites():
-    yield pytest("python/core", PYTHON_VENV, "buffers", "cache", "codec", "header", "weight_factors", tier="test")
+    yield pytest("python/core", PYTHON_VENV, "buffers", "cache", "codec", "engines", "header", "weight_factors",
+                 tier="test")
     yield pytest("python/mlx", PYTHON_VENV, "mlx", "mlx_factors", tier="test")
 
 

@@ -1,0 +1,375 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The presets' KL divergence in llama.cpp, Transformers and MLX-LM, on the same model, text, tokens and context, on the CPU.
+
+    engines.py MODEL.gguf --text FILE --csv OUT.csv [--engines llama.cpp,llama.cpp-float32,transformers,mlx-lm]
+               [--presets TQ6,TQ4,TQ3,TQ2] [--context 2048] [--chunks 1] [--threads 2]
+
+A row is the divergence of the next-token distributions from those of the same engine with an FP16 cache, over the second half
+of each window, which is read in parts of 512 tokens: llama-perplexity's way, in all of them. Next to the presets stands the
+engine's floor, which is FP16 by another algorithm: llama.cpp without flash attention, Transformers' eager attention for sdpa,
+MLX-LM with a prompt in parts of 256. Transformers and MLX-LM compute in float32 with the weights that the file's stand for.
+So does llama.cpp-float32, on a copy of the file; on the file itself llama.cpp rounds activations to 8 bits.
+
+Each engine is a process of its own. A row is written as soon as it is known, and those that OUT.csv has are not measured again:
+the same command goes on where it was stopped. It ends with a table, and with what the engines do not agree on.
+
+Run it with build/deps/torch-venv/bin/python, PYTHONPATH=python and TURBOQUANT_LIBRARY=build/release/libturboquant.so. MLX's
+wheel for Linux multiplies with the reference BLAS; with OpenBLAS in LD_PRELOAD, and --engines mlx-lm, it takes a tenth of the
+time. Copies of the weights and logits wait in OUT.csv.work: 4 GB for a model of 0.5 billion parameters.
+"""
+import argparse
+import csv
+import hashlib
+import importlib.metadata
+import multiprocessing
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python/tests")]
+from eval import arguments, llama, options, quality  # noqa: E402
+
+FLOOR = "floor"
+PRESETS = "TQ6,TQ4,TQ3,TQ2"
+SAME_SHARE = .15  # of a figure that stands out of the floor, by which engines may differ
+STANDS_OUT = 5  # floors
+COLUMNS = ["engine", "name", "model", "text", "n_ctx", "n_chunks", "tokens", "kld_mean", "kld_mean_error", "kld_99_9",
+           "same_top_1", "seconds", "command", "machine", "commit", "versions"]
+KEY = COLUMNS[:6]
+
+
+def log_softmax(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def divergences(wanted, found, rows=64):
+    """KL divergence of each row's distribution from that of wanted, both as logits [n, n_vocab]; in double precision."""
+    parts = []
+    for begin in range(0, len(wanted), rows):
+        p, q = (log_softmax(x[begin : begin + rows].astype(np.float64)) for x in (wanted, found))
+        parts.append((np.exp(p) * (p - q)).sum(axis=-1))
+    return np.concatenate(parts)
+
+
+def figures_of(kl, same):
+    """What llama-perplexity says of so many tokens, by its names in tools/eval."""
+    return {"kld_mean": kl.mean(), "kld_mean_error": kl.std() / max(1, len(kl) - 1) ** .5, "kld_99_9": np.quantile(kl, .999),
+            "same_top_1": 100 * same.mean()}
+
+
+def versions(*packages):
+    return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+
+
+def short_hash(tokens):
+    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32)).hexdigest()[:12]
+
+
+class Llama:
+    def __init__(self, args, work):
+        self.args, self.base = args, work / "logits.kld"
+        self.setup = llama.Setup(options.find_llama_bin(args.llama_bin), options.find_plugin(args.plugin), self.model(work),
+                                 args.threads)
+        self.versions = llama.version(self.setup)
+        quality.write_base(self.setup, self.quality(llama.F16), self.base)
+        with open(self.base, "rb") as file:
+            file.seek(len("_logits_") + 3 * 4)  # n_ctx, n_vocab, n_chunk
+            self.tokens = short_hash(np.fromfile(file, np.int32, args.context * args.chunks))
+
+    def model(self, work):
+        return self.args.model
+
+    def quality(self, cache):
+        return quality.Quality(cache, self.args.text, self.args.context, self.args.chunks)
+
+    def measure(self, name, advance):
+        cache = llama.F16_NO_FLASH if name == FLOOR else llama.Cache(name)
+        found = quality.measure(self.setup, self.quality(cache), self.base)
+        advance(self.args.context * self.args.chunks)
+        return {name: found[name] for name in ("kld_mean", "kld_mean_error", "kld_99_9", "same_top_1")}
+
+
+class LlamaFloat32(Llama):
+    def model(self, work):
+        """A copy of the model, all of whose weights are 32-bit floats."""
+        import gguf
+        path, reader = work / "float32.gguf", gguf.GGUFReader(self.args.model)
+        fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        writer = gguf.GGUFWriter(path, fields.pop("general.architecture").contents())
+        for name, field in fields.items():
+            value = int(gguf.LlamaFileType.ALL_F32) if name == "general.file_type" else field.contents()
+            kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, value, field.types[0], kind)
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+
+class InPython:
+    """An engine whose logits come as arrays."""
+
+    def __init__(self, args, work):
+        self.args, self.work = args, work
+        self.load()
+        n_tok = args.context * args.chunks
+        tokens = self.tokenizer.encode(args.text.read_text(encoding="utf-8"))[:n_tok]
+        if len(tokens) < n_tok:
+            raise ValueError(f"{args.text.name} has {len(tokens)} tokens, fewer than {args.chunks} windows of {args.context}")
+        self.tokens = short_hash(tokens)
+        self.windows = np.array(tokens, np.int32).reshape(args.chunks, -1)
+        for number, window in enumerate(self.windows):
+            np.save(self.reference(number), self.read(window, None, lambda n_tok: None))
+
+    def reference(self, number):
+        return self.work / f"{number}.npy"
+
+    def read(self, window, name, advance):
+        """Logits where llama-perplexity scores them: after each token of the second half, but for the last."""
+        step, n_ctx, found = self.step(name), len(window), []
+        forward = self.begin(name)
+        for begin in range(0, n_ctx, step):
+            part = window[begin : begin + step]
+            n_scored = min(len(part), max(begin + len(part) - n_ctx // 2, 0))
+            logits = forward(part, n_scored)
+            if n_scored:
+                found.append(logits)
+            advance(len(part))
+        return np.concatenate(found)[:-1]
+
+    def step(self, name):
+        return min(quality.BATCH, self.args.context)
+
+    def measure(self, name, advance):
+        kl, same = [], []
+        for number, window in enumerate(self.windows):
+            wanted, found = np.load(self.reference(number), mmap_mode="r"), self.read(window, name, advance)
+            kl.append(divergences(wanted, found))
+            same.append(wanted.argmax(axis=-1) == found.argmax(axis=-1))
+        return figures_of(np.concatenate(kl), np.concatenate(same))
+
+
+class Transformers(InPython):
+    def load(self):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+        torch.set_num_threads(self.args.threads)
+        torch.set_grad_enabled(False)
+        folder, file = self.args.model.parent, self.args.model.name
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+        self.torch, self.versions = torch, versions("transformers", "torch")
+
+        class HalfCache(DynamicCache):
+            def update(self, keys, values, *rest, **more):
+                return super().update(keys.half().float(), values.half().float(), *rest, **more)
+
+        self.half_cache = HalfCache
+
+    def begin(self, name):
+        from turboquant.transformers import TurboQuantCache
+        is_ours = name not in (None, FLOOR)
+        self.model.set_attn_implementation("turboquant" if is_ours else "eager" if name == FLOOR else "sdpa")
+        config = self.model.config
+        cache = TurboQuantCache(config=config, preset=name) if is_ours else self.half_cache(config=config)
+
+        def forward(part, n_last):
+            part = self.torch.from_numpy(part.astype(np.int64))[None]
+            return self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=max(n_last, 1)).logits[0].numpy()
+
+        return forward
+
+
+class MlxLm(InPython):
+    def load(self):
+        # PyTorch reads the file, in a process whose memory and threads are gone afterwards.
+        folder = self.work / "mlx"
+        export = multiprocessing.Process(target=export_model, args=(self.args.model, folder))
+        export.start()
+        export.join()
+        if export.exitcode:
+            raise RuntimeError("Transformers did not write the model for MLX-LM")
+        import mlx.core as mx
+        import mlx_lm
+        import mlx_lm.models.cache as stock
+        mx.set_default_device(mx.cpu)
+        self.model, self.tokenizer = mlx_lm.load(str(folder))
+        self.mx, self.versions = mx, versions("mlx-lm", "mlx")
+
+        class HalfCache(stock.KVCache):
+            def update_and_fetch(self, keys, values):
+                half = (x.astype(mx.float16).astype(x.dtype) for x in (keys, values))
+                return super().update_and_fetch(*half)
+
+        self.half_cache = HalfCache
+
+    def step(self, name):
+        return super().step(name) // (2 if name == FLOOR else 1)
+
+    def begin(self, name):
+        from turboquant.mlx import make_prompt_cache
+        is_ours = name not in (None, FLOOR)
+        cache = make_prompt_cache(self.model, name) if is_ours else [self.half_cache() for _ in self.model.layers]
+
+        def forward(part, n_last):
+            model = self.model if n_last else self.model.model  # whose last layer takes a while
+            out = model(self.mx.array(part[None]), cache=cache)
+            return np.array(out[0, -n_last:].astype(self.mx.float32))
+
+        return forward
+
+
+def export_model(model, folder):
+    """A GGUF file as Hugging Face has models."""
+    import smollm
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+    loaded = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.float32)
+    smollm.export(loaded, tokenizer, folder)
+
+
+ENGINES = {"llama.cpp": Llama, "llama.cpp-float32": LlamaFloat32, "transformers": Transformers, "mlx-lm": MlxLm}
+
+
+def read_rows(path):
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path, row):
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
+
+
+def run_engine(kind, args, command, names):
+    """Measure and write rows, in a process that ends with 1 if any is missing."""
+    import tempfile
+
+    from tqdm import tqdm
+    common = {"engine": kind, "model": args.model.name, "text": args.text.stem, "n_ctx": args.context, "n_chunks": args.chunks,
+              "command": command, "machine": llama.machine(), "commit": llama.commit()}
+    failed = False
+    args.work.mkdir(parents=True, exist_ok=True)
+    n_tok = args.context * args.chunks * len(names)
+    with tempfile.TemporaryDirectory(dir=args.work) as work, tqdm(total=n_tok, unit="tok") as bar:
+        bar.set_description(f"{kind}: FP16")
+        try:
+            engine = ENGINES[kind](args, Path(work))
+        except Exception as error:  # of whatever kind an engine raises
+            sys.exit(f"\nengines.py: {kind}: {type(error).__name__}: {error}")
+        for name in names:
+            bar.set_description(f"{kind}: {name}")
+            begin = time.monotonic()
+            try:
+                found = engine.measure(name, bar.update)
+            except Exception as error:  # the other rows are to be had all the same
+                bar.write(f"engines.py: {kind}, {name}: {type(error).__name__}: {error}", file=sys.stderr)
+                failed = True
+                continue
+            found = {column: float(value) for column, value in found.items()}
+            append_row(args.csv, {**common, **found, "name": name, "tokens": engine.tokens, "versions": engine.versions,
+                                  "seconds": round(time.monotonic() - begin, 1)})
+    sys.exit(failed)
+
+
+def agrees(figure, other, floor):
+    """Whether an engine's figure is that of another with this floor, by the rule that presets are held to."""
+    return abs(figure - other) <= (SAME_SHARE * other if other > STANDS_OUT * floor else floor)
+
+
+def short(figure):
+    return f"{figure:.4f}".removeprefix("0") if figure >= 5e-5 else f"{figure:.0e}"
+
+
+def report(rows, presets):
+    """A table of rows of one model, text and context, and a line for each figure that the engines do not agree on."""
+    found = {}
+    for row in rows:
+        numbers = {column: float(row[column]) for column in ("kld_mean", "kld_mean_error", "kld_99_9")}
+        found.setdefault(row["engine"], {})[row["name"]] = numbers
+    names = [FLOOR, *presets]
+    lines = ["| engine | " + " | ".join(names) + " |", "|" + " --- |" * (len(names) + 1)]
+    for engine, of in found.items():
+        cells = [f"{short(of[name]['kld_mean'])} ± {short(of[name]['kld_mean_error'])}, {short(of[name]['kld_99_9'])}"
+                 if name in of else "" for name in names]
+        lines.append(f"| {engine} | " + " | ".join(cells) + " |")
+    if len({row["tokens"] for row in rows}) > 1:
+        return [*lines, "The engines read different tokens, so that their figures cannot be compared."]
+    for other in (engine for engine in found if FLOOR in found[engine] and issubclass(ENGINES[engine], Llama)):
+        floor = found[other][FLOOR]["kld_mean"]
+        for engine, name in ((engine, name) for engine in found if engine != other for name in presets):
+            if name in found[engine] and name in found[other]:
+                one, two = (found[e][name]["kld_mean"] for e in (engine, other))
+                if not agrees(one, two, floor):
+                    lines.append(f"{name}: {engine} has {short(one)}, {other} {short(two)}, its floor {short(floor)}: "
+                                 f"{100 * (one / two - 1):+.0f} %")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a GGUF file")
+    parser.add_argument("--text", type=Path, required=True, help="plain text")
+    parser.add_argument("--csv", type=Path, required=True, help="where rows are appended")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="some of %(default)s")
+    parser.add_argument("--presets", nargs="+", default=[PRESETS], help="as tq eval has them, for llama.cpp with options")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a window (%(default)s)")
+    parser.add_argument("--chunks", type=int, default=1, help="windows (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--llama-bin", type=Path, help="llama.cpp's programs (TQ_LLAMA_BIN, build/deps, PATH)")
+    parser.add_argument("--plugin", type=Path, help="libggml-turboquant.so (TQ_PLUGIN, build/release)")
+    args = parser.parse_args()
+    args.engines, args.presets = args.engines.split(","), arguments.split_presets(args.presets)
+    unknown = set(args.engines) - set(ENGINES)
+    if unknown:
+        parser.error(f"unknown engine {', '.join(unknown)}; there are {', '.join(ENGINES)}")
+    for path in (args.model, args.text):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    args.work = Path(f"{args.csv}.work")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    command = " ".join(["bench/engines.py", *(re.sub(r".*/", "", word) for word in sys.argv[1:])])
+
+    def of_this():
+        wanted = [args.model.name, args.text.stem, str(args.context), str(args.chunks)]
+        return [row for row in read_rows(args.csv) if [row[name] for name in KEY[2:]] == wanted]
+
+    options.stop_by_signal()
+    failed = []
+    for kind in args.engines:
+        have = {row["name"] for row in of_this() if row["engine"] == kind}
+        missing = [name for name in [*args.presets, FLOOR] if name not in have]
+        if missing:
+            process = multiprocessing.Process(target=run_engine, args=(kind, args, command, missing))
+            process.start()
+            try:
+                process.join()
+            finally:
+                process.terminate()
+            if process.exitcode:
+                failed.append(kind)
+    print("\n".join(report(of_this(), args.presets)))
+    if failed:
+        sys.exit(f"engines.py: not all was measured in {', '.join(failed)}; the same command tries again")
+
+
+if __name__ == "__main__":
+    main()
