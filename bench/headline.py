@@ -30,6 +30,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -39,8 +40,8 @@ from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import turboquant.transformers
-from turboquant._cuda_batch import Batch
-from turboquant.transformers import TurboQuantCache
+from turboquant.cache import Batch
+from turboquant.transformers import TurboQuantCache, _attend_rows
 
 COMMON = {"max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
           "use_sliding_window": False, "vocab_size": 152064}
@@ -57,7 +58,7 @@ SIZES = {"32b": [(1, 4096), (1, 16384), (1, 32768)], "7b": [(1, 32768), (8, 3276
 TINY_SIZES = {"32b": [(1, 200)], "7b": [(2, 130)]}
 CONTEXT_STEP, TINY_CONTEXT_STEP = 4096, 64
 ROOM = 128  # tokens beyond the context: every replay of ours appends one
-FILL_TOKENS = 8192  # rows of one layer in one piece
+FILL_TOKENS = 2048  # that go through the cache
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 CACHE = "cache" if "cache" in inspect.signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"
 # What the card must have left for activations, scratch and graphs, in searching the longest context.
@@ -207,34 +208,37 @@ class Ours:
         return store.stats().allocated_bytes + ROOM * store.stats().page_bytes // store.page_size
 
     def open(self, n_batch, context, filled):
-        """All layers hold the same rows: one is encoded, and its pages are copied."""
+        """Some random tokens go through the cache; all pages are theirs, again and again, or zeros."""
         self.cache = cache = self.make(context + ROOM)
-        c, store = self.config, cache.store
+        store = cache.store
+        source, n_filled = store.seq_create(), min(FILL_TOKENS, context)
+        if filled:
+            self.fill(store, source, n_filled)
+        stats = store.stats()
+        pages = np.zeros((max(n_filled // store.page_size, 1), stats.page_bytes), np.uint8)
+        exact = np.zeros(stats.exact_bytes, np.uint8)
+        if filled:
+            store.seq_export(source, 0, pages, exact)
+        store.seq_free(source)
         cache._open(n_batch)
-        cache._batch = batch = Batch(store, n_batch)
-        # Tokens of all sequences; pages need not hold anything sound where the time of a step is not asked for.
-        chunk = max(FILL_TOKENS // n_batch, 1) if filled else context
-        for begin in range(0, context, chunk):
-            n = min(chunk, context - begin)
-            if filled:
-                shape = (n_batch, n, c.num_key_value_heads, store.head_dim)
-                keys, values = (torch.randn(shape, dtype=torch.bfloat16, device=self.machine.device).transpose(1, 2)
-                                for _ in range(2))
-                batch.begin(cache.seqs, n, None, c.num_attention_heads)
-                batch.append(0, keys, values)
-            else:
-                store.reserve(cache.seqs, [n] * n_batch)
-                for seq in cache.seqs:
-                    store.advance(seq, n)
+        size = len(pages) * store.page_size
+        for seq in cache.seqs:
+            for begin in range(0, context, size):
+                end = min(begin + size, context)
+                part = pages[: -(-(end - begin) // store.page_size)]
+                store.seq_import(seq, end, begin // store.page_size, part, exact)
         cache._extend(context)
-        for number, (layer, stored) in enumerate(zip(cache._compressed, store.layers)):
+        for layer in cache._compressed:
             layer.n_columns = context
-            if not filled:
-                stored.pages.zero_()
-                store._exact[number].zero_()
-            elif number > 0:
-                stored.pages.copy_(store.layers[0].pages)
-                store._exact[number].copy_(store._exact[0])
+
+    def fill(self, store, seq, n_tok):
+        batch, n_head, device = Batch(store, 1), self.config.num_attention_heads, self.machine.device
+        shapes = [(1, n, n_tok, store.head_dim) for n in (n_head, store.n_head_kv, store.n_head_kv)]
+        batch.begin([seq], [n_tok], n_head)
+        for number in range(store.n_layer):
+            query, keys, values = (torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
+            _attend_rows(batch, number, query, keys, values, None, store.head_dim ** -.5, None, None)
+        batch.end()
 
     def around(self):
         return torch.no_grad()

@@ -9,8 +9,8 @@ MODEL is a GGUF file or a folder of Hugging Face's; dumped are the rows that att
 weights. compare appends all but the last 65 tokens, attends with 64 in one call and with one in the next. It counts the bytes
 of pages and exact tokens that differ, references and scales included. Attention of the last token is held against double
 precision over what the CPU's cache decodes to: the largest difference, in parts of the outputs' root mean square. That of the
-64, of which a device may code the first before all have attended, against double precision over the rows themselves: the root
-mean square of the difference, in the same parts. With --device emulated TQ_CUDA_LIBRARY is that of tests/cuda, in host memory.
+64, each of which sees its own newest tokens exact, against double precision over the rows themselves: the root mean square of
+the difference, in the same parts. With --device emulated TQ_CUDA_LIBRARY is that of tests/cuda, in host memory.
 """
 import argparse
 import csv
@@ -83,29 +83,26 @@ def through_cpu(layers, options):
 def through_device(layers, options, device, dtype):
     """As through_cpu, of which the cache is that of the device's file."""
     import turboquant
-    from turboquant._cuda import DeviceStore
-    from turboquant._cuda_batch import Batch
-    from turboquant._cuda_snapshot import save
+    from turboquant.transformers import _attend_rows, _DeviceStore
     n_head_kv, n_tok, head_dim = layers[0][1].shape
-    store = DeviceStore(device, len(layers), n_head_kv, head_dim, **options)
+    store = _DeviceStore(device, len(layers), n_head_kv, head_dim, **options)
     for number, (_, _, _, factors) in enumerate(layers):
         store.set_key_factors(number, factors)
-    seqs, batch, outs = store.seq_create(1), Batch(store, 1), [[] for _ in layers]
+    seqs, batch, outs = [store.seq_create()], turboquant.Batch(store, 1), [[] for _ in layers]
     n_head, begin = layers[0][0].shape[0], n_tok - N_PROMPT - 1
     rows = [[torch.from_numpy(np.ascontiguousarray(x)).to(device, dtype)[None] for x in layer[:3]] for layer in layers]
     for first, last in ((0, begin), (begin, n_tok - 1), (n_tok - 1, n_tok)):
-        batch.begin(seqs, last - first, None, n_head)
+        batch.begin(seqs, [last - first], n_head)
         for number, of_layer in enumerate(rows):
             q, k, v = (x[:, :, first:last] for x in of_layer)
-            if first == 0:
-                batch.append(number, k, v)
-            else:
-                outs[number].append(batch.attend(number, q, k, v, head_dim ** -.5, None, None)[0].float().cpu().numpy())
+            out = _attend_rows(batch, number, q, k, v, None, head_dim ** -.5, None, None)[0].float().cpu().numpy()
+            if first > 0:
+                outs[number].append(out)
         batch.end()
     host = turboquant.Cache(len(layers), n_head_kv, head_dim, **options)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "sequence.tqs")
-        save(store, seqs, path, options)
+        store.save(path, seqs)
         seq, = host.load(path)
     return host, seq, [np.concatenate(parts) for parts in outs]
 

@@ -6,7 +6,7 @@ turboquant.Cache is the cache; turboquant.transformers and turboquant.mlx put it
 """
 from ._library import lib as _lib
 from .buffers import Pointer
-from .cache import Cache, Calibration, Snapshot, Stats, describe_snapshot
+from .cache import Batch, Cache, Calibration, Snapshot, Stats, describe_snapshot
 from .errors import (ArgumentError, CacheFullError, DeviceError, OutOfMemoryError, RangeError, SnapshotError,
                      TurboQuantError, UnsupportedError)
 from .formats import (SEED_DEFAULT, Codec, Format, Preset, decode, encode, format_info, head_dims, preset, presets)
@@ -21,7 +21,7 @@ def cpu_name() -> str | None:
 
 
 __all__ = [
-    "SEED_DEFAULT", "ArgumentError", "Cache", "CacheFullError", "Calibration", "Codec", "DeviceError", "Format",
+    "SEED_DEFAULT", "ArgumentError", "Batch", "Cache", "CacheFullError", "Calibration", "Codec", "DeviceError", "Format",
     "OutOfMemoryError", "Pointer", "Preset", "RangeError", "Snapshot", "SnapshotError", "Stats", "TurboQuantError",
     "UnsupportedError", "cpu_name", "decode", "describe_snapshot", "encode", "format_info", "head_dims", "preset", "presets",
 ]

@@ -389,7 +389,7 @@ def _on_stream(name: str) -> Any:
 
 
 for _name in ("seq_create", "seq_fork", "seq_free", "seq_match", "seq_publish", "trim", "reserve", "read", "save", "load",
-              "set_key_factors"):
+              "seq_export", "seq_import", "set_key_factors"):
     setattr(_DeviceStore, _name, _on_stream(_name))
 
 
