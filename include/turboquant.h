@@ -2,9 +2,10 @@
 /*
  * turboquant.h - a language model's KV cache in 2 to 4 bits a value, with attention on the compressed bytes.
  *
- * The order of this file: version, status, log, executor, formats, codec (single vectors), attention parameters,
- * store (slots in caller-owned memory; what an engine with its own cell management embeds), cache (sequences with
- * positions; what an engine without one embeds), snapshots, presets, CUDA (pages in device memory).
+ * The order of this file is that in which it is used: status, log, executor; formats and presets; attention parameters,
+ * calibrations and factors; the cache (sequences with positions: what an engine without one embeds), batches of its sequences,
+ * snapshots; then what experts need: single vectors, the store (slots in caller-owned memory: what an engine with its own cell
+ * management embeds), and pages in a CUDA device's memory.
  *
  * Conventions that hold throughout:
  *  - Every function that can fail returns tq_status; out parameters come first and are untouched on failure.
@@ -171,22 +172,28 @@ TQ_API TQ_NODISCARD tq_status tq_format_from_name(tq_format *out, const char *na
 /* The supported head_dims in ascending order; *n_out gets their number. Static storage. */
 TQ_API const int32_t *tq_head_dim_list(int32_t *n_out);
 
-/* ---- codec --------------------------------------------------------------------------------------------------------- */
+/* ---- presets ------------------------------------------------------------------------------------------------------- */
 
-/* One format at one head_dim, with its rotation. Immutable after creation, so thread-safe. */
-typedef struct tq_codec tq_codec;
-/* The seed of the sign flips; encoder and decoder must agree. TQ_SEED_DEFAULT is what the presets use. */
-#define TQ_SEED_DEFAULT UINT64_C(0x7475726271756e74)
-/* Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, CPU. Free with tq_codec_free. */
-TQ_API TQ_NODISCARD tq_status tq_codec_create(tq_codec **out, tq_format format, int32_t head_dim, uint64_t seed);
-TQ_API void tq_codec_free(tq_codec *codec);
+typedef struct tq_preset {
+    const char *name;        /* "TQ4" */
+    const char *description; /* one line */
+    tq_format k_format, v_format;
+    int32_t n_sink, n_recent;
+    int32_t k_ref_block; /* of keys */
+} tq_preset;
+TQ_API int32_t tq_preset_count(void);
+/* The number of TQ4. */
+#define TQ_PRESET_DEFAULT 1
+/* NULL if i is out of range. Static storage. */
+TQ_API const tq_preset *tq_preset_get(int32_t i);
+/* The preset of a name, in upper or lower case; NULL if it does not exist. */
+TQ_API const tq_preset *tq_preset_find(const char *name);
 /*
- * Encode n vectors x [n, head_dim] to bytes [n, bytes_per_vector], each vector its norms (if any) followed by its codes.
- * Bit-exact across instruction sets and machines. Errors: ARGUMENT, NOT_FINITE (nothing is written).
+ * Mean bits of a value, keys and values together, with everything counted (norms, sinks, ring and its bookkeeping) in a store
+ * of n_slots tokens. Errors: ARGUMENT, HEAD_DIM.
  */
-TQ_API TQ_NODISCARD tq_status tq_codec_encode(const tq_codec *codec, const float *x, int64_t n, void *bytes);
-/* The inverse: bytes [n, bytes_per_vector] to x [n, head_dim]. Errors: ARGUMENT. */
-TQ_API TQ_NODISCARD tq_status tq_codec_decode(const tq_codec *codec, const void *bytes, int64_t n, float *x);
+TQ_API TQ_NODISCARD tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t head_dim,
+                                                       int32_t n_head_kv, int64_t n_slots);
 
 /* ---- attention parameters ------------------------------------------------------------------------------------------ */
 
@@ -280,125 +287,6 @@ TQ_API TQ_NODISCARD tq_status tq_key_factors(int8_t *out, float *spread, const t
  */
 TQ_API tq_format tq_key_guard(tq_format wanted, float spread);
 
-/* ---- store --------------------------------------------------------------------------------------------------------- */
-
-/*
- * Keys or values (one of the two) of one layer, addressed by slot, in memory that the caller owns. A slot is exact (FP16) or
- * encoded: the slots below n_sink stay exact for ever, so do up to n_keep that tq_stage_keep names, until they are written
- * again, and the last n_recent slots written stay exact until newer writes push them out. Only then are they encoded, once.
- * Values are rounded to FP16 on entry, as an FP16 cache would, so the bytes do not depend on how writes were batched. All state
- * lives in the caller's memory, which is valid (and empty) when zero-filled: clearing a store is a memset, copying one is a
- * memcpy.
- */
-typedef struct tq_store tq_store;
-typedef struct tq_store_params {
-    size_t struct_size;
-    tq_format format;
-    int32_t head_dim, n_head_kv; /* at most 65536 heads */
-    int64_t n_slots;
-    int32_t n_sink, n_recent;
-    /*
-     * 0: none. Else each ref_block slots of a head share a reference vector, and what is coded of a slot is its difference from
-     * that: keys have a mean that costs bits and changes slowly along the context. The reference is the mean of the ring when
-     * the first slot of the block is encoded, kept as sq8; it stays until all slots of the block are exact again, as they are
-     * when tokens were written over them in a ring of at least the block. Needs a ring; for rotated formats but the product
-     * ones. 64 suits.
-     */
-    int32_t ref_block;
-    /*
-     * Optional [n_head_kv, head_dim], of keys, copied: each value is divided by 2^(factor / 4) before it is coded, and queries
-     * are multiplied, so that products stay what they are. -32 to 32; tq_key_factors finds them. Whoever opens the memory again
-     * gives the same ones. An exact format needs none.
-     */
-    const int8_t *factors;
-    /*
-     * Optional, for keys in an encoded format, in place of factors: this layer's transforms. Read as long as the store is
-     * open. SHAPE, if the layer has another shape there.
-     */
-    const tq_calibration *calibration;
-    int32_t layer;
-    uint64_t seed;
-    const char *label; /* optional, copied: names the store in messages, as "layer 3 keys" */
-    int32_t n_keep;    /* n_sink + n_recent + n_keep is at most 1024 */
-} tq_store_params;
-TQ_API void tq_store_params_default(tq_store_params *params);
-/* The bytes of memory that tq_store_open needs. Errors: ARGUMENT, FORMAT, HEAD_DIM. */
-TQ_API TQ_NODISCARD tq_status tq_store_bytes(size_t *out, const tq_store_params *params);
-/*
- * Open a store over `memory` (aligned to 64 bytes, not touched by opening or closing). Errors: ARGUMENT, SHAPE (memory_bytes
- * too small), FORMAT, HEAD_DIM, MEMORY, CPU.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_open(tq_store **out, const tq_store_params *params, void *memory, size_t memory_bytes);
-TQ_API void tq_store_close(tq_store *store);
-/*
- * Write rows [n, n_head_kv, head_dim] (row_stride elements apart) to slots[n]; as if one by one in order. A slot < 0 is
- * skipped. Errors: ARGUMENT, RANGE, NOT_FINITE (the log names head and slot); then nothing is written. executor may be NULL.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
-                                             int64_t row_stride, const tq_executor *executor);
-/*
- * The same for rows that tq_store_read gave, rounded to FP16 (its bits). What of them is encoded gets the codes that it was
- * decoded from, at a fraction of the time, and blocks in which nothing is encoded get the references that they had then. What
- * can't be found (other formats or factors, other references where some are in use) is encoded as any other. The first n_first
- * rows are first tokens of a sequence, as in tq_stage_keep; of places none is taken away for them.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows,
-                                               int64_t row_stride, int64_t n_first, const tq_executor *executor);
-/*
- * What slots [first_slot, first_slot + n) hold is not wanted any longer: they are about to be written again, and may read as
- * anything until then. Without it a write encodes what it pushes out of the ring, and keeps the references of blocks. Errors:
- * ARGUMENT, RANGE.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n);
-/* tq_store_write for slots that exist already: each stays exact or encoded as it is, and the order of recency is kept. */
-TQ_API TQ_NODISCARD tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
-                                              int64_t row_stride, const tq_executor *executor);
-/*
- * Read slots [first_slot, first_slot + n) to rows [n, n_head_kv, head_dim]; a slot never written reads as zeros, or as the
- * reference of its block.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, float *rows,
-                                            int64_t row_stride);
-/* How many slots are exact now. */
-TQ_API int32_t tq_store_n_exact(const tq_store *store);
-/*
- * A stage keeps the exact rows of one batch until the batch has attended. A token is then seen exact by all queries for which
- * it is among the last n_recent tokens, no matter how many are written at once: prefill gives what decoding token by token
- * would. Its memory grows with the batch and is used again; one stage serves many stores in turn. Not thread-safe.
- *
- *     tq_store_stage(keys, key_stage, ...);      the rows are held; nothing is written
- *     tq_store_settle(keys, key_stage, ...);     they are written, as by tq_store_write
- *     tq_store_attend(..., params with .key_stage = key_stage), of as many query tokens as there were rows, in their order
- */
-typedef struct tq_stage tq_stage;
-/* Errors: ARGUMENT, MEMORY. */
-TQ_API TQ_NODISCARD tq_status tq_stage_create(tq_stage **out);
-TQ_API void tq_stage_free(tq_stage *stage);
-/* The number of rows that it holds. */
-TQ_API int64_t tq_stage_n_rows(const tq_stage *stage);
-/*
- * Hold rows for slots, as tq_store_write takes them. What the stage held before is forgotten, settled or not. Errors: those of
- * tq_store_write, MEMORY; then the stage holds nothing.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *slots, int64_t n,
-                                             const float *rows, int64_t row_stride);
-/*
- * For slots that sequences share: rows[n], numbers of staged rows, are first tokens of sequences, which much attention goes to.
- * Settling gives their slots a place among the n_keep. Where none is free, one is taken from slots of n_used and beyond, which
- * nobody attends to any longer; if there are none the row is kept as others are, so that what has a place never loses it to
- * newer ones. Errors: ARGUMENT (nothing is staged, or it was settled), RANGE.
- */
-TQ_API TQ_NODISCARD tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t n_used);
-/* Write what was staged for this store. Errors: ARGUMENT (nothing is staged for this store, or it was settled). */
-TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_executor *executor);
-/*
- * Attend over slots [0, n_col) of a pair of stores (the same n_head_kv and n_slots; keys and values may be one store). Several
- * threads may attend at once, none may write meanwhile. Errors: ARGUMENT, SHAPE, RANGE, MEMORY. executor may be NULL. Scratch
- * memory is bounded and independent of n_col.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t n_col,
-                                              const tq_attend_params *params, const tq_executor *executor);
-
 /* ---- cache --------------------------------------------------------------------------------------------------------- */
 
 /*
@@ -456,8 +344,7 @@ typedef struct tq_cache_params {
 /* The preset TQ4, 64 pages of 128 tokens, one layer and one KV head. head_dim is to be set. */
 TQ_API void tq_cache_params_default(tq_cache_params *params);
 /* Formats, sinks, ring and references as a preset has them. */
-struct tq_preset;
-TQ_API void tq_cache_params_set_preset(tq_cache_params *params, const struct tq_preset *preset);
+TQ_API void tq_cache_params_set_preset(tq_cache_params *params, const tq_preset *preset);
 /* Pages are allocated as they are first used. Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, FULL (the budget), IO, CPU. */
 TQ_API TQ_NODISCARD tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params);
 TQ_API void tq_cache_free(tq_cache *cache);
@@ -674,28 +561,150 @@ typedef struct tq_snapshot_info {
 TQ_API TQ_NODISCARD tq_status tq_snapshot_describe(tq_snapshot_info *out, const char *path, bool verify, tq_format *formats,
                                                    int32_t room);
 
-/* ---- presets ------------------------------------------------------------------------------------------------------- */
+/* ---- machine ------------------------------------------------------------------------------------------------------- */
 
-typedef struct tq_preset {
-    const char *name;        /* "TQ4" */
-    const char *description; /* one line */
-    tq_format k_format, v_format;
-    int32_t n_sink, n_recent;
-    int32_t k_ref_block; /* of keys */
-} tq_preset;
-TQ_API int32_t tq_preset_count(void);
-/* The number of TQ4. */
-#define TQ_PRESET_DEFAULT 1
-/* NULL if i is out of range. Static storage. */
-TQ_API const tq_preset *tq_preset_get(int32_t i);
-/* The preset of a name, in upper or lower case; NULL if it does not exist. */
-TQ_API const tq_preset *tq_preset_find(const char *name);
 /*
- * Mean bits of a value, keys and values together, with everything counted (norms, sinks, ring and its bookkeeping) in a store
- * of n_slots tokens. Errors: ARGUMENT, HEAD_DIM.
+ * The instruction set that the kernels use: "scalar", "avx2", "avx512" or "amx", "neon", "dotprod" or "i8mm", after the cap by
+ * the environment variable TQ_CPU. NULL with TQ_CPU set to an unknown or missing one; every create and open then fails with
+ * TQ_ERR_CPU. On Linux, on a machine with AMX, the first use of kernels asks for leave to use it (arch_prctl), for the process.
  */
-TQ_API TQ_NODISCARD tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t head_dim,
-                                                       int32_t n_head_kv, int64_t n_slots);
+TQ_API const char *tq_cpu_name(void);
+
+/* ---- codec --------------------------------------------------------------------------------------------------------- */
+
+/* One format at one head_dim, with its rotation. Immutable after creation, so thread-safe. */
+typedef struct tq_codec tq_codec;
+/* The seed of the sign flips; encoder and decoder must agree. TQ_SEED_DEFAULT is what the presets use. */
+#define TQ_SEED_DEFAULT UINT64_C(0x7475726271756e74)
+/* Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, CPU. Free with tq_codec_free. */
+TQ_API TQ_NODISCARD tq_status tq_codec_create(tq_codec **out, tq_format format, int32_t head_dim, uint64_t seed);
+TQ_API void tq_codec_free(tq_codec *codec);
+/*
+ * Encode n vectors x [n, head_dim] to bytes [n, bytes_per_vector], each vector its norms (if any) followed by its codes.
+ * Bit-exact across instruction sets and machines. Errors: ARGUMENT, NOT_FINITE (nothing is written).
+ */
+TQ_API TQ_NODISCARD tq_status tq_codec_encode(const tq_codec *codec, const float *x, int64_t n, void *bytes);
+/* The inverse: bytes [n, bytes_per_vector] to x [n, head_dim]. Errors: ARGUMENT. */
+TQ_API TQ_NODISCARD tq_status tq_codec_decode(const tq_codec *codec, const void *bytes, int64_t n, float *x);
+
+/* ---- store --------------------------------------------------------------------------------------------------------- */
+
+/*
+ * Keys or values (one of the two) of one layer, addressed by slot, in memory that the caller owns. A slot is exact (FP16) or
+ * encoded: the slots below n_sink stay exact for ever, so do up to n_keep that tq_stage_keep names, until they are written
+ * again, and the last n_recent slots written stay exact until newer writes push them out. Only then are they encoded, once.
+ * Values are rounded to FP16 on entry, as an FP16 cache would, so the bytes do not depend on how writes were batched. All state
+ * lives in the caller's memory, which is valid (and empty) when zero-filled: clearing a store is a memset, copying one is a
+ * memcpy.
+ */
+typedef struct tq_store tq_store;
+typedef struct tq_store_params {
+    size_t struct_size;
+    tq_format format;
+    int32_t head_dim, n_head_kv; /* at most 65536 heads */
+    int64_t n_slots;
+    int32_t n_sink, n_recent;
+    /*
+     * 0: none. Else each ref_block slots of a head share a reference vector, and what is coded of a slot is its difference from
+     * that: keys have a mean that costs bits and changes slowly along the context. The reference is the mean of the ring when
+     * the first slot of the block is encoded, kept as sq8; it stays until all slots of the block are exact again, as they are
+     * when tokens were written over them in a ring of at least the block. Needs a ring; for rotated formats but the product
+     * ones. 64 suits.
+     */
+    int32_t ref_block;
+    /*
+     * Optional [n_head_kv, head_dim], of keys, copied: each value is divided by 2^(factor / 4) before it is coded, and queries
+     * are multiplied, so that products stay what they are. -32 to 32; tq_key_factors finds them. Whoever opens the memory again
+     * gives the same ones. An exact format needs none.
+     */
+    const int8_t *factors;
+    /*
+     * Optional, for keys in an encoded format, in place of factors: this layer's transforms. Read as long as the store is
+     * open. SHAPE, if the layer has another shape there.
+     */
+    const tq_calibration *calibration;
+    int32_t layer;
+    uint64_t seed;
+    const char *label; /* optional, copied: names the store in messages, as "layer 3 keys" */
+    int32_t n_keep;    /* n_sink + n_recent + n_keep is at most 1024 */
+} tq_store_params;
+TQ_API void tq_store_params_default(tq_store_params *params);
+/* The bytes of memory that tq_store_open needs. Errors: ARGUMENT, FORMAT, HEAD_DIM. */
+TQ_API TQ_NODISCARD tq_status tq_store_bytes(size_t *out, const tq_store_params *params);
+/*
+ * Open a store over `memory` (aligned to 64 bytes, not touched by opening or closing). Errors: ARGUMENT, SHAPE (memory_bytes
+ * too small), FORMAT, HEAD_DIM, MEMORY, CPU.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_open(tq_store **out, const tq_store_params *params, void *memory, size_t memory_bytes);
+TQ_API void tq_store_close(tq_store *store);
+/*
+ * Write rows [n, n_head_kv, head_dim] (row_stride elements apart) to slots[n]; as if one by one in order. A slot < 0 is
+ * skipped. Errors: ARGUMENT, RANGE, NOT_FINITE (the log names head and slot); then nothing is written. executor may be NULL.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
+                                             int64_t row_stride, const tq_executor *executor);
+/*
+ * The same for rows that tq_store_read gave, rounded to FP16 (its bits). What of them is encoded gets the codes that it was
+ * decoded from, at a fraction of the time, and blocks in which nothing is encoded get the references that they had then. What
+ * can't be found (other formats or factors, other references where some are in use) is encoded as any other. The first n_first
+ * rows are first tokens of a sequence, as in tq_stage_keep; of places none is taken away for them.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows,
+                                               int64_t row_stride, int64_t n_first, const tq_executor *executor);
+/*
+ * What slots [first_slot, first_slot + n) hold is not wanted any longer: they are about to be written again, and may read as
+ * anything until then. Without it a write encodes what it pushes out of the ring, and keeps the references of blocks. Errors:
+ * ARGUMENT, RANGE.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n);
+/* tq_store_write for slots that exist already: each stays exact or encoded as it is, and the order of recency is kept. */
+TQ_API TQ_NODISCARD tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
+                                              int64_t row_stride, const tq_executor *executor);
+/*
+ * Read slots [first_slot, first_slot + n) to rows [n, n_head_kv, head_dim]; a slot never written reads as zeros, or as the
+ * reference of its block.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, float *rows,
+                                            int64_t row_stride);
+/* How many slots are exact now. */
+TQ_API int32_t tq_store_n_exact(const tq_store *store);
+/*
+ * A stage keeps the exact rows of one batch until the batch has attended. A token is then seen exact by all queries for which
+ * it is among the last n_recent tokens, no matter how many are written at once: prefill gives what decoding token by token
+ * would. Its memory grows with the batch and is used again; one stage serves many stores in turn. Not thread-safe.
+ *
+ *     tq_store_stage(keys, key_stage, ...);      the rows are held; nothing is written
+ *     tq_store_settle(keys, key_stage, ...);     they are written, as by tq_store_write
+ *     tq_store_attend(..., params with .key_stage = key_stage), of as many query tokens as there were rows, in their order
+ */
+typedef struct tq_stage tq_stage;
+/* Errors: ARGUMENT, MEMORY. */
+TQ_API TQ_NODISCARD tq_status tq_stage_create(tq_stage **out);
+TQ_API void tq_stage_free(tq_stage *stage);
+/* The number of rows that it holds. */
+TQ_API int64_t tq_stage_n_rows(const tq_stage *stage);
+/*
+ * Hold rows for slots, as tq_store_write takes them. What the stage held before is forgotten, settled or not. Errors: those of
+ * tq_store_write, MEMORY; then the stage holds nothing.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *slots, int64_t n,
+                                             const float *rows, int64_t row_stride);
+/*
+ * For slots that sequences share: rows[n], numbers of staged rows, are first tokens of sequences, which much attention goes to.
+ * Settling gives their slots a place among the n_keep. Where none is free, one is taken from slots of n_used and beyond, which
+ * nobody attends to any longer; if there are none the row is kept as others are, so that what has a place never loses it to
+ * newer ones. Errors: ARGUMENT (nothing is staged, or it was settled), RANGE.
+ */
+TQ_API TQ_NODISCARD tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t n_used);
+/* Write what was staged for this store. Errors: ARGUMENT (nothing is staged for this store, or it was settled). */
+TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_executor *executor);
+/*
+ * Attend over slots [0, n_col) of a pair of stores (the same n_head_kv and n_slots; keys and values may be one store). Several
+ * threads may attend at once, none may write meanwhile. Errors: ARGUMENT, SHAPE, RANGE, MEMORY. executor may be NULL. Scratch
+ * memory is bounded and independent of n_col.
+ */
+TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t n_col,
+                                              const tq_attend_params *params, const tq_executor *executor);
 
 /* ---- CUDA ---------------------------------------------------------------------------------------------------------- */
 
@@ -865,15 +874,6 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_pages_export(const tq_cuda_store *store, c
                                                    void *stream);
 TQ_API TQ_NODISCARD tq_status tq_cuda_pages_import(const tq_cuda_store *store, const int32_t *pages, int64_t n,
                                                    const void *bytes, void *stream);
-
-/* ---- machine ------------------------------------------------------------------------------------------------------- */
-
-/*
- * The instruction set that the kernels use: "scalar", "avx2", "avx512" or "amx", "neon", "dotprod" or "i8mm", after the cap by
- * the environment variable TQ_CPU. NULL with TQ_CPU set to an unknown or missing one; every create and open then fails with
- * TQ_ERR_CPU. On Linux, on a machine with AMX, the first use of kernels asks for leave to use it (arch_prctl), for the process.
- */
-TQ_API const char *tq_cpu_name(void);
 
 #ifdef __cplusplus
 }
