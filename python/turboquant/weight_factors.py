@@ -15,7 +15,7 @@ import ctypes
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,13 +83,17 @@ def norm_before(module: Any, layer: Any = None) -> Any:
     return None
 
 
-def _callers() -> list[Any]:
-    """Whose methods are being called now, the innermost first."""
-    frame, found = sys._getframe(2), []
-    while frame is not None and len(found) < _FRAMES_MAX:
-        found.append(frame.f_locals.get("self"))
+def _callers() -> Iterator[Any]:
+    """
+    Whose methods are being called now, the innermost first. No frame is looked at before it is its turn: one that was keeps
+    what its variables held until it ends.
+    """
+    frame = sys._getframe(2)
+    for _ in range(_FRAMES_MAX):
+        yield frame.f_locals.get("self")
+        if frame.f_back is None:
+            return
         frame = frame.f_back
-    return found
 
 
 def has_projections(module: Any) -> bool:
