@@ -339,3 +339,43 @@ def test_compiled_model(model):
     with torch.no_grad():
         found = torch.compile(model, backend="aot_eager")(ids(1, 40), **{CACHE: cache}).logits
     assert None not in quarters(cache) and divergence(wanted, found) < 1e-3
+
+
+def formats_held(cache, tmp_path):
+    cache.save(tmp_path / "a.tqs")
+    return [turboquant.format_info(number).name for number in turboquant.describe_snapshot(tmp_path / "a.tqs").k_formats]
+
+
+def test_the_guard_raises_a_layer(tmp_path):
+    """Before its first token a layer whose logits are spread too widely for the preset gets better keys; others keep theirs."""
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight *= 30
+    plain = compressed(make_model("llama"), preset="TQ3", k_format=None, v_format=None)
+    logits(make_model("llama"), plain, ids(1, 20))
+    assert formats_held(plain, tmp_path) == ["tt3"] * 4
+    raised = compressed(model, preset="TQ3", k_format=None, v_format=None)
+    with pytest.warns(UserWarning, match=r"TQ3 would move the logits of 1 layers.*layer 2 (tt4|sq8)\)"):
+        logits(model, raised, ids(1, 150))
+    held = formats_held(raised, tmp_path)
+    assert held[:2] + held[3:] == ["tt3"] * 3 and held[2] in ("tt4", "sq8")
+    again = TurboQuantCache.load(tmp_path / "a.tqs", model.config)
+    assert torch.equal(logits(model, again, ids(1, 3)), logits(model, raised, ids(1, 3)))
+
+
+@pytest.mark.parametrize("guard, chosen", [("warn", None), ("raise", "tt3"), ("off", None)])
+def test_the_guard_leaves_formats(tmp_path, guard, chosen, recwarn):
+    """That were chosen, or where it is told to; it warns unless it is off."""
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight *= 30
+    cache = compressed(model, preset="TQ3", k_format=chosen, v_format=None, guard=guard)
+    logits(model, cache, ids(1, 20))
+    assert formats_held(cache, tmp_path) == ["tt3"] * 4
+    told = [str(each.message) for each in recwarn if "would move by more than 1" in str(each.message)]
+    assert len(told) == (guard != "off") and all("compressed layer 2" in text for text in told)
+
+
+def test_guards_that_do_not_exist():
+    with pytest.raises(turboquant.ArgumentError, match="'raise', 'warn', 'off'"):
+        compressed(make_model("llama"), guard="on")

@@ -19,6 +19,7 @@ import functools
 import os
 import sys
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -36,6 +37,7 @@ from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
 from ._library import ALLOC_FN, FREE_FN, Allocator, BatchRows, lib, log
 from .errors import ArgumentError, SnapshotError, UnsupportedError
+from .formats import format_info
 
 NAME = "turboquant"
 """The attention implementation, for model.set_attn_implementation."""
@@ -50,6 +52,7 @@ _DEVICE_TYPES = {"cuda"}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # tq_dtype
 DEVICE_PAGE_SIZE = 64
 """Tokens of a page on a device, unless page_size says otherwise."""
+_GUARDS = ("raise", "warn", "off")
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
@@ -219,6 +222,8 @@ class TurboQuantLayer(CacheLayerMixin):
                       ) -> np.ndarray | None:
         """Those of the keys to come, from the weights of the module that brings the first."""
         owner = self._cache()
+        if self is owner._compressed[0] and owner._guard == "raise" and owner._factors != "off":
+            owner._raise_formats(module, query, keys, scaling)
         if owner._factors == "off" or weight_factors.is_exact(owner._key_formats[self._number]):
             return None
         of_weights = _factors_of(module, query, keys, weight_factors.references_of(owner._options))
@@ -226,8 +231,9 @@ class TurboQuantLayer(CacheLayerMixin):
             owner._do_without_factors(module, self)
             return None
         factors, spread = of_weights
-        layer = f"compressed layer {self._number}"
-        weight_factors.warn_of_spread(owner._key_formats[self._number], spread * scaling, layer)
+        if owner._guard != "off":
+            layer = f"compressed layer {self._number}"
+            weight_factors.warn_of_spread(owner._key_formats[self._number], spread * scaling, layer)
         return factors
 
     def attend(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
@@ -402,17 +408,21 @@ class TurboQuantCache(Cache):
     layer_k_formats=[...], one for each layer of full attention.
     factors: "weights" (default) scales channels of keys by factors from the model's weights, so that outlier channels cost
     other channels no precision; "off" does not. With a calibration, which does what factors do, "off" is the default.
+    guard: what happens to layers whose logits a preset's keys would move by more than 1, as the weights tell: "raise" (default)
+    gives their keys better formats, with a warning; "warn" only warns, as formats that were chosen always do; "off" is silent.
     n_take_back: so many tokens at the end can be cropped as if they had never come, as assisted generation does with drafts
-    that were rejected; on the CPU, for memory of as many exact tokens. What else is cropped to stays coded.
-    max_tokens: reserve memory for so many tokens of each row at first; on a CUDA device, where CUDA graphs need it, more are
-    refused then.
+    that were rejected, for memory of as many exact tokens.
+    max_tokens: reserve memory for so many tokens of each row at first, as CUDA graphs need it.
     For generate(), forward() and pipelines; greedy, sampling, beams, assisted; batches with padding on any side. For one thread
     at a time. copy.deepcopy shares pages until they differ. The memory is the CPU's, or the model's CUDA device's.
     """
 
     def __init__(self, config: Any, preset: str = "TQ4", max_tokens: int | None = None, factors: str | None = None,
-                 **options: Any) -> None:
+                 guard: str = "raise", **options: Any) -> None:
         self._factors = weight_factors.chosen(factors, options.get("calibration"))
+        if guard not in _GUARDS:
+            raise ArgumentError(f"guard is {guard!r}; give one of {', '.join(map(repr, _GUARDS))}")
+        self._guard = guard
         self.config = config.get_text_config(decoder=True)
         n_shared = getattr(self.config, "num_kv_shared_layers", None) or 0
         if n_shared > 0:
@@ -521,6 +531,30 @@ class TurboQuantCache(Cache):
                 f"the projections of queries and keys in {type(module).__name__}, of compressed layer {layer._number}, are not "
                 "known, while the first layer's are, so some keys would have factors for outlier channels and others none: "
                 'make the cache with k_format="sq8", factors="off"')
+
+    def _raise_formats(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
+        """The guard: before the first token, layers whose logits a preset's keys would move too far get better ones. `module`
+        is the first layer's attention, query and keys what it makes."""
+        model = _calling_model()
+        if model is None or any(self._options.get(name) is not None for name in ("k_format", "layer_k_formats")):
+            return
+        modules = {getattr(each, "layer_idx", None): each for each in model.modules() if type(each) is type(module)}
+        raised, n_ref = list(self._key_formats), weight_factors.references_of(self._options)
+        for layer in self._compressed:
+            other = modules.get(layer.index)
+            of_weights = None if other is None else _factors_of(other, query, keys, n_ref)
+            if of_weights is not None:
+                spread = of_weights[1] * (getattr(other, "scaling", None) or scaling)
+                raised[layer._number] = int(lib.tq_key_guard(raised[layer._number], spread))
+        if raised == self._key_formats:
+            return
+        better = [f"{layer.index} {format_info(fmt).name}" for layer, fmt, old in
+                  zip(self._compressed, raised, self._key_formats) if fmt != old]
+        warnings.warn(f"turboquant: by the model's weights {self._options['preset']} would move the logits of {len(better)} "
+                      f"layers by more than 1, so their keys have better formats (layer {', '.join(better)}). guard='warn' "
+                      "leaves the preset as it is", UserWarning, stacklevel=2)
+        self._options["layer_k_formats"], self._key_formats = raised, raised
+        self._renew_store()
 
     def _renew_store(self) -> None:
         """One of its own, while it holds no tokens."""
