@@ -220,6 +220,10 @@ tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t
         tq_log(TQ_LOG_ERROR, "stage: keep: no rows are staged that were not settled");
         return TQ_ERR_ARGUMENT;
     }
+    if (n > stage->n_rows) {
+        tq_log(TQ_LOG_ERROR, "stage: keep: %lld rows, where %lld are staged", (long long)n, (long long)stage->n_rows);
+        return TQ_ERR_RANGE;
+    }
     for (int64_t i = 0; i < n; i++) {
         if (rows[i] >= 0 && rows[i] < stage->n_rows) continue;
         tq_log(TQ_LOG_ERROR, "stage: keep: row %lld is out of range; %lld are staged", (long long)rows[i],
