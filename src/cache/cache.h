@@ -26,7 +26,7 @@
 #include "base/log.h"
 #include "cache/page_pool.h"
 #include "cache/prefix.h"
-#include "device/cpu.h"
+#include "device/cpu_sequence.h"
 
 /* The exact data of one sequence, or of several after a fork until one of them writes. */
 typedef struct tq_exact_data {

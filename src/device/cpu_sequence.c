@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* See cpu.h. */
-#include "device/cpu.h"
+/* See cpu_sequence.h. */
+#include "device/cpu_sequence.h"
 
 #include <string.h>
 

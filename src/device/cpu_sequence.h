@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* The CPU's part of a cache: one layer of a sequence whose pages and exact data are in the host's memory. */
-#ifndef TQ_DEVICE_CPU_H
-#define TQ_DEVICE_CPU_H
+#ifndef TQ_DEVICE_CPU_SEQUENCE_H
+#define TQ_DEVICE_CPU_SEQUENCE_H
 
 #include "device/device.h"
 #include "device/rows.h"
