@@ -21,7 +21,13 @@ class Library:
         os.environ["TURBOQUANT_LIBRARY"] = os.path.abspath(path)
         sys.path.insert(0, os.environ.get("TQ_PYTHON_SOURCE", str(Path(__file__).resolve().parent.parent / "python")))
         from turboquant import _library, formats
-        self.types, self.loaded, self.format_number = _library, _library.lib, formats.format_number
+        self.types, self.loaded, self._formats = _library, _library.lib, formats
+
+    def format_number(self, name):
+        try:
+            return self._formats.format_number(name)
+        except Exception:  # before 2026-11-30 scalar formats were called tq8, tq4, tq3 and tq2
+            return self._formats.format_number(name.replace("sq", "tq"))
 
     def filled(self, kind, default):
         value = kind()
