@@ -514,7 +514,7 @@ TQ_API TQ_NODISCARD tq_status tq_batch_end(tq_batch *batch);
 TQ_API bool tq_batch_is_captured(const tq_batch *batch);
 /*
  * A graph of a captured pass was launched. Errors: ARGUMENT: sequences have changed since the batch's last pass (trimmed,
- * forked, others), or have no room; then the graph has written what others use.
+ * forked, others), have no room, or the cache's memory has moved as it grew; then the graph may have written what others use.
  */
 TQ_API TQ_NODISCARD tq_status tq_batch_replayed(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok);
 /* The stream, a cudaStream_t, on which a CUDA cache's calls work from now on; NULL, at first: the default one. */

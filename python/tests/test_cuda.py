@@ -565,11 +565,29 @@ def test_crop_after_replays(llama):
         assert cache.get_seq_length() == 161
         cache.crop(-3)
         if is_captured:
-            with pytest.raises(turboquant.ArgumentError, match="capture again"):
+            with pytest.raises(turboquant.ArgumentError, match="capture +again"):
                 cache.replayed()
         found.append(logits(llama, cache, steps[:, -3:]))
         assert [cache.store.length(seq) for seq in cache.seqs] == [161, 161]
     assert torch.equal(*found)
+
+
+@only_emulated
+def test_replay_after_memory_has_moved(llama):
+    """Other sequences of the same store needed more pages than there were: the graph's addresses are old."""
+    cache = compressed(llama, max_tokens=200)
+    logits(llama, cache, ids(1, 90))
+    logits(llama, cache, ids(1, 1, seed=1))
+    with captured():
+        logits(llama, cache, ids(1, 1, seed=2))
+    cache.replayed()
+    logits(llama, copy.deepcopy(cache), ids(1, 3000, seed=3))
+    with pytest.raises(turboquant.ArgumentError, match="memory grew"):
+        cache.replayed()
+    logits(llama, cache, ids(1, 1, seed=4))
+    with captured():
+        logits(llama, cache, ids(1, 1, seed=5))
+    cache.replayed()
 
 
 @only_emulated

@@ -187,8 +187,10 @@ tq_status tq_batch_count_replay(tq_batch *batch)
     if (holds) cache->device->pass_replayed(batch->pass, batch->rows);
     tq_cache_unlock(cache);
     if (holds || status != TQ_OK) return status;
-    tq_log(TQ_LOG_ERROR, WHO
-           ": the graph was captured before its sequences were copied, trimmed or reordered, or brings more tokens than are "
-           "reserved, and has written what others use: free them; run a step, and capture again, after such a change");
+    tq_log(TQ_LOG_ERROR,
+           WHO ": the graph was captured before its sequences were copied, trimmed or reordered, or before the cache's memory "
+               "grew, or "
+               "brings more tokens than are reserved, and may have written what others use: free them; run a step, and capture "
+               "again, after such a change");
     return TQ_ERR_ARGUMENT;
 }
