@@ -573,6 +573,23 @@ def test_crop_after_replays(llama):
 
 
 @only_emulated
+def test_reset_between_replays(llama):
+    """With the same batch a graph is good again once a plain step has run."""
+    cache = compressed(llama, max_tokens=200)
+    for _ in range(2):
+        logits(llama, cache, ids(2, 90))
+        logits(llama, cache, ids(2, 1, seed=1))
+        batch = cache._batch
+        with captured():
+            logits(llama, cache, ids(2, 1, seed=2))
+        cache.replayed()
+        cache.reset()
+        with pytest.raises(turboquant.TurboQuantError):
+            cache.replayed()
+    assert cache._batch is batch
+
+
+@only_emulated
 def test_replay_after_memory_has_moved(llama):
     """Other sequences of the same store needed more pages than there were: the graph's addresses are old."""
     cache = compressed(llama, max_tokens=200)

@@ -743,7 +743,7 @@ class TurboQuantCache(Cache):
             layer.reset()
         self._free(self.seqs)
         self.seqs, self._columns, self._pass, self._ended_after = [], Columns(), None, None
-        self._batch = None
+        self._is_captured = False  # the batch stays where it is, as graphs want it
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row beam_idx[i] was: pages are shared."""
