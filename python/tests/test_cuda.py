@@ -253,6 +253,17 @@ def test_chunks(short_of_scratch, padding):
     cache.check()
 
 
+@only_emulated
+def test_a_last_part_of_one_token(short_of_scratch):
+    """Of a prompt of 50 tokens that goes in parts of 7, before any step of decoding."""
+    cache, halves = Checked(np.random.default_rng(3), n_recent=20, k_ref_block=0, **SQ8), np.empty(256, np.int32)
+    tiny.emulated.tq_emulated_halves(halves.ctypes.data_as(ctypes.c_void_p), 0)
+    cache.run(1, 50)
+    n = tiny.emulated.tq_emulated_halves(halves.ctypes.data_as(ctypes.c_void_p), 256)
+    assert halves[:n].tolist() == ([1, 2] * 7 + [0]) * N_LAYER
+    cache.check()
+
+
 @pytest.mark.parametrize("formats", [SQ8, {"preset": "TQ3"}, {"preset": "TQ4"}], ids=["sq8", "TQ3", "TQ4"])
 def test_cuts_change_no_byte(formats):
     """What is held does not depend on the passes and chunks that the same rows came in."""

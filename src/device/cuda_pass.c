@@ -32,7 +32,7 @@ struct tq_pass {
     int32_t *numbers;           /* lengths [n_rows], exact slots [n_rows], starts [n_rows + 1] */
     int32_t *table;             /* [n_rows, width] */
     device_array places;        /* positions, slots and rows of the tokens */
-    device_array workspaces[2]; /* of calls; the second of steps of decoding by all rows, which graphs keep */
+    device_array workspaces[2]; /* of calls; the second of steps of decoding */
     /* On the host, what the device has. */
     int32_t *host_numbers, *host_table;
     int32_t width;
@@ -234,9 +234,10 @@ static int64_t capacity_of(const tq_pass *pass)
     return (int64_t)pass->width * pass->memory->shape->page_size;
 }
 
-static bool is_decoding(const tq_pass *pass, int32_t n_seq, int64_t n_query)
+/* Of a pass's calls; a step of decoding has its own, which graphs keep. */
+static device_array *workspace_of(tq_pass *pass)
 {
-    return n_query == 1 && n_seq == pass->n_rows;
+    return &pass->workspaces[pass->n_tok_most == 1];
 }
 
 /* The most that a call needs of any layer. */
@@ -273,7 +274,7 @@ static tq_status cut(tq_pass *pass, int32_t n_seq, int64_t n_tok, int64_t *chunk
         TQ_TRY(call_bytes(pass, n_seq, n, &bytes));
     }
     *chunk = n;
-    device_array *workspace = &pass->workspaces[is_decoding(pass, n_seq, n)];
+    device_array *workspace = workspace_of(pass);
     if (bytes <= workspace->bytes) return TQ_OK;
     if (pass->is_captured) return refuse_capture("more scratch is needed");
     TQ_TRY(need_array(pass, workspace, bytes));
@@ -368,7 +369,9 @@ tq_status tq_cuda_pass_begin(tq_pass *pass, const tq_pass_row *rows, int32_t n_h
     pass->is_captured = is_captured;
     measure(pass, rows);
     memset(pass->encoded, 0, (size_t)m->shape->n_layer * sizeof *pass->encoded);
-    TQ_TRY(prepare_rows(pass, rows));
+    tq_status status = prepare_rows(pass, rows);
+    if (status != TQ_OK) pass->host_numbers[0] = -1; /* what the device has is not known */
+    TQ_TRY(status);
     if (is_captured) {
         pass->was_captured = true;
         pass->captured_table = pass->table;
@@ -440,7 +443,7 @@ static tq_status attend_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows
 {
     char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
-    const device_array *workspace = &pass->workspaces[is_decoding(pass, part->n_seq, part->n_query)];
+    const device_array *workspace = workspace_of(pass);
     bool is_ragged = part->n_seq > 1 && !pass->is_uniform;
     tq_cuda_attend_params params = {
         .n_seq = part->n_seq,

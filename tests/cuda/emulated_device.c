@@ -405,9 +405,23 @@ static tq_status attend_sequence(const context *c, const tq_cuda_attend_params *
     return TQ_OK;
 }
 
-/* Counters are zero before a call and after it; what is behind them may be anything. */
-static tq_status use_workspace(const tq_cuda_attend_params *p, char *message)
+static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
 {
+    (void)message;
+    size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv);
+    size_t n_tiles = (size_t)p->n_seq * (size_t)s->n_head_kv * ((n_rows + 7) / 8);
+    /* Prompts are cut as on a device without a prefill kernel. */
+    size_t n_partials = p->n_query == 1 ? 3 : hooks.n_partials ? (size_t)hooks.n_partials : 5;
+    *out = n_tiles * n_partials * 8 * (size_t)(s->head_dim + 2) * 4;
+    return TQ_OK;
+}
+
+/* Counters are zero before a call and after it; what is behind them may be anything. */
+static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
+{
+    size_t needed;
+    TQ_TRY(workspace_bytes(&needed, s, p, message));
+    if (p->workspace_bytes < needed) return fail(message, "attend: the workspace is too small");
     size_t n_counters = p->workspace_bytes / TQ_CUDA_WORKSPACE_COUNTERS;
     uint8_t *bytes = p->workspace;
     for (size_t i = 0; i < n_counters; i++) {
@@ -420,7 +434,7 @@ static tq_status use_workspace(const tq_cuda_attend_params *p, char *message)
 static tq_status attend(const tq_device_store *s, const tq_cuda_attend_params *p, void *stream, char *message)
 {
     (void)stream;
-    TQ_TRY(use_workspace(p, message));
+    TQ_TRY(use_workspace(s, p, message));
     context c = open_context(s);
     size_t n = (size_t)p->max_seq_len * (size_t)s->head_dim * 2 + 1;
     float *rows[2] = {malloc(n * sizeof(float)), malloc(n * sizeof(float))};
@@ -437,17 +451,6 @@ static tq_status describe(tq_cuda_info *out, char *message)
 {
     (void)message;
     *out = (tq_cuda_info){.name = "emulated", .n_multiprocessors = 1};
-    return TQ_OK;
-}
-
-static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
-{
-    (void)message;
-    size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv);
-    size_t n_tiles = (size_t)p->n_seq * (size_t)s->n_head_kv * ((n_rows + 7) / 8);
-    /* Prompts are cut as on a device without a prefill kernel. */
-    size_t n_partials = p->n_query == 1 ? 3 : hooks.n_partials ? (size_t)hooks.n_partials : 5;
-    *out = n_tiles * n_partials * 8 * (size_t)(s->head_dim + 2) * 4;
     return TQ_OK;
 }
 
