@@ -308,7 +308,7 @@ typedef struct tq_cache tq_cache;
  * runs are the CPU's.
  */
 typedef enum tq_device_kind { TQ_DEVICE_CPU = 0, TQ_DEVICE_CUDA = 1 } tq_device_kind;
-/* A host's allocator of device memory, aligned to 128 bytes; alloc gives NULL when there is none. Called by any thread that
+/* A host's allocator of device memory, aligned to 128 bytes; alloc gives NULL if memory has run out. Called by any thread that
  * uses the cache, and for what may still be in use by work on the stream. */
 typedef struct tq_allocator {
     void *user;
@@ -325,7 +325,7 @@ typedef struct tq_cache_params {
     int32_t n_pages;                                    /* capacity of the pool; 0: what budget and file hold */
     int32_t n_sink, n_recent;                           /* n_sink <= page_size */
     int32_t n_take_back; /* so many newest tokens can be trimmed (drafts that were rejected) as if they had never come */
-    int32_t k_ref_block; /* of keys, as tq_store_params.ref_block; blocks begin anew in each page */
+    int32_t k_ref_block; /* of keys, as tq_store_params.ref_block; blocks begin again in each page */
     size_t budget_bytes; /* all that the cache may hold from the allocator, but its codecs; 0: no limit but n_pages */
     /*
      * Optional: a file of at most offload_bytes in this folder, for pages that the budget has no memory for, least recently
@@ -591,7 +591,7 @@ TQ_API TQ_NODISCARD tq_status tq_codec_decode(const tq_codec *codec, const void 
 
 /*
  * Keys or values (one of the two) of one layer, addressed by slot, in memory that the caller owns. A slot is exact (FP16) or
- * encoded: the slots below n_sink stay exact for ever, so do up to n_keep that tq_stage_keep names, until they are written
+ * encoded: the slots below n_sink always stay exact, so do up to n_keep that tq_stage_keep names, until they are written
  * again, and the last n_recent slots written stay exact until newer writes push them out. Only then are they encoded, once.
  * Values are rounded to FP16 on entry, as an FP16 cache would, so the bytes do not depend on how writes were batched. All state
  * lives in the caller's memory, which is valid (and empty) when zero-filled: clearing a store is a memset, copying one is a
@@ -692,8 +692,8 @@ TQ_API TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *st
 /*
  * For slots that sequences share: rows[n], numbers of staged rows, are first tokens of sequences, which much attention goes to.
  * Settling gives their slots a place among the n_keep. Where none is free, one is taken from slots of n_used and beyond, which
- * nobody attends to any longer; if there are none the row is kept as others are, so that what has a place never loses it to
- * newer ones. Errors: ARGUMENT (nothing is staged, or it was settled), RANGE.
+ * nobody attends to any longer; if no such slot exists the row is kept as others are, so that what has a place never loses it
+ * to newer ones. Errors: ARGUMENT (nothing is staged, or it was settled), RANGE.
  */
 TQ_API TQ_NODISCARD tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t n_used);
 /* Write what was staged for this store. Errors: ARGUMENT (nothing is staged for this store, or it was settled). */
@@ -715,7 +715,7 @@ TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_sto
  * pointers unless stated; a stream is a cudaStream_t, NULL for the default one; the device is the current one of the calling
  * thread. Thread-safe. The code is in libturboquant-cuda.so, which the first call loads: the library itself needs no CUDA.
  *
- * Positions of a sequence: the first n_sink are exact for ever, the last n_recent exact until newer ones push them out; those
+ * Positions of a sequence: the first n_sink are always exact, the last n_recent exact until newer ones push them out; those
  * between are encoded, position p in page page_table[sequence][p / page_size]. Encoded bytes are those of the CPU's encoder.
  */
 typedef struct tq_cuda_info {

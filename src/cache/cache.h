@@ -194,7 +194,7 @@ void tq_host_copy_close(tq_host_copy *copy);
 tq_cpu_sequence tq_host_copy_layer(const tq_host_copy *copy, const tq_cache *cache, const tq_sequence *sequence, int32_t layer);
 /* Decode what is not exact of the newest n_recent tokens into exact data [exact_bytes]. Errors: MEMORY, DEVICE. */
 tq_status tq_host_copy_complete(tq_cache *cache, const tq_sequence *sequence, uint8_t *exact);
-/* The same in the sequence's own ring: a device finds exact tokens by their positions alone.
+/* The same in the sequence's own ring: a device finds exact tokens only by their positions.
  * Nothing to do in the host's memory, where sequences say what is exact. Locked. Errors: MEMORY, DEVICE. */
 tq_status tq_sequence_complete(tq_cache *cache, tq_sequence *sequence);
 

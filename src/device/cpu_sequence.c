@@ -109,7 +109,7 @@ static void read_window(const void *context, int32_t i, int32_t head, float *x)
     tq_half_expand(window->in, half, 1, x);
 }
 
-/* Of the blocks that begin to be encoded with one of positions [begin, end). Blocks begin anew in each page. */
+/* Of the blocks that begin to be encoded with one of positions [begin, end). Blocks begin again in each page. */
 static void set_references(const tq_rows_in *in, const tq_side *side, int64_t begin, int64_t end, int64_t length)
 {
     for (int64_t p = begin; p < end;) {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Forward passes over a cache in CUDA memory. Lengths, page tables and places of tokens are on the device; the host knows what
- * is there, and copies only what has changed. A step of decoding that changes nothing is launches alone, and can be captured in
+ * is there, and copies only what has changed. A step of decoding that changes nothing is only launches, and can be captured in
  * a graph.
  */
 #include <string.h>
