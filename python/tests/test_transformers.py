@@ -216,7 +216,10 @@ def test_prefix_reuse(llama):
         whole = torch.cat([prompt, ids(1, 20, seed)], dim=1)
         mine = make_copy(cache)
         assert cache.store.stats().n_pages_shared > 0
-        assert same_tokens(llama, generated(llama, mine, whole), generated(llama, compressed(llama, **options), whole))
+        tokens = generated(llama, mine, whole)
+        assert same_tokens(llama, tokens, generated(llama, compressed(llama, **options), whole))
+        if not ON_DEVICE:  # where all tokens are exact
+            assert same_tokens(llama, tokens, generated(llama, stock(llama), whole))
         del mine
     assert cache.get_seq_length() == 400 and cache.store.stats().n_sequences == 1
 
