@@ -129,8 +129,8 @@ def sources(folder, pattern):
 
 
 def units(kind, environment=None, emulator=(), names=None):
-    # test_batch has the device that computes in host memory, next to the CPU.
-    device = {"TQ_CUDA_LIBRARY": str(BUILD / kind / "tests/cuda/libturboquant-cuda-emulated.so")}
+    # test_batch has the device that computes in host memory, next to the CPU. A static program, for an emulator, loads none.
+    device = {} if emulator else {"TQ_CUDA_LIBRARY": str(BUILD / kind / "tests/cuda/libturboquant-cuda-emulated.so")}
     return [([*emulator, BUILD / kind / "tests/unit" / name],
              {**SANITIZERS, **(device if name == "test_batch" else {}), **(environment or {})})
             for name in names or [f"test_{name}" for name in UNIT_ROOMS]]
