@@ -152,7 +152,8 @@ static tq_status prefill_row(const tq_batch *batch, int32_t i, int32_t layer, in
 {
     int64_t n = batch->n_tok[i];
     const float *k = plain_rows(rows, rows->k, first, n, rows->k_token_stride, w.k, scratch);
-    const float *v = plain_rows(rows, rows->v, first, n, rows->v_token_stride, w.v, scratch + n * w.k);
+    float *v_scratch = scratch ? scratch + n * w.k : NULL;
+    const float *v = plain_rows(rows, rows->v, first, n, rows->v_token_stride, w.v, v_scratch);
     tq_attend_params params;
     tq_attend_params_default(&params);
     params.n_head = batch->n_head;
