@@ -18,7 +18,7 @@ static tq_cache *create(void)
     tq_cache_params_default(&p);
     p.n_layer = 2;
     p.head_dim = 64;
-    p.page_size = 16;
+    p.page_size = p.checkpoint_stride = 16;
     p.n_pages = 8;
     p.n_sink = 2;
     p.n_recent = 4;

@@ -326,6 +326,11 @@ typedef struct tq_cache_params {
     int32_t n_sink, n_recent;                           /* n_sink <= page_size */
     int32_t n_take_back; /* so many newest tokens can be trimmed (drafts that were rejected) as if they had never come */
     int32_t k_ref_block; /* of keys, as tq_store_params.ref_block; blocks begin again in each page */
+    /*
+     * Others can begin with a sequence's first tokens (tq_cache_seq_match) where so many of them end, a multiple of page_size:
+     * there a copy of its exact tokens is kept, one tq_cache_stats.exact_bytes each. 0: nowhere, and nothing is published.
+     */
+    int32_t checkpoint_stride;
     size_t budget_bytes; /* all that the cache may hold from the allocator, but its codecs; 0: no limit but n_pages */
     /*
      * Optional: a file of at most offload_bytes in this folder, for pages that the budget has no memory for, least recently
@@ -366,14 +371,16 @@ TQ_API TQ_NODISCARD tq_status tq_cache_seq_fork(tq_cache *cache, int32_t from, i
 /*
  * Say that the sequence's first n_tok tokens are tokens[n_tok] (all of them, also if some were published before). Pages that
  * they fill, and whose tokens have left the ring of every layer, can then be found by tq_cache_seq_match, also after the
- * sequence was freed, until the pool needs them for something else: least recently used first. Errors: ARGUMENT (more tokens
- * than a layer has, or a page was published with others), RANGE, MEMORY, FULL; then fewer pages may have been published.
+ * sequence was freed, until the pool needs them for something else: least recently used first. A fork publishes places to begin
+ * only behind its beginning. Errors: ARGUMENT (more tokens than a layer has, a page was published with others, or the cache has
+ * no checkpoint_stride), RANGE, MEMORY, FULL; then fewer pages may have been published.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *tokens, int64_t n_tok);
 /*
  * A sequence that begins with the published pages that tokens[n_tok] begin with; *n_matched tokens of them, a multiple of
- * page_size, are there in every layer, encoded but for the sinks. Pass all tokens but the last where the model must run over at
- * least one. Tokens are compared, hashes only find candidates. Errors: ARGUMENT, MEMORY, FULL.
+ * checkpoint_stride, are there in every layer. It is as if they had been appended: the last n_recent are exact. (Where all
+ * formats are exact, a multiple of page_size.) Pass all tokens but the last where the model must run over at least one. Tokens
+ * are compared, hashes only find candidates. Errors: ARGUMENT, MEMORY, FULL.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, int32_t *seq,
                                                  int64_t *n_matched);
@@ -454,6 +461,7 @@ typedef struct tq_cache_stats {
     int64_t n_offloads, n_restores;                   /* pages moved there and back so far */
     size_t page_bytes;                                /* encoded bytes of one page */
     size_t exact_bytes;                               /* sinks and rings of all sequences */
+    size_t checkpoint_bytes;                          /* those at which other sequences can begin */
     size_t table_bytes;                               /* page tables and sequence records */
     size_t allocated_bytes;                  /* all that the cache holds from the allocator now, its calibration with it */
     int64_t n_asked_tok, n_matched_tok;      /* of all tq_cache_seq_match so far */

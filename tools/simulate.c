@@ -19,6 +19,7 @@ static const char help[] =
     "caches:    --presets A,B,...   beside f16 (TQ4,TQ2)\n"
     "           --budgets G,G,...   GiB for the cache (1,2,4,8,16)\n"
     "           --page-size N       tokens (64)\n"
+    "           --checkpoint-stride N   tokens between places where others can begin, in pages; 0: nothing is shared (1024)\n"
     "server:    --prefill-rate R    tokens/s of all prompts together (10000)\n"
     "           --decode-rate R     tokens/s of each request (25)\n"
     "           --max-running N     requests at once; 0: as many as the cache holds (0)\n"
@@ -43,7 +44,7 @@ static const struct {
     {"llama3.1-8b", 32, 8, 128}, {"llama3.1-70b", 80, 8, 128}, {"smollm2-135m", 30, 3, 64},
 };
 
-enum { CACHES_MAX = 16, BUDGETS_MAX = 64 };
+enum { CACHES_MAX = 16, BUDGETS_MAX = 64, CHECKPOINT_STRIDE = 1024 };
 
 /* FP16 has neither sinks nor a ring: everything is exact. */
 static const tq_preset f16 = {.name = "f16", .k_format = TQ_FORMAT_F16, .v_format = TQ_FORMAT_F16};
@@ -54,7 +55,7 @@ typedef struct options {
     simulate_output output;
     const tq_preset *caches[CACHES_MAX];
     double budgets[BUDGETS_MAX];
-    int64_t n_caches, n_budgets, n_layer, n_head_kv, page_size;
+    int64_t n_caches, n_budgets, n_layer, n_head_kv, page_size, checkpoint_stride;
     const char *trace, *save_trace;
 } options;
 
@@ -114,6 +115,7 @@ static options given = {
     .n_layer = 28,
     .n_head_kv = 4,
     .page_size = 64,
+    .checkpoint_stride = -1,
 };
 
 // clang-format off
@@ -124,6 +126,7 @@ static const struct {
     {"n-layer",     &given.n_layer,             1, 65536},
     {"n-head-kv",   &given.n_head_kv,           1, 65536},
     {"page-size",   &given.page_size,           16, 256},
+    {"checkpoint-stride", &given.checkpoint_stride, 0, 1 << 24},
     {"max-running", &given.server.max_running,  0, 1 << 24},
     {"requests",    &given.workload.n_requests, 1, 1 << 24},
     {"seed",        &given.workload.seed,       0, INT64_MAX},
@@ -270,6 +273,7 @@ static void add_numbers(cJSON *object, const simulate_trace *trace)
     cJSON_AddNumberToObject(server, "n_head_kv", (double)o->n_head_kv);
     cJSON_AddNumberToObject(server, "head_dim", o->server.cache.head_dim);
     cJSON_AddNumberToObject(server, "page_size", (double)o->page_size);
+    cJSON_AddNumberToObject(server, "checkpoint_stride", (double)o->checkpoint_stride);
     cJSON_AddNumberToObject(server, "prefill_rate", o->server.prefill_rate);
     cJSON_AddNumberToObject(server, "decode_rate", o->server.decode_rate);
     cJSON_AddNumberToObject(server, "max_running", (double)o->server.max_running);
@@ -301,10 +305,16 @@ static int simulate(const char *command)
 {
     options *o = &given;
     simulate_trace trace = {0};
+    if (o->checkpoint_stride < 0) o->checkpoint_stride = CHECKPOINT_STRIDE / o->page_size * o->page_size;
+    if (o->checkpoint_stride % o->page_size != 0) {
+        return tool_error(EXIT_USAGE, "--checkpoint-stride is %lld; give a multiple of --page-size, which is %lld",
+                          (long long)o->checkpoint_stride, (long long)o->page_size);
+    }
     if (!simulate_check_output(&o->output)) return 1;
     o->server.cache.n_layer = (int32_t)o->n_layer;
     o->server.cache.n_head_kv = (int32_t)o->n_head_kv;
     o->server.cache.page_size = (int32_t)o->page_size;
+    o->server.cache.checkpoint_stride = (int32_t)o->checkpoint_stride;
     o->server.cache.n_pages = 0;
     o->server.cache.dry_run = true;
     bool good = o->trace ? simulate_trace_read(&trace, o->trace) : simulate_generate(&trace, &o->workload);

@@ -76,6 +76,7 @@ static tq_status grow(replay *r, int64_t i_request, int64_t n_tok)
     int32_t seq = r->seqs[i_request];
     tq_status status = append_all(r, seq, n_tok - tq_cache_length(r->cache, seq, 0));
     if (status != TQ_OK) return status;
+    if (r->server->cache.checkpoint_stride == 0) return TQ_OK;
     write_tokens(r, &r->trace->requests[i_request], n_tok);
     status = tq_cache_seq_publish(r->cache, seq, r->tokens, n_tok);
     return status == TQ_ERR_FULL ? TQ_OK : status; /* then fewer pages can be found */

@@ -93,13 +93,28 @@ def test_forks_go_their_own_ways(rng):
 
 
 def test_published_prefix_is_found(rng):
-    cache = make(1, page_size=32)
-    a, tokens = cache.seq_create(), rng.integers(0, 1000, 200)
-    cache.append(a, 0, vectors(rng, 200), vectors(rng, 200))
+    """And is what its tokens would be had they been appended."""
+    cache = make(1, page_size=32, checkpoint_stride=64)
+    a, plain, tokens = cache.seq_create(), cache.seq_create(), rng.integers(0, 1000, 200)
+    k, v = vectors(rng, 200), vectors(rng, 200)
+    cache.append(a, 0, k, v)
+    cache.append(plain, 0, k[:128], v[:128])
     cache.seq_publish(a, tokens)
     b, n_matched = cache.seq_match(tokens[:150])
     assert n_matched == cache.length(b) == 128
-    assert np.array_equal(cache.read(b, 0, 4)[0], cache.read(a, 0, 4, 124)[0])
+    assert all(np.array_equal(x, y) for x, y in zip(cache.read(b, 0), cache.read(plain, 0)))
+    stats = cache.stats()
+    assert stats.checkpoint_bytes == 5 * stats.exact_bytes // stats.n_sequences  # at 64, 128 and 192 tokens, and at 64 and 128
+
+
+def test_without_checkpoints_nothing_is_published(rng):
+    cache = make(1)
+    seq = cache.seq_create()
+    cache.append(seq, 0, vectors(rng, 200), vectors(rng, 200))
+    with pytest.raises(turboquant.ArgumentError, match="create it with a checkpoint_stride"):
+        cache.seq_publish(seq, range(200))
+    with pytest.raises(turboquant.ArgumentError, match="multiple of page_size 128"):
+        make(1, checkpoint_stride=100)
 
 
 def test_batches(rng):
@@ -328,7 +343,8 @@ def integer_arguments():
         "layer": lambda c, x: turboquant.Calibration(CALIBRATION).layer(x),
         "formats": lambda c, x: make(layer_k_formats=[x, 1]),
         **{name: lambda c, x, name=name: make(**{name: x})
-           for name in ("head_dim_v", "k_format", "v_format", "n_sink", "n_recent", "k_ref_block", "page_size", "n_threads")},
+           for name in ("head_dim_v", "k_format", "v_format", "n_sink", "n_recent", "k_ref_block", "checkpoint_stride",
+                        "page_size", "n_threads")},
     }
     yield from ((name, call, 1 << 32) for name, call in (calls | shapes).items())
     yield from ((name, call, 1 << 64) for name, call in wide.items())

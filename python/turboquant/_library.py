@@ -131,7 +131,7 @@ class CacheParams(_Struct):
         ("head_dim_v", c_int32), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int),
         ("layer_k_formats", POINTER(ctypes.c_int)), ("layer_v_formats", POINTER(ctypes.c_int)), ("page_size", c_int32),
         ("n_pages", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("n_take_back", c_int32), ("k_ref_block", c_int32),
-        ("budget_bytes", c_size_t), ("offload_folder", c_char_p), ("offload_bytes", c_size_t),
+        ("checkpoint_stride", c_int32), ("budget_bytes", c_size_t), ("offload_folder", c_char_p), ("offload_bytes", c_size_t),
         ("calibration", c_void_p), ("seed", c_uint64), ("dry_run", c_bool), ("device", ctypes.c_int),
         ("allocator", c_void_p),
     ]
@@ -158,9 +158,9 @@ class CacheStats(_Struct):
     _fields_ = [
         ("n_sequences", c_int32), ("n_pages_used", c_int64), ("n_pages_kept", c_int64), ("n_pages_free", c_int64),
         ("n_pages_shared", c_int64), ("n_pages_offloaded", c_int64), ("n_offloads", c_int64), ("n_restores", c_int64),
-        ("page_bytes", c_size_t), ("exact_bytes", c_size_t), ("table_bytes", c_size_t), ("allocated_bytes", c_size_t),
-        ("n_asked_tok", c_int64), ("n_matched_tok", c_int64), ("n_evicted_pages", c_int64), ("n_copied_pages", c_int64),
-        ("encode_seconds", c_double), ("attend_seconds", c_double),
+        ("page_bytes", c_size_t), ("exact_bytes", c_size_t), ("checkpoint_bytes", c_size_t), ("table_bytes", c_size_t),
+        ("allocated_bytes", c_size_t), ("n_asked_tok", c_int64), ("n_matched_tok", c_int64), ("n_evicted_pages", c_int64),
+        ("n_copied_pages", c_int64), ("encode_seconds", c_double), ("attend_seconds", c_double),
     ]
 
 

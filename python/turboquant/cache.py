@@ -37,6 +37,7 @@ class Stats:
     n_restores: int
     page_bytes: int
     exact_bytes: int
+    checkpoint_bytes: int
     table_bytes: int
     allocated_bytes: int
     n_asked_tok: int
@@ -140,6 +141,8 @@ class Cache:
     preset: formats, exact tokens and references; k_format, v_format, n_sink, n_recent and k_ref_block override parts of it,
     layer_k_formats and layer_v_formats [n_layer] single layers.
     n_take_back: so many newest tokens can be trimmed, drafts that were rejected, as if they had never come.
+    checkpoint_stride: a multiple of page_size; others can begin with a sequence's first tokens where so many of them end
+    (seq_publish, seq_match), which keeps a copy of its exact tokens there. 0: nowhere, and nothing is published.
     max_tok: capacity in tokens, all sequences together; memory is taken page by page as it is used. budget_bytes: limit of all
     that the cache takes from the allocator. offload_folder, offload_bytes: a file for pages beyond it.
     calibration: of all n_layer layers; a path or a Calibration.
@@ -153,7 +156,7 @@ class Cache:
 
     def __init__(self, n_layer: int, n_head_kv: int, head_dim: int, *, preset: str = "TQ4", head_dim_v: int = 0,
                  k_format: str | int | None = None, v_format: str | int | None = None, n_sink: int | None = None,
-                 n_recent: int | None = None, n_take_back: int = 0, k_ref_block: int | None = None,
+                 n_recent: int | None = None, n_take_back: int = 0, k_ref_block: int | None = None, checkpoint_stride: int = 0,
                  layer_k_formats: Sequence[str | int] | None = None, layer_v_formats: Sequence[str | int] | None = None,
                  page_size: int = 128, max_tok: int = MAX_TOK_DEFAULT, budget_bytes: int = 0,
                  offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0,
@@ -169,7 +172,7 @@ class Cache:
         if v_format is not None:
             params.v_format = format_number(v_format)
         for name, value in (("n_sink", n_sink), ("n_recent", n_recent), ("n_take_back", n_take_back),
-                            ("k_ref_block", k_ref_block)):
+                            ("k_ref_block", k_ref_block), ("checkpoint_stride", checkpoint_stride)):
             if value is not None:
                 setattr(params, name, value)
         # ctypes keeps no reference to what a pointer field points to.
@@ -281,12 +284,18 @@ class Cache:
         lib.tq_cache_seq_free(self._handle, seq)
 
     def seq_publish(self, seq: int, tokens: Any) -> None:
-        """Say that the sequence's first tokens are these int32 [n_tok], so that seq_match finds the pages that they fill."""
+        """
+        Say that the sequence's first tokens are these int32 [n_tok], so that seq_match finds the pages that they fill. Needs a
+        checkpoint_stride.
+        """
         ids = integers(tokens, np.int32, "tokens")
         lib.tq_cache_seq_publish(self._handle, seq, address(ids), len(ids))
 
     def seq_match(self, tokens: Any) -> tuple[int, int]:
-        """A new sequence of the published pages that these tokens begin with: its id, and how many tokens it holds."""
+        """
+        A new sequence of the published pages that these tokens begin with: its id, and how many tokens it holds, a multiple of
+        checkpoint_stride. It is as if they had been appended.
+        """
         ids = integers(tokens, np.int32, "tokens")
         seq, n_matched = ctypes.c_int32(), ctypes.c_int64()
         lib.tq_cache_seq_match(self._handle, address(ids), len(ids), ctypes.byref(seq), ctypes.byref(n_matched))

@@ -103,6 +103,11 @@ static tq_status check_params(const tq_cache_params *params)
         tq_log(TQ_LOG_ERROR, WHO ": n_take_back is %d; give 0 to %d tokens", (int)params->n_take_back, TAKE_BACK_MAX);
         return TQ_ERR_ARGUMENT;
     }
+    if (params->checkpoint_stride < 0 || params->checkpoint_stride % params->page_size != 0) {
+        tq_log(TQ_LOG_ERROR, WHO ": checkpoint_stride is %d; give a multiple of page_size %d, or 0 for none",
+               (int)params->checkpoint_stride, (int)params->page_size);
+        return TQ_ERR_ARGUMENT;
+    }
     if (params->n_sink > params->page_size) {
         tq_log(TQ_LOG_ERROR, WHO ": n_sink %d is above page_size %d", (int)params->n_sink, (int)params->page_size);
         return TQ_ERR_ARGUMENT;
@@ -272,6 +277,11 @@ tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *toke
         tq_cache_unlock(cache);
         tq_log(TQ_LOG_ERROR, WHO ": publish: %lld tokens, where every layer of sequence %d has %lld", (long long)n_tok,
                (int)seq, (long long)shortest);
+        return TQ_ERR_ARGUMENT;
+    }
+    if (cache->checkpoint_stride == 0) {
+        tq_cache_unlock(cache);
+        tq_log(TQ_LOG_ERROR, WHO ": publish: the cache keeps no places to begin: create it with a checkpoint_stride, as 1024");
         return TQ_ERR_ARGUMENT;
     }
     tq_status status = report(cache, tq_sequence_publish(cache, sequence, tokens, n_tok), "publish");

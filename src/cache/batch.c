@@ -17,6 +17,7 @@ void tq_batch_close(tq_batch *batch)
     tq_free(batch->n_tok);
     tq_free(batch->rows);
     tq_free(batch->frames);
+    tq_free(batch->checkpoints);
     tq_free(batch->n_appended);
     tq_free(batch);
 }
@@ -120,6 +121,34 @@ static tq_status fill_rows(tq_batch *batch)
     return TQ_OK;
 }
 
+/* Where rows come to checkpoints; not in a graph, which would copy at each replay. Locked. */
+static tq_status fill_checkpoints(tq_batch *batch)
+{
+    const tq_cache *cache = batch->cache;
+    if (batch->is_captured || cache->checkpoint_stride == 0) return TQ_OK;
+    size_t n = 0;
+    for (int32_t i = 0; i < batch->n_rows; i++) n += (size_t)(batch->n_tok[i] / cache->checkpoint_stride + 1);
+    if (n > batch->n_checkpoints_max) {
+        tq_free(batch->checkpoints);
+        batch->n_checkpoints_max = 0;
+        batch->checkpoints = tq_alloc(n * sizeof *batch->checkpoints);
+        if (!batch->checkpoints) return TQ_ERR_MEMORY;
+        batch->n_checkpoints_max = n;
+    }
+    tq_pass_checkpoint *next = batch->checkpoints;
+    for (int32_t i = 0; i < batch->n_rows; i++) {
+        tq_pass_row *row = &batch->rows[i];
+        row->checkpoints = next;
+        for (int64_t end = row->length, last = row->length + row->n_tok; end < last;) {
+            end += tq_checkpoint_distance(cache, batch->sequences[i], end, last - end);
+            const tq_checkpoint *checkpoint = tq_checkpoint_at(cache, batch->sequences[i], end);
+            if (checkpoint) *next++ = (tq_pass_checkpoint){.end = end, .slot = checkpoint->exact->slot};
+        }
+        row->n_checkpoints = (int32_t)(next - row->checkpoints);
+    }
+    return TQ_OK;
+}
+
 tq_status tq_batch_start(tq_batch *batch, int32_t n_head)
 {
     tq_cache *cache = batch->cache;
@@ -136,6 +165,7 @@ tq_status tq_batch_start(tq_batch *batch, int32_t n_head)
         status = reserve(batch);
     }
     if (status == TQ_OK && cache->device) status = fill_rows(batch);
+    if (status == TQ_OK && cache->device) status = fill_checkpoints(batch);
     tq_cache_unlock(cache);
     if (status == TQ_OK && cache->device)
         status = cache->device->pass_begin(batch->pass, batch->rows, n_head, batch->is_captured);
@@ -167,8 +197,16 @@ tq_status tq_batch_run(tq_batch *batch, int32_t layer, const tq_batch_rows *rows
     TQ_TRY(check_turn(batch, layer));
     tq_status status = cache->device->pass_run(batch->pass, layer, rows, batch->n_appended);
     /* What is captured has not happened. */
-    for (int32_t i = 0; i < batch->n_rows && !batch->is_captured; i++)
-        tq_sequence_advance(cache, batch->sequences[i], layer, batch->n_appended[i]);
+    for (int32_t i = 0; i < batch->n_rows && !batch->is_captured; i++) {
+        const tq_pass_row *row = &batch->rows[i];
+        int64_t end = row->length + batch->n_appended[i];
+        for (int32_t j = 0; j < row->n_checkpoints && row->checkpoints[j].end <= end && status == TQ_OK; j++) {
+            tq_sequence_advance(cache, batch->sequences[i], layer,
+                                row->checkpoints[j].end - batch->sequences[i]->length[layer]);
+            tq_checkpoint_pass(cache, batch->sequences[i], layer);
+        }
+        tq_sequence_advance(cache, batch->sequences[i], layer, end - batch->sequences[i]->length[layer]);
+    }
     return status;
 }
 
@@ -185,6 +223,8 @@ tq_status tq_batch_count_replay(tq_batch *batch)
             tq_sequence_advance(cache, batch->sequences[i], layer, batch->n_tok[i]);
     }
     if (holds) cache->device->pass_replayed(batch->pass, batch->rows);
+    for (int32_t i = 0; holds && status == TQ_OK && i < batch->n_rows; i++)
+        status = tq_checkpoints_catch_up(cache, batch->sequences[i], batch->rows[i].length);
     tq_cache_unlock(cache);
     if (holds || status != TQ_OK) return status;
     tq_log(TQ_LOG_ERROR,

@@ -19,6 +19,8 @@ struct tq_batch {
     int32_t *frames;     /* what rows point to, [n_frames_max] */
     int64_t *n_appended; /* [n_rows], of a call */
     size_t n_frames_max;
+    tq_pass_checkpoint *checkpoints; /* what rows point to, [n_checkpoints_max] */
+    size_t n_checkpoints_max;
 };
 
 /* Errors: MEMORY, DEVICE. */

@@ -77,7 +77,7 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
 static void forget_prefix(void *context, int32_t page)
 {
     tq_cache *cache = context;
-    tq_prefix_remove(&cache->prefixes, page);
+    tq_checkpoint_release(cache, tq_prefix_remove(&cache->prefixes, page));
     cache->n_evicted++;
 }
 
@@ -107,15 +107,11 @@ static tq_status pool_init(tq_cache *cache, const tq_cache_params *params, size_
 
 static tq_status cache_init(tq_cache *cache, const tq_cache_params *params)
 {
-    size_t page_bytes = 0, sink_bytes = 0;
+    size_t page_bytes = 0;
     cache->shape.sides = tq_budget_alloc(&cache->budget, sides_bytes(params->n_layer));
     if (!cache->shape.sides) return tq_budget_failure(&cache->budget, sides_bytes(params->n_layer));
     for (int32_t layer = 0; layer < params->n_layer; layer++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(side_init(cache, params, layer, side, &page_bytes));
-    }
-    for (int32_t i = 0; i < params->n_layer * TQ_N_SIDES; i++) {
-        const tq_side *side = &cache->shape.sides[i];
-        sink_bytes += (size_t)(side->n_sink * params->n_head_kv) * tq_codec_vector_bytes(side->exact_codec);
     }
     cache->shape.page_bytes = page_bytes;
     if (cache->device) TQ_TRY(cache->device->open(&cache->memory, &cache->shape, params->allocator));
@@ -123,7 +119,7 @@ static tq_status cache_init(tq_cache *cache, const tq_cache_params *params)
     TQ_TRY(pool_init(cache, params, page_bytes, &n_pages));
     cache->pool.forget = forget_prefix;
     cache->pool.forget_context = cache;
-    return tq_prefix_index_init(&cache->prefixes, n_pages, params->page_size, sink_bytes, &cache->budget);
+    return tq_prefix_index_init(&cache->prefixes, n_pages, params->page_size, &cache->budget);
 }
 
 tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq_kernels *kernels)
@@ -147,6 +143,8 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     cache->n_sink = params->n_sink;
     cache->n_recent = params->n_recent;
     cache->k_ref_block = params->k_ref_block;
+    cache->checkpoint_stride = params->checkpoint_stride;
+    cache->n_take_back = params->n_take_back;
     cache->shape.seed = params->seed;
     cache->calibration = params->calibration;
     status = cache_init(cache, params);
@@ -265,6 +263,9 @@ void tq_cache_destroy(tq_cache *cache)
         if (cache->sequences[i]) tq_sequence_close(cache, i);
     }
     tq_budget_free(&cache->budget, cache->sequences, (size_t)cache->n_sequences * sizeof *cache->sequences);
+    for (int32_t page = 0; cache->prefixes.by_page && page < cache->prefixes.n_pages; page++) {
+        if (cache->prefixes.by_page[page]) tq_checkpoint_release(cache, tq_prefix_remove(&cache->prefixes, page));
+    }
     if (cache->prefixes.budget) tq_prefix_index_deinit(&cache->prefixes);
     if (cache->pool.budget) tq_page_pool_deinit(&cache->pool);
     if (cache->memory) cache->device->close(cache->memory);
@@ -316,9 +317,9 @@ void tq_cache_count(const tq_cache *cache, tq_cache_stats *out)
         stats.table_bytes += tq_sequence_table_bytes(cache, sequence);
     }
     for (int32_t i = 0; i < pool->n_pages; i++) stats.n_pages_shared += pool->pages[i].n_refs > 1;
-    stats.exact_bytes = cache->exact_total;
-    if (cache->shape.exact_bytes > 0)
-        stats.table_bytes += cache->exact_total / cache->shape.exact_bytes * sizeof(tq_exact_data);
+    stats.exact_bytes = (size_t)(cache->n_exact - cache->n_checkpoints) * cache->shape.exact_bytes;
+    stats.checkpoint_bytes = (size_t)cache->n_checkpoints * cache->shape.exact_bytes;
+    stats.table_bytes += (size_t)cache->n_exact * sizeof(tq_exact_data);
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++)
             stats.allocated_bytes += codec_bytes(cache->codecs[side][format]);

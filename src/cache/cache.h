@@ -35,6 +35,15 @@ typedef struct tq_exact_data {
     _Alignas(64) uint8_t bytes[]; /* or here, in the host's memory */
 } tq_exact_data;
 
+/*
+ * A place at which other sequences can begin: a sequence's exact data as they were when a layer held so many tokens, a multiple
+ * of checkpoint_stride. Layers come to it one by one.
+ */
+typedef struct tq_checkpoint {
+    tq_exact_data *exact; /* with one reference; NULL: not there, or given to the prefix index */
+    int32_t n_layers;     /* that have been here, with all of their newest n_recent tokens exact */
+} tq_checkpoint;
+
 /* Pages [begin, end) of a sequence's table that are pinned in memory, to be written; none: 0 and 0. */
 typedef struct tq_held_pages {
     int32_t begin, end;
@@ -44,10 +53,12 @@ typedef struct tq_sequence {
     int32_t id;
     int32_t *page_table;
     int32_t n_pages, page_capacity;
-    tq_exact_data *exact; /* NULL if no side has any */
-    int32_t n_published;  /* pages whose content is known to the prefix index */
-    uint64_t published;   /* the number of the last one's publication */
-    tq_held_pages held;   /* by a reservation */
+    tq_exact_data *exact;       /* NULL if no side has any */
+    int32_t n_published;        /* pages whose content is known to the prefix index */
+    uint64_t published;         /* the number of the last one's publication */
+    tq_held_pages held;         /* by a reservation */
+    tq_checkpoint *checkpoints; /* [n_checkpoints]: number i at (i + 1) * checkpoint_stride tokens */
+    int32_t n_checkpoints;
     int64_t pending;      /* tokens that a batch of slots is about to bring */
     int64_t *length;      /* [n_layer] */
     int64_t *ring_begin;  /* [n_layer, TQ_N_SIDES] */
@@ -58,7 +69,8 @@ typedef struct tq_sequence {
 struct tq_cache {
     tq_shape shape;
     int32_t n_sink, n_recent, k_ref_block; /* as asked for; sides have what they need */
-    const tq_device *device;               /* that holds pages and exact data; NULL: the host's memory does */
+    int32_t checkpoint_stride, n_take_back;
+    const tq_device *device; /* that holds pages and exact data; NULL: the host's memory does */
     tq_memory *memory;
     const tq_calibration *calibration;             /* NULL: none */
     tq_codec *codecs[TQ_N_SIDES][TQ_FORMAT_COUNT]; /* NULL where no layer needs it */
@@ -69,7 +81,7 @@ struct tq_cache {
     tq_prefix_index prefixes;
     tq_sequence **sequences;         /* [n_sequences], NULL where the id is free */
     int32_t n_sequences, first_free; /* no id below first_free is free */
-    size_t exact_total;              /* bytes of all exact data */
+    int64_t n_exact, n_checkpoints;  /* exact data of sequences; those that are checkpoints, of sequences or of prefixes */
     int64_t n_evicted, n_copied, n_matched_tok, n_asked_tok;
     _Atomic int64_t encode_ns, attend_ns;
 };
@@ -129,11 +141,23 @@ void tq_cache_count(const tq_cache *cache, tq_cache_stats *out);
 /* Tests only: fill the memory of the free pages with what would spoil every result. */
 void tq_cache_poison(tq_cache *cache);
 
-/* sequence.c; all but tq_sequence_append and tq_sequence_advance locked. */
-/* Exact data with one reference, or if no side has any NULL. Errors: FULL, MEMORY. */
+/* exact_data.c; locked. */
+/* Bytes of the host's memory for one. */
+size_t tq_exact_record_bytes(const tq_cache *cache);
+/* What n more need. */
+void tq_need_exact(const tq_cache *cache, int32_t n, tq_need *need);
+/* With one reference, or if no side has any NULL. Errors: FULL, MEMORY; those of a device. */
 tq_status tq_exact_open(tq_cache *cache, tq_exact_data **out);
 /* NULL is fine. */
 void tq_exact_release(tq_cache *cache, tq_exact_data *exact);
+/* Errors: those of a device. */
+tq_status tq_exact_copy(const tq_cache *cache, tq_exact_data *to, const tq_exact_data *from);
+/* In the formats' own arrangement: where they lie, or in scratch [exact_bytes]; NULL if the device fails. */
+const uint8_t *tq_exact_bytes(const tq_cache *cache, const tq_exact_data *exact, uint8_t *scratch);
+/* Errors: those of a device. */
+tq_status tq_exact_fill(tq_cache *cache, tq_exact_data *exact, const uint8_t *bytes);
+
+/* sequence.c; all but tq_sequence_append and tq_sequence_advance locked. */
 /* Without exact data. Errors: FULL, MEMORY. */
 tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out);
 /* Errors: FULL, MEMORY. */
@@ -141,11 +165,10 @@ tq_status tq_sequence_open(tq_cache *cache, tq_sequence **out);
 void tq_sequence_close(tq_cache *cache, int32_t seq);
 /* Errors: FULL, MEMORY. */
 tq_status tq_sequence_fork(tq_cache *cache, const tq_sequence *from, tq_sequence **out);
-/* What is needed for n more sequences without content; for a table of n_pages, where there is one of page_capacity; for a copy
- * of exact data, or new ones. Before anything is taken: tq_cache_can. */
+/* What is needed for n more sequences without content; for a table of n_pages, where there is one of page_capacity. Before
+ * anything is taken: tq_cache_can. */
 void tq_need_sequences(const tq_cache *cache, int32_t n, tq_need *need);
 void tq_need_table(int32_t page_capacity, int64_t n_pages, tq_need *need);
-void tq_need_exact(const tq_cache *cache, int32_t n, tq_need *need);
 /* Errors: FULL. */
 tq_status tq_cache_can(const tq_cache *cache, const tq_need *need);
 /* Errors: FULL, MEMORY. */
@@ -160,12 +183,31 @@ tq_status tq_sequence_hold(tq_cache *cache, const tq_sequence *sequence, tq_held
 void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held);
 /* Errors: FULL, MEMORY. */
 tq_status tq_sequence_own_exact(tq_cache *cache, tq_sequence *sequence);
-/* Exact data in the formats' own arrangement: where they lie, or in scratch [exact_bytes]; NULL if the device fails. */
-const uint8_t *tq_exact_bytes(const tq_cache *cache, const tq_exact_data *exact, uint8_t *scratch);
-/* Errors: those of a device. */
-tq_status tq_exact_fill(tq_cache *cache, tq_exact_data *exact, const uint8_t *bytes);
 /* A layer of it as the CPU's functions take it; valid until the sequence changes. */
 tq_cpu_sequence tq_sequence_on_cpu(const tq_cache *cache, const tq_sequence *sequence, int32_t layer);
+/* checkpoint.c; those that may fail locked. */
+/* The checkpoint at n_tok tokens, or NULL. */
+tq_checkpoint *tq_checkpoint_at(const tq_cache *cache, const tq_sequence *sequence, int64_t n_tok);
+/* Tokens up to the next checkpoint, at most n_tok. */
+int64_t tq_checkpoint_distance(const tq_cache *cache, const tq_sequence *sequence, int64_t length, int64_t n_tok);
+/* What is needed for those that n_tok tokens more in a layer (-1: in each) come to. */
+void tq_need_checkpoints(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, tq_need *need);
+/* Errors: FULL, MEMORY; those of a device. */
+tq_status tq_checkpoints_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
+/* A layer has come to its length: if there is a checkpoint it has been here, and in the host's memory leaves its exact data. */
+void tq_checkpoint_pass(const tq_cache *cache, tq_sequence *sequence, int32_t layer);
+/* All layers of a device's sequence have come to their length, from `before` tokens on, without a look at the checkpoints
+ * between. Errors: those of a device. */
+tq_status tq_checkpoints_catch_up(tq_cache *cache, tq_sequence *sequence, int64_t before);
+/* The exact data of a checkpoint that all layers have been at, which the caller owns then; NULL if there are none. */
+tq_exact_data *tq_checkpoint_take(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
+/* Forget those of more than `first` and at most `last` tokens. */
+void tq_checkpoints_drop(tq_cache *cache, tq_sequence *sequence, int64_t first, int64_t last);
+/* Forget all, and their table. */
+void tq_checkpoints_close(tq_cache *cache, tq_sequence *sequence);
+/* Exact data that no sequence has any more. NULL is fine. */
+void tq_checkpoint_release(tq_cache *cache, tq_exact_data *exact);
+
 /* Behind positions that are reserved. */
 void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
                         const tq_executor *executor);

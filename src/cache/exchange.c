@@ -78,6 +78,7 @@ tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_t
         cache->pool.pages[page].index = i;
     }
     sequence->n_pages = first_page + n_new;
+    tq_checkpoints_drop(cache, sequence, (int64_t)first_page * cache->shape.page_size, INT64_MAX);
     if (sequence->n_published > first_page) sequence->n_published = 0;
     for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
         const tq_side *side = &cache->shape.sides[i];

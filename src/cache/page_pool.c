@@ -96,6 +96,7 @@ static void unlink_page(tq_page_pool *pool, int32_t id)
     *(page->older >= 0 ? &pool->pages[page->older].newer : &pool->oldest) = page->newer;
     *(page->newer >= 0 ? &pool->pages[page->newer].older : &pool->newest) = page->older;
     pool->n_kept--;
+    pool->kept_bytes -= page->known_bytes;
 }
 
 static void keep_page(tq_page_pool *pool, int32_t id)
@@ -106,6 +107,7 @@ static void keep_page(tq_page_pool *pool, int32_t id)
     *(pool->newest >= 0 ? &pool->pages[pool->newest].newer : &pool->oldest) = id;
     pool->newest = id;
     pool->n_kept++;
+    pool->kept_bytes += page->known_bytes;
 }
 
 static void place(tq_page_pool *pool, int32_t id, int32_t frame)
@@ -134,6 +136,7 @@ static void evict(tq_page_pool *pool)
     unlink_page(pool, id);
     pool->forget(pool->forget_context, id);
     pool->pages[id].is_known = false;
+    pool->pages[id].known_bytes = 0;
     free_page(pool, id);
 }
 
@@ -263,6 +266,14 @@ tq_status tq_page_pool_fill(tq_page_pool *pool, int32_t page, const uint8_t *byt
     return TQ_OK;
 }
 
+void tq_page_pool_know(tq_page_pool *pool, int32_t id, size_t bytes)
+{
+    tq_page *page = &pool->pages[id];
+    if (page->n_refs == 0) pool->kept_bytes += bytes - page->known_bytes;
+    page->known_bytes = bytes;
+    page->is_known = true;
+}
+
 void tq_page_pool_share(tq_page_pool *pool, int32_t page)
 {
     if (pool->pages[page].n_refs++ == 0) unlink_page(pool, page);
@@ -289,7 +300,9 @@ static int64_t frames_left(const tq_page_pool *pool, size_t bytes, int64_t n_res
     /* A page that comes back leaves a slot. */
     if (pool->offload)
         n_can_leave = min_i64(n_in_use - pool->n_pinned - n_pins, pool->offload->n_free + pool->n_kept + n_restores);
-    size_t room = pool->budget->limit - pool->budget->used, more = (room - bytes) / pool->page_bytes;
+    size_t room = pool->budget->limit - pool->budget->used;
+    if (pool->kept_bytes <= SIZE_MAX - room) room += pool->kept_bytes; /* comes back as kept pages are given up */
+    size_t more = (room - bytes) / pool->page_bytes;
     if (room >= bytes) return pool->n_idle + n_can_leave + (more < (size_t)pool->n_bare ? (int64_t)more : pool->n_bare);
     size_t n_given_back = (bytes - room - 1) / pool->page_bytes + 1;
     return n_given_back > (size_t)pool->n_frames ? -1 : pool->n_idle + n_can_leave - (int64_t)n_given_back;

@@ -38,8 +38,9 @@ typedef struct tq_page {
     int32_t owner, index; /* the sequence that last got it to write, and its place there; holds only while n_refs is 1 */
     int32_t frame, slot;  /* where it lies: in memory or in the file; the other one is -1, both if it is free */
     int32_t n_pins;
-    bool is_known;    /* its content is published: to be kept rather than freed, and not to be written */
-    uint64_t used_at; /* by the pool's clock */
+    bool is_known;      /* its content is published: to be kept rather than freed, and not to be written */
+    uint64_t used_at;   /* by the pool's clock */
+    size_t known_bytes; /* of the budget, that come back when the content is forgotten */
 } tq_page;
 
 typedef struct tq_page_pool {
@@ -48,6 +49,7 @@ typedef struct tq_page_pool {
     int32_t n_free, n_kept, n_pinned; /* pages; n_pinned: those in memory */
     int32_t n_idle, n_bare;           /* frames without a page: with memory, without */
     int32_t oldest, newest;           /* of the kept pages, -1 if there are none */
+    size_t kept_bytes;                /* known_bytes of all kept pages */
     tq_budget *budget;
     uint8_t **data;          /* [n_pages], NULL where the page is free or a device's */
     tq_page *pages;          /* [n_pages] */
@@ -77,6 +79,8 @@ tq_status tq_page_pool_copy(tq_page_pool *pool, int32_t to, int32_t from);
 /* In the formats' own arrangement: where it lies, or in scratch [bytes of a page]; NULL if the device fails. */
 const uint8_t *tq_page_pool_bytes(const tq_page_pool *pool, int32_t page, uint8_t *scratch);
 tq_status tq_page_pool_fill(tq_page_pool *pool, int32_t page, const uint8_t *bytes);
+/* A page's content is published, which takes so many bytes. */
+void tq_page_pool_know(tq_page_pool *pool, int32_t page, size_t bytes);
 /* One more reference to a used or kept page. */
 void tq_page_pool_share(tq_page_pool *pool, int32_t page);
 /* One reference fewer; at none the page is kept if its content is known, else free. */

@@ -14,22 +14,18 @@ static size_t record_bytes(const tq_cache *cache)
 
 size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequence)
 {
-    return record_bytes(cache) + (size_t)sequence->page_capacity * sizeof *sequence->page_table;
+    return record_bytes(cache) + (size_t)sequence->page_capacity * sizeof *sequence->page_table +
+           (size_t)sequence->n_checkpoints * sizeof *sequence->checkpoints;
 }
 
-/* Zeroed memory within the budget, for which kept pages make room; vectors behind the first head_bytes. */
-static tq_status allocate_vectors(tq_cache *cache, size_t bytes, size_t head_bytes, void *out)
+/* Zeroed memory within the budget, for which kept pages make room. */
+static tq_status allocate(tq_cache *cache, size_t bytes, void *out)
 {
     TQ_TRY(tq_page_pool_make_room(&cache->pool, bytes));
-    void *p = tq_budget_alloc_vectors(&cache->budget, bytes, head_bytes);
+    void *p = tq_budget_alloc(&cache->budget, bytes);
     if (!p) return TQ_ERR_MEMORY;
     memcpy(out, &p, sizeof p);
     return TQ_OK;
-}
-
-static tq_status allocate(tq_cache *cache, size_t bytes, void *out)
-{
-    return allocate_vectors(cache, bytes, bytes, out);
 }
 
 tq_status tq_cache_can(const tq_cache *cache, const tq_need *need)
@@ -103,40 +99,6 @@ tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out)
     return TQ_OK;
 }
 
-static size_t exact_record_bytes(const tq_cache *cache)
-{
-    return sizeof(tq_exact_data) + (cache->device ? 0 : cache->shape.exact_bytes);
-}
-
-void tq_need_exact(const tq_cache *cache, int32_t n, tq_need *need)
-{
-    if (cache->shape.exact_bytes > 0) need->bytes += (size_t)n * exact_record_bytes(cache);
-}
-
-tq_status tq_exact_open(tq_cache *cache, tq_exact_data **out)
-{
-    if (cache->shape.exact_bytes == 0) return TQ_OK;
-    tq_exact_data *exact;
-    TQ_TRY(allocate_vectors(cache, exact_record_bytes(cache), sizeof *exact, &exact));
-    tq_status status = cache->device ? cache->device->exact_open(cache->memory, &exact->slot) : TQ_OK;
-    if (status != TQ_OK) {
-        tq_budget_free(&cache->budget, exact, exact_record_bytes(cache));
-        return status;
-    }
-    exact->n_refs = 1;
-    cache->exact_total += cache->shape.exact_bytes;
-    *out = exact;
-    return TQ_OK;
-}
-
-void tq_exact_release(tq_cache *cache, tq_exact_data *exact)
-{
-    if (!exact || --exact->n_refs > 0) return;
-    if (cache->device) cache->device->exact_close(cache->memory, exact->slot);
-    tq_budget_free(&cache->budget, exact, exact_record_bytes(cache));
-    cache->exact_total -= cache->shape.exact_bytes;
-}
-
 void tq_sequence_keep_pages(tq_cache *cache, tq_sequence *sequence, int32_t n_keep)
 {
     /* From the end, so that of a prefix that is kept the end is given up first. */
@@ -148,6 +110,7 @@ void tq_sequence_close(tq_cache *cache, int32_t seq)
     tq_sequence *sequence = cache->sequences[seq];
     tq_sequence_keep_pages(cache, sequence, 0);
     tq_exact_release(cache, sequence->exact);
+    tq_checkpoints_close(cache, sequence);
     tq_budget_free(&cache->budget, sequence->page_table, (size_t)sequence->page_capacity * sizeof *sequence->page_table);
     tq_budget_free(&cache->budget, sequence, record_bytes(cache));
     cache->sequences[seq] = NULL;
@@ -285,30 +248,13 @@ tq_status tq_sequence_own_exact(tq_cache *cache, tq_sequence *sequence)
     if (!sequence->exact || sequence->exact->n_refs == 1) return TQ_OK;
     tq_exact_data *copy = NULL;
     TQ_TRY(tq_exact_open(cache, &copy));
-    if (cache->device) {
-        tq_status status = cache->device->exact_copy(cache->memory, copy->slot, sequence->exact->slot);
-        if (status != TQ_OK) {
-            tq_exact_release(cache, copy);
-            return status;
-        }
-    } else if (!cache->budget.is_dry) {
-        memcpy(copy->bytes, sequence->exact->bytes, cache->shape.exact_bytes);
+    tq_status status = tq_exact_copy(cache, copy, sequence->exact);
+    if (status != TQ_OK) {
+        tq_exact_release(cache, copy);
+        return status;
     }
     tq_exact_release(cache, sequence->exact);
     sequence->exact = copy;
-    return TQ_OK;
-}
-
-const uint8_t *tq_exact_bytes(const tq_cache *cache, const tq_exact_data *exact, uint8_t *scratch)
-{
-    if (!cache->device) return exact->bytes;
-    return cache->device->exact_out(cache->memory, exact->slot, scratch) == TQ_OK ? scratch : NULL;
-}
-
-tq_status tq_exact_fill(tq_cache *cache, tq_exact_data *exact, const uint8_t *bytes)
-{
-    if (cache->device) return cache->device->exact_in(cache->memory, exact->slot, bytes);
-    memcpy(exact->bytes, bytes, cache->shape.exact_bytes);
     return TQ_OK;
 }
 
@@ -357,11 +303,12 @@ static tq_status acquire_pages(tq_cache *cache, tq_sequence *sequence, int64_t n
 }
 
 /* What reserving needs beside pages; the sequence's own pages among those to be written are held. */
-static tq_status prepare_reserve(tq_cache *cache, tq_sequence *sequence, span written, int64_t n_tok, int64_t n_acquire,
-                                 int64_t n_new)
+static tq_status prepare_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, span written, int64_t n_tok,
+                                 int64_t n_acquire, int64_t n_new)
 {
     TQ_TRY(tq_sequence_grow_table(cache, sequence, sequence->n_pages + n_acquire));
     if (n_tok > 0) TQ_TRY(tq_sequence_own_exact(cache, sequence));
+    TQ_TRY(tq_checkpoints_reserve(cache, sequence, layer, n_tok));
     tq_held_pages *held = &sequence->held;
     TQ_TRY(tq_sequence_hold(cache, sequence, held, written.begin, written.end));
     if (held->end > 0 && n_new > 0) TQ_TRY(tq_sequence_hold(cache, sequence, held, held->begin, sequence->n_pages));
@@ -389,6 +336,7 @@ void tq_sequence_need(const tq_cache *cache, const tq_sequence *sequence, int32_
     span written = pages_written(cache, sequence, layer, n_tok);
     int64_t n_new = new_pages(cache, sequence, layer, n_tok), n_acquire = n_new + count_shared(cache, sequence, written);
     need->n_pages += n_acquire;
+    tq_need_checkpoints(cache, sequence, layer, n_tok, need);
     tq_need_table(sequence->page_capacity, sequence->n_pages + n_acquire, need);
     if (!cache->pool.offload || written.begin >= written.end) return;
     for (int64_t i = written.begin; i < (n_new > 0 ? sequence->n_pages : written.end); i++) {
@@ -415,7 +363,7 @@ tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t la
     TQ_TRY(tq_cache_can(cache, &need));
     span written = pages_written(cache, sequence, layer, n_tok);
     int64_t n_new = new_pages(cache, sequence, layer, n_tok), n_copies = count_shared(cache, sequence, written);
-    tq_status status = prepare_reserve(cache, sequence, written, n_tok, n_new + n_copies, n_new);
+    tq_status status = prepare_reserve(cache, sequence, layer, written, n_tok, n_new + n_copies, n_new);
     if (status != TQ_OK) {
         tq_sequence_let_go(cache, sequence, &sequence->held);
         return status;
@@ -475,7 +423,8 @@ tq_cpu_sequence tq_sequence_on_cpu(const tq_cache *cache, const tq_sequence *seq
                              .exact_begin = sequence->exact_begin + (size_t)layer * TQ_N_SIDES};
 }
 
-void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
+/* Tokens that come to no checkpoint before the last of them. */
+static void append_part(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
                         const tq_executor *executor)
 {
     int64_t coded_end[TQ_N_SIDES];
@@ -484,4 +433,17 @@ void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, i
     tq_cpu_sequence on_cpu = tq_sequence_on_cpu(cache, sequence, layer);
     if (!cache->budget.is_dry) tq_cpu_append(&on_cpu, coded_end, n_tok, k, v, executor);
     tq_sequence_advance(cache, sequence, layer, n_tok);
+}
+
+void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
+                        const tq_executor *executor)
+{
+    int64_t n_head_kv = cache->shape.n_head_kv;
+    int64_t k_row = n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->codec->head_dim;
+    int64_t v_row = n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_V)->codec->head_dim;
+    for (int64_t done = 0, n; done < n_tok; done += n) {
+        n = tq_checkpoint_distance(cache, sequence, sequence->length[layer], n_tok - done);
+        append_part(cache, sequence, layer, n, k ? k + done * k_row : NULL, v ? v + done * v_row : NULL, executor);
+        tq_checkpoint_pass(cache, sequence, layer);
+    }
 }

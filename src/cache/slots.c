@@ -86,7 +86,10 @@ tq_status tq_slots_plan(tq_cache *cache, int32_t layer, const int64_t *slots, in
     for (int64_t i = 0; i < *n_runs; i++) {
         tq_sequence *sequence = runs[i].sequence;
         sequence->pending = 0;
-        if (status == TQ_OK && runs[i].position / cache->shape.page_size < sequence->n_published) sequence->n_published = 0;
+        if (status != TQ_OK) continue;
+        if (runs[i].position / cache->shape.page_size < sequence->n_published) sequence->n_published = 0;
+        /* What is replaced is in none of those that the layer has been at. */
+        tq_checkpoints_drop(cache, sequence, runs[i].position, sequence->length[layer]);
     }
     if (status != TQ_OK) let_go(cache, runs, *n_runs);
     return status;

@@ -4,12 +4,12 @@
  *
  *   header      tq_snapshot_header
  *   formats     uint8 [n_layer, keys and values], filled up to 8 bytes
- *   factors     in version 2: int8 [n_layer, n_head_kv, head_dim], filled up to 8 bytes
+ *   factors     from version 2 on: int8 [n_layer, n_head_kv, head_dim], filled up to 8 bytes
  *   hashes      uint64 [n_exact], then [n_pages]
  *   sequences   each: int32 n_pages, int32 exact (-1: none), int64 length [n_layer], int64 ring_begin [n_layer, 2],
  *               int32 page [n_pages] filled up to 8 bytes
- *   prefixes    each: int32 page, int32 parent (-1: none; else one before it), int32 token [page_size], sinks if parent is -1,
- *               filled up to 8 bytes
+ *   prefixes    each: int32 page, int32 parent (-1: none; else one before it), in version 3 int32 exact (-1: none), int32 token
+ *               [page_size], before version 3 sinks if parent is -1, filled up to 8 bytes
  *   data        from the next multiple of 64 on: the exact data, exact_bytes each; the pages, page_bytes each
  */
 #ifndef TQ_CACHE_SNAPSHOT_H
@@ -21,6 +21,7 @@
 #define TQ_SNAPSHOT_MAGIC "TQCACHE\n"
 #define TQ_SNAPSHOT_PLAIN 1 /* versions: without factors of keys */
 #define TQ_SNAPSHOT_FACTORS 2
+#define TQ_SNAPSHOT_CHECKPOINTS 3 /* prefixes have the exact data that sequences begin with */
 #define TQ_SNAPSHOT_ALIGN 64
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -58,7 +59,7 @@ static inline size_t tq_snapshot_formats_bytes(const tq_snapshot_header *header)
 /* Of one layer. */
 static inline size_t tq_snapshot_factors_bytes(const tq_snapshot_header *header)
 {
-    return header->version == TQ_SNAPSHOT_FACTORS ? (size_t)header->n_head_kv * (size_t)header->head_dim : 0;
+    return header->version >= TQ_SNAPSHOT_FACTORS ? (size_t)header->n_head_kv * (size_t)header->head_dim : 0;
 }
 
 /* Of what comes before the hashes. */

@@ -45,9 +45,9 @@ tq_status tq_snapshot_check_header(tq_snapshot_bytes file, tq_snapshot_header *o
     if (file.n < sizeof h) return corrupt("it is shorter than a header");
     memcpy(&h, file.data, sizeof h);
     if (memcmp(h.magic, TQ_SNAPSHOT_MAGIC, sizeof h.magic) != 0) return corrupt("it does not begin as one");
-    if (h.version < TQ_SNAPSHOT_PLAIN || h.version > TQ_SNAPSHOT_FACTORS) {
+    if (h.version < TQ_SNAPSHOT_PLAIN || h.version > TQ_SNAPSHOT_CHECKPOINTS) {
         tq_log(TQ_LOG_ERROR, "snapshot: version %u, where this library reads %d to %d", (unsigned)h.version, TQ_SNAPSHOT_PLAIN,
-               TQ_SNAPSHOT_FACTORS);
+               TQ_SNAPSHOT_CHECKPOINTS);
         return TQ_ERR_MISMATCH;
     }
     if (h.header_hash != tq_hash(&h, offsetof(tq_snapshot_header, header_hash), 0))
@@ -196,32 +196,48 @@ static tq_status load_sequence(loader *l)
     return TQ_OK;
 }
 
-/* A name that is taken in the cache already, or a page that has one, is no error: the publication there serves as well. */
+/* Bytes of the sinks, which a first prefix had before there were checkpoints. */
+static size_t sink_bytes(const tq_cache *cache)
+{
+    size_t bytes = 0;
+    for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
+        const tq_side *side = &cache->shape.sides[i];
+        bytes += (size_t)(side->n_sink * cache->shape.n_head_kv) * tq_codec_vector_bytes(side->exact_codec);
+    }
+    return bytes;
+}
+
+/*
+ * A name that is taken in the cache already, or a page that has one, is no error: the publication there serves as well. Those
+ * without checkpoints are for nothing where there are exact tokens: no sequence can begin with them.
+ */
 static tq_status load_prefix(loader *l, int32_t i, bool dry)
 {
     tq_prefix_index *index = &l->cache->prefixes;
-    int32_t page, parent;
-    if (!take_int(l, &page) || !take_int(l, &parent) || page < 0 || page >= l->header.n_pages || parent < -1 || parent >= i)
+    int32_t page, parent, exact = -1;
+    bool has_checkpoints = l->header.version >= TQ_SNAPSHOT_CHECKPOINTS;
+    if (!take_int(l, &page) || !take_int(l, &parent) || (has_checkpoints && !take_int(l, &exact)) || page < 0 ||
+        page >= l->header.n_pages || parent < -1 || parent >= i || exact < -1 || exact >= l->header.n_exact)
         return corrupt("a prefix makes no sense");
     const uint8_t *tokens = take(l, (size_t)index->page_size * sizeof(int32_t));
-    const uint8_t *sinks = parent < 0 ? take(l, index->sink_bytes) : NULL;
-    if (!tokens || (parent < 0 && !sinks) || !skip_filling(l)) return corrupt("a prefix is cut off");
-    if (dry) return TQ_OK;
+    bool has_sinks = !has_checkpoints && parent < 0;
+    if (!tokens || (has_sinks && !take(l, sink_bytes(l->cache))) || !skip_filling(l)) return corrupt("a prefix is cut off");
+    if (dry || (!has_checkpoints && l->cache->shape.exact_bytes > 0)) return TQ_OK;
     uint64_t after = parent < 0 ? 0 : l->prefixes[parent];
     l->prefixes[i] = 0;
     if (parent >= 0 && after == 0) return TQ_OK; /* the one before it was left out */
-    const tq_prefix *known = tq_prefix_find(index, after, (const int32_t *)(const void *)tokens);
-    if (!known && !index->by_page[l->pages[page]]) {
-        tq_prefix *added = NULL;
-        if (tq_page_pool_make_room(&l->cache->pool, tq_prefix_bytes(index, after)) == TQ_OK)
-            added = tq_prefix_add(index, after, (const int32_t *)(const void *)tokens, l->pages[page]);
-        if (added) {
-            if (added->sinks) memcpy(added->sinks, sinks, index->sink_bytes);
-            l->cache->pool.pages[l->pages[page]].is_known = true;
-        }
-        known = added;
+    tq_prefix *known = tq_prefix_find(index, after, (const int32_t *)(const void *)tokens);
+    if (!known && !index->by_page[l->pages[page]] && tq_page_pool_make_room(&l->cache->pool, tq_prefix_bytes(index)) == TQ_OK) {
+        known = tq_prefix_add(index, after, (const int32_t *)(const void *)tokens, l->pages[page]);
+        if (known) tq_page_pool_know(&l->cache->pool, l->pages[page], tq_prefix_bytes(index));
     }
     l->prefixes[i] = known ? known->number : 0;
+    /* Exact data of a sequence, which a damaged file may name, are not a prefix's to give back. */
+    if (!known || known->exact || exact < 0 || l->exact[exact]->n_refs > 1) return TQ_OK;
+    known->exact = l->exact[exact];
+    known->exact->n_refs++;
+    l->cache->n_checkpoints++;
+    tq_page_pool_know(&l->cache->pool, known->page, tq_prefix_bytes(index) + tq_exact_record_bytes(l->cache));
     return TQ_OK;
 }
 
@@ -252,14 +268,16 @@ static const int8_t *factors_of(const loader *l, int32_t layer)
 static tq_status check_factors(const loader *l, tq_need *need)
 {
     size_t bytes = tq_snapshot_factors_bytes(&l->header);
-    if (bytes > 0 && l->cache->calibration) {
-        tq_log(TQ_LOG_ERROR, "snapshot: its keys have factors, which a cache with a calibration has not");
-        return TQ_ERR_MISMATCH;
-    }
     for (int32_t layer = 0; layer < l->header.n_layer; layer++) {
         const int8_t *factors = factors_of(l, layer);
+        bool has_factors = false;
         for (size_t i = 0; i < bytes; i++) {
             if (factors[i] < -TQ_FACTOR_MAX || factors[i] > TQ_FACTOR_MAX) return corrupt("a factor makes no sense");
+            has_factors |= factors[i] != 0;
+        }
+        if (has_factors && l->cache->calibration) {
+            tq_log(TQ_LOG_ERROR, "snapshot: its keys have factors, which a cache with a calibration has not");
+            return TQ_ERR_MISMATCH;
         }
         if (tq_cache_takes_factors(l->cache, layer, factors, false)) {
             tq_cache_need_factors(l->cache, layer, factors, need);

@@ -72,8 +72,7 @@ static tq_status list_sequences(saver *s, const int32_t *seqs, int32_t n_seq)
         return TQ_ERR_RANGE;
     }
     s->sequences = tq_alloc_zero(((size_t)n + 1) * sizeof *s->sequences);
-    s->exact = tq_alloc_zero(((size_t)n + 1) * sizeof *s->exact);
-    if (!s->sequences || !s->exact) return TQ_ERR_MEMORY;
+    if (!s->sequences) return TQ_ERR_MEMORY;
     for (int32_t i = 0; i < n; i++) {
         tq_sequence *sequence = tq_cache_sequence(cache, seqs ? seqs[i] : i);
         if (!sequence && seqs) {
@@ -91,6 +90,31 @@ static int by_number(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* The place in the list of the publication with a number, or -1. */
+static int32_t find_prefix(const saver *s, uint64_t number, int32_t n)
+{
+    int32_t low = 0, high = n;
+    while (low < high) {
+        int32_t middle = low + (high - low) / 2;
+        if (s->prefixes[middle]->number < number)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < n && s->prefixes[low]->number == number ? low : -1;
+}
+
+/* Leave out publications whose parent is not in the file: they could not be found there. The number of the others. */
+static int32_t keep_found(saver *s)
+{
+    int32_t n = 0;
+    for (int32_t i = 0; i < s->header.n_prefixes; i++) {
+        tq_prefix *prefix = s->prefixes[i];
+        if (prefix->parent == 0 || find_prefix(s, prefix->parent, n) >= 0) s->prefixes[n++] = prefix;
+    }
+    return n;
+}
+
 /* Hold pages and exact data, and list the publications among the pages. Locked. */
 static tq_status list_content(saver *s, bool with_kept)
 {
@@ -99,7 +123,8 @@ static tq_status list_content(saver *s, bool with_kept)
     s->pages = tq_alloc(n_pool * sizeof *s->pages);
     s->numbers = tq_alloc(n_pool * sizeof *s->numbers);
     s->prefixes = tq_alloc(n_pool * sizeof(tq_prefix *));
-    if (!s->pages || !s->numbers || !s->prefixes) return TQ_ERR_MEMORY;
+    s->exact = tq_alloc(((size_t)s->header.n_sequences + n_pool) * sizeof *s->exact);
+    if (!s->pages || !s->numbers || !s->prefixes || !s->exact) return TQ_ERR_MEMORY;
     for (size_t i = 0; i < n_pool; i++) s->numbers[i] = -1;
     for (int32_t i = 0; i < s->header.n_sequences; i++) {
         for (int32_t j = 0; j < s->sequences[i]->n_pages; j++) hold_page(s, s->sequences[i]->page_table[j]);
@@ -111,6 +136,9 @@ static tq_status list_content(saver *s, bool with_kept)
         if (prefix && s->numbers[i] >= 0) s->prefixes[s->header.n_prefixes++] = prefix;
     }
     qsort(s->prefixes, (size_t)s->header.n_prefixes, sizeof(tq_prefix *), by_number);
+    s->header.n_prefixes = keep_found(s);
+    for (int32_t i = 0; i < s->header.n_prefixes; i++) exact_number(s, s->prefixes[i]->exact);
+    if (s->header.n_prefixes > 0) s->header.version = TQ_SNAPSHOT_CHECKPOINTS;
     return TQ_OK;
 }
 
@@ -131,20 +159,6 @@ static void fill_up(saver *s)
     put(s, zeros, (8 - s->header.meta_bytes % 8) % 8);
 }
 
-/* The place in the list of the publication with a number, or -1. */
-static int32_t find_prefix(const saver *s, uint64_t number, int32_t n)
-{
-    int32_t low = 0, high = n;
-    while (low < high) {
-        int32_t middle = low + (high - low) / 2;
-        if (s->prefixes[middle]->number < number)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low < n && s->prefixes[low]->number == number ? low : -1;
-}
-
 static void put_sequence(saver *s, const tq_sequence *sequence)
 {
     put_int(s, sequence->n_pages);
@@ -155,22 +169,16 @@ static void put_sequence(saver *s, const tq_sequence *sequence)
     fill_up(s);
 }
 
-/* Leaves out a publication whose parent is not in the file: it could not be found there. */
 static void put_prefixes(saver *s)
 {
-    int32_t n = 0;
     for (int32_t i = 0; i < s->header.n_prefixes; i++) {
-        tq_prefix *prefix = s->prefixes[i];
-        int32_t parent = prefix->parent == 0 ? -1 : find_prefix(s, prefix->parent, n);
-        if (prefix->parent != 0 && parent < 0) continue;
-        s->prefixes[n++] = prefix;
+        const tq_prefix *prefix = s->prefixes[i];
         put_int(s, s->numbers[prefix->page]);
-        put_int(s, parent);
+        put_int(s, find_prefix(s, prefix->parent, i));
+        put_int(s, exact_number(s, prefix->exact));
         put(s, prefix->tokens, (size_t)s->cache->shape.page_size * sizeof *prefix->tokens);
-        if (parent < 0) put(s, prefix->sinks, s->cache->prefixes.sink_bytes);
         fill_up(s);
     }
-    s->header.n_prefixes = n;
 }
 
 /* Locked. */
@@ -178,7 +186,8 @@ static tq_status build_meta(saver *s)
 {
     const tq_cache *cache = s->cache;
     for (int32_t layer = 0; layer < cache->shape.n_layer; layer++) {
-        if (tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->factors) s->header.version = TQ_SNAPSHOT_FACTORS;
+        bool has_factors = tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->factors != NULL;
+        if (has_factors && s->header.version < TQ_SNAPSHOT_FACTORS) s->header.version = TQ_SNAPSHOT_FACTORS;
     }
     size_t n_sides = (size_t)cache->shape.n_layer * TQ_N_SIDES,
            n_hashes = (size_t)s->header.n_exact + (size_t)s->header.n_pages;
@@ -186,7 +195,7 @@ static tq_status build_meta(saver *s)
     for (int32_t i = 0; i < s->header.n_sequences; i++) {
         s->room += 16 + tq_sequence_file_numbers(cache) * sizeof(int64_t) + (size_t)s->sequences[i]->n_pages * sizeof(int32_t);
     }
-    size_t prefix_bytes = 16 + (size_t)cache->shape.page_size * sizeof(int32_t) + cache->prefixes.sink_bytes;
+    size_t prefix_bytes = 20 + (size_t)cache->shape.page_size * sizeof(int32_t);
     s->room += (size_t)s->header.n_prefixes * prefix_bytes;
     s->meta = tq_alloc(s->room);
     size_t page_bytes = cache->shape.page_bytes, exact_bytes = cache->shape.exact_bytes;

@@ -38,6 +38,7 @@ tq_status tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok
     if (status != TQ_OK) memcpy(sequence->numbers, before, bytes);
     tq_free(before);
     if (status != TQ_OK) return status;
+    tq_checkpoints_drop(cache, sequence, n_tok, INT64_MAX);
     int64_t page_size = cache->shape.page_size;
     tq_sequence_keep_pages(cache, sequence, (int32_t)((longest_layer(cache, sequence) + page_size - 1) / page_size));
     if (sequence->n_published > n_tok / page_size) sequence->n_published = 0;

@@ -290,12 +290,6 @@ static tq_status grow_slots(tq_memory *m)
     return TQ_OK;
 }
 
-/* A layer's exact data of a slot. */
-static uint8_t *exact_at(const tq_cuda_layer *layer, int32_t slot)
-{
-    return (uint8_t *)layer->store.exact + (size_t)slot * layer->exact_bytes;
-}
-
 /* Zeros: else a snapshot of one sequence could show what another left behind. */
 static tq_status cuda_exact_open(tq_memory *m, int32_t *slot)
 {
@@ -304,7 +298,7 @@ static tq_status cuda_exact_open(tq_memory *m, int32_t *slot)
     int32_t found = m->free_slots[m->n_free_slots - 1];
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
-        if (layer->exact_bytes > 0) TQ_TRY(DEVICE(m, zero, exact_at(layer, found), layer->exact_bytes, m->stream));
+        if (layer->exact_bytes > 0) TQ_TRY(DEVICE(m, zero, tq_cuda_exact_at(layer, found), layer->exact_bytes, m->stream));
     }
     *slot = found;
     m->n_free_slots--;
@@ -322,7 +316,7 @@ static tq_status cuda_exact_copy(tq_memory *m, int32_t to, int32_t from)
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
         if (layer->exact_bytes == 0) continue;
-        TQ_TRY(DEVICE(m, copy, exact_at(layer, to), exact_at(layer, from), layer->exact_bytes, m->stream));
+        TQ_TRY(DEVICE(m, copy, tq_cuda_exact_at(layer, to), tq_cuda_exact_at(layer, from), layer->exact_bytes, m->stream));
     }
     return TQ_OK;
 }
@@ -339,7 +333,7 @@ static tq_status cuda_exact_out(tq_memory *m, int32_t slot, uint8_t *exact)
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
         if (layer->exact_bytes == 0) continue;
-        TQ_TRY(DEVICE(m, copy, exact + exact_offset(m, i), exact_at(layer, slot), layer->exact_bytes, m->stream));
+        TQ_TRY(DEVICE(m, copy, exact + exact_offset(m, i), tq_cuda_exact_at(layer, slot), layer->exact_bytes, m->stream));
     }
     return DEVICE(m, wait, m->stream);
 }
@@ -350,7 +344,7 @@ static tq_status cuda_exact_in(tq_memory *m, int32_t slot, const uint8_t *exact)
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
         if (layer->exact_bytes == 0) continue;
-        TQ_TRY(DEVICE(m, copy, exact_at(layer, slot), exact + exact_offset(m, i), layer->exact_bytes, m->stream));
+        TQ_TRY(DEVICE(m, copy, tq_cuda_exact_at(layer, slot), exact + exact_offset(m, i), layer->exact_bytes, m->stream));
     }
     return DEVICE(m, wait, m->stream);
 }

@@ -40,6 +40,11 @@ tq_status tq_cuda_refuse(const char *what);
 /* Memory of the device, counted; NULL if memory has run out. NULL is fine to release. */
 void *tq_cuda_allocate(tq_memory *m, size_t bytes);
 void tq_cuda_release(tq_memory *m, void *p, size_t bytes);
+/* A layer's exact data of a slot. */
+static inline uint8_t *tq_cuda_exact_at(const tq_cuda_layer *layer, int32_t slot)
+{
+    return (uint8_t *)layer->store.exact + (size_t)slot * layer->exact_bytes;
+}
 /* Were tokens finite, as far as the host knows? Errors: ARGUMENT. */
 tq_status tq_cuda_check_finite(const tq_memory *m);
 

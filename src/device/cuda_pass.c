@@ -39,6 +39,7 @@ struct tq_pass {
     tq_device_side *side;
     int32_t *encoded;          /* [n_layer]: the first half of the append is on its way on the side */
     int64_t *lengths;          /* [n_rows] before the pass */
+    const tq_pass_row *rows;   /* [n_rows], the caller's */
     device_array chunk_length; /* of a part of a row that is cut */
     /* A captured graph has addresses: what it has is kept until the end, and where memory has moved it must not be replayed. */
     bool was_captured;
@@ -304,6 +305,7 @@ static tq_device_pass places_of(const tq_pass *pass)
 
 static void measure(tq_pass *pass, const tq_pass_row *rows)
 {
+    pass->rows = rows;
     pass->n_tok = pass->n_tok_most = 0;
     pass->is_uniform = true;
     for (int32_t i = 0; i < pass->n_rows; i++) {
@@ -360,6 +362,16 @@ static tq_status prepare_rows(tq_pass *pass, const tq_pass_row *rows)
     return starts ? TQ_OK : upload_starts(pass, rows);
 }
 
+/* Does a row come to a checkpoint before its last token? */
+static bool is_cut_by_checkpoints(const tq_pass *pass)
+{
+    for (int32_t i = 0; i < pass->n_rows; i++) {
+        const tq_pass_row *row = &pass->rows[i];
+        if (row->n_checkpoints > 0 && row->checkpoints[0].end < row->length + row->n_tok) return true;
+    }
+    return false;
+}
+
 tq_status tq_cuda_pass_begin(tq_pass *pass, const tq_pass_row *rows, int32_t n_head, bool is_captured)
 {
     char message[TQ_DEVICE_MESSAGE] = "";
@@ -382,7 +394,7 @@ tq_status tq_cuda_pass_begin(tq_pass *pass, const tq_pass_row *rows, int32_t n_h
     if (is_captured && (size_t)pass->n_tok * token_bytes > pass->places.bytes) return refuse_capture("more scratch is needed");
     TQ_TRY(need_array(pass, &pass->places, ((size_t)pass->n_tok + 1) * token_bytes));
     TQ_TRY(cut(pass, pass->n_rows, pass->n_tok_most, &pass->chunk));
-    pass->is_whole = pass->chunk == pass->n_tok_most;
+    pass->is_whole = pass->chunk == pass->n_tok_most && !is_cut_by_checkpoints(pass);
     if (!pass->is_whole) TQ_TRY(cut(pass, 1, pass->n_tok_most, &pass->chunk));
     if (!is_captured) TQ_TRY(DEVICE(m, copy, m->host_counter, m->not_finite, sizeof *m->not_finite, m->stream));
     tq_device_pass places = places_of(pass);
@@ -498,19 +510,48 @@ static tq_status run_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows, c
     return is_between ? TQ_OK : attend_part(pass, i, rows, part, lengths, false);
 }
 
+/* The tokens of a row that a part takes, which begins with token `begin` of those that the row brings. */
+static int64_t end_of_part(const tq_pass *pass, int32_t i, int64_t begin)
+{
+    const tq_pass_row *row = &pass->rows[i];
+    int64_t end = begin + pass->chunk < row->n_tok ? begin + pass->chunk : row->n_tok;
+    for (int32_t j = 0; j < row->n_checkpoints; j++) {
+        int64_t checkpoint = row->checkpoints[j].end - row->length;
+        if (checkpoint > begin && checkpoint < end) return checkpoint;
+    }
+    return end;
+}
+
+/* A row has come to `end` of the tokens that it brings. */
+static tq_status keep_checkpoint(const tq_pass *pass, int32_t layer, int32_t i, int64_t end)
+{
+    char message[TQ_DEVICE_MESSAGE] = "";
+    const tq_pass_row *row = &pass->rows[i];
+    const tq_memory *m = pass->memory;
+    const tq_cuda_layer *l = &m->layers[layer];
+    for (int32_t j = 0; j < row->n_checkpoints && l->exact_bytes > 0; j++) {
+        if (row->checkpoints[j].end != row->length + end) continue;
+        return DEVICE(m, copy, tq_cuda_exact_at(l, row->checkpoints[j].slot), tq_cuda_exact_at(l, row->exact_slot),
+                      l->exact_bytes, m->stream);
+    }
+    return TQ_OK;
+}
+
 tq_status tq_cuda_pass_run(tq_pass *pass, int32_t layer, const tq_batch_rows *rows, int64_t *n_appended)
 {
     if (pass->n_tok == 0) return TQ_OK;
     if (rows->k_token_stride != rows->v_token_stride) return tq_cuda_refuse("tokens of k and v must be equally far apart");
     if (pass->is_whole) {
         row_part whole = {.n_seq = pass->n_rows, .n_query = pass->n_tok_most, .n_tok = pass->n_tok, .seen = pass->n_tok_most};
-        return run_part(pass, layer, rows, &whole, n_appended);
+        TQ_TRY(run_part(pass, layer, rows, &whole, n_appended));
+        for (int32_t i = 0; i < pass->n_rows; i++) TQ_TRY(keep_checkpoint(pass, layer, i, pass->rows[i].n_tok));
+        return TQ_OK;
     }
     const int32_t *starts = starts_of(pass->host_numbers, pass->n_rows);
     for (int32_t row = 0; row < pass->n_rows; row++) {
         int64_t n = starts[row + 1] - starts[row];
         for (int64_t begin = 0, end; begin < n; begin = end) {
-            end = begin + pass->chunk < n ? begin + pass->chunk : n;
+            end = end_of_part(pass, row, begin);
             row_part part = {.row = row,
                              .n_seq = 1,
                              .n_query = end - begin,
@@ -518,6 +559,7 @@ tq_status tq_cuda_pass_run(tq_pass *pass, int32_t layer, const tq_batch_rows *ro
                              .first = starts[row] + begin,
                              .seen = end};
             TQ_TRY(run_part(pass, layer, rows, &part, n_appended));
+            TQ_TRY(keep_checkpoint(pass, layer, row, end));
         }
     }
     return TQ_OK;

@@ -47,13 +47,21 @@ static inline int32_t tq_exact_place(const tq_side *side, int64_t position)
 /* Memory of one cache on a device; each device has its own. */
 typedef struct tq_memory tq_memory;
 
+/* The exact data of a sequence are copied to a slot when it holds `end` tokens: others can begin there. */
+typedef struct tq_pass_checkpoint {
+    int64_t end;
+    int32_t slot;
+} tq_pass_checkpoint;
+
 /* A sequence in a forward pass. */
 typedef struct tq_pass_row {
     const int32_t *frames; /* of its pages */
     int32_t n_pages;
     int32_t exact_slot;
-    int64_t length; /* tokens before the pass */
-    int64_t n_tok;  /* and those that it brings */
+    int64_t length;                        /* tokens before the pass */
+    int64_t n_tok;                         /* and those that it brings */
+    const tq_pass_checkpoint *checkpoints; /* [n_checkpoints] ascending, behind length and up to its end */
+    int32_t n_checkpoints;
 } tq_pass_row;
 
 /* What a batch of sequences needs on a device from pass to pass. */
@@ -96,8 +104,9 @@ typedef struct tq_device {
     /* Is what begins now captured in a CUDA graph? */
     tq_status (*is_captured)(tq_memory *memory, bool *out);
     /*
-     * A pass of rows [n_rows] with n_head query heads begins. Captured: nothing is copied from the host, so the device must
-     * hold what it needs (ARGUMENT if not). Errors: ARGUMENT (earlier rows were not finite), MEMORY, DEVICE.
+     * A pass of rows [n_rows], which stay where they are until the next, with n_head query heads begins. Captured: nothing is
+     * copied from the host, so the device must hold what it needs (ARGUMENT if not). Errors: ARGUMENT (earlier rows were not
+     * finite), MEMORY, DEVICE.
      */
     tq_status (*pass_begin)(tq_pass *pass, const tq_pass_row *rows, int32_t n_head, bool is_captured);
     /* Append a layer's rows and attend with their queries. n_appended [n_rows] is raised by the tokens that the device has,

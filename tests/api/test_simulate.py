@@ -14,7 +14,7 @@ from harness import BUILD, DEPS, main  # noqa: E402
 
 TQ = BUILD / "tq"
 PYTHON = DEPS / "venv/bin/python"
-SMALL = ("--n-layer", "1", "--n-head-kv", "1", "--head-dim", "64", "--page-size", "16")
+SMALL = ("--n-layer", "1", "--n-head-kv", "1", "--head-dim", "64", "--page-size", "16", "--checkpoint-stride", "16")
 RATES = ("--prefill-rate", "1000", "--decode-rate", "10")
 MIB = 1 / 1024  # of a GiB
 
@@ -54,12 +54,12 @@ class Prefixes(Trace):
         210 tokens fill are not settled, so that 9 are found."""
         rows = self.replay({"arrival": 0, "prefix": "p", "prefix_tok": 160, "prompt_tok": 200, "output_tok": 10},
                            {"arrival": 100, "prefix": "p", "prefix_tok": 160, "prompt_tok": 200, "output_tok": 10})
-        for cache, found in (("f16", 160), ("TQ4", 144)):
+        for cache, found, copied in (("f16", 160, 0), ("TQ4", 144, 4)):  # copied: what its ring covers, to be coded again
             row = rows[cache]
             self.assertEqual((row["n_prompt_tok"], row["n_matched_tok"]), (400, found))
             self.assertAlmostEqual(row["hit_rate"], found / 400)
             self.assertEqual((row["running_peak"], row["n_served"], row["n_refused"]), (1, 2, 0))
-            self.assertEqual((row["n_evicted_pages"], row["n_copied_pages"]), (0, 0))
+            self.assertEqual((row["n_evicted_pages"], row["n_copied_pages"]), (0, copied))
             self.assertEqual(row["pages_peak"], 14)  # of 210 tokens
             # Prefill skips what was found; then 10 tokens in a second.
             second = (200 - found) / 1000
@@ -143,7 +143,7 @@ class Budgets(Trace):
 
     def test_too_long_is_refused(self):
         small = {"arrival": 1, "prompt_tok": 16, "output_tok": 10}
-        rows = self.replay(self.request(1.1), small, budget=self.BUDGET)
+        rows = self.replay(self.request(1.1), small, budget=self.BUDGET, more=("--checkpoint-stride", 0))
         self.assertEqual((rows["f16"]["n_served"], rows["f16"]["n_refused"], rows["f16"]["n_prompt_tok"]), (1, 1, 16))
         self.assertEqual((rows["TQ4"]["n_served"], rows["TQ4"]["n_refused"]), (2, 0))
 
@@ -181,11 +181,13 @@ class Budgets(Trace):
     def test_ratio_is_that_of_the_bits(self):
         """Of one model at one budget, requests of 4096 tokens that all arrive at once."""
         path = self.write(*[{"arrival": 0, "prompt_tok": 4000, "output_tok": 96}] * 3000)
-        report = simulate("--trace", path, "--shape", "llama3.1-8b", "--budgets", 64, "--presets", "TQ4,TQ3,TQ2,TQ6")
-        rows = {row["cache"]: row for row in report["rows"]}
-        for row in rows.values():
-            fit = 2 ** 36 / (64 * row["page_bytes"] + row["sequence_bytes"])
-            self.assertTrue(0.995 * fit - 1 < row["running_peak"] <= fit, (fit, row))
+        for n_checkpoints, stride in ((4, 1024), (0, 0)):  # the latter as in the presets' figures
+            report = simulate("--trace", path, "--shape", "llama3.1-8b", "--budgets", 64, "--presets", "TQ4,TQ3,TQ2,TQ6",
+                              "--checkpoint-stride", stride)
+            rows = {row["cache"]: row for row in report["rows"]}
+            for row in rows.values():
+                fit = 2 ** 36 / (64 * row["page_bytes"] + (1 + n_checkpoints) * row["sequence_bytes"])
+                self.assertTrue(0.995 * fit - 1 < row["running_peak"] <= fit, (fit, row))
         # The presets' figures are those of the plug-in's stores, with references that the cache does not have yet.
         for preset in json.loads(tq("presets", "--context", 4096, "--json").stdout):
             ratio = rows[preset["name"]]["running_peak"] / rows["f16"]["running_peak"]
@@ -279,6 +281,7 @@ class Errors(Trace):
         self.check(2, "unexpected argument", "x")
         self.check(1, "64, 80, 96", "--head-dim", "65")
         self.check(1, "multiple of 16", "--page-size", "20")
+        self.check(2, "a multiple of --page-size", "--checkpoint-stride", "100")
         self.check(1, "does not hold one page", "--budgets", "0.0001")
         self.check(1, "no trace of this kind", "--context", "3")
 

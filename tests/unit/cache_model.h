@@ -13,7 +13,13 @@
 #include "cache/cache.h"
 #include "make_calibration.h"
 
-enum { CACHE_MODEL_SEQUENCES = 4, CACHE_MODEL_LAYERS = 2, CACHE_MODEL_TOKENS = 512, CACHE_MODEL_APPEND = 100 };
+enum {
+    CACHE_MODEL_SEQUENCES = 4,
+    CACHE_MODEL_LAYERS = 2,
+    CACHE_MODEL_TOKENS = 512,
+    CACHE_MODEL_APPEND = 100,
+    CACHE_MODEL_PLACES = CACHE_MODEL_TOKENS / 16 + 1
+};
 
 typedef struct cache_model_side {
     float *values;       /* [CACHE_MODEL_TOKENS, n_head_kv, head_dim] */
@@ -27,6 +33,10 @@ typedef struct cache_model_sequence {
     int32_t id; /* -1: does not exist */
     int64_t length[CACHE_MODEL_LAYERS];
     int32_t tokens[CACHE_MODEL_TOKENS];
+    /* By multiples of 16 tokens: layers that have been at the checkpoint there, -1 if it does not exist; and whether a prefix
+     * that was published has it, as far as is known. */
+    int32_t passed[CACHE_MODEL_PLACES];
+    bool given[CACHE_MODEL_PLACES];
     cache_model_side sides[CACHE_MODEL_LAYERS][2];
 } cache_model_sequence;
 
@@ -63,7 +73,9 @@ static inline void cache_model_set_factors(cache_model *m)
 /* The cache again, with memory for n_frames pages besides that for sequences. */
 static inline void cache_model_tighten(cache_model *m, int32_t n_frames)
 {
-    size_t page_bytes = m->cache->pool.page_bytes, sequence_bytes = m->cache->shape.exact_bytes + 1000;
+    int64_t n_checkpoints = (int64_t)m->params.n_pages * m->params.page_size / m->params.checkpoint_stride;
+    size_t page_bytes = m->cache->pool.page_bytes;
+    size_t sequence_bytes = (m->cache->shape.exact_bytes + 1000) * (size_t)(1 + n_checkpoints);
     m->params.budget_bytes =
         m->cache->budget.used + (size_t)n_frames * page_bytes + (CACHE_MODEL_SEQUENCES + 1) * sequence_bytes;
     tq_cache_free(m->cache);
@@ -93,6 +105,7 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
     p->page_size = page_sizes[kv_take(input, 4)];
     p->n_pages = kv_take(input, 12) + 1;
     if (p->n_pages > CACHE_MODEL_TOKENS / p->page_size) p->n_pages = CACHE_MODEL_TOKENS / p->page_size;
+    p->checkpoint_stride = p->page_size * (kv_take(input, 2) + 1);
     p->n_sink = kv_take(input, 6);
     p->n_recent = kv_take(input, 24);
     p->n_take_back = kv_take(input, 2) * kv_take(input, 20);
@@ -265,18 +278,47 @@ static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, i
     }
 }
 
+static inline bool cache_model_is_reference(const cache_model *m, int32_t layer, int32_t side)
+{
+    return m->formats[side][layer] == TQ_FORMAT_F16 || m->formats[side][layer] == TQ_FORMAT_BF16;
+}
+
+/* A layer grows by n tokens, which are not there yet: the checkpoints that it comes to, if all that is recent there is exact.
+ */
+static inline void cache_model_pass(const cache_model *m, cache_model_sequence *s, int32_t layer, int64_t n)
+{
+    int64_t length = s->length[layer], stride = m->params.checkpoint_stride, longest = cache_model_longest(m, s);
+    for (int64_t at = (length / stride + 1) * stride; at <= length + n; at += stride) {
+        bool is_exact = true;
+        for (int32_t side = 0; side < 2; side++) {
+            int64_t p = at - m->params.n_recent > m->params.n_sink ? at - m->params.n_recent : m->params.n_sink;
+            for (; p < length; p++) is_exact &= cache_model_is_reference(m, layer, side) || !s->sides[layer][side].encoded[p];
+        }
+        if (at > longest) s->passed[at / 16] = 0;
+        if (s->passed[at / 16] >= 0) s->passed[at / 16] += is_exact;
+    }
+}
+
+static inline void cache_model_forget_places(cache_model_sequence *s, int64_t first, int64_t last)
+{
+    for (int64_t i = 0; i < CACHE_MODEL_PLACES; i++) {
+        if (16 * i > first && 16 * i <= last) s->passed[i] = -1;
+        s->given[i] = false;
+    }
+}
+
 /* Take n rows from first_row on, then encode whatever is neither a sink nor recent any more. */
 static inline void cache_model_append(cache_model *m, cache_model_sequence *s, int32_t layer, int64_t first_row, int64_t n)
 {
     int64_t length = s->length[layer], end = length + n, longest = cache_model_longest(m, s);
+    cache_model_pass(m, s, layer, n);
     /* A layer that lags behind brings the content that the others' tokens stand for. */
     if (end > longest) cache_model_new_tokens(m, s, longest, end);
     for (int32_t side = 0; side < 2; side++) {
         int64_t row_floats = cache_model_row(m, side);
         float *values = s->sides[layer][side].values;
         bool *encoded = s->sides[layer][side].encoded;
-        tq_format format = m->formats[side][layer];
-        bool reference = format == TQ_FORMAT_F16 || format == TQ_FORMAT_BF16;
+        bool reference = cache_model_is_reference(m, layer, side);
         for (int64_t i = 0; i < n * row_floats; i++) {
             values[length * row_floats + i] = kv_round(m->rows[side][first_row * row_floats + i]);
         }
@@ -324,8 +366,7 @@ static inline int64_t cache_model_settled(const cache_model *m, const cache_mode
     int64_t settled = CACHE_MODEL_TOKENS;
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) {
-            bool exact = m->formats[side][layer] == TQ_FORMAT_F16 || m->formats[side][layer] == TQ_FORMAT_BF16;
-            int64_t p = exact ? 0 : m->params.n_sink;
+            int64_t p = cache_model_is_reference(m, layer, side) ? 0 : m->params.n_sink;
             while (p < s->length[layer] && s->sides[layer][side].encoded[p]) p++;
             if (p > s->length[layer]) p = s->length[layer];
             if (p < settled) settled = p;
@@ -338,6 +379,7 @@ static inline void cache_model_copy(const cache_model *m, cache_model_sequence *
 {
     memcpy(to->length, from->length, sizeof to->length);
     memcpy(to->tokens, from->tokens, sizeof to->tokens);
+    cache_model_forget_places(to, 0, CACHE_MODEL_TOKENS);
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) {
             size_t bytes = (size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)) * sizeof(float);
@@ -365,10 +407,32 @@ static inline void cache_model_do_publish(cache_model *m, cache_model_sequence *
     KV_CHECK(tq_cache_seq_publish(m->cache, s->id, s->tokens, shortest + 1) == TQ_ERR_ARGUMENT);
     m->published.id = -1;
     if (!cache_model_done(m, tq_cache_seq_publish(m->cache, s->id, s->tokens, shortest))) return;
+    int64_t settled = cache_model_settled(m, s);
+    bool has_exact = m->cache->shape.exact_bytes > 0;
+    for (int64_t i = 0; 16 * i <= settled; i++) {
+        if (has_exact && s->passed[i] == m->params.n_layer) s->given[i] = true, s->passed[i] = -1;
+        if (!has_exact && 16 * i % m->params.page_size == 0) s->given[i] = true;
+    }
     cache_model_copy(m, &m->published, s);
-    m->published.length[0] = cache_model_settled(m, s);
+    memcpy(m->published.given, s->given, sizeof s->given);
+    m->published.length[0] = settled;
     m->published.id = 0;
     m->n_evicted = cache_model_n_evicted(m);
+}
+
+/* What is recent again, and is there, is exact again. */
+static inline void cache_model_take_back(cache_model *m, cache_model_sequence *s, int32_t layer, int32_t side)
+{
+    cache_model_side *own = &s->sides[layer][side];
+    int64_t row_floats = cache_model_row(m, side), length = s->length[layer], begin = length - m->params.n_recent;
+    if (m->formats[side][layer] <= TQ_FORMAT_BF16) return;
+    if (begin < own->exact_begin) begin = own->exact_begin;
+    if (begin < m->params.n_sink) begin = m->params.n_sink;
+    for (int64_t p = begin; p < length; p++) {
+        own->encoded[p] = false;
+        memcpy(own->values + p * row_floats, own->raw + p * row_floats, (size_t)row_floats * sizeof(float));
+    }
+    if (own->exact_begin > length) own->exact_begin = length;
 }
 
 /* A new sequence in s from the prefix that was published. */
@@ -379,14 +443,20 @@ static inline void cache_model_do_match(cache_model *m, cache_model_sequence *s)
     if (asked > CACHE_MODEL_TOKENS) asked = CACHE_MODEL_TOKENS;
     if (!cache_model_done(m, tq_cache_seq_match(m->cache, m->published.tokens, asked, &s->id, &n_matched))) return;
     int64_t want = asked < m->published.length[0] ? asked : m->published.length[0];
-    want = want / m->params.page_size * m->params.page_size;
+    while (want > 0 && (want % 16 != 0 || !m->published.given[want / 16])) want--;
     /* More, if a sequence published more of the same tokens before it was trimmed; what they hold is checked. */
     KV_CHECK(n_matched % m->params.page_size == 0 && n_matched <= asked);
+    if (m->cache->shape.exact_bytes > 0) KV_CHECK(n_matched % m->params.checkpoint_stride == 0);
     if (cache_model_n_evicted(m) == m->n_evicted) KV_CHECK(n_matched >= want);
     cache_model_copy(m, s, &m->published);
+    /* As if its tokens had been appended: what is recent is exact. */
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         s->length[layer] = n_matched;
-        for (int32_t side = 0; side < 2; side++) s->sides[layer][side].exact_begin = n_matched;
+        for (int32_t side = 0; side < 2; side++) {
+            s->sides[layer][side].exact_begin = 0;
+            cache_model_take_back(m, s, layer, side);
+            s->sides[layer][side].exact_begin = n_matched - m->params.n_recent;
+        }
     }
 }
 
@@ -478,6 +548,7 @@ static inline void cache_model_do_slots(cache_model *m, int32_t layer, int64_t n
             continue;
         }
         cache_model_new_tokens(m, s, position[row], position[row] + 1);
+        cache_model_forget_places(s, position[row], s->length[layer]);
         for (int32_t side = 0; side < 2; side++) {
             int64_t row_floats = cache_model_row(m, side);
             float *to = s->sides[layer][side].values + position[row] * row_floats;
@@ -488,24 +559,11 @@ static inline void cache_model_do_slots(cache_model *m, int32_t layer, int64_t n
     }
 }
 
-/* What is recent again, and is there, is exact again. */
-static inline void cache_model_take_back(cache_model *m, cache_model_sequence *s, int32_t layer, int32_t side)
-{
-    cache_model_side *own = &s->sides[layer][side];
-    int64_t row_floats = cache_model_row(m, side), length = s->length[layer], begin = length - m->params.n_recent;
-    if (m->formats[side][layer] <= TQ_FORMAT_BF16) return;
-    if (begin < own->exact_begin) begin = own->exact_begin;
-    if (begin < m->params.n_sink) begin = m->params.n_sink;
-    for (int64_t p = begin; p < length; p++) {
-        own->encoded[p] = false;
-        memcpy(own->values + p * row_floats, own->raw + p * row_floats, (size_t)row_floats * sizeof(float));
-    }
-    if (own->exact_begin > length) own->exact_begin = length;
-}
-
 static inline void cache_model_do_trim(cache_model *m, cache_model_sequence *s, int64_t n)
 {
+    bool is_shorter = cache_model_longest(m, s) > n;
     KV_CHECK(tq_cache_trim(m->cache, s->id, n) == TQ_OK);
+    if (is_shorter) cache_model_forget_places(s, n, CACHE_MODEL_TOKENS);
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         if (s->length[layer] > n) s->length[layer] = n;
         for (int32_t side = 0; side < 2; side++) cache_model_take_back(m, s, layer, side);
@@ -609,6 +667,7 @@ static inline void cache_model_create(cache_model *m, cache_model_sequence *s)
     KV_CHECK(s->id >= 0);
     for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) KV_CHECK(&m->sequences[i] == s || m->sequences[i].id != s->id);
     memset(s->length, 0, sizeof s->length);
+    cache_model_forget_places(s, 0, CACHE_MODEL_TOKENS);
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) s->sides[layer][side].exact_begin = 0;
     }

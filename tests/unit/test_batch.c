@@ -30,7 +30,7 @@ static tq_cache *create(tq_device_kind device, int32_t n_pages)
     tq_cache_params_default(&p);
     tq_cache_params_set_preset(&p, tq_preset_find("tq4"));
     p.n_layer = N_LAYER, p.n_head_kv = N_HEAD_KV, p.head_dim = HEAD_DIM;
-    p.page_size = 64, p.n_pages = n_pages, p.n_take_back = 8;
+    p.page_size = p.checkpoint_stride = 64, p.n_pages = n_pages, p.n_take_back = 8;
     p.device = device;
     tq_cache *cache;
     assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
@@ -98,16 +98,16 @@ static void check_layer(tq_batch *batch, tq_cache *plain, const int32_t *seqs, c
 }
 
 /* All tokens of all layers, bit for bit. */
-static void check_content(tq_cache *cache, tq_cache *plain, const int32_t *seqs)
+static void check_content(tq_cache *cache, const int32_t *seqs, tq_cache *plain, const int32_t *same)
 {
     size_t bytes = MAX_TOK * N_HEAD_KV * HEAD_DIM * sizeof(float);
     float *found[2] = {malloc(bytes), malloc(bytes)}, *wanted[2] = {malloc(bytes), malloc(bytes)};
     for (int32_t i = 0; i < N_SEQ * N_LAYER; i++) {
         int32_t seq = seqs[i / N_LAYER], layer = i % N_LAYER;
         int64_t length = tq_cache_length(cache, seq, layer);
-        assert_int_equal(length, tq_cache_length(plain, seq, layer));
+        assert_int_equal(length, tq_cache_length(plain, same[i / N_LAYER], layer));
         assert_int_equal(tq_cache_read(cache, seq, layer, 0, length, found[0], found[1]), TQ_OK);
-        assert_int_equal(tq_cache_read(plain, seq, layer, 0, length, wanted[0], wanted[1]), TQ_OK);
+        assert_int_equal(tq_cache_read(plain, same[i / N_LAYER], layer, 0, length, wanted[0], wanted[1]), TQ_OK);
         for (int32_t side = 0; side < 2; side++)
             assert_memory_equal(found[side], wanted[side], (size_t)length * N_HEAD_KV * HEAD_DIM * sizeof(float));
     }
@@ -139,7 +139,7 @@ static void run_random(tq_device_kind device, tq_dtype dtype, uint64_t seed)
         for (int32_t layer = 0; layer < N_LAYER; layer++)
             check_layer(batch, plain, seqs, n_tok, layer, dtype, tolerance, &random);
         assert_int_equal(tq_batch_end(batch), TQ_OK);
-        check_content(cache, plain, seqs);
+        check_content(cache, seqs, plain, seqs);
         for (int32_t i = 0; i < N_SEQ; i++) {
             int64_t length = tq_cache_length(cache, seqs[i], 0);
             if (length > longest[i]) longest[i] = length;
@@ -156,7 +156,7 @@ static void run_random(tq_device_kind device, tq_dtype dtype, uint64_t seed)
             int64_t keep = longest[one] > 8 ? longest[one] - 8 : 0;
             assert_int_equal(tq_cache_trim(cache, seqs[one], keep), TQ_OK);
             assert_int_equal(tq_cache_trim(plain, seqs[one], keep), TQ_OK);
-            check_content(cache, plain, seqs);
+            check_content(cache, seqs, plain, seqs);
         }
     }
     tq_batch_free(batch);
@@ -179,47 +179,62 @@ static void test_on_a_device(void **state)
     run_random(TQ_DEVICE_CUDA, TQ_DTYPE_BF16, 8);
 }
 
-/* A file of one device is loaded on the other, and published prefixes are found on both. */
+/* A pass that a batch of its own makes, next to prefills of the same sequences elsewhere. */
+static void pass(tq_cache *cache, const int32_t *seqs, tq_cache *plain, const int32_t *same, const int64_t *n_tok,
+                 kv_random *random)
+{
+    tq_batch *batch;
+    assert_int_equal(tq_batch_create(&batch, cache, N_SEQ), TQ_OK);
+    assert_int_equal(tq_batch_begin(batch, seqs, n_tok, N_HEAD), TQ_OK);
+    for (int32_t layer = 0; layer < N_LAYER; layer++) check_layer(batch, plain, same, n_tok, layer, TQ_DTYPE_F32, 2e-3, random);
+    tq_batch_free(batch);
+    check_content(cache, seqs, plain, same);
+}
+
+static void create_sequences(tq_cache *cache, int32_t *seqs, int32_t n)
+{
+    for (int32_t i = 0; i < n; i++) assert_int_equal(tq_cache_seq_create(cache, &seqs[i]), TQ_OK);
+}
+
+/*
+ * A file of one device is loaded on the other. Sequences that begin with published prefixes are, and go on, as those do that
+ * computed them, bit for bit.
+ */
 static void test_files_and_prefixes(void **state)
 {
     (void)state;
-    if (!has_device()) skip();
     char path[300];
     snprintf(path, sizeof path, "%s/turboquant-batch-%d.tqs", kv_temporary_folder(), (int)getpid());
     kv_random random = {.state = 3};
-    const int64_t n_tok[N_SEQ] = {300, 70, 5};
-    for (int32_t way = 0; way < 2; way++) {
-        tq_cache *from = create(way ? TQ_DEVICE_CUDA : TQ_DEVICE_CPU, 64), *plain = create(TQ_DEVICE_CPU, 64);
-        tq_cache *to = create(way ? TQ_DEVICE_CPU : TQ_DEVICE_CUDA, 64);
-        int32_t seqs[N_SEQ], same, loaded[N_SEQ], n_loaded, seq, tokens[300];
-        int64_t n_matched;
-        for (int32_t i = 0; i < 300; i++) tokens[i] = i * 7;
-        for (int32_t i = 0; i < N_SEQ; i++) {
-            assert_int_equal(tq_cache_seq_create(from, &seqs[i]), TQ_OK);
-            assert_int_equal(tq_cache_seq_create(plain, &same), TQ_OK);
-        }
-        tq_batch *batch;
-        assert_int_equal(tq_batch_create(&batch, from, N_SEQ), TQ_OK);
-        assert_int_equal(tq_batch_begin(batch, seqs, n_tok, N_HEAD), TQ_OK);
-        for (int32_t layer = 0; layer < N_LAYER; layer++)
-            check_layer(batch, plain, seqs, n_tok, layer, TQ_DTYPE_F32, 2e-3, &random);
-        tq_batch_free(batch);
+    const int64_t first[N_SEQ] = {192, 70, 5}, rest[N_SEQ] = {108, 3, 0}, more[N_SEQ] = {150, 1, 0};
+    const tq_device_kind devices[][2] = {
+        {TQ_DEVICE_CPU, TQ_DEVICE_CPU}, {TQ_DEVICE_CPU, TQ_DEVICE_CUDA}, {TQ_DEVICE_CUDA, TQ_DEVICE_CPU}};
+    int32_t tokens[300];
+    for (int32_t i = 0; i < 300; i++) tokens[i] = i * 7;
+    for (int32_t way = 0; way < (has_device() ? 3 : 1); way++) {
+        tq_cache *from = create(devices[way][0], 64), *to = create(devices[way][1], 64), *plain = create(TQ_DEVICE_CPU, 64);
+        int32_t seqs[N_SEQ], same[N_SEQ], loaded[N_SEQ], n_loaded, at_192;
+        create_sequences(from, seqs, N_SEQ);
+        create_sequences(plain, same, N_SEQ);
+        pass(from, seqs, plain, same, first, &random);
+        assert_int_equal(tq_cache_seq_fork(plain, same[0], &at_192), TQ_OK);
+        pass(from, seqs, plain, same, rest, &random);
         assert_int_equal(tq_cache_seq_publish(from, seqs[0], tokens, 300), TQ_OK);
         assert_int_equal(tq_cache_save(from, path, NULL, 0), TQ_OK);
         assert_int_equal(tq_cache_load(to, path, loaded, N_SEQ, &n_loaded), TQ_OK);
         assert_int_equal(n_loaded, N_SEQ);
-        check_content(to, plain, loaded);
+        check_content(to, loaded, plain, same);
         for (int32_t i = 0; i < 2; i++) {
             tq_cache *cache = i ? to : from;
-            assert_int_equal(tq_cache_seq_match(cache, tokens, 299, &seq, &n_matched), TQ_OK);
+            int32_t ours[N_SEQ], theirs[N_SEQ];
+            int64_t n_matched;
+            assert_int_equal(tq_cache_seq_match(cache, tokens, 299, &ours[0], &n_matched), TQ_OK);
             assert_int_equal(n_matched, 192);
-            static float k[192 * N_HEAD_KV * HEAD_DIM], v[192 * N_HEAD_KV * HEAD_DIM], other_k[192 * N_HEAD_KV * HEAD_DIM],
-                other_v[192 * N_HEAD_KV * HEAD_DIM];
-            assert_int_equal(tq_cache_read(cache, seq, 1, 0, 192, k, v), TQ_OK);
-            assert_int_equal(tq_cache_read(plain, 0, 1, 0, 192, other_k, other_v), TQ_OK);
-            /* A device's ring has what was coded, rounded to FP16. */
-            for (size_t j = 0; j < sizeof k / sizeof *k; j++) assert_true(fabsf(k[j] - other_k[j]) < 4e-3f);
-            for (size_t j = 0; j < sizeof v / sizeof *v; j++) assert_true(fabsf(v[j] - other_v[j]) < 4e-3f);
+            assert_int_equal(tq_cache_seq_fork(plain, at_192, &theirs[0]), TQ_OK);
+            create_sequences(cache, ours + 1, N_SEQ - 1);
+            create_sequences(plain, theirs + 1, N_SEQ - 1);
+            check_content(cache, ours, plain, theirs);
+            pass(cache, ours, plain, theirs, more, &random);
         }
         tq_cache_free(from);
         tq_cache_free(to);

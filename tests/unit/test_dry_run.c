@@ -100,6 +100,7 @@ static void assert_same(const pair *p)
     assert_int_equal(wet.n_pages_free, dry.n_pages_free);
     assert_int_equal(wet.n_pages_shared, dry.n_pages_shared);
     assert_int_equal(wet.exact_bytes, dry.exact_bytes);
+    assert_int_equal(wet.checkpoint_bytes, dry.checkpoint_bytes);
     assert_int_equal(wet.table_bytes, dry.table_bytes);
     assert_int_equal(wet.allocated_bytes, dry.allocated_bytes);
     assert_int_equal(wet.n_asked_tok, dry.n_asked_tok);
@@ -129,6 +130,7 @@ static void test_counts_as_a_cache_with_vectors(void **state)
         params.n_head_kv = N_HEAD_KV;
         params.head_dim = HEAD_DIM;
         params.page_size = 16 + 16 * (int32_t)kv_below(&random, 2);
+        params.checkpoint_stride = params.page_size * (1 + (int32_t)kv_below(&random, 3));
         params.k_format = kv_below(&random, 3) == 0 ? TQ_FORMAT_F16 : TQ_FORMAT_SQ4;
         params.v_format = params.k_format == TQ_FORMAT_F16 ? TQ_FORMAT_F16 : TQ_FORMAT_SQ2;
         params.n_recent = (int32_t)kv_below(&random, 40);

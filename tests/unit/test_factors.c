@@ -179,7 +179,7 @@ static void test_caches_take_factors(void **state)
     enum { N_TOK = 150 };
     tq_cache_params p;
     tq_cache_params_default(&p);
-    p.head_dim = DIM, p.n_layer = 2, p.page_size = 64;
+    p.head_dim = DIM, p.n_layer = 2, p.page_size = p.checkpoint_stride = 64;
     tq_cache *cache;
     assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
     int8_t factors[DIM] = {[3] = 20, [4] = -7}, others[DIM] = {[3] = 4}, zeros[DIM] = {0}, large[DIM] = {[63] = 33};

@@ -207,9 +207,15 @@ static void test_idle_sequences_leave_and_return(void **state)
 static void test_kept_prefixes_wait_in_the_file(void **state)
 {
     (void)state;
-    tq_cache *cache = create(N_FRAMES);
+    tq_cache_params p = params_with(N_FRAMES);
+    p.checkpoint_stride = 4 * PAGE;
+    tq_cache *cache;
     int32_t seq, tokens[80];
     int64_t n_matched;
+    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
+    p.budget_bytes += 7 * (cache->shape.exact_bytes + 1000); /* at each 64 of 480 tokens */
+    tq_cache_free(cache);
+    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
     for (int32_t i = 0; i < 80; i++) tokens[i] = i;
     assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
     append_all(cache, seq, 80);

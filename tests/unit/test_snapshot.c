@@ -32,7 +32,7 @@ static tq_cache_params params_of_test(void)
     p.n_layer = 2;
     p.n_head_kv = 2;
     p.head_dim = 64;
-    p.page_size = 16;
+    p.page_size = p.checkpoint_stride = 16;
     p.n_pages = 16;
     p.n_sink = 2;
     p.n_recent = 8;
@@ -174,22 +174,57 @@ static void test_kept_prefixes_are_saved(void **state)
     tq_cache_free(other);
 }
 
-/* A snapshot of every earlier version, read for ever. TQ_WRITE_GOLDEN=1 makes the current one. */
+/* Snapshots of earlier versions, which are always read; of their prefixes nothing can begin, as they have no exact tokens.
+ * TQ_WRITE_GOLDEN=1 makes the current one. */
 static void test_golden_snapshot(void **state)
 {
     (void)state;
-    const char *golden = "tests/golden/snapshot_1.tqs";
-    int32_t seqs[2], loaded[2], n, match;
+    static const char *const golden[] = {"tests/golden/snapshot_1.tqs", "tests/golden/snapshot_3.tqs"};
+    int32_t seqs[2], loaded[2], n, match, original;
     int64_t n_matched;
-    tq_cache *cache = create_filled(seqs), *other = create();
-    if (getenv("TQ_WRITE_GOLDEN")) assert_int_equal(tq_cache_save(cache, golden, NULL, 0), TQ_OK);
-    assert_int_equal(tq_cache_load(other, golden, loaded, 2, &n), TQ_OK);
-    assert_int_equal(n, 2);
-    for (int i = 0; i < 2; i++) assert_same(cache, seqs[i], other, loaded[i]);
-    assert_int_equal(tq_cache_seq_match(other, tokens, N_TOK, &match, &n_matched), TQ_OK);
-    assert_int_equal(n_matched, 32);
+    tq_cache *cache = create_filled(seqs);
+    if (getenv("TQ_WRITE_GOLDEN")) assert_int_equal(tq_cache_save(cache, golden[1], NULL, 0), TQ_OK);
+    assert_int_equal(tq_cache_seq_match(cache, tokens, N_TOK, &original, &n_matched), TQ_OK);
+    for (int version = 0; version < 2; version++) {
+        tq_cache *other = create();
+        assert_int_equal(tq_cache_load(other, golden[version], loaded, 2, &n), TQ_OK);
+        assert_int_equal(n, 2);
+        for (int i = 0; i < 2; i++) assert_same(cache, seqs[i], other, loaded[i]);
+        assert_int_equal(tq_cache_seq_match(other, tokens, N_TOK, &match, &n_matched), TQ_OK);
+        assert_int_equal(n_matched, version == 0 ? 0 : 32);
+        if (version > 0) assert_same(cache, original, other, match);
+        tq_cache_free(other);
+    }
     tq_cache_free(cache);
-    tq_cache_free(other);
+}
+
+/* A loaded sequence's last page is published behind pages of another one; these are given up, and it is published as a whole.
+ */
+static void test_a_prefix_whose_beginning_was_given_up(void **state)
+{
+    (void)state;
+    enum { N = 72 };
+    tq_cache *cache = create(); /* 16 pages of 16 tokens */
+    int32_t seq, other, match, n;
+    int64_t n_matched;
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    append(cache, seq, N);
+    assert_int_equal(tq_cache_seq_publish(cache, seq, tokens, N), TQ_OK);
+    assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+    assert_int_equal(tq_cache_seq_free(cache, seq), TQ_OK);
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(tq_cache_seq_create(cache, &other), TQ_OK);
+        append(cache, other, i == 0 ? 13 * 16 : 11 * 16);
+        assert_int_equal(stats_of(cache).n_evicted_pages, i == 0 ? 1 : 4);
+        assert_int_equal(tq_cache_seq_free(cache, other), TQ_OK);
+        if (i == 0) assert_int_equal(tq_cache_load(cache, path, &seq, 1, &n), TQ_OK);
+    }
+    assert_int_equal(tq_cache_seq_match(cache, tokens, N, &match, &n_matched), TQ_OK);
+    assert_int_equal(n_matched, 0);
+    assert_int_equal(tq_cache_seq_publish(cache, seq, tokens, N), TQ_OK);
+    assert_int_equal(tq_cache_seq_match(cache, tokens, N, &match, &n_matched), TQ_OK);
+    assert_int_equal(n_matched, 64);
+    tq_cache_free(cache);
 }
 
 static const int8_t key_factors[ROW] = {[0] = 32, [5] = -3, [127] = -32};
@@ -249,7 +284,7 @@ static void test_other_shapes_are_refused(void **state)
     REFUSED(TQ_ERR_MISMATCH, p.n_layer = 1);
     REFUSED(TQ_ERR_MISMATCH, p.n_head_kv = 1);
     REFUSED(TQ_ERR_MISMATCH, p.head_dim = 128);
-    REFUSED(TQ_ERR_MISMATCH, p.page_size = 32);
+    REFUSED(TQ_ERR_MISMATCH, p.page_size = p.checkpoint_stride = 32);
     REFUSED(TQ_ERR_MISMATCH, p.n_sink = 1);
     REFUSED(TQ_ERR_MISMATCH, p.n_recent = 9);
     REFUSED(TQ_ERR_MISMATCH, p.v_format = TQ_FORMAT_TT3); /* of the same bytes */
@@ -380,8 +415,13 @@ static void test_bytes_in_memory(void **state)
     assert_int_equal(tq_cache_seq_publish(other, whole, tokens, N_TOK), TQ_OK);
     assert_int_equal(tq_cache_seq_import(other, whole, N_TOK, 0, second.pages, second.exact, second.exact_bytes), TQ_OK);
     assert_int_equal(tq_cache_seq_publish(other, whole, tokens + N_TOK, N_TOK), TQ_OK);
+    /* What was imported has no places to begin; what it comes to from there on has. */
     assert_int_equal(tq_cache_seq_match(other, tokens + N_TOK, N_TOK, &match, &n_matched), TQ_OK);
-    assert_int_equal(n_matched, 32);
+    assert_int_equal(n_matched, 0);
+    append(other, whole, 25);
+    assert_int_equal(tq_cache_seq_publish(other, whole, tokens + N_TOK, N_TOK + 25), TQ_OK);
+    assert_int_equal(tq_cache_seq_match(other, tokens + N_TOK, N_TOK + 25, &match, &n_matched), TQ_OK);
+    assert_int_equal(n_matched, 64);
     tq_cache_free(cache);
     tq_cache_free(other);
     free_bytes(&first);
@@ -578,7 +618,8 @@ static void write_lie(void)
     fclose(file);
 }
 
-/* A cache with three pages kept, many tokens exact, and a budget for no more than two sequences. */
+/* A cache with three pages kept, many tokens exact, and a budget for no more than two sequences. The exact tokens of the place
+ * to begin go with the sequence: else they could be given up for another one's. */
 static tq_cache *create_short(tq_cache_params *p, int32_t seqs[2])
 {
     enum { N_LONG = 178 };
@@ -602,6 +643,7 @@ static void test_refusals_give_up_nothing(void **state)
     tq_cache_params p = params_of_test();
     p.n_recent = 128;
     p.n_pages = 40;
+    p.checkpoint_stride = 11 * p.page_size;
     tq_cache *large, *cache;
     int32_t seqs[2], seq, fork, n_seq;
     int64_t n_matched;
@@ -633,8 +675,10 @@ static void test_refusals_give_up_nothing(void **state)
     assert_int_equal(stats.n_pages_kept, 3);
     assert_int_equal(stats.n_evicted_pages, 0);
     assert_int_equal(tq_cache_seq_free(cache, seqs[1]), TQ_OK);
-    assert_int_equal(tq_cache_seq_match(cache, tokens, 178, &seq, &n_matched), TQ_OK);
-    assert_int_equal(n_matched, 48);
+    tq_snapshot_info info;
+    assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+    assert_int_equal(tq_snapshot_describe(&info, path, true, NULL, 0), TQ_OK);
+    assert_int_equal(info.n_prefixes, 3);
     tq_cache_free(cache);
     tq_cache_free(large);
 }
@@ -649,6 +693,7 @@ int main(void)
         IN_FOLDER(test_round_trip),
         IN_FOLDER(test_kept_prefixes_are_saved),
         IN_FOLDER(test_golden_snapshot),
+        IN_FOLDER(test_a_prefix_whose_beginning_was_given_up),
         IN_FOLDER(test_factors_are_saved),
         IN_FOLDER(test_damage_is_found),
         IN_FOLDER(test_other_shapes_are_refused),

@@ -328,6 +328,7 @@ static tq_cache *create_shared(bool with_file)
     p.n_layer = N_LAYER;
     p.head_dim = HEAD_DIM;
     p.page_size = PAGE;
+    p.checkpoint_stride = 3 * PAGE;
     p.n_pages = N_USERS * (3 * N_ROUNDS + 25);
     p.n_sink = 2;
     p.n_recent = 16;
@@ -335,7 +336,7 @@ static tq_cache *create_shared(bool with_file)
     if (!with_file) return cache;
     p.offload_folder = kv_temporary_folder();
     p.offload_bytes = (size_t)(p.n_pages + 2) * (cache->pool.page_bytes + 16384);
-    size_t sequences = (size_t)N_USERS * 5 * (cache->shape.exact_bytes + 1000), prefixes = (size_t)p.n_pages * 200;
+    size_t sequences = (size_t)N_USERS * (6 + N_ROUNDS) * (cache->shape.exact_bytes + 1000), prefixes = (size_t)p.n_pages * 200;
     p.budget_bytes = cache->budget.used + sequences + prefixes + N_FRAMES * cache->pool.page_bytes;
     tq_cache_free(cache);
     return create_with_factors(&p);
@@ -463,6 +464,7 @@ static void test_the_table_of_sequences_may_move(void **state)
     tq_cache_params_default(&p);
     p.head_dim = HEAD_DIM;
     p.n_sink = p.n_recent = p.k_ref_block = 0;
+    p.checkpoint_stride = p.page_size;
     /* The table doubles: a new cache's moves often. */
     for (int round = 0; round < kv_runs(N_CACHES); round++) {
         grower g = {0};
