@@ -45,9 +45,10 @@ SANITIZERS = {
     "TSAN_OPTIONS": "halt_on_error=1",
 }
 SLOW = {"TQ_TEST_SLOW": "1"}  # fewer random runs, where each takes ten times as long
-FUZZ_RUNS = 200  # of the stand-alone driver: some 7 s of the slowest target
+FUZZ_RUNS = 200  # of the stand-alone driver: some 7 s of the slowest target but fuzz_batch, whose inputs take a second each
 # Of libFuzzer: some 5 s each. Inputs, not seconds, so that a failure can be had again on another machine.
-FUZZ_INPUTS = {"fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 5000, "fuzz_state": 250, "fuzz_store_ops": 800}
+FUZZ_INPUTS = {"fuzz_batch": 30, "fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 5000, "fuzz_state": 250,
+               "fuzz_store_ops": 800}
 # Whose unit tests these are. The hostile ones are written by tests/hostile/generate.py, the others are tests/unit/test_*.c.
 UNIT_ROOMS = {
     "attention": "attention", "batch": "cache", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda",
@@ -128,9 +129,13 @@ def sources(folder, pattern):
     return sorted(path.stem for path in (ROOT / folder).glob(pattern))
 
 
+def device_of(kind):
+    """The device that computes in host memory, next to the CPU: for test_batch and fuzz_batch."""
+    return {"TQ_CUDA_LIBRARY": str(BUILD / kind / "tests/cuda/libturboquant-cuda-emulated.so")}
+
+
 def units(kind, environment=None, emulator=(), names=None):
-    # test_batch has the device that computes in host memory, next to the CPU. A static program, for an emulator, loads none.
-    device = {} if emulator else {"TQ_CUDA_LIBRARY": str(BUILD / kind / "tests/cuda/libturboquant-cuda-emulated.so")}
+    device = {} if emulator else device_of(kind)  # a static program, for an emulator, loads none
     return [([*emulator, BUILD / kind / "tests/unit" / name],
              {**SANITIZERS, **(device if name == "test_batch" else {}), **(environment or {})})
             for name in names or [f"test_{name}" for name in UNIT_ROOMS]]
@@ -155,9 +160,15 @@ def fuzz_targets():
     return sources("fuzz", "fuzz_*.c")
 
 
+def fuzz_command(kind, name, runs, *more):
+    runs = max(1, runs // 100) if name == "fuzz_batch" else runs
+    command = [BUILD / kind / "tests/fuzz" / name, "--runs", str(runs), *more]
+    return command, {**SANITIZERS, **(device_of(kind) if name == "fuzz_batch" else {})}
+
+
 def replay_suite(kind, **options):
     """Every fuzz target on a few inputs of its own making."""
-    commands = [([BUILD / kind / "tests/fuzz" / name, "--runs", "100"], SANITIZERS) for name in fuzz_targets()]
+    commands = [fuzz_command(kind, name, 100) for name in fuzz_targets()]
     return Suite(f"fuzz targets/{kind}", counted(commands), builds=(kind,), rooms=("fuzz", "cache", "plugins"), **options)
 
 
@@ -196,8 +207,7 @@ def sanitizer_suites():
     yield Suite("units/tsan", units("tsan", SLOW), builds=("tsan",))
     yield Suite("checkkern/asan", [([BUILD / "asan-simd/tests/checkkern", "--quick"], SANITIZERS)], builds=("asan-simd",))
     for name in fuzz_targets():
-        command = [BUILD / "asan/tests/fuzz" / name, "--runs", str(FUZZ_RUNS), "--seed", "1"]
-        yield Suite(f"{name}/asan", counted([(command, SANITIZERS)]), builds=("asan",))
+        yield Suite(f"{name}/asan", counted([fuzz_command("asan", name, FUZZ_RUNS, "--seed", "1")]), builds=("asan",))
 
 
 def fuzz_suites():
@@ -207,7 +217,7 @@ def fuzz_suites():
         found = BUILD / "fuzz-corpus" / name
         command = [BUILD / "fuzz/tests/fuzz" / name, f"-runs={FUZZ_INPUTS[name]}", "-seed=1", "-print_final_stats=1",
                    f"-artifact_prefix={found}-", found]
-        commands = counted([(command, SANITIZERS)])
+        commands = counted([(command, {**SANITIZERS, **(device_of("fuzz") if name == "fuzz_batch" else {})})])
         yield Suite(f"{name}/libFuzzer", [(["mkdir", "-p", found], {}), *commands], builds=("fuzz",))
 
 

@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A cache through batches, on the CPU or on a device, next to a CPU's cache that gets the same tokens by prefills: what they
+ * hold must be the same bit for bit, what they answer within rounding. Driven by bytes: the fuzz target's and the unit test's
+ * random operations.
+ */
+#ifndef TQ_TESTS_BATCH_MODEL_H
+#define TQ_TESTS_BATCH_MODEL_H
+
+#include <unistd.h>
+
+#include "base/half.h"
+#include "kv_test.h"
+
+enum { N_LAYER = 2, N_HEAD_KV = 2, N_HEAD = 4, HEAD_DIM = 64, N_SEQ = 3, MAX_TOK = 8192 };
+
+static inline tq_cache *batch_model_create(tq_device_kind device, int32_t n_pages)
+{
+    tq_cache_params p;
+    tq_cache_params_default(&p);
+    tq_cache_params_set_preset(&p, tq_preset_find("tq4"));
+    p.n_layer = N_LAYER, p.n_head_kv = N_HEAD_KV, p.head_dim = HEAD_DIM;
+    p.page_size = p.checkpoint_stride = 64, p.n_pages = n_pages, p.n_take_back = 8;
+    p.device = device;
+    tq_cache *cache;
+    KV_CHECK(tq_cache_create(&cache, &p) == TQ_OK);
+    return cache;
+}
+
+/* Rows [n, heads, HEAD_DIM] of a kind: floats that FP16 and BF16 hold exactly. */
+static inline float *batch_model_rows(kv_random *random, int64_t n, int32_t heads)
+{
+    size_t count = (size_t)(n * heads * HEAD_DIM);
+    float *x = malloc((count + 1) * sizeof *x);
+    kv_fill(random, x, (int64_t)count);
+    for (size_t i = 0; i < count; i++) x[i] = tq_bfloat_to_float(tq_bfloat_from_float(x[i]));
+    return x;
+}
+
+static inline void *batch_model_as(const float *x, size_t count, tq_dtype dtype)
+{
+    uint16_t *half = malloc(count * sizeof(float) + 4);
+    if (dtype == TQ_DTYPE_F32) memcpy(half, x, count * sizeof *x);
+    for (size_t i = 0; i < count && dtype != TQ_DTYPE_F32; i++)
+        half[i] = dtype == TQ_DTYPE_F16 ? tq_half_from_float(x[i]) : tq_bfloat_from_float(x[i]);
+    return half;
+}
+
+static inline float batch_model_read(const void *x, size_t i, tq_dtype dtype)
+{
+    if (dtype == TQ_DTYPE_F32) return ((const float *)x)[i];
+    uint16_t half = ((const uint16_t *)x)[i];
+    return dtype == TQ_DTYPE_F16 ? tq_half_to_float(half) : tq_bfloat_to_float(half);
+}
+
+/* One layer of a pass through a batch and, in a CPU's cache with the same sequences, prefills one after the other. */
+static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int32_t *seqs, const int64_t *n_tok, int32_t layer,
+                                     tq_dtype dtype, double tolerance, kv_random *random)
+{
+    int64_t n = 0, first = 0;
+    for (int32_t i = 0; i < N_SEQ; i++) n += n_tok[i];
+    float *q = batch_model_rows(random, n, N_HEAD), *k = batch_model_rows(random, n, N_HEAD_KV),
+          *v = batch_model_rows(random, n, N_HEAD_KV);
+    size_t n_out = (size_t)(n * N_HEAD * HEAD_DIM), n_kv = (size_t)(n * N_HEAD_KV * HEAD_DIM);
+    float *wanted = calloc(n_out + 1, sizeof *wanted);
+    void *own[] = {batch_model_as(q, n_out, dtype), batch_model_as(k, n_kv, dtype), batch_model_as(v, n_kv, dtype),
+                   batch_model_as(wanted, n_out, dtype)};
+    tq_batch_rows rows;
+    tq_batch_rows_default(&rows);
+    rows.dtype = dtype;
+    rows.q = own[0], rows.k = own[1], rows.v = own[2], rows.out = own[3];
+    rows.softmax_scale = 0.125f;
+    KV_CHECK(tq_batch_attend(batch, layer, &rows, NULL) == TQ_OK);
+    for (int32_t i = 0; i < N_SEQ; first += n_tok[i++]) {
+        tq_attend_params params =
+            kv_attend_params(n_tok[i], N_HEAD, HEAD_DIM, q + first * N_HEAD * HEAD_DIM, wanted + first * N_HEAD * HEAD_DIM);
+        params.softmax_scale = 0.125f;
+        KV_CHECK(tq_cache_prefill(plain, seqs[i], layer, n_tok[i], k + first * N_HEAD_KV * HEAD_DIM,
+                                  v + first * N_HEAD_KV * HEAD_DIM, &params, NULL) == TQ_OK);
+    }
+    double bound = tolerance + (dtype == TQ_DTYPE_F32 ? 0 : dtype == TQ_DTYPE_F16 ? 1e-3 : 8e-3);
+    for (size_t i = 0; i < n_out; i++) {
+        double error = fabs((double)batch_model_read(own[3], i, dtype) - (double)wanted[i]);
+        if (!(error <= bound)) fprintf(stderr, "value %zu of %zu is off by %g\n", i, n_out, error);
+        KV_CHECK(error <= bound);
+    }
+    for (size_t i = 0; i < 4; i++) free(own[i]);
+    free(q), free(k), free(v), free(wanted);
+}
+
+/* All tokens of all layers, bit for bit. */
+static inline void batch_model_check(tq_cache *cache, const int32_t *seqs, tq_cache *plain, const int32_t *same)
+{
+    size_t bytes = MAX_TOK * N_HEAD_KV * HEAD_DIM * sizeof(float);
+    float *found[2] = {malloc(bytes), malloc(bytes)}, *wanted[2] = {malloc(bytes), malloc(bytes)};
+    for (int32_t i = 0; i < N_SEQ * N_LAYER; i++) {
+        int32_t seq = seqs[i / N_LAYER], layer = i % N_LAYER;
+        int64_t length = tq_cache_length(cache, seq, layer);
+        KV_CHECK(length == tq_cache_length(plain, same[i / N_LAYER], layer));
+        KV_CHECK(tq_cache_read(cache, seq, layer, 0, length, found[0], found[1]) == TQ_OK);
+        KV_CHECK(tq_cache_read(plain, same[i / N_LAYER], layer, 0, length, wanted[0], wanted[1]) == TQ_OK);
+        for (int32_t side = 0; side < 2; side++)
+            KV_CHECK(memcmp(found[side], wanted[side], (size_t)length * N_HEAD_KV * HEAD_DIM * sizeof(float)) == 0);
+    }
+    for (int32_t i = 0; i < 2; i++) free(found[i]), free(wanted[i]);
+}
+
+typedef struct batch_model {
+    tq_cache *cache, *plain;
+    tq_batch *batch;
+    int32_t ours[N_SEQ], theirs[N_SEQ];
+    /* How long each has been, and where it began: tokens between are exact again if no more than 8 of the longest go. */
+    int64_t longest[N_SEQ], least[N_SEQ];
+    int32_t tokens[N_SEQ][MAX_TOK], n_tokens; /* each one new */
+    kv_random random;
+} batch_model;
+
+static inline int64_t batch_model_length(const batch_model *m, int32_t i)
+{
+    return tq_cache_length(m->plain, m->theirs[i], 0);
+}
+
+static inline void batch_model_pass(batch_model *m, const int64_t *n_tok, tq_dtype dtype, double tolerance)
+{
+    KV_CHECK(tq_batch_begin(m->batch, m->ours, n_tok, N_HEAD) == TQ_OK);
+    for (int32_t layer = 0; layer < N_LAYER; layer++)
+        batch_model_layer(m->batch, m->plain, m->theirs, n_tok, layer, dtype, tolerance, &m->random);
+    KV_CHECK(tq_batch_end(m->batch) == TQ_OK);
+    for (int32_t i = 0; i < N_SEQ; i++) {
+        int64_t length = batch_model_length(m, i);
+        for (int64_t p = length - n_tok[i]; p < length; p++) m->tokens[i][p] = ++m->n_tokens;
+        if (length > m->longest[i]) m->longest[i] = length;
+    }
+}
+
+static inline void batch_model_free_sequence(batch_model *m, int32_t i)
+{
+    KV_CHECK(tq_cache_seq_free(m->cache, m->ours[i]) == TQ_OK);
+    KV_CHECK(tq_cache_seq_free(m->plain, m->theirs[i]) == TQ_OK);
+}
+
+/* Sequence i becomes a fork of its neighbour. */
+static inline void batch_model_fork(batch_model *m, int32_t i)
+{
+    int32_t from = (i + 1) % N_SEQ;
+    batch_model_free_sequence(m, i);
+    KV_CHECK(tq_cache_seq_fork(m->cache, m->ours[from], &m->ours[i]) == TQ_OK);
+    KV_CHECK(tq_cache_seq_fork(m->plain, m->theirs[from], &m->theirs[i]) == TQ_OK);
+    m->longest[i] = m->longest[from], m->least[i] = m->least[from];
+    memcpy(m->tokens[i], m->tokens[from], sizeof m->tokens[i]);
+}
+
+/* At most as many tokens as may be taken back. */
+static inline void batch_model_trim(batch_model *m, int32_t i)
+{
+    int64_t keep = m->longest[i] - 8 > m->least[i] ? m->longest[i] - 8 : m->least[i];
+    KV_CHECK(tq_cache_trim(m->cache, m->ours[i], keep) == TQ_OK);
+    KV_CHECK(tq_cache_trim(m->plain, m->theirs[i], keep) == TQ_OK);
+}
+
+/* Sequence i is published, and its neighbour begins as it does. */
+static inline void batch_model_begin_with(batch_model *m, int32_t i)
+{
+    int32_t to = (i + 1) % N_SEQ;
+    int64_t length = batch_model_length(m, i), n_matched[2];
+    KV_CHECK(tq_cache_seq_publish(m->cache, m->ours[i], m->tokens[i], length) == TQ_OK);
+    KV_CHECK(tq_cache_seq_publish(m->plain, m->theirs[i], m->tokens[i], length) == TQ_OK);
+    batch_model_free_sequence(m, to);
+    KV_CHECK(tq_cache_seq_match(m->cache, m->tokens[i], length, &m->ours[to], &n_matched[0]) == TQ_OK);
+    KV_CHECK(tq_cache_seq_match(m->plain, m->tokens[i], length, &m->theirs[to], &n_matched[1]) == TQ_OK);
+    KV_CHECK(n_matched[0] == n_matched[1] && n_matched[0] % 64 == 0 && n_matched[0] <= length);
+    m->longest[to] = m->least[to] = n_matched[0];
+    memcpy(m->tokens[to], m->tokens[i], sizeof m->tokens[to]);
+}
+
+/* Each cache goes on with what the other one saved. */
+static inline void batch_model_exchange(batch_model *m, int32_t i)
+{
+    char path[300];
+    snprintf(path, sizeof path, "%s/tq-batch-%d.tqs", kv_temporary_folder(), (int)getpid());
+    tq_cache *caches[2] = {m->cache, m->plain};
+    int32_t *seqs[2] = {&m->ours[i], &m->theirs[i]}, loaded[2], n;
+    for (int from = 0; from < 2; from++) {
+        KV_CHECK(tq_cache_save(caches[from], path, seqs[from], 1) == TQ_OK);
+        KV_CHECK(tq_cache_load(caches[!from], path, &loaded[!from], 1, &n) == TQ_OK && n == 1);
+        unlink(path);
+    }
+    batch_model_free_sequence(m, i);
+    *seqs[0] = loaded[0], *seqs[1] = loaded[1];
+    m->longest[i] = m->least[i] = batch_model_length(m, i);
+}
+
+static inline void batch_model_run(const uint8_t *data, size_t n, tq_device_kind device)
+{
+    kv_input input = {data, n};
+    batch_model *m = kv_calloc(1, sizeof *m);
+    m->cache = batch_model_create(device, 800), m->plain = batch_model_create(TQ_DEVICE_CPU, 800);
+    m->random.state = (uint64_t)kv_take(&input, 256) + 1;
+    tq_dtype dtype = (tq_dtype)kv_take(&input, 3);
+    double tolerance = device == TQ_DEVICE_CPU ? 1e-6 : 2e-3;
+    for (int32_t i = 0; i < N_SEQ; i++) {
+        KV_CHECK(tq_cache_seq_create(m->cache, &m->ours[i]) == TQ_OK);
+        KV_CHECK(tq_cache_seq_create(m->plain, &m->theirs[i]) == TQ_OK);
+    }
+    KV_CHECK(tq_batch_create(&m->batch, m->cache, N_SEQ) == TQ_OK);
+    for (int32_t step = 0; input.n > 0 && step < 60; step++) {
+        int32_t operation = kv_take(&input, 12), one = kv_take(&input, N_SEQ);
+        if (operation < 7) {
+            int64_t n_tok[N_SEQ];
+            for (int32_t i = 0; i < N_SEQ; i++) n_tok[i] = operation < 2 ? kv_take(&input, 110) : operation == 2 ? 5 : 1;
+            batch_model_pass(m, n_tok, dtype, tolerance);
+        } else if (operation < 8) {
+            batch_model_fork(m, one);
+        } else if (operation < 10) {
+            batch_model_trim(m, one);
+        } else if (operation < 11) {
+            batch_model_begin_with(m, one);
+        } else {
+            batch_model_exchange(m, one);
+        }
+        batch_model_check(m->cache, m->ours, m->plain, m->theirs);
+    }
+    tq_batch_free(m->batch);
+    tq_cache_free(m->cache);
+    tq_cache_free(m->plain);
+    free(m);
+}
+
+#endif
