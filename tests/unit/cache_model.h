@@ -336,9 +336,25 @@ static inline void cache_model_append(cache_model *m, cache_model_sequence *s, i
     s->length[layer] = end;
 }
 
-static inline void cache_model_do_append(cache_model *m, cache_model_sequence *s, int32_t layer, int64_t n, int32_t fault)
+/* Rows [n, n_head, 64] of queries or keys, which are as large in each channel as the factors say: as much larger as the others
+ * are smaller, so that no product stands out. */
+static inline void cache_model_scale(const cache_model *m, int32_t layer, int32_t n_head, int64_t n, int sign, float *rows)
+{
+    for (int64_t i = 0; m->has_factors && i < n * n_head * 64; i++) {
+        int64_t head = i / 64 % n_head / (n_head / m->params.n_head_kv);
+        rows[i] *= tq_channel_factor((int8_t)(sign * m->factors[layer][head * 64 + i % 64]));
+    }
+}
+
+static inline void cache_model_fill(cache_model *m, int32_t layer, int64_t n)
 {
     for (int32_t side = 0; side < 2; side++) kv_fill(&m->random, m->rows[side], n * cache_model_row(m, side));
+    cache_model_scale(m, layer, m->params.n_head_kv, n, 1, m->rows[0]);
+}
+
+static inline void cache_model_do_append(cache_model *m, cache_model_sequence *s, int32_t layer, int64_t n, int32_t fault)
+{
+    cache_model_fill(m, layer, n);
     int64_t length = s->length[layer], available = cache_model_available(m);
     int32_t before;
     KV_CHECK(tq_cache_page_table(m->cache, s->id, NULL, 0, &before) == TQ_OK); /* there may be reserved ones */
@@ -525,7 +541,7 @@ static inline void cache_model_do_slots(cache_model *m, int32_t layer, int64_t n
         if (tq_cache_reserve(m->cache, s->id, n) != TQ_OK) return;
         KV_CHECK(tq_cache_page_table(m->cache, s->id, table[i], 12, NULL) == TQ_OK);
     }
-    for (int32_t side = 0; side < 2; side++) kv_fill(&m->random, m->rows[side], n * cache_model_row(m, side));
+    cache_model_fill(m, layer, n);
     for (int64_t row = 0; row < n; row++) {
         int32_t i = (int32_t)kv_below(&m->random, CACHE_MODEL_SEQUENCES);
         owner[row] = &m->sequences[i];
@@ -599,6 +615,7 @@ static inline void cache_model_do_attend(cache_model *m, kv_input *input, cache_
     int64_t n_rows = starts[batch.n_seq];
     float *q = kv_calloc((size_t)(n_rows * p->q_token_stride), sizeof *q);
     kv_fill(&m->random, q, n_rows * p->q_token_stride);
+    cache_model_scale(m, layer, p->n_head, n_rows, -1, q);
     p->q = q;
     p->out = kv_calloc((size_t)(n_rows * p->out_token_stride), sizeof *p->out);
     p->lse = kv_calloc((size_t)(n_rows * p->n_head), sizeof *p->lse);
