@@ -193,7 +193,9 @@ def native_suites():
     yield Suite("tq", [python("tests/api/test_tq.py"), python("tests/api/test_simulate.py")], "check", rooms=("tools",))
     yield replay_suite("release", tier="check")
     for level in cpu_levels():
-        yield Suite(f"units/TQ_CPU={level}", units("release", {"TQ_CPU": level}), "test")
+        # The specification is slow: a quarter of the random runs.
+        environment = {"TQ_CPU": level, **(SLOW if level == "scalar" else {})}
+        yield Suite(f"units/TQ_CPU={level}", units("release", environment), "test")
     yield Suite("units/asan", units("asan"), "test", builds=("asan",))
     yield replay_suite("asan", tier="test")
     yield Suite("installed library", [python("tests/api/test_library.py")], "test", rooms=("cmake", "include"))

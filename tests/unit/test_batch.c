@@ -36,14 +36,14 @@ static void run_random(tq_device_kind device, int n_runs)
 static void test_batches_are_prefills(void **state)
 {
     (void)state;
-    run_random(TQ_DEVICE_CPU, 4);
+    run_random(TQ_DEVICE_CPU, 3);
 }
 
 static void test_on_a_device(void **state)
 {
     (void)state;
     if (!has_device()) skip();
-    run_random(TQ_DEVICE_CUDA, 6);
+    run_random(TQ_DEVICE_CUDA, 4);
 }
 
 /* A pass that a batch of its own makes, next to prefills of the same sequences elsewhere. */
