@@ -15,8 +15,8 @@ typedef struct tq_prefix {
     int32_t page;
     struct tq_prefix *next; /* in the bucket */
     int32_t *tokens;        /* [page_size] */
-    struct tq_exact_data
-        *exact; /* at the page's end, if another sequence can begin there; NULL if not, or without exact data */
+    /* Of the page's end, if another sequence can begin there; NULL if not, and where nothing is exact apart from pages. */
+    struct tq_exact_data *exact;
 } tq_prefix;
 
 typedef struct tq_prefix_index {
