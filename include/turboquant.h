@@ -271,7 +271,6 @@ typedef struct tq_key_factors_params {
     const int32_t *partners;             /* optional [head_dim]: the channel that RoPE turns each with, or itself */
     const double *angles;                /* optional [head_dim]: by how many radians a position */
     int32_t ref_block;                   /* of what codes the keys (tq_store_params): references take away what turns slowly */
-    bool whole; /* whole octaves only, by which every type multiplies exactly: for callers that scale rows themselves */
 } tq_key_factors_params;
 TQ_API void tq_key_factors_params_default(tq_key_factors_params *params);
 /*
@@ -674,8 +673,6 @@ TQ_API TQ_NODISCARD tq_status tq_store_update(tq_store *store, const int64_t *sl
  */
 TQ_API TQ_NODISCARD tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, float *rows,
                                             int64_t row_stride);
-/* How many slots are exact now. */
-TQ_API int32_t tq_store_n_exact(const tq_store *store);
 /*
  * A stage keeps the exact rows of one batch until the batch has attended. A token is then seen exact by all queries for which
  * it is among the last n_recent tokens, no matter how many are written at once: prefill gives what decoding token by token

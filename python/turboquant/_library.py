@@ -95,7 +95,7 @@ class KeyFactorsParams(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_head", c_int32), ("n_head_kv", c_int32), ("head_dim", c_int32),
         ("k_square", c_void_p), ("k_mean", c_void_p), ("q_square", c_void_p), ("partners", c_void_p), ("angles", c_void_p),
-        ("ref_block", c_int32), ("whole", c_bool),
+        ("ref_block", c_int32),
     ]
 
 

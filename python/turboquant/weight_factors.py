@@ -35,19 +35,19 @@ _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernor
 
 
 def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray, means: np.ndarray | None = None,
-                  angles: np.ndarray | None = None, n_ref: int = 0, whole: bool = False) -> tuple[np.ndarray, float]:
+                  angles: np.ndarray | None = None, n_ref: int = 0) -> tuple[np.ndarray, float]:
     """
     Factors in quarters of an octave, int8 [n_head_kv, head_dim], from the mean squares of keys [n_head_kv, head_dim] and
     queries [n_head, head_dim] before RoPE, and the spread of their products: tq_key_factors. partners [head_dim]: the channel
     that RoPE turns each with, itself if it has no partner; angles [head_dim]: by how much from token to token; means: of keys;
-    n_ref: how many tokens share a reference; whole: powers of two only.
+    n_ref: how many tokens share a reference.
     """
     arrays = [np.ascontiguousarray(x, kind) if x is not None else None for x, kind in
               ((keys, np.float32), (means, np.float32), (queries, np.float32), (partners, np.int32), (angles, np.float64))]
     params = _library.KeyFactorsParams()
     _library.lib.tq_key_factors_params_default(ctypes.byref(params))
     params.n_head_kv, params.head_dim = keys.shape
-    params.n_head, params.ref_block, params.whole = len(queries), n_ref, whole
+    params.n_head, params.ref_block = len(queries), n_ref
     for name, x in zip(("k_square", "k_mean", "q_square", "partners", "angles"), arrays):
         setattr(params, name, None if x is None else x.ctypes.data)
     found, spread = np.empty(keys.shape, np.int8), ctypes.c_float()

@@ -265,13 +265,6 @@ tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, fl
     return TQ_OK;
 }
 
-int32_t tq_store_n_exact(const tq_store *store)
-{
-    if (!store) return 0;
-    tq_exact_entry exact[TQ_EXACT_MAX];
-    return tq_store_list_exact(store, store->n_slots, exact);
-}
-
 static tq_status check_stage(const tq_store *store, const tq_stage *stage, const tq_attend_params *params)
 {
     if (!stage || (stage->store == store->number && stage->is_settled && stage->n_rows == params->n_query)) return TQ_OK;

@@ -67,8 +67,7 @@ static double find_of_head(int8_t *out, const tq_key_factors_params *params, int
     if (!to_logs(params, keys, log_k) || !to_logs(params, queries, log_q)) return 0;
     for (int32_t j = 0; j < n; j++) mean += (log_k[j] - log_q[j]) / (4 * n);
     for (int32_t j = 0; j < n; j++) {
-        double quarters = log_k[j] - log_q[j] - 4 * mean;
-        quarters = params->whole ? 4 * rint(quarters / 4) : rint(quarters);
+        double quarters = rint(log_k[j] - log_q[j] - 4 * mean);
         out[j] = (int8_t)fmin(fmax(quarters, -TQ_FACTOR_MAX), TQ_FACTOR_MAX);
     }
     double key = 0, query = 0;

@@ -7,6 +7,7 @@
 #ifndef TQ_TESTS_STORE_MODEL_H
 #define TQ_TESTS_STORE_MODEL_H
 
+#include "cache/store.h"
 #include "codec/codec.h"
 #include "kv_test.h"
 
@@ -33,6 +34,13 @@ typedef struct store_model {
     float *rows;
     int32_t n;
 } store_model;
+
+/* How many slots are exact. */
+static inline int32_t store_n_exact(const tq_store *store)
+{
+    tq_exact_entry exact[TQ_EXACT_MAX];
+    return tq_store_list_exact(store, store->n_slots, exact);
+}
 
 static inline int32_t store_model_find(const int64_t *list, int32_t n, int64_t slot)
 {
@@ -296,7 +304,7 @@ static inline void store_model_check(const store_model *m, int64_t first, int64_
 {
     int32_t n_exact = 0;
     for (int64_t i = 0; i < m->params.n_slots; i++) n_exact += m->exact[i];
-    KV_CHECK(tq_store_n_exact(m->store) == n_exact);
+    KV_CHECK(store_n_exact(m->store) == n_exact);
     KV_CHECK(memcmp(m->memory, m->twin_memory, m->bytes) == 0);
     float *rows = kv_calloc((size_t)n * (size_t)m->row_floats, sizeof *rows);
     KV_CHECK(tq_store_read(m->store, first, n, rows, m->row_floats) == TQ_OK);

@@ -10,6 +10,7 @@
 #include "base/half.h"
 #include "cache/store.h"
 #include "store_fixture.h"
+#include "store_model.h"
 
 enum { N_SINK = 4, N_RECENT = 16, N_KEEP = 3 };
 
@@ -71,7 +72,7 @@ static void test_first_tokens_stay_until_they_are_written_again(void **state)
     assert_true(is_exact(&l, 50));
     assert_true(is_exact(&l, 51));
     assert_false(is_exact(&l, 52));
-    assert_int_equal(tq_store_n_exact(l.store), N_SINK + N_RECENT + 2);
+    assert_int_equal(store_n_exact(l.store), N_SINK + N_RECENT + 2);
     /* Another sequence's later token now stands where one began. */
     write_slots(&l, 50, 1, 0, 100);
     assert_true(is_exact(&l, 50)); /* it is recent */
@@ -108,7 +109,7 @@ static void test_unused_slots_make_room(void **state)
         write_slots(&l, 200, 50, 0, 400);
         assert_true(is_exact(&l, 100));
         assert_true(is_exact(&l, 101));
-        assert_int_equal(tq_store_n_exact(l.store), N_RECENT + N_KEEP);
+        assert_int_equal(store_n_exact(l.store), N_RECENT + N_KEEP);
         int32_t n_exact = 0;
         for (int64_t slot = 500; slot < 503; slot++) {
             float row[FIXTURE_ROW];
@@ -128,7 +129,7 @@ static void test_discarded_slots_give_their_places_back(void **state)
     init(&l, TQ_FORMAT_SQ2, 0);
     write_slots(&l, 100, 50, 3, 200);
     assert_int_equal(tq_store_discard(l.store, 100, 50), TQ_OK);
-    assert_int_equal(tq_store_n_exact(l.store), 0);
+    assert_int_equal(store_n_exact(l.store), 0);
     write_slots(&l, 300, 50, 3, 400);
     write_slots(&l, 400, 50, 0, 450);
     for (int64_t slot = 300; slot < 303; slot++) assert_true(is_exact(&l, slot));
