@@ -190,19 +190,33 @@ static inline void batch_model_exchange(batch_model *m, int32_t i)
     m->longest[i] = m->least[i] = batch_model_length(m, i);
 }
 
-static inline void batch_model_run(const uint8_t *data, size_t n, tq_device_kind device)
+static inline batch_model *batch_model_open(tq_device_kind device, uint64_t seed)
 {
-    kv_input input = {data, n};
     batch_model *m = kv_calloc(1, sizeof *m);
     m->cache = batch_model_create(device, 800), m->plain = batch_model_create(TQ_DEVICE_CPU, 800);
-    m->random.state = (uint64_t)kv_take(&input, 256) + 1;
-    tq_dtype dtype = (tq_dtype)kv_take(&input, 3);
-    double tolerance = device == TQ_DEVICE_CPU ? 1e-6 : 2e-3;
+    m->random.state = seed;
     for (int32_t i = 0; i < N_SEQ; i++) {
         KV_CHECK(tq_cache_seq_create(m->cache, &m->ours[i]) == TQ_OK);
         KV_CHECK(tq_cache_seq_create(m->plain, &m->theirs[i]) == TQ_OK);
     }
     KV_CHECK(tq_batch_create(&m->batch, m->cache, N_SEQ) == TQ_OK);
+    return m;
+}
+
+static inline void batch_model_close(batch_model *m)
+{
+    tq_batch_free(m->batch);
+    tq_cache_free(m->cache);
+    tq_cache_free(m->plain);
+    free(m);
+}
+
+static inline void batch_model_run(const uint8_t *data, size_t n, tq_device_kind device)
+{
+    kv_input input = {data, n};
+    batch_model *m = batch_model_open(device, (uint64_t)kv_take(&input, 256) + 1);
+    tq_dtype dtype = (tq_dtype)kv_take(&input, 3);
+    double tolerance = device == TQ_DEVICE_CPU ? 1e-6 : 2e-3;
     for (int32_t step = 0; input.n > 0 && step < 60; step++) {
         int32_t operation = kv_take(&input, 12), one = kv_take(&input, N_SEQ);
         if (operation < 7) {
@@ -220,10 +234,7 @@ static inline void batch_model_run(const uint8_t *data, size_t n, tq_device_kind
         }
         batch_model_check(m->cache, m->ours, m->plain, m->theirs);
     }
-    tq_batch_free(m->batch);
-    tq_cache_free(m->cache);
-    tq_cache_free(m->plain);
-    free(m);
+    batch_model_close(m);
 }
 
 #endif

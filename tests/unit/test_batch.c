@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include <dlfcn.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -112,6 +113,34 @@ static void test_files_and_prefixes(void **state)
     }
 }
 
+/* Steps of a captured graph come to places to begin as others do. What is captured runs, as its first replay would. */
+static void test_captured_steps_come_to_checkpoints(void **state)
+{
+    (void)state;
+    if (!has_device()) skip();
+    void *library = dlopen(getenv("TQ_CUDA_LIBRARY"), RTLD_NOW);
+    void (*set_capture)(bool), *hook = library ? dlsym(library, "tq_emulated_capture") : NULL;
+    assert_non_null(hook);
+    memcpy(&set_capture, &hook, sizeof hook);
+    batch_model *m = batch_model_open(TQ_DEVICE_CUDA, 9);
+    const int64_t first[N_SEQ] = {100, 3, 5}, one[N_SEQ] = {1, 1, 1};
+    for (int32_t i = 0; i < N_SEQ; i++) assert_int_equal(tq_cache_reserve(m->cache, m->ours[i], 300), TQ_OK);
+    batch_model_pass(m, first, TQ_DTYPE_F32, 2e-3);
+    batch_model_pass(m, one, TQ_DTYPE_F32, 2e-3);
+    for (int32_t step = 0; step < 160; step++) {
+        set_capture(true);
+        batch_model_pass(m, one, TQ_DTYPE_F32, 2e-3);
+        set_capture(false);
+        assert_int_equal(tq_batch_replayed(m->batch, m->ours, one), TQ_OK);
+    }
+    batch_model_check(m->cache, m->ours, m->plain, m->theirs);
+    batch_model_begin_with(m, 0); /* at 192 tokens of 261 */
+    assert_int_equal(batch_model_length(m, 1), 192);
+    batch_model_check(m->cache, m->ours, m->plain, m->theirs);
+    batch_model_close(m);
+    dlclose(library);
+}
+
 #define REFUSED(call, status) assert_int_equal(call, status)
 
 static void test_refusals(void **state)
@@ -182,8 +211,11 @@ static void test_caches_that_a_device_refuses(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_batches_are_prefills),         cmocka_unit_test(test_on_a_device),
-        cmocka_unit_test(test_files_and_prefixes),           cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_batches_are_prefills),
+        cmocka_unit_test(test_on_a_device),
+        cmocka_unit_test(test_files_and_prefixes),
+        cmocka_unit_test(test_captured_steps_come_to_checkpoints),
+        cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_caches_that_a_device_refuses),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
