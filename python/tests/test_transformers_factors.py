@@ -363,6 +363,30 @@ def test_the_guard_raises_a_layer(tmp_path):
     assert torch.equal(logits(model, again, ids(1, 3)), logits(model, raised, ids(1, 3)))
 
 
+def test_every_layer_is_judged_behind_its_norm(tmp_path):
+    """
+    Norms far from one make up for large projections, as in real models. Layers that are judged before their turn are judged, and
+    have the factors, as when they come.
+    """
+    found = []
+    for guard in ("raise", "warn"):
+        model = make_model("llama")
+        with torch.no_grad():
+            for i, layer in enumerate(model.model.layers):
+                scale = torch.exp2(torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(i)))
+                layer.input_layernorm.weight.copy_(scale / 50)
+                for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                    projection.weight *= 50 / scale
+        cache = compressed(model, preset="TQ3", k_format=None, v_format=None, guard=guard)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            logits(model, cache, ids(1, 20))
+        assert not any("move" in str(each.message) for each in told)
+        assert formats_held(cache, tmp_path) == ["tt3"] * 4
+        found.append(quarters(cache))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("guard, chosen", [("warn", None), ("raise", "tt3"), ("off", None)])
 def test_the_guard_leaves_formats(tmp_path, guard, chosen, recwarn):
     """That were chosen, or where it is told to; it warns unless it is off."""

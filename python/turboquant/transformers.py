@@ -120,10 +120,12 @@ _known = weight_factors.Known()
 
 
 @torch.no_grad()
-def _factors_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int
-                ) -> tuple[np.ndarray, float] | None:
-    """weight_factors.of_module, once for each module; query and keys say what it makes, and where."""
-    shape, norm = (query.shape[1], keys.shape[1], keys.shape[3]), weight_factors.norm_before(module)
+def _factors_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int,
+                layer: torch.nn.Module | None = None) -> tuple[np.ndarray, float] | None:
+    """
+    weight_factors.of_module, once for each module; query and keys say what it makes, and where; layer: as of norm_before.
+    """
+    shape, norm = (query.shape[1], keys.shape[1], keys.shape[3]), weight_factors.norm_before(module, layer)
     return _known.get(module, (*shape, n_ref), lambda: weight_factors.of_module(
         module, *shape, lambda x: torch.from_numpy(x).to(query.device, query.dtype), lambda x: x.float().cpu().numpy(),
         lambda: _rope(module, shape[2]), n_ref, norm))
@@ -538,11 +540,12 @@ class TurboQuantCache(Cache):
         model = _calling_model()
         if model is None or any(self._options.get(name) is not None for name in ("k_format", "layer_k_formats")):
             return
-        modules = {getattr(each, "layer_idx", None): each for each in model.modules() if type(each) is type(module)}
+        found = {getattr(part, "layer_idx", None): (part, owner) for owner in model.modules() for part in owner.children()
+                 if type(part) is type(module)}
         raised, n_ref = list(self._key_formats), weight_factors.references_of(self._options)
         for layer in self._compressed:
-            other = modules.get(layer.index)
-            of_weights = None if other is None else _factors_of(other, query, keys, n_ref)
+            other, owner = found.get(layer.index, (None, None))
+            of_weights = None if other is None else _factors_of(other, query, keys, n_ref, owner)
             if of_weights is not None:
                 spread = of_weights[1] * (getattr(other, "scaling", None) or scaling)
                 raised[layer._number] = int(lib.tq_key_guard(raised[layer._number], spread))
