@@ -79,8 +79,9 @@ def in_mlx(folder, kind, context):
     def make_cache():
         if kind == "stock":
             return stock.make_prompt_cache(model)
-        # Keys come without the modules that made them.
-        return turboquant.mlx.make_prompt_cache(model, kind, factors="off")
+        # Keys come without the modules that made them. The tables of pools for a million tokens a layer, the default, take more
+        # than these few tokens; what the warm-up gives back of its own would hide them.
+        return turboquant.mlx.make_prompt_cache(model, kind, factors="off", max_tok=4 * N_TOK * len(model.layers))
 
     def following(token, cache):
         return int(mx.argmax(model(mx.array([[token]]), cache=cache)))
