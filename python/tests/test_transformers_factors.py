@@ -365,8 +365,8 @@ def test_the_guard_raises_a_layer(tmp_path):
 
 def test_every_layer_is_judged_behind_its_norm(tmp_path):
     """
-    Norms far from one make up for large projections, as in real models. Layers that are judged before their turn are judged, and
-    have the factors, as when they come.
+    Norms far from one make up for large projections, as in real models. Layers that are judged before their turn are judged,
+    and have the factors, as when they come.
     """
     found = []
     for guard in ("raise", "warn"):
