@@ -45,7 +45,8 @@ SANITIZERS = {
     "TSAN_OPTIONS": "halt_on_error=1",
 }
 SLOW = {"TQ_TEST_SLOW": "1"}  # fewer random runs, where each takes ten times as long
-FUZZ_RUNS = 200  # of the stand-alone driver: some 7 s of the slowest target but fuzz_batch, whose inputs take a second each
+# Of the driver in fuzz/standalone.h: some 7 s of the slowest target but fuzz_batch, whose inputs take a second each.
+FUZZ_RUNS = 200
 # Of libFuzzer: some 5 s each. Inputs, not seconds, so that a failure can be had again on another machine.
 FUZZ_INPUTS = {"fuzz_batch": 30, "fuzz_options": 200_000, "fuzz_page_ops": 2500, "fuzz_snapshot": 5000, "fuzz_state": 250,
                "fuzz_store_ops": 800}
