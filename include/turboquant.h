@@ -371,8 +371,9 @@ TQ_API TQ_NODISCARD tq_status tq_cache_seq_fork(tq_cache *cache, int32_t from, i
  * Say that the sequence's first n_tok tokens are tokens[n_tok] (all of them, also if some were published before). Pages that
  * they fill, and whose tokens have left the ring of every layer, can then be found by tq_cache_seq_match, also after the
  * sequence was freed, until the pool needs them for something else: least recently used first. A fork publishes places to begin
- * only behind its beginning. Errors: ARGUMENT (more tokens than a layer has, a page was published with others, or the cache has
- * no checkpoint_stride), RANGE, MEMORY, FULL; then fewer pages may have been published.
+ * only behind its beginning, and what was trimmed by more than n_take_back nothing behind that. Errors: ARGUMENT (more tokens
+ * than a layer has, a page was published with others, the cache has no checkpoint_stride, or a device, which is waited for, got
+ * tokens that were not finite), RANGE, MEMORY, FULL, DEVICE; then fewer pages may have been published.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *tokens, int64_t n_tok);
 /*

@@ -59,6 +59,8 @@ typedef struct tq_sequence {
     tq_held_pages held;         /* by a reservation */
     tq_checkpoint *checkpoints; /* [n_checkpoints]: number i at (i + 1) * checkpoint_stride tokens */
     int32_t n_checkpoints;
+    /* Tokens from here on depend on some that were taken back and that nothing remembers exactly: they are not published. */
+    int64_t sound_end;
     int64_t pending;      /* tokens that a batch of slots is about to bring */
     int64_t *length;      /* [n_layer] */
     int64_t *ring_begin;  /* [n_layer, TQ_N_SIDES] */
@@ -194,12 +196,14 @@ int64_t tq_checkpoint_distance(const tq_cache *cache, const tq_sequence *sequenc
 void tq_need_checkpoints(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, tq_need *need);
 /* Errors: FULL, MEMORY; those of a device. */
 tq_status tq_checkpoints_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
+/* Are the newest n_recent tokens of a layer all exact? */
+bool tq_sequence_is_exact(const tq_cache *cache, const tq_sequence *sequence, int32_t layer);
 /* A layer has come to its length: if there is a checkpoint it has been here, and in the host's memory leaves its exact data. */
 void tq_checkpoint_pass(const tq_cache *cache, tq_sequence *sequence, int32_t layer);
 /* All layers of a device's sequence have come to their length, from `before` tokens on, without a look at the checkpoints
  * between. Errors: those of a device. */
 tq_status tq_checkpoints_catch_up(tq_cache *cache, tq_sequence *sequence, int64_t before);
-/* The exact data of a checkpoint that all layers have been at, which the caller owns then; NULL if there are none. */
+/* The exact data of a checkpoint that all layers have been at, which the caller owns then; NULL if they do not exist. */
 tq_exact_data *tq_checkpoint_take(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
 /* Forget those of more than `first` and at most `last` tokens. */
 void tq_checkpoints_drop(tq_cache *cache, tq_sequence *sequence, int64_t first, int64_t last);
@@ -256,7 +260,8 @@ tq_status tq_sequence_prefill(tq_cache *cache, tq_sequence *sequence, int32_t la
 
 /* share.c; locked. */
 /* Publish the pages that tokens [n_tok], the sequence's first ones, fill and that no layer will write any more. Errors: FULL,
- * MEMORY (fewer pages are published then); ARGUMENT if a page was published with other tokens. */
+ * MEMORY (fewer pages are published then); ARGUMENT if a page was published with other tokens, or if tokens on a device were
+ * not finite. */
 tq_status tq_sequence_publish(tq_cache *cache, tq_sequence *sequence, const int32_t *tokens, int64_t n_tok);
 /* A new sequence that begins with the published pages that tokens begin with. Errors: FULL, MEMORY. */
 tq_status tq_sequence_match(tq_cache *cache, const int32_t *tokens, int64_t n_tok, tq_sequence **out);

@@ -92,8 +92,7 @@ tq_status tq_checkpoints_reserve(tq_cache *cache, tq_sequence *sequence, int32_t
     return TQ_OK;
 }
 
-/* Are the newest n_recent tokens of a layer all exact? */
-static bool is_exact(const tq_cache *cache, const tq_sequence *sequence, int32_t layer)
+bool tq_sequence_is_exact(const tq_cache *cache, const tq_sequence *sequence, int32_t layer)
 {
     for (int32_t i_side = 0; i_side < TQ_N_SIDES; i_side++) {
         const tq_side *side = tq_shape_side(&cache->shape, layer, i_side);
@@ -107,7 +106,7 @@ static bool is_exact(const tq_cache *cache, const tq_sequence *sequence, int32_t
 void tq_checkpoint_pass(const tq_cache *cache, tq_sequence *sequence, int32_t layer)
 {
     tq_checkpoint *checkpoint = tq_checkpoint_at(cache, sequence, sequence->length[layer]);
-    if (!checkpoint || !is_exact(cache, sequence, layer)) return;
+    if (!checkpoint || !tq_sequence_is_exact(cache, sequence, layer)) return;
     checkpoint->n_layers++;
     if (cache->device || cache->budget.is_dry) return;
     for (int32_t i = 0; i < TQ_N_SIDES; i++) {

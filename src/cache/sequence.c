@@ -88,6 +88,7 @@ tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out)
     tq_sequence *sequence;
     TQ_TRY(allocate(cache, record_bytes(cache), &sequence));
     sequence->id = id;
+    sequence->sound_end = INT64_MAX;
     sequence->length = sequence->numbers;
     sequence->ring_begin = sequence->numbers + cache->shape.n_layer;
     sequence->exact_begin = sequence->numbers + tq_sequence_file_numbers(cache);
@@ -189,6 +190,7 @@ tq_status tq_sequence_fork(tq_cache *cache, const tq_sequence *from, tq_sequence
     if (from->exact) from->exact->n_refs++;
     sequence->n_published = from->n_published;
     sequence->published = from->published;
+    sequence->sound_end = from->sound_end;
     memcpy(sequence->numbers, from->numbers, record_bytes(cache) - sizeof *sequence);
     *out = sequence;
     return TQ_OK;

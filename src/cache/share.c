@@ -2,10 +2,10 @@
 /* Prefixes: sequences that publish their pages, and sequences that begin with published ones. */
 #include "cache/cache.h"
 
-/* Pages that no layer writes any more, as long as the sequence grows. */
+/* Pages that no layer writes any more, as long as the sequence grows, and that hold what their tokens say. */
 static int64_t settled_pages(const tq_cache *cache, const tq_sequence *sequence)
 {
-    int64_t settled = INT64_MAX;
+    int64_t settled = sequence->sound_end;
     for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
         int64_t length = sequence->length[i / TQ_N_SIDES];
         int64_t end = sequence->ring_begin[i] < length ? sequence->ring_begin[i] : length;
@@ -29,6 +29,8 @@ static void give_checkpoint(tq_cache *cache, tq_sequence *sequence, tq_prefix *p
 
 tq_status tq_sequence_publish(tq_cache *cache, tq_sequence *sequence, const int32_t *tokens, int64_t n_tok)
 {
+    /* A device tells late of tokens that were not finite: others must not begin with what it holds in their place. */
+    if (cache->device) TQ_TRY(cache->device->check(cache->memory));
     int64_t n = settled_pages(cache, sequence), page_size = cache->shape.page_size;
     if (n > n_tok / page_size) n = n_tok / page_size;
     if (sequence->n_published == 0) sequence->published = 0;

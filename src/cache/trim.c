@@ -34,10 +34,15 @@ tq_status tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok
             if (*ring_begin > begin) *ring_begin = begin;
         }
     }
+    bool is_exact = true; /* else what is coded stays so, and what follows depends on what was taken back */
+    for (int32_t layer = 0; layer < cache->shape.n_layer; layer++) is_exact &= tq_sequence_is_exact(cache, sequence, layer);
     tq_status status = tq_sequence_complete(cache, sequence);
     if (status != TQ_OK) memcpy(sequence->numbers, before, bytes);
     tq_free(before);
     if (status != TQ_OK) return status;
+    int64_t sound = n_tok > cache->n_recent ? n_tok - cache->n_recent : 0;
+    if (!is_exact && sound < sequence->sound_end) sequence->sound_end = sound;
+    if (n_tok == 0) sequence->sound_end = INT64_MAX;
     tq_checkpoints_drop(cache, sequence, n_tok, INT64_MAX);
     int64_t page_size = cache->shape.page_size;
     tq_sequence_keep_pages(cache, sequence, (int32_t)((longest_layer(cache, sequence) + page_size - 1) / page_size));

@@ -37,6 +37,7 @@ typedef struct cache_model_sequence {
      * that was published has it, as far as is known. */
     int32_t passed[CACHE_MODEL_PLACES];
     bool given[CACHE_MODEL_PLACES];
+    int64_t sound_end; /* what follows depends on tokens that were taken back */
     cache_model_side sides[CACHE_MODEL_LAYERS][2];
 } cache_model_sequence;
 
@@ -396,6 +397,7 @@ static inline void cache_model_copy(const cache_model *m, cache_model_sequence *
     memcpy(to->length, from->length, sizeof to->length);
     memcpy(to->tokens, from->tokens, sizeof to->tokens);
     cache_model_forget_places(to, 0, CACHE_MODEL_TOKENS);
+    to->sound_end = from->sound_end;
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) {
             size_t bytes = (size_t)(CACHE_MODEL_TOKENS * cache_model_row(m, side)) * sizeof(float);
@@ -424,6 +426,7 @@ static inline void cache_model_do_publish(cache_model *m, cache_model_sequence *
     m->published.id = -1;
     if (!cache_model_done(m, tq_cache_seq_publish(m->cache, s->id, s->tokens, shortest))) return;
     int64_t settled = cache_model_settled(m, s);
+    if (settled > s->sound_end) settled = s->sound_end / m->params.page_size * m->params.page_size;
     bool has_exact = m->cache->shape.exact_bytes > 0;
     for (int64_t i = 0; 16 * i <= settled; i++) {
         if (has_exact && s->passed[i] == m->params.n_layer) s->given[i] = true, s->passed[i] = -1;
@@ -465,6 +468,7 @@ static inline void cache_model_do_match(cache_model *m, cache_model_sequence *s)
     if (m->cache->shape.exact_bytes > 0) KV_CHECK(n_matched % m->params.checkpoint_stride == 0);
     if (cache_model_n_evicted(m) == m->n_evicted) KV_CHECK(n_matched >= want);
     cache_model_copy(m, s, &m->published);
+    s->sound_end = CACHE_MODEL_TOKENS;
     /* As if its tokens had been appended: what is recent is exact. */
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         s->length[layer] = n_matched;
@@ -582,7 +586,14 @@ static inline void cache_model_do_trim(cache_model *m, cache_model_sequence *s, 
     if (is_shorter) cache_model_forget_places(s, n, CACHE_MODEL_TOKENS);
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         if (s->length[layer] > n) s->length[layer] = n;
-        for (int32_t side = 0; side < 2; side++) cache_model_take_back(m, s, layer, side);
+        for (int32_t side = 0; side < 2; side++) {
+            cache_model_take_back(m, s, layer, side);
+            int64_t p = s->length[layer] - m->params.n_recent, sound = n > m->params.n_recent ? n - m->params.n_recent : 0;
+            for (p = p > m->params.n_sink ? p : m->params.n_sink; is_shorter && p < s->length[layer]; p++) {
+                bool is_coded = !cache_model_is_reference(m, layer, side) && s->sides[layer][side].encoded[p];
+                if (is_coded && sound < s->sound_end) s->sound_end = sound;
+            }
+        }
     }
 }
 
@@ -684,6 +695,7 @@ static inline void cache_model_create(cache_model *m, cache_model_sequence *s)
     KV_CHECK(s->id >= 0);
     for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) KV_CHECK(&m->sequences[i] == s || m->sequences[i].id != s->id);
     memset(s->length, 0, sizeof s->length);
+    s->sound_end = CACHE_MODEL_TOKENS;
     cache_model_forget_places(s, 0, CACHE_MODEL_TOKENS);
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) s->sides[layer][side].exact_begin = 0;

@@ -141,6 +141,31 @@ static void test_captured_steps_come_to_checkpoints(void **state)
     dlclose(library);
 }
 
+/* A device takes tokens that are not finite and tells later; nobody else begins with what it holds in their place. */
+static void test_what_is_not_finite_is_not_published(void **state)
+{
+    (void)state;
+    if (!has_device()) skip();
+    enum { N = 200 };
+    static float q[N * N_HEAD * HEAD_DIM], k[N * N_HEAD_KV * HEAD_DIM], v[N * N_HEAD_KV * HEAD_DIM], out[N * N_HEAD * HEAD_DIM];
+    tq_cache *cache = batch_model_create(TQ_DEVICE_CUDA, 8);
+    tq_batch *batch;
+    int32_t seq, tokens[N] = {0};
+    int64_t n = N;
+    k[30 * N_HEAD_KV * HEAD_DIM] = NAN;
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    assert_int_equal(tq_batch_create(&batch, cache, 1), TQ_OK);
+    assert_int_equal(tq_batch_begin(batch, &seq, &n, N_HEAD), TQ_OK);
+    tq_batch_rows rows;
+    tq_batch_rows_default(&rows);
+    rows.q = q, rows.k = k, rows.v = v, rows.out = out;
+    for (int32_t layer = 0; layer < N_LAYER; layer++) assert_int_equal(tq_batch_attend(batch, layer, &rows, NULL), TQ_OK);
+    assert_int_equal(tq_batch_end(batch), TQ_OK);
+    assert_int_equal(tq_cache_seq_publish(cache, seq, tokens, N), TQ_ERR_ARGUMENT);
+    tq_batch_free(batch);
+    tq_cache_free(cache);
+}
+
 #define REFUSED(call, status) assert_int_equal(call, status)
 
 static void test_refusals(void **state)
@@ -215,6 +240,7 @@ int main(void)
         cmocka_unit_test(test_on_a_device),
         cmocka_unit_test(test_files_and_prefixes),
         cmocka_unit_test(test_captured_steps_come_to_checkpoints),
+        cmocka_unit_test(test_what_is_not_finite_is_not_published),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_caches_that_a_device_refuses),
     };

@@ -218,11 +218,36 @@ static void test_longer_take_backs_leave_tokens_coded(void **state)
     }
 }
 
+/* And what follows one is nothing that others begin with. */
+static void test_longer_take_backs_are_not_published(void **state)
+{
+    (void)state;
+    static float out[N_TOK * Q_ROW];
+    int32_t tokens[N_TOK], seq, other;
+    for (int32_t i = 0; i < N_TOK; i++) tokens[i] = i;
+    for (int64_t n = DRAFT_MAX; n <= DRAFT_MAX + 1; n++) {
+        tq_cache *cache = create(tq_preset_get(TQ_PRESET_DEFAULT));
+        int64_t n_matched;
+        assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+        const text *t = &texts[0];
+        for (int layer = 0; layer < N_LAYER; layer++) step(cache, seq, layer, t->k[layer], t->v[layer], t->q, 200, out);
+        for (int layer = 0; layer < N_LAYER; layer++) step(cache, seq, layer, t->k[layer], t->v[layer], t->q, n, out);
+        assert_int_equal(tq_cache_trim(cache, seq, 200), TQ_OK);
+        for (int layer = 0; layer < N_LAYER; layer++)
+            step(cache, seq, layer, t->k[layer] + 200 * ROW, t->v[layer] + 200 * ROW, t->q, N_TOK - 200, out);
+        assert_int_equal(tq_cache_seq_publish(cache, seq, tokens, N_TOK), TQ_OK);
+        assert_int_equal(tq_cache_seq_match(cache, tokens, N_TOK, &other, &n_matched), TQ_OK);
+        assert_int_equal(n_matched, n == DRAFT_MAX ? 256 : 128);
+        tq_cache_free(cache);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_history_does_not_matter),
         cmocka_unit_test(test_longer_take_backs_leave_tokens_coded),
+        cmocka_unit_test(test_longer_take_backs_are_not_published),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
