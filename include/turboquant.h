@@ -250,9 +250,10 @@ TQ_API TQ_NODISCARD tq_status tq_calibration_take_layer(tq_calibration **out, co
 TQ_API int32_t tq_calibration_n_layer(const tq_calibration *calibration);
 /* The name of the model that it was learnt from; "" for NULL. */
 TQ_API const char *tq_calibration_model(const tq_calibration *calibration);
-/* The memory that it takes, of a layer that was taken its part; and what one layer's transforms take of it, 0 if none. */
+/* The memory that it takes, of a layer that was taken its part. */
 TQ_API size_t tq_calibration_bytes(const tq_calibration *calibration);
-TQ_API size_t tq_calibration_layer_bytes(const tq_calibration *calibration, int32_t layer);
+/* The transforms of one layer (tq_paged_store.k_transforms), *bytes of them; NULL and 0 if it has none. As long as it lives. */
+TQ_API const uint16_t *tq_calibration_transforms(const tq_calibration *calibration, int32_t layer, size_t *bytes);
 
 /* ---- factors from a model's weights -------------------------------------------------------------------------------- */
 
@@ -507,6 +508,13 @@ typedef struct tq_batch_rows {
     float softcap;      /* 0: none */
     int64_t window;     /* > 0: column > position - window */
     const float *sinks; /* optional [n_head]: learned sink logits */
+    /* As in tq_attend_params. A column is a position of the row's sequence; rows of the mask and lse are those of q. */
+    const void *mask;
+    bool mask_is_f16;
+    int64_t mask_token_stride, mask_head_stride;
+    const float *alibi_slopes;
+    float *lse;
+    int32_t out_dim;
 } tq_batch_rows;
 TQ_API void tq_batch_rows_default(tq_batch_rows *rows);
 /*
@@ -712,7 +720,7 @@ TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, 
 TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t n_col,
                                               const tq_attend_params *params, const tq_executor *executor);
 
-/* ---- CUDA ---------------------------------------------------------------------------------------------------------- */
+/* ---- paged stores -------------------------------------------------------------------------------------------------- */
 
 /*
  * Keys and values of one layer in the memory of a CUDA device, paged, with attention on the compressed bytes (docs/cuda.md).
@@ -734,16 +742,20 @@ typedef struct tq_cuda_info {
 /* Errors: ARGUMENT, NO_DEVICE. */
 TQ_API TQ_NODISCARD tq_status tq_cuda_describe(tq_cuda_info *out);
 
-typedef struct tq_cuda_store {
+typedef struct tq_paged_store {
     size_t struct_size;
     tq_format k_format, v_format; /* sq8, sq4, sq3, sq2; tt4, tt3, tt2 except at head_dim 96. docs/cuda.md: fast pairs */
     int32_t head_dim, n_head_kv;  /* 64, 96, 128, 192 or 256 */
+    int32_t head_dim_v;           /* 0: the same. Other pairs than equal ones: 192 with 128 */
     int32_t page_size;            /* tokens, 32 to 256, a multiple of 32 */
     int32_t n_sink, n_recent;     /* at most 512 together */
     /* 64: keys are coded against references, one for each 64 positions and KV head, as a cache's with this k_ref_block. Wants
      * n_recent > 0, and page_size to be a multiple of it. 0: none. */
     int32_t k_ref_block;
     const int8_t *k_factors; /* optional [n_head_kv, head_dim]: as tq_cache_set_key_factors; the same in all calls */
+    /* Optional, in place of factors: a layer's transforms of keys as tq_calibration_transforms gives them, copied to the
+     * device; the same in all calls. */
+    const uint16_t *k_transforms;
     uint64_t seed;
     int64_t n_pages;       /* of `pages` */
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
@@ -757,30 +769,30 @@ typedef struct tq_cuda_store {
     int32_t n_ring;
     size_t page_stride_bytes;  /* from one page to the next: at least page_bytes, a multiple of 16; 0: page_bytes */
     size_t exact_stride_bytes; /* from one exact slot to the next: at least exact_bytes, a multiple of 16; 0: exact_bytes */
-} tq_cuda_store;
-TQ_API void tq_cuda_store_default(tq_cuda_store *store);
+} tq_paged_store;
+TQ_API void tq_paged_store_default(tq_paged_store *store);
 
 /* Bytes of the caller's memory, from plain arithmetic: needs no device. */
-typedef struct tq_cuda_sizes {
+typedef struct tq_paged_sizes {
     size_t page_bytes;      /* of one page on the device: keys and values of all KV heads */
     size_t exact_bytes;     /* of one exact slot */
-    size_t canonical_bytes; /* of one page in the format's own arrangement, as tq_cuda_pages_export writes it */
-} tq_cuda_sizes;
+    size_t canonical_bytes; /* of one page in the format's own arrangement, as tq_paged_export writes it */
+} tq_paged_sizes;
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM (there is no device layout for these; the log says what there is). */
-TQ_API TQ_NODISCARD tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *store);
+TQ_API TQ_NODISCARD tq_status tq_paged_sizes_get(tq_paged_sizes *out, const tq_paged_store *store);
 
 /*
  * An append has two halves. A token pushes another one out of the ring, which is encoded; then it takes that one's place. The
  * first half takes longer and needs nothing of the new token, so it may run long before, on another stream.
  */
-typedef enum tq_cuda_append_half {
-    TQ_CUDA_APPEND_BOTH = 0,
+typedef enum tq_append_half {
+    TQ_APPEND_BOTH = 0,
     /* k and v may be NULL where no sequence gets more than n_recent tokens, with references more than one. */
-    TQ_CUDA_APPEND_ENCODE = 1,
-    TQ_CUDA_APPEND_STORE = 2, /* writes the exact tokens; the other half must be done with the same tokens */
-} tq_cuda_append_half;
+    TQ_APPEND_ENCODE = 1,
+    TQ_APPEND_STORE = 2, /* writes the exact tokens; the other half must be done with the same tokens */
+} tq_append_half;
 
-typedef struct tq_cuda_append_params {
+typedef struct tq_paged_append_params {
     size_t struct_size;
     int64_t n_tok;
     tq_dtype dtype;
@@ -801,13 +813,13 @@ typedef struct tq_cuda_append_params {
     /* Optional int32: incremented for each vector with NaN, infinity or a magnitude above 65504. NaN is stored as 0, the others
      * as the largest FP16 number. */
     int32_t *n_not_finite;
-    tq_cuda_append_half half; /* other than BOTH: with a ring alone */
-} tq_cuda_append_params;
-TQ_API void tq_cuda_append_params_default(tq_cuda_append_params *params);
+    tq_append_half half; /* other than BOTH: with a ring alone */
+} tq_paged_append_params;
+TQ_API void tq_paged_append_params_default(tq_paged_append_params *params);
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE. */
-TQ_API TQ_NODISCARD tq_status tq_cuda_append(const tq_cuda_store *store, const tq_cuda_append_params *params, void *stream);
+TQ_API TQ_NODISCARD tq_status tq_paged_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream);
 
-typedef struct tq_cuda_attend_params {
+typedef struct tq_paged_attend_params {
     size_t struct_size;
     int32_t n_seq;
     int32_t
@@ -823,19 +835,19 @@ typedef struct tq_cuda_attend_params {
     const void *seq_lens; /* tokens of each sequence, those of the queries included: int32 [n_seq], or int64 */
     bool seq_lens_are_64;
     int64_t max_seq_len;        /* host: no sequence is longer; it only decides how the work is cut */
-    const int32_t *exact_slots; /* as in tq_cuda_append_params */
+    const int32_t *exact_slots; /* as in tq_paged_append_params */
     float softmax_scale;
     float softcap;      /* 0: none */
     int64_t window;     /* > 0: column > position - window */
     const float *sinks; /* optional float [n_head]: learned sink logits */
     /* Results are repeated bit for bit, and do not depend on what else is in the batch or on max_seq_len. Costs some speed. */
     bool deterministic;
-    /* The call before on this stream is the tq_cuda_append, or its STORE half, of the newest token: kernels may then begin
+    /* The call before on this stream is the tq_paged_append, or its STORE half, of the newest token: kernels may then begin
      * beside it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
     bool follows_append;
-    /* Scratch, aligned to 128 bytes, whose first 1 / TQ_CUDA_WORKSPACE_COUNTERS must be zero before its first use; each call
+    /* Scratch, aligned to 128 bytes, whose first 1 / TQ_PAGED_WORKSPACE_COUNTERS must be zero before its first use; each call
      * leaves them zero. Calls of all shapes may use one workspace, each after the other and with the same workspace_bytes:
-     * those that tq_cuda_workspace_bytes says for the most that any of them has. Calls that may run at the same time need one
+     * those that tq_paged_workspace_bytes says for the most that any of them has. Calls that may run at the same time need one
      * each. */
     void *workspace;
     size_t workspace_bytes;
@@ -844,42 +856,48 @@ typedef struct tq_cuda_attend_params {
     const int32_t *query_starts;
     /*
      * Optional: keys and values of the query tokens, [tokens, n_head_kv, head_dim] of dtype, rounded to FP16 on entry. Then the
-     * call comes between the two halves of their append, TQ_CUDA_APPEND_ENCODE and TQ_CUDA_APPEND_STORE, and each query has its
+     * call comes between the two halves of their append, TQ_APPEND_ENCODE and TQ_APPEND_STORE, and each query has its
      * own last n_recent tokens exact: results are those of tokens that come one by one, however a prompt is cut. Without a ring
      * they are not read, and the append comes first.
      */
     const void *new_k, *new_v;
     int64_t new_row_stride; /* elements from one token to the next; 0: contiguous */
-} tq_cuda_attend_params;
-#define TQ_CUDA_WORKSPACE_COUNTERS 32
-TQ_API void tq_cuda_attend_params_default(tq_cuda_attend_params *params);
+    /* As in tq_attend_params, in device memory. A column is a position of the query's sequence; rows are those of q. */
+    const void *mask;
+    bool mask_is_f16;
+    int64_t mask_token_stride, mask_head_stride;
+    const float *alibi_slopes;
+    int32_t out_dim;
+} tq_paged_attend_params;
+#define TQ_PAGED_WORKSPACE_COUNTERS 32
+TQ_API void tq_paged_attend_params_default(tq_paged_attend_params *params);
 /*
  * What any call needs whose n_seq, n_query and max_seq_len are at most these, with this n_head, and deterministic calls if
  * these are. Errors: ARGUMENT, SHAPE, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
  */
-TQ_API TQ_NODISCARD tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *store,
-                                                      const tq_cuda_attend_params *params);
+TQ_API TQ_NODISCARD tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *store,
+                                                       const tq_paged_attend_params *params);
 /*
  * softmax(softmax_scale * q . K) . V, causal: query token i of a sequence sees positions up to length - n_query + i, and
  * exactly the sinks and its own last n_recent of them, as far as the ring or new_k and new_v have these. A row that sees
  * nothing gives zeros. Scales of values (their root mean square) should lie between 1e-4 and 2000. Errors: ARGUMENT, SHAPE,
  * FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
  */
-TQ_API TQ_NODISCARD tq_status tq_cuda_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params, void *stream);
+TQ_API TQ_NODISCARD tq_status tq_paged_attend(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream);
 
 /* Copy pages from[i] to to[i], int32 [n] each; no page may be in both. Errors: ARGUMENT, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
  */
-TQ_API TQ_NODISCARD tq_status tq_cuda_pages_copy(const tq_cuda_store *store, const int32_t *from, const int32_t *to, int64_t n,
-                                                 void *stream);
+TQ_API TQ_NODISCARD tq_status tq_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n,
+                                            void *stream);
 /*
  * Pages pages[n] (int32) to and from the format's own bytes [n, n_head_kv, head page of keys with references, head page of
  * values] (docs/formats.md), bit for bit. bytes: device memory, or host memory that the device can reach (cudaMallocHost).
  * Errors as above.
  */
-TQ_API TQ_NODISCARD tq_status tq_cuda_pages_export(const tq_cuda_store *store, const int32_t *pages, int64_t n, void *bytes,
-                                                   void *stream);
-TQ_API TQ_NODISCARD tq_status tq_cuda_pages_import(const tq_cuda_store *store, const int32_t *pages, int64_t n,
-                                                   const void *bytes, void *stream);
+TQ_API TQ_NODISCARD tq_status tq_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes,
+                                              void *stream);
+TQ_API TQ_NODISCARD tq_status tq_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes,
+                                              void *stream);
 
 #ifdef __cplusplus
 }

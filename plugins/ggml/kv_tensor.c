@@ -140,7 +140,9 @@ static size_t store_bytes(const tq_store_params *params)
 /* The layer's part of the calibration counts with its keys. */
 static size_t table_bytes(const tq_ggml_device *device, int32_t layer, bool is_value)
 {
-    return is_value ? 0 : tq_calibration_layer_bytes(device->calibration, layer);
+    size_t bytes;
+    (void)tq_calibration_transforms(device->calibration, layer, &bytes);
+    return is_value ? 0 : bytes;
 }
 
 size_t tq_ggml_kv_estimate(const tq_ggml_device *device, const struct ggml_tensor *t)

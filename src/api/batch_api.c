@@ -106,6 +106,10 @@ static tq_status check_rows(const tq_batch *batch, const tq_batch_rows *rows)
         tq_log(TQ_LOG_ERROR, WHO ": softmax_scale must be finite, softcap and window positive, or 0 for none");
         return TQ_ERR_ARGUMENT;
     }
+    if (rows->mask || rows->alibi_slopes || rows->lse || rows->out_dim) {
+        tq_log(TQ_LOG_ERROR, WHO ": no masks, ALiBi slopes, lse or out_dim");
+        return TQ_ERR_ARGUMENT;
+    }
     return TQ_OK;
 }
 

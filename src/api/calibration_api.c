@@ -34,9 +34,11 @@ size_t tq_calibration_bytes(const tq_calibration *calibration)
     return calibration ? calibration->bytes : 0;
 }
 
-size_t tq_calibration_layer_bytes(const tq_calibration *calibration, int32_t layer)
+const uint16_t *tq_calibration_transforms(const tq_calibration *calibration, int32_t layer, size_t *bytes)
 {
-    if (!calibration || layer < 0 || layer >= calibration->n_layer) return 0;
+    if (bytes) *bytes = 0;
+    if (!calibration || !bytes || layer < 0 || layer >= calibration->n_layer) return NULL;
     const tq_calibration_layer *found = &calibration->layers[layer];
-    return sizeof(uint16_t) * (size_t)found->n_head_kv * tq_transform_row(found->head_dim);
+    *bytes = sizeof(uint16_t) * (size_t)found->n_head_kv * tq_transform_row(found->head_dim);
+    return *bytes > 0 ? calibration->values + found->first : NULL;
 }

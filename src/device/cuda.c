@@ -16,11 +16,11 @@
 
 /* ---- memory -------------------------------------------------------------------------------------------------------- */
 
-static tq_cuda_store store_of(const tq_shape *shape, int32_t layer)
+static tq_paged_store store_of(const tq_shape *shape, int32_t layer)
 {
     const tq_side *keys = tq_shape_side(shape, layer, TQ_SIDE_K), *values = tq_shape_side(shape, layer, TQ_SIDE_V);
-    tq_cuda_store store;
-    tq_cuda_store_default(&store);
+    tq_paged_store store;
+    tq_paged_store_default(&store);
     store.k_format = keys->codec->traits->format;
     store.v_format = values->codec->traits->format;
     store.head_dim = keys->codec->head_dim;
@@ -39,10 +39,10 @@ static tq_status layer_init(tq_memory *m, int32_t i)
     const tq_side *keys = tq_shape_side(m->shape, i, TQ_SIDE_K), *values = tq_shape_side(m->shape, i, TQ_SIDE_V);
     if (keys->transforms) return tq_cuda_refuse("kernels know no calibration's transforms of keys: make the cache without");
     if (keys->codec->head_dim != values->codec->head_dim) return tq_cuda_refuse("kernels want keys and values of one head_dim");
-    tq_cuda_store store = store_of(m->shape, i);
-    tq_cuda_sizes sizes;
+    tq_paged_store store = store_of(m->shape, i);
+    tq_paged_sizes sizes;
     tq_cuda_layer *layer = &m->layers[i];
-    TQ_TRY(tq_cuda_sizes_get(&sizes, &store));
+    TQ_TRY(tq_paged_sizes_get(&sizes, &store));
     TQ_TRY(tq_cuda_shape_store(&layer->store, &store));
     layer->page_bytes = sizes.page_bytes;
     layer->exact_bytes = sizes.exact_bytes;

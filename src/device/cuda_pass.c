@@ -245,7 +245,7 @@ static device_array *workspace_of(tq_pass *pass)
 static tq_status call_bytes(const tq_pass *pass, int32_t n_seq, int64_t n_query, size_t *out)
 {
     char message[TQ_DEVICE_MESSAGE] = "";
-    tq_cuda_attend_params params = {
+    tq_paged_attend_params params = {
         .n_seq = n_seq, .n_query = (int32_t)n_query, .n_head = pass->n_head, .max_seq_len = capacity_of(pass)};
     const tq_memory *m = pass->memory;
     *out = 0;
@@ -316,20 +316,20 @@ static void measure(tq_pass *pass, const tq_pass_row *rows)
     }
 }
 
-static tq_cuda_append_params append_params(const tq_pass *pass, int64_t first, int64_t n)
+static tq_paged_append_params append_params(const tq_pass *pass, int64_t first, int64_t n)
 {
     tq_device_pass places = places_of(pass);
     const tq_device_store *store = &pass->memory->layers[0].store;
     bool has_exact = store->n_sink + store->n_recent > 0; /* then only the sign of a slot is read */
-    return (tq_cuda_append_params){.n_tok = n,
-                                   .slot_mapping = (has_exact ? places.positions : places.slots) + first,
-                                   .seq_ids = places.seq_ids + first,
-                                   .positions = places.positions + first,
-                                   .page_table = pass->table,
-                                   .page_table_stride = pass->width,
-                                   .exact_slots = pass->numbers + pass->n_rows,
-                                   .n_not_finite = pass->memory->not_finite,
-                                   .half = TQ_CUDA_APPEND_BOTH};
+    return (tq_paged_append_params){.n_tok = n,
+                                    .slot_mapping = (has_exact ? places.positions : places.slots) + first,
+                                    .seq_ids = places.seq_ids + first,
+                                    .positions = places.positions + first,
+                                    .page_table = pass->table,
+                                    .page_table_stride = pass->width,
+                                    .exact_slots = pass->numbers + pass->n_rows,
+                                    .n_not_finite = pass->memory->not_finite,
+                                    .half = TQ_APPEND_BOTH};
 }
 
 /*
@@ -340,8 +340,8 @@ static tq_status encode_first(tq_pass *pass)
 {
     char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
-    tq_cuda_append_params params = append_params(pass, 0, pass->n_tok);
-    params.half = TQ_CUDA_APPEND_ENCODE;
+    tq_paged_append_params params = append_params(pass, 0, pass->n_tok);
+    params.half = TQ_APPEND_ENCODE;
     void *stream = m->stream;
     if (pass->side) TQ_TRY(DEVICE(m, side_fork, pass->side, m->stream, &stream));
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
@@ -435,12 +435,11 @@ static tq_status lengths_of_part(tq_pass *pass, const row_part *part, const int3
     return DEVICE(m, copy, pass->chunk_length.data, &length, sizeof length, m->stream);
 }
 
-static tq_status append_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows, const row_part *part,
-                             tq_cuda_append_half half)
+static tq_status append_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows, const row_part *part, tq_append_half half)
 {
     char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
-    tq_cuda_append_params params = append_params(pass, part->first, part->n_tok);
+    tq_paged_append_params params = append_params(pass, part->first, part->n_tok);
     params.dtype = rows->dtype;
     params.k = rows_at(rows->k, part->first, rows->k_token_stride, rows->dtype);
     params.v = rows_at(rows->v, part->first, rows->v_token_stride, rows->dtype);
@@ -457,7 +456,7 @@ static tq_status attend_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows
     tq_memory *m = pass->memory;
     const device_array *workspace = workspace_of(pass);
     bool is_ragged = part->n_seq > 1 && !pass->is_uniform;
-    tq_cuda_attend_params params = {
+    tq_paged_attend_params params = {
         .n_seq = part->n_seq,
         .n_query = (int32_t)part->n_query,
         .n_head = pass->n_head,
@@ -498,11 +497,11 @@ static tq_status run_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows, c
     bool is_between = part->n_query > 1 && has_ring(pass->memory);
     TQ_TRY(lengths_of_part(pass, part, &lengths));
     if (is_between) {
-        TQ_TRY(append_part(pass, i, rows, part, TQ_CUDA_APPEND_ENCODE));
+        TQ_TRY(append_part(pass, i, rows, part, TQ_APPEND_ENCODE));
         TQ_TRY(attend_part(pass, i, rows, part, lengths, true));
-        TQ_TRY(append_part(pass, i, rows, part, TQ_CUDA_APPEND_STORE));
+        TQ_TRY(append_part(pass, i, rows, part, TQ_APPEND_STORE));
     } else {
-        TQ_TRY(append_part(pass, i, rows, part, pass->encoded[i] ? TQ_CUDA_APPEND_STORE : TQ_CUDA_APPEND_BOTH));
+        TQ_TRY(append_part(pass, i, rows, part, pass->encoded[i] ? TQ_APPEND_STORE : TQ_APPEND_BOTH));
     }
     const int32_t *starts = starts_of(pass->host_numbers, pass->n_rows);
     for (int32_t row = part->row; row < part->row + part->n_seq; row++)

@@ -12,27 +12,27 @@
 
 #define COUNT_MAX (INT64_C(1) << 40)
 
-void tq_cuda_store_default(tq_cuda_store *store)
+void tq_paged_store_default(tq_paged_store *store)
 {
     if (!store) return;
-    *store = (tq_cuda_store){.struct_size = sizeof *store,
-                             .k_format = TQ_FORMAT_SQ4,
-                             .v_format = TQ_FORMAT_SQ4,
-                             .head_dim = 128,
-                             .page_size = 64,
-                             .seed = TQ_SEED_DEFAULT};
+    *store = (tq_paged_store){.struct_size = sizeof *store,
+                              .k_format = TQ_FORMAT_SQ4,
+                              .v_format = TQ_FORMAT_SQ4,
+                              .head_dim = 128,
+                              .page_size = 64,
+                              .seed = TQ_SEED_DEFAULT};
 }
 
-void tq_cuda_append_params_default(tq_cuda_append_params *params)
+void tq_paged_append_params_default(tq_paged_append_params *params)
 {
-    if (params) *params = (tq_cuda_append_params){.struct_size = sizeof *params, .dtype = TQ_DTYPE_BF16};
+    if (params) *params = (tq_paged_append_params){.struct_size = sizeof *params, .dtype = TQ_DTYPE_BF16};
 }
 
-void tq_cuda_attend_params_default(tq_cuda_attend_params *params)
+void tq_paged_attend_params_default(tq_paged_attend_params *params)
 {
     if (!params) return;
     *params =
-        (tq_cuda_attend_params){.struct_size = sizeof *params, .n_query = 1, .dtype = TQ_DTYPE_BF16, .softmax_scale = 1.0f};
+        (tq_paged_attend_params){.struct_size = sizeof *params, .n_query = 1, .dtype = TQ_DTYPE_BF16, .softmax_scale = 1.0f};
 }
 
 static tq_status bad(const char *what)
@@ -63,11 +63,11 @@ static tq_status check_format(tq_format format, int32_t head_dim)
 }
 
 /* The caller's store, `from`, as `store`. */
-#define OWN_STORE                                      \
-    TQ_PARAMS(tq_cuda_store, own_store, from, "CUDA"); \
-    const tq_cuda_store *store = &own_store
+#define OWN_STORE                                       \
+    TQ_PARAMS(tq_paged_store, own_store, from, "CUDA"); \
+    const tq_paged_store *store = &own_store
 
-static tq_status check_shape(const tq_cuda_store *store)
+static tq_status check_shape(const tq_paged_store *store)
 {
     TQ_TRY(check_format(store->k_format, store->head_dim));
     TQ_TRY(check_format(store->v_format, store->head_dim));
@@ -75,6 +75,8 @@ static tq_status check_shape(const tq_cuda_store *store)
     if (store->page_size < 32 || store->page_size > 256 || store->page_size % 32 != 0) {
         return bad("page_size must be 32 to 256 and a multiple of 32");
     }
+    if (store->head_dim_v != 0 && store->head_dim_v != store->head_dim) return bad("keys and values must be of one head_dim");
+    if (store->k_transforms) return bad("kernels know no calibration's transforms of keys");
     int32_t sinks = store->n_sink, recent = store->n_recent;
     if (sinks < 0 || recent < 0 || sinks > TQ_DEVICE_EXACT_MAX || recent > TQ_DEVICE_EXACT_MAX - sinks) {
         return bad("n_sink and n_recent must be counts from 0 with a sum of at most 512");
@@ -89,12 +91,12 @@ static tq_status check_shape(const tq_cuda_store *store)
     return TQ_OK;
 }
 
-static int32_t ring_of(const tq_cuda_store *store)
+static int32_t ring_of(const tq_paged_store *store)
 {
     return store->n_ring ? store->n_ring : store->n_recent;
 }
 
-static tq_cuda_sizes sizes_of(const tq_cuda_store *store)
+static tq_paged_sizes sizes_of(const tq_paged_store *store)
 {
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
     tq_plane value = plane_of_format(store->v_format, store->head_dim, true);
@@ -104,7 +106,7 @@ static tq_cuda_sizes sizes_of(const tq_cuda_store *store)
     size_t references = store->k_ref_block ? page_size / TQ_REF_BLOCK * (head_dim + sizeof(uint16_t)) : 0;
     size_t vectors = tq_format_vector_bytes(tq_format_traits_get(store->k_format), store->head_dim) +
                      tq_format_vector_bytes(tq_format_traits_get(store->v_format), store->head_dim);
-    return (tq_cuda_sizes){
+    return (tq_paged_sizes){
         .page_bytes = (size_t)tq_device_head_page_bytes(tq_record_bytes(key, value), reference, n_records) * n_heads,
         .exact_bytes = 2 * n_heads * (size_t)(store->n_sink + ring_of(store)) * head_dim * sizeof(uint16_t),
         .canonical_bytes = n_heads * (page_size * vectors + references),
@@ -112,9 +114,9 @@ static tq_cuda_sizes sizes_of(const tq_cuda_store *store)
 }
 
 /* Distances between pages and between exact slots, where they are not as short as can be. */
-static tq_status check_strides(const tq_cuda_store *store)
+static tq_status check_strides(const tq_paged_store *store)
 {
-    tq_cuda_sizes sizes = sizes_of(store);
+    tq_paged_sizes sizes = sizes_of(store);
     size_t page = store->page_stride_bytes, exact = store->exact_stride_bytes;
     if (page != 0 && (page < sizes.page_bytes || page % 16 != 0 || page > COUNT_MAX)) {
         return bad("page_stride_bytes must be 0, or a multiple of 16 from page_bytes on");
@@ -125,7 +127,7 @@ static tq_status check_strides(const tq_cuda_store *store)
     return TQ_OK;
 }
 
-tq_status tq_cuda_sizes_get(tq_cuda_sizes *out, const tq_cuda_store *from)
+tq_status tq_paged_sizes_get(tq_paged_sizes *out, const tq_paged_store *from)
 {
     if (!out) return TQ_ERR_ARGUMENT;
     OWN_STORE;
@@ -161,7 +163,7 @@ static void fill_rotation(tq_device_rotation *out, const tq_rotation *rotation)
     }
 }
 
-static tq_status fill_side(tq_device_store *out, const tq_cuda_store *store, bool is_value)
+static tq_status fill_side(tq_device_store *out, const tq_paged_store *store, bool is_value)
 {
     tq_codec codec;
     TQ_TRY(tq_codec_init(&codec, is_value ? store->v_format : store->k_format, store->head_dim, store->seed));
@@ -171,11 +173,11 @@ static tq_status fill_side(tq_device_store *out, const tq_cuda_store *store, boo
     return TQ_OK;
 }
 
-tq_status tq_cuda_shape_store(tq_device_store *out, const tq_cuda_store *store)
+tq_status tq_cuda_shape_store(tq_device_store *out, const tq_paged_store *store)
 {
     TQ_TRY(check_shape(store));
     TQ_TRY(check_strides(store));
-    tq_cuda_sizes sizes = sizes_of(store);
+    tq_paged_sizes sizes = sizes_of(store);
     size_t page_stride = store->page_stride_bytes ? store->page_stride_bytes : sizes.page_bytes;
     size_t exact_stride = store->exact_stride_bytes ? store->exact_stride_bytes : sizes.exact_bytes;
     *out = (tq_device_store){.head_dim = store->head_dim,
@@ -192,7 +194,7 @@ tq_status tq_cuda_shape_store(tq_device_store *out, const tq_cuda_store *store)
 }
 
 /* Everything that a launch needs of a store; all memory checks but those of pointers' targets. */
-static tq_status prepare(tq_device_store *out, const tq_cuda_store *store)
+static tq_status prepare(tq_device_store *out, const tq_paged_store *store)
 {
     TQ_TRY(tq_cuda_shape_store(out, store));
     if (!store->pages) return bad("pages is NULL");
@@ -229,10 +231,10 @@ static bool is_dtype(tq_dtype dtype)
     return dtype == TQ_DTYPE_F32 || dtype == TQ_DTYPE_F16 || dtype == TQ_DTYPE_BF16;
 }
 
-tq_status tq_cuda_append(const tq_cuda_store *from, const tq_cuda_append_params *params, void *stream)
+tq_status tq_paged_append(const tq_paged_store *from, const tq_paged_append_params *params, void *stream)
 {
     OWN_STORE;
-    TQ_PARAMS(tq_cuda_append_params, copy, params, "CUDA: append");
+    TQ_PARAMS(tq_paged_append_params, copy, params, "CUDA: append");
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
     int64_t row = (int64_t)store->n_head_kv * store->head_dim;
@@ -240,11 +242,11 @@ tq_status tq_cuda_append(const tq_cuda_store *from, const tq_cuda_append_params 
     if (copy.n_tok == 0) return TQ_OK;
     if (!is_dtype(copy.dtype)) return bad("append: unknown dtype");
     if (!copy.slot_mapping) return bad("append: slot_mapping is NULL");
-    if (copy.half != TQ_CUDA_APPEND_BOTH && copy.half != TQ_CUDA_APPEND_ENCODE && copy.half != TQ_CUDA_APPEND_STORE) {
+    if (copy.half != TQ_APPEND_BOTH && copy.half != TQ_APPEND_ENCODE && copy.half != TQ_APPEND_STORE) {
         return bad("append: unknown half");
     }
-    if (copy.half != TQ_CUDA_APPEND_BOTH && store->n_recent == 0) return bad("append: there are halves with a ring alone");
-    if (copy.half != TQ_CUDA_APPEND_ENCODE && (!copy.k || !copy.v)) return bad("append: k or v is NULL");
+    if (copy.half != TQ_APPEND_BOTH && store->n_recent == 0) return bad("append: there are halves with a ring alone");
+    if (copy.half != TQ_APPEND_ENCODE && (!copy.k || !copy.v)) return bad("append: k or v is NULL");
     if (copy.row_stride == 0) copy.row_stride = row;
     if (copy.row_stride < row || copy.row_stride > COUNT_MAX) return bad("append: row_stride is less than a row");
     if (store->n_sink + store->n_recent > 0 && (!copy.seq_ids || !copy.positions || !copy.page_table)) {
@@ -256,7 +258,7 @@ tq_status tq_cuda_append(const tq_cuda_store *from, const tq_cuda_append_params 
     return report(table->append(&device, &copy, stream, message), message);
 }
 
-static tq_status check_attend(const tq_cuda_store *store, const tq_cuda_attend_params *params)
+static tq_status check_attend(const tq_paged_store *store, const tq_paged_attend_params *params)
 {
     if (params->n_seq < 1 || params->n_seq > 65535) return bad("attend: n_seq must be 1 to 65535");
     if (params->n_query < 1) return bad("attend: n_query must be at least 1");
@@ -266,6 +268,8 @@ static tq_status check_attend(const tq_cuda_store *store, const tq_cuda_attend_p
         return TQ_ERR_SHAPE;
     }
     if (params->max_seq_len < 0 || params->max_seq_len > (INT64_C(1) << 30)) return bad("attend: max_seq_len is out of range");
+    if (params->mask || params->alibi_slopes) return bad("attend: kernels know no masks and no ALiBi slopes");
+    if (params->out_dim != 0 && params->out_dim != store->head_dim) return bad("attend: out_dim must be the head_dim, or 0");
     int64_t n_rows = (int64_t)params->n_query * (params->n_head / store->n_head_kv);
     if (n_rows > TQ_CUDA_ROWS_MAX) return bad("attend: more than 65536 query rows of a KV head");
     int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * tq_ceil_div(n_rows, TQ_TILE_ROWS);
@@ -273,11 +277,11 @@ static tq_status check_attend(const tq_cuda_store *store, const tq_cuda_attend_p
     return TQ_OK;
 }
 
-tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *from, const tq_cuda_attend_params *params)
+tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, const tq_paged_attend_params *params)
 {
     if (!out) return TQ_ERR_ARGUMENT;
     OWN_STORE;
-    TQ_PARAMS(tq_cuda_attend_params, own, params, "CUDA: attend");
+    TQ_PARAMS(tq_paged_attend_params, own, params, "CUDA: attend");
     TQ_TRY(check_shape(store));
     TQ_TRY(check_attend(store, &own));
     const tq_device_table *table;
@@ -293,10 +297,10 @@ tq_status tq_cuda_workspace_bytes(size_t *out, const tq_cuda_store *from, const 
     return report(table->workspace_bytes(out, &device, &own, message), message);
 }
 
-tq_status tq_cuda_attend(const tq_cuda_store *from, const tq_cuda_attend_params *params, void *stream)
+tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_params *params, void *stream)
 {
     OWN_STORE;
-    TQ_PARAMS(tq_cuda_attend_params, copy, params, "CUDA: attend");
+    TQ_PARAMS(tq_paged_attend_params, copy, params, "CUDA: attend");
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
     TQ_TRY(check_attend(store, &copy));
@@ -328,7 +332,7 @@ tq_status tq_cuda_attend(const tq_cuda_store *from, const tq_cuda_attend_params 
     return report(table->attend(&device, &copy, stream, message), message);
 }
 
-static tq_status prepare_pages(tq_device_store *device, const tq_device_table **table, const tq_cuda_store *from, int64_t n,
+static tq_status prepare_pages(tq_device_store *device, const tq_device_table **table, const tq_paged_store *from, int64_t n,
                                const void *a, const void *b)
 {
     OWN_STORE;
@@ -338,7 +342,7 @@ static tq_status prepare_pages(tq_device_store *device, const tq_device_table **
     return tq_device_load(table);
 }
 
-tq_status tq_cuda_pages_copy(const tq_cuda_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
+tq_status tq_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
@@ -347,7 +351,7 @@ tq_status tq_cuda_pages_copy(const tq_cuda_store *store, const int32_t *from, co
     return n == 0 ? TQ_OK : report(table->copy_pages(&device, from, to, n, stream, message), message);
 }
 
-tq_status tq_cuda_pages_export(const tq_cuda_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
+tq_status tq_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
@@ -356,7 +360,7 @@ tq_status tq_cuda_pages_export(const tq_cuda_store *store, const int32_t *pages,
     return n == 0 ? TQ_OK : report(table->export_pages(&device, pages, n, bytes, stream, message), message);
 }
 
-tq_status tq_cuda_pages_import(const tq_cuda_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
+tq_status tq_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;

@@ -12,4 +12,4 @@ template __global__ void prefill_kernel<64>(const __grid_constant__ attend_args)
 template __global__ void prefill_hopper_kernel<known_pair<sq8, tt4, 64, 32>, 64>(const __grid_constant__ attend_args);
 template __global__ void prefill_hopper_kernel<any_pair<64, 16>, 64>(const __grid_constant__ attend_args);
 template __global__ void encode_many_kernel<64, 2, true>(const __grid_constant__ tq_device_store,
-                                                         const __grid_constant__ tq_cuda_append_params);
+                                                         const __grid_constant__ tq_paged_append_params);

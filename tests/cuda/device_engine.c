@@ -17,10 +17,10 @@ enum { ROW_BYTES = WIDTH * 2, OUT_FLOATS = WIDTH * GROUP };
 
 /* One sequence on the device, one token and one query at a time. */
 typedef struct engine {
-    tq_cuda_store store;
-    tq_cuda_sizes sizes;
-    tq_cuda_append_params append;
-    tq_cuda_attend_params attend;
+    tq_paged_store store;
+    tq_paged_sizes sizes;
+    tq_paged_append_params append;
+    tq_paged_attend_params attend;
     void *k, *v, *slot, *length, *position;
 } engine;
 
@@ -34,15 +34,15 @@ static void fill_random(uint16_t *rows, size_t n, uint64_t seed)
 static void engine_open(engine *e, void *pages, int64_t n_pages, const int32_t *table, int32_t n_table)
 {
     memset(e, 0, sizeof *e);
-    tq_cuda_store_default(&e->store);
+    tq_paged_store_default(&e->store);
     e->store.n_head_kv = N_HEAD_KV, e->store.n_pages = n_pages, e->store.pages = pages;
-    CHECK(tq_cuda_sizes_get(&e->sizes, &e->store) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&e->sizes, &e->store) == TQ_OK, "sizes");
     e->k = device_alloc(ROW_BYTES, 0), e->v = device_alloc(ROW_BYTES, 0);
     e->slot = device_alloc(sizeof(int64_t), 0), e->length = device_alloc(sizeof(int64_t), 0);
-    tq_cuda_append_params_default(&e->append);
+    tq_paged_append_params_default(&e->append);
     e->append.n_tok = 1, e->append.dtype = TQ_DTYPE_F16;
     e->append.k = e->k, e->append.v = e->v, e->append.slot_mapping = e->slot;
-    tq_cuda_attend_params_default(&e->attend);
+    tq_paged_attend_params_default(&e->attend);
     uint16_t q[OUT_FLOATS];
     fill_random(q, OUT_FLOATS, 77);
     e->attend.n_seq = 1, e->attend.n_head = N_HEAD_KV * GROUP, e->attend.dtype = TQ_DTYPE_F16;
@@ -50,7 +50,7 @@ static void engine_open(engine *e, void *pages, int64_t n_pages, const int32_t *
     e->attend.page_table = device_copy_of(table, (size_t)n_table * sizeof *table), e->attend.page_table_stride = n_table;
     e->attend.seq_lens = e->length, e->attend.seq_lens_are_64 = true, e->attend.max_seq_len = (int64_t)n_table * PAGE_SIZE;
     e->attend.softmax_scale = 0.09f, e->attend.deterministic = true;
-    CHECK(tq_cuda_workspace_bytes(&e->attend.workspace_bytes, &e->store, &e->attend) == TQ_OK, "workspace");
+    CHECK(tq_paged_workspace_bytes(&e->attend.workspace_bytes, &e->store, &e->attend) == TQ_OK, "workspace");
     e->attend.workspace = device_alloc(e->attend.workspace_bytes, 0);
 }
 
@@ -59,7 +59,7 @@ static void engine_add_ring(engine *e, int32_t n_sink, int32_t n_recent)
 {
     const int32_t sequence = 0;
     e->store.n_sink = n_sink, e->store.n_recent = n_recent, e->store.n_exact_slots = 1, e->store.k_ref_block = 64;
-    CHECK(tq_cuda_sizes_get(&e->sizes, &e->store) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&e->sizes, &e->store) == TQ_OK, "sizes");
     e->store.exact = device_alloc(e->sizes.exact_bytes, 0xff);
     e->position = device_alloc(sizeof(int64_t), 0);
     e->append.positions = e->position, e->append.seq_ids = device_copy_of(&sequence, sizeof sequence);
@@ -84,8 +84,8 @@ static void engine_set_token(engine *e, const int32_t *table, int64_t position)
 
 static void engine_step(engine *e, void *stream)
 {
-    CHECK(tq_cuda_append(&e->store, &e->append, stream) == TQ_OK, "append");
-    CHECK(tq_cuda_attend(&e->store, &e->attend, stream) == TQ_OK, "attend");
+    CHECK(tq_paged_append(&e->store, &e->append, stream) == TQ_OK, "append");
+    CHECK(tq_paged_attend(&e->store, &e->attend, stream) == TQ_OK, "attend");
 }
 
 static void engine_read(engine *e, uint16_t *out)
@@ -112,11 +112,11 @@ static uint16_t *engine_reference(void)
 {
     uint16_t *outs = malloc((size_t)N_STEPS * OUT_FLOATS * sizeof *outs);
     engine e;
-    tq_cuda_store shape;
-    tq_cuda_sizes sizes;
-    tq_cuda_store_default(&shape);
+    tq_paged_store shape;
+    tq_paged_sizes sizes;
+    tq_paged_store_default(&shape);
     shape.n_head_kv = N_HEAD_KV;
-    CHECK(tq_cuda_sizes_get(&sizes, &shape) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&sizes, &shape) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
     engine_run(&e, low_pages, outs);
     return outs;
@@ -128,9 +128,9 @@ void test_graph(void)
     device_test("graph: append and attend captured once, %d replays", (int)N_STEPS);
     uint16_t *expected = engine_reference(), out[OUT_FLOATS];
     engine e;
-    tq_cuda_store_default(&e.store);
+    tq_paged_store_default(&e.store);
     e.store.n_head_kv = N_HEAD_KV;
-    CHECK(tq_cuda_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * e.sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
     cudaStream_t stream;
     cudaGraph_t graph;
@@ -157,14 +157,14 @@ static void engine_step_in_halves(engine *e, cudaStream_t stream, cudaStream_t s
     cudaEvent_t begun, encoded;
     CHECK(cudaEventCreate(&begun) == cudaSuccess && cudaEventCreate(&encoded) == cudaSuccess, "events");
     CHECK(cudaEventRecord(begun, stream) == cudaSuccess && cudaStreamWaitEvent(side, begun, 0) == cudaSuccess, "fork");
-    tq_cuda_append_params half = e->append;
-    half.half = TQ_CUDA_APPEND_ENCODE, half.k = half.v = NULL;
-    CHECK(tq_cuda_append(&e->store, &half, side) == TQ_OK, "encode");
+    tq_paged_append_params half = e->append;
+    half.half = TQ_APPEND_ENCODE, half.k = half.v = NULL;
+    CHECK(tq_paged_append(&e->store, &half, side) == TQ_OK, "encode");
     CHECK(cudaEventRecord(encoded, side) == cudaSuccess && cudaStreamWaitEvent(stream, encoded, 0) == cudaSuccess, "join");
-    half = e->append, half.half = TQ_CUDA_APPEND_STORE;
-    CHECK(tq_cuda_append(&e->store, &half, stream) == TQ_OK, "store");
+    half = e->append, half.half = TQ_APPEND_STORE;
+    CHECK(tq_paged_append(&e->store, &half, stream) == TQ_OK, "store");
     e->attend.follows_append = true;
-    CHECK(tq_cuda_attend(&e->store, &e->attend, stream) == TQ_OK, "attend");
+    CHECK(tq_paged_attend(&e->store, &e->attend, stream) == TQ_OK, "attend");
     cudaEventDestroy(begun), cudaEventDestroy(encoded);
 }
 
@@ -179,9 +179,9 @@ void test_halves(void)
         cudaGraphExec_t exec;
         CHECK(cudaStreamCreate(&stream) == cudaSuccess && cudaStreamCreate(&side) == cudaSuccess, "streams");
         for (int i = 0; i < 2; i++) {
-            tq_cuda_store_default(&e[i].store);
+            tq_paged_store_default(&e[i].store);
             e[i].store.n_head_kv = N_HEAD_KV, e[i].store.n_recent = 16, e[i].store.k_ref_block = 64;
-            CHECK(tq_cuda_sizes_get(&e[i].sizes, &e[i].store) == TQ_OK, "sizes"); /* sq4's pages are the larger */
+            CHECK(tq_paged_sizes_get(&e[i].sizes, &e[i].store) == TQ_OK, "sizes"); /* sq4's pages are the larger */
             engine_open(&e[i], device_alloc(N_TABLE * e[i].sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
             e[i].store.k_format = e[i].store.v_format = formats[f];
             engine_add_ring(&e[i], 4, 16);
@@ -210,9 +210,9 @@ void test_large(void)
     device_test("large: pages all over 40 GB");
     uint16_t *expected = engine_reference(), *found = malloc((size_t)N_STEPS * OUT_FLOATS * sizeof *found);
     engine e;
-    tq_cuda_store_default(&e.store);
+    tq_paged_store_default(&e.store);
     e.store.n_head_kv = N_HEAD_KV;
-    CHECK(tq_cuda_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     size_t n_pages = (size_t)40e9 / e.sizes.page_bytes, n_free, n_total;
     void *pages = NULL;
     if (cudaMemGetInfo(&n_free, &n_total) != cudaSuccess || n_free < (size_t)41e9 ||
@@ -240,9 +240,9 @@ void test_full_memory(void)
     void *blocks[BLOCKS_MAX];
     int n_blocks = 0;
     engine e;
-    tq_cuda_store_default(&e.store);
+    tq_paged_store_default(&e.store);
     e.store.n_head_kv = N_HEAD_KV;
-    CHECK(tq_cuda_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * e.sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
     for (size_t bytes = (size_t)1 << 34; bytes >= (size_t)1 << 20 && n_blocks < BLOCKS_MAX;) {
         if (cudaMalloc(&blocks[n_blocks], bytes) == cudaSuccess)
@@ -348,13 +348,12 @@ void test_snapshot(void)
     const uint16_t *saved = (const uint16_t *)(file + info.file_bytes - pages_bytes - info.exact_bytes);
     CHECK(cudaMemset(m.store.pages, 0xff, (size_t)m.n_pages * m.sizes.page_bytes) == cudaSuccess, "poison");
     CHECK(put(m.store.exact, saved, info.exact_bytes), "exact vectors");
-    CHECK(tq_cuda_pages_import(&m.store, m.device_page_table, info.n_pages, device_copy_of(pages, canonical_bytes), NULL) ==
-              TQ_OK,
+    CHECK(tq_paged_import(&m.store, m.device_page_table, info.n_pages, device_copy_of(pages, canonical_bytes), NULL) == TQ_OK,
           "import");
     model_attend(&m, 0, 1, lens[0], found, lse);
     CHECK(memcmp(expected, found, row * sizeof(float)) == 0, "the results differ");
     void *device = device_alloc(canonical_bytes, 0);
-    CHECK(tq_cuda_pages_export(&m.store, m.device_page_table, info.n_pages, device, NULL) == TQ_OK, "export");
+    CHECK(tq_paged_export(&m.store, m.device_page_table, info.n_pages, device, NULL) == TQ_OK, "export");
     device_read(back, device, canonical_bytes);
     CHECK(memcmp(pages, back, canonical_bytes) == 0, "exported pages are not what was imported");
     free(expected), free(found), free(file), free(pages), free(back);

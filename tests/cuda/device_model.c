@@ -231,12 +231,12 @@ void model_open(model *m, const setup *s, uint64_t seed)
     for (int32_t i = 0; i < s->n_seq; i++) m->max_len = s->lens[i] > m->max_len ? s->lens[i] : m->max_len;
     m->max_pages = m->max_len / s->page_size + 1;
     m->n_pages = m->max_pages * s->n_seq + 3;
-    tq_cuda_store_default(&m->store);
+    tq_paged_store_default(&m->store);
     m->store.k_format = s->k_format, m->store.v_format = s->v_format;
     m->store.head_dim = s->head_dim, m->store.n_head_kv = s->n_head_kv, m->store.page_size = s->page_size;
     m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent, m->store.k_ref_block = s->k_ref_block;
     m->store.n_pages = m->n_pages, m->store.n_exact_slots = s->n_seq, m->store.n_ring = s->n_ring;
-    CHECK(tq_cuda_sizes_get(&m->sizes, &m->store) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&m->sizes, &m->store) == TQ_OK, "sizes");
     const size_t page_stride = m->sizes.page_bytes + s->page_gap, exact_stride = m->sizes.exact_bytes + s->exact_gap;
     if (s->page_gap > 0) m->store.page_stride_bytes = page_stride;
     if (s->exact_gap > 0) m->store.exact_stride_bytes = exact_stride;
@@ -308,8 +308,8 @@ void model_append(model *m)
             slots[n] = -1, positions[n] = -1, seqs[n] = -1;
         }
         int32_t zero = 0, n_bad;
-        tq_cuda_append_params p;
-        tq_cuda_append_params_default(&p);
+        tq_paged_append_params p;
+        tq_paged_append_params_default(&p);
         p.n_tok = n;
         p.dtype = s->dtype == TQ_DTYPE_BF16 ? TQ_DTYPE_F32 : s->dtype; /* the model's rows are FP16 numbers */
         p.k = device_typed_copy(k, (size_t)n * width, p.dtype), p.v = device_typed_copy(v, (size_t)n * width, p.dtype);
@@ -319,13 +319,13 @@ void model_append(model *m)
         p.page_table = m->device_page_table, p.page_table_stride = m->max_pages;
         p.n_not_finite = device_copy_of(&zero, sizeof zero);
         if (longest <= s->n_recent && s->n_recent > 0) {
-            tq_cuda_append_params half = p;
-            half.half = TQ_CUDA_APPEND_ENCODE;
+            tq_paged_append_params half = p;
+            half.half = TQ_APPEND_ENCODE;
             if (!s->k_ref_block || longest <= 1) half.k = half.v = NULL;
-            CHECK(tq_cuda_append(&m->store, &half, NULL) == TQ_OK, "encode");
-            p.half = TQ_CUDA_APPEND_STORE;
+            CHECK(tq_paged_append(&m->store, &half, NULL) == TQ_OK, "encode");
+            p.half = TQ_APPEND_STORE;
         }
-        CHECK(tq_cuda_append(&m->store, &p, NULL) == TQ_OK, "append");
+        CHECK(tq_paged_append(&m->store, &p, NULL) == TQ_OK, "append");
         device_read(&n_bad, p.n_not_finite, sizeof n_bad);
         CHECK(n_bad == 0, "append: %d vectors are not finite", (int)n_bad);
     }
@@ -340,8 +340,8 @@ void model_check_pages(model *m)
     for (int32_t i = 0; i < m->n_pages; i++) ids[i] = i;
     uint8_t *found = malloc(bytes);
     void *device = device_alloc(bytes, 0);
-    CHECK(tq_cuda_pages_export(&m->store, device_copy_of(ids, (size_t)m->n_pages * sizeof(int32_t)), m->n_pages, device,
-                               NULL) == TQ_OK,
+    CHECK(tq_paged_export(&m->store, device_copy_of(ids, (size_t)m->n_pages * sizeof(int32_t)), m->n_pages, device, NULL) ==
+              TQ_OK,
           "export");
     device_read(found, device, bytes);
     size_t heads = (size_t)s->n_head_kv, n_wrong = 0, n_compared = 0, d = (size_t)s->head_dim;
@@ -432,8 +432,8 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
     float *q = malloc(rows * width * sizeof(float)), *sinks = malloc((size_t)n_head * sizeof(float));
     for (size_t i = 0; i < rows * width; i++) q[i] = model_query_value(m, (size_t)first * (size_t)s->n_query * width + i);
     for (int32_t i = 0; i < n_head; i++) sinks[i] = sink_value(i);
-    tq_cuda_attend_params p;
-    tq_cuda_attend_params_default(&p);
+    tq_paged_attend_params p;
+    tq_paged_attend_params_default(&p);
     p.n_seq = n, p.n_query = s->n_query, p.n_head = n_head, p.dtype = s->dtype;
     p.q = device_typed_copy(q, rows * width, s->dtype);
     p.out = device_alloc(rows * width * sizeof(float), 0xff);
@@ -448,9 +448,9 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
     p.softmax_scale = 1.0f / sqrtf((float)s->head_dim);
     p.softcap = s->softcap, p.window = s->window, p.deterministic = s->deterministic;
     p.sinks = s->sinks ? device_copy_of(sinks, (size_t)n_head * sizeof(float)) : NULL;
-    CHECK(tq_cuda_workspace_bytes(&p.workspace_bytes, &m->store, &p) == TQ_OK, "workspace");
+    CHECK(tq_paged_workspace_bytes(&p.workspace_bytes, &m->store, &p) == TQ_OK, "workspace");
     p.workspace = device_alloc(p.workspace_bytes, 0);
-    for (int repeat = 0; repeat < 2; repeat++) CHECK(tq_cuda_attend(&m->store, &p, NULL) == TQ_OK, "attend");
+    for (int repeat = 0; repeat < 2; repeat++) CHECK(tq_paged_attend(&m->store, &p, NULL) == TQ_OK, "attend");
     must(cudaDeviceSynchronize(), "attend");
     if (s->dtype == TQ_DTYPE_F32) {
         device_read(out, p.out, rows * width * sizeof(float));

@@ -132,7 +132,7 @@ static void add_errors(errors *e, const model *m, const answers *a, const piece 
 }
 
 /* Both prompts, `cut` tokens at a time: encode, attend, store. One workspace serves the pieces of all lengths. */
-static void run_prompts(model *m, const answers *a, int64_t cut, const tq_cuda_attend_params *all)
+static void run_prompts(model *m, const answers *a, int64_t cut, const tq_paged_attend_params *all)
 {
     const setup *s = &m->s;
     size_t exact_stride = m->sizes.exact_bytes + s->exact_gap, page_stride = m->sizes.page_bytes + s->page_gap;
@@ -143,17 +143,17 @@ static void run_prompts(model *m, const answers *a, int64_t cut, const tq_cuda_a
     while (done[0] < s->lens[0] || done[1] < s->lens[1]) {
         piece p = piece_open(m, done, cut);
         size_t n = (size_t)p.starts[N_SEQ], width = (size_t)(s->n_head_kv * s->head_dim), heads = (size_t)heads_of(m);
-        tq_cuda_append_params append;
-        tq_cuda_append_params_default(&append);
+        tq_paged_append_params append;
+        tq_paged_append_params_default(&append);
         append.n_tok = (int64_t)n, append.dtype = s->dtype;
         append.k = device_typed_copy(p.rows[0], n * width, s->dtype),
         append.v = device_typed_copy(p.rows[1], n * width, s->dtype);
         append.slot_mapping = device_copy_of(p.slots, n * 8), append.positions = device_copy_of(p.positions, n * 8);
         append.seq_ids = device_copy_of(p.seqs, n * 4);
         append.page_table = m->device_page_table, append.page_table_stride = m->max_pages;
-        append.half = TQ_CUDA_APPEND_ENCODE;
-        CHECK(tq_cuda_append(&m->store, &append, NULL) == TQ_OK, "encode");
-        tq_cuda_attend_params attend = *all;
+        append.half = TQ_APPEND_ENCODE;
+        CHECK(tq_paged_append(&m->store, &append, NULL) == TQ_OK, "encode");
+        tq_paged_attend_params attend = *all;
         attend.n_query = p.longest, attend.new_k = append.k, attend.new_v = append.v;
         attend.query_starts = device_copy_of(p.starts, sizeof p.starts),
         attend.seq_lens = device_copy_of(p.lens, sizeof p.lens);
@@ -161,9 +161,9 @@ static void run_prompts(model *m, const answers *a, int64_t cut, const tq_cuda_a
         void *out = device_alloc(n_numbers * 4, 0xff);
         attend.q = device_typed_copy(p.q, n_numbers, s->dtype);
         attend.out = out, attend.lse = device_alloc(n * heads * 4, 0xff);
-        CHECK(tq_cuda_attend(&m->store, &attend, NULL) == TQ_OK, "attend");
-        append.half = TQ_CUDA_APPEND_STORE;
-        CHECK(tq_cuda_append(&m->store, &append, NULL) == TQ_OK, "store");
+        CHECK(tq_paged_attend(&m->store, &attend, NULL) == TQ_OK, "attend");
+        append.half = TQ_APPEND_STORE;
+        CHECK(tq_paged_append(&m->store, &append, NULL) == TQ_OK, "store");
         float *found = malloc(n_numbers * 4), *lse = malloc(n * heads * 4);
         read_typed(found, out, n_numbers, s->dtype);
         device_read(lse, attend.lse, n * heads * 4);
@@ -189,13 +189,13 @@ static void test_prompt_of(const char *what, setup s, uint64_t seed)
     model m;
     model_open(&m, &s, seed);
     answers a = answers_open(&m);
-    tq_cuda_attend_params all;
-    tq_cuda_attend_params_default(&all);
+    tq_paged_attend_params all;
+    tq_paged_attend_params_default(&all);
     all.n_seq = N_SEQ, all.n_query = (int32_t)m.max_len, all.n_head = heads_of(&m), all.dtype = s.dtype;
     all.page_table = m.device_page_table, all.page_table_stride = m.max_pages, all.seq_lens_are_64 = true;
     all.max_seq_len = m.max_len, all.softmax_scale = 1.0f / sqrtf((float)s.head_dim), all.window = s.window;
     all.softcap = s.softcap;
-    CHECK(tq_cuda_workspace_bytes(&all.workspace_bytes, &m.store, &all) == TQ_OK, "workspace");
+    CHECK(tq_paged_workspace_bytes(&all.workspace_bytes, &m.store, &all) == TQ_OK, "workspace");
     all.workspace = device_alloc(all.workspace_bytes, 0);
     for (int i = 0; i < 5; i++) run_prompts(&m, &a, cuts[i], &all);
     free(a.exact), free(a.narrow);

@@ -42,8 +42,8 @@ typedef struct setup {
 /* A cache of some sequences: the device's, and the truth. */
 typedef struct model {
     setup s;
-    tq_cuda_store store;
-    tq_cuda_sizes sizes;
+    tq_paged_store store;
+    tq_paged_sizes sizes;
     int64_t n_pages, max_pages, max_len;
     int32_t *page_table; /* host [n_seq, max_pages] */
     int32_t *device_page_table;

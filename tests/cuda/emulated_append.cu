@@ -41,7 +41,7 @@ static void must(tq_status status, int line)
 }
 #define MUST(call) must(call, __LINE__)
 
-static void append_at(const test_data &d, const tq_cuda_append_params &p, int32_t n_tokens)
+static void append_at(const test_data &d, const tq_paged_append_params &p, int32_t n_tokens)
 {
     const append_how how = {d.s.many, d.s.descending, n_tokens};
     switch (d.s.head_dim) {
@@ -129,18 +129,18 @@ static void append_batch(test_data &d, tq_random *random, const int32_t *done, c
     }
     const std::vector<uint8_t> k = typed(d.rows[0], s.dtype), v = typed(d.rows[1], s.dtype);
     int32_t n_not_finite = 0;
-    tq_cuda_append_params p = {};
+    tq_paged_append_params p = {};
     p.n_tok = (int64_t)slots.size(), p.dtype = s.dtype, p.row_stride = (int64_t)width, p.k = k.data(), p.v = v.data();
     p.slot_mapping = slots.data(), p.positions = positions.data(), p.seq_ids = seq_ids.data();
     p.page_table = d.page_table, p.page_table_stride = PAGES_OF_SEQ, p.exact_slots = exact_slots;
     p.n_not_finite = &n_not_finite;
     const int32_t n_tokens = tq_random_next(random) % 2 ? 1 : 1 + (int32_t)(tq_random_next(random) % reference_tokens_max);
     if (s.n_recent > 0 && tq_random_next(random) % 2) { /* in halves */
-        tq_cuda_append_params half = p;
-        half.half = TQ_CUDA_APPEND_ENCODE;
+        tq_paged_append_params half = p;
+        half.half = TQ_APPEND_ENCODE;
         if (longest <= (s.k_ref_block ? 1 : s.n_recent) && tq_random_next(random) % 2) half.k = half.v = nullptr;
         append_at(d, half, n_tokens);
-        p.half = TQ_CUDA_APPEND_STORE;
+        p.half = TQ_APPEND_STORE;
     }
     append_at(d, p, n_tokens);
     if (n_not_finite) emulation::fail("numbers that are not finite", n_not_finite);

@@ -180,7 +180,7 @@ static int32_t entry_of(const tq_device_store *s, int64_t position)
 }
 
 /* A row of the batch as FP16; false: it has what FP16 cannot hold. */
-static bool load_row(const tq_device_store *s, const tq_cuda_append_params *p, int64_t token, int32_t head, int i_side,
+static bool load_row(const tq_device_store *s, const tq_paged_append_params *p, int64_t token, int32_t head, int i_side,
                      uint16_t *half)
 {
     bool good = true;
@@ -204,7 +204,7 @@ typedef struct task {
     int64_t exact_slot;
 } task;
 
-static tq_status task_of(task *out, const tq_device_store *s, const tq_cuda_append_params *p, int64_t i, char *message)
+static tq_status task_of(task *out, const tq_device_store *s, const tq_paged_append_params *p, int64_t i, char *message)
 {
     *out = (task){.entry = -1};
     int64_t slot = p->slot_mapping[i], position = slot;
@@ -225,7 +225,7 @@ static tq_status task_of(task *out, const tq_device_store *s, const tq_cuda_appe
 }
 
 /* The vector of the position that is `back` before token i's, of the batch or from the ring as it was before the call. */
-static tq_status read_back(float *x, const context *c, const tq_cuda_append_params *p, int64_t i, int64_t back,
+static tq_status read_back(float *x, const context *c, const tq_paged_append_params *p, int64_t i, int64_t back,
                            int64_t exact_slot, int32_t head, int i_side, char *message)
 {
     const tq_device_store *s = c->store;
@@ -243,7 +243,7 @@ static tq_status read_back(float *x, const context *c, const tq_cuda_append_para
 }
 
 /* If what is encoded is the first of its block: the mean of the n_recent tokens that it begins is the block's reference. */
-static tq_status set_reference(const context *c, const tq_cuda_append_params *p, int64_t i, const task *t, int32_t head,
+static tq_status set_reference(const context *c, const tq_paged_append_params *p, int64_t i, const task *t, int32_t head,
                                char *message)
 {
     const tq_device_store *s = c->store;
@@ -264,7 +264,7 @@ static tq_status set_reference(const context *c, const tq_cuda_append_params *p,
 }
 
 /* What tokens make a device encode, or (is_store) what they leave exact. */
-static tq_status append_half(const context *c, const tq_cuda_append_params *p, bool is_store, char *message)
+static tq_status append_half(const context *c, const tq_paged_append_params *p, bool is_store, char *message)
 {
     const tq_device_store *s = c->store;
     for (int64_t i = 0; i < p->n_tok; i++) {
@@ -290,15 +290,15 @@ static tq_status append_half(const context *c, const tq_cuda_append_params *p, b
     return TQ_OK;
 }
 
-static tq_status append(const tq_device_store *s, const tq_cuda_append_params *p, void *stream, char *message)
+static tq_status append(const tq_device_store *s, const tq_paged_append_params *p, void *stream, char *message)
 {
     (void)stream;
     if (hooks.n_appends_left == 0) return fail(message, "append: as tests want it");
     hooks.n_appends_left -= hooks.n_appends_left > 0;
     if (hooks.n_halves < 256) hooks.halves[hooks.n_halves++] = (int32_t)p->half;
     context c = open_context(s);
-    if (p->half != TQ_CUDA_APPEND_STORE) TQ_TRY(append_half(&c, p, false, message));
-    return p->half == TQ_CUDA_APPEND_ENCODE ? TQ_OK : append_half(&c, p, true, message);
+    if (p->half != TQ_APPEND_STORE) TQ_TRY(append_half(&c, p, false, message));
+    return p->half == TQ_APPEND_ENCODE ? TQ_OK : append_half(&c, p, true, message);
 }
 
 /* Keys or values of one KV head of one sequence, float [2, length, head_dim]: what pages hold of each position, then what is
@@ -311,7 +311,7 @@ typedef struct sequence {
     int64_t slot;
 } sequence;
 
-static sequence sequence_of(const tq_device_store *s, const tq_cuda_attend_params *p, int32_t seq)
+static sequence sequence_of(const tq_device_store *s, const tq_paged_attend_params *p, int32_t seq)
 {
     sequence q = {.table = p->page_table + seq * p->page_table_stride, .n_query = p->n_query};
     q.length = p->seq_lens_are_64 ? ((const int64_t *)p->seq_lens)[seq] : ((const int32_t *)p->seq_lens)[seq];
@@ -323,7 +323,7 @@ static sequence sequence_of(const tq_device_store *s, const tq_cuda_attend_param
     return q;
 }
 
-static tq_status read_sequence(float *out, const context *c, const tq_cuda_attend_params *p, const sequence *q, int32_t head,
+static tq_status read_sequence(float *out, const context *c, const tq_paged_attend_params *p, const sequence *q, int32_t head,
                                int i_side, char *message)
 {
     const tq_device_store *s = c->store;
@@ -351,7 +351,7 @@ static tq_status read_sequence(float *out, const context *c, const tq_cuda_atten
 
 /* One query row at `position`, which sees as exact its own last n_recent tokens; rows: read_sequence's of keys and of values.
  */
-static void attend_row(const tq_device_store *s, const tq_cuda_attend_params *p, const sequence *q, int64_t position,
+static void attend_row(const tq_device_store *s, const tq_paged_attend_params *p, const sequence *q, int64_t position,
                        int32_t head, float *const rows[2], double *logits)
 {
     const int64_t end = position + 1, begin = p->window > 0 && end > p->window ? end - p->window : 0;
@@ -386,7 +386,7 @@ static void attend_row(const tq_device_store *s, const tq_cuda_attend_params *p,
     if (p->lse) p->lse[token * p->n_head + head] = sum > 0 ? (float)(max + log(sum)) : -INFINITY;
 }
 
-static tq_status attend_sequence(const context *c, const tq_cuda_attend_params *p, int32_t seq, float *rows[2], double *logits,
+static tq_status attend_sequence(const context *c, const tq_paged_attend_params *p, int32_t seq, float *rows[2], double *logits,
                                  char *message)
 {
     const tq_device_store *s = c->store;
@@ -405,7 +405,7 @@ static tq_status attend_sequence(const context *c, const tq_cuda_attend_params *
     return TQ_OK;
 }
 
-static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
+static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq_paged_attend_params *p, char *message)
 {
     (void)message;
     size_t n_rows = (size_t)p->n_query * (size_t)(p->n_head / s->n_head_kv);
@@ -417,12 +417,12 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq
 }
 
 /* Counters are zero before a call and after it; what is behind them may be anything. */
-static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_params *p, char *message)
+static tq_status use_workspace(const tq_device_store *s, const tq_paged_attend_params *p, char *message)
 {
     size_t needed;
     TQ_TRY(workspace_bytes(&needed, s, p, message));
     if (p->workspace_bytes < needed) return fail(message, "attend: the workspace is too small");
-    size_t n_counters = p->workspace_bytes / TQ_CUDA_WORKSPACE_COUNTERS;
+    size_t n_counters = p->workspace_bytes / TQ_PAGED_WORKSPACE_COUNTERS;
     uint8_t *bytes = p->workspace;
     for (size_t i = 0; i < n_counters; i++) {
         if (bytes[i]) return fail(message, "attend: the workspace's counters are not zero");
@@ -431,7 +431,7 @@ static tq_status use_workspace(const tq_device_store *s, const tq_cuda_attend_pa
     return TQ_OK;
 }
 
-static tq_status attend(const tq_device_store *s, const tq_cuda_attend_params *p, void *stream, char *message)
+static tq_status attend(const tq_device_store *s, const tq_paged_attend_params *p, void *stream, char *message)
 {
     (void)stream;
     TQ_TRY(use_workspace(s, p, message));
@@ -568,7 +568,7 @@ HOOK(void, tq_emulated_fail_after, int32_t n)
     hooks.n_appends_left = n;
 }
 
-/* The halves (tq_cuda_append_half) of the appends since the last call, as far as room goes; their number. */
+/* The halves (tq_append_half) of the appends since the last call, as far as room goes; their number. */
 HOOK(int32_t, tq_emulated_halves, int32_t *halves, int32_t room)
 {
     int32_t n = hooks.n_halves < room ? hooks.n_halves : room;

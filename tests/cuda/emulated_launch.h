@@ -72,7 +72,7 @@ template <typename F> static void launch(bool descending, dim3 grid, int n_threa
 }
 
 template <int D, int BITS>
-static void encode_many_bits(const tq_device_store &store, const tq_cuda_append_params &p, bool descending, int side)
+static void encode_many_bits(const tq_device_store &store, const tq_paged_append_params &p, bool descending, int side)
 {
     const dim3 grid = {blocks_of(p.n_tok, many_threads / 4), (uint32_t)store.n_head_kv, 1};
     if (side)
@@ -82,7 +82,7 @@ static void encode_many_bits(const tq_device_store &store, const tq_cuda_append_
 }
 
 template <int D>
-static void encode_many(const tq_device_store &store, const tq_cuda_append_params &p, bool descending, int side)
+static void encode_many(const tq_device_store &store, const tq_paged_append_params &p, bool descending, int side)
 {
     const int32_t bits = (side ? store.value : store.key).bits;
     if (bits == 8)
@@ -96,17 +96,17 @@ static void encode_many(const tq_device_store &store, const tq_cuda_append_param
 }
 
 template <int D, int BITS>
-static void encode_trellis(const tq_device_store &store, const tq_cuda_append_params &p, bool descending, int side)
+static void encode_trellis(const tq_device_store &store, const tq_paged_append_params &p, bool descending, int side)
 {
     const dim3 grid = {blocks_of(p.n_tok * store.n_head_kv, trellis_warps), 1, 1};
     launch(descending, grid, 32 * trellis_warps, [&] { encode_trellis_kernel<D, BITS>(store, p, side); });
 }
 
 /* What append.cu launches. */
-template <int D> static void append(const tq_device_store &store, const tq_cuda_append_params &p, const append_how &how)
+template <int D> static void append(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how)
 {
     const uint32_t n_heads = (uint32_t)store.n_head_kv;
-    if (p.half != TQ_CUDA_APPEND_STORE) {
+    if (p.half != TQ_APPEND_STORE) {
         if (store.k_ref_block) {
             launch(how.descending, {blocks_of(p.n_tok, how.n_tokens), n_heads, 1}, D,
                    [&] { set_references_kernel<D>(store, p, how.n_tokens); });
@@ -127,7 +127,7 @@ template <int D> static void append(const tq_device_store &store, const tq_cuda_
             }
         }
     }
-    if (p.half == TQ_CUDA_APPEND_ENCODE || store.n_sink + store.n_recent == 0) return;
+    if (p.half == TQ_APPEND_ENCODE || store.n_sink + store.n_recent == 0) return;
     launch(how.descending, {(uint32_t)p.n_tok * n_heads, 2, 1}, 64, [&] { store_exact_kernel(store, p); });
 }
 

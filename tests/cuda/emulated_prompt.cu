@@ -16,7 +16,7 @@ struct test_setup {
     tq_dtype dtype;
     bool factors, descending;
     runner decode, prefill;
-    void (*append)(const tq_device_store &store, const tq_cuda_append_params &p, const append_how &how);
+    void (*append)(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how);
 };
 
 /* The prompts, and what is right for them. */
@@ -216,11 +216,11 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
         }
         const piece p = piece_of(d, done, counts);
         const std::vector<uint8_t> k = typed(p.rows[0], s.dtype), v = typed(p.rows[1], s.dtype), q = typed(p.q, s.dtype);
-        tq_cuda_append_params append = {};
+        tq_paged_append_params append = {};
         append.n_tok = (int64_t)p.slots.size(), append.dtype = s.dtype, append.row_stride = (int64_t)N_HEAD_KV * s.head_dim;
         append.k = k.data(), append.v = v.data(), append.slot_mapping = p.slots.data(), append.positions = p.positions.data();
         append.seq_ids = p.seq_ids.data(), append.page_table = d.page_table, append.page_table_stride = PAGES_OF_SEQ;
-        append.exact_slots = slots, append.half = TQ_CUDA_APPEND_ENCODE;
+        append.exact_slots = slots, append.half = TQ_APPEND_ENCODE;
         const append_how how = {tq_random_next(random) % 2 == 1, s.descending, 1 + (int32_t)(tq_random_next(random) % 64)};
         s.append(d.store, append, how);
 
@@ -233,7 +233,7 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
         args.partials = partials.data(), args.counters = counters.data();
         (p.longest * GROUP > TQ_PREFILL_ROWS_MIN ? s.prefill : s.decode)(args, {N_SEQ, s.descending});
 
-        append.half = TQ_CUDA_APPEND_STORE;
+        append.half = TQ_APPEND_STORE;
         s.append(d.store, append, how);
         for (int32_t seq = 0; seq < N_SEQ; seq++) {
             for (int32_t i = 0; i < counts[seq] * N_HEAD; i++) {

@@ -286,14 +286,14 @@ static void test_pages_of(int32_t head_dim, int n_formats, int32_t k_ref_block)
     for (int i = 0; i < n_formats; i++) {
         device_test("pages: import, copy, export of %s, head_dim %d, references of %d", name_of(formats[i]), head_dim,
                     k_ref_block);
-        tq_cuda_store store;
-        tq_cuda_sizes sizes;
-        tq_cuda_store_default(&store);
+        tq_paged_store store;
+        tq_paged_sizes sizes;
+        tq_paged_store_default(&store);
         store.k_format = formats[i], store.v_format = formats[(i + 1) % n_formats], store.head_dim = head_dim;
         store.n_head_kv = 3, store.page_size = 96, store.n_pages = 6;
         uint16_t exact[1]; /* no call here looks at it */
         if (k_ref_block) store.page_size = 192, store.n_recent = 1, store.k_ref_block = k_ref_block, store.exact = exact;
-        CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
+        CHECK(tq_paged_sizes_get(&sizes, &store) == TQ_OK, "sizes");
         store.page_stride_bytes = sizes.page_bytes + 128 * (size_t)(i % 3);
         size_t bytes = 2 * sizes.canonical_bytes;
         uint8_t *in = malloc(bytes), *out = malloc(bytes);
@@ -303,9 +303,9 @@ static void test_pages_of(int32_t head_dim, int n_formats, int32_t k_ref_block)
         static const int32_t first[] = {4, 1}, second[] = {0, 5};
         int32_t *from = device_copy_of(first, sizeof first), *to = device_copy_of(second, sizeof second);
         void *result = device_alloc(bytes, 0);
-        CHECK(tq_cuda_pages_import(&store, from, 2, device_copy_of(in, bytes), NULL) == TQ_OK, "import");
-        CHECK(tq_cuda_pages_copy(&store, from, to, 2, NULL) == TQ_OK, "copy");
-        CHECK(tq_cuda_pages_export(&store, to, 2, result, NULL) == TQ_OK, "export");
+        CHECK(tq_paged_import(&store, from, 2, device_copy_of(in, bytes), NULL) == TQ_OK, "import");
+        CHECK(tq_paged_copy(&store, from, to, 2, NULL) == TQ_OK, "copy");
+        CHECK(tq_paged_export(&store, to, 2, result, NULL) == TQ_OK, "export");
         device_read(out, result, bytes);
         CHECK(memcmp(in, out, bytes) == 0, "the bytes are not the same");
         free(in), free(out);
@@ -326,35 +326,35 @@ static void test_pages(void)
 static void test_not_finite(void)
 {
     device_test("append counts vectors that are not finite");
-    tq_cuda_store store;
-    tq_cuda_sizes sizes;
-    tq_cuda_store_default(&store);
+    tq_paged_store store;
+    tq_paged_sizes sizes;
+    tq_paged_store_default(&store);
     store.n_head_kv = 2, store.n_pages = 1;
-    CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&sizes, &store) == TQ_OK, "sizes");
     store.pages = device_alloc(sizes.page_bytes, 0);
     float rows[2][2][128];
     for (int i = 0; i < 512; i++) (&rows[0][0][0])[i] = 1.0f;
     rows[0][1][7] = 1e30f, rows[1][0][0] = 0.0f / (rows[0][0][0] - 1.0f);
     static const int64_t slots[] = {0, 1};
     int32_t count = 0;
-    tq_cuda_append_params p;
-    tq_cuda_append_params_default(&p);
+    tq_paged_append_params p;
+    tq_paged_append_params_default(&p);
     p.n_tok = 2, p.dtype = TQ_DTYPE_F32;
     p.k = p.v = device_copy_of(rows, sizeof rows);
     p.slot_mapping = device_copy_of(slots, sizeof slots);
     p.n_not_finite = device_copy_of(&count, sizeof count);
-    CHECK(tq_cuda_append(&store, &p, NULL) == TQ_OK, "append");
+    CHECK(tq_paged_append(&store, &p, NULL) == TQ_OK, "append");
     device_read(&count, p.n_not_finite, sizeof count);
     CHECK(count == 4, "%d instead of 4", (int)count);
     /* Once also where a token of the batch is both encoded and kept exact. */
     static const int64_t positions[] = {0, 1};
     static const int32_t zeros[] = {0, 0};
     store.n_recent = 1, store.n_ring = 8, store.n_exact_slots = 1;
-    CHECK(tq_cuda_sizes_get(&sizes, &store) == TQ_OK, "sizes");
+    CHECK(tq_paged_sizes_get(&sizes, &store) == TQ_OK, "sizes");
     store.exact = device_alloc(sizes.exact_bytes, 0);
     p.positions = device_copy_of(positions, sizeof positions);
     p.seq_ids = p.page_table = device_copy_of(zeros, sizeof zeros), p.page_table_stride = 1;
-    CHECK(tq_cuda_append(&store, &p, NULL) == TQ_OK, "append");
+    CHECK(tq_paged_append(&store, &p, NULL) == TQ_OK, "append");
     device_read(&count, p.n_not_finite, sizeof count);
     CHECK(count == 8, "%d instead of 8 with a ring", (int)count);
     device_free_all();

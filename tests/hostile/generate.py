@@ -26,16 +26,16 @@ NUMBERS = {
     "tq_status": ["TQ_OK", "(tq_status)-1000", "(tq_status)INT32_MAX"],
     "tq_dtype": ["TQ_DTYPE_F32", "(tq_dtype)-1", "(tq_dtype)INT32_MAX"],
     "tq_device_kind": ["TQ_DEVICE_CPU", "TQ_DEVICE_CUDA", "(tq_device_kind)-1", "(tq_device_kind)INT32_MAX"],
-    "tq_cuda_append_half": ["TQ_CUDA_APPEND_BOTH", "(tq_cuda_append_half)-1", "(tq_cuda_append_half)INT32_MAX"],
+    "tq_append_half": ["TQ_APPEND_BOTH", "(tq_append_half)-1", "(tq_append_half)INT32_MAX"],
     "float": ["1", "0", "-1", "NAN", "INFINITY", "-INFINITY", "FLT_MAX", "FLT_TRUE_MIN"],
     "tq_log_fn": ["drop_message", "NULL"],
 }
 HANDLES = {"tq_batch", "tq_cache", "tq_codec", "tq_pool", "tq_store", "tq_stage"}
 STRUCTS = {"tq_attend_params", "tq_attend_batch", "tq_cache_params", "tq_store_params", "tq_key_factors_params", "tq_preset",
-           "tq_executor", "tq_openmp", "tq_batch_rows", "tq_cuda_store", "tq_cuda_append_params",
-           "tq_cuda_attend_params"}
+           "tq_executor", "tq_openmp", "tq_batch_rows", "tq_paged_store", "tq_paged_append_params",
+           "tq_paged_attend_params"}
 BUFFERS = {"float", "double", "int8_t", "uint16_t", "int32_t", "int64_t", "size_t", "void", "tq_format", "tq_format_info",
-           "tq_cache_stats", "tq_snapshot_info", "tq_cuda_info", "tq_cuda_sizes"}
+           "tq_cache_stats", "tq_snapshot_info", "tq_cuda_info", "tq_paged_sizes"}
 VALID = {"head_dim": "64", "seq": "f.seq", "from": "f.seq", "layer": "0", "exact_bytes": "f.exact_bytes",
          "row_stride": "128", "memory_bytes": "sizeof f.memory", "first_page": "0", "first": "0", "first_slot": "0"}
 

@@ -40,9 +40,9 @@ static struct {
     tq_executor executor;
     tq_openmp openmp; /* without a runtime: one thread */
     tq_batch_rows batch_rows;
-    tq_cuda_store cuda_store;
-    tq_cuda_append_params cuda_append_params;
-    tq_cuda_attend_params cuda_attend_params;
+    tq_paged_store paged_store;
+    tq_paged_append_params paged_append_params;
+    tq_paged_attend_params paged_attend_params;
     void *handles[4];
     char path[256], long_text[1 << 16];
     _Alignas(128) uint8_t memory[1 << 18];
@@ -92,22 +92,22 @@ static void make_structs(void)
     f.batch_rows.q = f.batch_rows.k = f.batch_rows.v = half;
     f.batch_rows.out = half + 4096;
     /* All that there has to be for a device, which there is not. */
-    tq_cuda_store_default(&f.cuda_store);
-    f.cuda_store.n_head_kv = 1;
-    f.cuda_store.n_pages = 1;
-    f.cuda_store.pages = f.memory;
-    tq_cuda_append_params_default(&f.cuda_append_params);
-    f.cuda_append_params.n_tok = 1;
-    f.cuda_append_params.k = f.cuda_append_params.v = half;
-    f.cuda_append_params.slot_mapping = starts;
-    tq_cuda_attend_params_default(&f.cuda_attend_params);
-    f.cuda_attend_params.n_seq = f.cuda_attend_params.n_head = 1;
-    f.cuda_attend_params.q = half;
-    f.cuda_attend_params.out = half + 4096;
-    f.cuda_attend_params.page_table = seqs;
-    f.cuda_attend_params.seq_lens = starts;
-    f.cuda_attend_params.workspace = f.memory;
-    f.cuda_attend_params.workspace_bytes = sizeof f.memory;
+    tq_paged_store_default(&f.paged_store);
+    f.paged_store.n_head_kv = 1;
+    f.paged_store.n_pages = 1;
+    f.paged_store.pages = f.memory;
+    tq_paged_append_params_default(&f.paged_append_params);
+    f.paged_append_params.n_tok = 1;
+    f.paged_append_params.k = f.paged_append_params.v = half;
+    f.paged_append_params.slot_mapping = starts;
+    tq_paged_attend_params_default(&f.paged_attend_params);
+    f.paged_attend_params.n_seq = f.paged_attend_params.n_head = 1;
+    f.paged_attend_params.q = half;
+    f.paged_attend_params.out = half + 4096;
+    f.paged_attend_params.page_table = seqs;
+    f.paged_attend_params.seq_lens = starts;
+    f.paged_attend_params.workspace = f.memory;
+    f.paged_attend_params.workspace_bytes = sizeof f.memory;
 }
 
 /* The id of a sequence that is no more. */

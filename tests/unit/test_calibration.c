@@ -26,6 +26,14 @@ static uint8_t golden[FILE_MAX];
 static size_t golden_bytes;
 static char path[300];
 
+static size_t layer_bytes(const tq_calibration *calibration, int32_t layer)
+{
+    size_t bytes;
+    const uint16_t *transforms = tq_calibration_transforms(calibration, layer, &bytes);
+    assert_true(!transforms == (bytes == 0));
+    return bytes;
+}
+
 static int set_up(void **state)
 {
     (void)state;
@@ -231,8 +239,8 @@ static void test_single_layers(void **state)
     for (int32_t layer = 0; layer < 2; layer++) {
         assert_int_equal(tq_calibration_take_layer(&layers[layer], c, layer), TQ_OK);
         assert_int_equal(tq_calibration_n_layer(layers[layer]), 1);
-        assert_int_equal(tq_calibration_layer_bytes(layers[layer], 0), tq_calibration_layer_bytes(c, layer));
-        assert_true(tq_calibration_bytes(layers[layer]) > tq_calibration_layer_bytes(c, layer));
+        assert_int_equal(layer_bytes(layers[layer], 0), layer_bytes(c, layer));
+        assert_true(tq_calibration_bytes(layers[layer]) > layer_bytes(c, layer));
         assert_true(tq_calibration_bytes(layers[layer]) < tq_calibration_bytes(c));
         tq_cache_params of_one = cache_params(layers[layer]);
         of_one.n_layer = 1;
@@ -321,10 +329,12 @@ static void test_golden_file(void **state)
     assert_int_equal(c->n_layer, N_LAYER);
     assert_int_equal(tq_calibration_find(c, 1, N_HEAD_KV, HEAD_DIM, "test", &matrices), TQ_OK);
     assert_null(matrices);
-    assert_int_equal(tq_calibration_layer_bytes(c, 1), 0);
-    assert_int_equal(tq_calibration_layer_bytes(c, 0), 2 * N_HEAD_KV * tq_transform_row(HEAD_DIM));
-    assert_true(tq_calibration_bytes(c) > 2 * tq_calibration_layer_bytes(c, 0));
+    assert_int_equal(layer_bytes(c, 1), 0);
+    assert_int_equal(layer_bytes(c, 0), 2 * N_HEAD_KV * tq_transform_row(HEAD_DIM));
+    assert_true(tq_calibration_bytes(c) > 2 * layer_bytes(c, 0));
     assert_int_equal(tq_calibration_find(c, 0, N_HEAD_KV, HEAD_DIM, "test", &matrices), TQ_OK);
+    size_t bytes;
+    assert_ptr_equal(matrices, tq_calibration_transforms(c, 0, &bytes));
     const uint16_t *row = tq_transform_of_head(matrices, 1, HEAD_DIM) + tq_transform_row(5);
     assert_true(tq_bfloat_to_float(row[0]) == 0.25f && tq_bfloat_to_float(row[5]) == 1.5f);
     assert_int_equal(row[6], 0);

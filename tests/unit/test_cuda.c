@@ -86,13 +86,13 @@ static void test_sizes(void **state)
                                         TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     for (int k = 0; k < 7; k++) {
         for (int v = 0; v < 7; v++) {
-            tq_cuda_store store;
-            tq_cuda_sizes sizes;
+            tq_paged_store store;
+            tq_paged_sizes sizes;
             tq_format_info info[2];
-            tq_cuda_store_default(&store);
+            tq_paged_store_default(&store);
             store.k_format = formats[k], store.v_format = formats[v];
             store.n_head_kv = 3, store.page_size = 96, store.n_sink = 4, store.n_recent = 10;
-            assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+            assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
             assert_int_equal(tq_format_describe(&info[0], formats[k], 128), TQ_OK);
             assert_int_equal(tq_format_describe(&info[1], formats[v], 128), TQ_OK);
             assert_int_equal(sizes.page_bytes, 3 * 96 * (info[0].bytes_per_vector + info[1].bytes_per_vector));
@@ -100,7 +100,7 @@ static void test_sizes(void **state)
             assert_int_equal(sizes.exact_bytes, 2 * 3 * 14 * 128 * 2);
             store.page_size = 192, store.k_ref_block = 64, store.n_ring = 25;
             size_t vectors = 192 * (info[0].bytes_per_vector + info[1].bytes_per_vector);
-            assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+            assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
             assert_int_equal(sizes.page_bytes, 3 * (vectors + 3 * (128 + 16)));
             assert_int_equal(sizes.canonical_bytes, 3 * (vectors + 3 * (128 + 2)));
             assert_int_equal(sizes.exact_bytes, 2 * 3 * 29 * 128 * 2);
@@ -220,10 +220,10 @@ static void test_splits(void **state)
     assert_int_equal(alone.small_blocks, batch.small_blocks);
 }
 
-static tq_cuda_store usable_store(void *pages)
+static tq_paged_store usable_store(void *pages)
 {
-    tq_cuda_store store;
-    tq_cuda_store_default(&store);
+    tq_paged_store store;
+    tq_paged_store_default(&store);
     store.n_head_kv = 8, store.n_pages = 1, store.pages = pages;
     return store;
 }
@@ -231,47 +231,47 @@ static tq_cuda_store usable_store(void *pages)
 static void test_store_is_checked(void **state)
 {
     (void)state;
-    tq_cuda_sizes sizes;
-    tq_cuda_store store = usable_store(NULL);
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
-    assert_int_equal(tq_cuda_sizes_get(NULL, &store), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_cuda_sizes_get(&sizes, NULL), TQ_ERR_ARGUMENT);
+    tq_paged_sizes sizes;
+    tq_paged_store store = usable_store(NULL);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
+    assert_int_equal(tq_paged_sizes_get(NULL, &store), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, NULL), TQ_ERR_ARGUMENT);
     store.page_size = 48;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     store = usable_store(NULL);
     store.k_format = TQ_FORMAT_F16;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
     assert_non_null(strstr(last_message, "f16"));
     store.k_format = TQ_FORMAT_TT3, store.head_dim = 96;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
     store.k_format = store.v_format = TQ_FORMAT_SQ3;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
     store.head_dim = 576;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
     store.head_dim = 80;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
     store = usable_store(NULL);
     store.n_sink = 100, store.n_recent = 500;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     store = usable_store(NULL);
     store.n_ring = 3;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT); /* a ring of what? */
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT); /* a ring of what? */
     store.n_recent = 4;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "n_ring"));
     store.n_sink = 4, store.n_recent = 508, store.n_ring = 4096;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
     store = usable_store(NULL);
     store.n_recent = 32, store.k_ref_block = 64;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
     store.page_size = 96;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "page_size must be a multiple of k_ref_block"));
     store.page_size = 128, store.k_ref_block = 32;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "k_ref_block must be 0 or 64"));
     store.n_recent = 0, store.n_sink = 4, store.k_ref_block = 64;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "n_recent must be more than 0"));
 }
 
@@ -280,70 +280,70 @@ static void test_calls_are_checked(void **state)
 {
     (void)state;
     static _Alignas(128) uint8_t memory[128];
-    tq_cuda_store store = usable_store(memory);
-    tq_cuda_append_params append;
-    assert_int_equal(tq_cuda_append(&store, NULL, NULL), TQ_ERR_ARGUMENT);
-    tq_cuda_append_params_default(&append);
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_OK); /* nothing to do */
+    tq_paged_store store = usable_store(memory);
+    tq_paged_append_params append;
+    assert_int_equal(tq_paged_append(&store, NULL, NULL), TQ_ERR_ARGUMENT);
+    tq_paged_append_params_default(&append);
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_OK); /* nothing to do */
     append.n_tok = 1;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
     append.k = append.v = memory, append.slot_mapping = (const int64_t *)(const void *)memory, append.row_stride = 5;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
     append.row_stride = 0, store.n_recent = 8;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no memory for the ring */
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no memory for the ring */
     store.exact = memory;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no positions */
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no positions */
     append.seq_ids = append.page_table = (const int32_t *)(const void *)memory, append.positions = append.slot_mapping;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_NO_DEVICE); /* nothing else is missing */
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_NO_DEVICE); /* nothing else is missing */
     append.k = NULL;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
-    append.half = TQ_CUDA_APPEND_STORE;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
-    append.half = TQ_CUDA_APPEND_ENCODE;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_NO_DEVICE);
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    append.half = TQ_APPEND_STORE;
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    append.half = TQ_APPEND_ENCODE;
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_NO_DEVICE);
     store.n_recent = 0, store.n_sink = 4;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* halves of what? */
-    append.half = (tq_cuda_append_half)3, append.k = memory, store.n_recent = 8;
-    assert_int_equal(tq_cuda_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* halves of what? */
+    append.half = (tq_append_half)3, append.k = memory, store.n_recent = 8;
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "half"));
 
     store = usable_store(memory);
-    tq_cuda_attend_params attend;
-    tq_cuda_attend_params_default(&attend);
-    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    tq_paged_attend_params attend;
+    tq_paged_attend_params_default(&attend);
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     attend.n_seq = 1, attend.n_head = 12;
-    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_SHAPE);
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_SHAPE);
     attend.n_head = 16;
-    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     attend.q = attend.new_k = memory, attend.out = attend.workspace = memory;
     attend.page_table = attend.seq_lens = (const int32_t *)(const void *)memory;
-    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "new_v"));
     attend.new_v = memory, attend.new_row_stride = 8 * 128 - 1;
-    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "new_row_stride"));
     attend.new_row_stride++;
-    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_NO_DEVICE); /* nothing else is missing */
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_NO_DEVICE); /* nothing else is missing */
     store.pages = memory + 16;
-    assert_int_equal(tq_cuda_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "128"));
     store = usable_store(memory);
-    tq_cuda_sizes sizes;
-    assert_int_equal(tq_cuda_sizes_get(&sizes, &store), TQ_OK);
+    tq_paged_sizes sizes;
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
     store.page_stride_bytes = sizes.page_bytes - 128;
-    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "page_stride_bytes"));
     store.page_stride_bytes = sizes.page_bytes + 8;
-    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
     store.page_stride_bytes = sizes.page_bytes + 128, store.n_recent = 8, store.exact = memory;
     store.exact_stride_bytes = 2 * 8 * 8 * 128 * 2 + 8;
-    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "exact_stride_bytes"));
     store.exact_stride_bytes += 8;
-    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_NO_DEVICE);
+    assert_int_equal(tq_paged_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_NO_DEVICE);
     store = usable_store(memory);
-    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_NO_DEVICE);
-    assert_int_equal(tq_cuda_pages_copy(&store, NULL, NULL, 1, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_copy(&store, NULL, NULL, 0, NULL), TQ_ERR_NO_DEVICE);
+    assert_int_equal(tq_paged_copy(&store, NULL, NULL, 1, NULL), TQ_ERR_ARGUMENT);
 }
 
 static void test_missing_library(void **state)

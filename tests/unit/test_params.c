@@ -35,8 +35,8 @@ static tq_status create(const void *params)
 
 static tq_status sizes(const void *params)
 {
-    tq_cuda_sizes out;
-    return tq_cuda_sizes_get(&out, params);
+    tq_paged_sizes out;
+    return tq_paged_sizes_get(&out, params);
 }
 
 static void check_sizes(tq_status (*call)(const void *), const void *params, size_t bytes, size_t shortest)
@@ -68,12 +68,12 @@ static void test_structs_of_other_sizes(void **state)
     tq_cache_params_default(&cache);
     cache.head_dim = 64;
     check_sizes(create, &cache, sizeof cache, offsetof(tq_cache_params, page_size));
-    tq_cuda_store device;
-    tq_cuda_store_default(&device);
+    tq_paged_store device;
+    tq_paged_store_default(&device);
     device.head_dim = 128;
     device.n_head_kv = 2;
     device.page_size = 64;
-    check_sizes(sizes, &device, sizeof device, offsetof(tq_cuda_store, n_sink));
+    check_sizes(sizes, &device, sizeof device, offsetof(tq_paged_store, n_sink));
 }
 
 /* What a shorter struct does not have is as its default says: queries attend without what came later. */

@@ -9,7 +9,7 @@
 #include "kernels/cuda/encode_few.cuh"
 
 template <int D>
-static cudaError_t launch_references(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+static cudaError_t launch_references(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     /* Few tokens are of many sequences, which begin blocks at the same time; one of many of a sequence in 64 does. */
     int64_t n = p.n_tok / reference_tokens_max, n_tokens = n < 1 ? 1 : n < reference_tokens_max ? n : reference_tokens_max;
@@ -18,7 +18,7 @@ static cudaError_t launch_references(const tq_device_store &store, const tq_cuda
     return cudaGetLastError();
 }
 
-static cudaError_t set_references(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+static cudaError_t set_references(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     switch (store.head_dim) {
     case 64:
@@ -37,7 +37,7 @@ static cudaError_t set_references(const tq_device_store &store, const tq_cuda_ap
 }
 
 template <int D>
-static cudaError_t launch_encode(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+static cudaError_t launch_encode(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     int64_t n_items = p.n_tok * store.n_head_kv, per_block = encode_threads / 16;
     int first = store.key.is_trellis ? 1 : 0, end = store.value.is_trellis ? 1 : 2;
@@ -48,7 +48,7 @@ static cudaError_t launch_encode(const tq_device_store &store, const tq_cuda_app
     return cudaGetLastError();
 }
 
-static cudaError_t encode_few(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+static cudaError_t encode_few(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     switch (store.head_dim) {
     case 64:
@@ -66,16 +66,16 @@ static cudaError_t encode_few(const tq_device_store &store, const tq_cuda_append
     }
 }
 
-cudaError_t append_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+cudaError_t append_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
-    if (p.half != TQ_CUDA_APPEND_STORE) {
+    if (p.half != TQ_APPEND_STORE) {
         cudaError_t error = store.k_ref_block ? set_references(store, p, stream) : cudaSuccess;
         if (error != cudaSuccess) return error;
         error = encode_many_has(store, p) ? encode_many(store, p, stream) : encode_few(store, p, stream);
         if (error == cudaSuccess) error = encode_trellis_rows(store, p, stream);
         if (error != cudaSuccess) return error;
     }
-    if (p.half == TQ_CUDA_APPEND_ENCODE || store.n_sink + store.n_recent == 0) return cudaSuccess;
+    if (p.half == TQ_APPEND_ENCODE || store.n_sink + store.n_recent == 0) return cudaSuccess;
     store_exact_kernel<<<dim3((unsigned)(p.n_tok * store.n_head_kv), 2), 64, 0, stream>>>(store, p);
     return cudaGetLastError();
 }

@@ -7,12 +7,12 @@
 
 #include "kernels/cuda/append_args.cuh"
 
-cudaError_t append_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream);
+cudaError_t append_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream);
 /* The sides whose format is scalar, of batches that are large enough for encode_many.cuh. */
-bool encode_many_has(const tq_device_store &store, const tq_cuda_append_params &p);
-cudaError_t encode_many(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream);
+bool encode_many_has(const tq_device_store &store, const tq_paged_append_params &p);
+cudaError_t encode_many(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream);
 /* The sides whose format is a trellis; nothing for others. */
-cudaError_t encode_trellis_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream);
+cudaError_t encode_trellis_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream);
 cudaError_t copy_pages(const tq_device_store &store, const int32_t *from, const int32_t *to, int64_t n, cudaStream_t stream);
 cudaError_t export_pages(const tq_device_store &store, const int32_t *pages, int64_t n, uint8_t *bytes, cudaStream_t stream);
 cudaError_t import_pages(const tq_device_store &store, const int32_t *pages, int64_t n, const uint8_t *bytes,

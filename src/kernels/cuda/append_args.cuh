@@ -24,13 +24,13 @@ __device__ __forceinline__ int32_t ring_entry(const tq_device_store &store, int6
 }
 
 /* Is row i of the batch position `position` of sequence `seq`? */
-__device__ __forceinline__ bool row_is(const tq_cuda_append_params &p, int64_t i, int32_t seq, int64_t position)
+__device__ __forceinline__ bool row_is(const tq_paged_append_params &p, int64_t i, int32_t seq, int64_t position)
 {
     return i >= 0 && i < p.n_tok && p.slot_mapping[i] >= 0 && p.seq_ids[i] == seq && p.positions[i] == position;
 }
 
 /* Without ring, the token itself; else the one that it pushes out, if that is no sink. */
-__device__ __forceinline__ encode_task encode_task_of(const tq_device_store &store, const tq_cuda_append_params &p,
+__device__ __forceinline__ encode_task encode_task_of(const tq_device_store &store, const tq_paged_append_params &p,
                                                       int64_t token)
 {
     encode_task task = {};
@@ -74,7 +74,7 @@ __device__ __forceinline__ int64_t exact_index(const tq_device_store &store, int
 /* Elements lane16, lane16 + 16, ... of the vector to encode, rounded to FP16. Batch rows are checked where the batch is stored
  * exactly or, if it never is, here. */
 template <int D>
-__device__ __forceinline__ void load_vector(float (&x)[D / 16], const tq_device_store &store, const tq_cuda_append_params &p,
+__device__ __forceinline__ void load_vector(float (&x)[D / 16], const tq_device_store &store, const tq_paged_append_params &p,
                                             const encode_task &task, bool is_value, int32_t head, int lane16)
 {
     if (task.row < 0) {

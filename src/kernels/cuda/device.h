@@ -62,10 +62,11 @@ typedef struct tq_device_side tq_device_side;
 typedef struct tq_device_table {
     uint32_t abi;
     tq_status (*describe)(tq_cuda_info *out, char *message);
-    tq_status (*append)(const tq_device_store *store, const tq_cuda_append_params *params, void *stream, char *message);
-    tq_status (*attend)(const tq_device_store *store, const tq_cuda_attend_params *params, void *stream, char *message);
+    tq_status (*append)(const tq_device_store *store, const tq_paged_append_params *params, void *stream, char *message);
+    tq_status (*attend)(const tq_device_store *store, const tq_paged_attend_params *params, void *stream, char *message);
     /* What any call with at most these counts needs. */
-    tq_status (*workspace_bytes)(size_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message);
+    tq_status (*workspace_bytes)(size_t *out, const tq_device_store *store, const tq_paged_attend_params *params,
+                                 char *message);
     tq_status (*copy_pages)(const tq_device_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream,
                             char *message);
     tq_status (*export_pages)(const tq_device_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream,

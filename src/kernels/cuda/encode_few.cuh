@@ -11,7 +11,7 @@ constexpr int encode_threads = 128;
 /* Work item: token, KV head; blockIdx.y with first_side: keys or values. */
 template <int D>
 __global__ void __launch_bounds__(encode_threads) encode_scalar_kernel(const __grid_constant__ tq_device_store store,
-                                                                       const __grid_constant__ tq_cuda_append_params p,
+                                                                       const __grid_constant__ tq_paged_append_params p,
                                                                        int first_side)
 {
     __shared__ __align__(16) uint8_t codes[encode_threads / 16][D];
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(encode_threads) encode_scalar_kernel(const __g
 
 /* Sinks, and those tokens of the batch that are still in the ring at its end; a block of 64 threads a token, side and head. */
 __global__ void store_exact_kernel(const __grid_constant__ tq_device_store store,
-                                   const __grid_constant__ tq_cuda_append_params p)
+                                   const __grid_constant__ tq_paged_append_params p)
 {
     int64_t token = blockIdx.x / store.n_head_kv;
     int32_t head = blockIdx.x % store.n_head_kv;

@@ -3,7 +3,7 @@
 #include "kernels/cuda/encode_many.cuh"
 
 template <int D, int BITS, bool IS_VALUE>
-static cudaError_t launch_side(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+static cudaError_t launch_side(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     constexpr int bytes = (int)sizeof(many_shared<D>);
     auto kernel = encode_many_kernel<D, BITS, IS_VALUE>;
@@ -24,7 +24,7 @@ static cudaError_t launch_side(const tq_device_store &store, const tq_cuda_appen
 }
 
 template <int D, bool IS_VALUE>
-static cudaError_t launch_bits(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+static cudaError_t launch_bits(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     switch ((IS_VALUE ? store.value : store.key).bits) {
     case 8:
@@ -39,13 +39,13 @@ static cudaError_t launch_bits(const tq_device_store &store, const tq_cuda_appen
 }
 
 template <int D>
-static cudaError_t launch_both(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+static cudaError_t launch_both(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     cudaError_t error = store.key.is_trellis ? cudaSuccess : launch_bits<D, false>(store, p, stream);
     return error != cudaSuccess || store.value.is_trellis ? error : launch_bits<D, true>(store, p, stream);
 }
 
-bool encode_many_has(const tq_device_store &store, const tq_cuda_append_params &p)
+bool encode_many_has(const tq_device_store &store, const tq_paged_append_params &p)
 {
     constexpr int64_t n_vectors_min = 16384; /* that many threads fill a device; with fewer, half a warp each is sooner done */
     const int64_t alignment = p.dtype == TQ_DTYPE_F32 ? 1 : 8; /* of a row, in numbers, for loads of 16 bytes */
@@ -53,7 +53,7 @@ bool encode_many_has(const tq_device_store &store, const tq_cuda_append_params &
            ((uintptr_t)p.k | (uintptr_t)p.v | (uintptr_t)store.exact) % 16 == 0;
 }
 
-cudaError_t encode_many(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+cudaError_t encode_many(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     switch (store.head_dim) {
     case 64:

@@ -394,7 +394,7 @@ __device__ __forceinline__ bool all_finite(uint4 v)
 
 /* 8 numbers of the batch as halves: element `first` of it and those behind. `raw` is what stands there, if that has 16 bits a
  * number. `bad` is set where FP16 cannot hold one. */
-__device__ __noinline__ uint4 converted(const tq_cuda_append_params &p, bool is_value, uint4 raw, int64_t first, bool &bad)
+__device__ __noinline__ uint4 converted(const tq_paged_append_params &p, bool is_value, uint4 raw, int64_t first, bool &bad)
 {
     const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
     uint32_t out[4];
@@ -419,7 +419,7 @@ struct row_source {
 };
 
 template <int D>
-__device__ __forceinline__ row_source source_of(const tq_device_store &store, const tq_cuda_append_params &p,
+__device__ __forceinline__ row_source source_of(const tq_device_store &store, const tq_paged_append_params &p,
                                                 const encode_task &task, bool is_value)
 {
     row_source source = {nullptr, D, -1, task.is_last_look};
@@ -464,7 +464,7 @@ __device__ __forceinline__ void bring_references(many_shared<D> &shared, const t
  * is of this lane's vector. Rows are all on their way before the first is used. factors [head_dim], of keys: they are divided
  * by these. has_references: they stand there, and are taken off. */
 template <int D>
-__device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_cuda_append_params &p, const row_source &source,
+__device__ __forceinline__ void bring_rows(many_shared<D> &shared, const tq_paged_append_params &p, const row_source &source,
                                            bool is_value, int32_t head, const int8_t *factors, bool has_references)
 {
     constexpr int per_row = D / 8, n = D / 32; /* pieces of a row, of a lane */
@@ -543,7 +543,7 @@ template <int D> __device__ __forceinline__ void load_nibbles(uint32_t (&nibbles
 
 template <int D, int BITS, bool IS_VALUE>
 __global__ void __launch_bounds__(many_threads, many_blocks)
-    encode_many_kernel(const __grid_constant__ tq_device_store store, const __grid_constant__ tq_cuda_append_params p)
+    encode_many_kernel(const __grid_constant__ tq_device_store store, const __grid_constant__ tq_paged_append_params p)
 {
     using shape = quarter_shape<BITS, D>;
     extern __shared__ __align__(16) uint8_t memory[];

@@ -56,17 +56,17 @@ static tq_status describe(tq_cuda_info *out, char *message)
     return TQ_OK;
 }
 
-static tq_status append(const tq_device_store *store, const tq_cuda_append_params *params, void *stream, char *message)
+static tq_status append(const tq_device_store *store, const tq_paged_append_params *params, void *stream, char *message)
 {
     return done(message, "append", append_rows(*store, *params, (cudaStream_t)stream));
 }
 
-static int32_t row_tiles_of(const tq_device_store *store, const tq_cuda_attend_params *params)
+static int32_t row_tiles_of(const tq_device_store *store, const tq_paged_attend_params *params)
 {
     return tq_ceil_div((int64_t)params->n_query * (params->n_head / store->n_head_kv), TQ_TILE_ROWS);
 }
 
-static int64_t records_most(const tq_cuda_attend_params *params)
+static int64_t records_most(const tq_paged_attend_params *params)
 {
     return (params->max_seq_len + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
 }
@@ -113,7 +113,7 @@ template <int D> static attend_launch find_at(const attend_choice &choice, bool 
 }
 
 /* With TQ_CUDA_GENERAL in the environment no pair has kernels of its own: so the others are tested and timed with all pairs. */
-static attend_launch find_launch(const tq_device_store &store, const tq_cuda_attend_params &params, bool *is_prefill)
+static attend_launch find_launch(const tq_device_store &store, const tq_paged_attend_params &params, bool *is_prefill)
 {
     attend_choice choice = {codes_kind(store.key.bits, store.key.is_trellis),
                             codes_kind(store.value.bits, store.value.is_trellis), reference_bytes_of(store), 0,
@@ -152,8 +152,8 @@ static bool can_overlap()
 static size_t counters_bytes(size_t workspace_bytes)
 {
     constexpr size_t of_tile = sizeof(uint32_t) * TQ_COUNTER_STRIDE;
-    static_assert(3 * TQ_TILE_ROWS * (64 + 2) >= TQ_CUDA_WORKSPACE_COUNTERS * TQ_COUNTER_STRIDE, "");
-    return workspace_bytes / TQ_CUDA_WORKSPACE_COUNTERS / of_tile * of_tile;
+    static_assert(3 * TQ_TILE_ROWS * (64 + 2) >= TQ_PAGED_WORKSPACE_COUNTERS * TQ_COUNTER_STRIDE, "");
+    return workspace_bytes / TQ_PAGED_WORKSPACE_COUNTERS / of_tile * of_tile;
 }
 
 static size_t partial_bytes(const tq_device_store *store)
@@ -161,7 +161,7 @@ static size_t partial_bytes(const tq_device_store *store)
     return TQ_TILE_ROWS * (size_t)(store->head_dim + 2) * sizeof(float);
 }
 
-static tq_status workspace_bytes(size_t *out, const tq_device_store *store, const tq_cuda_attend_params *params, char *message)
+static tq_status workspace_bytes(size_t *out, const tq_device_store *store, const tq_paged_attend_params *params, char *message)
 {
     int32_t n_multiprocessors = 0;
     tq_status status = count_multiprocessors(&n_multiprocessors, message);
@@ -177,7 +177,7 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *store, cons
     const int64_t n_partials = tq_partials_most(n_lists * tq_ceil_div(n_rows, TQ_TILE_ROWS), n_of_one, records_most(params),
                                                 store->head_dim, n_multiprocessors, params->deterministic);
     size_t bytes = (size_t)n_partials * partial_bytes(store);
-    bytes += bytes / (TQ_CUDA_WORKSPACE_COUNTERS - 1) + 1;
+    bytes += bytes / (TQ_PAGED_WORKSPACE_COUNTERS - 1) + 1;
     *out = (bytes + 127) / 128 * 128;
     return TQ_OK;
 }
@@ -200,7 +200,7 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     memcpy(args.windows[1], store.value.windows, sizeof args.windows[1]);
 }
 
-static tq_status attend(const tq_device_store *store, const tq_cuda_attend_params *params, void *stream, char *message)
+static tq_status attend(const tq_device_store *store, const tq_paged_attend_params *params, void *stream, char *message)
 {
     bool is_prefill;
     int32_t n_multiprocessors = 0;
@@ -270,7 +270,7 @@ static tq_status import_from(const tq_device_store *store, const int32_t *pages,
 
 static tq_status supports(const tq_device_store *store, char *message)
 {
-    tq_cuda_attend_params params = {};
+    tq_paged_attend_params params = {};
     params.n_query = 1, params.n_head = store->n_head_kv;
     int32_t device;
     tq_status status = check_device(&device, message);

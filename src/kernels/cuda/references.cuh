@@ -35,7 +35,7 @@ __device__ __forceinline__ void key_to_coded(float (&x)[D / 16], const tq_device
 }
 
 /* Does a token push out the first of its block that is encoded? */
-__device__ __forceinline__ bool begins_block(const tq_device_store &store, const tq_cuda_append_params &p, int64_t token)
+__device__ __forceinline__ bool begins_block(const tq_device_store &store, const tq_paged_append_params &p, int64_t token)
 {
     if (token >= p.n_tok || p.slot_mapping[token] < 0) return false;
     const int64_t position = p.positions[token] - store.n_recent;
@@ -54,7 +54,7 @@ template <int D> struct reference_shared {
 /* The mean of the n_recent tokens before `token`, to shared.mean by a thread a dimension; false: the batch does not say. */
 template <int D>
 __device__ __forceinline__ bool mean_of_ring(reference_shared<D> &shared, const tq_device_store &store,
-                                             const tq_cuda_append_params &p, int64_t token, int32_t head)
+                                             const tq_paged_append_params &p, int64_t token, int32_t head)
 {
     const int32_t seq = p.seq_ids[token], d = (int32_t)threadIdx.x;
     const int64_t end = p.positions[token], slot = p.exact_slots ? p.exact_slots[seq] : seq;
@@ -91,7 +91,7 @@ __device__ __forceinline__ bool mean_of_ring(reference_shared<D> &shared, const 
 /* Work item: n_tokens tokens of the batch, at most reference_tokens_max; blockIdx.y: KV head. D threads. */
 template <int D>
 __global__ void __launch_bounds__(D) set_references_kernel(const __grid_constant__ tq_device_store store,
-                                                           const __grid_constant__ tq_cuda_append_params p, int32_t n_tokens)
+                                                           const __grid_constant__ tq_paged_append_params p, int32_t n_tokens)
 {
     __shared__ reference_shared<D> shared;
     const int32_t head = (int32_t)blockIdx.y;

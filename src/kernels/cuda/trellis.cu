@@ -4,7 +4,7 @@
 #include "kernels/cuda/trellis.cuh"
 
 template <int D, int BITS>
-static cudaError_t launch_sides(const tq_device_store &store, const tq_cuda_append_params &p, int first, int n,
+static cudaError_t launch_sides(const tq_device_store &store, const tq_paged_append_params &p, int first, int n,
                                 cudaStream_t stream)
 {
     constexpr int bytes = trellis_warps * (int)sizeof(trellis_shared<D, BITS>);
@@ -18,7 +18,7 @@ static cudaError_t launch_sides(const tq_device_store &store, const tq_cuda_appe
 }
 
 template <int D>
-static cudaError_t launch_bits(const tq_device_store &store, const tq_cuda_append_params &p, int first, int n,
+static cudaError_t launch_bits(const tq_device_store &store, const tq_paged_append_params &p, int first, int n,
                                cudaStream_t stream)
 {
     switch ((first ? store.value : store.key).bits) {
@@ -31,7 +31,7 @@ static cudaError_t launch_bits(const tq_device_store &store, const tq_cuda_appen
     }
 }
 
-cudaError_t encode_trellis_rows(const tq_device_store &store, const tq_cuda_append_params &p, cudaStream_t stream)
+cudaError_t encode_trellis_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     const bool is_same = store.key.is_trellis && store.value.is_trellis && store.key.bits == store.value.bits;
     const int n = is_same ? 2 : 1; /* sides of a launch */

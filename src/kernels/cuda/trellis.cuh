@@ -165,7 +165,7 @@ __device__ __forceinline__ float search(T &shared, const lane_windows<BITS> &win
 
 template <int D, int BITS>
 __global__ void __launch_bounds__(32 * trellis_warps) encode_trellis_kernel(const __grid_constant__ tq_device_store store,
-                                                                            const __grid_constant__ tq_cuda_append_params p,
+                                                                            const __grid_constant__ tq_paged_append_params p,
                                                                             int first_side)
 {
     extern __shared__ __align__(16) uint8_t memory[];
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(32 * trellis_warps) encode_trellis_kernel(cons
     for (int c = 0; c < 8; c++) windows.target[c] = values[8 * lane + c] * 256 * (BITS > 2 ? 4 : 2);
 
     float x[D / 16]; /* both halves of the warp hold the vector */
-    tq_cuda_append_params quiet = p;
+    tq_paged_append_params quiet = p;
     if (lane >= 16) quiet.n_not_finite = nullptr;
     load_vector<D>(x, store, quiet, task, is_value, head, lane & 15);
     if (!is_value) key_to_coded<D>(x, store, task, head, lane & 15);
