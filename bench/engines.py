@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""The presets' KL divergence in llama.cpp, Transformers and MLX-LM, on the same model, text, tokens and context, on the CPU.
+"""The presets' KL divergence in llama.cpp, Transformers and MLX-LM, on the same model, text, tokens and context.
 
     engines.py MODEL.gguf --text FILE --csv OUT.csv [--engines llama.cpp,llama.cpp-float32,transformers,mlx-lm]
                [--presets TQ6,TQ4,TQ3,TQ2] [--context 2048] [--chunks 1] [--threads 2]
@@ -10,6 +10,9 @@ of each window, which is read in parts of 512 tokens: llama-perplexity's way, in
 engine's floor, which is FP16 by another algorithm: llama.cpp without flash attention, Transformers' eager attention for sdpa,
 MLX-LM with a prompt in parts of 256. Transformers and MLX-LM compute in float32 with the weights that the file's stand for.
 So does llama.cpp-float32, on a copy of the file; on the file itself llama.cpp rounds activations to 8 bits.
+
+All that is on the CPU. transformers-cuda and transformers-cuda-bfloat16 are Transformers on an NVIDIA GPU, in float32 and in
+bfloat16; they are measured where they are named.
 
 Each engine is a process of its own. A row is written as soon as it is known, and those that OUT.csv has are not measured again:
 the same command goes on where it was stopped. It ends with a table, and with what the engines do not agree on.
@@ -73,6 +76,8 @@ def short_hash(tokens):
 
 
 class Llama:
+    machine = staticmethod(llama.machine)
+
     def __init__(self, args, work):
         self.args, self.base = args, work / "logits.kld"
         self.setup = llama.Setup(options.find_llama_bin(args.llama_bin), options.find_plugin(args.plugin), self.model(work),
@@ -119,6 +124,8 @@ class LlamaFloat32(Llama):
 class InPython:
     """An engine whose logits come as arrays."""
 
+    machine = staticmethod(llama.machine)
+
     def __init__(self, args, work):
         self.args, self.work = args, work
         self.load()
@@ -129,10 +136,19 @@ class InPython:
         self.tokens = short_hash(tokens)
         self.windows = np.array(tokens, np.int32).reshape(args.chunks, -1)
         for number, window in enumerate(self.windows):
-            np.save(self.reference(number), self.read(window, None, lambda n_tok: None))
+            self.keep(number, self.read(window, None, lambda n_tok: None))
 
-    def reference(self, number):
-        return self.work / f"{number}.npy"
+    def keep(self, number, logits):
+        np.save(self.work / f"{number}.npy", logits)
+
+    def kept(self, number):
+        return np.load(self.work / f"{number}.npy", mmap_mode="r")
+
+    join, divergences = staticmethod(np.concatenate), staticmethod(divergences)
+
+    @staticmethod
+    def same(wanted, found):
+        return wanted.argmax(axis=-1) == found.argmax(axis=-1)
 
     def read(self, window, name, advance):
         """Logits where llama-perplexity scores them: after each token of the second half, but for the last."""
@@ -145,7 +161,7 @@ class InPython:
             if n_scored:
                 found.append(logits)
             advance(len(part))
-        return np.concatenate(found)[:-1]
+        return self.join(found)[:-1]
 
     def step(self, name):
         return min(quality.BATCH, self.args.context)
@@ -153,13 +169,15 @@ class InPython:
     def measure(self, name, advance):
         kl, same = [], []
         for number, window in enumerate(self.windows):
-            wanted, found = np.load(self.reference(number), mmap_mode="r"), self.read(window, name, advance)
-            kl.append(divergences(wanted, found))
-            same.append(wanted.argmax(axis=-1) == found.argmax(axis=-1))
+            wanted, found = self.kept(number), self.read(window, name, advance)
+            kl.append(self.divergences(wanted, found))
+            same.append(self.same(wanted, found))
         return figures_of(np.concatenate(kl), np.concatenate(same))
 
 
 class Transformers(InPython):
+    DEVICE, DTYPE = "cpu", "float32"
+
     def load(self):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -167,12 +185,13 @@ class Transformers(InPython):
         torch.set_grad_enabled(False)
         folder, file = self.args.model.parent, self.args.model.name
         self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=getattr(torch, self.DTYPE)).eval()
+        self.model.to(self.DEVICE)
         self.torch, self.versions = torch, versions("transformers", "torch")
 
         class HalfCache(DynamicCache):
             def update(self, keys, values, *rest, **more):
-                return super().update(keys.half().float(), values.half().float(), *rest, **more)
+                return super().update(keys.half().to(keys.dtype), values.half().to(values.dtype), *rest, **more)
 
         self.half_cache = HalfCache
 
@@ -184,10 +203,54 @@ class Transformers(InPython):
         cache = TurboQuantCache(config=config, preset=name) if is_ours else self.half_cache(config=config)
 
         def forward(part, n_last):
-            part = self.torch.from_numpy(part.astype(np.int64))[None]
-            return self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=max(n_last, 1)).logits[0].numpy()
+            part = self.torch.from_numpy(part.astype(np.int64))[None].to(self.DEVICE)
+            out = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=max(n_last, 1))
+            return self.taken(out.logits[0])
 
         return forward
+
+    @staticmethod
+    def taken(logits):
+        return logits.numpy()
+
+
+class TransformersCuda(Transformers):
+    """Logits stay on the GPU, which has room for those of long contexts."""
+
+    DEVICE = "cuda"
+
+    @staticmethod
+    def machine():
+        import torch
+        return torch.cuda.get_device_name()
+
+    def keep(self, number, logits):
+        self.logits = {**getattr(self, "logits", {}), number: logits}
+
+    def kept(self, number):
+        return self.logits[number]
+
+    @staticmethod
+    def taken(logits):
+        return logits.float()
+
+    def join(self, parts):
+        return self.torch.cat(parts)
+
+    @staticmethod
+    def same(wanted, found):
+        return (wanted.argmax(dim=-1) == found.argmax(dim=-1)).cpu().numpy()
+
+    def divergences(self, wanted, found, rows=1024):
+        parts = []
+        for begin in range(0, len(wanted), rows):
+            p, q = (x[begin : begin + rows].double().log_softmax(dim=-1) for x in (wanted, found))
+            parts.append((p.exp() * (p - q)).sum(dim=-1).cpu().numpy())
+        return np.concatenate(parts)
+
+
+class TransformersBfloat16(TransformersCuda):
+    DTYPE = "bfloat16"
 
 
 class MlxLm(InPython):
@@ -239,7 +302,8 @@ def export_model(model, folder):
     smollm.export(loaded, tokenizer, folder)
 
 
-ENGINES = {"llama.cpp": Llama, "llama.cpp-float32": LlamaFloat32, "transformers": Transformers, "mlx-lm": MlxLm}
+ON_CPU = {"llama.cpp": Llama, "llama.cpp-float32": LlamaFloat32, "transformers": Transformers, "mlx-lm": MlxLm}
+ENGINES = {**ON_CPU, "transformers-cuda": TransformersCuda, "transformers-cuda-bfloat16": TransformersBfloat16}
 
 
 def read_rows(path):
@@ -264,7 +328,7 @@ def run_engine(kind, args, command, names):
 
     from tqdm import tqdm
     common = {"engine": kind, "model": args.model.name, "text": args.text.stem, "n_ctx": args.context, "n_chunks": args.chunks,
-              "command": command, "machine": llama.machine(), "commit": llama.commit()}
+              "command": command, "machine": ENGINES[kind].machine(), "commit": args.commit or llama.commit()}
     failed = False
     args.work.mkdir(parents=True, exist_ok=True)
     n_tok = args.context * args.chunks * len(names)
@@ -328,11 +392,13 @@ def main():
     parser.add_argument("model", type=Path, help="a GGUF file")
     parser.add_argument("--text", type=Path, required=True, help="plain text")
     parser.add_argument("--csv", type=Path, required=True, help="where rows are appended")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="some of %(default)s")
+    parser.add_argument("--engines", default=",".join(ON_CPU),
+                        help=f"some of {', '.join(ENGINES)} (those on the CPU)")
     parser.add_argument("--presets", nargs="+", default=[PRESETS], help="as tq eval has them, for llama.cpp with options")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window (%(default)s)")
     parser.add_argument("--chunks", type=int, default=1, help="windows (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--commit", help="of this folder, where it is no git repository")
     parser.add_argument("--llama-bin", type=Path, help="llama.cpp's programs (TQ_LLAMA_BIN, build/deps, PATH)")
     parser.add_argument("--plugin", type=Path, help="libggml-turboquant.so (TQ_PLUGIN, build/release)")
     args = parser.parse_args()
