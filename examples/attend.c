@@ -14,18 +14,16 @@ int main(void)
     for (int i = 0; i < N_TOK * N_HEAD_KV * HEAD_DIM; i++) k[i] = v[i] = (float)rand() / (float)RAND_MAX - 0.5f;
     for (int i = 0; i < N_HEAD * HEAD_DIM; i++) q[i] = k[i];
 
-    tq_cache_params shape;
-    tq_cache_params_default(&shape); /* 4 bits a value, 4 sinks and 64 recent tokens exact */
-    shape.n_head_kv = N_HEAD_KV;
-    shape.head_dim = HEAD_DIM;
+    tq_cache_params shape = {
+        .struct_size = sizeof shape, .n_layer = 1, .n_head_kv = N_HEAD_KV, .head_dim = HEAD_DIM, .n_pages = 64};
+    tq_cache_params_set_preset(&shape, tq_preset_find("TQ4")); /* 4 bits a value, 4 sinks and 64 recent tokens exact */
     tq_cache *cache = NULL;
     int32_t seq = 0;
     tq_status status = tq_cache_create(&cache, &shape);
     if (status == TQ_OK) status = tq_cache_seq_create(cache, &seq);
     if (status == TQ_OK) status = tq_cache_append(cache, seq, 0, N_TOK, k, v, NULL);
 
-    tq_attend_params params;
-    tq_attend_params_default(&params);
+    tq_attend_params params = {.struct_size = sizeof params};
     params.n_query = 1;
     params.n_head = N_HEAD;
     params.q = q;

@@ -81,11 +81,9 @@ int main(void)
     fill(wk[0][0], N_LAYER * N_EMBD * N_KV, 1.0f);
     fill(wv[0][0], N_LAYER * N_EMBD * N_KV, 2.0f);
 
-    tq_cache_params shape;
-    tq_cache_params_default(&shape);
-    shape.n_layer = N_LAYER;
-    shape.n_head_kv = N_HEAD_KV;
-    shape.head_dim = HEAD_DIM;
+    tq_cache_params shape = {
+        .struct_size = sizeof shape, .n_layer = N_LAYER, .n_head_kv = N_HEAD_KV, .head_dim = HEAD_DIM, .n_pages = 64};
+    tq_cache_params_set_preset(&shape, tq_preset_find("TQ4"));
     shape.page_size = PAGE_SIZE;
     tq_cache *cache = NULL;
     check(tq_cache_create(&cache, &shape));

@@ -16,8 +16,7 @@ static void check_options(const tq_ggml_options *options)
     ENSURE(!options->has_k_format || tq_format_describe(&info, options->k_format, 128) == TQ_OK);
     ENSURE(!options->has_v_format || tq_format_describe(&info, options->v_format, 128) == TQ_OK);
     ENSURE(options->n_sink >= 0 && options->n_recent >= 0);
-    tq_store_params params;
-    tq_store_params_default(&params);
+    tq_store_params params = {.struct_size = sizeof params, .format = TQ_FORMAT_SQ4, .n_head_kv = 1};
     params.head_dim = options->head_dim ? options->head_dim : 64;
     params.n_slots = 1;
     params.n_sink = options->n_sink;

@@ -14,8 +14,7 @@ enum { FILE_MAX = 1 << 16, SEQS = 64 };
 
 static tq_cache *create(void)
 {
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     p.n_layer = 2;
     p.head_dim = 64;
     p.page_size = p.checkpoint_stride = 16;
@@ -82,8 +81,7 @@ static void seal(uint8_t *data, size_t n)
 static void use(tq_cache *cache, int32_t seq)
 {
     static float k[8 * 16 * 64], v[8 * 16 * 64], out[64];
-    tq_attend_params p;
-    tq_attend_params_default(&p);
+    tq_attend_params p = {.struct_size = sizeof p, .softmax_scale = 1.0f};
     p.n_query = p.n_head = 1;
     p.q = k;
     p.out = out;

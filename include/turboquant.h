@@ -9,9 +9,10 @@
  *
  * Conventions that hold throughout:
  *  - Every function that can fail returns tq_status; out parameters come first and are untouched on failure.
- *  - Every struct that a caller fills starts with struct_size; the matching *_default function sets it. Where the library and
- *    the header that a caller was compiled with are of different versions, the fields that only the library knows have their
- *    defaults, and those that only the caller knows must be zero.
+ *  - Every struct that a caller fills starts with struct_size, the sizeof that the caller was compiled with; all other fields
+ * are zero unless it sets them, and zero is what suits most, or none. So fields that only the library knows, of another
+ * version, have their defaults; those that only the caller knows must be zero. tq_cache_params params = {.struct_size = sizeof
+ * params};
  *  - Strides are in elements unless the name ends in _bytes. Shapes are written [n_tok, n_head_kv, head_dim], last dimension
  *    contiguous.
  *  - Counts are checked, memory is not: a handle comes from its create, open or load function and has not been freed; a
@@ -181,10 +182,9 @@ typedef struct tq_preset {
     int32_t n_sink, n_recent;
     int32_t k_ref_block; /* of keys */
 } tq_preset;
-TQ_API int32_t tq_preset_count(void);
 /* The number of TQ4. */
 #define TQ_PRESET_DEFAULT 1
-/* NULL if i is out of range. Static storage. */
+/* In their order, from 0; NULL behind the last. Static storage. */
 TQ_API const tq_preset *tq_preset_get(int32_t i);
 /* The preset of a name, in upper or lower case; NULL if it does not exist. */
 TQ_API const tq_preset *tq_preset_find(const char *name);
@@ -212,11 +212,11 @@ typedef struct tq_attend_params {
     int64_t out_token_stride, out_head_stride;
     int32_t out_dim; /* 0: the value head_dim. Smaller: the first out_dim values (MLA reads its values from the keys' latent) */
     float *lse;      /* optional [n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
-    float softmax_scale;
-    float softcap;     /* 0: none */
-    bool causal;       /* column <= first_pos + i_query */
-    int64_t first_pos; /* the position of query token 0 (causal, window, ALiBi) */
-    int64_t window;    /* > 0: column > position - window */
+    float softmax_scale; /* 0: 1 / sqrt(head_dim) */
+    float softcap;       /* 0: none */
+    bool causal;         /* column <= first_pos + i_query */
+    int64_t first_pos;   /* the position of query token 0 (causal, window, ALiBi) */
+    int64_t window;      /* > 0: column > position - window */
     /* Optional additive mask [n_query, n_col], FP16 bits or FP32 by mask_is_f16; -inf hides a column. */
     const void *mask;
     bool mask_is_f16;
@@ -228,7 +228,6 @@ typedef struct tq_attend_params {
     /* Stores only. Optional: the settled stages of the rows that belong to the query tokens, one row each. */
     const struct tq_stage *key_stage, *value_stage;
 } tq_attend_params;
-TQ_API void tq_attend_params_default(tq_attend_params *params);
 
 /* ---- calibration --------------------------------------------------------------------------------------------------- */
 
@@ -246,12 +245,13 @@ TQ_API void tq_calibration_free(tq_calibration *calibration);
  * one that it is of. Snapshots of caches with it fit no other layer's. Errors: ARGUMENT, RANGE (no such layer), MEMORY.
  */
 TQ_API TQ_NODISCARD tq_status tq_calibration_take_layer(tq_calibration **out, const tq_calibration *calibration, int32_t layer);
-/* Layers, those without transforms among them; 0 for NULL. */
-TQ_API int32_t tq_calibration_n_layer(const tq_calibration *calibration);
-/* The name of the model that it was learnt from; "" for NULL. */
-TQ_API const char *tq_calibration_model(const tq_calibration *calibration);
-/* The memory that it takes, of a layer that was taken its part. */
-TQ_API size_t tq_calibration_bytes(const tq_calibration *calibration);
+typedef struct tq_calibration_info {
+    char model[64];  /* that it was learnt from */
+    int32_t n_layer; /* those without transforms among them */
+    size_t bytes;    /* of memory that it takes, of a layer that was taken its part */
+} tq_calibration_info;
+/* Errors: ARGUMENT. */
+TQ_API TQ_NODISCARD tq_status tq_calibration_describe(tq_calibration_info *out, const tq_calibration *calibration);
 /* The transforms of one layer (tq_paged_store.k_transforms), *bytes of them; NULL and 0 if it has none. As long as it lives. */
 TQ_API const uint16_t *tq_calibration_transforms(const tq_calibration *calibration, int32_t layer, size_t *bytes);
 
@@ -273,7 +273,6 @@ typedef struct tq_key_factors_params {
     const double *angles;                /* optional [head_dim]: by how many radians a position */
     int32_t ref_block;                   /* of what codes the keys (tq_store_params): references take away what turns slowly */
 } tq_key_factors_params;
-TQ_API void tq_key_factors_params_default(tq_key_factors_params *params);
 /*
  * Fill out [n_head_kv, head_dim] with quarters of an octave, as tq_store_params.factors; zeros for a head whose energies are
  * not positive, finite numbers. *spread, optional, gets what tq_key_guard wants: the root mean square of a product of query and
@@ -321,7 +320,7 @@ typedef struct tq_cache_params {
     int32_t head_dim, head_dim_v; /* head_dim_v 0: the same */
     tq_format k_format, v_format;
     const tq_format *layer_k_formats, *layer_v_formats; /* optional [n_layer], copied: override per layer */
-    int32_t page_size;                                  /* tokens, 16 to 256, a multiple of 16 */
+    int32_t page_size;                                  /* tokens, 16 to 256, a multiple of 16; 0: 128 */
     int32_t n_pages;                                    /* capacity of the pool; 0: what budget and file hold */
     int32_t n_sink, n_recent;                           /* n_sink <= page_size */
     int32_t n_take_back; /* so many newest tokens can be trimmed (drafts that were rejected) as if they had never come */
@@ -341,13 +340,11 @@ typedef struct tq_cache_params {
     const char *offload_folder;
     size_t offload_bytes;
     const tq_calibration *calibration; /* optional, of keys: as tq_store_params.calibration, all layers */
-    uint64_t seed;
+    uint64_t seed;                     /* of the sign flips; 0: TQ_SEED_DEFAULT */
     bool dry_run; /* no vectors: pages, bytes, prefixes and refusals are those of a cache with them, in next to no memory */
     tq_device_kind device;
     const tq_allocator *allocator; /* of a device's memory, read as long as the cache lives; NULL: the device's own */
 } tq_cache_params;
-/* The preset TQ4, 64 pages of 128 tokens, one layer and one KV head. head_dim is to be set. */
-TQ_API void tq_cache_params_default(tq_cache_params *params);
 /* Formats, sinks, ring and references as a preset has them. */
 TQ_API void tq_cache_params_set_preset(tq_cache_params *params, const tq_preset *preset);
 /* Pages are allocated as they are first used. Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, FULL (the budget), IO, CPU. */
@@ -504,10 +501,10 @@ typedef struct tq_batch_rows {
     const void *k, *v; /* [n, n_head_kv, head_dim], of v head_dim_v; heads contiguous */
     void *out;         /* [n, n_head, head_dim_v] */
     int64_t q_token_stride, q_head_stride, k_token_stride, v_token_stride, out_token_stride, out_head_stride;
-    float softmax_scale;
-    float softcap;      /* 0: none */
-    int64_t window;     /* > 0: column > position - window */
-    const float *sinks; /* optional [n_head]: learned sink logits */
+    float softmax_scale; /* 0: 1 / sqrt(head_dim) */
+    float softcap;       /* 0: none */
+    int64_t window;      /* > 0: column > position - window */
+    const float *sinks;  /* optional [n_head]: learned sink logits */
     /* As in tq_attend_params. A column is a position of the row's sequence; rows of the mask and lse are those of q. */
     const void *mask;
     bool mask_is_f16;
@@ -516,7 +513,6 @@ typedef struct tq_batch_rows {
     float *lse;
     int32_t out_dim;
 } tq_batch_rows;
-TQ_API void tq_batch_rows_default(tq_batch_rows *rows);
 /*
  * Append and attend, as if token by token: a token is exact for the queries for which it is among the last n_recent. Errors:
  * ARGUMENT (no pass, or the layer has had its turn), NOT_FINITE (CPU: nothing was appended; a device says so in a later pass),
@@ -640,11 +636,10 @@ typedef struct tq_store_params {
      */
     const tq_calibration *calibration;
     int32_t layer;
-    uint64_t seed;
+    uint64_t seed;     /* 0: TQ_SEED_DEFAULT */
     const char *label; /* optional, copied: names the store in messages, as "layer 3 keys" */
     int32_t n_keep;    /* n_sink + n_recent + n_keep is at most 1024 */
 } tq_store_params;
-TQ_API void tq_store_params_default(tq_store_params *params);
 /* The bytes of memory that tq_store_open needs. Errors: ARGUMENT, FORMAT, HEAD_DIM. */
 TQ_API TQ_NODISCARD tq_status tq_store_bytes(size_t *out, const tq_store_params *params);
 /*

@@ -134,7 +134,7 @@ static int open_reference(bench_case *c, const bench_data *data)
 
 bool bench_parse_formats(tq_preset *out, const char *name)
 {
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
+    for (int32_t i = 0; tq_preset_get(i); i++) {
         if (strcmp(name, tq_preset_get(i)->name) != 0) continue;
         *out = *tq_preset_get(i);
         return true;
@@ -152,8 +152,7 @@ bool bench_parse_formats(tq_preset *out, const char *name)
 
 void bench_store_params(tq_store_params *keys, tq_store_params *values, const tq_preset *preset)
 {
-    tq_store_params_default(keys);
-    tq_store_params_default(values);
+    *keys = *values = (tq_store_params){.struct_size = sizeof *keys};
     keys->format = preset->k_format;
     values->format = preset->v_format;
     keys->n_sink = values->n_sink = preset->n_sink;
@@ -231,8 +230,7 @@ void bench_case_free(bench_case *c, const bench_data *data)
 static const float *attend(bench_case *c, bench_data *data, int32_t layer)
 {
     const bench_shape *s = &data->shape;
-    tq_attend_params p;
-    tq_attend_params_default(&p);
+    tq_attend_params p = {.struct_size = sizeof p};
     p.n_query = s->n_query;
     p.n_head = (int32_t)s->n_head;
     p.q = data->q;

@@ -162,8 +162,7 @@ static tq_status fill_offloaded(bench *b, const tq_cache_params *shape)
 
 static tq_status run(bench *b)
 {
-    tq_cache_params shape;
-    tq_cache_params_default(&shape);
+    tq_cache_params shape = {.struct_size = sizeof shape, .n_layer = 1};
     tq_cache_params_set_preset(&shape, &b->formats);
     shape.n_head_kv = N_HEAD_KV;
     shape.head_dim = HEAD_DIM;

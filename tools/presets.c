@@ -41,7 +41,7 @@ static int print_presets(shape s, bool json)
 {
     cJSON *array = json ? cJSON_CreateArray() : NULL;
     if (!json) printf("%-8s %14s %14s\n", "preset", "bits per value", "ratio to F16");
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
+    for (int32_t i = 0; tq_preset_get(i); i++) {
         const tq_preset *preset = tq_preset_get(i);
         tq_format_info k, v;
         double bits = 0;

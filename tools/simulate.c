@@ -338,8 +338,8 @@ static int simulate(const char *command)
 int cmd_cache_simulate(int argc, char **argv)
 {
     char presets[] = "TQ4,TQ2";
-    tq_cache_params_default(&given.server.cache);
-    given.server.cache.head_dim = 128;
+    given.server.cache = (tq_cache_params){
+        .struct_size = sizeof given.server.cache, .n_layer = 1, .n_head_kv = 1, .head_dim = 128, .page_size = 128};
     char *command = join_words(argc, argv); /* before lists are cut up, and words change places */
     if (!command) return tool_error(1, "out of memory");
     int code = parse_presets(&given, presets) ? parse(argc, argv) : 1;

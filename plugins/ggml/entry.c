@@ -122,7 +122,7 @@ static bool load_calibration(void)
 
 static bool make_devices(void)
 {
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
+    for (int32_t i = 0; tq_preset_get(i); i++) {
         const tq_preset *preset = tq_preset_get(i);
         tq_status status = tq_ggml_device_add(preset, &options, calibration);
         if (status == TQ_OK) continue;

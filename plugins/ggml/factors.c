@@ -345,8 +345,7 @@ bool tq_ggml_factors_find(int8_t *factors, float *spread, const tq_ggml_kv_tenso
     chain c;
     const tq_ggml_key_energies *energies = kv->energies;
     if (!energies || (energies->head_dim != 0 && energies->head_dim != head_dim) || !follow(&c, q)) return false;
-    tq_key_factors_params params;
-    tq_key_factors_params_default(&params);
+    tq_key_factors_params params = {.struct_size = sizeof params};
     params.n_head = (int32_t)q->ne[2];
     params.n_head_kv = (int32_t)(kv->n_embd / head_dim);
     params.head_dim = head_dim;

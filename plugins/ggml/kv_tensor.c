@@ -115,7 +115,7 @@ bool tq_ggml_kv_has_layer(int32_t layer)
 static void fill_params(tq_store_params *params, const tq_ggml_device *device, int32_t layer, bool is_value, int64_t n_embd,
                         int64_t n_slots, int64_t n_stream, int32_t head_dim)
 {
-    tq_store_params_default(params);
+    *params = (tq_store_params){.struct_size = sizeof *params};
     params->format = is_value ? device->preset.v_format : device->preset.k_format;
     params->n_sink = device->preset.n_sink;
     params->n_recent = device->preset.n_recent;

@@ -218,8 +218,7 @@ enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_te
         tq_ggml_kv_refuse(at_fault, why);
         return GGML_STATUS_FAILED;
     }
-    tq_attend_params p;
-    tq_attend_params_default(&p);
+    tq_attend_params p = {.struct_size = sizeof p};
     p.n_query = a.q->ne[1];
     p.n_head = (int32_t)a.q->ne[2];
     p.q_token_stride = (int64_t)(a.q->nb[1] / sizeof(float));

@@ -74,8 +74,7 @@ static bool parse_v(tq_ggml_options *options, const char *value, error_text *err
 /* Would a store take these? The library knows its limit. */
 static bool exact_counts_fit(int32_t n_sink, int32_t n_recent, int32_t n_keep)
 {
-    tq_store_params params;
-    tq_store_params_default(&params);
+    tq_store_params params = {.struct_size = sizeof params, .format = TQ_FORMAT_SQ4, .n_head_kv = 1};
     params.head_dim = 64;
     params.n_slots = 1;
     params.n_sink = n_sink;
@@ -126,8 +125,7 @@ static bool parse_sequences(tq_ggml_options *options, const char *value, error_t
 /* The library knows which ones it takes. */
 static bool ref_block_fits(int32_t ref_block)
 {
-    tq_store_params params;
-    tq_store_params_default(&params);
+    tq_store_params params = {.struct_size = sizeof params, .format = TQ_FORMAT_SQ4, .n_head_kv = 1};
     params.head_dim = 64;
     params.n_slots = 1;
     params.ref_block = ref_block;
@@ -355,7 +353,7 @@ int32_t tq_ggml_options_n_keep(const tq_ggml_options *options, int32_t n_sink, i
 static bool sequences_fit(const tq_ggml_options *options)
 {
     bool fit = true;
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
+    for (int32_t i = 0; tq_preset_get(i); i++) {
         const tq_preset *preset = tq_preset_get(i);
         int32_t n_sink = options->has_n_sink ? options->n_sink : preset->n_sink;
         int32_t n_recent = options->has_n_recent ? options->n_recent : preset->n_recent;

@@ -64,9 +64,14 @@ def _named(name: str, kind: type) -> type:
 
 
 class _Struct(ctypes.Structure):
-    """A struct whose members refuse what they cannot hold."""
+    """A struct whose members refuse what they cannot hold, and which knows its size where the library asks for it."""
 
     _fields_: list[tuple[str, type]] = []
+
+    def __init__(self, *values: Any, **members: Any) -> None:
+        super().__init__(*values, **members)
+        if "struct_size" in self._kinds:
+            self.struct_size = ctypes.sizeof(self)
 
     def __init_subclass__(cls) -> None:
         cls._kinds = {name: kind for name, kind in cls._fields_ if issubclass(kind, (*_INTEGERS, c_char_p))}
@@ -166,6 +171,10 @@ class CacheStats(_Struct):
     ]
 
 
+class CalibrationInfo(_Struct):
+    _fields_ = [("model", ctypes.c_char * 64), ("n_layer", c_int32), ("bytes", c_size_t)]
+
+
 class SnapshotInfo(_Struct):
     _fields_ = [
         ("version", c_int32), ("n_layer", c_int32), ("n_head_kv", c_int32), ("head_dim", c_int32), ("head_dim_v", c_int32),
@@ -223,8 +232,9 @@ STRUCTS = {
     "tq_format_info": FormatInfo, "tq_preset": Preset, "tq_executor": Executor, "tq_openmp": OpenMP,
     "tq_attend_params": AttendParams, "tq_attend_batch": AttendBatch, "tq_cache_params": CacheParams,
     "tq_allocator": Allocator, "tq_batch_rows": BatchRows,
-    "tq_cache_stats": CacheStats, "tq_snapshot_info": SnapshotInfo, "tq_cuda_info": CudaInfo, "tq_paged_store": CudaStore,
-    "tq_paged_sizes": CudaSizes, "tq_paged_append_params": CudaAppendParams, "tq_paged_attend_params": CudaAttendParams,
+    "tq_cache_stats": CacheStats, "tq_calibration_info": CalibrationInfo, "tq_snapshot_info": SnapshotInfo,
+    "tq_cuda_info": CudaInfo, "tq_paged_store": CudaStore, "tq_paged_sizes": CudaSizes,
+    "tq_paged_append_params": CudaAppendParams, "tq_paged_attend_params": CudaAttendParams,
 }
 
 # Arguments that are checked before ctypes takes them.
@@ -259,6 +269,7 @@ _FALLIBLE = {
     "tq_preset_bits_per_value": [POINTER(c_double), POINTER(Preset), _HEAD_DIM, _N_HEAD_KV, _N_TOK],
     "tq_key_factors": [c_void_p, POINTER(c_float), POINTER(KeyFactorsParams)],
     "tq_calibration_load": [POINTER(c_void_p), _PATH],
+    "tq_calibration_describe": [POINTER(CalibrationInfo), c_void_p],
     "tq_calibration_take_layer": [POINTER(c_void_p), c_void_p, _LAYER],
     "tq_cache_create": [POINTER(c_void_p), POINTER(CacheParams)],
     "tq_cache_set_key_factors": [c_void_p, c_int32, c_void_p],
@@ -303,25 +314,17 @@ _OTHER = {
     "tq_status_string": (c_char_p, [ctypes.c_int]),
     "tq_log_set": (None, [LOG_FN, c_void_p]),
     "tq_head_dim_list": (POINTER(c_int32), [POINTER(c_int32)]),
-    "tq_preset_count": (c_int32, []),
     "tq_preset_get": (POINTER(Preset), [_INDEX]),
     "tq_preset_find": (POINTER(Preset), [c_char_p]),
-    "tq_key_factors_params_default": (None, [POINTER(KeyFactorsParams)]),
     "tq_key_guard": (ctypes.c_int, [_FORMAT, c_float]),
     "tq_calibration_free": (None, [c_void_p]),
-    "tq_calibration_model": (c_char_p, [c_void_p]),
-    "tq_calibration_bytes": (c_size_t, [c_void_p]),
-    "tq_calibration_n_layer": (c_int32, [c_void_p]),
-    "tq_attend_params_default": (None, [POINTER(AttendParams)]),
     "tq_attend_batch_default": (None, [POINTER(AttendBatch)]),
-    "tq_cache_params_default": (None, [POINTER(CacheParams)]),
     "tq_cache_params_set_preset": (None, [POINTER(CacheParams), POINTER(Preset)]),
     "tq_paged_store_default": (None, [POINTER(CudaStore)]),
     "tq_paged_append_params_default": (None, [POINTER(CudaAppendParams)]),
     "tq_paged_attend_params_default": (None, [POINTER(CudaAttendParams)]),
     "tq_cache_length": (c_int64, [c_void_p, _SEQ, _LAYER]),
     "tq_batch_free": (None, [c_void_p]),
-    "tq_batch_rows_default": (None, [POINTER(BatchRows)]),
     "tq_batch_is_captured": (c_bool, [c_void_p]),
     "tq_codec_free": (None, [c_void_p]),
     "tq_cache_free": (None, [c_void_p]),

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from . import _threads
-from ._library import Allocator, AttendBatch, AttendParams, BatchRows, CacheParams, CacheStats, SnapshotInfo, integer, lib
+from ._library import (Allocator, AttendBatch, AttendParams, BatchRows, CacheParams, CacheStats, CalibrationInfo, SnapshotInfo,
+                       integer, lib)
 from .buffers import address, floats, integers, raw_bytes, writable
 from .errors import ArgumentError, RangeError
 from .formats import SEED_DEFAULT, format_number, preset as find_preset
@@ -109,16 +110,22 @@ class Calibration:
         return f"Calibration({self.path!r})"
 
     @property
+    def _info(self) -> CalibrationInfo:
+        info = CalibrationInfo()
+        lib.tq_calibration_describe(info, self._handle)
+        return info
+
+    @property
     def n_layer(self) -> int:
-        return lib.tq_calibration_n_layer(self._handle)
+        return self._info.n_layer
 
     @property
     def model(self) -> str:
-        return lib.tq_calibration_model(self._handle).decode(errors="replace")
+        return self._info.model.decode(errors="replace")
 
     @property
     def nbytes(self) -> int:
-        return lib.tq_calibration_bytes(self._handle)
+        return self._info.bytes
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -164,7 +171,6 @@ class Cache:
                  device: str = "cpu", allocator: Allocator | None = None, n_threads: int | None = None) -> None:
         self._handle = _Handle()
         params = CacheParams()
-        lib.tq_cache_params_default(ctypes.byref(params))
         lib.tq_cache_params_set_preset(ctypes.byref(params), lib.tq_preset_get(find_preset(preset).index))
         params.n_layer, params.n_head_kv, params.head_dim, params.head_dim_v = n_layer, n_head_kv, head_dim, head_dim_v
         if k_format is not None:
@@ -325,7 +331,6 @@ class Cache:
         n_query, n_head, _ = queries.shape
         result = writable(out, (n_query, n_head, self.head_dim_v), "out")
         params = AttendParams()
-        lib.tq_attend_params_default(ctypes.byref(params))
         params.n_query, params.n_head = n_query, n_head
         params.q, params.q_token_stride, params.q_head_stride = address(queries), n_head * self.head_dim, self.head_dim
         params.out, params.out_token_stride = address(result), n_head * self.head_dim_v

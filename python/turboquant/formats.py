@@ -74,8 +74,10 @@ def _preset_of(index: int, raw: _Preset) -> Preset:
 
 def presets() -> dict[str, Preset]:
     """All presets by name, in the library's order."""
-    found = (_preset_of(i, lib.tq_preset_get(i).contents) for i in range(lib.tq_preset_count()))
-    return {preset.name: preset for preset in found}
+    found: dict[str, Preset] = {}
+    while raw := lib.tq_preset_get(len(found)):  # a null pointer is behind the last
+        found[raw.contents.name.decode()] = _preset_of(len(found), raw.contents)
+    return found
 
 
 def preset(name: str) -> Preset:

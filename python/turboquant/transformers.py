@@ -292,7 +292,6 @@ def _attend_rows(batch: _cache.Batch, number: int, query: torch.Tensor, keys: to
         keys, values = keys.to(dtype), values.to(dtype)
     places = None if kept is None or kept.all() else torch.from_numpy(np.flatnonzero(kept)).to(device)
     rows, n_head = BatchRows(), query.shape[1]
-    lib.tq_batch_rows_default(rows)
     (query, q_stride, rows.q_head_stride), (keys, k_stride, _), (values, v_stride, _) = (
         _token_rows(x, places, heads_together) for x, heads_together in ((query, False), (keys, True), (values, True)))
     if k_stride != v_stride:

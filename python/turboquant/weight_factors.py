@@ -45,7 +45,6 @@ def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray, m
     arrays = [np.ascontiguousarray(x, kind) if x is not None else None for x, kind in
               ((keys, np.float32), (means, np.float32), (queries, np.float32), (partners, np.int32), (angles, np.float64))]
     params = _library.KeyFactorsParams()
-    _library.lib.tq_key_factors_params_default(ctypes.byref(params))
     params.n_head_kv, params.head_dim = keys.shape
     params.n_head, params.ref_block = len(queries), n_ref
     for name, x in zip(("k_square", "k_mean", "q_square", "partners", "angles"), arrays):

@@ -73,11 +73,6 @@ tq_status tq_batch_begin(tq_batch *batch, const int32_t *seqs, const int64_t *n_
     return tq_batch_start(batch, n_head);
 }
 
-void tq_batch_rows_default(tq_batch_rows *rows)
-{
-    if (rows) *rows = (tq_batch_rows){.struct_size = sizeof *rows, .softmax_scale = 1.0f};
-}
-
 static int64_t total_of(const tq_batch *batch)
 {
     int64_t n = 0;
@@ -158,8 +153,7 @@ static tq_status prefill_row(const tq_batch *batch, int32_t i, int32_t layer, in
     const float *k = plain_rows(rows, rows->k, first, n, rows->k_token_stride, w.k, scratch);
     float *v_scratch = scratch ? scratch + n * w.k : NULL;
     const float *v = plain_rows(rows, rows->v, first, n, rows->v_token_stride, w.v, v_scratch);
-    tq_attend_params params;
-    tq_attend_params_default(&params);
+    tq_attend_params params = {.struct_size = sizeof params};
     params.n_head = batch->n_head;
     params.softmax_scale = rows->softmax_scale;
     params.softcap = rows->softcap;
@@ -222,6 +216,7 @@ tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *r
                 .head_dim_v = tq_shape_side(shape, layer, TQ_SIDE_V)->codec->head_dim};
     w.k = (int64_t)shape->n_head_kv * w.head_dim, w.v = (int64_t)shape->n_head_kv * w.head_dim_v;
     w.q = (int64_t)batch->n_head * w.head_dim, w.out = (int64_t)batch->n_head * w.head_dim_v;
+    if (own.softmax_scale == 0.0f) own.softmax_scale = 1.0f / sqrtf((float)w.head_dim);
     set_stride(&own.q_token_stride, w.q);
     set_stride(&own.q_head_stride, w.head_dim);
     set_stride(&own.k_token_stride, w.k);

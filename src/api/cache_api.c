@@ -18,15 +18,8 @@
 #define BATCH_MAX 65536 /* sequences */
 #define PAGE_SIZE_MIN 16
 #define PAGE_SIZE_MAX 256
+#define PAGE_SIZE_DEFAULT 128
 #define TAKE_BACK_MAX 65536 /* tokens */
-
-void tq_cache_params_default(tq_cache_params *params)
-{
-    if (!params) return;
-    *params = (tq_cache_params){
-        .struct_size = sizeof *params, .n_layer = 1, .n_head_kv = 1, .page_size = 128, .n_pages = 64, .seed = TQ_SEED_DEFAULT};
-    tq_cache_params_set_preset(params, tq_preset_get(TQ_PRESET_DEFAULT));
-}
 
 void tq_cache_params_set_preset(tq_cache_params *params, const tq_preset *preset)
 {
@@ -126,6 +119,8 @@ tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params)
 {
     if (!out) return TQ_ERR_ARGUMENT;
     TQ_PARAMS(tq_cache_params, own, params, WHO);
+    if (own.page_size == 0) own.page_size = PAGE_SIZE_DEFAULT;
+    if (own.seed == 0) own.seed = TQ_SEED_DEFAULT;
     TQ_TRY(check_params(&own));
     const tq_kernels *kernels = tq_kernels_get();
     if (!kernels) return TQ_ERR_CPU;
@@ -501,7 +496,7 @@ void tq_attend_batch_default(tq_attend_batch *batch)
 {
     if (!batch) return;
     *batch = (tq_attend_batch){.struct_size = sizeof *batch};
-    tq_attend_params_default(&batch->params);
+    batch->params = (tq_attend_params){.struct_size = sizeof batch->params, .softmax_scale = 1.0f};
 }
 
 static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_attend_batch *batch)

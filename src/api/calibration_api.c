@@ -2,6 +2,8 @@
 /* tq_calibration_*: argument checks in front of cache/calibration.c. */
 #include "cache/calibration.h"
 
+#include <string.h>
+
 #include "codec/transform.h"
 
 tq_status tq_calibration_load(tq_calibration **out, const char *path)
@@ -14,24 +16,17 @@ tq_status tq_calibration_take_layer(tq_calibration **out, const tq_calibration *
     return out && calibration ? tq_calibration_of_layer(out, calibration, layer) : TQ_ERR_ARGUMENT;
 }
 
-int32_t tq_calibration_n_layer(const tq_calibration *calibration)
+tq_status tq_calibration_describe(tq_calibration_info *out, const tq_calibration *calibration)
 {
-    return calibration ? calibration->n_layer : 0;
+    if (!out || !calibration) return TQ_ERR_ARGUMENT;
+    *out = (tq_calibration_info){.n_layer = calibration->n_layer, .bytes = calibration->bytes};
+    memcpy(out->model, calibration->model, sizeof out->model);
+    return TQ_OK;
 }
 
 void tq_calibration_free(tq_calibration *calibration)
 {
     tq_calibration_close(calibration);
-}
-
-const char *tq_calibration_model(const tq_calibration *calibration)
-{
-    return calibration ? calibration->model : "";
-}
-
-size_t tq_calibration_bytes(const tq_calibration *calibration)
-{
-    return calibration ? calibration->bytes : 0;
 }
 
 const uint16_t *tq_calibration_transforms(const tq_calibration *calibration, int32_t layer, size_t *bytes)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* See checks.h; and tq_attend_params_default, whose fields are checked here. */
+/* See checks.h. */
 #include "api/checks.h"
 
 #include <math.h>
@@ -12,11 +12,6 @@
 #define PLACE_MAX (INT64_MAX / 64)
 /* The mean of a longer block says little about its ends. */
 #define REF_BLOCK_MAX 1024
-
-void tq_attend_params_default(tq_attend_params *params)
-{
-    if (params) *params = (tq_attend_params){.struct_size = sizeof *params, .softmax_scale = 1.0f};
-}
 
 static tq_status bad(const char *who, const char *what)
 {
@@ -66,7 +61,7 @@ tq_status tq_check_attend(const char *who, const tq_attend_params *params, int64
                           int32_t head_dim_v)
 {
     if (params->struct_size != sizeof *params) {
-        return bad(who, "attend: unknown struct_size; fill params with tq_attend_params_default first");
+        return bad(who, "attend: set struct_size to the size of tq_attend_params");
     }
     if (n_query < 0 || n_query > TQ_COUNT_MAX) return bad(who, "attend: n_query is out of range");
     TQ_TRY(tq_check_heads(who, params->n_head, n_head_kv));

@@ -5,11 +5,6 @@
 #include "base/log.h"
 #include "codec/factors.h"
 
-void tq_key_factors_params_default(tq_key_factors_params *params)
-{
-    if (params) *params = (tq_key_factors_params){.struct_size = sizeof *params, .n_head = 1, .n_head_kv = 1};
-}
-
 tq_status tq_key_factors(int8_t *out, float *spread, const tq_key_factors_params *from)
 {
     if (!out) return TQ_ERR_ARGUMENT;

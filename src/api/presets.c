@@ -14,11 +14,6 @@ static const tq_preset presets[] = {
 // clang-format on
 enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
 
-int32_t tq_preset_count(void)
-{
-    return N_PRESETS;
-}
-
 const tq_preset *tq_preset_get(int32_t i)
 {
     return i >= 0 && i < N_PRESETS ? &presets[i] : NULL;
@@ -42,8 +37,7 @@ const tq_preset *tq_preset_find(const char *name)
 tq_status tq_preset_bits_per_value(double *out, const tq_preset *preset, int32_t head_dim, int32_t n_head_kv, int64_t n_slots)
 {
     if (out == NULL || preset == NULL || n_head_kv < 1 || n_slots < 1) return TQ_ERR_ARGUMENT;
-    tq_store_params params;
-    tq_store_params_default(&params);
+    tq_store_params params = {.struct_size = sizeof params};
     params.head_dim = head_dim;
     params.n_head_kv = n_head_kv;
     params.n_slots = n_slots;

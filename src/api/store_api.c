@@ -8,13 +8,6 @@
 
 #define MEMORY_ALIGN 64
 
-void tq_store_params_default(tq_store_params *params)
-{
-    if (!params) return;
-    *params =
-        (tq_store_params){.struct_size = sizeof *params, .format = TQ_FORMAT_SQ4, .n_head_kv = 1, .seed = TQ_SEED_DEFAULT};
-}
-
 static const char *label_of(const tq_store_params *params)
 {
     return params->label ? params->label : "store";
@@ -70,6 +63,7 @@ tq_status tq_store_open(tq_store **out, const tq_store_params *params, void *mem
 {
     if (!out) return TQ_ERR_ARGUMENT;
     TQ_PARAMS(tq_store_params, own, params, "store");
+    if (own.seed == 0) own.seed = TQ_SEED_DEFAULT;
     TQ_TRY(check_params(&own));
     if (!memory || (uintptr_t)memory % MEMORY_ALIGN != 0) {
         tq_log(TQ_LOG_ERROR, "%s: its memory must not be NULL and must be aligned to %d bytes", label_of(&own), MEMORY_ALIGN);

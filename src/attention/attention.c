@@ -6,6 +6,8 @@
  */
 #include "attention/attention.h"
 
+#include <math.h>
+
 #include "attention/plan.h"
 #include "base/align.h"
 #include "base/alloc.h"
@@ -89,6 +91,7 @@ static void plan_init(tq_attend_plan *plan)
     const tq_attend_params *params = plan->params;
     plan->head_dim = plan->keys->codec->head_dim;
     plan->head_dim_v = plan->values->codec->head_dim;
+    plan->softmax_scale = params->softmax_scale != 0.0f ? params->softmax_scale : 1.0f / sqrtf((float)plan->head_dim);
     plan->out_dim = params->out_dim > 0 ? params->out_dim : plan->head_dim_v;
     plan->width_k = plan->keys->codec->width;
     plan->width_v = plan->values->codec->width;

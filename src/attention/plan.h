@@ -40,6 +40,7 @@ typedef struct tq_attend_plan {
     const tq_attend_params *params;
     int32_t n_head_kv, group;
     int32_t head_dim, head_dim_v, out_dim;
+    float softmax_scale;
     int32_t width_k, width_v;
     int64_t n_col;
     int64_t window; /* 0 if it hides nothing */

@@ -110,7 +110,7 @@ static void gather_queries(const tq_attend_plan *plan, const tq_attend_tile *til
         const float *q = params->q + tq_row_token(plan, row) * params->q_token_stride +
                          tq_row_head(plan, tile->head, row) * params->q_head_stride;
         float *to = scratch->q + (size_t)i * (size_t)plan->head_dim;
-        for (int32_t j = 0; j < plan->head_dim; j++) to[j] = q[j] * params->softmax_scale;
+        for (int32_t j = 0; j < plan->head_dim; j++) to[j] = q[j] * plan->softmax_scale;
     }
     prepare_queries(plan, tile, scratch);
 }

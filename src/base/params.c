@@ -16,7 +16,7 @@ tq_status tq_params_read(void *to, size_t size, const void *from, const char *wh
     size_t given;
     memcpy(&given, from, sizeof given);
     if (given <= sizeof given || given > SIZE_MAX_KNOWN) {
-        tq_log(TQ_LOG_ERROR, "%s: unknown struct_size %zu; fill it with %s_default first", who, given, name);
+        tq_log(TQ_LOG_ERROR, "%s: struct_size is %zu; set it to the size of %s", who, given, name);
         return TQ_ERR_ARGUMENT;
     }
     for (size_t i = size; i < given; i++) {

@@ -267,10 +267,9 @@ void test_full_memory(void)
 static uint8_t *saved_cache(const model *m, tq_snapshot_info *info)
 {
     const setup *s = &m->s;
-    tq_cache_params params;
+    tq_cache_params params = {.struct_size = sizeof params, .n_layer = 1, .n_pages = 64};
     tq_cache *cache = NULL;
     int32_t seq;
-    tq_cache_params_default(&params);
     params.k_format = s->k_format, params.v_format = s->v_format, params.head_dim = s->head_dim;
     params.n_head_kv = s->n_head_kv, params.page_size = s->page_size, params.n_sink = s->n_sink;
     params.n_recent = s->n_recent, params.k_ref_block = s->k_ref_block, params.seed = m->store.seed;

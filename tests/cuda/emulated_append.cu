@@ -75,8 +75,8 @@ static void open_data(test_data &d)
     d.store.pages = d.pages.data() + (16 - (uintptr_t)d.pages.data() % 16) % 16;
     d.store.exact = d.exact.data() + (16 - (uintptr_t)d.exact.data() % 16) % 16 / 2;
     for (int32_t i = 0; i < N_SEQ * PAGES_OF_SEQ; i++) d.page_table[i] = i * 5 % N_PAGES;
-    tq_cache_params params;
-    tq_cache_params_default(&params);
+    tq_cache_params params = {};
+    params.struct_size = sizeof params, params.n_layer = 1, params.n_pages = 64;
     params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
     params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
     params.n_take_back = s.n_take_back;

@@ -130,8 +130,8 @@ static void open_data(test_data &d, uint64_t seed)
     for (int32_t i = 0; i < N_SEQ * PAGES_OF_SEQ; i++) d.page_table[i] = (2 + i * 5) % N_PAGES;
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(i * 37 % 17 - 8);
     d.store.k_factors = s.factors ? d.factors : nullptr;
-    tq_cache_params params;
-    tq_cache_params_default(&params);
+    tq_cache_params params = {};
+    params.struct_size = sizeof params, params.n_layer = 1, params.n_pages = 64;
     params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
     params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
     tq_cache *cache;

@@ -35,7 +35,7 @@ STRUCTS = {"tq_attend_params", "tq_attend_batch", "tq_cache_params", "tq_store_p
            "tq_executor", "tq_openmp", "tq_batch_rows", "tq_paged_store", "tq_paged_append_params",
            "tq_paged_attend_params"}
 BUFFERS = {"float", "double", "int8_t", "uint16_t", "int32_t", "int64_t", "size_t", "void", "tq_format", "tq_format_info",
-           "tq_cache_stats", "tq_snapshot_info", "tq_cuda_info", "tq_paged_sizes"}
+           "tq_cache_stats", "tq_calibration_info", "tq_snapshot_info", "tq_cuda_info", "tq_paged_sizes"}
 VALID = {"head_dim": "64", "seq": "f.seq", "from": "f.seq", "layer": "0", "exact_bytes": "f.exact_bytes",
          "row_stride": "128", "memory_bytes": "sizeof f.memory", "first_page": "0", "first": "0", "first_slot": "0"}
 

@@ -75,20 +75,20 @@ static void make_structs(void)
     f.attend_batch.seqs = seqs;
     f.attend_batch.query_starts = starts;
     f.attend_batch.params = f.attend_params;
-    tq_cache_params_default(&f.cache_params);
+    f.cache_params = kv_cache_params();
     f.cache_params.head_dim = 64;
     f.cache_params.n_head_kv = 2;
     f.cache_params.n_recent = 4;
     f.store_params = kv_store_params(TQ_FORMAT_SQ4, 64, 2, 64);
     f.store_params.n_recent = 4;
     f.store_params.ref_block = 16;
-    tq_key_factors_params_default(&f.key_factors_params);
+    f.key_factors_params = (tq_key_factors_params){.struct_size = sizeof f.key_factors_params, .n_head = 1, .n_head_kv = 1};
     f.key_factors_params.head_dim = 64;
     f.key_factors_params.k_square = f.key_factors_params.k_mean = f.key_factors_params.q_square = half;
     f.key_factors_params.angles = angles;
     f.preset = *tq_preset_get(TQ_PRESET_DEFAULT);
     f.executor = (tq_executor){.n_threads = 1};
-    tq_batch_rows_default(&f.batch_rows);
+    f.batch_rows = (tq_batch_rows){.struct_size = sizeof f.batch_rows};
     f.batch_rows.q = f.batch_rows.k = f.batch_rows.v = half;
     f.batch_rows.out = half + 4096;
     /* All that there has to be for a device, which there is not. */

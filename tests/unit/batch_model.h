@@ -16,8 +16,7 @@ enum { N_LAYER = 2, N_HEAD_KV = 2, N_HEAD = 4, HEAD_DIM = 64, N_SEQ = 3, MAX_TOK
 
 static inline tq_cache *batch_model_create(tq_device_kind device, int32_t n_pages)
 {
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     tq_cache_params_set_preset(&p, tq_preset_find("tq4"));
     p.n_layer = N_LAYER, p.n_head_kv = N_HEAD_KV, p.head_dim = HEAD_DIM;
     p.page_size = p.checkpoint_stride = 64, p.n_pages = n_pages, p.n_take_back = 8;
@@ -65,8 +64,7 @@ static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int
     float *wanted = calloc(n_out + 1, sizeof *wanted);
     void *own[] = {batch_model_as(q, n_out, dtype), batch_model_as(k, n_kv, dtype), batch_model_as(v, n_kv, dtype),
                    batch_model_as(wanted, n_out, dtype)};
-    tq_batch_rows rows;
-    tq_batch_rows_default(&rows);
+    tq_batch_rows rows = {.struct_size = sizeof rows, .softmax_scale = 1.0f};
     rows.dtype = dtype;
     rows.q = own[0], rows.k = own[1], rows.v = own[2], rows.out = own[3];
     rows.softmax_scale = 0.125f;

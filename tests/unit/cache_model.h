@@ -97,7 +97,7 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
 {
     memset(m, 0, sizeof *m);
     tq_cache_params *p = &m->params;
-    tq_cache_params_default(p);
+    *p = kv_cache_params();
     p->n_layer = kv_take(input, CACHE_MODEL_LAYERS) + 1;
     p->n_head_kv = kv_take(input, 2) + 1;
     p->head_dim = m->head_dim[0] = 64;

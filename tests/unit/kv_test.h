@@ -94,8 +94,7 @@ static inline void *kv_aligned(size_t bytes)
 /* A store of that shape with 2 sinks and a ring of 16. */
 static inline tq_store_params kv_store_params(tq_format format, int32_t head_dim, int32_t n_head_kv, int64_t n_slots)
 {
-    tq_store_params p;
-    tq_store_params_default(&p);
+    tq_store_params p = {.struct_size = sizeof p, .seed = TQ_SEED_DEFAULT};
     p.format = format;
     p.head_dim = head_dim;
     p.n_head_kv = n_head_kv;
@@ -116,11 +115,19 @@ static inline tq_store *kv_open_store(const tq_store_params *p, void **memory)
     return store;
 }
 
+/* A cache of one layer and KV head with TQ4; head_dim is to be set. */
+static inline tq_cache_params kv_cache_params(void)
+{
+    tq_cache_params p = {
+        .struct_size = sizeof p, .n_layer = 1, .n_head_kv = 1, .n_pages = 64, .page_size = 128, .seed = TQ_SEED_DEFAULT};
+    tq_cache_params_set_preset(&p, tq_preset_find("TQ4"));
+    return p;
+}
+
 /* n_query tokens of n_head heads, q and out [n_query, n_head, head_dim]. */
 static inline tq_attend_params kv_attend_params(int64_t n_query, int32_t n_head, int32_t head_dim, const float *q, float *out)
 {
-    tq_attend_params p;
-    tq_attend_params_default(&p);
+    tq_attend_params p = {.struct_size = sizeof p, .softmax_scale = 1.0f};
     p.n_query = n_query;
     p.n_head = n_head;
     p.q = q;

@@ -42,8 +42,7 @@ static inline void fixture_deinit(store_fixture *l)
 
 static inline tq_attend_params fixture_queries(const float *q, int64_t n, float *out)
 {
-    tq_attend_params p;
-    tq_attend_params_default(&p);
+    tq_attend_params p = {.struct_size = sizeof p, .softmax_scale = 1.0f};
     p.n_query = n;
     p.n_head = 2 * FIXTURE_HEADS;
     p.q = q;

@@ -140,7 +140,8 @@ static inline void store_model_init(store_model *m, kv_input *input, const tq_ex
 {
     static const int32_t head_dims[] = {64, 80, 64, 128};
     memset(m, 0, sizeof *m);
-    tq_store_params_default(&m->params);
+    m->params.struct_size = sizeof m->params;
+    m->params.seed = TQ_SEED_DEFAULT;
     m->params.format = (tq_format)kv_take(input, TQ_FORMAT_COUNT);
     m->params.head_dim = head_dims[kv_take(input, 4)];
     m->params.n_head_kv = kv_take(input, 3) + 1;
@@ -321,8 +322,7 @@ static inline void store_model_check(const store_model *m, int64_t first, int64_
 
 static inline void store_model_attend(store_model *m, kv_input *input)
 {
-    tq_attend_params p;
-    tq_attend_params_default(&p);
+    tq_attend_params p = {.struct_size = sizeof p, .softmax_scale = 1.0f};
     p.n_query = kv_take(input, 3) + 1;
     p.n_head = m->params.n_head_kv * (kv_take(input, 4) + 1);
     p.causal = kv_take(input, 2);

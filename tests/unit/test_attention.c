@@ -130,7 +130,7 @@ static void make_params(fixture *f, kv_random *random)
 {
     const shape *s = &f->shape;
     tq_attend_params *p = &f->params;
-    tq_attend_params_default(p);
+    *p = (tq_attend_params){.struct_size = sizeof *p};
     p->n_query = s->n_query;
     p->n_head = s->n_head_kv * s->group;
     p->softmax_scale = 1.3f / sqrtf((float)s->head_dim);

@@ -156,8 +156,7 @@ static void test_what_is_not_finite_is_not_published(void **state)
     assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
     assert_int_equal(tq_batch_create(&batch, cache, 1), TQ_OK);
     assert_int_equal(tq_batch_begin(batch, &seq, &n, N_HEAD), TQ_OK);
-    tq_batch_rows rows;
-    tq_batch_rows_default(&rows);
+    tq_batch_rows rows = {.struct_size = sizeof rows, .softmax_scale = 1.0f};
     rows.q = q, rows.k = k, rows.v = v, rows.out = out;
     for (int32_t layer = 0; layer < N_LAYER; layer++) assert_int_equal(tq_batch_attend(batch, layer, &rows, NULL), TQ_OK);
     assert_int_equal(tq_batch_end(batch), TQ_OK);
@@ -177,8 +176,7 @@ static void test_refusals(void **state)
         const int64_t one[2] = {1, 1}, much[2] = {100, 200}, negative[2] = {1, -1};
         static float rows[N_HEAD * HEAD_DIM * 2];
         tq_batch *batch;
-        tq_batch_rows r;
-        tq_batch_rows_default(&r);
+        tq_batch_rows r = {.struct_size = sizeof r, .softmax_scale = 1.0f};
         r.q = r.k = r.v = r.out = rows;
         REFUSED(tq_batch_create(&batch, cache, 0), TQ_ERR_ARGUMENT);
         assert_int_equal(tq_batch_create(&batch, cache, 2), TQ_OK);
@@ -219,8 +217,7 @@ static void test_caches_that_a_device_refuses(void **state)
     (void)state;
     if (!has_device()) skip();
     for (int32_t i = 0; i < 5; i++) {
-        tq_cache_params p;
-        tq_cache_params_default(&p);
+        tq_cache_params p = kv_cache_params();
         p.head_dim = HEAD_DIM, p.page_size = 64, p.device = TQ_DEVICE_CUDA;
         tq_status wanted = TQ_ERR_ARGUMENT;
         if (i == 0) p.budget_bytes = 1 << 20;

@@ -22,8 +22,7 @@ enum { N_MODEL_RUNS = 120, MODEL_BYTES = 400 };
 
 static tq_cache_params small_params(void)
 {
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     p.n_layer = 2;
     p.n_head_kv = 2;
     p.head_dim = 64;
@@ -196,8 +195,7 @@ static void test_refused_calls(void **state)
     assert_int_equal(tq_cache_read(cache, seq, 0, 6, 0, rows, NULL), TQ_ERR_RANGE);
     assert_int_equal(tq_cache_read(cache, seq, 0, -1, 1, rows, NULL), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_cache_read(cache, seq, 0, 0, 5, NULL, NULL), TQ_OK);
-    tq_attend_params p;
-    tq_attend_params_default(&p);
+    tq_attend_params p = {.struct_size = sizeof p, .softmax_scale = 1.0f};
     assert_int_equal(tq_cache_attend(cache, seq, 0, NULL, NULL), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_cache_attend(cache, seq, 2, &p, NULL), TQ_ERR_RANGE);
     p.n_head = 3;
@@ -449,8 +447,7 @@ static void *run_thread(void *arg)
     thread_run *run = arg;
     int32_t seq, twin, tokens[64 + N_STEPS];
     int64_t n_matched;
-    tq_attend_params a;
-    tq_attend_params_default(&a);
+    tq_attend_params a = {.struct_size = sizeof a, .softmax_scale = 1.0f};
     a.n_query = 1;
     a.n_head = 2;
     a.q = rows;
@@ -666,8 +663,7 @@ static void test_prefill_is_token_by_token(void **state)
         tq_cache *cache;
         int32_t seqs[2];
         assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
-        tq_attend_params a;
-        tq_attend_params_default(&a);
+        tq_attend_params a = {.struct_size = sizeof a, .softmax_scale = 1.0f};
         a.n_head = N_HEAD;
         a.softmax_scale = 0.2f;
         a.q_head_stride = a.out_head_stride = 64;
@@ -719,8 +715,7 @@ static void test_failing_allocation(void **state)
         tq_cache *cache = NULL;
         int32_t seq = -1;
         float out[256];
-        tq_attend_params a;
-        tq_attend_params_default(&a);
+        tq_attend_params a = {.struct_size = sizeof a, .softmax_scale = 1.0f};
         a.n_query = 1;
         a.n_head = 2;
         a.q = rows;
@@ -772,7 +767,7 @@ static void test_prefill_checks_the_queries_it_uses(void **state)
     tq_attend_params a;
     int32_t seq;
     assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
-    tq_attend_params_default(&a);
+    a = (tq_attend_params){.struct_size = sizeof a, .softmax_scale = 1.0f};
     a.n_head = 2;
     assert_int_equal(tq_cache_prefill(cache, seq, 0, 20, rows, rows, &a, NULL), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_cache_length(cache, seq, 0), 0);
@@ -818,8 +813,7 @@ static void test_failing_prefill(void **state)
 {
     (void)state;
     static float out[40 * 2 * 64];
-    tq_attend_params a;
-    tq_attend_params_default(&a);
+    tq_attend_params a = {.struct_size = sizeof a, .softmax_scale = 1.0f};
     a.n_head = 2;
     a.q = rows;
     a.out = out;

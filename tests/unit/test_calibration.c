@@ -34,6 +34,13 @@ static size_t layer_bytes(const tq_calibration *calibration, int32_t layer)
     return bytes;
 }
 
+static tq_calibration_info info_of(const tq_calibration *calibration)
+{
+    tq_calibration_info info;
+    assert_int_equal(tq_calibration_describe(&info, calibration), TQ_OK);
+    return info;
+}
+
 static int set_up(void **state)
 {
     (void)state;
@@ -176,8 +183,7 @@ static void test_store_takes_its_layer(void **state)
 
 static tq_cache_params cache_params(const tq_calibration *c)
 {
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     p.n_layer = 2;
     p.n_head_kv = N_HEAD_KV;
     p.head_dim = HEAD_DIM;
@@ -201,7 +207,7 @@ static void test_cache_and_snapshot(void **state)
     tq_cache_stats calibrated, usual;
     assert_int_equal(tq_cache_get_stats(cache, &calibrated), TQ_OK);
     assert_int_equal(tq_cache_get_stats(plain, &usual), TQ_OK);
-    assert_int_equal(calibrated.allocated_bytes, usual.allocated_bytes + tq_calibration_bytes(c));
+    assert_int_equal(calibrated.allocated_bytes, usual.allocated_bytes + info_of(c).bytes);
     assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
     for (int32_t layer = 0; layer < 2; layer++) assert_int_equal(tq_cache_append(cache, seq, layer, N_TOK, k, v, NULL), TQ_OK);
     static float k_read[2][N_TOK * ROW], v_read[2][N_TOK * ROW];
@@ -228,8 +234,9 @@ static void test_single_layers(void **state)
     (void)state;
     kv_random random = {.state = 14};
     tq_calibration *c = make_calibration(&random, 2, N_HEAD_KV, HEAD_DIM), *layers[2];
-    assert_int_equal(tq_calibration_n_layer(c), 2);
-    assert_int_equal(tq_calibration_n_layer(NULL), 0);
+    assert_int_equal(info_of(c).n_layer, 2);
+    tq_calibration_info info;
+    assert_int_equal(tq_calibration_describe(&info, NULL), TQ_ERR_ARGUMENT);
     tq_cache_params of_all = cache_params(c);
     tq_cache *whole, *single[2];
     int32_t seq, copy, n;
@@ -238,10 +245,10 @@ static void test_single_layers(void **state)
     static float wanted[N_TOK * ROW], found[2][N_TOK * ROW], v_read[N_TOK * ROW];
     for (int32_t layer = 0; layer < 2; layer++) {
         assert_int_equal(tq_calibration_take_layer(&layers[layer], c, layer), TQ_OK);
-        assert_int_equal(tq_calibration_n_layer(layers[layer]), 1);
+        assert_int_equal(info_of(layers[layer]).n_layer, 1);
         assert_int_equal(layer_bytes(layers[layer], 0), layer_bytes(c, layer));
-        assert_true(tq_calibration_bytes(layers[layer]) > layer_bytes(c, layer));
-        assert_true(tq_calibration_bytes(layers[layer]) < tq_calibration_bytes(c));
+        assert_true(info_of(layers[layer]).bytes > layer_bytes(c, layer));
+        assert_true(info_of(layers[layer]).bytes < info_of(c).bytes);
         tq_cache_params of_one = cache_params(layers[layer]);
         of_one.n_layer = 1;
         assert_int_equal(tq_cache_create(&single[layer], &of_one), TQ_OK);
@@ -325,13 +332,13 @@ static void test_golden_file(void **state)
     tq_calibration *c;
     const uint16_t *matrices;
     assert_int_equal(tq_calibration_load(&c, GOLDEN), TQ_OK);
-    assert_string_equal(tq_calibration_model(c), "golden");
+    assert_string_equal(info_of(c).model, "golden");
     assert_int_equal(c->n_layer, N_LAYER);
     assert_int_equal(tq_calibration_find(c, 1, N_HEAD_KV, HEAD_DIM, "test", &matrices), TQ_OK);
     assert_null(matrices);
     assert_int_equal(layer_bytes(c, 1), 0);
     assert_int_equal(layer_bytes(c, 0), 2 * N_HEAD_KV * tq_transform_row(HEAD_DIM));
-    assert_true(tq_calibration_bytes(c) > 2 * layer_bytes(c, 0));
+    assert_true(info_of(c).bytes > 2 * layer_bytes(c, 0));
     assert_int_equal(tq_calibration_find(c, 0, N_HEAD_KV, HEAD_DIM, "test", &matrices), TQ_OK);
     size_t bytes;
     assert_ptr_equal(matrices, tq_calibration_transforms(c, 0, &bytes));

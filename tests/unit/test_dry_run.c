@@ -124,8 +124,7 @@ static void test_counts_as_a_cache_with_vectors(void **state)
     int64_t n_evicted = 0, n_copied = 0, n_matched = 0;
     kv_fill(&random, rows, sizeof rows / sizeof rows[0]);
     for (int run = 0, n_runs = kv_runs(N_RUNS); run < n_runs; run++) {
-        tq_cache_params params;
-        tq_cache_params_default(&params);
+        tq_cache_params params = kv_cache_params();
         params.n_layer = N_LAYER;
         params.n_head_kv = N_HEAD_KV;
         params.head_dim = HEAD_DIM;
@@ -162,8 +161,7 @@ static void test_counts_as_a_cache_with_vectors(void **state)
 
 static tq_cache *create_large(void)
 {
-    tq_cache_params params;
-    tq_cache_params_default(&params);
+    tq_cache_params params = kv_cache_params();
     params.n_layer = 80;
     params.n_head_kv = 8;
     params.head_dim = 128;
@@ -198,8 +196,7 @@ static void test_refuses_what_needs_vectors(void **state)
     float x[1024] = {0};
     assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
     assert_int_equal(tq_cache_append(cache, seq, 0, 1, NULL, NULL, NULL), TQ_OK);
-    tq_attend_params attend;
-    tq_attend_params_default(&attend);
+    tq_attend_params attend = {.struct_size = sizeof attend, .softmax_scale = 1.0f};
     tq_attend_batch batch;
     tq_attend_batch_default(&batch);
     assert_int_equal(tq_cache_attend(cache, seq, 0, &attend, NULL), TQ_ERR_ARGUMENT);

@@ -36,7 +36,7 @@ static void make(energies *e, uint64_t seed, int32_t n_rope)
         e->partners[j] = j < n_rope ? (j + n_rope / 2) % n_rope : j;
         e->angles[j] = j < n_rope ? pow(0.7, j % (n_rope / 2)) : 0;
     }
-    tq_key_factors_params_default(&e->params);
+    e->params.struct_size = sizeof e->params;
     e->params.n_head = N_HEAD;
     e->params.n_head_kv = N_HEAD_KV;
     e->params.head_dim = DIM;
@@ -177,8 +177,7 @@ static void test_caches_take_factors(void **state)
 {
     (void)state;
     enum { N_TOK = 150 };
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     p.head_dim = DIM, p.n_layer = 2, p.page_size = p.checkpoint_stride = 64;
     tq_cache *cache;
     assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);

@@ -76,7 +76,7 @@ static tq_cache *create(bool with_file)
 {
     tq_cache_params p;
     tq_cache *cache;
-    tq_cache_params_default(&p);
+    p = kv_cache_params();
     p.head_dim = HEAD_DIM;
     p.page_size = PAGE;
     p.n_recent = 16;

@@ -38,8 +38,7 @@ static text texts[2];
 
 static tq_cache *create(const tq_preset *preset)
 {
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     tq_cache_params_set_preset(&p, preset);
     p.n_layer = N_LAYER, p.n_head_kv = N_HEAD, p.head_dim = DIM, p.page_size = 64, p.n_pages = 64, p.n_take_back = DRAFT_MAX;
     p.checkpoint_stride = 64;
@@ -52,8 +51,7 @@ static tq_cache *create(const tq_preset *preset)
 static void step(tq_cache *cache, int32_t seq, int32_t layer, const float *k, const float *v, const float *q, int64_t n,
                  float *out)
 {
-    tq_attend_params p;
-    tq_attend_params_default(&p);
+    tq_attend_params p = {.struct_size = sizeof p, .softmax_scale = 1.0f};
     p.n_head = N_HEAD_Q, p.n_query = n, p.q = q, p.out = out, p.softmax_scale = 0.125f;
     p.q_token_stride = p.out_token_stride = Q_ROW, p.q_head_stride = p.out_head_stride = DIM;
     assert_int_equal(tq_cache_prefill(cache, seq, layer, n, k, v, &p, NULL), TQ_OK);
@@ -190,7 +188,7 @@ static void test_history_does_not_matter(void **state)
 {
     (void)state;
     int64_t n_matched = 0;
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
+    for (int32_t i = 0; tq_preset_get(i); i++) {
         for (int t = 0; t < 2; t++) make_text(&texts[t], (uint64_t)(17 + t), tq_preset_get(i));
         for (int run = 0; run < kv_runs(5); run++) run_history(tq_preset_get(i), (uint64_t)(100 * i + run + 1), &n_matched);
     }

@@ -34,8 +34,7 @@ static char folder[256];
 
 static tq_cache_params params_with(int32_t n_frames)
 {
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     p.n_layer = 2;
     p.n_head_kv = N_HEAD_KV;
     p.head_dim = HEAD_DIM;
@@ -88,8 +87,7 @@ static void append_all(tq_cache *cache, int32_t seq, int64_t n_tok)
 static void attend(tq_cache *cache, int32_t seq, float *out)
 {
     for (int32_t layer = 0; layer < 2; layer++) {
-        tq_attend_params a;
-        tq_attend_params_default(&a);
+        tq_attend_params a = {.struct_size = sizeof a, .softmax_scale = 1.0f};
         a.n_query = 1;
         a.n_head = 2 * N_HEAD_KV;
         a.q = rows;

@@ -64,10 +64,9 @@ static void test_structs_of_other_sizes(void **state)
     (void)state;
     tq_store_params store = kv_store_params(TQ_FORMAT_SQ4, 64, 2, 64);
     check_sizes(bytes_of, &store, sizeof store, offsetof(tq_store_params, n_sink));
-    tq_cache_params cache;
-    tq_cache_params_default(&cache);
+    tq_cache_params cache = kv_cache_params();
     cache.head_dim = 64;
-    check_sizes(create, &cache, sizeof cache, offsetof(tq_cache_params, page_size));
+    check_sizes(create, &cache, sizeof cache, offsetof(tq_cache_params, n_sink));
     tq_paged_store device;
     tq_paged_store_default(&device);
     device.head_dim = 128;
@@ -98,11 +97,36 @@ static void test_attention_of_an_older_caller(void **state)
     free(memory);
 }
 
+/* A zero is the default: of seeds, of the scale of scores, of a page's tokens. */
+static void test_zeros_are_defaults(void **state)
+{
+    (void)state;
+    float rows[4 * 64], q[64], out[2][64];
+    for (int32_t j = 0; j < 4 * 64; j++) rows[j] = (float)(j * 37 % 101) / 50 - 1;
+    for (int32_t j = 0; j < 64; j++) q[j] = rows[j + 64];
+    for (int32_t i = 0; i < 2; i++) {
+        tq_cache_params params = {.struct_size = sizeof params, .n_layer = 1, .n_head_kv = 1, .head_dim = 64, .n_pages = 1};
+        params.k_format = params.v_format = TQ_FORMAT_SQ2;
+        tq_attend_params attend = kv_attend_params(1, 1, 64, q, out[i]);
+        attend.softmax_scale = 0;
+        if (i == 1) params.seed = TQ_SEED_DEFAULT, params.page_size = 128, attend.softmax_scale = 0.125f;
+        tq_cache *cache;
+        int32_t seq;
+        assert_int_equal(tq_cache_create(&cache, &params), TQ_OK);
+        assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+        assert_int_equal(tq_cache_append(cache, seq, 0, 4, rows, rows, NULL), TQ_OK);
+        assert_int_equal(tq_cache_attend(cache, seq, 0, &attend, NULL), TQ_OK);
+        tq_cache_free(cache);
+    }
+    assert_memory_equal(out[0], out[1], sizeof out[0]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_structs_of_other_sizes),
         cmocka_unit_test(test_attention_of_an_older_caller),
+        cmocka_unit_test(test_zeros_are_defaults),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -15,7 +15,7 @@ static void test_list(void **state)
 {
     (void)state;
     assert_null(tq_preset_get(-1));
-    assert_null(tq_preset_get(tq_preset_count()));
+    assert_null(tq_preset_get(4));
     assert_int_equal(tq_preset_find("TQ6")->k_format, TQ_FORMAT_SQ8);
     assert_ptr_equal(tq_preset_find("tq6"), tq_preset_find("TQ6"));
     const char *const none[] = {"", "TQ", "TQ66", "TQ5", " TQ6", NULL};
@@ -23,7 +23,7 @@ static void test_list(void **state)
     assert_int_equal(tq_preset_find("TQ4")->v_format, TQ_FORMAT_TT4);
     assert_int_equal(tq_preset_find("TQ3")->k_format, TQ_FORMAT_TT3);
     assert_int_equal(tq_preset_find("TQ2")->v_format, TQ_FORMAT_TT2);
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
+    for (int32_t i = 0; tq_preset_get(i); i++) {
         assert_int_equal(tq_preset_get(i)->n_sink, 4);
         assert_true(tq_preset_get(i)->n_recent >= 64);
         assert_non_null(strstr(tq_preset_get(i)->description, "exact"));
@@ -33,7 +33,7 @@ static void test_list(void **state)
 static void test_bits_per_value(void **state)
 {
     (void)state;
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
+    for (int32_t i = 0; tq_preset_get(i); i++) {
         const tq_preset *preset = tq_preset_get(i);
         tq_format_info k, v;
         assert_int_equal(tq_format_describe(&k, preset->k_format, 128), TQ_OK);
@@ -67,14 +67,15 @@ static void test_mean_of_keys_and_values(void **state)
     assert_true(fabs(both - (eight + two) / 2) < 1e-9);
 }
 
-/* What a cache is by default is what the plug-in calls TQ4. */
-static void test_default_of_caches(void **state)
+static void test_presets_of_caches(void **state)
 {
     (void)state;
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = {.struct_size = sizeof p};
     const tq_preset *preset = tq_preset_get(TQ_PRESET_DEFAULT);
     assert_string_equal(preset->name, "TQ4");
+    tq_cache_params_set_preset(&p, NULL);
+    assert_int_equal(p.k_format, TQ_FORMAT_F16);
+    tq_cache_params_set_preset(&p, preset);
     assert_int_equal(p.k_format, preset->k_format);
     assert_int_equal(p.v_format, preset->v_format);
     assert_int_equal(p.n_sink, preset->n_sink);
@@ -101,7 +102,7 @@ int main(void)
         cmocka_unit_test(test_list),
         cmocka_unit_test(test_bits_per_value),
         cmocka_unit_test(test_mean_of_keys_and_values),
-        cmocka_unit_test(test_default_of_caches),
+        cmocka_unit_test(test_presets_of_caches),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -27,8 +27,7 @@ static char folder[256], path[300];
 
 static tq_cache_params params_of_test(void)
 {
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     p.n_layer = 2;
     p.n_head_kv = 2;
     p.head_dim = 64;

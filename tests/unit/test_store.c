@@ -381,8 +381,7 @@ static void test_stores_that_do_not_match(void **state)
     assert_int_equal(tq_store_bytes(&bytes, &p), TQ_OK);
     other_memory = kv_aligned(bytes);
     assert_int_equal(tq_store_open(&other, &p, other_memory, bytes), TQ_OK);
-    tq_attend_params a;
-    tq_attend_params_default(&a);
+    tq_attend_params a = {.struct_size = sizeof a, .softmax_scale = 1.0f};
     assert_int_equal(tq_store_attend(store, other, 1, &a, NULL), TQ_ERR_SHAPE);
     tq_store_close(store);
     tq_store_close(other);
@@ -441,8 +440,7 @@ static void test_damaged_memory(void **state)
             assert_int_equal(tq_store_write(store, &slot, 1, rows, 128, NULL), TQ_OK);
             slot = kv_below(&random, 64);
             assert_int_equal(tq_store_update(store, &slot, 1, rows, 128, NULL), TQ_OK);
-            tq_attend_params a;
-            tq_attend_params_default(&a);
+            tq_attend_params a = {.struct_size = sizeof a, .softmax_scale = 1.0f};
             a.n_query = 1;
             a.n_head = 2;
             a.q = rows;

@@ -323,8 +323,7 @@ static tq_cache *create_with_factors(const tq_cache_params *p)
 /* As many pages as all threads publish in all rounds, so that none is given up; with few frames, the rest in a file. */
 static tq_cache *create_shared(bool with_file)
 {
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     p.n_layer = N_LAYER;
     p.head_dim = HEAD_DIM;
     p.page_size = PAGE;
@@ -460,8 +459,7 @@ static void *look_up_always(void *arg)
 static void test_the_table_of_sequences_may_move(void **state)
 {
     (void)state;
-    tq_cache_params p;
-    tq_cache_params_default(&p);
+    tq_cache_params p = kv_cache_params();
     p.head_dim = HEAD_DIM;
     p.n_sink = p.n_recent = p.k_ref_block = 0;
     p.checkpoint_stride = p.page_size;
