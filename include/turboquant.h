@@ -5,8 +5,8 @@
  * The order of this file is that in which it is used: status, log, executor; formats and presets; attention parameters,
  * calibrations and factors; the cache (sequences with positions: what an engine without one embeds), batches of its sequences,
  * snapshots; then what experts need: single vectors, the store (slots in caller-owned memory: what an engine with its own cell
- * management embeds), and paged stores (pages in caller-owned memory, on every device: what an engine with its own block manager
- * embeds).
+ * management embeds), and paged stores (pages in caller-owned memory, on every device: what an engine with its own block
+ * manager embeds).
  *
  * Conventions that hold throughout:
  *  - Every function that can fail returns tq_status; out parameters come first and are untouched on failure.
@@ -729,8 +729,8 @@ TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_sto
  * writes pages or exact slots that another one uses.
  *
  * TQ_DEVICE_CPU: pointers are the host's, streams are NULL, and a call is done when it returns. It runs on the executor that it
- * is given, and takes memory for its own duration: MEMORY can be its answer, and CPU if TQ_CPU is not valid here. There is every
- * format and every head_dim.
+ * is given, and takes memory for its own duration: MEMORY can be its answer, and CPU if TQ_CPU is not valid here. There is
+ * every format and every head_dim.
  *
  * TQ_DEVICE_CUDA (docs/cuda.md): pointers are device pointers unless stated; a stream is a cudaStream_t, NULL for the default
  * one; the device is the current one of the calling thread. Calls allocate nothing and never wait: each puts kernels on the
@@ -856,8 +856,8 @@ typedef struct tq_paged_attend_params {
     /* Results are repeated bit for bit, and do not depend on what else is in the batch or on max_seq_len. Costs some speed. On
      * the CPU it is always so. */
     bool deterministic;
-    /* CUDA: the call before on this stream is the tq_paged_append, or its STORE half, of the newest token: kernels may then begin
-     * beside it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
+    /* CUDA: the call before on this stream is the tq_paged_append, or its STORE half, of the newest token: kernels may then
+     * begin beside it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
     bool follows_append;
     /* CUDA: scratch, aligned to 128 bytes, whose first 1 / TQ_PAGED_WORKSPACE_COUNTERS must be zero before its first use; each
      * call leaves them zero. Calls of all shapes may use one workspace, each after the other and with the same workspace_bytes:

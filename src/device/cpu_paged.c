@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * See cpu_paged.h. A store keeps no state, so each call makes its codecs, at some .3 us each, where a decode step of 1024 tokens
- * takes some hundreds. (A product format's takes as long as the step: those are for comparison only.)
+ * See cpu_paged.h. A store keeps no state, so each call makes its codecs, at some .3 us each, where a decode step of 1024
+ * tokens takes some hundreds. (A product format's takes as long as the step: those are for comparison only.)
  */
 #include "device/cpu_paged.h"
 
@@ -52,8 +52,7 @@ static layout layout_of(const tq_paged_store *store)
         int32_t head_dim = dim_of(store, i);
         tq_side_keep(side, traits->family, store->n_sink, store->n_recent, tq_paged_ring(store),
                      i == TQ_SIDE_K ? store->k_ref_block : 0);
-        size_t ref_bytes =
-            side->ref_block ? tq_format_vector_bytes(tq_format_traits_get(TQ_FORMAT_SQ8), head_dim) : 0;
+        size_t ref_bytes = side->ref_block ? tq_format_vector_bytes(tq_format_traits_get(TQ_FORMAT_SQ8), head_dim) : 0;
         l.head_page_bytes[i] =
             tq_head_page_bytes(tq_format_vector_bytes(traits, head_dim), store->page_size, ref_bytes, side->ref_block);
         side->page_offset_bytes = head_bytes;
@@ -175,7 +174,8 @@ static bool is_plain(const opened *o, const caller_rows *r, int32_t side, int64_
            o->shape.kernels->all_finite((const float *)r->x + first * width, n * width);
 }
 
-/* Rows [first, first + n) to x, NaN as 0 and what is too large for FP16 as its largest number: the number of vectors with such. */
+/* Rows [first, first + n) to x, NaN as 0 and what is too large for FP16 as its largest number: the number of vectors with such.
+ */
 static int32_t copy_rows(const opened *o, const caller_rows *r, int32_t side, int64_t first, int64_t n, float *x)
 {
     int32_t head_dim = dim_of(o->store, side), n_bad = 0;
@@ -336,11 +336,9 @@ static void append_run(void *context, int32_t i, const tq_executor *executor)
         rows[side] = call->rows[side] ? call->rows[side] + r->first * width_of(store, side) : NULL;
     fill_pages(call, r);
     tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = r->pages, .length = r->position};
-    if (!is_by_slots(store))
-        sequence.exact = exact_of(store, call->o.layout.exact_bytes, call->params->exact_slots, r->origin);
+    if (!is_by_slots(store)) sequence.exact = exact_of(store, call->o.layout.exact_bytes, call->params->exact_slots, r->origin);
     if (call->params->half != TQ_APPEND_STORE) encode_run(r, sequence, rows[TQ_SIDE_K], rows[TQ_SIDE_V], executor);
-    if (call->params->half != TQ_APPEND_ENCODE)
-        tq_cpu_append_exact(&sequence, r->n, rows[TQ_SIDE_K], rows[TQ_SIDE_V]);
+    if (call->params->half != TQ_APPEND_ENCODE) tq_cpu_append_exact(&sequence, r->n, rows[TQ_SIDE_K], rows[TQ_SIDE_V]);
 }
 
 static double run_work(const void *context, int32_t i)
@@ -366,8 +364,8 @@ static int32_t set_rows(append_call *call, const caller_rows *from, float *const
         call->rows[side] = copies[side] ? copies[side] : from[side].x;
         for (int32_t i = 0; copies[side] && i < call->n_runs; i++) {
             const run *r = &call->runs[i];
-            n_bad += copy_rows(&call->o, &from[side], side, r->first, r->n,
-                               copies[side] + r->first * width_of(call->o.store, side));
+            n_bad +=
+                copy_rows(&call->o, &from[side], side, r->first, r->n, copies[side] + r->first * width_of(call->o.store, side));
         }
     }
     return n_bad;
@@ -485,8 +483,7 @@ static void count_parts(const attend_call *call, const queries *q, size_t *bytes
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         caller_rows r = new_rows(call, side);
         if (!has_new_rows(call))
-            bytes[ENTRIES_K + side] =
-                (size_t)tq_cpu_exact_most(&call->o.layout.sides[side], q->n) * sizeof(tq_exact_entry);
+            bytes[ENTRIES_K + side] = (size_t)tq_cpu_exact_most(&call->o.layout.sides[side], q->n) * sizeof(tq_exact_entry);
         else if (!is_plain(&call->o, &r, side, q->first, q->n))
             bytes[NEW_K + side] = (size_t)(q->n * width_of(store, side)) * sizeof(float);
     }
@@ -564,8 +561,7 @@ static tq_status attend_stored(const attend_call *call, const queries *q, tq_cpu
                                const tq_attend_params *own, void *const *parts, const tq_executor *executor)
 {
     int64_t oldest[TQ_N_SIDES];
-    for (int32_t side = 0; side < TQ_N_SIDES; side++)
-        oldest[side] = q->length - call->o.layout.sides[side].n_ring;
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) oldest[side] = q->length - call->o.layout.sides[side].n_ring;
     sequence->exact_begin = oldest;
     tq_kv_view keys = tq_cpu_view_of_queries(sequence, TQ_SIDE_K, q->n, parts[ENTRIES_K]);
     tq_kv_view values = tq_cpu_view_of_queries(sequence, TQ_SIDE_V, q->n, parts[ENTRIES_V]);

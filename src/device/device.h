@@ -38,8 +38,8 @@ static inline const tq_side *tq_shape_side(const tq_shape *shape, int32_t layer,
     return &shape->sides[(size_t)layer * TQ_N_SIDES + (size_t)side];
 }
 
-/* What a side keeps exact, and how many columns share a reference. A format that is exact anyway keeps nothing; references want a
- * ring, and no sketch next to the codes. */
+/* What a side keeps exact, and how many columns share a reference. A format that is exact anyway keeps nothing; references want
+ * a ring, and no sketch next to the codes. */
 static inline void tq_side_keep(tq_side *side, tq_family family, int32_t n_sink, int32_t n_recent, int32_t n_ring,
                                 int32_t ref_block)
 {

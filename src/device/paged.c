@@ -13,7 +13,6 @@ tq_status tq_paged_check_ring(const tq_paged_store *store)
         return TQ_ERR_ARGUMENT;
     }
     if (store->k_ref_block == 0 || recent > 0) return TQ_OK;
-    tq_log(TQ_LOG_ERROR,
-           "paged store: with references (k_ref_block) n_recent must be more than 0: they are means of the ring");
+    tq_log(TQ_LOG_ERROR, "paged store: with references (k_ref_block) n_recent must be more than 0: they are means of the ring");
     return TQ_ERR_ARGUMENT;
 }

@@ -322,7 +322,8 @@ static inline void paged_check_head(const paged_shape *s, const paged_head *h, c
     KV_CHECK(memcmp(a + first * h->code_bytes, b + first * h->code_bytes, n * h->code_bytes) == 0);
     KV_CHECK(memcmp(a + scales + first * h->scale_bytes, b + scales + first * h->scale_bytes, n * h->scale_bytes) == 0);
     size_t dim = (size_t)s->head_dim;
-    for (size_t i = h->n_refs ? first / (size_t)s->k_ref_block : 0; i < h->n_refs && i * (size_t)s->k_ref_block < first + n; i++) {
+    for (size_t i = h->n_refs ? first / (size_t)s->k_ref_block : 0; i < h->n_refs && i * (size_t)s->k_ref_block < first + n;
+         i++) {
         KV_CHECK(memcmp(a + refs + i * dim, b + refs + i * dim, dim) == 0);
         KV_CHECK(memcmp(a + refs + h->n_refs * dim + 2 * i, b + refs + h->n_refs * dim + 2 * i, 2) == 0);
     }
@@ -384,7 +385,8 @@ static inline void paged_step(paged_model *m, const int64_t *n_tok)
 {
     paged_pass *p = paged_begin(m, n_tok, (tq_dtype)kv_below(&m->random, 3));
     int64_t most = 0, least = INT64_MAX;
-    for (int32_t i = 0; i < PAGED_SEQ; i++) most = n_tok[i] > most ? n_tok[i] : most, least = n_tok[i] < least ? n_tok[i] : least;
+    for (int32_t i = 0; i < PAGED_SEQ; i++)
+        most = n_tok[i] > most ? n_tok[i] : most, least = n_tok[i] < least ? n_tok[i] : least;
     if (p->n == 0) {
         paged_end(m, p);
         return;

@@ -86,7 +86,8 @@ static void test_on_a_device(void **state)
     (void)state;
     if (!getenv("TQ_CUDA_LIBRARY")) skip();
     for (int32_t i = 0; i < tq_preset_count(); i++)
-        run(shape_of_preset(tq_preset_get(i), i % 2 ? 64 : 128, 0, i % 2 ? 64 : 128), TQ_DEVICE_CUDA, kv_runs(8), 20 + (uint64_t)i);
+        run(shape_of_preset(tq_preset_get(i), i % 2 ? 64 : 128, 0, i % 2 ? 64 : 128), TQ_DEVICE_CUDA, kv_runs(8),
+            20 + (uint64_t)i);
     for (size_t i = 4; i < 7; i++) run(others[i], TQ_DEVICE_CUDA, kv_runs(8), 30 + i);
 }
 
@@ -144,7 +145,8 @@ static void test_options(void **state)
         if (m->length[0] + n_tok[0] > PAGED_LENGTH) n_tok[0] = 0;
         paged_pass *p = paged_begin(m, n_tok, TQ_DTYPE_F32);
         tq_paged_attend_params a = paged_attend_params(m, p);
-        float *lse = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse), *wanted = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse);
+        float *lse = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse),
+              *wanted = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse);
         set_options(m, &a, lse);
         a.new_k = p->k, a.new_v = p->v;
         paged_append(m, p, TQ_APPEND_ENCODE);
@@ -192,7 +194,8 @@ static void run_masks(paged_shape shape, int64_t n_most, uint64_t seed)
         if (m->length[0] + n_tok[0] > PAGED_LENGTH) n_tok[0] = 0;
         paged_pass *p = paged_begin(m, n_tok, TQ_DTYPE_F32);
         tq_paged_attend_params a = paged_attend_params(m, p);
-        float *lse = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse), *wanted = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse);
+        float *lse = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse),
+              *wanted = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse);
         set_options(m, &a, lse);
         void *mask = make_mask(m, &a, p->n);
         a.mask = mask;
@@ -200,8 +203,7 @@ static void run_masks(paged_shape shape, int64_t n_most, uint64_t seed)
         paged_attend(m, p, &a);
         for (int32_t seq = 0; seq < PAGED_SEQ; seq++) {
             tq_attend_params own = same_params(p, &a, seq, wanted);
-            assert_int_equal(tq_cache_append(m->cache, m->seqs[seq], 0, n_tok[seq],
-                                             (float *)p->k + p->starts[seq] * p->k_width,
+            assert_int_equal(tq_cache_append(m->cache, m->seqs[seq], 0, n_tok[seq], (float *)p->k + p->starts[seq] * p->k_width,
                                              (float *)p->v + p->starts[seq] * p->v_width, NULL),
                              TQ_OK);
             assert_int_equal(tq_cache_attend(m->cache, m->seqs[seq], 0, &own, NULL), TQ_OK);
@@ -400,27 +402,26 @@ static void test_not_finite(void **state)
         assert_int_equal(n_bad, 3 + 10);
         assert_int_equal(n_good, 0);
         assert_memory_equal(f.m->store.pages, g.m->store.pages, memory_bytes(f.m));
-        assert_memory_equal(f.m->store.exact, g.m->store.exact,
-                            (size_t)f.m->store.n_exact_slots * f.m->sizes.exact_bytes);
+        assert_memory_equal(f.m->store.exact, g.m->store.exact, (size_t)f.m->store.n_exact_slots * f.m->sizes.exact_bytes);
         close_fixture(&f), close_fixture(&g);
     }
 }
 
 /* ---- refusals -------------------------------------------------------------------------------------------------------- */
 
-#define SAYS(call, status, text)                          \
-    do {                                                  \
-        last_message[0] = 0;                              \
-        assert_int_equal(call, status);                   \
+#define SAYS(call, status, text)                                                      \
+    do {                                                                              \
+        last_message[0] = 0;                                                          \
+        assert_int_equal(call, status);                                               \
         if (!strstr(last_message, text)) fprintf(stderr, "says: %s\n", last_message); \
-        assert_non_null(strstr(last_message, text));      \
+        assert_non_null(strstr(last_message, text));                                  \
     } while (0)
-#define WITH(field, value, call, status, text)            \
-    do {                                                  \
-        __typeof__(field) before_ = field;                \
-        field = value;                                    \
-        SAYS(call, status, text);                         \
-        field = before_;                                  \
+#define WITH(field, value, call, status, text) \
+    do {                                       \
+        __typeof__(field) before_ = field;     \
+        field = value;                         \
+        SAYS(call, status, text);              \
+        field = before_;                       \
     } while (0)
 
 static void test_shapes_are_checked(void **state)
