@@ -540,18 +540,13 @@ static tq_status attend_with_rows(const attend_call *call, const queries *q, tq_
         else
             plain[side] = (const float *)r.x + q->first * width_of(call->o.store, side);
     }
-    int64_t before[TQ_N_SIDES], after[TQ_N_SIDES];
-    for (int32_t side = 0; side < TQ_N_SIDES; side++) {
-        const tq_side *s = &call->o.layout.sides[side];
-        before[side] = clip(q->length - q->n - s->n_recent, s->n_sink, INT64_MAX);
-        after[side] = clip(q->length - s->n_recent, s->n_sink, INT64_MAX);
-    }
+    int64_t ring_begin[TQ_N_SIDES];
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) ring_begin[side] = q->length - q->n - call->o.layout.sides[side].n_recent;
     tq_cpu_prefill prefill;
     sequence->length = q->length - q->n;
-    sequence->ring_begin = before;
+    sequence->ring_begin = ring_begin;
     TQ_TRY(tq_cpu_prefill_begin(&prefill, sequence, q->n, plain[TQ_SIDE_K], plain[TQ_SIDE_V]));
     sequence->length = q->length;
-    sequence->ring_begin = after;
     tq_status status = tq_cpu_prefill_attend(&prefill, sequence, q->n, own, executor);
     tq_cpu_prefill_end(&prefill);
     return status;

@@ -279,11 +279,8 @@ tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *seque
 
 static tq_kv_view view_of(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int32_t side)
 {
-    tq_exact_entry unused[TQ_EXACT_MAX];
-    tq_kv_view view = tq_cpu_view(sequence, side, unused);
     const tq_cpu_exact *exact = &prefill->sides[side];
-    view.exact = exact->entries;
-    view.n_exact = exact->n;
+    tq_kv_view view = view_with(sequence, side_of(sequence, side), exact->entries, exact->n);
     view.exact_data = exact->memory;
     view.exact_head_stride_bytes = exact->head_stride_bytes;
     return view;

@@ -281,6 +281,8 @@ static void test_pages_out_of_range(void **state)
         uint8_t *pages = f.m->store.pages;
         assert_memory_equal(pages + (size_t)page * page_stride(f.m), before + (size_t)page * page_stride(f.m),
                             f.m->sizes.page_bytes);
+        uint8_t *written = copy_of(pages, memory_bytes(f.m));
+        memset(pages, 0x11, page_stride(f.m)), memset(pages + page_stride(f.m), 0x22, page_stride(f.m));
         assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
         uint8_t *out = copy_of(f.p->out, paged_bytes(f.p, f.p->n * f.p->out_width));
         f.m->table[2] = 0;
@@ -288,7 +290,7 @@ static void test_pages_out_of_range(void **state)
         assert_memory_equal(out, f.p->out, paged_bytes(f.p, f.p->n * f.p->out_width));
         /* The others hold what they would have held. */
         f.m->table[2] = page;
-        uint8_t *written = copy_of(pages, memory_bytes(f.m));
+        memcpy(pages, written, memory_bytes(f.m));
         assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
         for (int32_t j = 0; j < f.m->store.n_pages; j++) {
             size_t at = (size_t)j * page_stride(f.m);
@@ -405,6 +407,16 @@ static void test_not_finite(void **state)
         assert_memory_equal(f.m->store.exact, g.m->store.exact, (size_t)f.m->store.n_exact_slots * f.m->sizes.exact_bytes);
         close_fixture(&f), close_fixture(&g);
     }
+    fixture one = open_fixture(&shape, 1, TQ_DTYPE_F16);
+    int32_t n_bad = 0;
+    memset(one.p->padded_k, 0xff, paged_bytes(one.p, one.p->n_rows * 128));
+    one.append.n_not_finite = &n_bad, one.append.row_stride = 0;
+    one.append.half = TQ_APPEND_ENCODE, one.append.k = one.append.v = NULL;
+    assert_int_equal(tq_paged_append(&one.m->store, &one.append, NULL), TQ_OK);
+    one.append.half = TQ_APPEND_STORE, one.append.k = one.append.v = one.p->padded_k;
+    assert_int_equal(tq_paged_append(&one.m->store, &one.append, NULL), TQ_OK);
+    assert_int_equal(n_bad, 4);
+    close_fixture(&one);
 }
 
 /* ---- refusals -------------------------------------------------------------------------------------------------------- */
