@@ -94,7 +94,7 @@ static tq_status check_cpu_memory(const tq_paged_store *store, const tq_paged_si
 {
     if (stream) return bad("stream must be NULL on the CPU: calls are done when they return");
     if ((uintptr_t)store->pages % CPU_ALIGN != 0) return bad("pages must be aligned to 64 bytes");
-    if ((uintptr_t)store->exact % CPU_ALIGN != 0) return bad("exact must be aligned to 64 bytes");
+    if ((uintptr_t)store->exact % sizeof(uint16_t) != 0) return bad("exact must be aligned to 2 bytes");
     if (sizes->exact_bytes > 0 && store->n_exact_slots < 1) return bad("n_exact_slots must be at least 1 with sinks or a ring");
     if (!store->k_factors) return TQ_OK;
     return tq_check_factors(WHO, store->k_factors, store->n_head_kv, store->head_dim, NULL);
