@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+TQ_DEVICE_CUDA = 1
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -51,6 +52,7 @@ class Cache:
                  references=False, factors=False):
         self.api = library
         self.store = store = library.filled(library.types.CudaStore, "tq_paged_store_default")
+        store.device = TQ_DEVICE_CUDA  # libraries before 2026-12 had no others
         store.k_format, store.v_format = map(library.format_number, (k_format, v_format))
         store.head_dim, store.n_head_kv, store.page_size, store.n_pages = head_dim, n_head_kv, page_size, n_pages
         store.n_sink, store.n_recent, store.n_exact_slots = n_sink, n_recent, n_seq

@@ -57,8 +57,8 @@ if(tq_checkkern_sources)
     add_test(NAME checkkern COMMAND checkkern)
 endif()
 
-# In place of libturboquant-cuda.so, on machines without a device: for test_batch and the Python package's tests. What is built
-# for an emulator is static, and loads nothing.
+# In place of libturboquant-cuda.so, on machines without a device: for test_batch, test_paged and the Python package's tests.
+# What is built for an emulator is static, and loads nothing.
 if(NOT CMAKE_CROSSCOMPILING)
     add_library(turboquant_cuda_emulated MODULE tests/cuda/emulated_device.c)
     add_dependencies(tests turboquant_cuda_emulated)

@@ -5,7 +5,8 @@
  * The order of this file is that in which it is used: status, log, executor; formats and presets; attention parameters,
  * calibrations and factors; the cache (sequences with positions: what an engine without one embeds), batches of its sequences,
  * snapshots; then what experts need: single vectors, the store (slots in caller-owned memory: what an engine with its own cell
- * management embeds), and pages in a CUDA device's memory.
+ * management embeds), and paged stores (pages in caller-owned memory, on every device: what an engine with its own block
+ * manager embeds).
  *
  * Conventions that hold throughout:
  *  - Every function that can fail returns tq_status; out parameters come first and are untouched on failure.
@@ -718,14 +719,22 @@ TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_sto
 /* ---- paged stores -------------------------------------------------------------------------------------------------- */
 
 /*
- * Keys and values of one layer in the memory of a CUDA device, paged, with attention on the compressed bytes (docs/cuda.md).
- * The caller owns all memory and gives it with every call; the library keeps no state on the device, allocates nothing and
- * never waits: each call puts kernels on the caller's stream, so calls can be captured in a CUDA graph. Pointers are device
- * pointers unless stated; a stream is a cudaStream_t, NULL for the default one; the device is the current one of the calling
- * thread. Thread-safe. The code is in libturboquant-cuda.so, which the first call loads: the library itself needs no CUDA.
+ * Keys and values of one layer in pages, with attention on the compressed bytes, for engines with a block manager of their own.
+ * The caller owns all memory and gives it with every call; the library keeps no state of it. Thread-safe, as long as no call
+ * writes pages or exact slots that another one uses.
+ *
+ * TQ_DEVICE_CPU: pointers are the host's, streams are NULL, and a call is done when it returns. It runs on the executor that it
+ * is given, and takes memory for its own duration: MEMORY can be its answer, and CPU if TQ_CPU is not valid here. There is
+ * every format and every head_dim.
+ *
+ * TQ_DEVICE_CUDA (docs/cuda.md): pointers are device pointers unless stated; a stream is a cudaStream_t, NULL for the default
+ * one; the device is the current one of the calling thread. Calls allocate nothing and never wait: each puts kernels on the
+ * stream, so that they can be captured in a CUDA graph. The code is in libturboquant-cuda.so, which the first call loads: the
+ * library itself needs no CUDA. NO_DEVICE and DEVICE can be the answers of every call.
  *
  * Positions of a sequence: the first n_sink are always exact, the last n_recent exact until newer ones push them out; those
- * between are encoded, position p in page page_table[sequence][p / page_size]. Encoded bytes are those of the CPU's encoder.
+ * between are encoded, position p in page page_table[sequence][p / page_size]. Encoded bytes are those of a cache's on the CPU.
+ * Ids of pages that are out of range are read as page 0 and never written.
  */
 typedef struct tq_cuda_info {
     char name[64];                        /* of the current device */
@@ -739,24 +748,25 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_describe(tq_cuda_info *out);
 
 typedef struct tq_paged_store {
     size_t struct_size;
-    tq_format k_format, v_format; /* sq8, sq4, sq3, sq2; tt4, tt3, tt2 except at head_dim 96. docs/cuda.md: fast pairs */
-    int32_t head_dim, n_head_kv;  /* 64, 96, 128, 192 or 256 */
-    int32_t head_dim_v;           /* 0: the same. Other pairs than equal ones: 192 with 128 */
-    int32_t page_size;            /* tokens, 32 to 256, a multiple of 32 */
-    int32_t n_sink, n_recent;     /* at most 512 together */
-    /* 64: keys are coded against references, one for each 64 positions and KV head, as a cache's with this k_ref_block. Wants
-     * n_recent > 0, and page_size to be a multiple of it. 0: none. */
+    tq_device_kind device;
+    tq_format k_format, v_format; /* CUDA: sq8, sq4, sq3, sq2; tt4, tt3, tt2 except at head_dim 96. docs/cuda.md: fast pairs */
+    int32_t head_dim, n_head_kv;  /* CUDA: 64, 96, 128, 192 or 256 */
+    int32_t head_dim_v;           /* 0: the same. CUDA: other pairs than equal ones: 192 with 128 */
+    int32_t page_size;            /* tokens, 16 to 256, a multiple of 16; CUDA: of 32 */
+    int32_t n_sink, n_recent;     /* at most 1024 together; CUDA: 512 */
+    /* Keys are coded against references, one for each so many positions of a page and KV head, as a cache's with this
+     * k_ref_block. Wants n_recent > 0. CUDA: 64, and page_size must be a multiple of it. 0: none. */
     int32_t k_ref_block;
     const int8_t *k_factors; /* optional [n_head_kv, head_dim]: as tq_cache_set_key_factors; the same in all calls */
-    /* Optional, in place of factors: a layer's transforms of keys as tq_calibration_transforms gives them, copied to the
-     * device; the same in all calls. */
+    /* Optional, in place of factors: a layer's transforms of keys as tq_calibration_transforms gives them; CUDA: copied to the
+     * device. The same in all calls. */
     const uint16_t *k_transforms;
     uint64_t seed;
     int64_t n_pages;       /* of `pages` */
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
-    void *pages;           /* n_pages * page_bytes, aligned to 128 bytes; contents do not matter at first */
+    void *pages;           /* n_pages * page_bytes, aligned to 64 bytes, CUDA: 128; contents do not matter at first */
     /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_ring, head_dim]; NULL if there are neither sinks nor a ring.
-     * Sink i is entry i, ring position p entry n_sink + p % n_ring. */
+     * Sink i is entry i, ring position p entry n_sink + p % n_ring. Keys or values in an exact format (f16, bf16) have none. */
     void *exact;
     /* Vectors that the ring holds: at least n_recent, at most 65536; 0: n_recent. Tokens are encoded when they leave the last
      * n_recent; a longer ring keeps as many before these, so that tokens can be taken back (drafts), or several queries
@@ -769,20 +779,22 @@ TQ_API void tq_paged_store_default(tq_paged_store *store);
 
 /* Bytes of the caller's memory, from plain arithmetic: needs no device. */
 typedef struct tq_paged_sizes {
-    size_t page_bytes;      /* of one page on the device: keys and values of all KV heads */
+    size_t page_bytes;      /* of one page where it lies: keys and values of all KV heads */
     size_t exact_bytes;     /* of one exact slot */
     size_t canonical_bytes; /* of one page in the format's own arrangement, as tq_paged_export writes it */
 } tq_paged_sizes;
-/* Errors: ARGUMENT, FORMAT, HEAD_DIM (there is no device layout for these; the log says what there is). */
+/* Errors: ARGUMENT, FORMAT, HEAD_DIM (the device has no layout for these; the log says what there is). */
 TQ_API TQ_NODISCARD tq_status tq_paged_sizes_get(tq_paged_sizes *out, const tq_paged_store *store);
 
 /*
  * An append has two halves. A token pushes another one out of the ring, which is encoded; then it takes that one's place. The
- * first half takes longer and needs nothing of the new token, so it may run long before, on another stream.
+ * first half takes longer and needs nothing of the new token, so it may run long before, on CUDA on another stream. Keys or
+ * values in an exact format are written by the first half.
  */
 typedef enum tq_append_half {
     TQ_APPEND_BOTH = 0,
-    /* k and v may be NULL where no sequence gets more than n_recent tokens, with references more than one. */
+    /* k and v may be NULL where no sequence gets more than n_recent tokens, with references more than one, and no format is
+     * exact. */
     TQ_APPEND_ENCODE = 1,
     TQ_APPEND_STORE = 2, /* writes the exact tokens; the other half must be done with the same tokens */
 } tq_append_half;
@@ -791,8 +803,8 @@ typedef struct tq_paged_append_params {
     size_t struct_size;
     int64_t n_tok;
     tq_dtype dtype;
-    const void *k, *v;  /* [n_tok, n_head_kv, head_dim], rounded to FP16 on entry */
-    int64_t row_stride; /* elements from one token to the next; 0: contiguous */
+    const void *k, *v;  /* [n_tok, n_head_kv, head_dim], of v head_dim_v, rounded to FP16 on entry */
+    int64_t row_stride; /* elements from one token to the next, in k and in v; 0: both contiguous */
     /*
      * Where tokens go: page * page_size + offset, int64 [n_tok]; negative: skip the token (padding of a captured batch).
      * Without sinks and ring this is all that is read.
@@ -808,10 +820,11 @@ typedef struct tq_paged_append_params {
     /* Optional int32: incremented for each vector with NaN, infinity or a magnitude above 65504. NaN is stored as 0, the others
      * as the largest FP16 number. */
     int32_t *n_not_finite;
-    tq_append_half half; /* other than BOTH: with a ring alone */
+    tq_append_half half;         /* other than BOTH: with a ring alone */
+    const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_append_params;
 TQ_API void tq_paged_append_params_default(tq_paged_append_params *params);
-/* Errors: ARGUMENT, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE. */
+/* Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY; then nothing was written. */
 TQ_API TQ_NODISCARD tq_status tq_paged_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream);
 
 typedef struct tq_paged_attend_params {
@@ -822,7 +835,7 @@ typedef struct tq_paged_attend_params {
     int32_t n_head; /* query heads, a multiple of n_head_kv */
     tq_dtype dtype; /* of q and out */
     const void *q;  /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
-    void *out;      /* likewise */
+    void *out;      /* likewise, with head_dim_v, or out_dim where that is given, in place of head_dim */
     int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
     float *lse; /* optional [n_seq * n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
     const int32_t *page_table; /* int32 [n_seq, max_pages] */
@@ -835,13 +848,14 @@ typedef struct tq_paged_attend_params {
     float softcap;      /* 0: none */
     int64_t window;     /* > 0: column > position - window */
     const float *sinks; /* optional float [n_head]: learned sink logits */
-    /* Results are repeated bit for bit, and do not depend on what else is in the batch or on max_seq_len. Costs some speed. */
+    /* Results are repeated bit for bit, and do not depend on what else is in the batch or on max_seq_len. Costs some speed. On
+     * the CPU it is always so. */
     bool deterministic;
-    /* The call before on this stream is the tq_paged_append, or its STORE half, of the newest token: kernels may then begin
-     * beside it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
+    /* CUDA: the call before on this stream is the tq_paged_append, or its STORE half, of the newest token: kernels may then
+     * begin beside it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
     bool follows_append;
-    /* Scratch, aligned to 128 bytes, whose first 1 / TQ_PAGED_WORKSPACE_COUNTERS must be zero before its first use; each call
-     * leaves them zero. Calls of all shapes may use one workspace, each after the other and with the same workspace_bytes:
+    /* CUDA: scratch, aligned to 128 bytes, whose first 1 / TQ_PAGED_WORKSPACE_COUNTERS must be zero before its first use; each
+     * call leaves them zero. Calls of all shapes may use one workspace, each after the other and with the same workspace_bytes:
      * those that tq_paged_workspace_bytes says for the most that any of them has. Calls that may run at the same time need one
      * each. */
     void *workspace;
@@ -850,44 +864,45 @@ typedef struct tq_paged_attend_params {
      * are query_starts[n_seq] in all, of which q, out, lse and new rows are. */
     const int32_t *query_starts;
     /*
-     * Optional: keys and values of the query tokens, [tokens, n_head_kv, head_dim] of dtype, rounded to FP16 on entry. Then the
+     * Optional: keys and values of the query tokens, as in an append, of this dtype, rounded to FP16 on entry. Then the
      * call comes between the two halves of their append, TQ_APPEND_ENCODE and TQ_APPEND_STORE, and each query has its
      * own last n_recent tokens exact: results are those of tokens that come one by one, however a prompt is cut. Without a ring
      * they are not read, and the append comes first.
      */
     const void *new_k, *new_v;
-    int64_t new_row_stride; /* elements from one token to the next; 0: contiguous */
-    /* As in tq_attend_params, in device memory. A column is a position of the query's sequence; rows are those of q. */
+    int64_t new_row_stride; /* elements from one token to the next, in both; 0: both contiguous */
+    /* As in tq_attend_params. A column is a position of the query's sequence; rows are those of q. */
     const void *mask;
     bool mask_is_f16;
     int64_t mask_token_stride, mask_head_stride;
     const float *alibi_slopes;
     int32_t out_dim;
+    const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_attend_params;
 #define TQ_PAGED_WORKSPACE_COUNTERS 32
 TQ_API void tq_paged_attend_params_default(tq_paged_attend_params *params);
 /*
  * What any call needs whose n_seq, n_query and max_seq_len are at most these, with this n_head, and deterministic calls if
- * these are. Errors: ARGUMENT, SHAPE, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
+ * these are. CPU: 0. Errors: ARGUMENT, SHAPE, FORMAT, HEAD_DIM.
  */
 TQ_API TQ_NODISCARD tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *store,
                                                        const tq_paged_attend_params *params);
 /*
  * softmax(softmax_scale * q . K) . V, causal: query token i of a sequence sees positions up to length - n_query + i, and
  * exactly the sinks and its own last n_recent of them, as far as the ring or new_k and new_v have these. A row that sees
- * nothing gives zeros. Scales of values (their root mean square) should lie between 1e-4 and 2000. Errors: ARGUMENT, SHAPE,
- * FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
+ * nothing gives zeros. CUDA: scales of values (their root mean square) should lie between 1e-4 and 2000. Errors: ARGUMENT,
+ * SHAPE, FORMAT, HEAD_DIM, MEMORY; CPU: RANGE if query_starts do not ascend or a sequence has more than n_query.
  */
 TQ_API TQ_NODISCARD tq_status tq_paged_attend(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream);
 
-/* Copy pages from[i] to to[i], int32 [n] each; no page may be in both. Errors: ARGUMENT, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE.
- */
+/* Copy pages from[i] to to[i], int32 [n] each; no page may be in both. What is out of range is left out. Errors: ARGUMENT,
+ * FORMAT, HEAD_DIM. */
 TQ_API TQ_NODISCARD tq_status tq_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n,
                                             void *stream);
 /*
  * Pages pages[n] (int32) to and from the format's own bytes [n, n_head_kv, head page of keys with references, head page of
- * values] (docs/formats.md), bit for bit. bytes: device memory, or host memory that the device can reach (cudaMallocHost).
- * Errors as above.
+ * values] (docs/formats.md), bit for bit. bytes: on CUDA device memory, or host memory that the device can reach
+ * (cudaMallocHost). What is out of range is left out. Errors as above.
  */
 TQ_API TQ_NODISCARD tq_status tq_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes,
                                               void *stream);

@@ -113,29 +113,12 @@ static void set_stride(int64_t *stride, int64_t contiguous)
     if (*stride == 0) *stride = contiguous;
 }
 
-/* n elements from element `at` on, as floats. */
-static void read_floats(tq_dtype dtype, const void *from, int64_t at, int64_t n, float *x)
-{
-    const uint16_t *half = (const uint16_t *)from + at;
-    if (dtype == TQ_DTYPE_F32) memcpy(x, (const float *)from + at, (size_t)n * sizeof *x);
-    for (int64_t i = 0; dtype == TQ_DTYPE_F16 && i < n; i++) x[i] = tq_half_to_float(half[i]);
-    for (int64_t i = 0; dtype == TQ_DTYPE_BF16 && i < n; i++) x[i] = tq_bfloat_to_float(half[i]);
-}
-
-static void write_floats(tq_dtype dtype, void *to, int64_t at, int64_t n, const float *x)
-{
-    uint16_t *half = (uint16_t *)to + at;
-    if (dtype == TQ_DTYPE_F32) memcpy((float *)to + at, x, (size_t)n * sizeof *x);
-    for (int64_t i = 0; dtype == TQ_DTYPE_F16 && i < n; i++) half[i] = tq_half_from_float(x[i]);
-    for (int64_t i = 0; dtype == TQ_DTYPE_BF16 && i < n; i++) half[i] = tq_bfloat_from_float(x[i]);
-}
-
 /* Rows of keys or values [n, width] without gaps, in floats: where they are, or in `scratch`. */
 static const float *plain_rows(const tq_batch_rows *rows, const void *x, int64_t first, int64_t n, int64_t stride,
                                int64_t width, float *scratch)
 {
     if (rows->dtype == TQ_DTYPE_F32 && stride == width) return (const float *)x + first * stride;
-    for (int64_t i = 0; i < n; i++) read_floats(rows->dtype, x, (first + i) * stride, width, scratch + i * width);
+    for (int64_t i = 0; i < n; i++) tq_floats_read(rows->dtype, x, (first + i) * stride, width, scratch + i * width);
     return scratch;
 }
 
@@ -169,14 +152,14 @@ static tq_status prefill_row(const tq_batch *batch, int32_t i, int32_t layer, in
     float *q = scratch + n * (w.k + w.v), *out = q + n * w.q;
     for (int64_t j = 0; j < n * batch->n_head; j++) {
         int64_t at = (first + j / batch->n_head) * rows->q_token_stride + j % batch->n_head * rows->q_head_stride;
-        read_floats(rows->dtype, rows->q, at, w.head_dim, q + j * w.head_dim);
+        tq_floats_read(rows->dtype, rows->q, at, w.head_dim, q + j * w.head_dim);
     }
     params.q = q, params.q_token_stride = w.q, params.q_head_stride = w.head_dim;
     params.out = out, params.out_token_stride = w.out, params.out_head_stride = w.head_dim_v;
     TQ_TRY(tq_cache_prefill(batch->cache, batch->seqs[i], layer, n, k, v, &params, executor));
     for (int64_t j = 0; j < n * batch->n_head; j++) {
         int64_t at = (first + j / batch->n_head) * rows->out_token_stride + j % batch->n_head * rows->out_head_stride;
-        write_floats(rows->dtype, rows->out, at, w.head_dim_v, out + j * w.head_dim_v);
+        tq_floats_write(rows->dtype, rows->out, at, w.head_dim_v, out + j * w.head_dim_v);
     }
     return TQ_OK;
 }

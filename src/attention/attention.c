@@ -22,8 +22,6 @@
 #define TASKS_MIN 16
 #define TASKS_WANTED 64
 #define PARTIAL_FLOATS_MAX (512 * 1024) /* of all splits together: 2 MiB */
-/* Multiplications that are worth waking one more thread, some 20 us of one core. */
-#define WORK_PER_THREAD (INT64_C(1) << 19)
 /* Scratch parts are multiples of this many floats: 64 bytes. */
 #define FLOATS_ALIGN 16
 
@@ -200,7 +198,7 @@ static void attend_body(void *arg, int32_t i_thread, int32_t n_threads)
 static int32_t choose_threads(const tq_attend_plan *plan, const tq_executor *executor)
 {
     int64_t macs_per_column = plan->n_row * plan->n_head_kv * (plan->width_k + plan->width_v);
-    int64_t columns_per_thread = WORK_PER_THREAD / macs_per_column + 1;
+    int64_t columns_per_thread = TQ_ATTEND_PER_THREAD / macs_per_column + 1;
     int64_t wanted = n_visible_columns(plan) / columns_per_thread + 1;
     return (int32_t)min_i64(min_i64(wanted, n_tasks(plan)), tq_executor_threads(executor));
 }

@@ -13,6 +13,8 @@
 
 /* Fewer columns to a reference would cost more bits than they save. */
 #define TQ_REF_BLOCK_MIN 16
+/* Multiplications that are worth waking one more thread, some 20 us of one core. */
+#define TQ_ATTEND_PER_THREAD (INT64_C(1) << 19)
 
 /*
  * Where encoded vectors lie. The page of column c is page_table[c / page_size] (NULL: c / page_size itself). Page p begins at

@@ -69,3 +69,25 @@ float tq_bfloat_to_float(uint16_t h)
 {
     return bits_float((uint32_t)h << 16);
 }
+
+void tq_floats_read(tq_dtype dtype, const void *from, int64_t at, int64_t n, float *x)
+{
+    if (dtype == TQ_DTYPE_F32) {
+        memcpy(x, (const float *)from + at, (size_t)n * sizeof *x);
+        return;
+    }
+    const uint16_t *half = (const uint16_t *)from + at;
+    for (int64_t i = 0; dtype == TQ_DTYPE_F16 && i < n; i++) x[i] = tq_half_to_float(half[i]);
+    for (int64_t i = 0; dtype == TQ_DTYPE_BF16 && i < n; i++) x[i] = tq_bfloat_to_float(half[i]);
+}
+
+void tq_floats_write(tq_dtype dtype, void *to, int64_t at, int64_t n, const float *x)
+{
+    if (dtype == TQ_DTYPE_F32) {
+        memcpy((float *)to + at, x, (size_t)n * sizeof *x);
+        return;
+    }
+    uint16_t *half = (uint16_t *)to + at;
+    for (int64_t i = 0; dtype == TQ_DTYPE_F16 && i < n; i++) half[i] = tq_half_from_float(x[i]);
+    for (int64_t i = 0; dtype == TQ_DTYPE_BF16 && i < n; i++) half[i] = tq_bfloat_from_float(x[i]);
+}

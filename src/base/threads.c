@@ -255,3 +255,36 @@ void tq_run(const tq_executor *executor, int32_t max_threads, tq_body_fn body, v
     }
     executor->run(executor->user, n_threads, body, arg);
 }
+
+/* An item that is this many times a thread's share of the work or more is run on all threads. */
+#define SHARE_TO_SPLIT 0.5
+
+typedef struct small_items {
+    const tq_items *items;
+    double work_end;
+    atomic_int next;
+} small_items;
+
+static void small_body(void *arg, int32_t i_thread, int32_t n_threads)
+{
+    (void)i_thread;
+    (void)n_threads;
+    small_items *small = arg;
+    const tq_items *items = small->items;
+    for (int32_t i; (i = atomic_fetch_add_explicit(&small->next, 1, memory_order_relaxed)) < items->n;) {
+        double work = items->work(items->context, i);
+        if (work > 0 && work < small->work_end) items->run(items->context, i, NULL);
+    }
+}
+
+void tq_run_items(const tq_executor *executor, int32_t max_threads, const tq_items *items)
+{
+    double total = 0;
+    for (int32_t i = 0; i < items->n; i++) total += items->work(items->context, i);
+    small_items small = {.items = items, .work_end = SHARE_TO_SPLIT * total / tq_executor_threads(executor)};
+    for (int32_t i = 0; i < items->n; i++) {
+        double work = items->work(items->context, i);
+        if (work > 0 && work >= small.work_end) items->run(items->context, i, executor);
+    }
+    tq_run(executor, max_threads < items->n ? max_threads : items->n, small_body, &small);
+}

@@ -20,4 +20,17 @@ void tq_run(const tq_executor *executor, int32_t max_threads, tq_body_fn body, v
 /* The threads that tq_run may use at most: 1 without an executor. */
 int32_t tq_executor_threads(const tq_executor *executor);
 
+/*
+ * Items of different sizes, each of which can use several threads itself. Large ones are run one after the other on all
+ * threads, the others on a thread each.
+ */
+typedef struct tq_items {
+    void *context;
+    int32_t n;
+    double (*work)(const void *context, int32_t i); /* in any unit; 0: there is nothing to do */
+    void (*run)(void *context, int32_t i, const tq_executor *executor);
+} tq_items;
+/* max_threads: that small items are worth together. */
+void tq_run_items(const tq_executor *executor, int32_t max_threads, const tq_items *items);
+
 #endif

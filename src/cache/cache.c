@@ -52,18 +52,13 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
     TQ_TRY(get_codec(cache, i_side, format, head_dim, params->seed, &side->codec));
     TQ_TRY(get_codec(cache, i_side, TQ_FORMAT_F16, head_dim, params->seed, &side->exact_codec));
     tq_family family = side->codec->traits->family;
-    if (family != TQ_FAMILY_EXACT) {
-        side->n_sink = params->n_sink;
-        side->n_recent = params->n_recent;
-        side->n_ring = params->n_recent > 0 ? params->n_recent + params->n_take_back : 0;
-        if (is_k && params->calibration) {
-            TQ_TRY(tq_calibration_find(params->calibration, layer, params->n_head_kv, head_dim, "cache", &side->transforms));
-        }
-    }
+    int32_t n_ring = params->n_recent > 0 ? params->n_recent + params->n_take_back : 0;
+    tq_side_keep(side, family, params->n_sink, params->n_recent, n_ring, is_k ? params->k_ref_block : 0);
+    if (is_k && family != TQ_FAMILY_EXACT && params->calibration)
+        TQ_TRY(tq_calibration_find(params->calibration, layer, params->n_head_kv, head_dim, "cache", &side->transforms));
     size_t ref_bytes = 0;
-    if (is_k && params->k_ref_block > 0 && side->n_recent > 0 && family != TQ_FAMILY_PROD) {
+    if (side->ref_block > 0) {
         TQ_TRY(get_codec(cache, i_side, TQ_FORMAT_SQ8, head_dim, params->seed, &side->ref_codec));
-        side->ref_block = params->k_ref_block;
         ref_bytes = tq_codec_vector_bytes(side->ref_codec);
     }
     size_t vector_bytes = tq_codec_vector_bytes(side->codec);

@@ -7,9 +7,6 @@
 #include "base/log.h"
 #include "base/threads.h"
 
-/* A sequence of a batch is attended on all threads if that is this many times a thread's share or more, else on one. */
-#define SHARE_TO_SPLIT 0.5
-
 /* The sequence and position of a slot; NULL if nobody may write it. */
 static tq_sequence *find_owner(const tq_cache *cache, int64_t slot, int64_t *position)
 {
@@ -126,8 +123,6 @@ typedef struct batch_task {
     int32_t layer;
     tq_sequence *const *sequences;
     const tq_attend_batch *batch;
-    double split_from; /* the work from which on a sequence is attended on all threads */
-    _Atomic int32_t next;
     _Atomic int32_t status;
 } batch_task;
 
@@ -141,13 +136,15 @@ static int64_t queries_of(const batch_task *task, int32_t i)
     return task->batch->query_starts[i + 1] - task->batch->query_starts[i];
 }
 
-static double work_of(const batch_task *task, int32_t i)
+static double work_of(const void *context, int32_t i)
 {
+    const batch_task *task = context;
     return (double)queries_of(task, i) * (double)(columns_of(task, i) + 1);
 }
 
-static void attend_one(batch_task *task, int32_t i, const tq_executor *executor)
+static void attend_one(void *context, int32_t i, const tq_executor *executor)
 {
+    batch_task *task = context;
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
     tq_cpu_sequence on_cpu = tq_sequence_on_cpu(task->cache, task->sequences[i], task->layer);
     tq_kv_view keys = tq_cpu_view(&on_cpu, TQ_SIDE_K, exact_k), values = tq_cpu_view(&on_cpu, TQ_SIDE_V, exact_v);
@@ -165,28 +162,12 @@ static void attend_one(batch_task *task, int32_t i, const tq_executor *executor)
     if (status != TQ_OK) atomic_store(&task->status, status);
 }
 
-static void batch_body(void *arg, int32_t i_thread, int32_t n_threads)
-{
-    (void)i_thread;
-    (void)n_threads;
-    batch_task *task = arg;
-    for (int32_t i; (i = atomic_fetch_add(&task->next, 1)) < task->batch->n_seq;) {
-        if (queries_of(task, i) > 0 && work_of(task, i) < task->split_from) attend_one(task, i, NULL);
-    }
-}
-
 tq_status tq_slots_attend(tq_cache *cache, int32_t layer, tq_sequence *const *sequences, const tq_attend_batch *batch,
                           const tq_executor *executor)
 {
     batch_task task = {.cache = cache, .layer = layer, .sequences = sequences, .batch = batch};
-    double total = 0;
-    for (int32_t i = 0; i < batch->n_seq; i++) total += work_of(&task, i);
     tq_cache_begin_reading(cache, sequences, batch->n_seq);
-    task.split_from = SHARE_TO_SPLIT * total / tq_executor_threads(executor);
-    for (int32_t i = 0; i < batch->n_seq; i++) {
-        if (queries_of(&task, i) > 0 && work_of(&task, i) >= task.split_from) attend_one(&task, i, executor);
-    }
-    tq_run(executor, batch->n_seq, batch_body, &task);
+    tq_run_items(executor, batch->n_seq, &(tq_items){&task, batch->n_seq, work_of, attend_one});
     tq_cache_end_reading(cache, sequences, batch->n_seq);
     return (tq_status)atomic_load(&task.status);
 }

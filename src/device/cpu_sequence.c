@@ -38,9 +38,32 @@ static int32_t list_exact(const tq_side *side, int64_t ring_begin, int64_t lengt
     return n;
 }
 
-tq_kv_view tq_cpu_view(const tq_cpu_sequence *sequence, int32_t i_side, tq_exact_entry *exact)
+/* Positions that queries [0, n_query) of the sequence's end see exact, as if they came one by one. exact_begin: the ring has
+ * none before it. */
+static int32_t list_for_queries(const tq_side *side, int64_t exact_begin, int64_t length, int64_t n_query, tq_exact_entry *out)
 {
-    const tq_side *side = side_of(sequence, i_side);
+    int32_t n = 0;
+    int64_t first = length - n_query, begin = first + 1 - side->n_recent;
+    if (begin < exact_begin) begin = exact_begin;
+    if (begin < side->n_sink) begin = side->n_sink;
+    for (int64_t p = 0; p < side->n_sink && p < length; p++) out[n++] = (tq_exact_entry){.column = p, .index = (int32_t)p};
+    for (int64_t p = begin; p < length && side->n_ring > 0; p++) {
+        /* Query i is position first + i, and sees as recent what is behind position first + i - n_recent. */
+        int64_t expires = p + side->n_recent - first;
+        out[n++] = (tq_exact_entry){
+            .column = p, .index = tq_exact_place(side, p), .expires = expires < n_query ? (int32_t)expires : 0};
+    }
+    return n;
+}
+
+int64_t tq_cpu_exact_most(const tq_side *side, int64_t n_query)
+{
+    int64_t n = n_query + side->n_recent;
+    return side->n_sink + (n < side->n_ring ? n : side->n_ring);
+}
+
+static tq_kv_view view_with(const tq_cpu_sequence *sequence, const tq_side *side, const tq_exact_entry *exact, int32_t n_exact)
+{
     return (tq_kv_view){
         .codec = side->codec,
         .pages = pages_of(sequence, side),
@@ -50,8 +73,21 @@ tq_kv_view tq_cpu_view(const tq_cpu_sequence *sequence, int32_t i_side, tq_exact
         .exact_data = exact_of(sequence, side),
         .exact_head_stride_bytes = side->exact_head_stride_bytes,
         .exact = exact,
-        .n_exact = list_exact(side, sequence->ring_begin[i_side], sequence->length, exact),
+        .n_exact = n_exact,
     };
+}
+
+tq_kv_view tq_cpu_view(const tq_cpu_sequence *sequence, int32_t i_side, tq_exact_entry *exact)
+{
+    const tq_side *side = side_of(sequence, i_side);
+    return view_with(sequence, side, exact, list_exact(side, sequence->ring_begin[i_side], sequence->length, exact));
+}
+
+tq_kv_view tq_cpu_view_of_queries(const tq_cpu_sequence *sequence, int32_t i_side, int64_t n_query, tq_exact_entry *exact)
+{
+    const tq_side *side = side_of(sequence, i_side);
+    int32_t n = list_for_queries(side, sequence->exact_begin[i_side], sequence->length, n_query, exact);
+    return view_with(sequence, side, exact, n);
 }
 
 /* What moving rows into a side needs. */
@@ -124,27 +160,46 @@ static void set_references(const tq_rows_in *in, const tq_side *side, int64_t be
     }
 }
 
-static void append_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t coded_end, int64_t n_tok, const float *rows,
+static void encode_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t coded_end, const float *rows,
                         const tq_executor *executor)
 {
     const tq_side *side = side_of(sequence, i_side);
     int64_t coded_begin = sequence->ring_begin[i_side];
+    tq_rows_in in = rows_in(sequence, side, rows);
+    if (side->ref_codec) set_references(&in, side, coded_begin, coded_end, sequence->length);
+    encode_positions(&in, side, coded_begin, coded_end, sequence->length, executor);
+}
+
+static void keep_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t n_tok, const float *rows)
+{
+    const tq_side *side = side_of(sequence, i_side);
     int64_t length = sequence->length, end = length + n_tok, ring = end - side->n_ring;
     tq_rows_in in = rows_in(sequence, side, rows);
-    if (side->ref_codec) set_references(&in, side, coded_begin, coded_end, length);
-    /* Before the ring changes: what leaves it is read from it. */
-    encode_positions(&in, side, coded_begin, coded_end, length, executor);
     for (int64_t p = length; p < side->n_sink && p < end; p++) tq_rows_keep_exact(&in, p - length, (int32_t)p);
     for (int64_t p = ring > length ? ring : length; p < end && side->n_ring > 0; p++) {
         if (p >= side->n_sink) tq_rows_keep_exact(&in, p - length, tq_exact_place(side, p));
     }
 }
 
+void tq_cpu_append_coded(const tq_cpu_sequence *sequence, const int64_t *coded_end, const float *k, const float *v,
+                         const tq_executor *executor)
+{
+    encode_side(sequence, TQ_SIDE_K, coded_end[TQ_SIDE_K], k, executor);
+    encode_side(sequence, TQ_SIDE_V, coded_end[TQ_SIDE_V], v, executor);
+}
+
+void tq_cpu_append_exact(const tq_cpu_sequence *sequence, int64_t n_tok, const float *k, const float *v)
+{
+    keep_side(sequence, TQ_SIDE_K, n_tok, k);
+    keep_side(sequence, TQ_SIDE_V, n_tok, v);
+}
+
 void tq_cpu_append(const tq_cpu_sequence *sequence, const int64_t *coded_end, int64_t n_tok, const float *k, const float *v,
                    const tq_executor *executor)
 {
-    append_side(sequence, TQ_SIDE_K, coded_end[TQ_SIDE_K], n_tok, k, executor);
-    append_side(sequence, TQ_SIDE_V, coded_end[TQ_SIDE_V], n_tok, v, executor);
+    /* Before the ring changes: what leaves it is read from it. */
+    tq_cpu_append_coded(sequence, coded_end, k, v, executor);
+    tq_cpu_append_exact(sequence, n_tok, k, v);
 }
 
 static void write_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t first, int64_t n_tok, const float *rows,
@@ -168,22 +223,8 @@ void tq_cpu_write(const tq_cpu_sequence *sequence, int64_t first, int64_t n_tok,
     write_side(sequence, TQ_SIDE_V, first, n_tok, v, executor);
 }
 
-/* Sinks and ring before the rows, then the rows, as far as queries see them exact. */
-static void list_entries(const tq_side *side, int64_t ring_begin, int64_t length, int64_t n_tok, tq_cpu_exact *copy)
-{
-    for (int64_t p = 0; p < length + n_tok; p++) {
-        if (p >= side->n_sink && p < ring_begin) p = ring_begin;
-        /* Query i is position length + i, and sees as recent what is behind position length + i - n_recent. */
-        int64_t expires = p < side->n_sink ? n_tok : p + side->n_recent - length;
-        if (expires > 0) {
-            copy->entries[copy->n] =
-                (tq_exact_entry){.column = p, .index = copy->n, .expires = expires < n_tok ? (int32_t)expires : 0};
-            copy->n++;
-        }
-    }
-}
-
-static void copy_vectors(const tq_rows_in *in, const tq_side *side, int64_t length, const tq_cpu_exact *copy)
+/* Of each entry the vector, from the ring before the rows or from the rows, which then is at the entry's own place. */
+static void copy_vectors(const tq_rows_in *in, const tq_side *side, int64_t length, tq_cpu_exact *copy)
 {
     size_t head_dim = (size_t)side->codec->head_dim;
     for (int32_t head = 0; head < in->n_head_kv; head++) {
@@ -196,6 +237,7 @@ static void copy_vectors(const tq_rows_in *in, const tq_side *side, int64_t leng
                 memcpy(to, tq_exact_vector(in, head, tq_exact_place(side, p)), head_dim * sizeof *to);
         }
     }
+    for (int32_t i = 0; i < copy->n; i++) copy->entries[i].index = i;
 }
 
 static tq_status copy_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t n_tok, const float *rows,
@@ -212,7 +254,7 @@ static tq_status copy_side(const tq_cpu_sequence *sequence, int32_t i_side, int6
     if (!copy->memory) return TQ_ERR_MEMORY;
     copy->head_stride_bytes = n * vector_bytes;
     copy->entries = (tq_exact_entry *)(void *)(copy->memory + copy->head_stride_bytes * (size_t)n_head_kv);
-    list_entries(side, sequence->ring_begin[i_side], sequence->length, n_tok, copy);
+    copy->n = list_for_queries(side, sequence->ring_begin[i_side], sequence->length + n_tok, n_tok, copy->entries);
     tq_rows_in in = rows_in(sequence, side, rows);
     copy_vectors(&in, side, sequence->length, copy);
     return TQ_OK;
@@ -237,11 +279,8 @@ tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *seque
 
 static tq_kv_view view_of(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int32_t side)
 {
-    tq_exact_entry unused[TQ_EXACT_MAX];
-    tq_kv_view view = tq_cpu_view(sequence, side, unused);
     const tq_cpu_exact *exact = &prefill->sides[side];
-    view.exact = exact->entries;
-    view.n_exact = exact->n;
+    tq_kv_view view = view_with(sequence, side_of(sequence, side), exact->entries, exact->n);
     view.exact_data = exact->memory;
     view.exact_head_stride_bytes = exact->head_stride_bytes;
     return view;

@@ -1,27 +1,37 @@
 /* SPDX-License-Identifier: MIT */
-/* The CPU's part of a cache: one layer of a sequence whose pages and exact data are in the host's memory. */
+/* One layer of a sequence, of a cache or of a paged store, whose pages and exact data are in the host's memory. */
 #ifndef TQ_DEVICE_CPU_SEQUENCE_H
 #define TQ_DEVICE_CPU_SEQUENCE_H
 
 #include "device/device.h"
 #include "device/rows.h"
 
-/* What a cache tells of it; lengths and the like are as they were before the call. */
+/* What its owner tells of it; lengths and the like are as they were before the call. */
 typedef struct tq_cpu_sequence {
     const tq_shape *shape;
     int32_t layer;
-    uint8_t *const *pages; /* by number, and the numbers: */
-    const int32_t *page_table;
-    uint8_t *exact; /* NULL if no side has any */
+    uint8_t *const *pages;     /* by number, and the numbers: */
+    const int32_t *page_table; /* NULL: 0, 1, ... */
+    uint8_t *exact;            /* NULL if no side has any */
     int64_t length;
     const int64_t *ring_begin, *exact_begin; /* [TQ_N_SIDES]: positions that queries see exact, and that the ring still has */
 } tq_cpu_sequence;
 
 /* exact has room for TQ_EXACT_MAX entries and must outlive the view. */
 tq_kv_view tq_cpu_view(const tq_cpu_sequence *sequence, int32_t side, tq_exact_entry *exact);
+/*
+ * The same for its last n_query tokens' queries, each of which sees its own last n_recent tokens exact, as far as the ring has
+ * them. exact has room for tq_cpu_exact_most entries.
+ */
+tq_kv_view tq_cpu_view_of_queries(const tq_cpu_sequence *sequence, int32_t side, int64_t n_query, tq_exact_entry *exact);
+int64_t tq_cpu_exact_most(const tq_side *side, int64_t n_query);
 /* Tokens behind the others; positions from ring_begin[side] up to coded_end[side] are encoded, as they leave the ring. */
 void tq_cpu_append(const tq_cpu_sequence *sequence, const int64_t *coded_end, int64_t n_tok, const float *k, const float *v,
                    const tq_executor *executor);
+/* Its two halves: what is encoded, and what the tokens leave exact, which takes the place of what the first one reads. */
+void tq_cpu_append_coded(const tq_cpu_sequence *sequence, const int64_t *coded_end, const float *k, const float *v,
+                         const tq_executor *executor);
+void tq_cpu_append_exact(const tq_cpu_sequence *sequence, int64_t n_tok, const float *k, const float *v);
 /* Replace positions [first, first + n_tok), which exist; exact ones stay exact. */
 void tq_cpu_write(const tq_cpu_sequence *sequence, int64_t first, int64_t n_tok, const float *k, const float *v,
                   const tq_executor *executor);

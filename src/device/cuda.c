@@ -19,19 +19,18 @@
 static tq_paged_store store_of(const tq_shape *shape, int32_t layer)
 {
     const tq_side *keys = tq_shape_side(shape, layer, TQ_SIDE_K), *values = tq_shape_side(shape, layer, TQ_SIDE_V);
-    tq_paged_store store;
-    tq_paged_store_default(&store);
-    store.k_format = keys->codec->traits->format;
-    store.v_format = values->codec->traits->format;
-    store.head_dim = keys->codec->head_dim;
-    store.n_head_kv = shape->n_head_kv;
-    store.page_size = shape->page_size;
-    store.n_sink = keys->n_sink;
-    store.n_recent = keys->n_recent;
-    store.n_ring = keys->n_ring;
-    store.k_ref_block = keys->ref_codec ? keys->ref_block : 0;
-    store.seed = shape->seed;
-    return store;
+    return (tq_paged_store){.struct_size = sizeof(tq_paged_store),
+                            .device = TQ_DEVICE_CUDA,
+                            .k_format = keys->codec->traits->format,
+                            .v_format = values->codec->traits->format,
+                            .head_dim = keys->codec->head_dim,
+                            .n_head_kv = shape->n_head_kv,
+                            .page_size = shape->page_size,
+                            .n_sink = keys->n_sink,
+                            .n_recent = keys->n_recent,
+                            .n_ring = keys->n_ring,
+                            .k_ref_block = keys->ref_codec ? keys->ref_block : 0,
+                            .seed = shape->seed};
 }
 
 static tq_status layer_init(tq_memory *m, int32_t i)
@@ -42,7 +41,7 @@ static tq_status layer_init(tq_memory *m, int32_t i)
     tq_paged_store store = store_of(m->shape, i);
     tq_paged_sizes sizes;
     tq_cuda_layer *layer = &m->layers[i];
-    TQ_TRY(tq_paged_sizes_get(&sizes, &store));
+    TQ_TRY(tq_cuda_sizes(&sizes, &store));
     TQ_TRY(tq_cuda_shape_store(&layer->store, &store));
     layer->page_bytes = sizes.page_bytes;
     layer->exact_bytes = sizes.exact_bytes;

@@ -1,39 +1,14 @@
 /* SPDX-License-Identifier: MIT */
-/* Public functions on CUDA stores: checks, what kernels need to know of the codecs, and the way to libturboquant-cuda.so. */
+/* Paged stores on CUDA: checks, what kernels need to know of the codecs, and the way to libturboquant-cuda.so. */
 #include <math.h>
 #include <string.h>
 
 #include "base/log.h"
-#include "base/params.h"
 #include "codec/codec.h"
 #include "device/cuda_store.h"
+#include "device/paged.h"
 #include "kernels/cuda/layout.h"
 #include "kernels/cuda/split.h"
-
-#define COUNT_MAX (INT64_C(1) << 40)
-
-void tq_paged_store_default(tq_paged_store *store)
-{
-    if (!store) return;
-    *store = (tq_paged_store){.struct_size = sizeof *store,
-                              .k_format = TQ_FORMAT_SQ4,
-                              .v_format = TQ_FORMAT_SQ4,
-                              .head_dim = 128,
-                              .page_size = 64,
-                              .seed = TQ_SEED_DEFAULT};
-}
-
-void tq_paged_append_params_default(tq_paged_append_params *params)
-{
-    if (params) *params = (tq_paged_append_params){.struct_size = sizeof *params, .dtype = TQ_DTYPE_BF16};
-}
-
-void tq_paged_attend_params_default(tq_paged_attend_params *params)
-{
-    if (!params) return;
-    *params =
-        (tq_paged_attend_params){.struct_size = sizeof *params, .n_query = 1, .dtype = TQ_DTYPE_BF16, .softmax_scale = 1.0f};
-}
 
 static tq_status bad(const char *what)
 {
@@ -62,11 +37,6 @@ static tq_status check_format(tq_format format, int32_t head_dim)
     return has_head_dim ? TQ_ERR_FORMAT : TQ_ERR_HEAD_DIM;
 }
 
-/* The caller's store, `from`, as `store`. */
-#define OWN_STORE                                       \
-    TQ_PARAMS(tq_paged_store, own_store, from, "CUDA"); \
-    const tq_paged_store *store = &own_store
-
 static tq_status check_shape(const tq_paged_store *store)
 {
     TQ_TRY(check_format(store->k_format, store->head_dim));
@@ -81,19 +51,11 @@ static tq_status check_shape(const tq_paged_store *store)
     if (sinks < 0 || recent < 0 || sinks > TQ_DEVICE_EXACT_MAX || recent > TQ_DEVICE_EXACT_MAX - sinks) {
         return bad("n_sink and n_recent must be counts from 0 with a sum of at most 512");
     }
-    if (store->n_ring != 0 && (recent == 0 || store->n_ring < recent || store->n_ring > TQ_DEVICE_RING_MAX)) {
-        return bad("n_ring must be 0 for n_recent, or n_recent to 65536 where n_recent is more than 0");
-    }
+    TQ_TRY(tq_paged_check_ring(store));
     if (store->k_ref_block == 0) return TQ_OK;
     if (store->k_ref_block != TQ_REF_BLOCK) return bad("k_ref_block must be 0 or 64");
-    if (recent == 0) return bad("with references (k_ref_block) n_recent must be more than 0: they are means of the ring");
     if (store->page_size % TQ_REF_BLOCK != 0) return bad("with references page_size must be a multiple of k_ref_block, 64");
     return TQ_OK;
-}
-
-static int32_t ring_of(const tq_paged_store *store)
-{
-    return store->n_ring ? store->n_ring : store->n_recent;
 }
 
 static tq_paged_sizes sizes_of(const tq_paged_store *store)
@@ -108,29 +70,13 @@ static tq_paged_sizes sizes_of(const tq_paged_store *store)
                      tq_format_vector_bytes(tq_format_traits_get(store->v_format), store->head_dim);
     return (tq_paged_sizes){
         .page_bytes = (size_t)tq_device_head_page_bytes(tq_record_bytes(key, value), reference, n_records) * n_heads,
-        .exact_bytes = 2 * n_heads * (size_t)(store->n_sink + ring_of(store)) * head_dim * sizeof(uint16_t),
+        .exact_bytes = 2 * n_heads * (size_t)(store->n_sink + tq_paged_ring(store)) * head_dim * sizeof(uint16_t),
         .canonical_bytes = n_heads * (page_size * vectors + references),
     };
 }
 
-/* Distances between pages and between exact slots, where they are not as short as can be. */
-static tq_status check_strides(const tq_paged_store *store)
+tq_status tq_cuda_sizes(tq_paged_sizes *out, const tq_paged_store *store)
 {
-    tq_paged_sizes sizes = sizes_of(store);
-    size_t page = store->page_stride_bytes, exact = store->exact_stride_bytes;
-    if (page != 0 && (page < sizes.page_bytes || page % 16 != 0 || page > COUNT_MAX)) {
-        return bad("page_stride_bytes must be 0, or a multiple of 16 from page_bytes on");
-    }
-    if (exact != 0 && (exact < sizes.exact_bytes || exact % 16 != 0 || exact > COUNT_MAX)) {
-        return bad("exact_stride_bytes must be 0, or a multiple of 16 from exact_bytes on");
-    }
-    return TQ_OK;
-}
-
-tq_status tq_paged_sizes_get(tq_paged_sizes *out, const tq_paged_store *from)
-{
-    if (!out) return TQ_ERR_ARGUMENT;
-    OWN_STORE;
     TQ_TRY(check_shape(store));
     *out = sizes_of(store);
     return TQ_OK;
@@ -176,7 +122,6 @@ static tq_status fill_side(tq_device_store *out, const tq_paged_store *store, bo
 tq_status tq_cuda_shape_store(tq_device_store *out, const tq_paged_store *store)
 {
     TQ_TRY(check_shape(store));
-    TQ_TRY(check_strides(store));
     tq_paged_sizes sizes = sizes_of(store);
     size_t page_stride = store->page_stride_bytes ? store->page_stride_bytes : sizes.page_bytes;
     size_t exact_stride = store->exact_stride_bytes ? store->exact_stride_bytes : sizes.exact_bytes;
@@ -185,7 +130,7 @@ tq_status tq_cuda_shape_store(tq_device_store *out, const tq_paged_store *store)
                              .page_size = store->page_size,
                              .n_sink = store->n_sink,
                              .n_recent = store->n_recent,
-                             .n_ring = ring_of(store),
+                             .n_ring = tq_paged_ring(store),
                              .k_ref_block = store->k_ref_block,
                              .page_stride = (int64_t)page_stride,
                              .exact_stride = (int64_t)(exact_stride / sizeof(uint16_t))};
@@ -193,14 +138,10 @@ tq_status tq_cuda_shape_store(tq_device_store *out, const tq_paged_store *store)
     return fill_side(out, store, true);
 }
 
-/* Everything that a launch needs of a store; all memory checks but those of pointers' targets. */
+/* Everything that a launch needs of a store, whose memory is there and large enough. */
 static tq_status prepare(tq_device_store *out, const tq_paged_store *store)
 {
     TQ_TRY(tq_cuda_shape_store(out, store));
-    if (!store->pages) return bad("pages is NULL");
-    if (store->n_pages < 1 || store->n_pages > INT32_MAX) return bad("n_pages must be 1 to 2^31 - 1");
-    if (store->n_exact_slots < 0 || store->n_exact_slots > INT32_MAX) return bad("n_exact_slots is out of range");
-    if (store->n_sink + store->n_recent > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
     if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
     if ((uintptr_t)store->k_factors % 8 != 0) return bad("k_factors must be aligned to 8 bytes");
     out->k_factors = store->k_factors;
@@ -226,39 +167,20 @@ tq_status tq_cuda_describe(tq_cuda_info *out)
     return report(table->describe(out, message), message);
 }
 
-static bool is_dtype(tq_dtype dtype)
+tq_status tq_cuda_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream)
 {
-    return dtype == TQ_DTYPE_F32 || dtype == TQ_DTYPE_F16 || dtype == TQ_DTYPE_BF16;
-}
-
-tq_status tq_paged_append(const tq_paged_store *from, const tq_paged_append_params *params, void *stream)
-{
-    OWN_STORE;
-    TQ_PARAMS(tq_paged_append_params, copy, params, "CUDA: append");
+    tq_paged_append_params copy = *params;
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
     int64_t row = (int64_t)store->n_head_kv * store->head_dim;
-    if (copy.n_tok < 0 || copy.n_tok > INT32_MAX / store->n_head_kv) return bad("append: n_tok is out of range");
-    if (copy.n_tok == 0) return TQ_OK;
-    if (!is_dtype(copy.dtype)) return bad("append: unknown dtype");
-    if (!copy.slot_mapping) return bad("append: slot_mapping is NULL");
-    if (copy.half != TQ_APPEND_BOTH && copy.half != TQ_APPEND_ENCODE && copy.half != TQ_APPEND_STORE) {
-        return bad("append: unknown half");
-    }
-    if (copy.half != TQ_APPEND_BOTH && store->n_recent == 0) return bad("append: there are halves with a ring alone");
-    if (copy.half != TQ_APPEND_ENCODE && (!copy.k || !copy.v)) return bad("append: k or v is NULL");
     if (copy.row_stride == 0) copy.row_stride = row;
-    if (copy.row_stride < row || copy.row_stride > COUNT_MAX) return bad("append: row_stride is less than a row");
-    if (store->n_sink + store->n_recent > 0 && (!copy.seq_ids || !copy.positions || !copy.page_table)) {
-        return bad("append: with sinks or a ring, seq_ids, positions and page_table are needed");
-    }
     const tq_device_table *table;
     char message[TQ_DEVICE_MESSAGE] = "";
     TQ_TRY(tq_device_load(&table));
     return report(table->append(&device, &copy, stream, message), message);
 }
 
-static tq_status check_attend(const tq_paged_store *store, const tq_paged_attend_params *params)
+tq_status tq_cuda_check_attend(const tq_paged_store *store, const tq_paged_attend_params *params)
 {
     if (params->n_seq < 1 || params->n_seq > 65535) return bad("attend: n_seq must be 1 to 65535");
     if (params->n_query < 1) return bad("attend: n_query must be at least 1");
@@ -277,13 +199,8 @@ static tq_status check_attend(const tq_paged_store *store, const tq_paged_attend
     return TQ_OK;
 }
 
-tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, const tq_paged_attend_params *params)
+tq_status tq_cuda_workspace_bytes(size_t *out, const tq_paged_store *store, const tq_paged_attend_params *params)
 {
-    if (!out) return TQ_ERR_ARGUMENT;
-    OWN_STORE;
-    TQ_PARAMS(tq_paged_attend_params, own, params, "CUDA: attend");
-    TQ_TRY(check_shape(store));
-    TQ_TRY(check_attend(store, &own));
     const tq_device_table *table;
     TQ_TRY(tq_device_load(&table));
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
@@ -294,24 +211,16 @@ tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, cons
                               .head_dim = store->head_dim,
                               .k_ref_block = store->k_ref_block};
     char message[TQ_DEVICE_MESSAGE] = "";
-    return report(table->workspace_bytes(out, &device, &own, message), message);
+    return report(table->workspace_bytes(out, &device, params, message), message);
 }
 
-tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_params *params, void *stream)
+tq_status tq_cuda_attend(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream)
 {
-    OWN_STORE;
-    TQ_PARAMS(tq_paged_attend_params, copy, params, "CUDA: attend");
+    tq_paged_attend_params copy = *params;
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
-    TQ_TRY(check_attend(store, &copy));
-    if (!is_dtype(copy.dtype)) return bad("attend: unknown dtype");
-    if (!copy.q || !copy.out || !copy.page_table || !copy.seq_lens || !copy.workspace) {
-        return bad("attend: q, out, page_table, seq_lens or workspace is NULL");
-    }
-    if (!copy.new_k != !copy.new_v) return bad("attend: new_k or new_v is NULL, but not both");
-    int64_t row = (int64_t)store->n_head_kv * store->head_dim;
-    if (copy.new_row_stride == 0) copy.new_row_stride = row;
-    if (copy.new_row_stride < row || copy.new_row_stride > COUNT_MAX) return bad("attend: new_row_stride is less than a row");
+    if (!copy.workspace) return bad("attend: workspace is NULL");
+    if (copy.new_row_stride == 0) copy.new_row_stride = (int64_t)store->n_head_kv * store->head_dim;
     if (!isfinite(copy.softmax_scale)) return bad("attend: softmax_scale is not finite");
     if (!isfinite(copy.softcap) || copy.softcap < 0) return bad("attend: softcap must be finite and positive, or 0 for none");
     if (copy.window < 0) return bad("attend: window must be positive, or 0 for none");
@@ -332,39 +241,35 @@ tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_para
     return report(table->attend(&device, &copy, stream, message), message);
 }
 
-static tq_status prepare_pages(tq_device_store *device, const tq_device_table **table, const tq_paged_store *from, int64_t n,
-                               const void *a, const void *b)
+static tq_status prepare_pages(tq_device_store *device, const tq_device_table **table, const tq_paged_store *store)
 {
-    OWN_STORE;
     TQ_TRY(prepare(device, store));
-    if (n < 0 || n > INT32_MAX / 256 / store->n_head_kv) return bad("pages: n is out of range");
-    if (n > 0 && (!a || !b)) return bad("pages: a pointer is NULL");
     return tq_device_load(table);
 }
 
-tq_status tq_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
+tq_status tq_cuda_copy_pages(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
     char message[TQ_DEVICE_MESSAGE] = "";
-    TQ_TRY(prepare_pages(&device, &table, store, n, from, to));
+    TQ_TRY(prepare_pages(&device, &table, store));
     return n == 0 ? TQ_OK : report(table->copy_pages(&device, from, to, n, stream, message), message);
 }
 
-tq_status tq_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
+tq_status tq_cuda_export_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
     char message[TQ_DEVICE_MESSAGE] = "";
-    TQ_TRY(prepare_pages(&device, &table, store, n, pages, bytes));
+    TQ_TRY(prepare_pages(&device, &table, store));
     return n == 0 ? TQ_OK : report(table->export_pages(&device, pages, n, bytes, stream, message), message);
 }
 
-tq_status tq_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
+tq_status tq_cuda_import_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
     char message[TQ_DEVICE_MESSAGE] = "";
-    TQ_TRY(prepare_pages(&device, &table, store, n, pages, bytes));
+    TQ_TRY(prepare_pages(&device, &table, store));
     return n == 0 ? TQ_OK : report(table->import_pages(&device, pages, n, bytes, stream, message), message);
 }

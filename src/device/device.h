@@ -38,6 +38,18 @@ static inline const tq_side *tq_shape_side(const tq_shape *shape, int32_t layer,
     return &shape->sides[(size_t)layer * TQ_N_SIDES + (size_t)side];
 }
 
+/* What a side keeps exact, and how many columns share a reference. A format that is exact anyway keeps nothing; references want
+ * a ring, and no sketch next to the codes. */
+static inline void tq_side_keep(tq_side *side, tq_family family, int32_t n_sink, int32_t n_recent, int32_t n_ring,
+                                int32_t ref_block)
+{
+    if (family == TQ_FAMILY_EXACT) return;
+    side->n_sink = n_sink;
+    side->n_recent = n_recent;
+    side->n_ring = n_ring;
+    side->ref_block = n_recent > 0 && family != TQ_FAMILY_PROD ? ref_block : 0;
+}
+
 /* Which exact vector a position is that is exact. */
 static inline int32_t tq_exact_place(const tq_side *side, int64_t position)
 {

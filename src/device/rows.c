@@ -12,8 +12,6 @@
 
 /* Vectors handled at a time. */
 #define GROUP_MAX TQ_RECOVER_MAX
-/* Vectors that are worth waking one more thread, some 20 us of one core. */
-#define VECTORS_PER_THREAD 64
 /* Jobs that a thread takes at a time: few, so that one that loses its core holds up little. */
 #define JOBS_TAKEN (4 * GROUP_MAX)
 
@@ -150,7 +148,7 @@ static void encode_body(void *arg, int32_t i_thread, int32_t n_threads)
 
 void tq_rows_encode(const tq_rows_in *in, const tq_encode_job *jobs, int32_t n_jobs, const tq_executor *executor)
 {
-    int64_t max_threads = (int64_t)n_jobs * in->n_head_kv / VECTORS_PER_THREAD + 1;
+    int64_t max_threads = (int64_t)n_jobs * in->n_head_kv / TQ_ENCODE_PER_THREAD + 1;
     int64_t n_taken = (n_jobs + JOBS_TAKEN - 1) / JOBS_TAKEN;
     if (max_threads > n_taken) max_threads = n_taken;
     encode_task task = {.in = in, .jobs = jobs, .n_jobs = n_jobs};

@@ -12,6 +12,8 @@
 #define TQ_EXACT_MAX 1024
 /* Columns encoded in one go: their list lives on the stack, too. */
 #define TQ_ENCODE_BATCH 512
+/* Vectors that are worth waking one more thread, some 20 us of one core. */
+#define TQ_ENCODE_PER_THREAD 64
 
 /* Where one column's vectors come from when they are encoded. */
 typedef struct tq_encode_job {

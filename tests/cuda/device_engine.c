@@ -35,6 +35,7 @@ static void engine_open(engine *e, void *pages, int64_t n_pages, const int32_t *
 {
     memset(e, 0, sizeof *e);
     tq_paged_store_default(&e->store);
+    e->store.device = TQ_DEVICE_CUDA;
     e->store.n_head_kv = N_HEAD_KV, e->store.n_pages = n_pages, e->store.pages = pages;
     CHECK(tq_paged_sizes_get(&e->sizes, &e->store) == TQ_OK, "sizes");
     e->k = device_alloc(ROW_BYTES, 0), e->v = device_alloc(ROW_BYTES, 0);
@@ -115,6 +116,7 @@ static uint16_t *engine_reference(void)
     tq_paged_store shape;
     tq_paged_sizes sizes;
     tq_paged_store_default(&shape);
+    shape.device = TQ_DEVICE_CUDA;
     shape.n_head_kv = N_HEAD_KV;
     CHECK(tq_paged_sizes_get(&sizes, &shape) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
@@ -129,6 +131,7 @@ void test_graph(void)
     uint16_t *expected = engine_reference(), out[OUT_FLOATS];
     engine e;
     tq_paged_store_default(&e.store);
+    e.store.device = TQ_DEVICE_CUDA;
     e.store.n_head_kv = N_HEAD_KV;
     CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * e.sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
@@ -180,6 +183,7 @@ void test_halves(void)
         CHECK(cudaStreamCreate(&stream) == cudaSuccess && cudaStreamCreate(&side) == cudaSuccess, "streams");
         for (int i = 0; i < 2; i++) {
             tq_paged_store_default(&e[i].store);
+            e[i].store.device = TQ_DEVICE_CUDA;
             e[i].store.n_head_kv = N_HEAD_KV, e[i].store.n_recent = 16, e[i].store.k_ref_block = 64;
             CHECK(tq_paged_sizes_get(&e[i].sizes, &e[i].store) == TQ_OK, "sizes"); /* sq4's pages are the larger */
             engine_open(&e[i], device_alloc(N_TABLE * e[i].sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
@@ -211,6 +215,7 @@ void test_large(void)
     uint16_t *expected = engine_reference(), *found = malloc((size_t)N_STEPS * OUT_FLOATS * sizeof *found);
     engine e;
     tq_paged_store_default(&e.store);
+    e.store.device = TQ_DEVICE_CUDA;
     e.store.n_head_kv = N_HEAD_KV;
     CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     size_t n_pages = (size_t)40e9 / e.sizes.page_bytes, n_free, n_total;
@@ -241,6 +246,7 @@ void test_full_memory(void)
     int n_blocks = 0;
     engine e;
     tq_paged_store_default(&e.store);
+    e.store.device = TQ_DEVICE_CUDA;
     e.store.n_head_kv = N_HEAD_KV;
     CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * e.sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);

@@ -232,6 +232,7 @@ void model_open(model *m, const setup *s, uint64_t seed)
     m->max_pages = m->max_len / s->page_size + 1;
     m->n_pages = m->max_pages * s->n_seq + 3;
     tq_paged_store_default(&m->store);
+    m->store.device = TQ_DEVICE_CUDA;
     m->store.k_format = s->k_format, m->store.v_format = s->v_format;
     m->store.head_dim = s->head_dim, m->store.n_head_kv = s->n_head_kv, m->store.page_size = s->page_size;
     m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent, m->store.k_ref_block = s->k_ref_block;

@@ -54,7 +54,10 @@ CONTENTS = {
        for name in ("q", "mask", "alibi_slopes", "sinks", "k_square", "k_mean", "q_square")},
     "partners": ["partner_list(-1)", "partner_list(INT32_MAX)"], "factors": ["factor_list(127)", "factor_list(-128)"],
     "key_stage": ["f.stage"], "value_stage": ["f.stage"],
-    "pages": ["f.memory + 1"], "workspace": ["f.memory + 1"],
+    "pages": ["f.memory + 1"], "workspace": ["f.memory + 1"], "exact": ["f.memory + 1"],
+    "slot_mapping": ["place_list(-1)", "place_list(INT64_MAX)"], "positions": ["place_list(-1)", "place_list(INT64_MAX)"],
+    **{name: ["id_list(-1)", "id_list(INT32_MAX)"] for name in ("page_table", "exact_slots")}, "seq_ids": ["id_list(-1)"],
+    "k_factors": ["factor_list(127)", "factor_list(-128)"],
     "offload_folder": ['""', '"/"', "f.long_text"], "label": ['""', "f.long_text"], "name": ["f.long_text"],
 }
 # Parameters whose content is tried, too.

@@ -63,6 +63,35 @@ static void drop_message(void *user, tq_log_level level, const char *message)
     (void)message;
 }
 
+/* With sinks, a ring and references, and a token whose append encodes another one. On CUDA all that there has to be but the
+ * device. */
+static void make_paged_store(float *half)
+{
+    static const int32_t ids[1] = {0};
+    static const int64_t slots[1] = {40}, lengths[1] = {41};
+    tq_paged_store_default(&f.paged_store);
+    f.paged_store.n_head_kv = 1;
+    f.paged_store.n_pages = f.paged_store.n_exact_slots = 1;
+    f.paged_store.n_sink = 2;
+    f.paged_store.n_recent = 4;
+    f.paged_store.k_ref_block = 64;
+    f.paged_store.pages = f.memory;
+    f.paged_store.exact = f.memory + sizeof f.memory / 2;
+    tq_paged_append_params_default(&f.paged_append_params);
+    f.paged_append_params.n_tok = 1;
+    f.paged_append_params.k = f.paged_append_params.v = half;
+    f.paged_append_params.slot_mapping = f.paged_append_params.positions = slots;
+    f.paged_append_params.seq_ids = f.paged_append_params.page_table = f.paged_append_params.exact_slots = ids;
+    tq_paged_attend_params_default(&f.paged_attend_params);
+    f.paged_attend_params.n_seq = f.paged_attend_params.n_head = 1;
+    f.paged_attend_params.q = f.paged_attend_params.new_k = f.paged_attend_params.new_v = half;
+    f.paged_attend_params.out = half + 4096;
+    f.paged_attend_params.page_table = f.paged_attend_params.exact_slots = ids;
+    f.paged_attend_params.seq_lens = lengths;
+    f.paged_attend_params.workspace = f.memory;
+    f.paged_attend_params.workspace_bytes = sizeof f.memory;
+}
+
 static void make_structs(void)
 {
     float *half = (float *)(void *)(f.buffer + sizeof f.buffer / 2);
@@ -91,23 +120,7 @@ static void make_structs(void)
     f.batch_rows = (tq_batch_rows){.struct_size = sizeof f.batch_rows};
     f.batch_rows.q = f.batch_rows.k = f.batch_rows.v = half;
     f.batch_rows.out = half + 4096;
-    /* All that there has to be for a device, which there is not. */
-    tq_paged_store_default(&f.paged_store);
-    f.paged_store.n_head_kv = 1;
-    f.paged_store.n_pages = 1;
-    f.paged_store.pages = f.memory;
-    tq_paged_append_params_default(&f.paged_append_params);
-    f.paged_append_params.n_tok = 1;
-    f.paged_append_params.k = f.paged_append_params.v = half;
-    f.paged_append_params.slot_mapping = starts;
-    tq_paged_attend_params_default(&f.paged_attend_params);
-    f.paged_attend_params.n_seq = f.paged_attend_params.n_head = 1;
-    f.paged_attend_params.q = half;
-    f.paged_attend_params.out = half + 4096;
-    f.paged_attend_params.page_table = seqs;
-    f.paged_attend_params.seq_lens = starts;
-    f.paged_attend_params.workspace = f.memory;
-    f.paged_attend_params.workspace_bytes = sizeof f.memory;
+    make_paged_store(half);
 }
 
 /* The id of a sequence that is no more. */

@@ -90,6 +90,7 @@ static void test_sizes(void **state)
             tq_paged_sizes sizes;
             tq_format_info info[2];
             tq_paged_store_default(&store);
+            store.device = TQ_DEVICE_CUDA;
             store.k_format = formats[k], store.v_format = formats[v];
             store.n_head_kv = 3, store.page_size = 96, store.n_sink = 4, store.n_recent = 10;
             assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
@@ -224,6 +225,7 @@ static tq_paged_store usable_store(void *pages)
 {
     tq_paged_store store;
     tq_paged_store_default(&store);
+    store.device = TQ_DEVICE_CUDA;
     store.n_head_kv = 8, store.n_pages = 1, store.pages = pages;
     return store;
 }

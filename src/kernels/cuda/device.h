@@ -9,10 +9,9 @@
 
 #include "turboquant.h"
 
-#define TQ_DEVICE_ABI 5
+#define TQ_DEVICE_ABI 6
 #define TQ_DEVICE_HEAD_DIM_MAX 256
 #define TQ_DEVICE_EXACT_MAX 512 /* exact tokens that a query sees: decode keeps their scores in shared memory */
-#define TQ_DEVICE_RING_MAX 65536
 #define TQ_DEVICE_MESSAGE 256
 
 /* One side's format, as the codec room defines it. */

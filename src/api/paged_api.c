@@ -1,0 +1,290 @@
+/* SPDX-License-Identifier: MIT */
+/* tq_paged_*: argument checks in front of device/cpu_paged.c and device/cuda_store.c, which has what is CUDA's. */
+#include "api/checks.h"
+#include "base/log.h"
+#include "base/params.h"
+#include "device/cpu_paged.h"
+#include "device/cuda_store.h"
+
+#define WHO "paged store"
+#define PLACE_MAX (INT64_C(1) << 40) /* elements or bytes from one row or page to the next */
+#define N_HEAD_KV_MAX 65535
+#define N_SEQ_MAX 65535
+#define PAGE_SIZE_MIN 16
+#define PAGE_SIZE_MAX 256
+#define CPU_ALIGN 64
+
+void tq_paged_store_default(tq_paged_store *store)
+{
+    if (!store) return;
+    *store = (tq_paged_store){.struct_size = sizeof *store,
+                              .k_format = TQ_FORMAT_SQ4,
+                              .v_format = TQ_FORMAT_SQ4,
+                              .head_dim = 128,
+                              .page_size = 64,
+                              .seed = TQ_SEED_DEFAULT};
+}
+
+void tq_paged_append_params_default(tq_paged_append_params *params)
+{
+    if (params) *params = (tq_paged_append_params){.struct_size = sizeof *params, .dtype = TQ_DTYPE_BF16};
+}
+
+void tq_paged_attend_params_default(tq_paged_attend_params *params)
+{
+    if (!params) return;
+    *params =
+        (tq_paged_attend_params){.struct_size = sizeof *params, .n_query = 1, .dtype = TQ_DTYPE_BF16, .softmax_scale = 1.0f};
+}
+
+static tq_status bad(const char *what)
+{
+    tq_log(TQ_LOG_ERROR, WHO ": %s", what);
+    return TQ_ERR_ARGUMENT;
+}
+
+/* The caller's store, `from`, as `store`. */
+#define OWN_STORE                                    \
+    TQ_PARAMS(tq_paged_store, own_store, from, WHO); \
+    const tq_paged_store *store = &own_store
+
+static tq_status check_cpu_shape(const tq_paged_store *store)
+{
+    TQ_TRY(tq_codec_check(store->k_format, store->head_dim));
+    TQ_TRY(tq_codec_check(store->v_format, tq_paged_value_dim(store)));
+    if (store->n_head_kv < 1 || store->n_head_kv > N_HEAD_KV_MAX) return bad("n_head_kv must be 1 to 65535");
+    if (store->page_size < PAGE_SIZE_MIN || store->page_size > PAGE_SIZE_MAX || store->page_size % PAGE_SIZE_MIN != 0) {
+        return bad("page_size must be 16 to 256 and a multiple of 16");
+    }
+    TQ_TRY(tq_check_exact(WHO, store->n_sink, store->n_recent, store->k_ref_block));
+    return tq_paged_check_ring(store);
+}
+
+static tq_status sizes_of(tq_paged_sizes *out, const tq_paged_store *store)
+{
+    if (store->k_factors && store->k_transforms) return bad("k_transforms take the place of k_factors; leave one of them out");
+    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_sizes(out, store);
+    if (store->device != TQ_DEVICE_CPU) return bad("device must be TQ_DEVICE_CPU or TQ_DEVICE_CUDA");
+    TQ_TRY(check_cpu_shape(store));
+    *out = tq_cpu_paged_sizes(store);
+    return TQ_OK;
+}
+
+tq_status tq_paged_sizes_get(tq_paged_sizes *out, const tq_paged_store *from)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    OWN_STORE;
+    return sizes_of(out, store);
+}
+
+/* Distances between pages and between exact slots, where they are not as short as can be. */
+static tq_status check_strides(const tq_paged_store *store, const tq_paged_sizes *sizes)
+{
+    size_t page = store->page_stride_bytes, exact = store->exact_stride_bytes;
+    if (page != 0 && (page < sizes->page_bytes || page % 16 != 0 || page > PLACE_MAX)) {
+        return bad("page_stride_bytes must be 0, or a multiple of 16 from page_bytes on");
+    }
+    if (exact != 0 && (exact < sizes->exact_bytes || exact % 16 != 0 || exact > PLACE_MAX)) {
+        return bad("exact_stride_bytes must be 0, or a multiple of 16 from exact_bytes on");
+    }
+    return TQ_OK;
+}
+
+static tq_status check_cpu_memory(const tq_paged_store *store, const tq_paged_sizes *sizes, const void *stream)
+{
+    if (stream) return bad("stream must be NULL on the CPU: calls are done when they return");
+    if ((uintptr_t)store->pages % CPU_ALIGN != 0) return bad("pages must be aligned to 64 bytes");
+    if ((uintptr_t)store->exact % sizeof(uint16_t) != 0) return bad("exact must be aligned to 2 bytes");
+    if (sizes->exact_bytes > 0 && store->n_exact_slots < 1) return bad("n_exact_slots must be at least 1 with sinks or a ring");
+    if (!store->k_factors) return TQ_OK;
+    return tq_check_factors(WHO, store->k_factors, store->n_head_kv, store->head_dim, NULL);
+}
+
+/* The store with its memory, as far as it can be looked at. */
+static tq_status check_store(const tq_paged_store *store, const void *stream)
+{
+    tq_paged_sizes sizes;
+    TQ_TRY(sizes_of(&sizes, store));
+    TQ_TRY(check_strides(store, &sizes));
+    if (!store->pages) return bad("pages is NULL");
+    if (store->n_pages < 1 || store->n_pages > INT32_MAX) return bad("n_pages must be 1 to 2^31 - 1");
+    if (store->n_exact_slots < 0 || store->n_exact_slots > INT32_MAX) return bad("n_exact_slots is out of range");
+    if (sizes.exact_bytes > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
+    return store->device == TQ_DEVICE_CPU ? check_cpu_memory(store, &sizes, stream) : TQ_OK;
+}
+
+static tq_status check_dtype(tq_dtype dtype)
+{
+    if (dtype == TQ_DTYPE_F32 || dtype == TQ_DTYPE_F16 || dtype == TQ_DTYPE_BF16) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, WHO ": there is no dtype %d", (int)dtype);
+    return TQ_ERR_ARGUMENT;
+}
+
+/* Elements from one row of keys and of values to the next. */
+static bool is_row_stride(const tq_paged_store *store, int64_t stride)
+{
+    int32_t head_dim_v = tq_paged_value_dim(store), longer = store->head_dim > head_dim_v ? store->head_dim : head_dim_v;
+    return stride == 0 || (stride >= (int64_t)store->n_head_kv * longer && stride <= PLACE_MAX);
+}
+
+static tq_status check_append(const tq_paged_store *store, const tq_paged_append_params *params)
+{
+    TQ_TRY(check_dtype(params->dtype));
+    if (!params->slot_mapping) return bad("append: slot_mapping is NULL");
+    if (params->half != TQ_APPEND_BOTH && params->half != TQ_APPEND_ENCODE && params->half != TQ_APPEND_STORE) {
+        return bad("append: unknown half");
+    }
+    if (params->half != TQ_APPEND_BOTH && store->n_recent == 0) return bad("append: there are halves with a ring alone");
+    if (params->half != TQ_APPEND_ENCODE && (!params->k || !params->v)) return bad("append: k or v is NULL");
+    if (!is_row_stride(store, params->row_stride)) return bad("append: row_stride is less than a row");
+    if (store->n_sink + store->n_recent > 0 && (!params->seq_ids || !params->positions || !params->page_table)) {
+        return bad("append: with sinks or a ring, seq_ids, positions and page_table are needed");
+    }
+    return TQ_OK;
+}
+
+tq_status tq_paged_append(const tq_paged_store *from, const tq_paged_append_params *params, void *stream)
+{
+    OWN_STORE;
+    TQ_PARAMS(tq_paged_append_params, own, params, WHO ": append");
+    TQ_TRY(check_store(store, stream));
+    if (own.n_tok < 0 || own.n_tok > INT32_MAX / store->n_head_kv) return bad("append: n_tok is out of range");
+    if (own.n_tok == 0) return TQ_OK;
+    TQ_TRY(check_append(store, &own));
+    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_append(store, &own, stream);
+    if (tq_cpu_paged_needs_rows(store, &own)) {
+        return bad("append: k or v is NULL, but rows of this call are encoded or have a part in a reference");
+    }
+    tq_status status = tq_cpu_paged_append(store, &own);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": append: %s", tq_status_string(status));
+    return status;
+}
+
+/* Query rows are counted on the host. Errors: RANGE. */
+static tq_status check_query_starts(const tq_paged_attend_params *params)
+{
+    const int32_t *starts = params->query_starts;
+    for (int32_t i = 0; starts && i <= params->n_seq; i++) {
+        int32_t before = i == 0 ? 0 : starts[i - 1];
+        if (starts[i] >= before && (i == 0 || starts[i] - before <= params->n_query)) continue;
+        tq_log(TQ_LOG_ERROR, WHO ": attend: query_starts[%d] is %d; they must ascend from 0 on, by at most n_query, %d", (int)i,
+               (int)starts[i], (int)params->n_query);
+        return TQ_ERR_RANGE;
+    }
+    return TQ_OK;
+}
+
+/* What is the same for all sequences of a call on the CPU. */
+static tq_attend_params plain_params(const tq_paged_store *store, const tq_paged_attend_params *params)
+{
+    int64_t out_dim = params->out_dim ? params->out_dim : tq_paged_value_dim(store);
+    tq_attend_params plain = {.struct_size = sizeof plain,
+                              .n_head = params->n_head,
+                              .q = params->q,
+                              .q_token_stride = params->q_token_stride,
+                              .q_head_stride = params->q_head_stride,
+                              .out = params->out,
+                              .out_token_stride = params->out_token_stride,
+                              .out_head_stride = params->out_head_stride,
+                              .out_dim = params->out_dim,
+                              .lse = params->lse,
+                              .softmax_scale = params->softmax_scale,
+                              .softcap = params->softcap,
+                              .causal = true,
+                              .window = params->window,
+                              .mask = params->mask,
+                              .mask_is_f16 = params->mask_is_f16,
+                              .mask_token_stride = params->mask_token_stride,
+                              .mask_head_stride = params->mask_head_stride,
+                              .alibi_slopes = params->alibi_slopes,
+                              .sinks = params->sinks};
+    if (plain.q_head_stride == 0) plain.q_head_stride = store->head_dim;
+    if (plain.q_token_stride == 0) plain.q_token_stride = (int64_t)params->n_head * store->head_dim;
+    if (plain.out_head_stride == 0) plain.out_head_stride = out_dim;
+    if (plain.out_token_stride == 0) plain.out_token_stride = params->n_head * out_dim;
+    return plain;
+}
+
+/* What of a call on the CPU does not concern memory that lengths and tables decide about. */
+static tq_status check_cpu_attend(const tq_paged_store *store, const tq_paged_attend_params *params, bool has_memory)
+{
+    if (params->n_seq < 1 || params->n_seq > N_SEQ_MAX) return bad("attend: n_seq must be 1 to 65535");
+    if (params->n_query < 1 || params->n_query > TQ_CPU_PAGED_LENGTH_MAX) return bad("attend: n_query must be 1 to 2^30");
+    if (has_memory) TQ_TRY(check_query_starts(params));
+    int64_t n_rows = (int64_t)params->n_seq * params->n_query;
+    if (has_memory && params->query_starts) n_rows = params->query_starts[params->n_seq];
+    tq_attend_params plain = plain_params(store, params);
+    return tq_check_attend(WHO, &plain, has_memory ? n_rows : 0, store->n_head_kv, tq_paged_value_dim(store));
+}
+
+tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, const tq_paged_attend_params *params)
+{
+    if (!out) return TQ_ERR_ARGUMENT;
+    OWN_STORE;
+    TQ_PARAMS(tq_paged_attend_params, own, params, WHO ": attend");
+    tq_paged_sizes unused;
+    TQ_TRY(sizes_of(&unused, store));
+    if (store->device == TQ_DEVICE_CUDA) {
+        TQ_TRY(tq_cuda_check_attend(store, &own));
+        return tq_cuda_workspace_bytes(out, store, &own);
+    }
+    TQ_TRY(check_cpu_attend(store, &own, false));
+    *out = 0;
+    return TQ_OK;
+}
+
+tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_params *params, void *stream)
+{
+    OWN_STORE;
+    TQ_PARAMS(tq_paged_attend_params, own, params, WHO ": attend");
+    TQ_TRY(check_store(store, stream));
+    if (store->device == TQ_DEVICE_CUDA)
+        TQ_TRY(tq_cuda_check_attend(store, &own));
+    else
+        TQ_TRY(check_cpu_attend(store, &own, true));
+    TQ_TRY(check_dtype(own.dtype));
+    if (!own.q || !own.out || !own.page_table || !own.seq_lens) {
+        return bad("attend: q, out, page_table or seq_lens is NULL");
+    }
+    if (!own.new_k != !own.new_v) return bad("attend: new_k or new_v is NULL, but not both");
+    if (!is_row_stride(store, own.new_row_stride)) return bad("attend: new_row_stride is less than a row");
+    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_attend(store, &own, stream);
+    tq_attend_params plain = plain_params(store, &own);
+    tq_status status = tq_cpu_paged_attend(store, &own, &plain);
+    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": attend: %s", tq_status_string(status));
+    return status;
+}
+
+static tq_status check_pages(const tq_paged_store *store, int64_t n, const void *a, const void *b, const void *stream)
+{
+    TQ_TRY(check_store(store, stream));
+    if (n < 0 || n > INT32_MAX / 256 / store->n_head_kv) return bad("pages: n is out of range");
+    return n > 0 && (!a || !b) ? bad("pages: a pointer is NULL") : TQ_OK;
+}
+
+tq_status tq_paged_copy(const tq_paged_store *from_store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
+{
+    TQ_PARAMS(tq_paged_store, store, from_store, WHO);
+    TQ_TRY(check_pages(&store, n, from, to, stream));
+    if (store.device == TQ_DEVICE_CUDA) return tq_cuda_copy_pages(&store, from, to, n, stream);
+    tq_cpu_paged_copy(&store, from, to, n);
+    return TQ_OK;
+}
+
+tq_status tq_paged_export(const tq_paged_store *from, const int32_t *pages, int64_t n, void *bytes, void *stream)
+{
+    OWN_STORE;
+    TQ_TRY(check_pages(store, n, pages, bytes, stream));
+    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_export_pages(store, pages, n, bytes, stream);
+    tq_cpu_paged_export(store, pages, n, bytes);
+    return TQ_OK;
+}
+
+tq_status tq_paged_import(const tq_paged_store *from, const int32_t *pages, int64_t n, const void *bytes, void *stream)
+{
+    OWN_STORE;
+    TQ_TRY(check_pages(store, n, pages, bytes, stream));
+    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_import_pages(store, pages, n, bytes, stream);
+    tq_cpu_paged_import(store, pages, n, bytes);
+    return TQ_OK;
+}

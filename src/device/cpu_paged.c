@@ -1,0 +1,652 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * See cpu_paged.h. A store keeps no state, so each call makes its codecs, at some .3 us each, where a decode step of 1024
+ * tokens takes some hundreds. (A product format's takes as long as the step: those are for comparison only.)
+ */
+#include "device/cpu_paged.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "base/align.h"
+#include "base/alloc.h"
+#include "base/half.h"
+#include "base/log.h"
+#include "base/threads.h"
+#include "device/cpu_sequence.h"
+
+#define ALIGN_BYTES 64
+#define HALF_MAX 65504.0f
+
+/* ---- layout -------------------------------------------------------------------------------------------------------- */
+
+typedef struct layout {
+    tq_side sides[TQ_N_SIDES]; /* without codecs */
+    size_t head_page_bytes[TQ_N_SIDES];
+    size_t page_bytes, exact_bytes;
+} layout;
+
+static tq_format format_of(const tq_paged_store *store, int32_t side)
+{
+    return side == TQ_SIDE_K ? store->k_format : store->v_format;
+}
+
+static int32_t dim_of(const tq_paged_store *store, int32_t side)
+{
+    return side == TQ_SIDE_K ? store->head_dim : tq_paged_value_dim(store);
+}
+
+static int64_t width_of(const tq_paged_store *store, int32_t side)
+{
+    return (int64_t)store->n_head_kv * dim_of(store, side);
+}
+
+static layout layout_of(const tq_paged_store *store)
+{
+    layout l = {0};
+    size_t head_bytes = 0, n_heads = (size_t)store->n_head_kv;
+    for (int32_t i = 0; i < TQ_N_SIDES; i++) {
+        tq_side *side = &l.sides[i];
+        const tq_format_traits *traits = tq_format_traits_get(format_of(store, i));
+        int32_t head_dim = dim_of(store, i);
+        tq_side_keep(side, traits->family, store->n_sink, store->n_recent, tq_paged_ring(store),
+                     i == TQ_SIDE_K ? store->k_ref_block : 0);
+        size_t ref_bytes = side->ref_block ? tq_format_vector_bytes(tq_format_traits_get(TQ_FORMAT_SQ8), head_dim) : 0;
+        l.head_page_bytes[i] =
+            tq_head_page_bytes(tq_format_vector_bytes(traits, head_dim), store->page_size, ref_bytes, side->ref_block);
+        side->page_offset_bytes = head_bytes;
+        head_bytes += tq_align_up(l.head_page_bytes[i], ALIGN_BYTES);
+        side->exact_offset_bytes = l.exact_bytes;
+        side->exact_head_stride_bytes = (size_t)(side->n_sink + side->n_ring) * (size_t)head_dim * sizeof(uint16_t);
+        l.exact_bytes += n_heads * side->exact_head_stride_bytes;
+    }
+    for (int32_t i = 0; i < TQ_N_SIDES; i++) l.sides[i].head_stride_bytes = head_bytes;
+    l.page_bytes = n_heads * head_bytes;
+    return l;
+}
+
+tq_paged_sizes tq_cpu_paged_sizes(const tq_paged_store *store)
+{
+    layout l = layout_of(store);
+    return (tq_paged_sizes){.page_bytes = l.page_bytes,
+                            .exact_bytes = l.exact_bytes,
+                            .canonical_bytes = (size_t)store->n_head_kv * (l.head_page_bytes[0] + l.head_page_bytes[1])};
+}
+
+/* ---- a store for the time of a call -------------------------------------------------------------------------------- */
+
+typedef struct opened {
+    const tq_paged_store *store;
+    layout layout;
+    tq_shape shape; /* of one layer, with the layout's sides */
+    tq_codec codecs[TQ_N_SIDES], exact_codecs[TQ_N_SIDES], ref_codec;
+} opened;
+
+static tq_status make_codec(const opened *o, tq_codec *codec, tq_format format, int32_t head_dim)
+{
+    TQ_TRY(tq_codec_init(codec, format, head_dim, o->store->seed));
+    codec->kernels = o->shape.kernels;
+    return TQ_OK;
+}
+
+static tq_status make_codecs(opened *o)
+{
+    for (int32_t i = 0; i < TQ_N_SIDES; i++) {
+        tq_side *side = &o->layout.sides[i];
+        int32_t head_dim = dim_of(o->store, i);
+        TQ_TRY(make_codec(o, &o->codecs[i], format_of(o->store, i), head_dim));
+        TQ_TRY(make_codec(o, &o->exact_codecs[i], TQ_FORMAT_F16, head_dim));
+        side->codec = &o->codecs[i];
+        side->exact_codec = &o->exact_codecs[i];
+        if (side->ref_block == 0) continue;
+        TQ_TRY(make_codec(o, &o->ref_codec, TQ_FORMAT_SQ8, head_dim));
+        side->ref_codec = &o->ref_codec;
+    }
+    return TQ_OK;
+}
+
+static void close_store(opened *o)
+{
+    for (int32_t i = 0; i < TQ_N_SIDES; i++) tq_codec_deinit(&o->codecs[i]);
+}
+
+/* It stays where it is until it is closed. Errors: CPU, MEMORY. */
+static tq_status open_store(opened *o, const tq_paged_store *store)
+{
+    *o = (opened){.store = store, .layout = layout_of(store)};
+    o->shape = (tq_shape){.kernels = tq_kernels_get(),
+                          .n_layer = 1,
+                          .n_head_kv = store->n_head_kv,
+                          .page_size = store->page_size,
+                          .seed = store->seed,
+                          .sides = o->layout.sides};
+    if (!o->shape.kernels) return TQ_ERR_CPU;
+    tq_side *keys = &o->layout.sides[TQ_SIDE_K];
+    if (tq_format_traits_get(store->k_format)->family != TQ_FAMILY_EXACT) {
+        keys->transforms = store->k_transforms;
+        keys->factors = (int8_t *)(uintptr_t)store->k_factors;
+    }
+    tq_status status = make_codecs(o);
+    if (status != TQ_OK) close_store(o);
+    return status;
+}
+
+static bool page_exists(const tq_paged_store *store, int64_t page)
+{
+    return page >= 0 && page < store->n_pages;
+}
+
+static uint8_t *page_at(const tq_paged_store *store, size_t page_bytes, int64_t page)
+{
+    size_t stride = store->page_stride_bytes ? store->page_stride_bytes : page_bytes;
+    return (uint8_t *)store->pages + (size_t)page * stride;
+}
+
+/* The exact data of a sequence (row of the page table), NULL if the store has none or there is no such slot. */
+static uint8_t *exact_of(const tq_paged_store *store, size_t exact_bytes, const int32_t *exact_slots, int64_t seq)
+{
+    int64_t slot = exact_slots ? exact_slots[seq] : seq;
+    size_t stride = store->exact_stride_bytes ? store->exact_stride_bytes : exact_bytes;
+    if (exact_bytes == 0 || slot < 0 || slot >= store->n_exact_slots) return NULL;
+    return (uint8_t *)store->exact + (size_t)slot * stride;
+}
+
+/* ---- rows ---------------------------------------------------------------------------------------------------------- */
+
+/* Rows of keys or of values in a caller's type. */
+typedef struct caller_rows {
+    tq_dtype dtype;
+    const void *x;
+    int64_t stride; /* 0: contiguous */
+} caller_rows;
+
+static int64_t stride_of(const caller_rows *r, int64_t width)
+{
+    return r->stride ? r->stride : width;
+}
+
+/* Can they be used where they are? */
+static bool is_plain(const opened *o, const caller_rows *r, int32_t side, int64_t first, int64_t n)
+{
+    int64_t width = width_of(o->store, side);
+    return r->dtype == TQ_DTYPE_F32 && stride_of(r, width) == width &&
+           o->shape.kernels->all_finite((const float *)r->x + first * width, n * width);
+}
+
+/* Rows [first, first + n) to x, NaN as 0 and what is too large for FP16 as its largest number: the number of vectors with such.
+ */
+static int32_t copy_rows(const opened *o, const caller_rows *r, int32_t side, int64_t first, int64_t n, float *x)
+{
+    int32_t head_dim = dim_of(o->store, side), n_bad = 0;
+    int64_t width = width_of(o->store, side);
+    for (int64_t i = 0; i < n; i++, x += width) {
+        tq_floats_read(r->dtype, r->x, (first + i) * stride_of(r, width), width, x);
+        if (o->shape.kernels->all_finite(x, width)) continue;
+        for (float *vector = x; vector < x + width; vector += head_dim) {
+            if (o->shape.kernels->all_finite(vector, head_dim)) continue;
+            n_bad++;
+            for (int32_t j = 0; j < head_dim; j++)
+                vector[j] = isnan(vector[j]) ? 0 : fminf(fmaxf(vector[j], -HALF_MAX), HALF_MAX);
+        }
+    }
+    return n_bad;
+}
+
+/* Parts of one block of memory, each aligned, NULL where it has no bytes. NULL if there is no memory. */
+static void *take_parts(const size_t *bytes, int32_t n, void **parts, size_t *total)
+{
+    *total = ALIGN_BYTES;
+    for (int32_t i = 0; i < n; i++) *total += tq_align_up(bytes[i], ALIGN_BYTES);
+    uint8_t *memory = tq_scratch_alloc(*total), *at = memory;
+    for (int32_t i = 0; memory && i < n; i++) {
+        parts[i] = bytes[i] > 0 ? at : NULL;
+        at += tq_align_up(bytes[i], ALIGN_BYTES);
+    }
+    return memory;
+}
+
+/* ---- append -------------------------------------------------------------------------------------------------------- */
+
+/* Rows of an append that follow each other in a sequence; or in slots, which then are positions from a page on. */
+typedef struct run {
+    int64_t first, n; /* rows */
+    int64_t position; /* of the first */
+    int64_t origin;   /* the sequence, or the first page of the slots */
+    int64_t coded_begin[TQ_N_SIDES], coded_end[TQ_N_SIDES];
+    int64_t first_page, end_page; /* that hold what is coded */
+    uint8_t **pages;              /* [end_page], from first_page on; NULL: there is no such page */
+} run;
+
+typedef struct append_call {
+    opened o;
+    const tq_paged_append_params *params;
+    run *runs;
+    int32_t n_runs;
+    const float *rows[TQ_N_SIDES]; /* NULL: they are not needed */
+} append_call;
+
+static bool is_by_slots(const tq_paged_store *store)
+{
+    return store->n_sink + store->n_recent == 0;
+}
+
+/* Of a row: its sequence and the position there; by slots 0 and the slot. */
+typedef struct place {
+    int64_t origin, position; /* both -1: it goes nowhere */
+} place;
+
+static place place_of(const tq_paged_store *store, const layout *l, const tq_paged_append_params *p, int64_t i)
+{
+    const place nowhere = {-1, -1};
+    int64_t slot = p->slot_mapping[i];
+    if (slot < 0) return nowhere;
+    if (is_by_slots(store)) return slot < store->n_pages * store->page_size ? (place){0, slot} : nowhere;
+    place found = {p->seq_ids[i], p->positions[i]};
+    if (found.origin < 0 || found.position < 0 || found.position >= TQ_CPU_PAGED_LENGTH_MAX) return nowhere;
+    bool has_slot = l->exact_bytes == 0 || exact_of(store, l->exact_bytes, p->exact_slots, found.origin);
+    return has_slot ? found : nowhere;
+}
+
+/* The next run from row *at on, which is moved behind it; false if there is none. */
+static bool next_run(const tq_paged_store *store, const layout *l, const tq_paged_append_params *p, int64_t *at, run *out)
+{
+    int64_t i = *at;
+    place found = {-1, -1};
+    while (i < p->n_tok && (found = place_of(store, l, p, i)).origin < 0) i++;
+    *at = i;
+    if (found.origin < 0) return false;
+    *out = (run){.first = i, .n = 1, .position = found.position, .origin = found.origin};
+    for (i++; i < p->n_tok; i++) {
+        found = place_of(store, l, p, i);
+        if (found.origin != out->origin || found.position != out->position + out->n) break;
+        out->n++;
+    }
+    *at = i;
+    if (is_by_slots(store)) {
+        out->origin = out->position / store->page_size;
+        out->position %= store->page_size;
+    }
+    int64_t begin = INT64_MAX, end = 0;
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+        const tq_side *s = &l->sides[side];
+        int64_t ring = out->position - s->n_recent, first = ring > s->n_sink ? ring : s->n_sink;
+        int64_t last = out->position + out->n - s->n_recent;
+        out->coded_begin[side] = first;
+        out->coded_end[side] = last > first ? last : first;
+        if (first < last && first < begin) begin = first;
+        if (first < last && last > end) end = last;
+    }
+    if (begin < end) out->first_page = begin / store->page_size, out->end_page = (end - 1) / store->page_size + 1;
+    return true;
+}
+
+bool tq_cpu_paged_needs_rows(const tq_paged_store *store, const tq_paged_append_params *p)
+{
+    if (p->k && p->v) return false;
+    layout l = layout_of(store);
+    int64_t n_most = l.sides[TQ_SIDE_K].ref_block ? 1 : store->n_recent;
+    if (l.sides[TQ_SIDE_K].n_recent == 0 || l.sides[TQ_SIDE_V].n_recent == 0) n_most = 0;
+    run r;
+    for (int64_t at = 0; next_run(store, &l, p, &at, &r);) {
+        if (r.n > n_most) return true;
+    }
+    return false;
+}
+
+static void fill_pages(const append_call *call, const run *r)
+{
+    const tq_paged_store *store = call->o.store;
+    const int32_t *table = is_by_slots(store) ? NULL : call->params->page_table + r->origin * call->params->page_table_stride;
+    for (int64_t i = r->first_page; i < r->end_page; i++) {
+        int64_t page = table ? table[i] : r->origin + i;
+        r->pages[i] = page_exists(store, page) ? page_at(store, call->o.layout.page_bytes, page) : NULL;
+    }
+}
+
+static int64_t clip(int64_t x, int64_t least, int64_t most)
+{
+    return x < least ? least : x > most ? most : x;
+}
+
+/* What goes to pages that exist, one run of them after the other. */
+static void encode_run(const run *r, tq_cpu_sequence sequence, const float *k, const float *v, const tq_executor *executor)
+{
+    int64_t page_size = sequence.shape->page_size, end;
+    for (int64_t page = r->first_page; page < r->end_page; page = end) {
+        for (end = page + 1; end < r->end_page && r->pages[end] && r->pages[page]; end++) continue;
+        if (!r->pages[page]) continue;
+        int64_t coded_begin[TQ_N_SIDES], coded_end[TQ_N_SIDES];
+        for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+            coded_begin[side] = clip(page * page_size, r->coded_begin[side], r->coded_end[side]);
+            coded_end[side] = clip(end * page_size, coded_begin[side], r->coded_end[side]);
+        }
+        sequence.ring_begin = coded_begin;
+        tq_cpu_append_coded(&sequence, coded_end, k, v, executor);
+    }
+}
+
+static void append_run(void *context, int32_t i, const tq_executor *executor)
+{
+    const append_call *call = context;
+    const tq_paged_store *store = call->o.store;
+    const run *r = &call->runs[i];
+    const float *rows[TQ_N_SIDES];
+    for (int32_t side = 0; side < TQ_N_SIDES; side++)
+        rows[side] = call->rows[side] ? call->rows[side] + r->first * width_of(store, side) : NULL;
+    fill_pages(call, r);
+    tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = r->pages, .length = r->position};
+    if (!is_by_slots(store)) sequence.exact = exact_of(store, call->o.layout.exact_bytes, call->params->exact_slots, r->origin);
+    if (call->params->half != TQ_APPEND_STORE) encode_run(r, sequence, rows[TQ_SIDE_K], rows[TQ_SIDE_V], executor);
+    if (call->params->half != TQ_APPEND_ENCODE) tq_cpu_append_exact(&sequence, r->n, rows[TQ_SIDE_K], rows[TQ_SIDE_V]);
+}
+
+static double run_work(const void *context, int32_t i)
+{
+    return (double)((const append_call *)context)->runs[i].n;
+}
+
+/* The runs, with what memory they need, and their rows as floats. What is not finite is counted with the exact half. */
+static void set_runs(append_call *call, uint8_t **pages)
+{
+    int64_t at = 0;
+    while (next_run(call->o.store, &call->o.layout, call->params, &at, &call->runs[call->n_runs])) {
+        run *r = &call->runs[call->n_runs++];
+        r->pages = pages;
+        pages += r->end_page;
+    }
+}
+
+static int32_t set_rows(append_call *call, const caller_rows *from, float *const *copies)
+{
+    int32_t n_bad = 0;
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+        call->rows[side] = copies[side] ? copies[side] : from[side].x;
+        for (int32_t i = 0; copies[side] && i < call->n_runs; i++) {
+            const run *r = &call->runs[i];
+            n_bad +=
+                copy_rows(&call->o, &from[side], side, r->first, r->n, copies[side] + r->first * width_of(call->o.store, side));
+        }
+    }
+    return n_bad;
+}
+
+static tq_status append(append_call *call)
+{
+    const tq_paged_append_params *p = call->params;
+    enum { RUNS, PAGES, COPY_K, COPY_V, N_PARTS };
+    size_t bytes[N_PARTS] = {0}, total;
+    void *parts[N_PARTS];
+    run r;
+    for (int64_t at = 0; next_run(call->o.store, &call->o.layout, p, &at, &r);) {
+        bytes[RUNS] += sizeof r;
+        bytes[PAGES] += (size_t)r.end_page * sizeof *r.pages;
+    }
+    if (bytes[RUNS] == 0) return TQ_OK;
+    const caller_rows from[TQ_N_SIDES] = {{p->dtype, p->k, p->row_stride}, {p->dtype, p->v, p->row_stride}};
+    bool has_rows = p->k && p->v;
+    for (int32_t side = 0; side < TQ_N_SIDES && has_rows; side++) {
+        if (!is_plain(&call->o, &from[side], side, 0, p->n_tok))
+            bytes[COPY_K + side] = (size_t)(p->n_tok * width_of(call->o.store, side)) * sizeof(float);
+    }
+    void *memory = take_parts(bytes, N_PARTS, parts, &total);
+    if (!memory) return TQ_ERR_MEMORY;
+    call->runs = parts[RUNS];
+    set_runs(call, parts[PAGES]);
+    float *const copies[TQ_N_SIDES] = {parts[COPY_K], parts[COPY_V]};
+    int32_t n_bad = has_rows ? set_rows(call, from, copies) : 0;
+    if (p->n_not_finite && p->half != TQ_APPEND_ENCODE) *p->n_not_finite += n_bad;
+    int64_t n_vectors = p->n_tok * call->o.store->n_head_kv * TQ_N_SIDES;
+    tq_run_items(p->executor, (int32_t)clip(n_vectors / TQ_ENCODE_PER_THREAD + 1, 1, INT32_MAX),
+                 &(tq_items){call, call->n_runs, run_work, append_run});
+    tq_scratch_free(memory, total);
+    return TQ_OK;
+}
+
+tq_status tq_cpu_paged_append(const tq_paged_store *store, const tq_paged_append_params *params)
+{
+    append_call call = {.params = params};
+    TQ_TRY(open_store(&call.o, store));
+    tq_status status = append(&call);
+    close_store(&call.o);
+    return status;
+}
+
+/* ---- attend -------------------------------------------------------------------------------------------------------- */
+
+typedef struct attend_call {
+    opened o;
+    const tq_paged_attend_params *params;
+    const tq_attend_params *plain;
+    _Atomic int32_t status;
+} attend_call;
+
+/* Queries of a sequence: rows [first, first + n) of the call, its last positions. Those before that, n_blind, come before its
+ * first token. */
+typedef struct queries {
+    int64_t length, first, n, n_blind;
+} queries;
+
+static queries queries_of(const attend_call *call, int32_t seq)
+{
+    const tq_paged_attend_params *p = call->params;
+    queries q = {.first = (int64_t)seq * p->n_query, .n = p->n_query};
+    if (p->query_starts) q.first = p->query_starts[seq], q.n = p->query_starts[seq + 1] - q.first;
+    q.length = p->seq_lens_are_64 ? ((const int64_t *)p->seq_lens)[seq] : ((const int32_t *)p->seq_lens)[seq];
+    q.length = clip(q.length, 0, TQ_CPU_PAGED_LENGTH_MAX);
+    if (q.n > q.length) q.n_blind = q.n - q.length;
+    q.n -= q.n_blind, q.first += q.n_blind;
+    return q;
+}
+
+static double queries_work(const void *context, int32_t seq)
+{
+    queries q = queries_of(context, seq);
+    return (double)q.n * (double)q.length + (double)q.n_blind;
+}
+
+/* Rows of a query that sees nothing. */
+static void write_blind(const attend_call *call, const queries *q)
+{
+    const tq_attend_params *plain = call->plain;
+    static const float zeros[TQ_HEAD_DIM_MAX];
+    int32_t out_dim = plain->out_dim ? plain->out_dim : tq_paged_value_dim(call->o.store);
+    for (int64_t row = q->first - q->n_blind; row < q->first; row++) {
+        for (int32_t head = 0; head < plain->n_head; head++) {
+            int64_t at = row * plain->out_token_stride + head * plain->out_head_stride;
+            tq_floats_write(call->params->dtype, plain->out, at, out_dim, zeros);
+            if (plain->lse) plain->lse[row * plain->n_head + head] = plain->sinks ? plain->sinks[head] : -INFINITY;
+        }
+    }
+}
+
+/* Memory of one sequence's attention. */
+enum { PAGES, ENTRIES_K, ENTRIES_V, NEW_K, NEW_V, QUERIES, OUTPUT, N_PARTS };
+
+static bool has_new_rows(const attend_call *call)
+{
+    return call->params->new_k && call->o.store->n_recent > 0;
+}
+
+static caller_rows new_rows(const attend_call *call, int32_t side)
+{
+    const tq_paged_attend_params *p = call->params;
+    return (caller_rows){p->dtype, side == TQ_SIDE_K ? p->new_k : p->new_v, p->new_row_stride};
+}
+
+static void count_parts(const attend_call *call, const queries *q, size_t *bytes)
+{
+    const tq_paged_store *store = call->o.store;
+    const tq_attend_params *plain = call->plain;
+    int64_t page_size = store->page_size;
+    bytes[PAGES] = (size_t)((q->length + page_size - 1) / page_size) * sizeof(uint8_t *);
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+        caller_rows r = new_rows(call, side);
+        if (!has_new_rows(call))
+            bytes[ENTRIES_K + side] = (size_t)tq_cpu_exact_most(&call->o.layout.sides[side], q->n) * sizeof(tq_exact_entry);
+        else if (!is_plain(&call->o, &r, side, q->first, q->n))
+            bytes[NEW_K + side] = (size_t)(q->n * width_of(store, side)) * sizeof(float);
+    }
+    if (call->params->dtype == TQ_DTYPE_F32) return;
+    int32_t out_dim = plain->out_dim ? plain->out_dim : tq_paged_value_dim(store);
+    bytes[QUERIES] = (size_t)(q->n * plain->n_head * store->head_dim) * sizeof(float);
+    bytes[OUTPUT] = (size_t)(q->n * plain->n_head * out_dim) * sizeof(float);
+}
+
+/* The sequence's own parameters: q and out where they are, or in its memory. */
+static tq_attend_params own_params(const attend_call *call, const queries *q, void *const *parts)
+{
+    tq_attend_params own = *call->plain;
+    tq_dtype dtype = call->params->dtype;
+    own.n_query = q->n;
+    own.first_pos = q->length - q->n;
+    if (own.lse) own.lse += q->first * own.n_head;
+    if (own.mask) own.mask = (const uint8_t *)own.mask + q->first * own.mask_token_stride * (own.mask_is_f16 ? 2 : 4);
+    if (dtype == TQ_DTYPE_F32) {
+        own.q += q->first * own.q_token_stride;
+        own.out += q->first * own.out_token_stride;
+        return own;
+    }
+    int32_t head_dim = call->o.store->head_dim, out_dim = own.out_dim ? own.out_dim : tq_paged_value_dim(call->o.store);
+    float *x = parts[QUERIES];
+    for (int64_t i = 0; i < q->n * own.n_head; i++) {
+        int64_t at = (q->first + i / own.n_head) * own.q_token_stride + i % own.n_head * own.q_head_stride;
+        tq_floats_read(dtype, call->plain->q, at, head_dim, x + i * head_dim);
+    }
+    own.q = x, own.q_head_stride = head_dim, own.q_token_stride = (int64_t)own.n_head * head_dim;
+    own.out = parts[OUTPUT], own.out_head_stride = out_dim, own.out_token_stride = (int64_t)own.n_head * out_dim;
+    return own;
+}
+
+static void write_output(const attend_call *call, const queries *q, const tq_attend_params *own)
+{
+    const tq_attend_params *plain = call->plain;
+    for (int64_t i = 0; i < q->n * own->n_head; i++) {
+        int64_t at = (q->first + i / own->n_head) * plain->out_token_stride + i % own->n_head * plain->out_head_stride;
+        tq_floats_write(call->params->dtype, plain->out, at, own->out_head_stride, own->out + i * own->out_head_stride);
+    }
+}
+
+/* With the rows of the queries' tokens, which the ring does not have yet. */
+static tq_status attend_with_rows(const attend_call *call, const queries *q, tq_cpu_sequence *sequence,
+                                  const tq_attend_params *own, void *const *parts, const tq_executor *executor)
+{
+    const float *plain[TQ_N_SIDES];
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+        caller_rows r = new_rows(call, side);
+        plain[side] = parts[NEW_K + side];
+        if (plain[side])
+            copy_rows(&call->o, &r, side, q->first, q->n, parts[NEW_K + side]);
+        else
+            plain[side] = (const float *)r.x + q->first * width_of(call->o.store, side);
+    }
+    int64_t ring_begin[TQ_N_SIDES];
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) ring_begin[side] = q->length - q->n - call->o.layout.sides[side].n_recent;
+    tq_cpu_prefill prefill;
+    sequence->length = q->length - q->n;
+    sequence->ring_begin = ring_begin;
+    TQ_TRY(tq_cpu_prefill_begin(&prefill, sequence, q->n, plain[TQ_SIDE_K], plain[TQ_SIDE_V]));
+    sequence->length = q->length;
+    tq_status status = tq_cpu_prefill_attend(&prefill, sequence, q->n, own, executor);
+    tq_cpu_prefill_end(&prefill);
+    return status;
+}
+
+static tq_status attend_stored(const attend_call *call, const queries *q, tq_cpu_sequence *sequence,
+                               const tq_attend_params *own, void *const *parts, const tq_executor *executor)
+{
+    int64_t oldest[TQ_N_SIDES];
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) oldest[side] = q->length - call->o.layout.sides[side].n_ring;
+    sequence->exact_begin = oldest;
+    tq_kv_view keys = tq_cpu_view_of_queries(sequence, TQ_SIDE_K, q->n, parts[ENTRIES_K]);
+    tq_kv_view values = tq_cpu_view_of_queries(sequence, TQ_SIDE_V, q->n, parts[ENTRIES_V]);
+    return tq_attend(call->o.shape.kernels, &keys, &values, call->o.shape.n_head_kv, q->length, own, executor);
+}
+
+static void attend_sequence(void *context, int32_t seq, const tq_executor *executor)
+{
+    attend_call *call = context;
+    const tq_paged_store *store = call->o.store;
+    const tq_paged_attend_params *p = call->params;
+    queries q = queries_of(call, seq);
+    write_blind(call, &q);
+    if (q.n == 0) return;
+    size_t bytes[N_PARTS] = {0}, total;
+    void *parts[N_PARTS];
+    count_parts(call, &q, bytes);
+    void *memory = take_parts(bytes, N_PARTS, parts, &total);
+    if (!memory) {
+        atomic_store(&call->status, TQ_ERR_MEMORY);
+        return;
+    }
+    uint8_t **pages = parts[PAGES];
+    const int32_t *table = p->page_table + seq * p->page_table_stride;
+    for (int64_t i = 0; i * store->page_size < q.length; i++)
+        pages[i] = page_at(store, call->o.layout.page_bytes, page_exists(store, table[i]) ? table[i] : 0);
+    tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = pages, .length = q.length};
+    sequence.exact = exact_of(store, call->o.layout.exact_bytes, p->exact_slots, seq);
+    if (!sequence.exact) sequence.exact = store->exact; /* nothing sound to read, but within bounds */
+    tq_attend_params own = own_params(call, &q, parts);
+    tq_status status = has_new_rows(call) ? attend_with_rows(call, &q, &sequence, &own, parts, executor)
+                                          : attend_stored(call, &q, &sequence, &own, parts, executor);
+    if (status != TQ_OK)
+        atomic_store(&call->status, status);
+    else if (p->dtype != TQ_DTYPE_F32)
+        write_output(call, &q, &own);
+    tq_scratch_free(memory, total);
+}
+
+tq_status tq_cpu_paged_attend(const tq_paged_store *store, const tq_paged_attend_params *params, const tq_attend_params *plain)
+{
+    attend_call call = {.params = params, .plain = plain};
+    TQ_TRY(open_store(&call.o, store));
+    double work = 0;
+    for (int32_t seq = 0; seq < params->n_seq; seq++) work += queries_work(&call, seq);
+    work *= (double)plain->n_head * (store->head_dim + tq_paged_value_dim(store)) / (double)TQ_ATTEND_PER_THREAD;
+    tq_run_items(params->executor, (int32_t)fmin(work + 1, INT32_MAX),
+                 &(tq_items){&call, params->n_seq, queries_work, attend_sequence});
+    close_store(&call.o);
+    return (tq_status)atomic_load(&call.status);
+}
+
+/* ---- pages --------------------------------------------------------------------------------------------------------- */
+
+void tq_cpu_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n)
+{
+    size_t page_bytes = layout_of(store).page_bytes;
+    for (int64_t i = 0; i < n; i++) {
+        if (page_exists(store, from[i]) && page_exists(store, to[i]))
+            memmove(page_at(store, page_bytes, to[i]), page_at(store, page_bytes, from[i]), page_bytes);
+    }
+}
+
+/* Between a page and the format's own bytes of it, which have no gaps. */
+static void convert_page(const tq_paged_store *store, const layout *l, int32_t page, uint8_t *bytes, bool is_out)
+{
+    uint8_t *at = page_at(store, l->page_bytes, page);
+    for (int32_t head = 0; head < store->n_head_kv; head++) {
+        for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+            size_t n = l->head_page_bytes[side];
+            memcpy(is_out ? bytes : at, is_out ? at : bytes, n);
+            bytes += n, at += tq_align_up(n, ALIGN_BYTES);
+        }
+    }
+}
+
+void tq_cpu_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, uint8_t *bytes)
+{
+    layout l = layout_of(store);
+    size_t canonical_bytes = tq_cpu_paged_sizes(store).canonical_bytes;
+    for (int64_t i = 0; i < n; i++, bytes += canonical_bytes) {
+        if (page_exists(store, pages[i])) convert_page(store, &l, pages[i], bytes, true);
+    }
+}
+
+void tq_cpu_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const uint8_t *bytes)
+{
+    layout l = layout_of(store);
+    size_t canonical_bytes = tq_cpu_paged_sizes(store).canonical_bytes;
+    for (int64_t i = 0; i < n; i++, bytes += canonical_bytes) {
+        if (page_exists(store, pages[i])) convert_page(store, &l, pages[i], (uint8_t *)(uintptr_t)bytes, false);
+    }
+}

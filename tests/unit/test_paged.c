@@ -1,0 +1,666 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Paged stores: what they hold and answer is what a cache with the same parameters does, on the CPU bit for bit, and on the
+ * emulated device that TQ_CUDA_LIBRARY names, if it does; and what they refuse.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <pthread.h>
+
+#include "base/alloc.h"
+#include "last_message.h"
+#include "make_calibration.h"
+#include "paged_model.h"
+
+/* Of presets all head_dims, pages and distances; then what presets do not have. */
+static const paged_shape others[] = {
+    {TQ_FORMAT_F16, TQ_FORMAT_F16, 64, 0, 2, 32, 0, 0, 0, false, NULL},
+    {TQ_FORMAT_BF16, TQ_FORMAT_F16, 128, 0, 1, 16, 4, 16, 0, false, NULL},
+    {TQ_FORMAT_F16, TQ_FORMAT_TT4, 64, 0, 2, 64, 4, 32, 64, false, NULL},
+    {TQ_FORMAT_SQ4, TQ_FORMAT_BF16, 64, 0, 2, 64, 4, 32, 64, true, NULL},
+    {TQ_FORMAT_SQ4, TQ_FORMAT_SQ4, 128, 0, 2, 64, 0, 0, 0, false, NULL},
+    {TQ_FORMAT_SQ3, TQ_FORMAT_SQ2, 64, 0, 2, 96, 5, 0, 0, true, NULL},
+    {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, 64, 0, 2, 32, 0, 3, 0, false, NULL},
+    {TQ_FORMAT_SQ4_PROD, TQ_FORMAT_SQ3_PROD, 64, 0, 1, 32, 2, 16, 64, false, NULL},
+    {TQ_FORMAT_SQ4, TQ_FORMAT_SQ4, 64, 0, 2, 16, 14, 16, 16, true, NULL},
+};
+
+static void run(paged_shape shape, tq_device_kind device, int32_t n_steps, uint64_t seed)
+{
+    paged_model *m = paged_open(&shape, device, seed % 2 == 1, seed);
+    if (device == TQ_DEVICE_CUDA) m->tolerance = 2e-3;
+    paged_run(m, n_steps);
+    paged_close(m);
+}
+
+static paged_shape shape_of_preset(const tq_preset *preset, int32_t head_dim, int32_t head_dim_v, int32_t page_size)
+{
+    return (paged_shape){.k_format = preset->k_format,
+                         .v_format = preset->v_format,
+                         .head_dim = head_dim,
+                         .head_dim_v = head_dim_v,
+                         .n_head_kv = 2,
+                         .page_size = page_size,
+                         .n_sink = preset->n_sink,
+                         .n_recent = preset->n_recent,
+                         .k_ref_block = preset->k_ref_block};
+}
+
+static void test_presets(void **state)
+{
+    (void)state;
+    static const int32_t dims[][2] = {{64, 0}, {80, 0}, {128, 0}, {192, 128}}, page_sizes[] = {16, 64, 128, 48};
+    uint64_t seed = 1;
+    for (int32_t i = 0; i < tq_preset_count(); i++) {
+        for (int32_t d = 0; d < 4; d++, seed++) {
+            paged_shape shape = shape_of_preset(tq_preset_get(i), dims[d][0], dims[d][1], page_sizes[(i + d) % 4]);
+            shape.has_factors = i % 2 == 1;
+            run(shape, TQ_DEVICE_CPU, kv_runs(12), seed);
+        }
+    }
+}
+
+static void test_other_formats(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) run(others[i], TQ_DEVICE_CPU, kv_runs(16), 50 + i);
+}
+
+static void test_calibrated(void **state)
+{
+    (void)state;
+    kv_random random = {.state = 7};
+    tq_calibration *calibration = make_calibration(&random, 1, 2, 64);
+    paged_shape shape = shape_of_preset(tq_preset_find("tq3"), 64, 0, 64);
+    shape.calibration = calibration;
+    run(shape, TQ_DEVICE_CPU, kv_runs(16), 90);
+    tq_calibration_free(calibration);
+}
+
+static void test_on_a_device(void **state)
+{
+    (void)state;
+    if (!getenv("TQ_CUDA_LIBRARY")) skip();
+    for (int32_t i = 0; i < tq_preset_count(); i++)
+        run(shape_of_preset(tq_preset_get(i), i % 2 ? 64 : 128, 0, i % 2 ? 64 : 128), TQ_DEVICE_CUDA, kv_runs(8),
+            20 + (uint64_t)i);
+    for (size_t i = 4; i < 7; i++) run(others[i], TQ_DEVICE_CUDA, kv_runs(8), 30 + i);
+}
+
+/* ---- what an attention call can be told ----------------------------------------------------------------------------- */
+
+enum { N_HEAD_MAX = 4 };
+
+static const float slopes[N_HEAD_MAX] = {0.5f, 0.25f, 0.125f, 0.0625f}, sinks[N_HEAD_MAX] = {0.1f, -0.3f, 2, -20};
+
+/* As the paged store is told, so that a cache can be told the same about the queries of one sequence. */
+static tq_attend_params same_params(const paged_pass *p, const tq_paged_attend_params *a, int32_t seq, float *lse)
+{
+    int64_t first = p->starts[seq], width = a->n_head * (p->out_width / a->n_head);
+    tq_attend_params own = kv_attend_params(p->n_tok[seq], a->n_head, (int32_t)(p->q_width / a->n_head),
+                                            (float *)p->q + first * p->q_width, (float *)p->wanted + first * width);
+    own.out_head_stride = p->out_width / a->n_head, own.out_token_stride = p->out_width;
+    own.out_dim = a->out_dim, own.softmax_scale = a->softmax_scale, own.softcap = a->softcap, own.window = a->window;
+    own.sinks = a->sinks, own.alibi_slopes = a->alibi_slopes, own.causal = true, own.lse = lse + first * a->n_head;
+    own.first_pos = p->lens[seq] - p->n_tok[seq];
+    own.mask_is_f16 = a->mask_is_f16, own.mask_token_stride = a->mask_token_stride, own.mask_head_stride = a->mask_head_stride;
+    if (a->mask) own.mask = (const uint8_t *)a->mask + first * a->mask_token_stride * (a->mask_is_f16 ? 2 : 4);
+    return own;
+}
+
+static void check_same(const paged_pass *p, const tq_paged_attend_params *a, const float *wanted_lse)
+{
+    int64_t n = p->n * a->n_head, dim = p->out_width / a->n_head, out_dim = a->out_dim ? a->out_dim : dim;
+    assert_memory_equal(a->lse, wanted_lse, (size_t)n * sizeof(float));
+    for (int64_t i = 0; i < n; i++)
+        assert_memory_equal((float *)p->out + i * out_dim, (float *)p->wanted + i * dim, (size_t)out_dim * sizeof(float));
+}
+
+static void set_options(paged_model *m, tq_paged_attend_params *a, float *lse)
+{
+    a->lse = lse;
+    a->window = kv_below(&m->random, 2) * 50;
+    a->softcap = (float)kv_below(&m->random, 2) * 3;
+    a->sinks = kv_below(&m->random, 2) ? sinks : NULL;
+    a->alibi_slopes = kv_below(&m->random, 2) ? slopes : NULL;
+    a->out_dim = (int32_t)kv_below(&m->random, 2) * 48;
+}
+
+/* Between the halves, next to a cache's prefill, on several threads. */
+static void test_options(void **state)
+{
+    (void)state;
+    tq_pool *pool;
+    assert_int_equal(tq_pool_create(&pool, 3), TQ_OK);
+    tq_executor executor = tq_pool_executor(pool);
+    paged_shape shape = shape_of_preset(tq_preset_find("tq3"), 64, 128, 64);
+    paged_model *m = paged_open(&shape, TQ_DEVICE_CPU, true, 5);
+    m->executor = &executor;
+    for (int32_t step = 0; step < kv_runs(24); step++) {
+        int64_t n_tok[PAGED_SEQ] = {kv_below(&m->random, 60), 1, kv_below(&m->random, 3)};
+        if (m->length[0] + n_tok[0] > PAGED_LENGTH) n_tok[0] = 0;
+        paged_pass *p = paged_begin(m, n_tok, TQ_DTYPE_F32);
+        tq_paged_attend_params a = paged_attend_params(m, p);
+        float *lse = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse),
+              *wanted = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse);
+        set_options(m, &a, lse);
+        a.new_k = p->k, a.new_v = p->v;
+        paged_append(m, p, TQ_APPEND_ENCODE);
+        paged_attend(m, p, &a);
+        paged_append(m, p, TQ_APPEND_STORE);
+        for (int32_t seq = 0; seq < PAGED_SEQ; seq++) {
+            tq_attend_params own = same_params(p, &a, seq, wanted);
+            assert_int_equal(tq_cache_prefill(m->cache, m->seqs[seq], 0, n_tok[seq],
+                                              (float *)p->k + p->starts[seq] * p->k_width,
+                                              (float *)p->v + p->starts[seq] * p->v_width, &own, NULL),
+                             TQ_OK);
+        }
+        check_same(p, &a, wanted);
+        paged_end(m, p);
+        paged_check(m);
+        free(lse), free(wanted);
+    }
+    paged_close(m);
+    tq_pool_free(pool);
+}
+
+/* Rows of all queries; half of the columns are hidden. */
+static void *make_mask(paged_model *m, tq_paged_attend_params *a, int64_t n)
+{
+    a->mask_is_f16 = kv_below(&m->random, 2);
+    a->mask_token_stride = PAGED_LENGTH;
+    a->mask_head_stride = kv_below(&m->random, 2) * n * PAGED_LENGTH;
+    size_t n_values = (size_t)(n * PAGED_LENGTH * a->n_head);
+    float *mask = kv_calloc(n_values + 1, sizeof *mask);
+    uint16_t *half = kv_calloc(n_values + 1, sizeof *half);
+    for (size_t i = 0; i < n_values; i++) {
+        mask[i] = kv_below(&m->random, 2) ? -INFINITY : kv_uniform(&m->random);
+        half[i] = tq_half_from_float(mask[i]);
+    }
+    free(a->mask_is_f16 ? (void *)mask : half);
+    return a->mask_is_f16 ? (void *)half : mask;
+}
+
+/* After the append, next to a cache's attention. With a ring a cache gives all queries of a call the same exact tokens. */
+static void run_masks(paged_shape shape, int64_t n_most, uint64_t seed)
+{
+    paged_model *m = paged_open(&shape, TQ_DEVICE_CPU, false, seed);
+    for (int32_t step = 0; step < kv_runs(24); step++) {
+        int64_t n_tok[PAGED_SEQ] = {kv_below(&m->random, n_most) + 1, 1, kv_below(&m->random, 2)};
+        if (m->length[0] + n_tok[0] > PAGED_LENGTH) n_tok[0] = 0;
+        paged_pass *p = paged_begin(m, n_tok, TQ_DTYPE_F32);
+        tq_paged_attend_params a = paged_attend_params(m, p);
+        float *lse = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse),
+              *wanted = kv_calloc((size_t)(p->n * a.n_head), sizeof *lse);
+        set_options(m, &a, lse);
+        void *mask = make_mask(m, &a, p->n);
+        a.mask = mask;
+        paged_append(m, p, TQ_APPEND_BOTH);
+        paged_attend(m, p, &a);
+        for (int32_t seq = 0; seq < PAGED_SEQ; seq++) {
+            tq_attend_params own = same_params(p, &a, seq, wanted);
+            assert_int_equal(tq_cache_append(m->cache, m->seqs[seq], 0, n_tok[seq], (float *)p->k + p->starts[seq] * p->k_width,
+                                             (float *)p->v + p->starts[seq] * p->v_width, NULL),
+                             TQ_OK);
+            assert_int_equal(tq_cache_attend(m->cache, m->seqs[seq], 0, &own, NULL), TQ_OK);
+        }
+        check_same(p, &a, wanted);
+        paged_end(m, p);
+        free(mask), free(lse), free(wanted);
+    }
+    paged_close(m);
+}
+
+static void test_masks(void **state)
+{
+    (void)state;
+    paged_shape coded = others[4];
+    coded.head_dim = 64;
+    run_masks(coded, 40, 3);
+    run_masks(shape_of_preset(tq_preset_find("tq4"), 64, 0, 32), 1, 4);
+}
+
+/* ---- what is wrong with what a call reads ---------------------------------------------------------------------------- */
+
+/* A store with one sequence of n tokens, more rows than a call has. */
+typedef struct fixture {
+    paged_model *m;
+    paged_pass *p;
+    tq_paged_append_params append;
+    tq_paged_attend_params attend;
+} fixture;
+
+static fixture open_fixture(const paged_shape *shape, int64_t n, tq_dtype dtype)
+{
+    fixture f = {.m = paged_open(shape, TQ_DEVICE_CPU, false, 11)};
+    const int64_t n_tok[PAGED_SEQ] = {n, 0, 0};
+    f.p = paged_begin(f.m, n_tok, dtype);
+    f.append = paged_append_params(f.m, f.p, TQ_APPEND_BOTH);
+    f.attend = paged_attend_params(f.m, f.p);
+    return f;
+}
+
+static void close_fixture(fixture *f)
+{
+    paged_end(f->m, f->p);
+    paged_close(f->m);
+}
+
+static size_t page_stride(const paged_model *m)
+{
+    return m->store.page_stride_bytes ? m->store.page_stride_bytes : m->sizes.page_bytes;
+}
+
+static size_t memory_bytes(const paged_model *m)
+{
+    return (size_t)m->store.n_pages * page_stride(m);
+}
+
+static uint8_t *copy_of(const void *memory, size_t bytes)
+{
+    uint8_t *copy = kv_calloc(1, bytes);
+    return bytes > 0 ? memcpy(copy, memory, bytes) : copy;
+}
+
+/* A page that does not exist is not written, and page 0 is read in its place. */
+static void test_pages_out_of_range(void **state)
+{
+    (void)state;
+    static const int32_t ids[] = {-1, INT32_MAX, INT32_MIN};
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    for (size_t i = 0; i < sizeof ids / sizeof *ids; i++) {
+        fixture f = open_fixture(&shape, 300, TQ_DTYPE_F32);
+        int32_t page = f.m->table[2];
+        uint8_t *before = copy_of(f.m->store.pages, memory_bytes(f.m));
+        f.m->table[2] = ids[i];
+        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+        uint8_t *pages = f.m->store.pages;
+        assert_memory_equal(pages + (size_t)page * page_stride(f.m), before + (size_t)page * page_stride(f.m),
+                            f.m->sizes.page_bytes);
+        uint8_t *written = copy_of(pages, memory_bytes(f.m));
+        memset(pages, 0x11, page_stride(f.m)), memset(pages + page_stride(f.m), 0x22, page_stride(f.m));
+        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+        uint8_t *out = copy_of(f.p->out, paged_bytes(f.p, f.p->n * f.p->out_width));
+        f.m->table[2] = 0;
+        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+        assert_memory_equal(out, f.p->out, paged_bytes(f.p, f.p->n * f.p->out_width));
+        /* The others hold what they would have held. */
+        f.m->table[2] = page;
+        memcpy(pages, written, memory_bytes(f.m));
+        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+        for (int32_t j = 0; j < f.m->store.n_pages; j++) {
+            size_t at = (size_t)j * page_stride(f.m);
+            if (j != page) assert_memory_equal(pages + at, written + at, f.m->sizes.page_bytes);
+        }
+        assert_memory_not_equal(pages + (size_t)page * page_stride(f.m), written + (size_t)page * page_stride(f.m), 64);
+        /* Nor are they copied, exported or imported. */
+        free(written), free(out), free(before);
+        before = copy_of(pages, memory_bytes(f.m));
+        const int32_t bad[2] = {ids[i], 1}, good[2] = {1, ids[i]};
+        assert_int_equal(tq_paged_copy(&f.m->store, bad, good, 2, NULL), TQ_OK);
+        assert_int_equal(tq_paged_import(&f.m->store, bad, 1, f.m->page, NULL), TQ_OK);
+        assert_memory_equal(before, pages, memory_bytes(f.m));
+        memset(f.m->page, 0x55, f.m->sizes.canonical_bytes);
+        uint8_t *page_before = copy_of(f.m->page, f.m->sizes.canonical_bytes);
+        assert_int_equal(tq_paged_export(&f.m->store, bad, 1, f.m->page, NULL), TQ_OK);
+        assert_memory_equal(page_before, f.m->page, f.m->sizes.canonical_bytes);
+        free(before), free(page_before);
+        close_fixture(&f);
+    }
+}
+
+/* Rows that name no sequence, position, slot or exact slot that could be go nowhere; sequences without an exact slot, and of
+ * impossible lengths, do not crash. */
+static void test_places_out_of_range(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    for (int32_t i = 0; i < 7; i++) {
+        if (i == 6) shape = others[4];
+        fixture f = open_fixture(&shape, 100, TQ_DTYPE_BF16);
+        uint8_t *pages = copy_of(f.m->store.pages, memory_bytes(f.m));
+        size_t n_exact = (size_t)f.m->store.n_exact_slots * f.m->sizes.exact_bytes;
+        uint8_t *exact = copy_of(f.m->store.exact, n_exact);
+        for (int64_t row = 0; row < f.p->n_rows; row++) {
+            if (i == 0) f.p->seq_ids[row] = -1;
+            if (i == 1) f.p->positions[row] = INT64_MAX;
+            if (i == 2) f.p->positions[row] = -1;
+            if (i == 3) f.p->mapping[row] = INT64_MIN;
+            if (i == 6) f.p->mapping[row] = row % 2 ? INT64_MAX : f.m->store.n_pages * shape.page_size;
+        }
+        if (i == 4) f.m->slots[0] = -1;
+        if (i == 5) f.m->slots[0] = (int32_t)f.m->store.n_exact_slots;
+        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+        assert_memory_equal(pages, f.m->store.pages, memory_bytes(f.m));
+        if (n_exact > 0) assert_memory_equal(exact, f.m->store.exact, n_exact);
+        f.p->lens[1] = INT64_MIN, f.p->lens[2] = -1;
+        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+        f.p->lens[1] = f.p->lens[2] = 0;
+        free(pages), free(exact);
+        close_fixture(&f);
+    }
+}
+
+/* Sinks may fill more than a page: what a store answers does not depend on the size of its pages. */
+static void test_sinks_over_pages(void **state)
+{
+    (void)state;
+    paged_shape small = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ8, 64, 0, 2, 16, 40, 16, 0, false, NULL}, large = small;
+    large.page_size = 64;
+    /* A cache, which the fixture has too, takes no more sinks than a page has tokens. */
+    small.n_sink = 16;
+    fixture f = open_fixture(&small, 200, TQ_DTYPE_F32), g = open_fixture(&large, 200, TQ_DTYPE_F32);
+    f.m->store.n_sink = 40;
+    free(f.m->store.exact);
+    f.m->store.exact = paged_memory((size_t)f.m->store.n_exact_slots * g.m->sizes.exact_bytes);
+    g.append.k = f.append.k, g.append.v = f.append.v, g.append.row_stride = f.append.row_stride;
+    g.append.n_tok = f.append.n_tok, g.append.positions = f.append.positions, g.append.seq_ids = f.append.seq_ids;
+    g.append.slot_mapping = f.append.slot_mapping; /* only whether they are negative */
+    g.attend.q = f.attend.q;
+    assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+    assert_int_equal(tq_paged_append(&g.m->store, &g.append, NULL), TQ_OK);
+    assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+    assert_int_equal(tq_paged_attend(&g.m->store, &g.attend, NULL), TQ_OK);
+    memcpy(f.p->wanted, g.p->out, paged_bytes(g.p, g.p->n * g.p->out_width));
+    paged_check_outputs(f.p, 1e-5);
+    close_fixture(&f), close_fixture(&g);
+}
+
+/* More queries than tokens: those before the first token see nothing. */
+static void test_queries_before_the_first_token(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    fixture f = open_fixture(&shape, 5, TQ_DTYPE_F16);
+    int32_t n_head = f.attend.n_head;
+    float lse[5 * N_HEAD_MAX], whole[5 * N_HEAD_MAX];
+    f.attend.lse = whole;
+    assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+    assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+    for (int32_t with_sinks = 0; with_sinks < 2; with_sinks++) {
+        f.attend.lse = lse, f.attend.sinks = with_sinks ? sinks : NULL;
+        f.p->lens[0] = 2;
+        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+        f.p->lens[0] = 5;
+        const uint16_t *out = f.p->out;
+        for (int32_t i = 0; i < 3 * n_head; i++) {
+            assert_true(with_sinks ? lse[i] == sinks[i % n_head] : lse[i] == -INFINITY);
+            for (int32_t j = 0; j < 64; j++) assert_int_equal(out[i * 64 + j], 0);
+        }
+        for (int32_t i = 3 * n_head; i < 5 * n_head; i++) assert_true(isfinite(lse[i]));
+    }
+    close_fixture(&f);
+}
+
+/* Vectors with what FP16 cannot hold are counted once, whatever the halves; what is stored is 0, or the largest number. */
+static void test_not_finite(void **state)
+{
+    (void)state;
+    static const float bad[] = {NAN, INFINITY, -INFINITY, 1e6f, -70000.0f};
+    static const float stored[] = {0, 65504, -65504, 65504, -65504};
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    for (int32_t in_halves = 0; in_halves < 2; in_halves++) {
+        fixture f = open_fixture(&shape, 200, TQ_DTYPE_F32), g = open_fixture(&shape, 200, TQ_DTYPE_F32);
+        int32_t n_bad = 3, n_good = 0;
+        f.append.k = f.p->k, f.append.v = f.p->v, g.append.k = g.p->k, g.append.v = g.p->v;
+        f.append.row_stride = g.append.row_stride = 0;
+        f.append.n_tok = g.append.n_tok = 200;
+        for (int64_t i = 0; i < 200; i++) {
+            f.p->seq_ids[i] = g.p->seq_ids[i] = 0, f.p->positions[i] = g.p->positions[i] = i;
+            f.p->mapping[i] = g.p->mapping[i] = f.m->table[i / 64] * 64 + i % 64;
+        }
+        memcpy(g.p->k, f.p->k, paged_bytes(f.p, 200 * f.p->k_width));
+        memcpy(g.p->v, f.p->v, paged_bytes(f.p, 200 * f.p->v_width));
+        for (int32_t i = 0; i < 10; i++) { /* tokens that are encoded at once, and the newest */
+            int64_t at = (i < 5 ? i * 20 + 10 : 190 + i) * 128 + i % 2 * 64 + 7;
+            ((float *)(i % 3 ? f.p->k : f.p->v))[at] = ((float *)(i % 3 ? f.p->k : f.p->v))[at + 1] = bad[i % 5];
+            ((float *)(i % 3 ? g.p->k : g.p->v))[at] = ((float *)(i % 3 ? g.p->k : g.p->v))[at + 1] = stored[i % 5];
+        }
+        f.append.n_not_finite = &n_bad, g.append.n_not_finite = &n_good;
+        f.append.half = in_halves ? TQ_APPEND_ENCODE : TQ_APPEND_BOTH;
+        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+        f.append.half = TQ_APPEND_STORE;
+        if (in_halves) assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+        assert_int_equal(tq_paged_append(&g.m->store, &g.append, NULL), TQ_OK);
+        assert_int_equal(n_bad, 3 + 10);
+        assert_int_equal(n_good, 0);
+        assert_memory_equal(f.m->store.pages, g.m->store.pages, memory_bytes(f.m));
+        assert_memory_equal(f.m->store.exact, g.m->store.exact, (size_t)f.m->store.n_exact_slots * f.m->sizes.exact_bytes);
+        close_fixture(&f), close_fixture(&g);
+    }
+    fixture one = open_fixture(&shape, 1, TQ_DTYPE_F16);
+    int32_t n_bad = 0;
+    memset(one.p->padded_k, 0xff, paged_bytes(one.p, one.p->n_rows * 128));
+    one.append.n_not_finite = &n_bad, one.append.row_stride = 0;
+    one.append.half = TQ_APPEND_ENCODE, one.append.k = one.append.v = NULL;
+    assert_int_equal(tq_paged_append(&one.m->store, &one.append, NULL), TQ_OK);
+    one.append.half = TQ_APPEND_STORE, one.append.k = one.append.v = one.p->padded_k;
+    assert_int_equal(tq_paged_append(&one.m->store, &one.append, NULL), TQ_OK);
+    assert_int_equal(n_bad, 4);
+    close_fixture(&one);
+}
+
+/* ---- refusals -------------------------------------------------------------------------------------------------------- */
+
+#define SAYS(call, status, text)                                                      \
+    do {                                                                              \
+        last_message[0] = 0;                                                          \
+        assert_int_equal(call, status);                                               \
+        if (!strstr(last_message, text)) fprintf(stderr, "says: %s\n", last_message); \
+        assert_non_null(strstr(last_message, text));                                  \
+    } while (0)
+#define WITH(field, value, call, status, text) \
+    do {                                       \
+        __typeof__(field) before_ = field;     \
+        field = value;                         \
+        SAYS(call, status, text);              \
+        field = before_;                       \
+    } while (0)
+
+static void test_shapes_are_checked(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    tq_paged_store s = paged_store(&shape, TQ_DEVICE_CPU);
+    tq_paged_sizes sizes;
+    static const int8_t factors[128];
+#define SIZES tq_paged_sizes_get(&sizes, &s)
+    assert_int_equal(SIZES, TQ_OK);
+    WITH(s.device, (tq_device_kind)2, SIZES, TQ_ERR_ARGUMENT, "device must be");
+    WITH(s.head_dim, 72, SIZES, TQ_ERR_HEAD_DIM, "head_dim 72");
+    WITH(s.head_dim_v, 72, SIZES, TQ_ERR_HEAD_DIM, "head_dim 72");
+    WITH(s.k_format, TQ_FORMAT_COUNT, SIZES, TQ_ERR_FORMAT, "format");
+    WITH(s.n_head_kv, 0, SIZES, TQ_ERR_ARGUMENT, "n_head_kv");
+    WITH(s.page_size, 24, SIZES, TQ_ERR_ARGUMENT, "page_size");
+    WITH(s.page_size, 272, SIZES, TQ_ERR_ARGUMENT, "page_size");
+    WITH(s.n_recent, 2000, SIZES, TQ_ERR_ARGUMENT, "n_recent 2000");
+    WITH(s.n_sink, -1, SIZES, TQ_ERR_ARGUMENT, "n_sink -1");
+    WITH(s.n_ring, 3, SIZES, TQ_ERR_ARGUMENT, "n_ring");
+    WITH(s.k_ref_block, 5, SIZES, TQ_ERR_ARGUMENT, "ref_block");
+    s.n_ring = 0;
+    WITH(s.n_recent, 0, SIZES, TQ_ERR_ARGUMENT, "n_recent must be more than 0");
+    s.k_factors = factors;
+    WITH(s.k_transforms, (const uint16_t *)(const void *)factors, SIZES, TQ_ERR_ARGUMENT, "k_transforms");
+    assert_int_equal(tq_paged_sizes_get(NULL, &s), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_paged_sizes_get(&sizes, NULL), TQ_ERR_ARGUMENT);
+}
+
+static void test_memory_is_checked(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    fixture f = open_fixture(&shape, 3, TQ_DTYPE_F32);
+    tq_paged_store *s = &f.m->store;
+    static int8_t factors[128];
+    factors[77] = 33;
+#define COPY tq_paged_copy(s, NULL, NULL, 0, NULL)
+    assert_int_equal(COPY, TQ_OK);
+    WITH(s->pages, NULL, COPY, TQ_ERR_ARGUMENT, "pages is NULL");
+    WITH(s->pages, (uint8_t *)s->pages + 32, COPY, TQ_ERR_ARGUMENT, "64 bytes");
+    WITH(s->exact, NULL, COPY, TQ_ERR_ARGUMENT, "exact is NULL");
+    WITH(s->exact, (uint8_t *)s->exact + 1, COPY, TQ_ERR_ARGUMENT, "2 bytes");
+    WITH(s->n_pages, 0, COPY, TQ_ERR_ARGUMENT, "n_pages");
+    WITH(s->n_exact_slots, 0, COPY, TQ_ERR_ARGUMENT, "n_exact_slots");
+    WITH(s->n_exact_slots, -1, COPY, TQ_ERR_ARGUMENT, "n_exact_slots");
+    WITH(s->page_stride_bytes, 16, COPY, TQ_ERR_ARGUMENT, "page_stride_bytes");
+    WITH(s->exact_stride_bytes, f.m->sizes.exact_bytes + 2, COPY, TQ_ERR_ARGUMENT, "exact_stride_bytes");
+    WITH(s->k_factors, factors, COPY, TQ_ERR_ARGUMENT, "factor 77 is 33");
+    SAYS(tq_paged_copy(s, NULL, NULL, 0, s), TQ_ERR_ARGUMENT, "stream");
+    SAYS(tq_paged_copy(s, NULL, NULL, 1, NULL), TQ_ERR_ARGUMENT, "NULL");
+    SAYS(tq_paged_export(s, f.m->table, -1, f.m->page, NULL), TQ_ERR_ARGUMENT, "n is out of range");
+    SAYS(tq_paged_import(s, f.m->table, 1, NULL, NULL), TQ_ERR_ARGUMENT, "NULL");
+    close_fixture(&f);
+}
+
+static void test_calls_are_checked(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    fixture f = open_fixture(&shape, 3, TQ_DTYPE_F32);
+    tq_paged_store *s = &f.m->store;
+    tq_paged_append_params *a = &f.append;
+#define APPEND(stream) tq_paged_append(s, a, stream)
+    SAYS(APPEND(s), TQ_ERR_ARGUMENT, "stream must be NULL");
+    SAYS(tq_paged_append(s, NULL, NULL), TQ_ERR_ARGUMENT, "NULL");
+    WITH(a->n_tok, -1, APPEND(NULL), TQ_ERR_ARGUMENT, "n_tok");
+    WITH(a->dtype, (tq_dtype)3, APPEND(NULL), TQ_ERR_ARGUMENT, "dtype 3");
+    WITH(a->slot_mapping, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "slot_mapping");
+    WITH(a->half, (tq_append_half)3, APPEND(NULL), TQ_ERR_ARGUMENT, "half");
+    WITH(a->k, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "k or v is NULL");
+    WITH(a->row_stride, 5, APPEND(NULL), TQ_ERR_ARGUMENT, "row_stride");
+    WITH(a->positions, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "positions");
+    a->half = TQ_APPEND_ENCODE;
+    WITH(a->v, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "a part in a reference");
+    a->half = TQ_APPEND_BOTH;
+    tq_paged_attend_params *p = &f.attend;
+    size_t bytes;
+#define ATTEND tq_paged_attend(s, p, NULL)
+    assert_int_equal(APPEND(NULL), TQ_OK);
+    assert_int_equal(ATTEND, TQ_OK);
+    SAYS(tq_paged_attend(s, p, s), TQ_ERR_ARGUMENT, "stream must be NULL");
+    SAYS(tq_paged_attend(s, NULL, NULL), TQ_ERR_ARGUMENT, "NULL");
+    WITH(p->n_seq, 0, ATTEND, TQ_ERR_ARGUMENT, "n_seq");
+    WITH(p->n_query, 0, ATTEND, TQ_ERR_ARGUMENT, "n_query");
+    WITH(p->n_query, 2, ATTEND, TQ_ERR_RANGE, "query_starts[1] is 3");
+    f.p->starts[0] = -1;
+    SAYS(ATTEND, TQ_ERR_RANGE, "query_starts[0] is -1");
+    f.p->starts[0] = 0, f.p->starts[2] = 2;
+    SAYS(ATTEND, TQ_ERR_RANGE, "query_starts[2] is 2");
+    f.p->starts[2] = 3;
+    WITH(p->n_head, 3, ATTEND, TQ_ERR_SHAPE, "n_head is 3");
+    WITH(p->out_dim, 65, ATTEND, TQ_ERR_SHAPE, "out_dim is 65");
+    WITH(p->dtype, (tq_dtype)3, ATTEND, TQ_ERR_ARGUMENT, "dtype 3");
+    WITH(p->q, NULL, ATTEND, TQ_ERR_ARGUMENT, "q or out is NULL");
+    WITH(p->page_table, NULL, ATTEND, TQ_ERR_ARGUMENT, "page_table");
+    WITH(p->seq_lens, NULL, ATTEND, TQ_ERR_ARGUMENT, "seq_lens");
+    WITH(p->new_k, f.p->k, ATTEND, TQ_ERR_ARGUMENT, "new_v");
+    WITH(p->new_row_stride, 5, ATTEND, TQ_ERR_ARGUMENT, "new_row_stride");
+    WITH(p->softmax_scale, NAN, ATTEND, TQ_ERR_ARGUMENT, "softmax_scale");
+    WITH(p->softcap, -1, ATTEND, TQ_ERR_ARGUMENT, "softcap");
+    WITH(p->window, -1, ATTEND, TQ_ERR_ARGUMENT, "window");
+    assert_int_equal(tq_paged_workspace_bytes(&bytes, s, p), TQ_OK);
+    assert_int_equal(bytes, 0);
+    WITH(p->n_head, 3, tq_paged_workspace_bytes(&bytes, s, p), TQ_ERR_SHAPE, "n_head is 3");
+    assert_int_equal(tq_paged_workspace_bytes(NULL, s, p), TQ_ERR_ARGUMENT);
+    a->half = TQ_APPEND_ENCODE;
+    s->n_recent = s->k_ref_block = s->n_ring = 0;
+    SAYS(APPEND(NULL), TQ_ERR_ARGUMENT, "ring alone");
+    close_fixture(&f);
+}
+
+/* ---- memory that runs out, and threads ------------------------------------------------------------------------------- */
+
+/* Every allocation of an append and of attention fails once: the append has written nothing, and both can be repeated. */
+static void test_every_allocation_fails(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    shape.k_format = TQ_FORMAT_SQ4_PROD;
+    fixture f = open_fixture(&shape, 300, TQ_DTYPE_BF16), g = open_fixture(&shape, 300, TQ_DTYPE_BF16);
+    f.attend.new_k = f.p->k, f.attend.new_v = f.p->v, g.attend.new_k = g.p->k, g.attend.new_v = g.p->v;
+    int32_t n_failed = 0, counter = 0;
+    f.append.n_not_finite = &counter;
+    for (int32_t call = 0; call < 3; call++) {
+        f.append.half = g.append.half = call == 0 ? TQ_APPEND_ENCODE : TQ_APPEND_STORE;
+        uint8_t *pages = copy_of(f.m->store.pages, memory_bytes(f.m));
+        size_t n_exact = (size_t)f.m->store.n_exact_slots * f.m->sizes.exact_bytes;
+        uint8_t *exact = copy_of(f.m->store.exact, n_exact);
+        tq_status status = TQ_ERR_MEMORY;
+        for (int32_t n_ok = 0; status != TQ_OK; n_ok++) {
+            tq_alloc_fail_after(n_ok);
+            status = call == 1 ? tq_paged_attend(&f.m->store, &f.attend, NULL) : tq_paged_append(&f.m->store, &f.append, NULL);
+            tq_alloc_fail_after(-1);
+            if (status == TQ_OK) break;
+            assert_int_equal(status, TQ_ERR_MEMORY);
+            assert_memory_equal(pages, f.m->store.pages, memory_bytes(f.m));
+            assert_memory_equal(exact, f.m->store.exact, n_exact);
+            n_failed++;
+        }
+        free(pages), free(exact);
+        if (call == 1)
+            assert_int_equal(tq_paged_attend(&g.m->store, &g.attend, NULL), TQ_OK);
+        else
+            assert_int_equal(tq_paged_append(&g.m->store, &g.append, NULL), TQ_OK);
+    }
+    assert_true(n_failed >= 2 + 4 + 2);
+    assert_memory_equal(f.m->store.pages, g.m->store.pages, memory_bytes(f.m));
+    assert_memory_equal(f.p->out, g.p->out, paged_bytes(f.p, f.p->n * f.p->out_width));
+    close_fixture(&f), close_fixture(&g);
+}
+
+static void *run_thread(void *arg)
+{
+    paged_run(arg, 8);
+    return NULL;
+}
+
+/* Two threads on two stores, each with threads of its own. */
+static void test_threads(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    paged_model *models[2];
+    tq_pool *pools[2];
+    tq_executor executors[2];
+    pthread_t threads[2];
+    for (int32_t i = 0; i < 2; i++) {
+        assert_int_equal(tq_pool_create(&pools[i], 2), TQ_OK);
+        executors[i] = tq_pool_executor(pools[i]);
+        models[i] = paged_open(&shape, TQ_DEVICE_CPU, false, 70 + (uint64_t)i);
+        models[i]->executor = &executors[i];
+    }
+    for (int32_t i = 0; i < 2; i++) assert_int_equal(pthread_create(&threads[i], NULL, run_thread, models[i]), 0);
+    for (int32_t i = 0; i < 2; i++) {
+        assert_int_equal(pthread_join(threads[i], NULL), 0);
+        paged_close(models[i]);
+        tq_pool_free(pools[i]);
+    }
+}
+
+int main(void)
+{
+    tq_log_set(keep_message, NULL);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_presets),
+        cmocka_unit_test(test_other_formats),
+        cmocka_unit_test(test_calibrated),
+        cmocka_unit_test(test_on_a_device),
+        cmocka_unit_test(test_options),
+        cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_pages_out_of_range),
+        cmocka_unit_test(test_places_out_of_range),
+        cmocka_unit_test(test_sinks_over_pages),
+        cmocka_unit_test(test_queries_before_the_first_token),
+        cmocka_unit_test(test_not_finite),
+        cmocka_unit_test(test_shapes_are_checked),
+        cmocka_unit_test(test_memory_is_checked),
+        cmocka_unit_test(test_calls_are_checked),
+        cmocka_unit_test(test_every_allocation_fails),
+        cmocka_unit_test(test_threads),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
