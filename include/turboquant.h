@@ -405,8 +405,8 @@ TQ_API TQ_NODISCARD tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int3
  * tq_cache_append and tq_cache_attend in one: the queries are those of the tokens appended. A token is exact for all queries
  * for which it is among the last n_recent tokens, so a prompt in large batches gives what token by token would; appending and
  * attending one after the other, only the last queries see the ring. Sets n_query, causal and first_pos. Errors: those of both,
- * ARGUMENT for a mask or stages; then nothing was appended, but if there is no memory to attend with, which MEMORY may mean:
- * tq_cache_length tells.
+ * ARGUMENT for stages; then nothing was appended, but if there is no memory to attend with, which MEMORY may mean:
+ * tq_cache_length tells. A mask has a column for each position of the sequence after the append.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
                                                const float *v, const tq_attend_params *params, const tq_executor *executor);
