@@ -502,25 +502,25 @@ typedef struct tq_batch_rows {
     tq_dtype dtype;    /* of q, k, v and out */
     const void *q;     /* [n, n_head, head_dim] with the strides below, in elements; 0: contiguous */
     const void *k, *v; /* [n, n_head_kv, head_dim], of v head_dim_v; heads contiguous */
-    void *out;         /* [n, n_head, head_dim_v] */
+    void *out;         /* [n, n_head, out_dim] */
     int64_t q_token_stride, q_head_stride, k_token_stride, v_token_stride, out_token_stride, out_head_stride;
     float softmax_scale;
     float softcap;      /* 0: none */
     int64_t window;     /* > 0: column > position - window */
     const float *sinks; /* optional [n_head]: learned sink logits */
-    /* As in tq_attend_params. A column is a position of the row's sequence; rows of the mask and lse are those of q. */
+    /* As in tq_attend_params. A mask has rows as q has, and as columns the positions of a row's sequence with these tokens. */
     const void *mask;
     bool mask_is_f16;
     int64_t mask_token_stride, mask_head_stride;
     const float *alibi_slopes;
-    float *lse;
-    int32_t out_dim;
+    float *lse;      /* [n, n_head] */
+    int32_t out_dim; /* 0: head_dim_v */
 } tq_batch_rows;
 TQ_API void tq_batch_rows_default(tq_batch_rows *rows);
 /*
  * Append and attend, as if token by token: a token is exact for the queries for which it is among the last n_recent. Errors:
- * ARGUMENT (no pass, or the layer has had its turn), NOT_FINITE (CPU: nothing was appended; a device says so in a later pass),
- * MEMORY, DEVICE; then tq_cache_length tells what was appended.
+ * ARGUMENT (no pass, or the layer has had its turn), SHAPE (out_dim), NOT_FINITE (CPU: nothing was appended; a device says so
+ * in a later pass), MEMORY, DEVICE; then tq_cache_length tells what was appended.
  */
 TQ_API TQ_NODISCARD tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *rows,
                                               const tq_executor *executor);
@@ -827,7 +827,7 @@ typedef struct tq_paged_attend_params {
     int32_t n_head; /* query heads, a multiple of n_head_kv */
     tq_dtype dtype; /* of q and out */
     const void *q;  /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
-    void *out;      /* likewise */
+    void *out;      /* [n_seq * n_query, n_head, out_dim] likewise */
     int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
     float *lse; /* optional [n_seq * n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
     const int32_t *page_table; /* int32 [n_seq, max_pages] */
@@ -862,12 +862,13 @@ typedef struct tq_paged_attend_params {
      */
     const void *new_k, *new_v;
     int64_t new_row_stride; /* elements from one token to the next; 0: contiguous */
-    /* As in tq_attend_params, in device memory. A column is a position of the query's sequence; rows are those of q. */
+    /* As in tq_attend_params, in device memory. A mask has rows as q has, and as columns the positions of a row's sequence, of
+     * which those behind the query are not read; what it hides may hold any bytes (rows that appends skipped). */
     const void *mask;
     bool mask_is_f16;
     int64_t mask_token_stride, mask_head_stride;
     const float *alibi_slopes;
-    int32_t out_dim;
+    int32_t out_dim; /* 0: head_dim */
 } tq_paged_attend_params;
 #define TQ_PAGED_WORKSPACE_COUNTERS 32
 TQ_API void tq_paged_attend_params_default(tq_paged_attend_params *params);
