@@ -403,8 +403,8 @@ TQ_API TQ_NODISCARD tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int3
  * tq_cache_append and tq_cache_attend in one: the queries are those of the tokens appended. A token is exact for all queries
  * for which it is among the last n_recent tokens, so a prompt in large batches gives what token by token would; appending and
  * attending one after the other, only the last queries see the ring. Sets n_query, causal and first_pos. Errors: those of both,
- * ARGUMENT for a mask or stages; then nothing was appended, but if there is no memory to attend with, which MEMORY may mean:
- * tq_cache_length tells.
+ * ARGUMENT for stages; then nothing was appended, but if there is no memory to attend with, which MEMORY may mean:
+ * tq_cache_length tells. A mask has a column for each position of the sequence after the append.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
                                                const float *v, const tq_attend_params *params, const tq_executor *executor);
@@ -500,24 +500,24 @@ typedef struct tq_batch_rows {
     tq_dtype dtype;    /* of q, k, v and out */
     const void *q;     /* [n, n_head, head_dim] with the strides below, in elements; 0: contiguous */
     const void *k, *v; /* [n, n_head_kv, head_dim], of v head_dim_v; heads contiguous */
-    void *out;         /* [n, n_head, head_dim_v] */
+    void *out;         /* [n, n_head, out_dim] */
     int64_t q_token_stride, q_head_stride, k_token_stride, v_token_stride, out_token_stride, out_head_stride;
     float softmax_scale; /* 0: 1 / sqrt(head_dim) */
     float softcap;       /* 0: none */
     int64_t window;      /* > 0: column > position - window */
     const float *sinks;  /* optional [n_head]: learned sink logits */
-    /* As in tq_attend_params. A column is a position of the row's sequence; rows of the mask and lse are those of q. */
+    /* As in tq_attend_params. A mask has rows as q has, and as columns the positions of a row's sequence with these tokens. */
     const void *mask;
     bool mask_is_f16;
     int64_t mask_token_stride, mask_head_stride;
     const float *alibi_slopes;
-    float *lse;
-    int32_t out_dim;
+    float *lse;      /* [n, n_head] */
+    int32_t out_dim; /* 0: head_dim_v */
 } tq_batch_rows;
 /*
  * Append and attend, as if token by token: a token is exact for the queries for which it is among the last n_recent. Errors:
- * ARGUMENT (no pass, or the layer has had its turn), NOT_FINITE (CPU: nothing was appended; a device says so in a later pass),
- * MEMORY, DEVICE; then tq_cache_length tells what was appended.
+ * ARGUMENT (no pass, or the layer has had its turn), SHAPE (out_dim), NOT_FINITE (CPU: nothing was appended; a device says so
+ * in a later pass), MEMORY, DEVICE; then tq_cache_length tells what was appended.
  */
 TQ_API TQ_NODISCARD tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *rows,
                                               const tq_executor *executor);
@@ -835,7 +835,7 @@ typedef struct tq_paged_attend_params {
     int32_t n_head; /* query heads, a multiple of n_head_kv */
     tq_dtype dtype; /* of q and out */
     const void *q;  /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
-    void *out;      /* likewise, with head_dim_v, or out_dim where that is given, in place of head_dim */
+    void *out;      /* [n_seq * n_query, n_head, out_dim] likewise */
     int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
     float *lse; /* optional [n_seq * n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
     const int32_t *page_table; /* int32 [n_seq, max_pages] */
@@ -871,12 +871,13 @@ typedef struct tq_paged_attend_params {
      */
     const void *new_k, *new_v;
     int64_t new_row_stride; /* elements from one token to the next, in both; 0: both contiguous */
-    /* As in tq_attend_params. A column is a position of the query's sequence; rows are those of q. */
+    /* As in tq_attend_params, in memory of the device. A mask has rows as q has, and as columns the positions of a row's
+     * sequence, of which those behind the query are not read; what it hides may hold any bytes (rows that appends skipped). */
     const void *mask;
     bool mask_is_f16;
     int64_t mask_token_stride, mask_head_stride;
     const float *alibi_slopes;
-    int32_t out_dim;
+    int32_t out_dim;             /* 0: that of the values */
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_attend_params;
 #define TQ_PAGED_WORKSPACE_COUNTERS 32

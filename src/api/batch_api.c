@@ -80,16 +80,23 @@ static int64_t total_of(const tq_batch *batch)
     return n;
 }
 
-static tq_status check_rows(const tq_batch *batch, const tq_batch_rows *rows)
+/* head_dim_v: of the layer's values. */
+static tq_status check_rows(const tq_batch *batch, const tq_batch_rows *rows, int32_t head_dim_v)
 {
     if (rows->dtype != TQ_DTYPE_F32 && rows->dtype != TQ_DTYPE_F16 && rows->dtype != TQ_DTYPE_BF16) {
         tq_log(TQ_LOG_ERROR, WHO ": dtype is %d, which does not exist", (int)rows->dtype);
         return TQ_ERR_ARGUMENT;
     }
-    const int64_t strides[] = {rows->q_token_stride, rows->q_head_stride,    rows->k_token_stride,
-                               rows->v_token_stride, rows->out_token_stride, rows->out_head_stride};
+    const int64_t strides[] = {rows->q_token_stride,
+                               rows->q_head_stride,
+                               rows->k_token_stride,
+                               rows->v_token_stride,
+                               rows->out_token_stride,
+                               rows->out_head_stride,
+                               rows->mask ? rows->mask_token_stride : 0,
+                               rows->mask ? rows->mask_head_stride : 0};
     for (size_t i = 0; i < sizeof strides / sizeof *strides; i++) {
-        if (strides[i] >= 0 && tq_check_stride(total_of(batch), strides[i])) continue;
+        if (strides[i] >= 0 && tq_check_stride(total_of(batch) + batch->n_head, strides[i])) continue;
         tq_log(TQ_LOG_ERROR, WHO ": a stride is negative or overflows");
         return TQ_ERR_ARGUMENT;
     }
@@ -101,11 +108,9 @@ static tq_status check_rows(const tq_batch *batch, const tq_batch_rows *rows)
         tq_log(TQ_LOG_ERROR, WHO ": softmax_scale must be finite, softcap and window positive, or 0 for none");
         return TQ_ERR_ARGUMENT;
     }
-    if (rows->mask || rows->alibi_slopes || rows->lse || rows->out_dim) {
-        tq_log(TQ_LOG_ERROR, WHO ": no masks, ALiBi slopes, lse or out_dim");
-        return TQ_ERR_ARGUMENT;
-    }
-    return TQ_OK;
+    if (rows->out_dim >= 0 && rows->out_dim <= head_dim_v) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, WHO ": out_dim is %d, but the values have head_dim %d", (int)rows->out_dim, (int)head_dim_v);
+    return TQ_ERR_SHAPE;
 }
 
 static void set_stride(int64_t *stride, int64_t contiguous)
@@ -125,8 +130,26 @@ static const float *plain_rows(const tq_batch_rows *rows, const void *x, int64_t
 /* Shapes of a layer. */
 typedef struct widths {
     int64_t k, v, q, out; /* of a token */
-    int32_t head_dim, head_dim_v;
+    int32_t head_dim, out_dim;
 } widths;
+
+/* What is neither queries nor results: of the tokens from `first` on. */
+static void set_options(tq_attend_params *params, const tq_batch_rows *rows, int64_t first)
+{
+    params->softmax_scale = rows->softmax_scale;
+    params->softcap = rows->softcap;
+    params->window = rows->window;
+    params->sinks = rows->sinks;
+    params->alibi_slopes = rows->alibi_slopes;
+    params->out_dim = rows->out_dim;
+    if (rows->lse) params->lse = rows->lse + first * params->n_head;
+    if (!rows->mask) return;
+    size_t element = rows->mask_is_f16 ? sizeof(uint16_t) : sizeof(float);
+    params->mask = (const uint8_t *)rows->mask + (size_t)(first * rows->mask_token_stride) * element;
+    params->mask_is_f16 = rows->mask_is_f16;
+    params->mask_token_stride = rows->mask_token_stride;
+    params->mask_head_stride = rows->mask_head_stride;
+}
 
 /* The tokens of row i, which are `first` and those behind it. */
 static tq_status prefill_row(const tq_batch *batch, int32_t i, int32_t layer, int64_t first, const tq_batch_rows *rows,
@@ -138,10 +161,7 @@ static tq_status prefill_row(const tq_batch *batch, int32_t i, int32_t layer, in
     const float *v = plain_rows(rows, rows->v, first, n, rows->v_token_stride, w.v, v_scratch);
     tq_attend_params params = {.struct_size = sizeof params};
     params.n_head = batch->n_head;
-    params.softmax_scale = rows->softmax_scale;
-    params.softcap = rows->softcap;
-    params.window = rows->window;
-    params.sinks = rows->sinks;
+    set_options(&params, rows, first);
     if (rows->dtype == TQ_DTYPE_F32) {
         params.q = (const float *)rows->q + first * rows->q_token_stride;
         params.q_token_stride = rows->q_token_stride, params.q_head_stride = rows->q_head_stride;
@@ -155,11 +175,11 @@ static tq_status prefill_row(const tq_batch *batch, int32_t i, int32_t layer, in
         tq_floats_read(rows->dtype, rows->q, at, w.head_dim, q + j * w.head_dim);
     }
     params.q = q, params.q_token_stride = w.q, params.q_head_stride = w.head_dim;
-    params.out = out, params.out_token_stride = w.out, params.out_head_stride = w.head_dim_v;
+    params.out = out, params.out_token_stride = w.out, params.out_head_stride = w.out_dim;
     TQ_TRY(tq_cache_prefill(batch->cache, batch->seqs[i], layer, n, k, v, &params, executor));
     for (int64_t j = 0; j < n * batch->n_head; j++) {
         int64_t at = (first + j / batch->n_head) * rows->out_token_stride + j % batch->n_head * rows->out_head_stride;
-        tq_floats_write(rows->dtype, rows->out, at, w.head_dim_v, out + j * w.head_dim_v);
+        tq_floats_write(rows->dtype, rows->out, at, w.out_dim, out + j * w.out_dim);
     }
     return TQ_OK;
 }
@@ -194,18 +214,19 @@ tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *r
         tq_log(TQ_LOG_ERROR, WHO ": there is no layer %d; there are %d", (int)layer, (int)shape->n_layer);
         return TQ_ERR_RANGE;
     }
-    TQ_TRY(check_rows(batch, &own));
-    widths w = {.head_dim = tq_shape_side(shape, layer, TQ_SIDE_K)->codec->head_dim,
-                .head_dim_v = tq_shape_side(shape, layer, TQ_SIDE_V)->codec->head_dim};
-    w.k = (int64_t)shape->n_head_kv * w.head_dim, w.v = (int64_t)shape->n_head_kv * w.head_dim_v;
-    w.q = (int64_t)batch->n_head * w.head_dim, w.out = (int64_t)batch->n_head * w.head_dim_v;
+    int32_t head_dim_v = tq_shape_side(shape, layer, TQ_SIDE_V)->codec->head_dim;
+    TQ_TRY(check_rows(batch, &own, head_dim_v));
+    if (own.out_dim == 0) own.out_dim = head_dim_v;
+    widths w = {.head_dim = tq_shape_side(shape, layer, TQ_SIDE_K)->codec->head_dim, .out_dim = own.out_dim};
+    w.k = (int64_t)shape->n_head_kv * w.head_dim, w.v = (int64_t)shape->n_head_kv * head_dim_v;
+    w.q = (int64_t)batch->n_head * w.head_dim, w.out = (int64_t)batch->n_head * w.out_dim;
     if (own.softmax_scale == 0.0f) own.softmax_scale = 1.0f / sqrtf((float)w.head_dim);
     set_stride(&own.q_token_stride, w.q);
     set_stride(&own.q_head_stride, w.head_dim);
     set_stride(&own.k_token_stride, w.k);
     set_stride(&own.v_token_stride, w.v);
     set_stride(&own.out_token_stride, w.out);
-    set_stride(&own.out_head_stride, w.head_dim_v);
+    set_stride(&own.out_head_stride, w.out_dim);
     if (own.k_token_stride < w.k || own.v_token_stride < w.v) {
         tq_log(TQ_LOG_ERROR, WHO ": k_token_stride or v_token_stride is less than a row");
         return TQ_ERR_ARGUMENT;

@@ -420,6 +420,12 @@ static const void *rows_at(const void *rows, int64_t first, int64_t stride, tq_d
     return (const uint8_t *)rows + (size_t)(first * stride) * element_bytes(dtype);
 }
 
+static const void *mask_at(const tq_batch_rows *rows, int64_t first)
+{
+    if (!rows->mask) return NULL;
+    return rows_at(rows->mask, first, rows->mask_token_stride, rows->mask_is_f16 ? TQ_DTYPE_F16 : TQ_DTYPE_F32);
+}
+
 /* The lengths that a part's queries see, on the device: those after the pass, or at the end of the part. */
 static tq_status lengths_of_part(tq_pass *pass, const row_part *part, const int32_t **out)
 {
@@ -467,6 +473,13 @@ static tq_status attend_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows
         .q_head_stride = rows->q_head_stride,
         .out_token_stride = rows->out_token_stride,
         .out_head_stride = rows->out_head_stride,
+        .out_dim = rows->out_dim,
+        .lse = rows->lse ? rows->lse + part->first * pass->n_head : NULL,
+        .mask = mask_at(rows, part->first),
+        .mask_is_f16 = rows->mask_is_f16,
+        .mask_token_stride = rows->mask_token_stride,
+        .mask_head_stride = rows->mask_head_stride,
+        .alibi_slopes = rows->alibi_slopes,
         .page_table = pass->table + (size_t)part->row * (size_t)pass->width,
         .page_table_stride = pass->width,
         .seq_lens = lengths,

@@ -190,8 +190,11 @@ tq_status tq_cuda_check_attend(const tq_paged_store *store, const tq_paged_atten
         return TQ_ERR_SHAPE;
     }
     if (params->max_seq_len < 0 || params->max_seq_len > (INT64_C(1) << 30)) return bad("attend: max_seq_len is out of range");
-    if (params->mask || params->alibi_slopes) return bad("attend: kernels know no masks and no ALiBi slopes");
-    if (params->out_dim != 0 && params->out_dim != store->head_dim) return bad("attend: out_dim must be the head_dim, or 0");
+    if (params->out_dim < 0 || params->out_dim > store->head_dim) {
+        tq_log(TQ_LOG_ERROR, "CUDA: attend: out_dim is %d, but the values have head_dim %d", (int)params->out_dim,
+               (int)store->head_dim);
+        return TQ_ERR_SHAPE;
+    }
     int64_t n_rows = (int64_t)params->n_query * (params->n_head / store->n_head_kv);
     if (n_rows > TQ_CUDA_ROWS_MAX) return bad("attend: more than 65536 query rows of a KV head");
     int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * tq_ceil_div(n_rows, TQ_TILE_ROWS);
@@ -226,9 +229,10 @@ tq_status tq_cuda_attend(const tq_paged_store *store, const tq_paged_attend_para
     if (copy.window < 0) return bad("attend: window must be positive, or 0 for none");
     if ((uintptr_t)copy.workspace % 128 != 0) return bad("attend: workspace must be aligned to 128 bytes");
     if (copy.q_head_stride == 0) copy.q_head_stride = store->head_dim;
-    if (copy.out_head_stride == 0) copy.out_head_stride = store->head_dim;
+    if (copy.out_dim == 0) copy.out_dim = store->head_dim;
+    if (copy.out_head_stride == 0) copy.out_head_stride = copy.out_dim;
     if (copy.q_token_stride == 0) copy.q_token_stride = (int64_t)copy.n_head * store->head_dim;
-    if (copy.out_token_stride == 0) copy.out_token_stride = (int64_t)copy.n_head * store->head_dim;
+    if (copy.out_token_stride == 0) copy.out_token_stride = (int64_t)copy.n_head * copy.out_dim;
     const tq_device_table *table;
     char message[TQ_DEVICE_MESSAGE] = "";
     TQ_TRY(tq_device_load(&table));

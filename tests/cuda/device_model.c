@@ -390,6 +390,66 @@ static float sink_value(int32_t head)
     return (float)(head % 5) - 1.0f;
 }
 
+int32_t model_out_dim(const model *m)
+{
+    return m->s.out_dim ? m->s.out_dim : m->s.head_dim;
+}
+
+static int32_t heads_of(const model *m)
+{
+    return m->s.group * m->s.n_head_kv;
+}
+
+static float slope_value(int32_t head)
+{
+    return head % 5 == 1 ? 0.0f : 0.5f / (float)(1 + head);
+}
+
+/* A mask's number: a function of its place. Every seventh row hides all. */
+static float mask_value(const model *m, int32_t seq, int64_t position, int32_t head, int64_t column)
+{
+    uint64_t row = ((uint64_t)seq * (uint64_t)m->max_len + (uint64_t)position) * (uint64_t)heads_of(m);
+    if (m->s.mask_of_heads) row += (uint64_t)head;
+    tq_random random = tq_random_stream(row * (uint64_t)m->max_len + (uint64_t)column, 11);
+    uint64_t drawn = tq_random_next(&random) % 1000;
+    if (drawn < 300 || position % 7 == 3) return -INFINITY;
+    return tq_half_to_float(tq_half_from_float((float)drawn / 250 - 3));
+}
+
+static double bias_value(const model *m, int32_t seq, int64_t position, int32_t head, int64_t column)
+{
+    double slope = m->s.alibi ? (double)slope_value(head) : 1;
+    if (!m->s.mask) return m->s.alibi ? -slope * (double)(position - column) : 0;
+    double x = (double)mask_value(m, seq, position, head, column);
+    return isinf(x) ? x : slope * x;
+}
+
+void model_set_bias(const model *m, tq_paged_attend_params *params, const int32_t *seqs, const int64_t *positions, size_t n)
+{
+    size_t width = (size_t)m->max_len + 3, heads = m->s.mask_of_heads ? (size_t)heads_of(m) : 1;
+    params->out_dim = m->s.out_dim;
+    if (m->s.alibi) {
+        float *slopes = malloc((size_t)heads_of(m) * sizeof(float));
+        for (int32_t head = 0; head < heads_of(m); head++) slopes[head] = slope_value(head);
+        params->alibi_slopes = device_copy_of(slopes, (size_t)heads_of(m) * sizeof(float));
+        free(slopes);
+    }
+    if (!m->s.mask) return;
+    params->mask_is_f16 = m->s.mask_is_f16;
+    params->mask_head_stride = m->s.mask_of_heads ? (int64_t)width : 0;
+    params->mask_token_stride = (int64_t)(heads * width + 5);
+    size_t count = n * (size_t)params->mask_token_stride;
+    float *mask = malloc((count + 1) * sizeof(float));
+    for (size_t i = 0; i < count; i++) mask[i] = NAN; /* what nobody may look at */
+    for (size_t i = 0; i < n * heads; i++) {
+        float *row = mask + i / heads * (size_t)params->mask_token_stride + i % heads * width;
+        int64_t position = positions[i / heads];
+        for (int64_t c = 0; c <= position; c++) row[c] = mask_value(m, seqs[i / heads], position, (int32_t)(i % heads), c);
+    }
+    params->mask = device_typed_copy(mask, count, m->s.mask_is_f16 ? TQ_DTYPE_F16 : TQ_DTYPE_F32);
+    free(mask);
+}
+
 double model_attend_row(const model *m, int32_t seq, int64_t position, int64_t oldest_exact, int32_t head, const float *q,
                         bool narrow, double *weights, double *out)
 {
@@ -397,6 +457,7 @@ double model_attend_row(const model *m, int32_t seq, int64_t position, int64_t o
     int32_t d = s->head_dim;
     const float scale = 1.0f / sqrtf((float)d), sink = sink_value(head);
     const int64_t own = position + 1 - s->n_recent, recent = own > oldest_exact ? own : oldest_exact;
+    const int32_t query_head = head;
     head /= s->group;
     int64_t begin = s->window > 0 && position + 1 > s->window ? position + 1 - s->window : 0;
     double max = s->sinks ? (double)sink : -INFINITY, sum = 0;
@@ -406,13 +467,13 @@ double model_attend_row(const model *m, int32_t seq, int64_t position, int64_t o
         for (int32_t i = 0; i < d; i++) dot += (double)(narrow ? bf16(q[i]) : q[i]) * (double)(narrow ? bf16(key[i]) : key[i]);
         dot *= (double)scale;
         if (s->softcap > 0) dot = (double)s->softcap * tanh(dot / (double)s->softcap);
-        weights[c] = dot;
-        if (dot > max) max = dot;
+        weights[c] = dot + bias_value(m, seq, position, query_head, c);
+        if (weights[c] > max) max = weights[c];
     }
     for (int32_t i = 0; i < d; i++) out[i] = 0;
     for (int64_t c = begin; c <= position; c++) {
         const float *value = (c < s->n_sink || c >= recent ? m->rows : m->decoded)[1] + model_row_of(m, seq, c, head);
-        double p = exp(weights[c] - max);
+        double p = isinf(weights[c]) ? 0 : exp(weights[c] - max);
         sum += p;
         if (narrow) p = (double)bf16((float)p);
         for (int32_t i = 0; i < d; i++) out[i] += p * (double)(narrow ? bf16(value[i]) : value[i]);
@@ -439,6 +500,7 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
     p.q = device_typed_copy(q, rows * width, s->dtype);
     p.out = device_alloc(rows * width * sizeof(float), 0xff);
     p.lse = device_alloc(rows * (size_t)n_head * sizeof(float), 0xff);
+    p.out_head_stride = s->head_dim, p.out_token_stride = (int64_t)width;
     p.page_table = m->device_page_table + first * m->max_pages, p.page_table_stride = m->max_pages;
     p.seq_lens_are_64 = true;
     p.seq_lens = device_copy_of(s->lens + first, (size_t)n * sizeof(int64_t));
@@ -446,6 +508,13 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
     int32_t *slots = malloc((size_t)n * sizeof(int32_t));
     for (int32_t i = 0; i < n; i++) slots[i] = first + i;
     p.exact_slots = device_copy_of(slots, (size_t)n * sizeof(int32_t));
+    int32_t *seqs = malloc(rows * sizeof(int32_t));
+    int64_t *positions = malloc(rows * sizeof(int64_t));
+    for (size_t i = 0; i < rows; i++) {
+        seqs[i] = first + (int32_t)i / s->n_query;
+        positions[i] = s->lens[seqs[i]] - s->n_query + (int32_t)i % s->n_query;
+    }
+    model_set_bias(m, &p, seqs, positions, rows);
     p.softmax_scale = 1.0f / sqrtf((float)s->head_dim);
     p.softcap = s->softcap, p.window = s->window, p.deterministic = s->deterministic;
     p.sinks = s->sinks ? device_copy_of(sinks, (size_t)n_head * sizeof(float)) : NULL;
@@ -464,13 +533,13 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
         free(narrow);
     }
     device_read(lse, p.lse, rows * (size_t)n_head * sizeof(float));
-    free(q), free(sinks), free(slots);
+    free(q), free(sinks), free(slots), free(seqs), free(positions);
 }
 
 float *model_check_attend(model *m)
 {
     const setup *s = &m->s;
-    int32_t n_head = s->group * s->n_head_kv, d = s->head_dim;
+    int32_t n_head = s->group * s->n_head_kv, d = s->head_dim, out_dim = model_out_dim(m);
     size_t rows = (size_t)s->n_seq * (size_t)s->n_query * (size_t)n_head;
     float *out = malloc(rows * (size_t)d * sizeof(float)), *lse = malloc(rows * sizeof(float)), *q = malloc((size_t)d * 4);
     double *weights = malloc((size_t)(m->max_len + 1) * sizeof(double)), *exact = malloc((size_t)d * 8),
@@ -484,7 +553,10 @@ float *model_check_attend(model *m)
         const int64_t oldest = s->lens[seq] - (s->n_ring ? s->n_ring : s->n_recent);
         double l = model_attend_row(m, seq, position, oldest, head, q, false, weights, exact);
         double ln = model_attend_row(m, seq, position, oldest, head, q, true, weights, narrow);
-        for (int32_t i = 0; i < d; i++) {
+        for (int32_t i = out_dim; i < d; i++) { /* as it was before */
+            CHECK(isnan(out[row * (size_t)d + (size_t)i]), "row %zu: more than out_dim values are written", row);
+        }
+        for (int32_t i = 0; i < out_dim; i++) {
             double x = (double)out[row * (size_t)d + (size_t)i];
             if (!CHECK(isfinite(x), "row %zu: not finite", row)) break;
             error += (x - exact[i]) * (x - exact[i]);
@@ -498,6 +570,7 @@ float *model_check_attend(model *m)
             lse_narrow = fmax(lse_narrow, fabs(ln - l));
         }
     }
+    size = size > 0 ? size : 1; /* no row sees anything */
     error = sqrt(error / size), error_narrow = sqrt(error_narrow / size);
     CHECK(error <= 2 * error_narrow, "error %.2e, but BF16 has %.2e", error, error_narrow);
     CHECK(lse_error <= 4 * lse_narrow + 1e-3, "lse is off by %.2e, BF16's by %.2e", lse_error, lse_narrow);

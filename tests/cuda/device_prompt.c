@@ -115,14 +115,18 @@ typedef struct errors {
 static void add_errors(errors *e, const model *m, const answers *a, const piece *p, const int64_t *done, const float *out,
                        const float *lse)
 {
-    size_t d = (size_t)m->s.head_dim, row = 0;
+    size_t d = (size_t)m->s.head_dim, out_dim = (size_t)model_out_dim(m), row = 0;
     for (int32_t seq = 0; seq < N_SEQ; seq++) {
         for (int64_t position = done[seq]; position < p->lens[seq]; position++) {
             for (int32_t head = 0; head < heads_of(m); head++, row++) {
                 size_t at = answer_of(m, seq, position) + (size_t)head * (d + 1);
-                for (size_t i = 0; i < d; i++) {
-                    double x = (double)out[row * d + i] - a->exact[at + i], narrow = a->narrow[at + i] - a->exact[at + i];
+                for (size_t i = 0; i < out_dim; i++) {
+                    double x = (double)out[row * out_dim + i] - a->exact[at + i], narrow = a->narrow[at + i] - a->exact[at + i];
                     e->error += isfinite(x) ? x * x : INFINITY, e->error_narrow += narrow * narrow;
+                }
+                if (isinf(a->exact[at + d])) { /* it sees nothing */
+                    CHECK((double)lse[row] == a->exact[at + d], "row %zu: lse is %g", row, (double)lse[row]);
+                    continue;
                 }
                 e->lse_error = fmax(e->lse_error, fabs((double)lse[row] - a->exact[at + d]));
                 e->lse_narrow = fmax(e->lse_narrow, fabs(a->narrow[at + d] - a->exact[at + d]));
@@ -157,9 +161,10 @@ static void run_prompts(model *m, const answers *a, int64_t cut, const tq_paged_
         attend.n_query = p.longest, attend.new_k = append.k, attend.new_v = append.v;
         attend.query_starts = device_copy_of(p.starts, sizeof p.starts),
         attend.seq_lens = device_copy_of(p.lens, sizeof p.lens);
-        size_t n_numbers = n * heads * (size_t)s->head_dim;
+        model_set_bias(m, &attend, p.seqs, p.positions, n);
+        size_t n_numbers = n * heads * (size_t)model_out_dim(m);
         void *out = device_alloc(n_numbers * 4, 0xff);
-        attend.q = device_typed_copy(p.q, n_numbers, s->dtype);
+        attend.q = device_typed_copy(p.q, n * heads * (size_t)s->head_dim, s->dtype);
         attend.out = out, attend.lse = device_alloc(n * heads * 4, 0xff);
         CHECK(tq_paged_attend(&m->store, &attend, NULL) == TQ_OK, "attend");
         append.half = TQ_APPEND_STORE;
@@ -183,9 +188,10 @@ static void run_prompts(model *m, const answers *a, int64_t cut, const tq_paged_
 static void test_prompt_of(const char *what, setup s, uint64_t seed)
 {
     static const int64_t cuts[] = {1, 7, 64, 100, 1000};
-    device_test("%s: formats %d/%d, head_dim %d, %d queries a KV head, sinks %d, last %d exact, ring %d, dtype %d, window %d",
+    device_test("%s: formats %d/%d, head_dim %d, %d queries a KV head, sinks %d, last %d exact, ring %d, dtype %d, window %d, "
+                "mask %d, ALiBi %d, out_dim %d",
                 what, (int)s.k_format, (int)s.v_format, s.head_dim, s.group, s.n_sink, s.n_recent, s.n_ring, (int)s.dtype,
-                (int)s.window);
+                (int)s.window, s.mask, s.alibi, s.out_dim);
     model m;
     model_open(&m, &s, seed);
     answers a = answers_open(&m);
@@ -219,8 +225,12 @@ void test_prompt(void)
         s.page_gap = i % 3 ? 48 : 0, s.exact_gap = i % 3 ? 16 : 0;
         if (i % 4 == 1) s.dtype = TQ_DTYPE_BF16, s.bfloat_rows = true;
         test_prompt_of("prompts", s, 900 + (uint64_t)i);
+        setup biased = s;
+        biased.mask = i % 4 != 3, biased.mask_is_f16 = i % 2, biased.mask_of_heads = i % 3 == 0, biased.alibi = i % 4 > 1;
+        biased.out_dim = i % 2 ? s.head_dim - 9 : 0;
+        test_prompt_of("prompts with biases", biased, 900 + (uint64_t)i);
         setenv("TQ_CUDA_PORTABLE", "1", 1), setenv("TQ_CUDA_GENERAL", "1", 1);
-        if (i % 2) test_prompt_of("prompts, portable kernels", s, 900 + (uint64_t)i);
+        test_prompt_of("prompts, portable kernels", i % 2 ? s : biased, 900 + (uint64_t)i);
         unsetenv("TQ_CUDA_PORTABLE"), unsetenv("TQ_CUDA_GENERAL");
     }
     /* More exact tokens than decode has room for scores: what follows few tokens is also prefill. */

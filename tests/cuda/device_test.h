@@ -34,6 +34,8 @@ typedef struct setup {
     float softcap;
     bool sinks, deterministic, outliers, factors;
     bool bfloat_rows; /* rows are also BF16 numbers */
+    bool mask, mask_is_f16, mask_of_heads, alibi;
+    int32_t out_dim; /* 0: head_dim */
     int32_t n_seq;
     const int64_t *lens;
     int64_t first_batch; /* tokens of each sequence appended in the first call; 0: drawn */
@@ -73,6 +75,10 @@ void *device_typed_copy(const float *x, size_t n, tq_dtype dtype);
 size_t model_row_of(const model *m, int32_t seq, int64_t position, int32_t head);
 /* Number i of the model's queries. */
 float model_query_value(const model *m, size_t i);
+/* Values of a result that are written. */
+int32_t model_out_dim(const model *m);
+/* Mask, ALiBi and out_dim of a call, whose n query tokens are at these positions of these sequences. */
+void model_set_bias(const model *m, tq_paged_attend_params *params, const int32_t *seqs, const int64_t *positions, size_t n);
 /* What a query row of head `head` should give: it sees its last n_recent tokens exact, as far as they do not come before
  * oldest_exact. narrow: q, K, V, weights and the result are rounded to BF16, sums in float precision at least. Returns lse. */
 double model_attend_row(const model *m, int32_t seq, int64_t position, int64_t oldest_exact, int32_t head, const float *q,

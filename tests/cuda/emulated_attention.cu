@@ -4,6 +4,8 @@
  * decodes: the kernels for any pair with every pair of formats at every head_dim (Hopper's prefill with some), and those of a
  * pair's own. tests/cuda/check_emulated.py compiles and runs it.
  */
+#include <algorithm>
+
 #include "emulated_launch.h"
 #include "emulated_spec.h"
 
@@ -21,6 +23,8 @@ struct test_setup {
     tq_dtype dtype;
     bool new_rows; /* of the queries' own tokens, which the ring has not yet */
     bool ragged;   /* sequences have different numbers of queries */
+    bias_kind bias;
+    int32_t out_dim;
     int32_t n_query_of(int32_t seq) const
     {
         return ragged && seq > 0 ? (n_query > 2 ? n_query / 2 : 0) : n_query;
@@ -47,6 +51,7 @@ struct test_data {
     int32_t query_starts[N_SEQ + 1];
     std::vector<uint32_t> counters;
     float sinks[N_HEAD];
+    spec_bias bias; /* of the queries */
     int8_t factors[N_HEAD_KV * TQ_DEVICE_HEAD_DIM_MAX];
     int32_t page_table[N_SEQ * PAGES_OF_SEQ];
 
@@ -133,8 +138,10 @@ static void fill_data(test_data &d, uint64_t seed)
     }
     if (tq_codec_create(&d.ref_codec, TQ_FORMAT_SQ8, s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
     const tq_plane key = d.plane(false), value = d.plane(true);
-    d.pages.assign(d.page_stride() * N_PAGES, 0xff); /* NaN in scales, the largest codes */
-    d.exact.assign(N_SEQ * d.exact_stride() + 1, {0xffff});
+    /* NaN in scales, the largest codes; or scales that take values beyond FP16. */
+    const uint8_t poison = s.n_query_of(0) % 2 && s.descending ? 0x7b : 0xff;
+    d.pages.assign(d.page_stride() * N_PAGES, poison);
+    d.exact.assign(N_SEQ * d.exact_stride() + 1, {(uint16_t)(poison << 8 | poison)});
     for (int32_t i = 0; i < N_SEQ * PAGES_OF_SEQ; i++) d.page_table[i] = (3 + i * 5) % N_PAGES;
     std::vector<float> references;
     fill_references(d, &random, references);
@@ -160,6 +167,8 @@ static void fill_data(test_data &d, uint64_t seed)
                     }
                 };
                 draw(x);
+                const bool is_hidden = s.bias.hides(position); /* from all: nothing is written */
+                if (is_hidden) std::fill(x, x + s.head_dim, NAN);
                 if (position >= s.stored_end(seq)) {
                     const size_t row = (size_t)(s.first_query(seq) + position - s.stored_end(seq)) * N_HEAD_KV + head;
                     memcpy(&new_rows[row * s.head_dim], x, s.head_dim * sizeof *x);
@@ -170,9 +179,10 @@ static void fill_data(test_data &d, uint64_t seed)
                     const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_ring;
                     const size_t vector = (size_t)(side * N_HEAD_KV + head) * (s.n_sink + s.n_ring) + entry;
                     __half *to = &d.exact[seq * d.exact_stride() + vector * s.head_dim];
-                    for (int32_t k = 0; k < s.head_dim && position < s.stored_end(seq); k++) to[k] = __float2half_rn(x[k]);
+                    const bool is_stored = position < s.stored_end(seq) && !is_hidden;
+                    for (int32_t k = 0; k < s.head_dim && is_stored; k++) to[k] = __float2half_rn(x[k]);
                 }
-                if (position < s.n_sink || position >= lens[seq] - s.n_recent) continue;
+                if (position < s.n_sink || position >= lens[seq] - s.n_recent || is_hidden) continue;
                 uint8_t bytes[2 + TQ_CODE_BYTES_MAX];
                 float *coded = &d.coded_rows[side][d.row(seq, position, head)];
                 draw(coded); /* another vector, so that it shows which of both a query sees */
@@ -199,6 +209,11 @@ static void fill_data(test_data &d, uint64_t seed)
     }
     d.typed_q = typed(d.q, s.dtype), d.out.assign(d.typed_q.size(), 0xff), d.lse.assign(n_queries * N_HEAD, NAN);
     for (int32_t i = 0; i < N_HEAD; i++) d.sinks[i] = (float)(i % 5) - 1.0f;
+    std::vector<int32_t> positions;
+    for (int32_t seq = 0; seq < N_SEQ; seq++) {
+        for (int32_t i = 0; i < s.n_query_of(seq); i++) positions.push_back(lens[seq] - s.n_query_of(seq) + i);
+    }
+    d.bias.draw(s.bias, N_HEAD, lens[0], positions, &random);
 }
 
 static attend_args args_of(test_data &d)
@@ -236,7 +251,8 @@ static attend_args args_of(test_data &d)
     args.counters = d.counters.data(), args.partials = d.partials.data();
     args.scale_log2 = log2_e / sqrtf((float)s.head_dim);
     args.cap_log2 = s.softcap * log2_e, args.cap_inverse = s.softcap > 0 ? 1.0f / args.cap_log2 : 0.0f;
-    args.window = s.window, args.sinks = s.sinks ? d.sinks : nullptr;
+    args.window = s.window, args.sinks = s.sinks ? d.sinks : nullptr, args.out_dim = s.out_dim;
+    d.bias.set(args, d.bias.typed_mask.data());
     return args;
 }
 
@@ -245,13 +261,27 @@ static double attend_row(const test_data &d, int32_t seq, int32_t i_query, int32
 {
     const test_setup &s = d.s;
     const int32_t position = lens[seq] - s.n_query_of(seq) + i_query;
-    const float *q = &d.q[((size_t)(s.first_query(seq) + i_query) * N_HEAD + head) * s.head_dim];
+    const size_t i_row = (size_t)(s.first_query(seq) + i_query);
+    const float *q = &d.q[(i_row * N_HEAD + head) * s.head_dim];
     const int32_t oldest = s.stored_end(seq) - s.n_ring, own = position - s.n_recent + 1, recent = own > oldest ? own : oldest;
     auto vector = [&](bool side, int32_t column) {
         const bool is_exact = column < s.n_sink || column >= recent;
         return &(is_exact ? d.exact_rows : d.coded_rows)[side][d.row(seq, column, head / GROUP)];
     };
-    return attend_spec({s.head_dim, s.window, s.softcap, s.sinks ? &d.sinks[head] : nullptr}, q, position, narrow, vector, out);
+    const spec_options options = {s.head_dim, s.window, s.softcap, s.sinks ? &d.sinks[head] : nullptr,
+                                  d.bias.of(i_row, head, position)};
+    return attend_spec(options, q, position, narrow, vector, out);
+}
+
+/* Is what stands behind out_dim values as it was before? */
+static bool is_kept(const test_data &d, size_t row)
+{
+    const size_t element = d.s.dtype == TQ_DTYPE_F32 ? 4 : 2;
+    bool kept = true;
+    for (size_t i = (row * d.s.head_dim + d.s.out_dim) * element; i < (row + 1) * d.s.head_dim * element; i++) {
+        kept = kept && d.out[i] == 0xff;
+    }
+    return kept;
 }
 
 static bool check(const test_setup &s, runner run, uint64_t seed)
@@ -261,22 +291,26 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
     fill_data(d, seed);
     run(args_of(d), {N_SEQ, s.descending});
     spec_errors errors;
+    bool kept = true;
     double wanted[256], narrow[256];
     for (int32_t seq = 0; seq < N_SEQ; seq++) {
         for (int32_t i = 0; i < s.n_query_of(seq) * N_HEAD; i++) {
             const size_t row = (size_t)s.first_query(seq) * N_HEAD + i;
             const double lse = attend_row(d, seq, i / N_HEAD, i % N_HEAD, false, wanted);
             const double lse_narrow = attend_row(d, seq, i / N_HEAD, i % N_HEAD, true, narrow);
-            errors.add(s.head_dim, [&](int32_t k) { return number_at(d.out, s.dtype, row * s.head_dim + k); }, wanted, narrow,
+            kept = kept && is_kept(d, row);
+            errors.add(s.out_dim, [&](int32_t k) { return number_at(d.out, s.dtype, row * s.head_dim + k); }, wanted, narrow,
                        d.lse[row], lse, lse_narrow);
         }
     }
-    const bool good = errors.good();
+    const bool good = errors.good() && kept;
     printf("%s %s %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
            s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent,
            s.references, s.factors);
-    printf("window %d, softcap %g, learned sinks %d, queries %d and %d, ring of %d, new rows %d, dtype %d: ", s.window,
+    printf("window %d, softcap %g, learned sinks %d, queries %d and %d, ring of %d, new rows %d, dtype %d, ", s.window,
            (double)s.softcap, s.sinks, s.n_query_of(0), s.n_query_of(1), s.n_ring, s.new_rows, (int)s.dtype);
+    s.bias.print();
+    printf("out_dim %d%s: ", s.out_dim, kept ? "" : " (more was written)");
     errors.print();
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     tq_codec_free(d.ref_codec);
@@ -285,7 +319,8 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
 
 static int n_passed, n_failed;
 
-/* Options by a number; prefill wants many queries, and Hopper's more tokens, since its tiles have up to 128. */
+/* Options by a number, but for masks, ALiBi and out_dim, which are drawn; prefill wants many queries, and Hopper's more tokens,
+ * since its tiles have up to 128. */
 static void test(const char *kernel, runner run, tq_format k, tq_format v, int32_t head_dim, bool is_prefill, int i)
 {
     test_setup s = {};
@@ -302,6 +337,9 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     if (i % 4 > 1) s.page_gap = 16 * (i % 3), s.exact_gap = 8 * (i % 5);
     if (i % 4 > 1 && s.n_recent > 0) s.n_ring += i % 6 * 9;
     s.dtype = (tq_dtype)(i % 3), s.new_rows = s.n_recent > 0 && i % 2, s.ragged = i % 5 == 1 || i % 5 == 4;
+    tq_random random = tq_random_stream(1000 * (uint64_t)head_dim + (uint64_t)i, 3);
+    if (strcmp(kernel, "own decode") != 0) s.bias = draw_kind(&random);
+    s.out_dim = tq_random_next(&random) % 3 ? head_dim : 1 + (int32_t)(tq_random_next(&random) % (uint32_t)head_dim);
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
     else n_failed++;
 }

@@ -349,6 +349,16 @@ static tq_status read_sequence(float *out, const context *c, const tq_paged_atte
     return TQ_OK;
 }
 
+/* What mask and ALiBi add for a row of q. */
+static double bias_of(const tq_paged_attend_params *p, int64_t token, int32_t head, int64_t position, int64_t column)
+{
+    double slope = p->alibi_slopes ? (double)p->alibi_slopes[head] : 1;
+    if (!p->mask) return p->alibi_slopes ? -slope * (double)(position - column) : 0;
+    int64_t at = token * p->mask_token_stride + head * p->mask_head_stride + column;
+    double x = (double)load(p->mask, p->mask_is_f16 ? TQ_DTYPE_F16 : TQ_DTYPE_F32, at);
+    return x == -INFINITY ? x : slope * x;
+}
+
 /* One query row at `position`, which sees as exact its own last n_recent tokens; rows: read_sequence's of keys and of values.
  */
 static void attend_row(const tq_device_store *s, const tq_paged_attend_params *p, const sequence *q, int64_t position,
@@ -359,6 +369,9 @@ static void attend_row(const tq_device_store *s, const tq_paged_attend_params *p
     const int64_t recent = end - s->n_recent > q->oldest_exact ? end - s->n_recent : q->oldest_exact;
     double max = p->sinks ? (double)p->sinks[head] : -INFINITY, sum = 0, out[TQ_DEVICE_HEAD_DIM_MAX] = {0};
     for (int64_t column = begin; column < end; column++) {
+        const double bias = bias_of(p, token, head, position, column);
+        logits[column] = -INFINITY;
+        if (bias == -INFINITY) continue;
         const bool is_exact = column < s->n_sink || column >= recent;
         const float *key = rows[0] + (column + (is_exact ? q->length : 0)) * s->head_dim;
         double dot = 0;
@@ -368,10 +381,11 @@ static void attend_row(const tq_device_store *s, const tq_paged_attend_params *p
         }
         dot *= (double)p->softmax_scale;
         if (p->softcap > 0) dot = (double)p->softcap * tanh(dot / (double)p->softcap);
-        logits[column] = dot;
-        max = fmax(max, dot);
+        logits[column] = dot + bias;
+        max = fmax(max, logits[column]);
     }
     for (int64_t column = begin; column < end; column++) {
+        if (logits[column] == -INFINITY) continue;
         const bool is_exact = column < s->n_sink || column >= recent;
         const float *value = rows[1] + (column + (is_exact ? q->length : 0)) * s->head_dim;
         double weight = exp(logits[column] - max);
@@ -379,7 +393,7 @@ static void attend_row(const tq_device_store *s, const tq_paged_attend_params *p
         for (int32_t i = 0; i < s->head_dim; i++) out[i] += weight * (double)value[i];
     }
     if (p->sinks) sum += exp((double)p->sinks[head] - max);
-    for (int32_t i = 0; i < s->head_dim; i++) {
+    for (int32_t i = 0; i < p->out_dim; i++) {
         float x = sum > 0 ? (float)(out[i] / sum) : 0.0f;
         save(p->out, p->dtype, token * p->out_token_stride + head * p->out_head_stride + i, x);
     }

@@ -15,6 +15,8 @@ struct test_setup {
     int32_t head_dim, page, n_sink, n_recent, n_ring, k_ref_block, window;
     tq_dtype dtype;
     bool factors, descending;
+    bias_kind bias;
+    int32_t out_dim;
     runner decode, prefill;
     void (*append)(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how);
 };
@@ -29,6 +31,7 @@ struct test_data {
     std::vector<float> rows[2][N_SEQ], exact[2][N_SEQ], coded[2][N_SEQ]; /* [position, KV head, head_dim]: of dtype, of FP16 */
     std::vector<float> q[N_SEQ];                                         /* [position, head, head_dim] */
     std::vector<uint8_t> canonical[N_SEQ];                               /* the CPU's pages, in the order of exports */
+    spec_bias bias[N_SEQ];                                               /* of all positions */
     std::vector<double> wanted[N_SEQ], narrow[N_SEQ];                    /* [position, head, head_dim + lse] */
 };
 
@@ -93,6 +96,9 @@ static void fill_rows(test_data &d, tq_random *random, int32_t seq)
         const float factor = s.factors ? tq_channel_factor((int8_t)-d.factors[channel]) : 1.0f;
         d.q[seq][i] = as_type((float)random_gaussian(random) * 1.5f * factor, s.dtype);
     }
+    std::vector<int32_t> positions(lens[seq]);
+    for (int32_t i = 0; i < lens[seq]; i++) positions[i] = i;
+    d.bias[seq].draw(s.bias, N_HEAD, lens[0], positions, random);
 }
 
 /* Attention of all tokens, as if each had come alone. */
@@ -107,7 +113,7 @@ static void fill_wanted(test_data &d, int32_t seq)
             const bool is_exact = c < s.n_sink || c > position - s.n_recent;
             return &(is_exact ? d.exact : d.coded)[side][seq][((size_t)c * N_HEAD_KV + head) * s.head_dim];
         };
-        const spec_options options = {s.head_dim, s.window, 0.0f, nullptr};
+        const spec_options options = {s.head_dim, s.window, 0.0f, nullptr, d.bias[seq].of(position, row % N_HEAD, position)};
         double *wanted = &d.wanted[seq][row * width], *narrow = &d.narrow[seq][row * width];
         const float *q = &d.q[seq][(size_t)row * s.head_dim];
         wanted[s.head_dim] = attend_spec(options, q, position, false, vector, wanted);
@@ -152,6 +158,7 @@ struct piece {
     std::vector<int64_t> slots, positions;
     std::vector<int32_t> seq_ids;
     std::vector<float> rows[2], q;
+    std::vector<uint8_t> mask;
     int32_t lengths[N_SEQ], query_starts[N_SEQ + 1], longest;
 };
 
@@ -171,6 +178,9 @@ static piece piece_of(const test_data &d, const int32_t *done, const int32_t *co
         }
         const float *from = d.q[seq].data() + done[seq] * q_width;
         p.q.insert(p.q.end(), from, from + counts[seq] * q_width);
+        const spec_bias &bias = d.bias[seq];
+        const uint8_t *mask = bias.typed_mask.data() + done[seq] * bias.row_bytes();
+        if (bias.kind.has_mask) p.mask.insert(p.mask.end(), mask, mask + counts[seq] * bias.row_bytes());
         p.lengths[seq] = done[seq] + counts[seq], p.query_starts[seq + 1] = p.query_starts[seq] + counts[seq];
         if (counts[seq] > p.longest) p.longest = counts[seq];
     }
@@ -199,7 +209,8 @@ static attend_args args_of(const test_data &d, const piece &p)
     args.seq_lens = p.lengths, args.query_starts = p.query_starts, args.n_query = p.longest;
     args.n_head = N_HEAD, args.group = GROUP, args.n_row_tiles = blocks_of(p.longest * GROUP, TQ_TILE_ROWS);
     args.scale_log2 = 1.4426950408889634f / sqrtf((float)s.head_dim), args.window = s.window;
-    args.splits_allowed = SPLITS, args.split_records_min = 1;
+    args.splits_allowed = SPLITS, args.split_records_min = 1, args.out_dim = s.out_dim;
+    d.bias[0].set(args, p.mask.data());
     return args;
 }
 
@@ -240,7 +251,7 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
                 const size_t row = (size_t)p.query_starts[seq] * N_HEAD + i;
                 const size_t at = ((size_t)done[seq] * N_HEAD + i) * (s.head_dim + 1);
                 const double *wanted = &d.wanted[seq][at], *narrow = &d.narrow[seq][at];
-                errors.add(s.head_dim, [&](int32_t n) { return number_at(out, s.dtype, row * s.head_dim + n); }, wanted, narrow,
+                errors.add(s.out_dim, [&](int32_t n) { return number_at(out, s.dtype, row * s.head_dim + n); }, wanted, narrow,
                            lse[row], wanted[s.head_dim], narrow[s.head_dim]);
             }
             done[seq] += counts[seq], n_left -= counts[seq];
@@ -296,7 +307,9 @@ static void test(const char *kernels, const test_setup &s, uint64_t seed)
         printf("%s prompt in pieces of %d, %s %s/%s, head_dim %d, page %d, sinks %d, last %d exact, ring %d, references %d, ",
                good ? "ok    " : "FAILED", cut, kernels, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page,
                s.n_sink, s.n_recent, s.n_ring, s.k_ref_block);
-        printf("factors %d, dtype %d, window %d: %d codes differ, ", s.factors, (int)s.dtype, s.window, n_wrong);
+        printf("factors %d, dtype %d, window %d, ", s.factors, (int)s.dtype, s.window);
+        s.bias.print();
+        printf("out_dim %d: %d codes differ, ", s.out_dim, n_wrong);
         errors.print();
         fflush(stdout);
         if (good) n_passed++;
@@ -313,12 +326,15 @@ template <class K, class V, int D> static void test_pair(tq_format k, tq_format 
     s.n_sink = i % 3 == 2 ? 0 : i % 3 ? 30 : 4, s.n_recent = i % 2 ? 64 : 21, s.n_ring = s.n_recent + (i % 3 == 1 ? 9 : 0);
     s.k_ref_block = i % 4 == 3 ? 0 : 64, s.window = i % 4 == 2 ? 70 : 0;
     s.dtype = (tq_dtype)(i % 3), s.factors = i % 2, s.descending = i / 2 % 2;
-    s.append = append<D>;
+    s.append = append<D>, s.out_dim = D;
     s.decode = run_own<K, V, D>, s.prefill = run_hopper<hopper_pair<K, V, D>, D>;
     test("own and Hopper's kernels,", s, 20 + (uint64_t)i);
     s.decode = run_decode<any_formats<D, 16>, D, 8>, s.prefill = run_prefill<D>, s.descending = !s.descending;
     s.dtype = (tq_dtype)((i + 1) % 3);
+    s.bias = {i % 3 > 0, i % 3 == 1, i % 2 == 1, i % 3 == 0 || i == 5}, s.out_dim = i % 2 ? D : D - 7;
     test("general and portable kernels,", s, 40 + (uint64_t)i);
+    s.prefill = run_hopper<hopper_pair<K, V, D>, D>;
+    if (i % 2) test("general and Hopper's kernels,", s, 60 + (uint64_t)i);
 }
 
 int main()

@@ -35,9 +35,11 @@ static tq_format format_of(const char *name)
 
 static void run(const char *what, setup s, uint64_t seed)
 {
-    device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d, references of %d, factors %d",
+    device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d, references of %d, factors %d, "
+                "%s mask, ALiBi %d, out_dim %d",
                 what, name_of(s.k_format), name_of(s.v_format), s.head_dim, s.n_head_kv, s.group, s.n_query, s.page_size,
-                s.n_sink, s.n_recent, s.k_ref_block, s.factors);
+                s.n_sink, s.n_recent, s.k_ref_block, s.factors, s.mask ? s.mask_is_f16 ? "FP16" : "FP32" : "no", s.alibi,
+                s.out_dim);
     model m;
     model_open(&m, &s, seed);
     model_append(&m);
@@ -79,6 +81,14 @@ static setup referring(setup s)
     return s;
 }
 
+/* With a mask, ALiBi, both or neither, and some of the values or all, by a number. */
+static setup biased(setup s, int i)
+{
+    s.mask = i % 4 < 2, s.mask_is_f16 = i / 2 % 2, s.mask_of_heads = i / 4 % 2, s.alibi = i % 4 > 0 && i % 4 < 3;
+    if (i % 3 == 1) s.out_dim = 1 + i * 29 % s.head_dim;
+    return s;
+}
+
 /* Every pair that has kernels of its own; and others, for those that take any, with each format on each side. */
 #define PAIR(D, K, V) {D, #K, #V},
 // clang-format off
@@ -102,11 +112,13 @@ static void test_pairs(void)
         run("pair", s, 100 + i);
         if (i % 2) s.page_size = 128, s.n_sink = 40;
         run("pair", embedded(referring(s), (int)i), 100 + i);
+        if (i % 2) run("pair", biased(embedded(s, (int)i), (int)i / 2), 100 + i);
     }
     for (size_t i = 0; i < N_OTHERS; i++) {
         if (quick && i % 3 != 0) continue;
         setup s = plain(format_of(others[i].k), format_of(others[i].v), others[i].head_dim);
         run("other pair", i % 2 ? s : referring(s), 150 + i);
+        if (i % 2) run("other pair", biased(referring(s), (int)i / 2), 150 + i);
     }
     setenv("TQ_CUDA_GENERAL", "1", 1);
     for (size_t i = 0; i < N_PAIRS; i++) {
@@ -194,6 +206,7 @@ static void test_random(void)
         s.lens = lens;
         if (i == 7) s.n_sink = s.n_recent = 0;
         run("random", i % 3 ? referring(s) : s, 300 + (uint64_t)i);
+        run("random", biased(i % 3 ? s : referring(s), i), 300 + (uint64_t)i);
     }
 }
 
@@ -209,8 +222,9 @@ static void test_prefill_of(const char *what, tq_format k, tq_format v, int32_t 
     if (i % 7 == 5) s.dtype = TQ_DTYPE_BF16, s.n_recent = 200, s.page_size = 96;
     if (i % 7 == 6) s.n_sink = 40, s.page_size = 128;
     run(what, s, seed);
+    run(what, biased(s, i), seed);
     s = referring(s);
-    if (s.k_ref_block) run(what, s, seed);
+    if (s.k_ref_block) run(what, i % 2 ? s : biased(s, i + 1), seed);
 }
 
 /* The kernels of the device's architecture: a pair's own, and those for any; and the one that every architecture has. */
@@ -249,6 +263,7 @@ static void test_long(void)
     s = plain(TQ_FORMAT_TT4, TQ_FORMAT_SQ2, 128);
     s.lens = lens, s.n_seq = 2;
     run("long", s, 402);
+    run("long", biased(s, 1), 403);
 }
 
 /* A sequence's result does not depend on the batch, nor on the bound of lengths; and it is the same each time. */

@@ -52,38 +52,90 @@ static inline float batch_model_read(const void *x, size_t i, tq_dtype dtype)
     return dtype == TQ_DTYPE_F16 ? tq_half_to_float(half) : tq_bfloat_to_float(half);
 }
 
+/* What queries may do besides, drawn: window, softcap, learned sinks, ALiBi, out_dim, and a mask (malloc) of n rows, of which
+ * some hide all. */
+static inline tq_attend_params batch_model_options(kv_random *random, int64_t n, int64_t n_columns)
+{
+    static const float slopes[N_HEAD] = {.5f, 0, .03f, -.01f}, sinks[N_HEAD] = {1, -1, 0, 2};
+    tq_attend_params p = kv_attend_params(0, N_HEAD, HEAD_DIM, NULL, NULL);
+    p.softmax_scale = 0.125f;
+    int64_t drawn = kv_below(random, 1024);
+    if (drawn % 4 == 1) p.window = 1 + kv_below(random, 90);
+    if (drawn % 8 == 2) p.softcap = 2.0f;
+    if (drawn % 8 == 3) p.sinks = sinks;
+    if (drawn / 8 % 4 == 1) p.alibi_slopes = slopes;
+    if (drawn / 32 % 4 == 1) p.out_dim = 1 + (int32_t)kv_below(random, HEAD_DIM);
+    if (drawn / 128 % 2 == 0) return p;
+    p.mask_is_f16 = drawn / 256 % 2;
+    p.mask_head_stride = drawn / 512 ? n_columns + 3 : 0;
+    p.mask_token_stride = (drawn / 512 ? N_HEAD : 1) * (n_columns + 3) + 5;
+    uint16_t *half = malloc((size_t)(n * p.mask_token_stride + 1) * sizeof(float));
+    float *full = (float *)(void *)half;
+    for (int64_t i = 0; i < n * p.mask_token_stride; i++) {
+        bool is_hidden = i / p.mask_token_stride % 5 == 2 || kv_below(random, 3) == 0;
+        float x = is_hidden ? -INFINITY : kv_uniform(random) * 4 - 3;
+        if (p.mask_is_f16)
+            half[i] = tq_half_from_float(x);
+        else
+            full[i] = tq_half_to_float(tq_half_from_float(x));
+    }
+    p.mask = half;
+    return p;
+}
+
+/* The same of the tokens from `first` on. */
+static inline tq_attend_params batch_model_from(tq_attend_params p, int64_t first)
+{
+    if (p.mask) p.mask = (const uint8_t *)p.mask + first * p.mask_token_stride * (p.mask_is_f16 ? 2 : 4);
+    p.q += first * p.q_token_stride, p.out += first * p.out_token_stride, p.lse += first * N_HEAD;
+    return p;
+}
+
 /* One layer of a pass through a batch and, in a CPU's cache with the same sequences, prefills one after the other. */
 static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int32_t *seqs, const int64_t *n_tok, int32_t layer,
                                      tq_dtype dtype, double tolerance, kv_random *random)
 {
-    int64_t n = 0, first = 0;
-    for (int32_t i = 0; i < N_SEQ; i++) n += n_tok[i];
+    int64_t n = 0, first = 0, n_columns = 0;
+    for (int32_t i = 0; i < N_SEQ; i++) {
+        int64_t length = tq_cache_length(plain, seqs[i], layer) + n_tok[i];
+        n += n_tok[i], n_columns = length > n_columns ? length : n_columns;
+    }
     float *q = batch_model_rows(random, n, N_HEAD), *k = batch_model_rows(random, n, N_HEAD_KV),
           *v = batch_model_rows(random, n, N_HEAD_KV);
     size_t n_out = (size_t)(n * N_HEAD * HEAD_DIM), n_kv = (size_t)(n * N_HEAD_KV * HEAD_DIM);
-    float *wanted = calloc(n_out + 1, sizeof *wanted);
+    float *wanted = calloc(n_out + 1, sizeof *wanted), *lse = calloc((size_t)(2 * n * N_HEAD) + 1, sizeof *lse);
+    tq_attend_params all = batch_model_options(random, n, n_columns);
+    all.q = q, all.out = wanted, all.lse = lse;
+    size_t out_dim = all.out_dim ? (size_t)all.out_dim : HEAD_DIM, n_rows = (size_t)(n * N_HEAD);
     void *own[] = {batch_model_as(q, n_out, dtype), batch_model_as(k, n_kv, dtype), batch_model_as(v, n_kv, dtype),
                    batch_model_as(wanted, n_out, dtype)};
     tq_batch_rows rows = {.struct_size = sizeof rows, .softmax_scale = 1.0f};
     rows.dtype = dtype;
     rows.q = own[0], rows.k = own[1], rows.v = own[2], rows.out = own[3];
-    rows.softmax_scale = 0.125f;
+    rows.softmax_scale = all.softmax_scale, rows.softcap = all.softcap, rows.window = all.window, rows.sinks = all.sinks;
+    rows.mask = all.mask, rows.mask_is_f16 = all.mask_is_f16;
+    rows.mask_token_stride = all.mask_token_stride, rows.mask_head_stride = all.mask_head_stride;
+    rows.alibi_slopes = all.alibi_slopes, rows.out_dim = all.out_dim, rows.lse = lse + n_rows;
     KV_CHECK(tq_batch_attend(batch, layer, &rows, NULL) == TQ_OK);
     for (int32_t i = 0; i < N_SEQ; first += n_tok[i++]) {
-        tq_attend_params params =
-            kv_attend_params(n_tok[i], N_HEAD, HEAD_DIM, q + first * N_HEAD * HEAD_DIM, wanted + first * N_HEAD * HEAD_DIM);
-        params.softmax_scale = 0.125f;
+        tq_attend_params params = batch_model_from(all, first);
         KV_CHECK(tq_cache_prefill(plain, seqs[i], layer, n_tok[i], k + first * N_HEAD_KV * HEAD_DIM,
                                   v + first * N_HEAD_KV * HEAD_DIM, &params, NULL) == TQ_OK);
     }
     double bound = tolerance + (dtype == TQ_DTYPE_F32 ? 0 : dtype == TQ_DTYPE_F16 ? 1e-3 : 8e-3);
-    for (size_t i = 0; i < n_out; i++) {
-        double error = fabs((double)batch_model_read(own[3], i, dtype) - (double)wanted[i]);
+    for (size_t i = 0; i < n_out; i++) { /* without gaps; behind it nothing is written */
+        size_t row = i / out_dim;
+        double value = row < n_rows ? (double)wanted[row * HEAD_DIM + i % out_dim] : 0;
+        double error = fabs((double)batch_model_read(own[3], i, dtype) - value);
         if (!(error <= bound)) fprintf(stderr, "value %zu of %zu is off by %g\n", i, n_out, error);
         KV_CHECK(error <= bound);
     }
+    for (size_t i = 0; i < n_rows; i++) {
+        double error = fabs((double)lse[i] - (double)lse[n_rows + i]);
+        KV_CHECK(lse[i] == lse[n_rows + i] || error <= 10 * tolerance);
+    }
     for (size_t i = 0; i < 4; i++) free(own[i]);
-    free(q), free(k), free(v), free(wanted);
+    free(q), free(k), free(v), free(wanted), free(lse), free((void *)(uintptr_t)all.mask);
 }
 
 /* All tokens of all layers, bit for bit. */

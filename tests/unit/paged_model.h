@@ -46,9 +46,8 @@ static inline bool paged_has_exact(const paged_model *m)
 
 static inline tq_cache *paged_cache(const paged_shape *s)
 {
-    tq_cache_params p;
+    tq_cache_params p = kv_cache_params();
     tq_cache *cache;
-    tq_cache_params_default(&p);
     p.k_format = s->k_format, p.v_format = s->v_format, p.head_dim = s->head_dim, p.head_dim_v = s->head_dim_v;
     p.n_head_kv = s->n_head_kv, p.page_size = s->page_size, p.n_sink = s->n_sink, p.n_recent = s->n_recent;
     p.k_ref_block = s->k_ref_block, p.n_take_back = s->n_recent ? PAGED_DRAFT : 0, p.n_pages = 400;
@@ -272,10 +271,9 @@ static inline void paged_attend(const paged_model *m, const paged_pass *p, const
 static inline void paged_wanted(paged_model *m, const paged_pass *p)
 {
     tq_batch *batch;
-    tq_batch_rows rows;
+    tq_batch_rows rows = {.struct_size = sizeof rows};
     KV_CHECK(tq_batch_create(&batch, m->cache, PAGED_SEQ) == TQ_OK);
     KV_CHECK(tq_batch_begin(batch, m->seqs, p->n_tok, PAGED_GROUP * m->shape.n_head_kv) == TQ_OK);
-    tq_batch_rows_default(&rows);
     rows.dtype = p->dtype, rows.q = p->q, rows.k = p->k, rows.v = p->v, rows.out = p->wanted, rows.softmax_scale = 0.1f;
     KV_CHECK(tq_batch_attend(batch, 0, &rows, NULL) == TQ_OK);
     KV_CHECK(tq_batch_end(batch) == TQ_OK);

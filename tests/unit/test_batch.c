@@ -193,6 +193,13 @@ static void test_refusals(void **state)
         r.dtype = (tq_dtype)7;
         REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
         r.dtype = TQ_DTYPE_F32;
+        r.out_dim = HEAD_DIM + 1;
+        REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_SHAPE);
+        r.out_dim = -1;
+        REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_SHAPE);
+        r.out_dim = 0, r.mask = rows, r.mask_head_stride = INT64_MAX / 8;
+        REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
+        r.mask = NULL; /* then its strides are not read */
         assert_int_equal(tq_batch_attend(batch, 0, &r, NULL), TQ_OK);
         if (device == TQ_DEVICE_CUDA) {
             REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);      /* had its turn */

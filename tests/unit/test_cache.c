@@ -647,10 +647,15 @@ static void test_prefill_is_token_by_token(void **state)
         {TQ_FORMAT_TT4, TQ_FORMAT_SQ3}, {TQ_FORMAT_SQ8, TQ_FORMAT_F16}, {TQ_FORMAT_F16, TQ_FORMAT_TT2}};
     static const int32_t windows[][2] = {{2, 8}, {0, 30}, {3, 0}, {16, 100}};
     static float k[N_TOK * WIDE], v[N_TOK * WIDE], q[N_TOK * N_HEAD * 64], out[2][N_TOK * N_HEAD * 64], lse[2][N_TOK * N_HEAD];
+    static float mask[N_TOK][N_HEAD][N_TOK], slopes[N_HEAD] = {.5f, .1f, .02f, 0};
     kv_random random = {.state = 11};
     kv_fill(&random, k, N_TOK * WIDE);
     kv_fill(&random, v, N_TOK * WIDE);
     kv_fill(&random, q, N_TOK * N_HEAD * 64);
+    for (int i = 0; i < N_TOK * N_HEAD * N_TOK; i++) {
+        bool is_hidden = kv_below(&random, 3) == 0 || i / (N_HEAD * N_TOK) % 9 == 4; /* some rows see nothing */
+        (&mask[0][0][0])[i] = is_hidden ? -INFINITY : kv_uniform(&random) * 2;
+    }
     for (int i = 0; i < 12; i++) {
         tq_cache_params p = small_params();
         p.n_layer = 1;
@@ -669,6 +674,9 @@ static void test_prefill_is_token_by_token(void **state)
         a.q_head_stride = a.out_head_stride = 64;
         a.q_token_stride = a.out_token_stride = N_HEAD * 64;
         a.window = i % 4 == 3 ? 25 : 0;
+        a.mask_token_stride = N_HEAD * N_TOK;
+        a.mask_head_stride = i % 3 ? N_TOK : 0;
+        if (i / 3 % 2) a.alibi_slopes = slopes;
         for (int batched = 0; batched < 2; batched++) {
             assert_int_equal(tq_cache_seq_create(cache, &seqs[batched]), TQ_OK);
             for (int64_t at = 0, n; at < N_TOK; at += n) {
@@ -677,6 +685,7 @@ static void test_prefill_is_token_by_token(void **state)
                 a.q = q + at * a.q_token_stride;
                 a.out = out[batched] + at * a.out_token_stride;
                 a.lse = lse[batched] + at * N_HEAD;
+                if (i % 2) a.mask = mask[at];
                 a.n_query = n;
                 a.first_pos = at;
                 a.causal = true;
@@ -689,14 +698,19 @@ static void test_prefill_is_token_by_token(void **state)
             }
         }
         for (int64_t j = 0; j < N_TOK * N_HEAD; j++) {
-            assert_true(fabsf(lse[0][j] - lse[1][j]) <= 1e-4f * (1 + fabsf(lse[0][j])));
+            bool same = lse[0][j] == lse[1][j] || fabsf(lse[0][j] - lse[1][j]) <= 1e-4f * (1 + fabsf(lse[0][j]));
+            assert_true(same);
+            assert_true(!a.mask || j / N_HEAD % 9 != 4 || isinf(lse[1][j]));
             for (int d = 0; d < 64; d++) assert_true(fabsf(out[0][j * 64 + d] - out[1][j * 64 + d]) < 2e-4f);
         }
         static float read[2][2][N_TOK * WIDE];
         for (int j = 0; j < 2; j++) assert_int_equal(tq_cache_read(cache, seqs[j], 0, 0, N_TOK, read[j][0], read[j][1]), TQ_OK);
         assert_memory_equal(read[0], read[1], sizeof read[0]);
-        a.mask = q;
+        tq_stage *stage;
+        assert_int_equal(tq_stage_create(&stage), TQ_OK);
+        a.mask = NULL, a.key_stage = stage;
         assert_int_equal(tq_cache_prefill(cache, seqs[1], 0, 1, k, v, &a, NULL), TQ_ERR_ARGUMENT);
+        tq_stage_free(stage);
         assert_int_equal(tq_cache_length(cache, seqs[1], 0), N_TOK);
         tq_cache_free(cache);
     }

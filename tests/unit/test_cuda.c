@@ -325,6 +325,9 @@ static void test_calls_are_checked(void **state)
     assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "new_row_stride"));
     attend.new_row_stride++;
+    attend.out_dim = 129;
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_SHAPE);
+    attend.out_dim = 128;
     assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_NO_DEVICE); /* nothing else is missing */
     store.pages = memory + 16;
     assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);

@@ -55,7 +55,7 @@ static void test_presets(void **state)
     (void)state;
     static const int32_t dims[][2] = {{64, 0}, {80, 0}, {128, 0}, {192, 128}}, page_sizes[] = {16, 64, 128, 48};
     uint64_t seed = 1;
-    for (int32_t i = 0; i < tq_preset_count(); i++) {
+    for (int32_t i = 0; tq_preset_get(i); i++) {
         for (int32_t d = 0; d < 4; d++, seed++) {
             paged_shape shape = shape_of_preset(tq_preset_get(i), dims[d][0], dims[d][1], page_sizes[(i + d) % 4]);
             shape.has_factors = i % 2 == 1;
@@ -85,7 +85,7 @@ static void test_on_a_device(void **state)
 {
     (void)state;
     if (!getenv("TQ_CUDA_LIBRARY")) skip();
-    for (int32_t i = 0; i < tq_preset_count(); i++)
+    for (int32_t i = 0; tq_preset_get(i); i++)
         run(shape_of_preset(tq_preset_get(i), i % 2 ? 64 : 128, 0, i % 2 ? 64 : 128), TQ_DEVICE_CUDA, kv_runs(8),
             20 + (uint64_t)i);
     for (size_t i = 4; i < 7; i++) run(others[i], TQ_DEVICE_CUDA, kv_runs(8), 30 + i);

@@ -59,6 +59,11 @@ struct attend_args {
     float scale_log2, cap_log2, cap_inverse; /* of scores in base 2; cap_log2 0: none */
     int32_t window;                          /* 0: none */
     const float *sinks;
+    const void *mask; /* or NULL */
+    bool mask_is_f16;
+    int64_t mask_token_stride, mask_head_stride;
+    const float *slopes; /* of ALiBi, or NULL */
+    int32_t out_dim;     /* so many values of a result are written */
     int32_t splits_allowed, split_records_min;
     bool deterministic, small_blocks, follows_append;
     float *partials;
@@ -120,6 +125,38 @@ __device__ __forceinline__ row_place place_of(const tile_id &tile, const attend_
 __device__ __forceinline__ int32_t end_of(const tile_id &tile, int token)
 {
     return max(tile.length - tile.n_query + token + 1, 0);
+}
+
+/* Mask and ALiBi of a query row. */
+struct row_bias {
+    static constexpr float least = -1e30f; /* a mask's lowest finite number, which is still more than -infinity, in base 2 */
+    const uint8_t *mask;                   /* the number of position 0 */
+    int32_t number_bytes;                  /* of the mask's; 0: there is none */
+    float slope;                           /* in base 2, of the mask's numbers or, without one, of distances */
+    int32_t position;                      /* of the query */
+    __device__ __forceinline__ row_bias(const tile_id &tile, const attend_args &args, int row)
+        : number_bytes(!args.mask ? 0 : args.mask_is_f16 ? 2 : 4), slope(1.4426950408889634f)
+    {
+        const row_place place = place_of(tile, args, row);
+        const int64_t first = place.token * args.mask_token_stride + place.head * args.mask_head_stride;
+        mask = static_cast<const uint8_t *>(args.mask) + first * number_bytes;
+        if (args.slopes) slope *= args.slopes[place.head];
+        position = end_of(tile, token_of(tile.first_row + row, args)) - 1;
+    }
+    /* The score, in base 2, of a position that the row sees but for its mask. What is hidden may have any score. */
+    __device__ __forceinline__ float add(float score, int32_t at) const
+    {
+        float x = (float)(at - position);
+        const uint8_t *number = mask + (int64_t)at * number_bytes;
+        if (number_bytes == 2) x = __half2float(*reinterpret_cast<const __half *>(number));
+        if (number_bytes == 4) x = *reinterpret_cast<const float *>(number);
+        return x == -INFINITY ? -INFINITY : score + fmaxf(slope * x, least);
+    }
+};
+
+__device__ __forceinline__ bool has_bias(const attend_args &args)
+{
+    return args.mask || args.slopes;
 }
 
 /* Each query has its own last n_recent tokens, as if it had come alone. */
@@ -286,6 +323,16 @@ struct exact_finder {
 __device__ __forceinline__ float cap_score(float s, const attend_args &args)
 {
     return args.cap_log2 * tanh_approx(s * args.cap_inverse);
+}
+
+/* A row's result, of which this lane has elements lane16, lane16 + 16, ... */
+template <int D>
+__device__ __forceinline__ void store_result(const float (&x)[D / 16], const tile_id &tile, const attend_args &args, int row,
+                                             int lane16)
+{
+    const row_place place = place_of(tile, args, row);
+    const int64_t first = place.token * args.out_token_stride + place.head * args.out_head_stride + lane16;
+    store_strided(args.out, args.dtype, first, args.out_dim - lane16, x);
 }
 
 /* The queries of a tile, rotated, in bytes: x = (128 high + low) * scale; and as they came, for the exact tokens. */

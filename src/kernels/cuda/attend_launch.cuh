@@ -15,7 +15,8 @@ struct attend_choice {
     int key_kind, value_kind;
     int reference_bytes; /* of a block; 0: no references */
     int shared_bytes;    /* that a block of the device can have */
-    bool general;     /* the kernels for any pair, also where this one has its own */
+    bool general;        /* the kernels for any pair, also where this one has its own */
+    bool has_bias;       /* a mask or ALiBi, which in decode only the kernels for any pair know */
     int n_rows, n_exact; /* query rows of a KV head; exact tokens that a decode block would see */
 };
 

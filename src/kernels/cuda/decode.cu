@@ -88,7 +88,9 @@ template <class K, class V, int D> static attend_launch if_known_fits(const atte
 template <int D> attend_launch find_decode(const attend_choice &choice)
 {
     attend_launch found = nullptr;
-    TQ_PAIRS(TQ_LINE)
+    if (!choice.has_bias) {
+        TQ_PAIRS(TQ_LINE)
+    }
     if (found) return found;
     using large = any_formats<D, 32>;
     using small = any_formats<D, 16>;

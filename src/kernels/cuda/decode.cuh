@@ -242,8 +242,9 @@ template <int D, int N_COPIES> struct any_formats : any_pair<D, N_COPIES> {
 /* One record: 32 tokens, of which row g sees those at positions [begin, end). stage: it and its reference. */
 template <class F, int D>
 __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const query_operand<D> &q, const uint8_t *stage,
-                                              int record_index, const record_bounds &bounds, const attend_args &args,
-                                              const F &formats, const typename F::tables &tables, int lane)
+                                              int record_index, const record_bounds &bounds, const tile_id &tile,
+                                              const attend_args &args, const F &formats, const typename F::tables &tables,
+                                              int lane)
 {
     int t = lane & 3;
     const uint8_t *record = stage + tq_record_within(args.reference_bytes, record_index);
@@ -267,6 +268,17 @@ __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const qu
             if (position < bounds.begin || position >= bounds.end) s[i] = -INFINITY;
         }
     }
+    bool hides = !whole; /* uniform */
+    if constexpr (!F::is_known) {
+        if (has_bias(args)) {
+            const row_bias bias(tile, args, min(lane >> 2, tile.n_rows - 1));
+            hides = true;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (s[i] != -INFINITY) s[i] = bias.add(s[i], record_index * TQ_RECORD_TOKENS + 8 * t + i);
+            }
+        }
+    }
     raise_maximum(acc, s, t);
     float value_scales[8];
     load_scales(value_scales, scales + TQ_RECORD_SCALE_BYTES, t);
@@ -276,7 +288,7 @@ __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const qu
         float p0 = exp2_approx(s[2 * i] - acc.max), p1 = exp2_approx(s[2 * i + 1] - acc.max);
         acc.sum += p0 + p1;
         p0 *= value_scales[2 * i], p1 *= value_scales[2 * i + 1];
-        if (!whole) { /* scales of slots that nobody wrote may be anything */
+        if (hides) { /* scales of slots that nobody wrote may be anything */
             if (s[2 * i] == -INFINITY) p0 = 0.0f;
             if (s[2 * i + 1] == -INFINITY) p1 = 0.0f;
         }
@@ -325,7 +337,7 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
     __syncthreads();
     wait_for_kernel_before(); /* so that this one never ends first, either */
     if (tile.n_exact > 0 && tile.split == tile.n_splits - 1) { /* while the first records are on their way */
-        attend_exact<D, shape::n_threads>(shared.exact, shared.queries, tile, args);
+        attend_exact<D, shape::n_threads, !F::is_known>(shared.exact, shared.queries, tile, args);
     }
     query_operand<D> q = load_queries<D>(shared.queries, args, formats.key_step, lane);
     const record_bounds bounds = bounds_of(tile, args, lane >> 2);
@@ -335,7 +347,8 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
 #pragma unroll 1
     while (waiting[0] < tile.record_end) {
         queue.wait(stage, phase);
-        attend_record<F, D>(acc, q, queue.stages + stage * stage_bytes, waiting[0], bounds, args, formats, tables, lane);
+        attend_record<F, D>(acc, q, queue.stages + stage * stage_bytes, waiting[0], bounds, tile, args, formats, tables,
+                            lane);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i + 1 < N; i++) waiting[i] = waiting[i + 1];
@@ -422,7 +435,7 @@ __device__ __forceinline__ void finish_rows(const float *work, float step, const
 #pragma unroll
         for (int k = 0; k < D / 16; k++) x[k] = work[row * row_floats + stored_position<D>(16 * k + lane16)];
         rotate_back<D>(x, args.rotation, lane16);
-        row_place place = place_of(tile, args, row);
+        const row_place place = place_of(tile, args, row);
         float2 encoded = shared.state[row], exact = tile.n_exact > 0 ? shared.exact.state[row] : make_float2(lowest, 0.0f);
         float sink = args.sinks ? args.sinks[place.head] * log2_e : lowest, max = fmaxf(encoded.x, fmaxf(exact.x, sink));
         float from_encoded = exp2_approx(encoded.x - max), from_exact = exp2_approx(exact.x - max);
@@ -436,8 +449,7 @@ __device__ __forceinline__ void finish_rows(const float *work, float step, const
 #pragma unroll
             for (int k = 0; k < D / 16; k++) x[k] += shared.exact.out[row][16 * k + lane16] * exact_share;
         }
-        int64_t first = place.token * args.out_token_stride + place.head * args.out_head_stride + lane16;
-        store_strided(args.out, args.dtype, first, x);
+        store_result<D>(x, tile, args, row, lane16);
         if (args.lse && lane16 == 0) {
             float lse = sum > 0.0f ? (max + log2f(sum)) / log2_e : -INFINITY;
             args.lse[place.token * args.n_head + place.head] = lse;

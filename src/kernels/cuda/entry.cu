@@ -117,7 +117,7 @@ static attend_launch find_launch(const tq_device_store &store, const tq_paged_at
 {
     attend_choice choice = {codes_kind(store.key.bits, store.key.is_trellis),
                             codes_kind(store.value.bits, store.value.is_trellis), reference_bytes_of(store), 0,
-                            getenv("TQ_CUDA_GENERAL") != nullptr};
+                            getenv("TQ_CUDA_GENERAL") != nullptr, params.mask || params.alibi_slopes};
     choice.n_rows = params.n_query * (params.n_head / store.n_head_kv);
     /* A decode block has rows of so many tokens at most, each with a window of its own. */
     const int32_t n_tokens = params.n_query < TQ_TILE_ROWS ? params.n_query : TQ_TILE_ROWS;
@@ -241,6 +241,10 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     args.cap_inverse = params->softcap > 0.0f ? 1.0f / args.cap_log2 : 0.0f;
     args.window = (int32_t)(params->window < INT32_MAX ? params->window : 0);
     args.sinks = params->sinks;
+    args.mask = params->mask, args.mask_is_f16 = params->mask_is_f16;
+    args.mask_token_stride = params->mask_token_stride, args.mask_head_stride = params->mask_head_stride;
+    args.slopes = params->alibi_slopes;
+    args.out_dim = params->out_dim;
     args.deterministic = params->deterministic;
     args.follows_append = params->follows_append && !is_prefill && !args.new_k && store->n_sink + store->n_recent > 0 &&
                           can_overlap();

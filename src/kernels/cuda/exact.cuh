@@ -12,8 +12,9 @@ template <int D> struct exact_part {
     float2 state[TQ_TILE_ROWS];
 };
 
-/* The whole block. Queries are in place; afterwards `part` is, behind the next barrier. */
-template <int D, int N_THREADS>
+/* The whole block. Queries are in place; afterwards `part` is, behind the next barrier. MAY_HAVE_BIAS: the call may have a mask
+ * or ALiBi. */
+template <int D, int N_THREADS, bool MAY_HAVE_BIAS>
 __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_queries<D> &queries, const tile_id &tile,
                                              const attend_args &args)
 {
@@ -23,7 +24,8 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
     const __half *keys = finder.keys, *values = keys + finder.side;
 
     /* Scores: two tokens of a warp at a time; lane r keeps row r's. */
-    const token_view view = view_of(tile, args, token_of(tile.first_row + min(lane, tile.n_rows - 1), args));
+    const int row_of_lane = min(lane, tile.n_rows - 1);
+    const token_view view = view_of(tile, args, token_of(tile.first_row + row_of_lane, args));
     for (int e0 = warp * at_once; e0 < tile.n_exact; e0 += n_warps * at_once) {
         float x[at_once][D / 32], s[at_once][TQ_TILE_ROWS];
         const int last = min(e0 + at_once, tile.n_exact) - 1;
@@ -71,7 +73,9 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
             mine *= args.scale_log2;
             if (args.cap_log2 > 0.0f) mine = cap_score(mine, args);
             int e = e0 + i;
-            if (!view.sees_exact(finder.position(tile, e), args.n_sink)) mine = -INFINITY;
+            const int32_t position = finder.position(tile, e);
+            if (!view.sees_exact(position, args.n_sink)) mine = -INFINITY;
+            else if (MAY_HAVE_BIAS && has_bias(args)) mine = row_bias(tile, args, row_of_lane).add(mine, position);
             if (lane < tile.n_rows && e < tile.n_exact) part.scores[lane][e] = mine;
         }
     }
@@ -97,6 +101,7 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
     const int d = threadIdx.x % D, i_part = threadIdx.x / D;
     float sum[TQ_TILE_ROWS] = {};
     auto add = [&](int e, float value) {
+        if (MAY_HAVE_BIAS && args.mask && !isfinite(value)) value = 0.0f; /* hidden, and never written */
 #pragma unroll
         for (int row = 0; row < TQ_TILE_ROWS; row++) sum[row] = fmaf(part.scores[row][e], value, sum[row]);
     };

@@ -155,7 +155,7 @@ __device__ __forceinline__ __half2 scale_within(const __half *scales, float step
  * tokens, or NULL. */
 template <int D>
 __device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8_t *record, const uint8_t *reference, int first,
-                                              int begin, int end, const prefill_pair<D> &pair,
+                                              int begin, int end, const attend_args &args, const prefill_pair<D> &pair,
                                               const typename prefill_pair<D>::tables &tables, int warp, int lane)
 {
     const int g = lane >> 2, t = lane & 3;
@@ -171,8 +171,9 @@ __device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8
             });
         } else {
             const int token = 8 * t + 2 * (part - 4);
-            const __half2 scale0 = scale_within(value_scales, pair.value_step, first, token, begin, end);
-            const __half2 scale1 = scale_within(value_scales, pair.value_step, first, token + 1, begin, end);
+            __half2 scale0 = scale_within(value_scales, pair.value_step, first, token, begin, end);
+            __half2 scale1 = scale_within(value_scales, pair.value_step, first, token + 1, begin, end);
+            scale0 = keep_finite(scale0, args), scale1 = keep_finite(scale1, args);
             pair.with_values([&](auto codes) {
                 expand_value_part<decltype(codes), D>(tile.values[token], tile.values[token + 1], record + pair.key_bytes,
                                                       part - 4, scale0, scale1, tables.value, lane);
@@ -197,6 +198,7 @@ __device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_i
         if (e < id.n_exact) finder.load<D>(x, id, args, e, k % 2, lane16);
         if (k % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
         rotate<D>(x, args.rotation, lane16);
+        keep_finite(x, args);
         __half *to = k % 2 ? tile.values[token] : tile.keys[token];
 #pragma unroll
         for (int n = 0; n < D / 16; n++) to[16 * n + lane16] = __float2half_rn(x[n]);
@@ -207,7 +209,8 @@ __device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_i
 /* A tile for the 16 rows of one warp; out: their sums of values. */
 template <int D>
 __device__ __forceinline__ void attend_tile(float (&out)[D / 8][4], prefill_rows &rows, const prefill_tile<D> &tile,
-                                            const __half *queries, const attend_args &args, bool is_exact, bool whole, int lane)
+                                            const __half *queries, const tile_id &id, const attend_args &args, int first_row,
+                                            bool is_exact, bool whole, int lane)
 {
     float s[4][4], factors[2];
 #pragma unroll
@@ -224,7 +227,7 @@ __device__ __forceinline__ void attend_tile(float (&out)[D / 8][4], prefill_rows
 #pragma unroll
         for (int n = 0; n < 4; n++) mma_half(s[n], q1[0], q1[1], q1[2], q1[3], m[n][2], m[n][3]);
     }
-    mask_scores(s, rows, tile.positions, args, is_exact, whole, lane);
+    mask_scores(s, rows, tile.positions, id, args, first_row, is_exact, whole, lane);
     if (weigh_scores(s, rows, factors)) scale_rows(out, factors);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
@@ -283,9 +286,7 @@ __device__ __forceinline__ void prefill_finish(const float (&out)[D / 8][4], con
 #pragma unroll
         for (int k = 0; k < D / 16; k++) x[k] = shared.rows[row][16 * k + lane16];
         rotate_back<D>(x, args.rotation, lane16);
-        row_place place = place_of(id, args, row);
-        int64_t first = place.token * args.out_token_stride + place.head * args.out_head_stride + lane16;
-        store_strided(args.out, args.dtype, first, x);
+        store_result<D>(x, id, args, row, lane16);
     }
 }
 
@@ -335,7 +336,7 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
             const uint8_t *reference = nullptr;
             if (args.reference_bytes > 0) reference = stage + tq_reference_within(pair.record_bytes, index);
             expand_record<D>(tile, stage + tq_record_within(args.reference_bytes, index), reference, index * TQ_RECORD_TOKENS,
-                             id.coded_begin, id.coded_end, pair, tables, warp, lane);
+                             id.coded_begin, id.coded_end, args, pair, tables, warp, lane);
         }
     };
 
@@ -354,8 +355,8 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
         if (N == 1) __syncthreads();
         load(i + N);
         if (i >= 0) {
-            attend_tile<D>(out, rows, shared.work.tiles[i % N], shared.work.queries[16 * warp], args, i >= n_records,
-                           is_whole(i), lane);
+            attend_tile<D>(out, rows, shared.work.tiles[i % N], shared.work.queries[16 * warp], id, args, 16 * warp,
+                           i >= n_records, is_whole(i), lane);
         }
         copies_wait();
         __syncthreads();

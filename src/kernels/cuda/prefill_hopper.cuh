@@ -225,8 +225,9 @@ __device__ __forceinline__ __half2 scales_within(__half2 scales, float step, int
 /* One side of a record, whose first position is `first`, to its place in a tile; one warp. reference: or NULL. */
 template <class F, int D>
 __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int place, bool is_value, const uint8_t *record,
-                                            const uint8_t *reference, int first, int begin, int end, const F &formats,
-                                            const typename F::tables &tables, int lane)
+                                            const uint8_t *reference, int first, int begin, int end,
+                                            const attend_args &args, const F &formats, const typename F::tables &tables,
+                                            int lane)
 {
     using S = hopper_shape<F, D>;
     const uint8_t *from = record + formats.key_bytes + formats.value_bytes + (is_value ? TQ_RECORD_SCALE_BYTES : 0);
@@ -239,6 +240,7 @@ __device__ __forceinline__ void expand_side(uint8_t *keys, uint8_t *values, int 
         for (int i = 0; i < 4; i++) {
             int position = first + 8 * t + 2 * i;
             scales[i] = scales_within(as_half2(pairs[i]), formats.value_step, position, position + 1, begin, end);
+            scales[i] = keep_finite(scales[i], args);
         }
         formats.with_values([&](auto codes) {
             expand_values<decltype(codes), D>(values, S::depth, place * TQ_RECORD_TOKENS, record + formats.key_bytes, scales,
@@ -276,6 +278,7 @@ __device__ __forceinline__ void expand_exact_tile(uint8_t *keys, uint8_t *values
         if (e < id.n_exact) finder.load<D>(x, id, args, e, n % 2, lane16);
         if (n % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
         rotate<D>(x, args.rotation, lane16);
+        keep_finite(x, args);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             int dim = 16 * k + lane16;
@@ -345,7 +348,7 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<F,
                 const uint8_t *record = stage + tq_record_within(reference_bytes, place);
                 const uint8_t *reference = reference_bytes > 0 ? stage + tq_reference_within(record_bytes, place) : nullptr;
                 expand_side<F, D>(keys, values, place, part >= S::n_records, record, reference,
-                                  first + place * TQ_RECORD_TOKENS, coded_begin, coded_end, formats, tables, lane);
+                                  first + place * TQ_RECORD_TOKENS, coded_begin, coded_end, args, formats, tables, lane);
             }
         } else {
             expand_exact_tile<D, S>(keys, values, positions, id, args, i - n_coded);
@@ -393,7 +396,8 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
 
         int begin = (id.record_begin + i * S::n_records) * TQ_RECORD_TOKENS, end = begin + S::n_tokens;
         bool whole = i < n_coded && begin >= whole_begin && end <= whole_end;
-        mask_scores(s, rows, shared.positions + buffer * S::n_tokens, args, i >= n_coded, whole, lane);
+        mask_scores(s, rows, shared.positions + buffer * S::n_tokens, id, args, 64 * group + 16 * warp, i >= n_coded, whole,
+                    lane);
         if (weigh_scores(s, rows, factors)) scale_rows(out, factors);
         uint32_t weights[S::n_tokens / 16][4];
 #pragma unroll
@@ -441,9 +445,7 @@ __device__ __forceinline__ void multiply_tiles(const hopper_shared<hopper_shape<
 #pragma unroll
         for (int k = 0; k < D / 16; k++) x[k] = results[row * row_floats + 16 * k + lane16];
         rotate_back<D>(x, args.rotation, lane16);
-        row_place place = place_of(id, args, 64 * group + row);
-        int64_t first_number = place.token * args.out_token_stride + place.head * args.out_head_stride + lane16;
-        store_strided(args.out, args.dtype, first_number, x);
+        store_result<D>(x, id, args, 64 * group + row, lane16);
     }
 }
 

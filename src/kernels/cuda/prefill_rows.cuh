@@ -13,7 +13,12 @@ struct prefill_rows {
     int32_t oldest_exact;
 };
 
-/* first_row: of the warp, in the tile. */
+/* A lane's row of the tile; first_row: the warp's. Rows behind the tile's last see what that sees. */
+__device__ __forceinline__ int row_of_lane(const tile_id &id, int first_row, int half, int lane)
+{
+    return max(min(first_row + 8 * half + (lane >> 2), id.n_rows - 1), 0);
+}
+
 __device__ __forceinline__ prefill_rows open_rows(const tile_id &id, const attend_args &args, int first_row, int lane)
 {
     prefill_rows rows;
@@ -21,26 +26,16 @@ __device__ __forceinline__ prefill_rows open_rows(const tile_id &id, const atten
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         rows.max[half] = -1e30f, rows.sum[half] = 0.0f;
-        int row = max(min(first_row + 8 * half + (lane >> 2), id.n_rows - 1), 0);
-        rows.end[half] = end_of(id, token_of(id.first_row + row, args));
+        rows.end[half] = end_of(id, token_of(id.first_row + row_of_lane(id, first_row, half, lane), args));
     }
     return rows;
 }
 
-/* Softcap; and, unless all rows see the whole tile, what a row must not see. positions: of the tile's columns, which are exact
- * tokens or coded ones. */
+/* What rows must not see by their positions. */
 template <int N>
-__device__ __forceinline__ void mask_scores(float (&s)[N][4], const prefill_rows &rows, const int *positions,
-                                            const attend_args &args, bool is_exact, bool whole, int lane)
+__device__ __forceinline__ void hide_scores(float (&s)[N][4], const prefill_rows &rows, const int *positions,
+                                            const attend_args &args, bool is_exact, int lane)
 {
-    if (args.cap_log2 > 0.0f) {
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[n][i] = cap_score(s[n][i], args);
-        }
-    }
-    if (whole) return;
     int32_t begin[2], end[2], gap_end[2]; /* but for [n_sink, gap_end) */
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -57,6 +52,69 @@ __device__ __forceinline__ void mask_scores(float (&s)[N][4], const prefill_rows
             if (position < begin[half] || position >= end[half] || in_gap) s[n][i] = -INFINITY;
         }
     }
+}
+
+/* Mask and ALiBi. Scores go through memory, so that the loop over them is not unrolled: it would be an eighth of the code of
+ * Hopper's kernels. */
+template <int N>
+__device__ __forceinline__ void add_biases(float (&s)[N][4], const int *positions, const tile_id &id, const attend_args &args,
+                                           int first_row, int lane)
+{
+    const row_bias biases[2] = {{id, args, row_of_lane(id, first_row, 0, lane)},
+                                {id, args, row_of_lane(id, first_row, 1, lane)}};
+    float sums[N][4];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[n][i] = s[n][i];
+    }
+#pragma unroll 2
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (sums[n][i] == -INFINITY) continue;
+            sums[n][i] = biases[i / 2].add(sums[n][i], positions[8 * n + 2 * (lane & 3) + (i & 1)]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[n][i] = sums[n][i];
+    }
+}
+
+/* Softcap; unless all rows see the whole tile, what a row must not see; mask and ALiBi. positions: of the tile's columns, which
+ * are exact tokens or coded ones; first_row: of the warp, in the tile. */
+template <int N>
+__device__ __forceinline__ void mask_scores(float (&s)[N][4], const prefill_rows &rows, const int *positions, const tile_id &id,
+                                            const attend_args &args, int first_row, bool is_exact, bool whole, int lane)
+{
+    if (args.cap_log2 > 0.0f) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[n][i] = cap_score(s[n][i], args);
+        }
+    }
+    if (!whole) hide_scores(s, rows, positions, args, is_exact, lane);
+    if (has_bias(args)) add_biases(s, positions, id, args, first_row, lane);
+}
+
+/* What nobody wrote may be any bytes. A mask hides its score, but a weight of 0 does not hide values beyond FP16: those become
+ * others, exact ones after their rotation, coded ones by their scales. */
+template <int N> __device__ __forceinline__ void keep_finite(float (&x)[N], const attend_args &args)
+{
+    if (!args.mask) return;
+#pragma unroll
+    for (int k = 0; k < N; k++) x[k] = fminf(fmaxf(x[k], -65504.0f), 65504.0f);
+}
+
+__device__ __forceinline__ __half2 keep_finite(__half2 scales, const attend_args &args)
+{
+    if (!args.mask) return scales;
+    constexpr float most = 65504.0f / 128.0f; /* levels are less than 128 */
+    const float2 two = __half22float2(scales);
+    return __floats2half2_rn(fabsf(two.x) <= most ? two.x : 0.0f, fabsf(two.y) <= most ? two.y : 0.0f);
 }
 
 /* Scores to weights, online. The maximum is raised where a score exceeds it by more than 5, which is rare; true if it was for

@@ -153,16 +153,20 @@ template <int N> __device__ __forceinline__ void load_strided(float (&x)[N], con
     else if (dtype == TQ_DTYPE_F16) load_strided(x, static_cast<const __half *>(rows) + first);
     else load_strided(x, static_cast<const uint16_t *>(rows) + first);
 }
-template <typename T, int N> __device__ __forceinline__ void store_strided(T *base, const float (&x)[N])
+/* Back, as far as they are less than n from the first. */
+template <typename T, int N> __device__ __forceinline__ void store_strided(T *base, int n, const float (&x)[N])
 {
 #pragma unroll
-    for (int k = 0; k < N; k++) from_float(base + 16 * k, x[k]);
+    for (int k = 0; k < N; k++) {
+        if (16 * k < n) from_float(base + 16 * k, x[k]);
+    }
 }
-template <int N> __device__ __forceinline__ void store_strided(void *rows, tq_dtype dtype, int64_t first, const float (&x)[N])
+template <int N>
+__device__ __forceinline__ void store_strided(void *rows, tq_dtype dtype, int64_t first, int n, const float (&x)[N])
 {
-    if (dtype == TQ_DTYPE_F32) store_strided(static_cast<float *>(rows) + first, x);
-    else if (dtype == TQ_DTYPE_F16) store_strided(static_cast<__half *>(rows) + first, x);
-    else store_strided(static_cast<uint16_t *>(rows) + first, x);
+    if (dtype == TQ_DTYPE_F32) store_strided(static_cast<float *>(rows) + first, n, x);
+    else if (dtype == TQ_DTYPE_F16) store_strided(static_cast<__half *>(rows) + first, n, x);
+    else store_strided(static_cast<uint16_t *>(rows) + first, n, x);
 }
 
 #endif
