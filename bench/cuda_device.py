@@ -30,9 +30,21 @@ class Library:
         except Exception:  # before 2026-11-30 scalar formats were called tq8, tq4, tq3 and tq2
             return self._formats.format_number(name.replace("sq", "tq"))
 
-    def filled(self, kind, default):
+    def paged(self, name):
+        """tq_paged_*, which is tq_cuda_* in older libraries."""
+        try:
+            return getattr(self.loaded, f"tq_paged_{name}")
+        except AttributeError:
+            return getattr(self.loaded, f"tq_cuda_{name}")
+
+    def filled(self, kind, name):
+        """A struct of parameters; those of older libraries are not all zeros by default."""
         value = kind()
-        getattr(self.loaded, default)(ctypes.byref(value))
+        try:
+            default = self.paged(f"{name}_default")
+        except AttributeError:
+            return value
+        default(ctypes.byref(value))
         return value
 
     def describe(self):
@@ -51,8 +63,8 @@ class Cache:
     def __init__(self, library, k_format, v_format, head_dim, n_head_kv, page_size, n_pages, n_sink=0, n_recent=0, n_seq=0,
                  references=False, factors=False):
         self.api = library
-        self.store = store = library.filled(library.types.CudaStore, "tq_paged_store_default")
-        store.device = TQ_DEVICE_CUDA  # libraries before 2026-12 had no others
+        self.store = store = library.filled(library.types.CudaStore, "store")
+        store.device = TQ_DEVICE_CUDA  # older libraries have no others
         store.k_format, store.v_format = map(library.format_number, (k_format, v_format))
         store.head_dim, store.n_head_kv, store.page_size, store.n_pages = head_dim, n_head_kv, page_size, n_pages
         store.n_sink, store.n_recent, store.n_exact_slots = n_sink, n_recent, n_seq
@@ -62,19 +74,19 @@ class Cache:
             self.factors = torch.zeros(n_head_kv, head_dim, dtype=torch.int8, device="cuda")
             store.k_factors = self.factors.data_ptr()
         self.sizes = library.types.CudaSizes()
-        library.loaded.tq_paged_sizes_get(ctypes.byref(self.sizes), ctypes.byref(store))
+        library.paged("sizes_get")(ctypes.byref(self.sizes), ctypes.byref(store))
         self.pages = torch.zeros(n_pages * self.sizes.page_bytes, dtype=torch.uint8, device="cuda")
         self.exact = torch.zeros(max(2, n_seq * self.sizes.exact_bytes), dtype=torch.uint8, device="cuda")
         store.pages, store.exact = self.pages.data_ptr(), self.exact.data_ptr()
 
     def append(self, k, v, slots):
         """k, v [n_tok, n_head_kv, head_dim], slots int64 [n_tok]; without sinks and ring."""
-        params = self.api.filled(self.api.types.CudaAppendParams, "tq_paged_append_params_default")
+        params = self.api.filled(self.api.types.CudaAppendParams, "append_params")
         params.n_tok, params.dtype = k.shape[0], DTYPES[k.dtype]
         params.k, params.v, params.slot_mapping = k.data_ptr(), v.data_ptr(), slots.data_ptr()
         plain = type(self.store).from_buffer_copy(self.store)
         plain.n_sink = plain.n_recent = 0
-        self.api.loaded.tq_paged_append(ctypes.byref(plain), ctypes.byref(params), stream())
+        self.api.paged("append")(ctypes.byref(plain), ctypes.byref(params), stream())
 
     def fill(self):
         store, chunk = self.store, 16384
@@ -90,7 +102,7 @@ class Cache:
 
     def attend_params(self, q, out, page_table, seq_lens, max_seq_len, n_query=1, deterministic=False):
         """Parameters with a workspace of their own; the tensors must outlive them."""
-        params = self.api.filled(self.api.types.CudaAttendParams, "tq_paged_attend_params_default")
+        params = self.api.filled(self.api.types.CudaAttendParams, "attend_params")
         params.n_seq, params.n_query, params.n_head = page_table.shape[0], n_query, q.shape[-2]
         params.dtype, params.q, params.out = DTYPES[q.dtype], q.data_ptr(), out.data_ptr()
         params.page_table, params.page_table_stride = page_table.data_ptr(), page_table.stride(0)
@@ -98,10 +110,10 @@ class Cache:
         params.softmax_scale = self.store.head_dim ** -0.5
         params.deterministic = deterministic
         n_bytes = c_size_t()
-        self.api.loaded.tq_paged_workspace_bytes(ctypes.byref(n_bytes), ctypes.byref(self.store), ctypes.byref(params))
+        self.api.paged("workspace_bytes")(ctypes.byref(n_bytes), ctypes.byref(self.store), ctypes.byref(params))
         params.tensors = (q, out, page_table, seq_lens, torch.zeros(n_bytes.value, dtype=torch.uint8, device="cuda"))
         params.workspace, params.workspace_bytes = params.tensors[-1].data_ptr(), n_bytes.value
         return params
 
     def attend(self, params):
-        self.api.loaded.tq_paged_attend(ctypes.byref(self.store), ctypes.byref(params), stream())
+        self.api.paged("attend")(ctypes.byref(self.store), ctypes.byref(params), stream())
