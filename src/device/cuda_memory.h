@@ -10,7 +10,8 @@
 typedef struct tq_cuda_layer {
     tq_device_store store;
     size_t page_bytes, exact_bytes, canonical_bytes;
-    int8_t *factors; /* the store's, on the device */
+    int8_t *factors;      /* the store's, on the device */
+    uint16_t *transforms; /* likewise */
 } tq_cuda_layer;
 
 struct tq_memory {

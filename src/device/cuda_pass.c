@@ -252,7 +252,8 @@ static tq_status call_bytes(const tq_pass *pass, int32_t n_seq, int64_t n_query,
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_device_store *store = &m->layers[i].store, *before = i > 0 ? &m->layers[i - 1].store : NULL;
         if (before && before->key.bits == store->key.bits && before->key.is_trellis == store->key.is_trellis &&
-            before->value.bits == store->value.bits && before->value.is_trellis == store->value.is_trellis)
+            before->value.bits == store->value.bits && before->value.is_trellis == store->value.is_trellis &&
+            !before->k_transforms == !store->k_transforms)
             continue;
         size_t bytes;
         TQ_TRY(DEVICE(m, workspace_bytes, &bytes, store, &params));

@@ -76,7 +76,7 @@ static tq_status check_shape(const tq_paged_store *store)
         return bad("page_size must be 32 to 256 and a multiple of 32");
     }
     if (store->head_dim_v != 0 && store->head_dim_v != store->head_dim) return bad("keys and values must be of one head_dim");
-    if (store->k_transforms) return bad("kernels know no calibration's transforms of keys");
+    if (store->k_factors && store->k_transforms) return bad("k_transforms take the place of k_factors: leave one of them out");
     int32_t sinks = store->n_sink, recent = store->n_recent;
     if (sinks < 0 || recent < 0 || sinks > TQ_DEVICE_EXACT_MAX || recent > TQ_DEVICE_EXACT_MAX - sinks) {
         return bad("n_sink and n_recent must be counts from 0 with a sum of at most 512");
@@ -203,7 +203,9 @@ static tq_status prepare(tq_device_store *out, const tq_paged_store *store)
     if (store->n_sink + store->n_recent > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
     if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
     if ((uintptr_t)store->k_factors % 8 != 0) return bad("k_factors must be aligned to 8 bytes");
+    if ((uintptr_t)store->k_transforms % 16 != 0) return bad("k_transforms must be aligned to 16 bytes");
     out->k_factors = store->k_factors;
+    out->k_transforms = store->k_transforms;
     out->n_pages = store->n_pages;
     out->n_exact_slots = store->n_exact_slots;
     out->pages = store->pages;
@@ -292,7 +294,8 @@ tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, cons
                               .value = {.bits = value.bits, .is_trellis = value.is_trellis},
                               .n_head_kv = store->n_head_kv,
                               .head_dim = store->head_dim,
-                              .k_ref_block = store->k_ref_block};
+                              .k_ref_block = store->k_ref_block,
+                              .k_transforms = store->k_transforms};
     char message[TQ_DEVICE_MESSAGE] = "";
     return report(table->workspace_bytes(out, &device, &own, message), message);
 }

@@ -17,6 +17,7 @@ struct test_setup {
     size_t page_gap, exact_gap; /* between pages, and exact slots; in bytes, and in numbers */
     tq_dtype dtype;
     bool many, outliers, descending, factors; /* many: the encoders of large batches */
+    bool transforms;                          /* in place of factors */
     int32_t lens[N_SEQ];
 };
 
@@ -24,6 +25,7 @@ struct test_data {
     test_setup s;
     tq_codec *codec[2];
     tq_cache *cache;
+    tq_calibration *calibration;
     int32_t seqs[N_SEQ];
     tq_device_store store;
     std::vector<uint8_t> pages;
@@ -80,6 +82,11 @@ static void open_data(test_data &d)
     params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
     params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
     params.n_take_back = s.n_take_back;
+    if (s.transforms) {
+        size_t bytes;
+        params.calibration = d.calibration = emulated_calibration(17, N_HEAD_KV, s.head_dim);
+        d.store.k_transforms = tq_calibration_transforms(d.calibration, 0, &bytes);
+    }
     MUST(tq_cache_create(&d.cache, &params));
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(i * 37 % 65 - 32);
     if (s.factors) {
@@ -232,15 +239,16 @@ static void test(const test_setup &s, uint64_t seed)
         for (int32_t seq = 0; seq < N_SEQ; seq++) n_wrong += compare(d, seq, done[seq], &n_compared);
     }
     const bool good = n_wrong == 0;
-    printf("%s append %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
-           d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent, s.k_ref_block,
-           s.factors);
+    printf("%s append %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, transforms %d, ",
+           good ? "ok    " : "FAILED", d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink,
+           s.n_recent, s.k_ref_block, s.factors, s.transforms);
     printf("take back %d, gaps %d, dtype %d, many %d, outliers %d: %d calls, %d of %d vectors differ\n", s.n_take_back,
            s.page_gap > 0, (int)s.dtype, s.many, s.outliers, n_calls,
            n_wrong, n_compared);
     fflush(stdout);
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     tq_cache_free(d.cache);
+    tq_calibration_free(d.calibration);
     if (good) n_passed++;
     else n_failed++;
 }
@@ -266,8 +274,8 @@ int main()
             s.formats[0] = pairs[i].k, s.formats[1] = pairs[i].v, s.head_dim = pairs[i].head_dim;
             s.page = k % 2 ? 128 : 64, s.n_sink = sinks[(i + k) % 4], s.n_recent = rings[(i + 2 * k) % 4];
             s.k_ref_block = k == 3 ? 0 : 64, s.dtype = (tq_dtype)((i + k) % 3), s.outliers = (i + k) % 3 == 2;
-            s.many = pairs[i].head_dim <= 128 && k % 2, s.descending = (i + k) % 2;
-            s.factors = (i + k / 2) % 2;
+            s.factors = (i + k / 2) % 2, s.transforms = !s.factors && i % 4 < 2;
+            s.many = pairs[i].head_dim <= 128 && k % 2 && !s.transforms, s.descending = (i + k) % 2;
             if (k % 2) s.n_take_back = 1 + (int32_t)i % 6 * 7, s.page_gap = 16 * (i % 3 + 1), s.exact_gap = 8 * (i % 4);
             const int32_t lens[N_SEQ] = {is_trellis ? 135 : 230, 70 + s.n_recent, 5};
             memcpy(s.lens, lens, sizeof lens);

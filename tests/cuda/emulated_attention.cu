@@ -19,6 +19,7 @@ struct test_setup {
     float softcap;
     bool references, factors, sinks, deterministic, descending;
     tq_dtype dtype;
+    bool transforms; /* in place of factors */
     bool new_rows; /* of the queries' own tokens, which the ring has not yet */
     bool ragged;   /* sequences have different numbers of queries */
     int32_t n_query_of(int32_t seq) const
@@ -39,10 +40,12 @@ struct test_setup {
 struct test_data {
     test_setup s;
     tq_codec *codec[2], *ref_codec;
+    tq_calibration *calibration;
+    const uint16_t *transforms; /* or NULL */
     std::vector<float> exact_rows[2], coded_rows[2]; /* [seq, position, KV head, head_dim]: FP16, and decoded */
     std::vector<uint8_t> pages;
     std::vector<__half> exact;
-    std::vector<float> q, lse, partials;
+    std::vector<float> q, transformed_q, lse, partials;
     std::vector<uint8_t> typed_q, out, new_rows[2];
     int32_t query_starts[N_SEQ + 1];
     std::vector<uint32_t> counters;
@@ -87,6 +90,21 @@ struct test_data {
         return &pages[page + head * (page_bytes() / N_HEAD_KV) + tq_record_begin(record_bytes(), reference_bytes(), i)];
     }
 };
+
+/* A key to the basis that is coded, and back. */
+static void key_to_basis(const test_data &d, int32_t head, float *x)
+{
+    tq_scale_channels(d.factors + head * d.s.head_dim, -1, d.s.head_dim, 1, x);
+    if (!d.transforms) return;
+    const std::vector<float> plain(x, x + d.s.head_dim);
+    tq_transform_key(tq_transform_of_head(d.transforms, head, d.s.head_dim), d.s.head_dim, plain.data(), x);
+}
+
+static void key_from_basis(const test_data &d, int32_t head, float *x)
+{
+    tq_scale_channels(d.factors + head * d.s.head_dim, 1, d.s.head_dim, 1, x);
+    if (d.transforms) tq_transform_inverse(tq_transform_of_head(d.transforms, head, d.s.head_dim), d.s.head_dim, x);
+}
 
 /* Codes of a vector as the format packs them (src/codec/packing.c), to their places by layout.h's definitions. */
 static void store_codes(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *bytes)
@@ -139,6 +157,11 @@ static void fill_data(test_data &d, uint64_t seed)
     std::vector<float> references;
     fill_references(d, &random, references);
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(s.factors ? i * 37 % 17 - 8 : 0);
+    if (s.transforms) {
+        size_t bytes;
+        d.calibration = emulated_calibration(seed + 1, N_HEAD_KV, s.head_dim);
+        d.transforms = tq_calibration_transforms(d.calibration, 0, &bytes);
+    }
     for (int32_t seq = 0; seq <= N_SEQ; seq++) d.query_starts[seq] = s.first_query(seq);
     const size_t n_queries = (size_t)d.query_starts[N_SEQ];
     for (int side = 0; side < 2; side++) {
@@ -151,13 +174,13 @@ static void fill_data(test_data &d, uint64_t seed)
                 float *x = &d.exact_rows[side][d.row(seq, position, head)];
                 const int32_t i_block = seq * tq_ceil_div(lens[0], TQ_REF_BLOCK) + position / TQ_REF_BLOCK;
                 const float *reference = &references[((size_t)i_block * N_HEAD_KV + head) * s.head_dim];
-                const int8_t *factors = d.factors + head * s.head_dim;
                 auto draw = [&](float *to) {
                     for (int32_t k = 0; k < s.head_dim; k++) {
                         to[k] = (float)random_gaussian(&random) * (side ? 0.7f : 1.3f);
-                        if (!side) to[k] = (to[k] + reference[k]) * tq_channel_factor(factors[k]);
-                        to[k] = as_type(to[k], s.dtype);
+                        if (!side) to[k] += reference[k];
                     }
+                    if (!side) key_from_basis(d, head, to);
+                    for (int32_t k = 0; k < s.head_dim; k++) to[k] = as_type(to[k], s.dtype);
                 };
                 draw(x);
                 if (position >= s.stored_end(seq)) {
@@ -176,12 +199,12 @@ static void fill_data(test_data &d, uint64_t seed)
                 uint8_t bytes[2 + TQ_CODE_BYTES_MAX];
                 float *coded = &d.coded_rows[side][d.row(seq, position, head)];
                 draw(coded); /* another vector, so that it shows which of both a query sees */
-                for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] *= tq_channel_factor((int8_t)-factors[k]);
+                if (!side) key_to_basis(d, head, coded);
                 for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] -= reference[k];
                 if (tq_codec_encode(d.codec[side], coded, 1, bytes) != TQ_OK) abort();
                 if (tq_codec_decode(d.codec[side], bytes, 1, coded) != TQ_OK) abort();
                 for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] += reference[k];
-                for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] *= tq_channel_factor(factors[k]);
+                if (!side) key_from_basis(d, head, coded);
                 const int32_t i_record = position % s.page / TQ_RECORD_TOKENS;
                 uint8_t *to = d.stage(seq, position, head) + tq_record_within(d.reference_bytes(), i_record);
                 const int32_t token = position % TQ_RECORD_TOKENS, codes = tq_plane_bytes(key) + tq_plane_bytes(value);
@@ -215,7 +238,7 @@ static attend_args args_of(test_data &d)
     args.reference_bytes = d.reference_bytes();
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.rotation = emulated_rotation(d.codec[0]->rotation);
-    args.key_factors = s.factors ? d.factors : nullptr;
+    args.key_factors = s.factors ? d.factors : nullptr, args.key_transforms = d.transforms;
     for (int side = 0; side < 2; side++) {
         const int8_t *windows = d.codec[side]->traits->windows;
         if (windows) memcpy(args.windows[side], windows, sizeof args.windows[side]);
@@ -259,7 +282,9 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
     test_data d = {};
     d.s = s;
     fill_data(d, seed);
-    run(args_of(d), {N_SEQ, s.descending});
+    attend_args args = args_of(d);
+    transform_queries(args, d.transformed_q, {N_SEQ, s.descending}, d.query_starts[N_SEQ], s.head_dim);
+    run(args, {N_SEQ, s.descending});
     spec_errors errors;
     double wanted[256], narrow[256];
     for (int32_t seq = 0; seq < N_SEQ; seq++) {
@@ -272,14 +297,15 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
         }
     }
     const bool good = errors.good();
-    printf("%s %s %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
-           s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent,
-           s.references, s.factors);
+    printf("%s %s %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, transforms %d, ",
+           good ? "ok    " : "FAILED", s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page,
+           s.n_sink, s.n_recent, s.references, s.factors, s.transforms);
     printf("window %d, softcap %g, learned sinks %d, queries %d and %d, ring of %d, new rows %d, dtype %d: ", s.window,
            (double)s.softcap, s.sinks, s.n_query_of(0), s.n_query_of(1), s.n_ring, s.new_rows, (int)s.dtype);
     errors.print();
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     tq_codec_free(d.ref_codec);
+    tq_calibration_free(d.calibration);
     return good;
 }
 
@@ -295,7 +321,8 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
     if (i % 3 == 1) s.window = 60;
     if (i % 3 == 2) s.softcap = 3.0f, s.sinks = true;
-    s.references = (i + i / 2) % 2 == 0, s.factors = i / 2 % 2, s.page = i % 5 < 2 ? 128 : 64;
+    s.references = (i + i / 2) % 2 == 0, s.factors = i / 2 % 2, s.transforms = !s.factors && i % 3 != 1;
+    s.page = i % 5 < 2 ? 128 : 64;
     if (i % 5 == 3 && !s.references) s.n_sink = s.n_recent = 0;
     if (i % 7 == 6) s.n_sink = 40; /* the first record is the second of its block */
     s.n_ring = s.n_recent;

@@ -12,6 +12,7 @@
 #include "base/half.h"
 #include "base/log.h"
 #include "codec/codec.h"
+#include "codec/transform.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/layout.h"
 
@@ -116,10 +117,20 @@ static void read_reference(const context *c, int64_t page, int32_t offset, int32
     if (tq_codec_decode(c->ref_codec, record, 1, x) != TQ_OK) abort();
 }
 
-/* Keys, divided (sign -1) by their channels' factors or multiplied. */
-static void scale_key(const tq_device_store *s, int32_t head, int32_t sign, float *x)
+/* A key to the basis that is coded, and back: divided by its channels' factors, or transformed. */
+static void key_to_basis(const tq_device_store *s, int32_t head, float *x)
 {
-    if (s->k_factors) tq_scale_channels(s->k_factors + head * s->head_dim, sign, s->head_dim, 1, x);
+    if (s->k_factors) tq_scale_channels(s->k_factors + head * s->head_dim, -1, s->head_dim, 1, x);
+    if (!s->k_transforms) return;
+    float plain[TQ_DEVICE_HEAD_DIM_MAX];
+    memcpy(plain, x, (size_t)s->head_dim * sizeof *plain);
+    tq_transform_key(tq_transform_of_head(s->k_transforms, head, s->head_dim), s->head_dim, plain, x);
+}
+
+static void key_from_basis(const tq_device_store *s, int32_t head, float *x)
+{
+    if (s->k_factors) tq_scale_channels(s->k_factors + head * s->head_dim, 1, s->head_dim, 1, x);
+    if (s->k_transforms) tq_transform_inverse(tq_transform_of_head(s->k_transforms, head, s->head_dim), s->head_dim, x);
 }
 
 static void encode(const context *c, int64_t page, int32_t offset, int32_t head, int i_side, const float *from)
@@ -128,7 +139,7 @@ static void encode(const context *c, int64_t page, int32_t offset, int32_t head,
     float x[TQ_DEVICE_HEAD_DIM_MAX], mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
     if (c->ref_codec && !i_side) read_reference(c, page, offset, head, mean);
     memcpy(x, from, (size_t)c->store->head_dim * sizeof *x);
-    if (!i_side) scale_key(c->store, head, -1, x);
+    if (!i_side) key_to_basis(c->store, head, x);
     for (int32_t i = 0; i < c->store->head_dim; i++) x[i] -= mean[i];
     if (tq_codec_encode(c->sides[i_side].codec, x, 1, record) != TQ_OK) abort();
     size_t codes = c->sides[i_side].codes;
@@ -149,7 +160,7 @@ static void decode(const context *c, int64_t page, int32_t offset, int32_t head,
     float mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
     if (c->ref_codec) read_reference(c, page, offset, head, mean);
     for (int32_t i = 0; i < c->store->head_dim; i++) x[i] += mean[i];
-    scale_key(c->store, head, 1, x);
+    key_from_basis(c->store, head, x);
 }
 
 static float load(const void *from, tq_dtype dtype, int64_t i)
@@ -254,7 +265,7 @@ static tq_status set_reference(const context *c, const tq_paged_append_params *p
         for (int32_t k = 0; k < s->head_dim; k++) mean[k] += x[k];
     }
     for (int32_t k = 0; k < s->head_dim; k++) mean[k] /= (float)s->n_recent;
-    scale_key(s, head, -1, mean);
+    key_to_basis(s, head, mean);
     uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
     if (tq_codec_encode(c->ref_codec, mean, 1, record) != TQ_OK) abort();
     reference to = reference_of(c, t->page, t->offset, head);
@@ -413,6 +424,8 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq
     /* Prompts are cut as on a device without a prefill kernel. */
     size_t n_partials = p->n_query == 1 ? 3 : hooks.n_partials ? (size_t)hooks.n_partials : 5;
     *out = n_tiles * n_partials * 8 * (size_t)(s->head_dim + 2) * 4;
+    /* Queries, transformed. */
+    if (s->k_transforms) *out += (size_t)p->n_seq * (size_t)p->n_query * (size_t)p->n_head * (size_t)s->head_dim * 4;
     return TQ_OK;
 }
 

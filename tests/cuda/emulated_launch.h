@@ -5,10 +5,13 @@
 
 #include <cuda_fp16.h>
 #include <type_traits>
+#include <vector>
 
 extern "C" {
 #include "base/random.h"
 #include "codec/codec.h"
+#include "codec/transform.h"
+#include "emulated_calibration.h"
 #include "vectors.h"
 }
 #include "kernels/cuda/decode.cuh"
@@ -18,6 +21,7 @@ extern "C" {
 #include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/prefill_hopper.cuh"
+#include "kernels/cuda/queries.cuh"
 #include "kernels/cuda/trellis.cuh"
 
 /* What blocks call so: all the dynamic shared memory that they may use. */
@@ -146,6 +150,23 @@ struct attend_how {
     bool descending;
 };
 typedef void (*runner)(attend_args args, const attend_how &how);
+
+/* The queries of a call, transformed, where its store has transforms: as entry.cu has it. */
+static inline void transform_queries(attend_args &args, std::vector<float> &transformed, const attend_how &how,
+                                     int64_t n_tokens, int32_t head_dim)
+{
+    if (!args.key_transforms) return;
+    transformed.assign((size_t)(n_tokens * args.n_head * head_dim), NAN);
+    query_transform call = {};
+    call.transforms = args.key_transforms, call.q = args.q, call.dtype = args.dtype, call.to = transformed.data();
+    call.token_stride = args.q_token_stride, call.head_stride = args.q_head_stride, call.n_tokens = n_tokens;
+    call.n_tokens_there = args.query_starts ? args.query_starts + how.n_seq : nullptr;
+    call.n_head = args.n_head, call.group = args.group, call.head_dim = head_dim;
+    /* More blocks than there are queries, as where sequences have fewer than n_query. */
+    const dim3 grid = {blocks_of(n_tokens * args.n_head, transform_threads / 16) + 2, 1, 1};
+    launch(how.descending, grid, transform_threads, [&] { transform_queries_kernel(call); });
+    args.transformed_q = transformed.data();
+}
 
 /* The kernel in each thread; it may use n_bytes of shared memory. */
 template <void KERNEL(attend_args), size_t N>

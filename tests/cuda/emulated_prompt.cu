@@ -14,7 +14,7 @@ struct test_setup {
     tq_format formats[2];
     int32_t head_dim, page, n_sink, n_recent, n_ring, k_ref_block, window;
     tq_dtype dtype;
-    bool factors, descending;
+    bool factors, transforms, descending; /* of both one at most */
     runner decode, prefill;
     void (*append)(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how);
 };
@@ -23,6 +23,7 @@ struct test_setup {
 struct test_data {
     test_setup s;
     tq_codec *codec[2];
+    tq_calibration *calibration;
     tq_device_store store;
     alignas(8) int8_t factors[N_HEAD_KV * TQ_DEVICE_HEAD_DIM_MAX];
     int32_t page_table[N_SEQ * PAGES_OF_SEQ];
@@ -132,6 +133,11 @@ static void open_data(test_data &d, uint64_t seed)
     d.store.k_factors = s.factors ? d.factors : nullptr;
     tq_cache_params params;
     tq_cache_params_default(&params);
+    if (s.transforms) {
+        size_t bytes;
+        params.calibration = d.calibration = emulated_calibration(seed + 1, N_HEAD_KV, s.head_dim);
+        d.store.k_transforms = tq_calibration_transforms(d.calibration, 0, &bytes);
+    }
     params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
     params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
     tq_cache *cache;
@@ -189,7 +195,7 @@ static attend_args args_of(const test_data &d, const piece &p)
     args.value_kind = codes_kind(d.store.value.bits, d.store.value.is_trellis);
     args.reference_bytes = reference_bytes_of(d.store);
     args.page_stride = d.store.page_stride, args.exact_stride = d.store.exact_stride;
-    args.rotation = d.store.rotation, args.key_factors = d.store.k_factors;
+    args.rotation = d.store.rotation, args.key_factors = d.store.k_factors, args.key_transforms = d.store.k_transforms;
     memcpy(args.windows[0], d.store.key.windows, sizeof args.windows[0]);
     memcpy(args.windows[1], d.store.value.windows, sizeof args.windows[1]);
     args.dtype = s.dtype;
@@ -221,7 +227,8 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
         append.k = k.data(), append.v = v.data(), append.slot_mapping = p.slots.data(), append.positions = p.positions.data();
         append.seq_ids = p.seq_ids.data(), append.page_table = d.page_table, append.page_table_stride = PAGES_OF_SEQ;
         append.exact_slots = slots, append.half = TQ_APPEND_ENCODE;
-        const append_how how = {tq_random_next(random) % 2 == 1, s.descending, 1 + (int32_t)(tq_random_next(random) % 64)};
+        const bool many = tq_random_next(random) % 2 && !s.transforms; /* which it does not have */
+        const append_how how = {many, s.descending, 1 + (int32_t)(tq_random_next(random) % 64)};
         s.append(d.store, append, how);
 
         attend_args args = args_of(d, p);
@@ -231,6 +238,8 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
         std::vector<uint32_t> counters(n_tiles * TQ_COUNTER_STRIDE);
         args.q = q.data(), args.new_k = k.data(), args.new_v = v.data(), args.out = out.data(), args.lse = lse.data();
         args.partials = partials.data(), args.counters = counters.data();
+        std::vector<float> transformed_q;
+        transform_queries(args, transformed_q, {N_SEQ, s.descending}, p.query_starts[N_SEQ], s.head_dim);
         (p.longest * GROUP > TQ_PREFILL_ROWS_MIN ? s.prefill : s.decode)(args, {N_SEQ, s.descending});
 
         append.half = TQ_APPEND_STORE;
@@ -296,13 +305,15 @@ static void test(const char *kernels, const test_setup &s, uint64_t seed)
         printf("%s prompt in pieces of %d, %s %s/%s, head_dim %d, page %d, sinks %d, last %d exact, ring %d, references %d, ",
                good ? "ok    " : "FAILED", cut, kernels, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page,
                s.n_sink, s.n_recent, s.n_ring, s.k_ref_block);
-        printf("factors %d, dtype %d, window %d: %d codes differ, ", s.factors, (int)s.dtype, s.window, n_wrong);
+        printf("factors %d, transforms %d, dtype %d, window %d: %d codes differ, ", s.factors, s.transforms, (int)s.dtype,
+               s.window, n_wrong);
         errors.print();
         fflush(stdout);
         if (good) n_passed++;
         else n_failed++;
     }
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
+    tq_calibration_free(d.calibration);
 }
 
 /* Options by a number. */
@@ -312,7 +323,7 @@ template <class K, class V, int D> static void test_pair(tq_format k, tq_format 
     s.formats[0] = k, s.formats[1] = v, s.head_dim = D, s.page = i % 2 ? 128 : 64;
     s.n_sink = i % 3 == 2 ? 0 : i % 3 ? 30 : 4, s.n_recent = i % 2 ? 64 : 21, s.n_ring = s.n_recent + (i % 3 == 1 ? 9 : 0);
     s.k_ref_block = i % 4 == 3 ? 0 : 64, s.window = i % 4 == 2 ? 70 : 0;
-    s.dtype = (tq_dtype)(i % 3), s.factors = i % 2, s.descending = i / 2 % 2;
+    s.dtype = (tq_dtype)(i % 3), s.factors = i % 2, s.transforms = i % 4 == 2, s.descending = i / 2 % 2;
     s.append = append<D>;
     s.decode = run_own<K, V, D>, s.prefill = run_hopper<hopper_pair<K, V, D>, D>;
     test("own and Hopper's kernels,", s, 20 + (uint64_t)i);

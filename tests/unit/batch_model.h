@@ -14,12 +14,19 @@
 
 enum { N_LAYER = 2, N_HEAD_KV = 2, N_HEAD = 4, HEAD_DIM = 64, N_SEQ = 3, MAX_TOK = 8192 };
 
+/* What the caches are for: other head_dims of keys and values, or a calibration, where a test says so. */
+static struct {
+    int32_t head_dim, head_dim_v;
+    const tq_calibration *calibration;
+} batch_model_of = {HEAD_DIM, HEAD_DIM, NULL};
+
 static inline tq_cache *batch_model_create(tq_device_kind device, int32_t n_pages)
 {
     tq_cache_params p;
     tq_cache_params_default(&p);
     tq_cache_params_set_preset(&p, tq_preset_find("tq4"));
-    p.n_layer = N_LAYER, p.n_head_kv = N_HEAD_KV, p.head_dim = HEAD_DIM;
+    p.n_layer = N_LAYER, p.n_head_kv = N_HEAD_KV, p.calibration = batch_model_of.calibration;
+    p.head_dim = batch_model_of.head_dim, p.head_dim_v = batch_model_of.head_dim_v;
     p.page_size = p.checkpoint_stride = 64, p.n_pages = n_pages, p.n_take_back = 8;
     p.device = device;
     tq_cache *cache;
@@ -27,10 +34,9 @@ static inline tq_cache *batch_model_create(tq_device_kind device, int32_t n_page
     return cache;
 }
 
-/* Rows [n, heads, HEAD_DIM] of a kind: floats that FP16 and BF16 hold exactly. */
-static inline float *batch_model_rows(kv_random *random, int64_t n, int32_t heads)
+/* So many numbers of a kind: floats that FP16 and BF16 hold exactly. */
+static inline float *batch_model_rows(kv_random *random, size_t count)
 {
-    size_t count = (size_t)(n * heads * HEAD_DIM);
     float *x = malloc((count + 1) * sizeof *x);
     kv_fill(random, x, (int64_t)count);
     for (size_t i = 0; i < count; i++) x[i] = tq_bfloat_to_float(tq_bfloat_from_float(x[i]));
@@ -57,13 +63,14 @@ static inline float batch_model_read(const void *x, size_t i, tq_dtype dtype)
 static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int32_t *seqs, const int64_t *n_tok, int32_t layer,
                                      tq_dtype dtype, double tolerance, kv_random *random)
 {
+    const int64_t d = batch_model_of.head_dim, d_v = batch_model_of.head_dim_v;
     int64_t n = 0, first = 0;
     for (int32_t i = 0; i < N_SEQ; i++) n += n_tok[i];
-    float *q = batch_model_rows(random, n, N_HEAD), *k = batch_model_rows(random, n, N_HEAD_KV),
-          *v = batch_model_rows(random, n, N_HEAD_KV);
-    size_t n_out = (size_t)(n * N_HEAD * HEAD_DIM), n_kv = (size_t)(n * N_HEAD_KV * HEAD_DIM);
+    size_t n_q = (size_t)(n * N_HEAD * d), n_k = (size_t)(n * N_HEAD_KV * d), n_v = (size_t)(n * N_HEAD_KV * d_v),
+           n_out = (size_t)(n * N_HEAD * d_v);
+    float *q = batch_model_rows(random, n_q), *k = batch_model_rows(random, n_k), *v = batch_model_rows(random, n_v);
     float *wanted = calloc(n_out + 1, sizeof *wanted);
-    void *own[] = {batch_model_as(q, n_out, dtype), batch_model_as(k, n_kv, dtype), batch_model_as(v, n_kv, dtype),
+    void *own[] = {batch_model_as(q, n_q, dtype), batch_model_as(k, n_k, dtype), batch_model_as(v, n_v, dtype),
                    batch_model_as(wanted, n_out, dtype)};
     tq_batch_rows rows;
     tq_batch_rows_default(&rows);
@@ -73,10 +80,11 @@ static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int
     KV_CHECK(tq_batch_attend(batch, layer, &rows, NULL) == TQ_OK);
     for (int32_t i = 0; i < N_SEQ; first += n_tok[i++]) {
         tq_attend_params params =
-            kv_attend_params(n_tok[i], N_HEAD, HEAD_DIM, q + first * N_HEAD * HEAD_DIM, wanted + first * N_HEAD * HEAD_DIM);
+            kv_attend_params(n_tok[i], N_HEAD, (int32_t)d, q + first * N_HEAD * d, wanted + first * N_HEAD * d_v);
+        params.out_token_stride = N_HEAD * d_v, params.out_head_stride = d_v;
         params.softmax_scale = 0.125f;
-        KV_CHECK(tq_cache_prefill(plain, seqs[i], layer, n_tok[i], k + first * N_HEAD_KV * HEAD_DIM,
-                                  v + first * N_HEAD_KV * HEAD_DIM, &params, NULL) == TQ_OK);
+        KV_CHECK(tq_cache_prefill(plain, seqs[i], layer, n_tok[i], k + first * N_HEAD_KV * d, v + first * N_HEAD_KV * d_v,
+                                  &params, NULL) == TQ_OK);
     }
     double bound = tolerance + (dtype == TQ_DTYPE_F32 ? 0 : dtype == TQ_DTYPE_F16 ? 1e-3 : 8e-3);
     for (size_t i = 0; i < n_out; i++) {
@@ -91,7 +99,8 @@ static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int
 /* All tokens of all layers, bit for bit. */
 static inline void batch_model_check(tq_cache *cache, const int32_t *seqs, tq_cache *plain, const int32_t *same)
 {
-    size_t bytes = MAX_TOK * N_HEAD_KV * HEAD_DIM * sizeof(float);
+    const size_t widths[2] = {(size_t)batch_model_of.head_dim, (size_t)batch_model_of.head_dim_v};
+    size_t bytes = MAX_TOK * N_HEAD_KV * widths[0] * sizeof(float);
     float *found[2] = {malloc(bytes), malloc(bytes)}, *wanted[2] = {malloc(bytes), malloc(bytes)};
     for (int32_t i = 0; i < N_SEQ * N_LAYER; i++) {
         int32_t seq = seqs[i / N_LAYER], layer = i % N_LAYER;
@@ -100,7 +109,7 @@ static inline void batch_model_check(tq_cache *cache, const int32_t *seqs, tq_ca
         KV_CHECK(tq_cache_read(cache, seq, layer, 0, length, found[0], found[1]) == TQ_OK);
         KV_CHECK(tq_cache_read(plain, same[i / N_LAYER], layer, 0, length, wanted[0], wanted[1]) == TQ_OK);
         for (int32_t side = 0; side < 2; side++)
-            KV_CHECK(memcmp(found[side], wanted[side], (size_t)length * N_HEAD_KV * HEAD_DIM * sizeof(float)) == 0);
+            KV_CHECK(memcmp(found[side], wanted[side], (size_t)length * N_HEAD_KV * widths[side] * sizeof(float)) == 0);
     }
     for (int32_t i = 0; i < 2; i++) free(found[i]), free(wanted[i]);
 }

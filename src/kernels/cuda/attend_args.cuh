@@ -7,9 +7,9 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/factors.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/split.h"
+#include "kernels/cuda/transform.cuh"
 
 /* Counters that share a sector of the cache make their atomics wait for each other. */
 #define TQ_COUNTER_STRIDE 32
@@ -39,9 +39,11 @@ struct attend_args {
     int64_t page_stride, exact_stride; /* in bytes, and in numbers */
     tq_device_rotation rotation;
     const int8_t *key_factors;           /* [n_head_kv, head_dim], or NULL */
+    const uint16_t *key_transforms;      /* of each KV head, or NULL */
     __align__(4) int8_t windows[2][256]; /* of keys' and values' trellises */
     /* The call. */
     const void *q;
+    const float *transformed_q; /* with transforms: the same [tokens, n_head, head_dim], by queries.cuh */
     void *out;
     float *lse;
     tq_dtype dtype;
@@ -314,6 +316,17 @@ template <int D> __device__ __forceinline__ void load_query(float (&x)[D / 16], 
     if (row < tile.n_rows) load_strided(x, args.q, args.dtype, base + lane16);
 }
 
+/* A query row in the basis of coded keys. */
+template <int D>
+__device__ __forceinline__ void query_to_basis(float (&x)[D / 16], const tile_id &tile, const attend_args &args, int row,
+                                               int lane16)
+{
+    if (!args.transformed_q) return scale_channels<D>(x, args.key_factors, tile.head, 1, lane16);
+    if (row >= tile.n_rows) return;
+    const row_place place = place_of(tile, args, row);
+    load_strided(x, args.transformed_q + (place.token * args.n_head + place.head) * D + lane16);
+}
+
 template <int D>
 __device__ __forceinline__ void prepare_query(tile_queries<D> &out, float (&x)[D / 16], const tile_id &tile,
                                               const attend_args &args)
@@ -323,7 +336,7 @@ __device__ __forceinline__ void prepare_query(tile_queries<D> &out, float (&x)[D
     float magnitude = 0.0f;
 #pragma unroll
     for (int k = 0; k < D / 16; k++) out.plain[row][16 * k + lane16] = x[k];
-    scale_channels<D>(x, args.key_factors, tile.head, 1, lane16);
+    query_to_basis<D>(x, tile, args, row, lane16);
     rotate<D>(x, args.rotation, lane16);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) magnitude = fmaxf(magnitude, fabsf(x[k]));

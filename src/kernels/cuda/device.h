@@ -9,7 +9,7 @@
 
 #include "turboquant.h"
 
-#define TQ_DEVICE_ABI 5
+#define TQ_DEVICE_ABI 6
 #define TQ_DEVICE_HEAD_DIM_MAX 256
 #define TQ_DEVICE_EXACT_MAX 512 /* exact tokens that a query sees: decode keeps their scores in shared memory */
 #define TQ_DEVICE_RING_MAX 65536
@@ -37,7 +37,8 @@ typedef struct tq_device_store {
     int32_t head_dim, n_head_kv, page_size, n_sink, n_recent, n_ring;
     int32_t k_ref_block; /* 0, or layout.h's TQ_REF_BLOCK */
     tq_device_rotation rotation;
-    const int8_t *k_factors; /* [n_head_kv, head_dim], or NULL */
+    const int8_t *k_factors;      /* [n_head_kv, head_dim], or NULL */
+    const uint16_t *k_transforms; /* in place of factors, or NULL: codec/transform.h's matrices [n_head_kv] */
     int64_t n_pages, n_exact_slots;
     int64_t page_stride, exact_stride; /* from one page to the next, in bytes; from one exact slot to the next, in numbers */
     uint8_t *pages;

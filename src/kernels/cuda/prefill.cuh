@@ -195,7 +195,7 @@ __device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_i
         int token = k / 2, e = TQ_RECORD_TOKENS * i + token;
         float x[D / 16] = {};
         if (e < id.n_exact) finder.load<D>(x, id, args, e, k % 2, lane16);
-        if (k % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
+        if (k % 2 == 0) key_to_basis<D>(x, args.key_factors, args.key_transforms, id.head, lane16); /* as the queries' */
         rotate<D>(x, args.rotation, lane16);
         __half *to = k % 2 ? tile.values[token] : tile.keys[token];
 #pragma unroll
@@ -251,7 +251,7 @@ __device__ __forceinline__ void prefill_queries(prefill_shared<D> &shared, const
             row_place place = place_of(id, args, row);
             load_strided(x, args.q, args.dtype, place.token * args.q_token_stride + place.head * args.q_head_stride + lane16);
         }
-        scale_channels<D>(x, args.key_factors, id.head, 1, lane16);
+        query_to_basis<D>(x, id, args, row, lane16);
         rotate<D>(x, args.rotation, lane16);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) shared.work.queries[row][16 * k + lane16] = __float2half_rn(x[k] * args.scale_log2);
