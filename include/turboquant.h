@@ -760,8 +760,8 @@ typedef struct tq_paged_store {
     int64_t n_pages;       /* of `pages` */
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
     void *pages;           /* n_pages * page_bytes, aligned to 128 bytes; contents do not matter at first */
-    /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_ring, head_dim]; NULL if there are neither sinks nor a ring.
-     * Sink i is entry i, ring position p entry n_sink + p % n_ring. */
+    /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_ring, head_dim], of values head_dim_v; NULL if there are
+     * neither sinks nor a ring. Sink i is entry i, ring position p entry n_sink + p % n_ring. */
     void *exact;
     /* Vectors that the ring holds: at least n_recent, at most 65536; 0: n_recent. Tokens are encoded when they leave the last
      * n_recent; a longer ring keeps as many before these, so that tokens can be taken back (drafts), or several queries
@@ -796,7 +796,7 @@ typedef struct tq_paged_append_params {
     size_t struct_size;
     int64_t n_tok;
     tq_dtype dtype;
-    const void *k, *v;  /* [n_tok, n_head_kv, head_dim], rounded to FP16 on entry */
+    const void *k, *v;  /* [n_tok, n_head_kv, head_dim], of v head_dim_v; rounded to FP16 on entry */
     int64_t row_stride; /* elements from one token to the next; 0: contiguous */
     /*
      * Where tokens go: page * page_size + offset, int64 [n_tok]; negative: skip the token (padding of a captured batch).
@@ -813,7 +813,8 @@ typedef struct tq_paged_append_params {
     /* Optional int32: incremented for each vector with NaN, infinity or a magnitude above 65504. NaN is stored as 0, the others
      * as the largest FP16 number. */
     int32_t *n_not_finite;
-    tq_append_half half; /* other than BOTH: with a ring alone */
+    tq_append_half half;  /* other than BOTH: with a ring alone */
+    int64_t v_row_stride; /* of v; 0: row_stride, or contiguous if that is 0 */
 } tq_paged_append_params;
 TQ_API void tq_paged_append_params_default(tq_paged_append_params *params);
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM, NO_DEVICE, DEVICE. */
@@ -827,7 +828,7 @@ typedef struct tq_paged_attend_params {
     int32_t n_head; /* query heads, a multiple of n_head_kv */
     tq_dtype dtype; /* of q and out */
     const void *q;  /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
-    void *out;      /* likewise */
+    void *out;      /* likewise, head_dim_v */
     int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
     float *lse; /* optional [n_seq * n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
     const int32_t *page_table; /* int32 [n_seq, max_pages] */
@@ -855,10 +856,10 @@ typedef struct tq_paged_attend_params {
      * are query_starts[n_seq] in all, of which q, out, lse and new rows are. */
     const int32_t *query_starts;
     /*
-     * Optional: keys and values of the query tokens, [tokens, n_head_kv, head_dim] of dtype, rounded to FP16 on entry. Then the
-     * call comes between the two halves of their append, TQ_APPEND_ENCODE and TQ_APPEND_STORE, and each query has its
-     * own last n_recent tokens exact: results are those of tokens that come one by one, however a prompt is cut. Without a ring
-     * they are not read, and the append comes first.
+     * Optional: keys and values of the query tokens, [tokens, n_head_kv, head_dim or head_dim_v] of dtype, rounded to FP16 on
+     * entry. Then the call comes between the two halves of their append, TQ_APPEND_ENCODE and TQ_APPEND_STORE, and each query
+     * has its own last n_recent tokens exact: results are those of tokens that come one by one, however a prompt is cut.
+     * Without a ring they are not read, and the append comes first.
      */
     const void *new_k, *new_v;
     int64_t new_row_stride; /* elements from one token to the next; 0: contiguous */
@@ -868,6 +869,7 @@ typedef struct tq_paged_attend_params {
     int64_t mask_token_stride, mask_head_stride;
     const float *alibi_slopes;
     int32_t out_dim;
+    int64_t new_v_row_stride; /* of new_v; 0: new_row_stride, or contiguous if that is 0 */
 } tq_paged_attend_params;
 #define TQ_PAGED_WORKSPACE_COUNTERS 32
 TQ_API void tq_paged_attend_params_default(tq_paged_attend_params *params);

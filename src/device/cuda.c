@@ -25,6 +25,7 @@ static tq_paged_store store_of(const tq_shape *shape, int32_t layer)
     store.k_format = keys->codec->traits->format;
     store.v_format = values->codec->traits->format;
     store.head_dim = keys->codec->head_dim;
+    store.head_dim_v = values->codec->head_dim;
     store.n_head_kv = shape->n_head_kv;
     store.page_size = shape->page_size;
     store.n_sink = keys->n_sink;
@@ -37,8 +38,6 @@ static tq_paged_store store_of(const tq_shape *shape, int32_t layer)
 
 static tq_status layer_init(tq_memory *m, int32_t i)
 {
-    const tq_side *keys = tq_shape_side(m->shape, i, TQ_SIDE_K), *values = tq_shape_side(m->shape, i, TQ_SIDE_V);
-    if (keys->codec->head_dim != values->codec->head_dim) return tq_cuda_refuse("kernels want keys and values of one head_dim");
     tq_paged_store store = store_of(m->shape, i);
     tq_paged_sizes sizes;
     tq_cuda_layer *layer = &m->layers[i];

@@ -36,8 +36,6 @@ struct tq_memory {
 tq_status tq_cuda_report(tq_status status, const char *message);
 
 /* cuda_memory.c */
-/* ARGUMENT, with the reason in the log. */
-tq_status tq_cuda_refuse(const char *what);
 /* Memory of the device, counted; NULL if memory has run out. NULL is fine to release. */
 void *tq_cuda_allocate(tq_memory *m, size_t bytes);
 void tq_cuda_release(tq_memory *m, void *p, size_t bytes);

@@ -347,6 +347,7 @@ static tq_status encode_first(tq_pass *pass)
     if (pass->side) TQ_TRY(DEVICE(m, side_fork, pass->side, m->stream, &stream));
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         params.row_stride = (int64_t)m->shape->n_head_kv * m->layers[i].store.head_dim;
+        params.v_row_stride = (int64_t)m->shape->n_head_kv * m->layers[i].store.head_dim_v;
         TQ_TRY(DEVICE(m, append, &m->layers[i].store, &params, stream));
         if (pass->side) TQ_TRY(DEVICE(m, side_record, pass->side, i));
         pass->encoded[i] = true;
@@ -445,6 +446,7 @@ static tq_status append_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows
     params.k = rows_at(rows->k, part->first, rows->k_token_stride, rows->dtype);
     params.v = rows_at(rows->v, part->first, rows->v_token_stride, rows->dtype);
     params.row_stride = rows->k_token_stride;
+    params.v_row_stride = rows->v_token_stride;
     params.half = half;
     if (pass->encoded[i] && pass->side) TQ_TRY(DEVICE(m, side_join, pass->side, i, m->stream));
     return DEVICE(m, append, &m->layers[i].store, &params, m->stream);
@@ -486,6 +488,7 @@ static tq_status attend_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows
         params.new_k = rows_at(rows->k, part->first, rows->k_token_stride, rows->dtype);
         params.new_v = rows_at(rows->v, part->first, rows->v_token_stride, rows->dtype);
         params.new_row_stride = rows->k_token_stride;
+        params.new_v_row_stride = rows->v_token_stride;
     }
     return DEVICE(m, attend, &m->layers[i].store, &params, m->stream);
 }
@@ -540,7 +543,6 @@ static tq_status keep_checkpoint(const tq_pass *pass, int32_t layer, int32_t i, 
 tq_status tq_cuda_pass_run(tq_pass *pass, int32_t layer, const tq_batch_rows *rows, int64_t *n_appended)
 {
     if (pass->n_tok == 0) return TQ_OK;
-    if (rows->k_token_stride != rows->v_token_stride) return tq_cuda_refuse("tokens of k and v must be equally far apart");
     if (pass->is_whole) {
         row_part whole = {.n_seq = pass->n_rows, .n_query = pass->n_tok_most, .n_tok = pass->n_tok, .seen = pass->n_tok_most};
         TQ_TRY(run_part(pass, layer, rows, &whole, n_appended));

@@ -48,7 +48,7 @@ static inline float number_at(const std::vector<uint8_t> &bytes, tq_dtype dtype,
 
 /* What a query may do. */
 struct spec_options {
-    int32_t head_dim, window;
+    int32_t head_dim, head_dim_v, window;
     float softcap;
     const float *sink; /* its head's, or NULL */
 };
@@ -58,7 +58,8 @@ template <typename Vector>
 static double attend_spec(const spec_options &s, const float *q, int32_t position, bool narrow, const Vector &vector,
                           double *out)
 {
-    const int32_t n = s.head_dim, begin = s.window > 0 && position + 1 > s.window ? position + 1 - s.window : 0;
+    const int32_t n = s.head_dim, n_v = s.head_dim_v,
+                  begin = s.window > 0 && position + 1 > s.window ? position + 1 - s.window : 0;
     double max = s.sink ? *s.sink : -INFINITY, sum = 0;
     std::vector<double> logits(position + 1);
     for (int32_t c = begin; c <= position; c++) {
@@ -69,16 +70,16 @@ static double attend_spec(const spec_options &s, const float *q, int32_t positio
         logits[c] = s.softcap > 0 ? s.softcap * tanh(dot / s.softcap) : dot;
         max = fmax(max, logits[c]);
     }
-    for (int32_t i = 0; i < n; i++) out[i] = 0;
+    for (int32_t i = 0; i < n_v; i++) out[i] = 0;
     for (int32_t c = begin; c <= position; c++) {
         const float *value = vector(true, c);
         double p = exp(logits[c] - max);
         sum += p;
         if (narrow) p = bf16((float)p);
-        for (int32_t i = 0; i < n; i++) out[i] += p * (narrow ? bf16(value[i]) : value[i]);
+        for (int32_t i = 0; i < n_v; i++) out[i] += p * (narrow ? bf16(value[i]) : value[i]);
     }
     if (s.sink) sum += exp(*s.sink - max);
-    for (int32_t i = 0; i < n; i++) out[i] = narrow ? bf16((float)(out[i] / sum)) : out[i] / sum;
+    for (int32_t i = 0; i < n_v; i++) out[i] = narrow ? bf16((float)(out[i] / sum)) : out[i] / sum;
     return max + log(sum);
 }
 

@@ -61,6 +61,16 @@ static void test_with_a_calibration(void **state)
     tq_calibration_free(calibration);
 }
 
+/* Values of another head_dim than keys, on either device. */
+static void test_with_two_head_dims(void **state)
+{
+    (void)state;
+    batch_model_of.head_dim = 192, batch_model_of.head_dim_v = 128;
+    run_random(TQ_DEVICE_CPU, 1);
+    if (has_device()) run_random(TQ_DEVICE_CUDA, 2);
+    batch_model_of.head_dim = batch_model_of.head_dim_v = HEAD_DIM;
+}
+
 /* A pass that a batch of its own makes, next to prefills of the same sequences elsewhere. */
 static void pass(tq_cache *cache, const int32_t *seqs, tq_cache *plain, const int32_t *same, const int64_t *n_tok,
                  kv_random *random)
@@ -253,6 +263,7 @@ int main(void)
         cmocka_unit_test(test_batches_are_prefills),
         cmocka_unit_test(test_on_a_device),
         cmocka_unit_test(test_with_a_calibration),
+        cmocka_unit_test(test_with_two_head_dims),
         cmocka_unit_test(test_files_and_prefixes),
         cmocka_unit_test(test_captured_steps_come_to_checkpoints),
         cmocka_unit_test(test_what_is_not_finite_is_not_published),

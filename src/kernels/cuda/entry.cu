@@ -105,7 +105,8 @@ template <int D> static attend_launch find_at(const attend_choice &choice, bool 
     const bool can_decode = choice.n_exact <= TQ_DEVICE_EXACT_MAX;
     *is_prefill = choice.n_rows > TQ_PREFILL_ROWS_MIN || !can_decode;
 #ifdef TQ_CUDA_HOPPER
-    if (*is_prefill && is_hopper()) return find_prefill_hopper<D>(choice);
+    const bool hopper_has = choice.head_dim_v == D && !choice.has_transforms;
+    if (*is_prefill && hopper_has && is_hopper()) return find_prefill_hopper<D>(choice);
 #endif
     if (*is_prefill) found = find_prefill<D>(choice);
     if (!found && can_decode) *is_prefill = false, found = find_decode<D>(choice);
@@ -117,7 +118,11 @@ template <int D> static attend_launch find_at(const attend_choice &choice, bool 
 static attend_launch find_launch(const tq_device_store &store, const tq_paged_attend_params &params, bool *is_prefill)
 {
     attend_choice choice = {codes_kind(store.key.bits, store.key.is_trellis),
-                            codes_kind(store.value.bits, store.value.is_trellis), reference_bytes_of(store), 0,
+                            codes_kind(store.value.bits, store.value.is_trellis),
+                            store.head_dim_v,
+                            store.k_transforms != nullptr,
+                            reference_bytes_of(store),
+                            0,
                             getenv("TQ_CUDA_GENERAL") != nullptr};
     choice.n_rows = params.n_query * (params.n_head / store.n_head_kv);
     /* A decode block has rows of so many tokens at most, each with a window of its own. */
@@ -160,7 +165,7 @@ static size_t counters_bytes(size_t workspace_bytes)
 
 static size_t partial_bytes(const tq_device_store *store)
 {
-    return TQ_TILE_ROWS * (size_t)(store->head_dim + 2) * sizeof(float);
+    return TQ_TILE_ROWS * (size_t)(store->head_dim_v + 2) * sizeof(float);
 }
 
 static size_t queries_bytes(const tq_device_store *store, const tq_paged_attend_params *params)
@@ -202,7 +207,7 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.reference_bytes = reference_bytes_of(store);
     args.page_stride = store.page_stride, args.exact_stride = store.exact_stride;
-    args.rotation = store.rotation;
+    args.rotation = store.rotation, args.value_rotation = store.value_rotation;
     args.key_factors = store.k_factors, args.key_transforms = store.k_transforms;
     memcpy(args.windows[0], store.key.windows, sizeof args.windows[0]);
     memcpy(args.windows[1], store.value.windows, sizeof args.windows[1]);
@@ -254,7 +259,7 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     args.seq_lens = params->seq_lens, args.seq_lens_are_64 = params->seq_lens_are_64;
     args.exact_slots = params->exact_slots, args.query_starts = params->query_starts;
     if (store->n_recent > 0) args.new_k = params->new_k, args.new_v = params->new_v;
-    args.new_row_stride = params->new_row_stride;
+    args.new_k_stride = params->new_row_stride, args.new_v_stride = params->new_v_row_stride;
     args.n_query = params->n_query, args.n_head = params->n_head;
     args.group = params->n_head / store->n_head_kv;
     args.n_row_tiles = (uint32_t)n_row_tiles;

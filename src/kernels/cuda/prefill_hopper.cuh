@@ -269,12 +269,12 @@ __device__ __forceinline__ void expand_exact_tile(uint8_t *keys, uint8_t *values
                                                   const attend_args &args, int i)
 {
     const int lane16 = threadIdx.x & 15;
-    const exact_finder finder(id, args, D);
+    const exact_finder finder(id, args, D, D);
     for (int n = threadIdx.x % 128 / 16; n < 2 * S::n_tokens; n += 8) {
         int token = n / 2, e = S::n_tokens * i + token;
         float x[D / 16] = {};
         if (e < id.n_exact) finder.load<D>(x, id, args, e, n % 2, lane16);
-        if (n % 2 == 0) key_to_basis<D>(x, args.key_factors, args.key_transforms, id.head, lane16); /* as the queries' */
+        if (n % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
         rotate<D>(x, args.rotation, lane16);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
@@ -457,7 +457,7 @@ template <class S, int D> __device__ __forceinline__ void write_queries(uint8_t 
             row_place place = place_of(id, args, row);
             load_strided(x, args.q, args.dtype, place.token * args.q_token_stride + place.head * args.q_head_stride + lane16);
         }
-        query_to_basis<D>(x, id, args, row, lane16);
+        scale_channels<D>(x, args.key_factors, id.head, 1, lane16);
         rotate<D>(x, args.rotation, lane16);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {

@@ -16,7 +16,8 @@ __device__ __forceinline__ int transform_row(int i)
     return 16 * (i / 16 + 1) * (i / 16 * 8 + i % 16);
 }
 
-/* Elements lane16, lane16 + 16, ... of a key of KV head `head`. Row by row, each value multiplied, then added: the CPU's bits. */
+/* Elements lane16, lane16 + 16, ... of a key of KV head `head`. Row by row, each value multiplied, then added, as the CPU does:
+ * the same bits. Loops stay loops, since attention's kernels have few registers left. */
 template <int D>
 __device__ __forceinline__ void transform_key(float (&x)[D / 16], const uint16_t *transforms, int head, int lane16)
 {
@@ -25,7 +26,7 @@ __device__ __forceinline__ void transform_key(float (&x)[D / 16], const uint16_t
     float y[D / 16] = {};
 #pragma unroll
     for (int block = 0; block < D / 16; block++) {
-#pragma unroll 2
+#pragma unroll 1
         for (int i = 0; i < 16; i++) {
             const float number = __shfl_sync(half_mask(), x[block], first_lane + i);
 #pragma unroll
