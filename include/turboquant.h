@@ -765,8 +765,9 @@ typedef struct tq_paged_store {
     int64_t n_pages;       /* of `pages` */
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
     void *pages;           /* n_pages * page_bytes, aligned to 64 bytes, CUDA: 128; contents do not matter at first */
-    /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_ring, head_dim]; NULL if there are neither sinks nor a ring.
-     * Sink i is entry i, ring position p entry n_sink + p % n_ring. Keys or values in an exact format (f16, bf16) have none. */
+    /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_ring, head_dim], of values head_dim_v; NULL if there are
+     * neither sinks nor a ring. Sink i is entry i, ring position p entry n_sink + p % n_ring. Keys or values in an exact format
+     * (f16, bf16) have none. */
     void *exact;
     /* Vectors that the ring holds: at least n_recent, at most 65536; 0: n_recent. Tokens are encoded when they leave the last
      * n_recent; a longer ring keeps as many before these, so that tokens can be taken back (drafts), or several queries
@@ -804,7 +805,7 @@ typedef struct tq_paged_append_params {
     int64_t n_tok;
     tq_dtype dtype;
     const void *k, *v;  /* [n_tok, n_head_kv, head_dim], of v head_dim_v, rounded to FP16 on entry */
-    int64_t row_stride; /* elements from one token to the next, in k and in v; 0: both contiguous */
+    int64_t row_stride; /* elements from one token to the next; 0: contiguous */
     /*
      * Where tokens go: page * page_size + offset, int64 [n_tok]; negative: skip the token (padding of a captured batch).
      * Without sinks and ring this is all that is read.
@@ -821,6 +822,7 @@ typedef struct tq_paged_append_params {
      * as the largest FP16 number. */
     int32_t *n_not_finite;
     tq_append_half half;         /* other than BOTH: with a ring alone */
+    int64_t v_row_stride;        /* of v; 0: row_stride, or contiguous if that is 0 */
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_append_params;
 TQ_API void tq_paged_append_params_default(tq_paged_append_params *params);
@@ -870,7 +872,7 @@ typedef struct tq_paged_attend_params {
      * they are not read, and the append comes first.
      */
     const void *new_k, *new_v;
-    int64_t new_row_stride; /* elements from one token to the next, in both; 0: both contiguous */
+    int64_t new_row_stride; /* elements from one token to the next; 0: contiguous */
     /* As in tq_attend_params, in memory of the device. A mask has rows as q has, and as columns the positions of a row's
      * sequence, of which those behind the query are not read; what it hides may hold any bytes (rows that appends skipped). */
     const void *mask;
@@ -878,6 +880,7 @@ typedef struct tq_paged_attend_params {
     int64_t mask_token_stride, mask_head_stride;
     const float *alibi_slopes;
     int32_t out_dim;             /* 0: that of the values */
+    int64_t new_v_row_stride;    /* of new_v; 0: new_row_stride, or contiguous if that is 0 */
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_attend_params;
 #define TQ_PAGED_WORKSPACE_COUNTERS 32

@@ -7,13 +7,14 @@ import contextlib
 import copy
 import ctypes
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import turboquant
 import tiny
-from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, captured, compressed, generated, ids, logits, make_model, same_tokens
+from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, captured, compressed, generated, ids, logits, make_model, same_tokens, stock
 from transformers import LlamaConfig
 from turboquant.transformers import TurboQuantCache, _DeviceStore, attention_forward
 from turboquant.weight_factors import formats_of
@@ -25,6 +26,7 @@ N_LAYER, N_HEAD_KV, N_HEAD, HEAD_DIM = 3, 2, 4, 64
 CONFIG = LlamaConfig(num_hidden_layers=N_LAYER, num_attention_heads=N_HEAD, num_key_value_heads=N_HEAD_KV, head_dim=HEAD_DIM,
                      hidden_size=N_HEAD * HEAD_DIM)
 only_emulated = pytest.mark.skipif(BACKEND != "emulated", reason="hooks of the emulated device")
+CALIBRATION = Path(__file__).parents[2] / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
 # What a device multiplies in half precision.
 TOLERANCE = 2e-3 if BACKEND == "emulated" else .1
 
@@ -681,3 +683,19 @@ def test_coded_generation(llama):
     cache = compressed(llama, n_recent=16, **SQ8)
     generated(llama, cache, ids(2, 100), num_beams=3)
     assert cache.store.stats().n_pages_shared > 0
+
+
+def test_calibration():
+    """Keys go through a calibration's transforms on a device, too, and what is read is near what came."""
+    model = make_model("llama", num_hidden_layers=N_LAYER)
+    wanted = logits(model, stock(model), ids(1, 120))
+    plain, calibrated = (compressed(model, n_recent=16, **SQ8, **options)
+                         for options in ({"factors": "off"}, {"calibration": CALIBRATION}))
+    for cache in plain, calibrated:
+        assert abs(logits(model, cache, ids(1, 120), parts=3) - wanted).max() < .02 * abs(wanted).max()
+        assert isinstance(cache.store, _DeviceStore)
+    # Of the first layer, whose keys do not depend on what was coded before.
+    keys, others = (cache.store.read(cache.seqs[0], 0)[0] for cache in (plain, calibrated))
+    coded = slice(plain.store.n_sink, 100)
+    assert (keys[coded] != others[coded]).any() and abs(keys - others).max() < .1 * abs(keys).max()
+    assert (keys[110:] == others[110:]).all()

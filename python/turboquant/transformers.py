@@ -294,9 +294,6 @@ def _attend_rows(batch: _cache.Batch, number: int, query: torch.Tensor, keys: to
     rows, n_head = BatchRows(), query.shape[1]
     (query, q_stride, rows.q_head_stride), (keys, k_stride, _), (values, v_stride, _) = (
         _token_rows(x, places, heads_together) for x, heads_together in ((query, False), (keys, True), (values, True)))
-    if k_stride != v_stride:
-        keys, values = keys.contiguous(), values.contiguous()
-        k_stride = v_stride = 0
     n_batch, n_tok = (kept.shape if kept is not None else (batch.n_rows, len(query) // batch.n_rows))
     out = torch.empty(len(query), n_head, values.shape[2], dtype=query.dtype, device=device)
     rows.dtype, rows.q, rows.k, rows.v, rows.out = (_DTYPES[query.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(),

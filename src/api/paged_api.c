@@ -43,15 +43,17 @@ static tq_status bad(const char *what)
     return TQ_ERR_ARGUMENT;
 }
 
-/* The caller's store, `from`, as `store`. */
-#define OWN_STORE                                    \
-    TQ_PARAMS(tq_paged_store, own_store, from, WHO); \
+/* The caller's store as `store`. */
+#define OWN_STORE(from)                                                       \
+    TQ_PARAMS(tq_paged_store, own_store, from, WHO);                          \
+    if (own_store.head_dim_v == 0) own_store.head_dim_v = own_store.head_dim; \
+    if (own_store.seed == 0) own_store.seed = TQ_SEED_DEFAULT;                \
     const tq_paged_store *store = &own_store
 
 static tq_status check_cpu_shape(const tq_paged_store *store)
 {
     TQ_TRY(tq_codec_check(store->k_format, store->head_dim));
-    TQ_TRY(tq_codec_check(store->v_format, tq_paged_value_dim(store)));
+    TQ_TRY(tq_codec_check(store->v_format, store->head_dim_v));
     if (store->n_head_kv < 1 || store->n_head_kv > N_HEAD_KV_MAX) return bad("n_head_kv must be 1 to 65535");
     if (store->page_size < PAGE_SIZE_MIN || store->page_size > PAGE_SIZE_MAX || store->page_size % PAGE_SIZE_MIN != 0) {
         return bad("page_size must be 16 to 256 and a multiple of 16");
@@ -73,7 +75,7 @@ static tq_status sizes_of(tq_paged_sizes *out, const tq_paged_store *store)
 tq_status tq_paged_sizes_get(tq_paged_sizes *out, const tq_paged_store *from)
 {
     if (!out) return TQ_ERR_ARGUMENT;
-    OWN_STORE;
+    OWN_STORE(from);
     return sizes_of(out, store);
 }
 
@@ -120,14 +122,16 @@ static tq_status check_dtype(tq_dtype dtype)
     return TQ_ERR_ARGUMENT;
 }
 
-/* Elements from one row of keys and of values to the next. */
-static bool is_row_stride(const tq_paged_store *store, int64_t stride)
+/* Elements from one row of keys and of values to the next, where a caller leaves them out. Are they no less than rows? */
+static bool set_row_strides(const tq_paged_store *store, int64_t *k_stride, int64_t *v_stride)
 {
-    int32_t head_dim_v = tq_paged_value_dim(store), longer = store->head_dim > head_dim_v ? store->head_dim : head_dim_v;
-    return stride == 0 || (stride >= (int64_t)store->n_head_kv * longer && stride <= PLACE_MAX);
+    int64_t k_row = (int64_t)store->n_head_kv * store->head_dim, v_row = (int64_t)store->n_head_kv * store->head_dim_v;
+    if (*v_stride == 0) *v_stride = *k_stride ? *k_stride : v_row;
+    if (*k_stride == 0) *k_stride = k_row;
+    return *k_stride >= k_row && *v_stride >= v_row && *k_stride <= PLACE_MAX && *v_stride <= PLACE_MAX;
 }
 
-static tq_status check_append(const tq_paged_store *store, const tq_paged_append_params *params)
+static tq_status check_append(const tq_paged_store *store, tq_paged_append_params *params)
 {
     TQ_TRY(check_dtype(params->dtype));
     if (!params->slot_mapping) return bad("append: slot_mapping is NULL");
@@ -136,7 +140,9 @@ static tq_status check_append(const tq_paged_store *store, const tq_paged_append
     }
     if (params->half != TQ_APPEND_BOTH && store->n_recent == 0) return bad("append: there are halves with a ring alone");
     if (params->half != TQ_APPEND_ENCODE && (!params->k || !params->v)) return bad("append: k or v is NULL");
-    if (!is_row_stride(store, params->row_stride)) return bad("append: row_stride is less than a row");
+    if (!set_row_strides(store, &params->row_stride, &params->v_row_stride)) {
+        return bad("append: row_stride or v_row_stride is less than a row");
+    }
     if (store->n_sink + store->n_recent > 0 && (!params->seq_ids || !params->positions || !params->page_table)) {
         return bad("append: with sinks or a ring, seq_ids, positions and page_table are needed");
     }
@@ -145,7 +151,7 @@ static tq_status check_append(const tq_paged_store *store, const tq_paged_append
 
 tq_status tq_paged_append(const tq_paged_store *from, const tq_paged_append_params *params, void *stream)
 {
-    OWN_STORE;
+    OWN_STORE(from);
     TQ_PARAMS(tq_paged_append_params, own, params, WHO ": append");
     TQ_TRY(check_store(store, stream));
     if (own.n_tok < 0 || own.n_tok > INT32_MAX / store->n_head_kv) return bad("append: n_tok is out of range");
@@ -177,7 +183,7 @@ static tq_status check_query_starts(const tq_paged_attend_params *params)
 /* What is the same for all sequences of a call on the CPU. */
 static tq_attend_params plain_params(const tq_paged_store *store, const tq_paged_attend_params *params)
 {
-    int64_t out_dim = params->out_dim ? params->out_dim : tq_paged_value_dim(store);
+    int64_t out_dim = params->out_dim ? params->out_dim : store->head_dim_v;
     tq_attend_params plain = {.struct_size = sizeof plain,
                               .n_head = params->n_head,
                               .q = params->q,
@@ -214,13 +220,13 @@ static tq_status check_cpu_attend(const tq_paged_store *store, const tq_paged_at
     int64_t n_rows = (int64_t)params->n_seq * params->n_query;
     if (has_memory && params->query_starts) n_rows = params->query_starts[params->n_seq];
     tq_attend_params plain = plain_params(store, params);
-    return tq_check_attend(WHO, &plain, has_memory ? n_rows : 0, store->n_head_kv, tq_paged_value_dim(store));
+    return tq_check_attend(WHO, &plain, has_memory ? n_rows : 0, store->n_head_kv, store->head_dim_v);
 }
 
 tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, const tq_paged_attend_params *params)
 {
     if (!out) return TQ_ERR_ARGUMENT;
-    OWN_STORE;
+    OWN_STORE(from);
     TQ_PARAMS(tq_paged_attend_params, own, params, WHO ": attend");
     tq_paged_sizes unused;
     TQ_TRY(sizes_of(&unused, store));
@@ -235,7 +241,7 @@ tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, cons
 
 tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_params *params, void *stream)
 {
-    OWN_STORE;
+    OWN_STORE(from);
     TQ_PARAMS(tq_paged_attend_params, own, params, WHO ": attend");
     TQ_TRY(check_store(store, stream));
     if (store->device == TQ_DEVICE_CUDA)
@@ -247,7 +253,9 @@ tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_para
         return bad("attend: q, out, page_table or seq_lens is NULL");
     }
     if (!own.new_k != !own.new_v) return bad("attend: new_k or new_v is NULL, but not both");
-    if (!is_row_stride(store, own.new_row_stride)) return bad("attend: new_row_stride is less than a row");
+    if (!set_row_strides(store, &own.new_row_stride, &own.new_v_row_stride)) {
+        return bad("attend: new_row_stride or new_v_row_stride is less than a row");
+    }
     if (store->device == TQ_DEVICE_CUDA) return tq_cuda_attend(store, &own, stream);
     tq_attend_params plain = plain_params(store, &own);
     tq_status status = tq_cpu_paged_attend(store, &own, &plain);
@@ -264,16 +272,16 @@ static tq_status check_pages(const tq_paged_store *store, int64_t n, const void 
 
 tq_status tq_paged_copy(const tq_paged_store *from_store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
 {
-    TQ_PARAMS(tq_paged_store, store, from_store, WHO);
-    TQ_TRY(check_pages(&store, n, from, to, stream));
-    if (store.device == TQ_DEVICE_CUDA) return tq_cuda_copy_pages(&store, from, to, n, stream);
-    tq_cpu_paged_copy(&store, from, to, n);
+    OWN_STORE(from_store);
+    TQ_TRY(check_pages(store, n, from, to, stream));
+    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_copy_pages(store, from, to, n, stream);
+    tq_cpu_paged_copy(store, from, to, n);
     return TQ_OK;
 }
 
 tq_status tq_paged_export(const tq_paged_store *from, const int32_t *pages, int64_t n, void *bytes, void *stream)
 {
-    OWN_STORE;
+    OWN_STORE(from);
     TQ_TRY(check_pages(store, n, pages, bytes, stream));
     if (store->device == TQ_DEVICE_CUDA) return tq_cuda_export_pages(store, pages, n, bytes, stream);
     tq_cpu_paged_export(store, pages, n, bytes);
@@ -282,7 +290,7 @@ tq_status tq_paged_export(const tq_paged_store *from, const int32_t *pages, int6
 
 tq_status tq_paged_import(const tq_paged_store *from, const int32_t *pages, int64_t n, const void *bytes, void *stream)
 {
-    OWN_STORE;
+    OWN_STORE(from);
     TQ_TRY(check_pages(store, n, pages, bytes, stream));
     if (store->device == TQ_DEVICE_CUDA) return tq_cuda_import_pages(store, pages, n, bytes, stream);
     tq_cpu_paged_import(store, pages, n, bytes);

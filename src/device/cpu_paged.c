@@ -34,7 +34,7 @@ static tq_format format_of(const tq_paged_store *store, int32_t side)
 
 static int32_t dim_of(const tq_paged_store *store, int32_t side)
 {
-    return side == TQ_SIDE_K ? store->head_dim : tq_paged_value_dim(store);
+    return side == TQ_SIDE_K ? store->head_dim : store->head_dim_v;
 }
 
 static int64_t width_of(const tq_paged_store *store, int32_t side)
@@ -158,19 +158,14 @@ static uint8_t *exact_of(const tq_paged_store *store, size_t exact_bytes, const 
 typedef struct caller_rows {
     tq_dtype dtype;
     const void *x;
-    int64_t stride; /* 0: contiguous */
+    int64_t stride;
 } caller_rows;
-
-static int64_t stride_of(const caller_rows *r, int64_t width)
-{
-    return r->stride ? r->stride : width;
-}
 
 /* Can they be used where they are? */
 static bool is_plain(const opened *o, const caller_rows *r, int32_t side, int64_t first, int64_t n)
 {
     int64_t width = width_of(o->store, side);
-    return r->dtype == TQ_DTYPE_F32 && stride_of(r, width) == width &&
+    return r->dtype == TQ_DTYPE_F32 && r->stride == width &&
            o->shape.kernels->all_finite((const float *)r->x + first * width, n * width);
 }
 
@@ -181,7 +176,7 @@ static int32_t copy_rows(const opened *o, const caller_rows *r, int32_t side, in
     int32_t head_dim = dim_of(o->store, side), n_bad = 0;
     int64_t width = width_of(o->store, side);
     for (int64_t i = 0; i < n; i++, x += width) {
-        tq_floats_read(r->dtype, r->x, (first + i) * stride_of(r, width), width, x);
+        tq_floats_read(r->dtype, r->x, (first + i) * r->stride, width, x);
         if (o->shape.kernels->all_finite(x, width)) continue;
         for (float *vector = x; vector < x + width; vector += head_dim) {
             if (o->shape.kernels->all_finite(vector, head_dim)) continue;
@@ -383,7 +378,7 @@ static tq_status append(append_call *call)
         bytes[PAGES] += (size_t)r.end_page * sizeof *r.pages;
     }
     if (bytes[RUNS] == 0) return TQ_OK;
-    const caller_rows from[TQ_N_SIDES] = {{p->dtype, p->k, p->row_stride}, {p->dtype, p->v, p->row_stride}};
+    const caller_rows from[TQ_N_SIDES] = {{p->dtype, p->k, p->row_stride}, {p->dtype, p->v, p->v_row_stride}};
     bool has_rows = p->k && p->v;
     for (int32_t side = 0; side < TQ_N_SIDES && has_rows; side++) {
         if (!is_plain(&call->o, &from[side], side, 0, p->n_tok))
@@ -450,7 +445,7 @@ static void write_blind(const attend_call *call, const queries *q)
 {
     const tq_attend_params *plain = call->plain;
     static const float zeros[TQ_HEAD_DIM_MAX];
-    int32_t out_dim = plain->out_dim ? plain->out_dim : tq_paged_value_dim(call->o.store);
+    int32_t out_dim = plain->out_dim ? plain->out_dim : call->o.store->head_dim_v;
     for (int64_t row = q->first - q->n_blind; row < q->first; row++) {
         for (int32_t head = 0; head < plain->n_head; head++) {
             int64_t at = row * plain->out_token_stride + head * plain->out_head_stride;
@@ -471,7 +466,8 @@ static bool has_new_rows(const attend_call *call)
 static caller_rows new_rows(const attend_call *call, int32_t side)
 {
     const tq_paged_attend_params *p = call->params;
-    return (caller_rows){p->dtype, side == TQ_SIDE_K ? p->new_k : p->new_v, p->new_row_stride};
+    if (side == TQ_SIDE_K) return (caller_rows){p->dtype, p->new_k, p->new_row_stride};
+    return (caller_rows){p->dtype, p->new_v, p->new_v_row_stride};
 }
 
 static void count_parts(const attend_call *call, const queries *q, size_t *bytes)
@@ -488,7 +484,7 @@ static void count_parts(const attend_call *call, const queries *q, size_t *bytes
             bytes[NEW_K + side] = (size_t)(q->n * width_of(store, side)) * sizeof(float);
     }
     if (call->params->dtype == TQ_DTYPE_F32) return;
-    int32_t out_dim = plain->out_dim ? plain->out_dim : tq_paged_value_dim(store);
+    int32_t out_dim = plain->out_dim ? plain->out_dim : store->head_dim_v;
     bytes[QUERIES] = (size_t)(q->n * plain->n_head * store->head_dim) * sizeof(float);
     bytes[OUTPUT] = (size_t)(q->n * plain->n_head * out_dim) * sizeof(float);
 }
@@ -507,7 +503,7 @@ static tq_attend_params own_params(const attend_call *call, const queries *q, vo
         own.out += q->first * own.out_token_stride;
         return own;
     }
-    int32_t head_dim = call->o.store->head_dim, out_dim = own.out_dim ? own.out_dim : tq_paged_value_dim(call->o.store);
+    int32_t head_dim = call->o.store->head_dim, out_dim = own.out_dim ? own.out_dim : call->o.store->head_dim_v;
     float *x = parts[QUERIES];
     for (int64_t i = 0; i < q->n * own.n_head; i++) {
         int64_t at = (q->first + i / own.n_head) * own.q_token_stride + i % own.n_head * own.q_head_stride;
@@ -602,7 +598,7 @@ tq_status tq_cpu_paged_attend(const tq_paged_store *store, const tq_paged_attend
     TQ_TRY(open_store(&call.o, store));
     double work = 0;
     for (int32_t seq = 0; seq < params->n_seq; seq++) work += queries_work(&call, seq);
-    work *= (double)plain->n_head * (store->head_dim + tq_paged_value_dim(store)) / (double)TQ_ATTEND_PER_THREAD;
+    work *= (double)plain->n_head * (store->head_dim + store->head_dim_v) / (double)TQ_ATTEND_PER_THREAD;
     tq_run_items(params->executor, (int32_t)fmin(work + 1, INT32_MAX),
                  &(tq_items){&call, params->n_seq, queries_work, attend_sequence});
     close_store(&call.o);

@@ -8,6 +8,7 @@
 
 #include "base/alloc.h"
 #include "base/log.h"
+#include "codec/transform.h"
 #include "device/cuda_memory.h"
 #include "device/cuda_store.h"
 
@@ -24,6 +25,7 @@ static tq_paged_store store_of(const tq_shape *shape, int32_t layer)
                             .k_format = keys->codec->traits->format,
                             .v_format = values->codec->traits->format,
                             .head_dim = keys->codec->head_dim,
+                            .head_dim_v = values->codec->head_dim,
                             .n_head_kv = shape->n_head_kv,
                             .page_size = shape->page_size,
                             .n_sink = keys->n_sink,
@@ -35,9 +37,6 @@ static tq_paged_store store_of(const tq_shape *shape, int32_t layer)
 
 static tq_status layer_init(tq_memory *m, int32_t i)
 {
-    const tq_side *keys = tq_shape_side(m->shape, i, TQ_SIDE_K), *values = tq_shape_side(m->shape, i, TQ_SIDE_V);
-    if (keys->transforms) return tq_cuda_refuse("kernels know no calibration's transforms of keys: make the cache without");
-    if (keys->codec->head_dim != values->codec->head_dim) return tq_cuda_refuse("kernels want keys and values of one head_dim");
     tq_paged_store store = store_of(m->shape, i);
     tq_paged_sizes sizes;
     tq_cuda_layer *layer = &m->layers[i];
@@ -68,6 +67,11 @@ static size_t staging_bytes(const tq_memory *m)
     return bytes;
 }
 
+static size_t transforms_bytes(const tq_memory *m, const tq_cuda_layer *layer)
+{
+    return (size_t)m->shape->n_head_kv * tq_transform_row(layer->store.head_dim) * sizeof *layer->transforms;
+}
+
 static void cuda_close(tq_memory *m)
 {
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
@@ -75,6 +79,7 @@ static void cuda_close(tq_memory *m)
         tq_cuda_release(m, layer->store.pages, (size_t)layer->store.n_pages * layer->page_bytes);
         tq_cuda_release(m, layer->store.exact, (size_t)layer->store.n_exact_slots * layer->exact_bytes);
         tq_cuda_release(m, layer->factors, (size_t)m->shape->n_head_kv * (size_t)layer->store.head_dim);
+        tq_cuda_release(m, layer->transforms, transforms_bytes(m, layer));
     }
     tq_cuda_release(m, m->staging, staging_bytes(m));
     tq_cuda_release(m, m->not_finite, sizeof *m->not_finite);
@@ -84,12 +89,28 @@ static void cuda_close(tq_memory *m)
     tq_free(m);
 }
 
+/* A layer's transforms never change. */
+static tq_status put_transforms(tq_memory *m, int32_t i)
+{
+    char message[TQ_DEVICE_MESSAGE] = "";
+    tq_cuda_layer *layer = &m->layers[i];
+    const uint16_t *transforms = tq_shape_side(m->shape, i, TQ_SIDE_K)->transforms;
+    if (!transforms) return TQ_OK;
+    size_t bytes = transforms_bytes(m, layer);
+    layer->transforms = tq_cuda_allocate(m, bytes);
+    if (!layer->transforms) return TQ_ERR_MEMORY;
+    layer->store.k_transforms = layer->transforms;
+    TQ_TRY(DEVICE(m, copy, layer->transforms, transforms, bytes, m->stream));
+    return DEVICE(m, wait, m->stream); /* calls may come on another stream */
+}
+
 static tq_status open_memory(tq_memory *m)
 {
     char message[TQ_DEVICE_MESSAGE] = "";
     TQ_TRY(tq_device_load(&m->table));
     for (int32_t i = 0; i < m->shape->n_layer; i++) TQ_TRY(layer_init(m, i));
     for (int32_t i = 0; i < m->shape->n_layer; i++) TQ_TRY(check_kernels(m, &m->layers[i], i));
+    for (int32_t i = 0; i < m->shape->n_layer; i++) TQ_TRY(put_transforms(m, i));
     void *counter = NULL;
     TQ_TRY(DEVICE(m, allocate, &counter, sizeof *m->host_counter, true));
     m->host_counter = counter;

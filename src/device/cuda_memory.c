@@ -30,12 +30,6 @@ void tq_cuda_release(tq_memory *m, void *p, size_t bytes)
         m->table->release(p, false);
 }
 
-tq_status tq_cuda_refuse(const char *what)
-{
-    tq_log(TQ_LOG_ERROR, "CUDA: %s", what);
-    return TQ_ERR_ARGUMENT;
-}
-
 tq_status tq_cuda_check_finite(const tq_memory *m)
 {
     if (*m->host_counter == 0) return TQ_OK;

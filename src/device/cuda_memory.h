@@ -10,7 +10,8 @@
 typedef struct tq_cuda_layer {
     tq_device_store store;
     size_t page_bytes, exact_bytes, canonical_bytes;
-    int8_t *factors; /* the store's, on the device */
+    int8_t *factors;      /* the store's, on the device */
+    uint16_t *transforms; /* likewise */
 } tq_cuda_layer;
 
 struct tq_memory {
@@ -35,8 +36,6 @@ struct tq_memory {
 tq_status tq_cuda_report(tq_status status, const char *message);
 
 /* cuda_memory.c */
-/* ARGUMENT, with the reason in the log. */
-tq_status tq_cuda_refuse(const char *what);
 /* Memory of the device, counted; NULL if memory has run out. NULL is fine to release. */
 void *tq_cuda_allocate(tq_memory *m, size_t bytes);
 void tq_cuda_release(tq_memory *m, void *p, size_t bytes);

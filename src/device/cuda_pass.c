@@ -252,7 +252,8 @@ static tq_status call_bytes(const tq_pass *pass, int32_t n_seq, int64_t n_query,
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_device_store *store = &m->layers[i].store, *before = i > 0 ? &m->layers[i - 1].store : NULL;
         if (before && before->key.bits == store->key.bits && before->key.is_trellis == store->key.is_trellis &&
-            before->value.bits == store->value.bits && before->value.is_trellis == store->value.is_trellis)
+            before->value.bits == store->value.bits && before->value.is_trellis == store->value.is_trellis &&
+            !before->k_transforms == !store->k_transforms)
             continue;
         size_t bytes;
         TQ_TRY(DEVICE(m, workspace_bytes, &bytes, store, &params));
@@ -346,6 +347,7 @@ static tq_status encode_first(tq_pass *pass)
     if (pass->side) TQ_TRY(DEVICE(m, side_fork, pass->side, m->stream, &stream));
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         params.row_stride = (int64_t)m->shape->n_head_kv * m->layers[i].store.head_dim;
+        params.v_row_stride = (int64_t)m->shape->n_head_kv * m->layers[i].store.head_dim_v;
         TQ_TRY(DEVICE(m, append, &m->layers[i].store, &params, stream));
         if (pass->side) TQ_TRY(DEVICE(m, side_record, pass->side, i));
         pass->encoded[i] = true;
@@ -450,6 +452,7 @@ static tq_status append_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows
     params.k = rows_at(rows->k, part->first, rows->k_token_stride, rows->dtype);
     params.v = rows_at(rows->v, part->first, rows->v_token_stride, rows->dtype);
     params.row_stride = rows->k_token_stride;
+    params.v_row_stride = rows->v_token_stride;
     params.half = half;
     if (pass->encoded[i] && pass->side) TQ_TRY(DEVICE(m, side_join, pass->side, i, m->stream));
     return DEVICE(m, append, &m->layers[i].store, &params, m->stream);
@@ -498,6 +501,7 @@ static tq_status attend_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows
         params.new_k = rows_at(rows->k, part->first, rows->k_token_stride, rows->dtype);
         params.new_v = rows_at(rows->v, part->first, rows->v_token_stride, rows->dtype);
         params.new_row_stride = rows->k_token_stride;
+        params.new_v_row_stride = rows->v_token_stride;
     }
     return DEVICE(m, attend, &m->layers[i].store, &params, m->stream);
 }
@@ -552,7 +556,6 @@ static tq_status keep_checkpoint(const tq_pass *pass, int32_t layer, int32_t i, 
 tq_status tq_cuda_pass_run(tq_pass *pass, int32_t layer, const tq_batch_rows *rows, int64_t *n_appended)
 {
     if (pass->n_tok == 0) return TQ_OK;
-    if (rows->k_token_stride != rows->v_token_stride) return tq_cuda_refuse("tokens of k and v must be equally far apart");
     if (pass->is_whole) {
         row_part whole = {.n_seq = pass->n_rows, .n_query = pass->n_tok_most, .n_tok = pass->n_tok, .seen = pass->n_tok_most};
         TQ_TRY(run_part(pass, layer, rows, &whole, n_appended));

@@ -8,6 +8,7 @@
 #include "device/cuda_store.h"
 #include "device/paged.h"
 #include "kernels/cuda/layout.h"
+#include "kernels/cuda/pairs.h"
 #include "kernels/cuda/split.h"
 
 static tq_status bad(const char *what)
@@ -37,16 +38,31 @@ static tq_status check_format(tq_format format, int32_t head_dim)
     return has_head_dim ? TQ_ERR_FORMAT : TQ_ERR_HEAD_DIM;
 }
 
+static tq_status check_head_dims(int32_t head_dim, int32_t head_dim_v)
+{
+    if (head_dim == head_dim_v) return TQ_OK;
+#define IS_PAIR(K, V) \
+    if (head_dim == K && head_dim_v == V) return TQ_OK;
+    TQ_HEAD_DIM_PAIRS(IS_PAIR)
+#undef IS_PAIR
+#define NAME(K, V) " " #K "/" #V
+    tq_log(
+        TQ_LOG_ERROR,
+        "CUDA: keys of head_dim %d with values of %d: there are kernels for the same head_dim, and for" TQ_HEAD_DIM_PAIRS(NAME),
+        (int)head_dim, (int)head_dim_v);
+#undef NAME
+    return TQ_ERR_ARGUMENT;
+}
+
 static tq_status check_shape(const tq_paged_store *store)
 {
     TQ_TRY(check_format(store->k_format, store->head_dim));
-    TQ_TRY(check_format(store->v_format, store->head_dim));
+    TQ_TRY(check_format(store->v_format, store->head_dim_v));
+    TQ_TRY(check_head_dims(store->head_dim, store->head_dim_v));
     if (store->n_head_kv < 1 || store->n_head_kv > 65535) return bad("n_head_kv must be 1 to 65535");
     if (store->page_size < 32 || store->page_size > 256 || store->page_size % 32 != 0) {
         return bad("page_size must be 32 to 256 and a multiple of 32");
     }
-    if (store->head_dim_v != 0 && store->head_dim_v != store->head_dim) return bad("keys and values must be of one head_dim");
-    if (store->k_transforms) return bad("kernels know no calibration's transforms of keys");
     int32_t sinks = store->n_sink, recent = store->n_recent;
     if (sinks < 0 || recent < 0 || sinks > TQ_DEVICE_EXACT_MAX || recent > TQ_DEVICE_EXACT_MAX - sinks) {
         return bad("n_sink and n_recent must be counts from 0 with a sum of at most 512");
@@ -61,16 +77,17 @@ static tq_status check_shape(const tq_paged_store *store)
 static tq_paged_sizes sizes_of(const tq_paged_store *store)
 {
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
-    tq_plane value = plane_of_format(store->v_format, store->head_dim, true);
+    tq_plane value = plane_of_format(store->v_format, store->head_dim_v, true);
     size_t n_heads = (size_t)store->n_head_kv, page_size = (size_t)store->page_size, head_dim = (size_t)store->head_dim;
+    size_t n_exact = (size_t)(store->n_sink + tq_paged_ring(store));
     int32_t n_records = store->page_size / TQ_RECORD_TOKENS;
     int32_t reference = store->k_ref_block ? tq_reference_bytes(store->head_dim) : 0;
     size_t references = store->k_ref_block ? page_size / TQ_REF_BLOCK * (head_dim + sizeof(uint16_t)) : 0;
     size_t vectors = tq_format_vector_bytes(tq_format_traits_get(store->k_format), store->head_dim) +
-                     tq_format_vector_bytes(tq_format_traits_get(store->v_format), store->head_dim);
+                     tq_format_vector_bytes(tq_format_traits_get(store->v_format), store->head_dim_v);
     return (tq_paged_sizes){
         .page_bytes = (size_t)tq_device_head_page_bytes(tq_record_bytes(key, value), reference, n_records) * n_heads,
-        .exact_bytes = 2 * n_heads * (size_t)(store->n_sink + tq_paged_ring(store)) * head_dim * sizeof(uint16_t),
+        .exact_bytes = n_heads * n_exact * (head_dim + (size_t)store->head_dim_v) * sizeof(uint16_t),
         .canonical_bytes = n_heads * (page_size * vectors + references),
     };
 }
@@ -112,9 +129,10 @@ static void fill_rotation(tq_device_rotation *out, const tq_rotation *rotation)
 static tq_status fill_side(tq_device_store *out, const tq_paged_store *store, bool is_value)
 {
     tq_codec codec;
-    TQ_TRY(tq_codec_init(&codec, is_value ? store->v_format : store->k_format, store->head_dim, store->seed));
+    tq_format format = is_value ? store->v_format : store->k_format;
+    TQ_TRY(tq_codec_init(&codec, format, is_value ? store->head_dim_v : store->head_dim, store->seed));
     fill_format(is_value ? &out->value : &out->key, &codec);
-    fill_rotation(&out->rotation, &codec.rotation);
+    fill_rotation(is_value ? &out->value_rotation : &out->rotation, &codec.rotation);
     tq_codec_deinit(&codec);
     return TQ_OK;
 }
@@ -126,6 +144,7 @@ tq_status tq_cuda_shape_store(tq_device_store *out, const tq_paged_store *store)
     size_t page_stride = store->page_stride_bytes ? store->page_stride_bytes : sizes.page_bytes;
     size_t exact_stride = store->exact_stride_bytes ? store->exact_stride_bytes : sizes.exact_bytes;
     *out = (tq_device_store){.head_dim = store->head_dim,
+                             .head_dim_v = store->head_dim_v,
                              .n_head_kv = store->n_head_kv,
                              .page_size = store->page_size,
                              .n_sink = store->n_sink,
@@ -144,7 +163,9 @@ static tq_status prepare(tq_device_store *out, const tq_paged_store *store)
     TQ_TRY(tq_cuda_shape_store(out, store));
     if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
     if ((uintptr_t)store->k_factors % 8 != 0) return bad("k_factors must be aligned to 8 bytes");
+    if ((uintptr_t)store->k_transforms % 16 != 0) return bad("k_transforms must be aligned to 16 bytes");
     out->k_factors = store->k_factors;
+    out->k_transforms = store->k_transforms;
     out->n_pages = store->n_pages;
     out->n_exact_slots = store->n_exact_slots;
     out->pages = store->pages;
@@ -169,15 +190,12 @@ tq_status tq_cuda_describe(tq_cuda_info *out)
 
 tq_status tq_cuda_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream)
 {
-    tq_paged_append_params copy = *params;
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
-    int64_t row = (int64_t)store->n_head_kv * store->head_dim;
-    if (copy.row_stride == 0) copy.row_stride = row;
     const tq_device_table *table;
     char message[TQ_DEVICE_MESSAGE] = "";
     TQ_TRY(tq_device_load(&table));
-    return report(table->append(&device, &copy, stream, message), message);
+    return report(table->append(&device, params, stream, message), message);
 }
 
 tq_status tq_cuda_check_attend(const tq_paged_store *store, const tq_paged_attend_params *params)
@@ -190,9 +208,9 @@ tq_status tq_cuda_check_attend(const tq_paged_store *store, const tq_paged_atten
         return TQ_ERR_SHAPE;
     }
     if (params->max_seq_len < 0 || params->max_seq_len > (INT64_C(1) << 30)) return bad("attend: max_seq_len is out of range");
-    if (params->out_dim < 0 || params->out_dim > store->head_dim) {
+    if (params->out_dim < 0 || params->out_dim > store->head_dim_v) {
         tq_log(TQ_LOG_ERROR, "CUDA: attend: out_dim is %d, but the values have head_dim %d", (int)params->out_dim,
-               (int)store->head_dim);
+               (int)store->head_dim_v);
         return TQ_ERR_SHAPE;
     }
     int64_t n_rows = (int64_t)params->n_query * (params->n_head / store->n_head_kv);
@@ -207,12 +225,14 @@ tq_status tq_cuda_workspace_bytes(size_t *out, const tq_paged_store *store, cons
     const tq_device_table *table;
     TQ_TRY(tq_device_load(&table));
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
-    tq_plane value = plane_of_format(store->v_format, store->head_dim, true);
+    tq_plane value = plane_of_format(store->v_format, store->head_dim_v, true);
     tq_device_store device = {.key = {.bits = key.bits, .is_trellis = key.is_trellis},
                               .value = {.bits = value.bits, .is_trellis = value.is_trellis},
                               .n_head_kv = store->n_head_kv,
                               .head_dim = store->head_dim,
-                              .k_ref_block = store->k_ref_block};
+                              .head_dim_v = store->head_dim_v,
+                              .k_ref_block = store->k_ref_block,
+                              .k_transforms = store->k_transforms};
     char message[TQ_DEVICE_MESSAGE] = "";
     return report(table->workspace_bytes(out, &device, params, message), message);
 }
@@ -223,13 +243,12 @@ tq_status tq_cuda_attend(const tq_paged_store *store, const tq_paged_attend_para
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
     if (!copy.workspace) return bad("attend: workspace is NULL");
-    if (copy.new_row_stride == 0) copy.new_row_stride = (int64_t)store->n_head_kv * store->head_dim;
     if (!isfinite(copy.softmax_scale)) return bad("attend: softmax_scale is not finite");
     if (!isfinite(copy.softcap) || copy.softcap < 0) return bad("attend: softcap must be finite and positive, or 0 for none");
     if (copy.window < 0) return bad("attend: window must be positive, or 0 for none");
     if ((uintptr_t)copy.workspace % 128 != 0) return bad("attend: workspace must be aligned to 128 bytes");
     if (copy.q_head_stride == 0) copy.q_head_stride = store->head_dim;
-    if (copy.out_dim == 0) copy.out_dim = store->head_dim;
+    if (copy.out_dim == 0) copy.out_dim = store->head_dim_v;
     if (copy.out_head_stride == 0) copy.out_head_stride = copy.out_dim;
     if (copy.q_token_stride == 0) copy.q_token_stride = (int64_t)copy.n_head * store->head_dim;
     if (copy.out_token_stride == 0) copy.out_token_stride = (int64_t)copy.n_head * copy.out_dim;

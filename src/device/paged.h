@@ -13,11 +13,6 @@ static inline int32_t tq_paged_ring(const tq_paged_store *store)
     return store->n_ring ? store->n_ring : store->n_recent;
 }
 
-static inline int32_t tq_paged_value_dim(const tq_paged_store *store)
-{
-    return store->head_dim_v ? store->head_dim_v : store->head_dim;
-}
-
 /* n_ring, and whether there is one where references want it; n_recent is a count. Errors: ARGUMENT, logged. */
 tq_status tq_paged_check_ring(const tq_paged_store *store);
 

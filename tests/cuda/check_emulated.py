@@ -34,10 +34,12 @@ def main():
     folder = build / "tests/cuda"
     copy_kernels(folder / "emulated/kernels/cuda")
     first = [f"-I{ROOT / 'tests/cuda/emulation'}", f"-I{folder / 'emulated'}", f"-I{ROOT / 'tests/cuda'}"]
-    vectors, counts = folder / "vectors.o", [0, 0]
-    subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O2", *FOLDERS, "-c", ROOT / "tests/unit/vectors.c",
-                    "-o", vectors], check=True)
-    libraries = [vectors, build / "libturboquant.a", build / "libturboquant_simd.a", "-lpthread", "-ldl", "-lm"]
+    objects, counts = [], [0, 0]
+    for source in ("tests/unit/vectors.c", "tests/cuda/emulated_calibration.c"):
+        objects.append(folder / Path(source).with_suffix(".o").name)
+        subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O2", *FOLDERS, "-c", ROOT / source, "-o", objects[-1]],
+                       check=True)
+    libraries = [*objects, build / "libturboquant.a", build / "libturboquant_simd.a", "-lpthread", "-ldl", "-lm"]
     for name in PROGRAMS:
         subprocess.run([COMPILER, "-std=c++17", *FLAGS, *first, *FOLDERS, "-x", "c++", ROOT / f"tests/cuda/{name}.cu",
                         "-x", "none", *libraries, "-o", folder / name], check=True)

@@ -10,7 +10,9 @@
 
 #include "base/half.h"
 #include "codec/codec.h"
+#include "codec/transform.h"
 #include "device_test.h"
+#include "make_calibration.h"
 #include "vectors.h"
 
 enum { VECTOR_BYTES_MAX = 2 + 256 }; /* of sq8 at the largest head_dim of a device */
@@ -105,10 +107,22 @@ size_t model_row_of(const model *m, int32_t seq, int64_t position, int32_t head)
            (size_t)m->s.head_dim;
 }
 
-/* Divide (sign -1) or multiply a key by its channels' factors, if there are any. */
-static void scale_key(const model *m, int32_t head, int32_t sign, float *x)
+/* A key to the basis that is coded, and back: divided by its channels' factors, or transformed. */
+static void key_to_basis(const model *m, int32_t head, float *x)
 {
-    if (m->s.factors) tq_scale_channels(m->factors + head * m->s.head_dim, sign, m->s.head_dim, 1, x);
+    int32_t d = m->s.head_dim;
+    if (m->s.factors) tq_scale_channels(m->factors + head * d, -1, d, 1, x);
+    if (!m->transforms) return;
+    float plain[256];
+    memcpy(plain, x, (size_t)d * sizeof *plain);
+    tq_transform_key(tq_transform_of_head(m->transforms, head, d), d, plain, x);
+}
+
+static void key_from_basis(const model *m, int32_t head, float *x)
+{
+    int32_t d = m->s.head_dim;
+    if (m->s.factors) tq_scale_channels(m->factors + head * d, 1, d, 1, x);
+    if (m->transforms) tq_transform_inverse(tq_transform_of_head(m->transforms, head, d), d, x);
 }
 
 static float bf16(float x)
@@ -127,8 +141,8 @@ static void draw_rows(model *m)
             vector_kind kind = m->s.outliers ? (vector_kind)(tq_random_next(&m->random) % VECTOR_KINDS) : VECTOR_GAUSSIAN;
             random_vector(&m->random, kind, side ? 0.7f : 1.3f, m->rows[side] + i, d);
             if (m->s.outliers && tq_random_next(&m->random) % 16 == 0) memset(m->rows[side] + i, 0, (size_t)d * sizeof(float));
-            /* Factors follow from what channels hold. */
-            if (!side) scale_key(m, (int32_t)(i / (size_t)d % (size_t)m->s.n_head_kv), 1, m->rows[side] + i);
+            /* Factors and transforms follow from what keys hold. */
+            if (!side) key_from_basis(m, (int32_t)(i / (size_t)d % (size_t)m->s.n_head_kv), m->rows[side] + i);
             for (int32_t k = 0; k < d; k++) {
                 float *x = &m->rows[side][i + (size_t)k];
                 if (m->s.bfloat_rows) *x = bf16(*x);
@@ -166,7 +180,7 @@ static void set_reference(model *m, tq_codec *ref_codec, int32_t seq, int64_t po
         for (int32_t n = 0; n < s->n_recent; n++) reference[k] += m->rows[0][model_row_of(m, seq, position + n, head) + k];
         reference[k] /= (float)s->n_recent;
     }
-    scale_key(m, head, -1, reference);
+    key_to_basis(m, head, reference);
     if (tq_codec_encode(ref_codec, reference, 1, record) != TQ_OK) abort();
     if (tq_codec_decode(ref_codec, record, 1, reference) != TQ_OK) abort();
     memcpy(to + i * d, record + 2, d);
@@ -205,12 +219,12 @@ static void encode_rows(model *m)
                         set_reference(m, ref_codec, seq, position, head, base, reference);
                     if (side) base += key_page;
                     memcpy(x, to, d * sizeof *x);
-                    if (!side) scale_key(m, head, -1, x);
+                    if (!side) key_to_basis(m, head, x);
                     for (size_t k = 0; k < d; k++) x[k] -= reference[k];
                     if (tq_codec_encode(codec, x, 1, record) != TQ_OK) abort();
                     if (tq_codec_decode(codec, record, 1, to) != TQ_OK) abort();
                     for (size_t k = 0; k < d; k++) to[k] += reference[k];
-                    if (!side) scale_key(m, head, 1, to);
+                    if (!side) key_from_basis(m, head, to);
                     memcpy(base + offset * codes, record + 2, codes);
                     memcpy(base + page_size * codes + 2 * offset, record, 2);
                     m->encoded_mark[(size_t)page * page_size + offset] = 1;
@@ -245,6 +259,13 @@ void model_open(model *m, const setup *s, uint64_t seed)
     m->factors = calloc(n_factors, 1);
     for (size_t i = 0; s->factors && i < n_factors; i++) m->factors[i] = (int8_t)((int)(i * 37 % 17) - 8);
     if (s->factors) m->store.k_factors = device_copy_of(m->factors, n_factors);
+    if (s->transforms) {
+        kv_random random = {.state = seed + 1};
+        size_t bytes;
+        m->calibration = make_calibration(&random, 1, s->n_head_kv, s->head_dim);
+        m->transforms = tq_calibration_transforms(m->calibration, 0, &bytes);
+        m->store.k_transforms = device_copy_of(m->transforms, bytes);
+    }
     /* 0xff: NaN in scales, the largest codes. What was not written must not be seen. */
     m->store.pages = device_alloc((size_t)m->n_pages * page_stride, 0xff);
     m->store.exact = device_alloc((size_t)s->n_seq * exact_stride, 0xff);
@@ -583,5 +604,6 @@ void model_close(model *m)
 {
     for (int side = 0; side < 2; side++) free(m->rows[side]), free(m->decoded[side]);
     free(m->page_table), free(m->canonical), free(m->encoded_mark), free(m->factors);
+    tq_calibration_free(m->calibration);
     device_free_all();
 }

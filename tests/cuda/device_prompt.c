@@ -222,7 +222,7 @@ void test_prompt(void)
         s.group = 1 + i % 5, s.page_size = i % 2 ? 128 : 64, s.n_sink = i % 3 ? 4 : 0, s.n_recent = i % 2 ? 64 : 37;
         s.n_ring = i % 3 == 1 ? s.n_recent + 9 : 0, s.k_ref_block = i % 4 == 3 ? 0 : 64, s.factors = i % 2;
         s.dtype = (tq_dtype)(i % 2), s.window = i % 4 == 2 ? 150 : 0, s.n_seq = N_SEQ, s.lens = lens;
-        s.page_gap = i % 3 ? 48 : 0, s.exact_gap = i % 3 ? 16 : 0;
+        s.page_gap = i % 3 ? 48 : 0, s.exact_gap = i % 3 ? 16 : 0, s.transforms = i % 4 == 2;
         if (i % 4 == 1) s.dtype = TQ_DTYPE_BF16, s.bfloat_rows = true;
         test_prompt_of("prompts", s, 900 + (uint64_t)i);
         setup biased = s;
@@ -230,7 +230,7 @@ void test_prompt(void)
         biased.out_dim = i % 2 ? s.head_dim - 9 : 0;
         test_prompt_of("prompts with biases", biased, 900 + (uint64_t)i);
         setenv("TQ_CUDA_PORTABLE", "1", 1), setenv("TQ_CUDA_GENERAL", "1", 1);
-        test_prompt_of("prompts, portable kernels", i % 2 ? s : biased, 900 + (uint64_t)i);
+        test_prompt_of("prompts, portable kernels", i % 2 || s.transforms ? s : biased, 900 + (uint64_t)i);
         unsetenv("TQ_CUDA_PORTABLE"), unsetenv("TQ_CUDA_GENERAL");
     }
     /* More exact tokens than decode has room for scores: what follows few tokens is also prefill. */

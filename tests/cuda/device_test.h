@@ -33,6 +33,7 @@ typedef struct setup {
     int64_t window;
     float softcap;
     bool sinks, deterministic, outliers, factors;
+    bool transforms;  /* a calibration's, in place of factors */
     bool bfloat_rows; /* rows are also BF16 numbers */
     bool mask, mask_is_f16, mask_of_heads, alibi;
     int32_t out_dim; /* 0: head_dim */
@@ -54,6 +55,8 @@ typedef struct model {
     uint8_t *canonical;    /* [n_pages, canonical_bytes]: what pages should hold where something was encoded */
     uint8_t *encoded_mark; /* [n_pages, page_size] */
     int8_t *factors;       /* [n_head_kv, head_dim] */
+    tq_calibration *calibration;
+    const uint16_t *transforms; /* its, or NULL */
     tq_random random;
 } model;
 

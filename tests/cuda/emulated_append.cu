@@ -12,18 +12,24 @@ static const int32_t exact_slots[N_SEQ] = {2, 0, 1};
 
 struct test_setup {
     tq_format formats[2];
-    int32_t head_dim, page, n_sink, n_recent, k_ref_block;
+    int32_t head_dim, head_dim_v, page, n_sink, n_recent, k_ref_block;
     int32_t n_take_back; /* n_ring is as many more than n_recent */
     size_t page_gap, exact_gap; /* between pages, and exact slots; in bytes, and in numbers */
     tq_dtype dtype;
     bool many, outliers, descending, factors; /* many: the encoders of large batches */
+    bool transforms;                          /* in place of factors */
     int32_t lens[N_SEQ];
+    int32_t dim(int side) const
+    {
+        return side ? head_dim_v : head_dim;
+    }
 };
 
 struct test_data {
     test_setup s;
     tq_codec *codec[2];
     tq_cache *cache;
+    tq_calibration *calibration;
     int32_t seqs[N_SEQ];
     tq_device_store store;
     std::vector<uint8_t> pages;
@@ -44,6 +50,9 @@ static void must(tq_status status, int line)
 static void append_at(const test_data &d, const tq_paged_append_params &p, int32_t n_tokens)
 {
     const append_how how = {d.s.many, d.s.descending, n_tokens};
+#define TQ_APPEND_PAIR(D, DV) \
+    if (d.s.head_dim == D && d.s.head_dim_v == DV) return append<D, DV>(d.store, p, how);
+    TQ_HEAD_DIM_PAIRS(TQ_APPEND_PAIR)
     switch (d.s.head_dim) {
     case 64:
         return append<64>(d.store, p, how);
@@ -61,15 +70,17 @@ static void append_at(const test_data &d, const tq_paged_append_params &p, int32
 static void open_data(test_data &d)
 {
     const test_setup &s = d.s;
-    for (int side = 0; side < 2; side++) MUST(tq_codec_create(&d.codec[side], s.formats[side], s.head_dim, TQ_SEED_DEFAULT));
+    for (int side = 0; side < 2; side++) MUST(tq_codec_create(&d.codec[side], s.formats[side], s.dim(side), TQ_SEED_DEFAULT));
     d.store.key = emulated_format(d.codec[0]), d.store.value = emulated_format(d.codec[1]);
     d.store.rotation = emulated_rotation(d.codec[0]->rotation);
-    d.store.head_dim = s.head_dim, d.store.n_head_kv = N_HEAD_KV, d.store.page_size = s.page;
+    d.store.value_rotation = emulated_rotation(d.codec[1]->rotation);
+    d.store.head_dim = s.head_dim, d.store.head_dim_v = s.head_dim_v;
+    d.store.n_head_kv = N_HEAD_KV, d.store.page_size = s.page;
     d.store.n_sink = s.n_sink, d.store.n_recent = s.n_recent, d.store.k_ref_block = s.k_ref_block;
     d.store.n_ring = s.n_recent + s.n_take_back;
     d.store.n_pages = N_PAGES, d.store.n_exact_slots = N_SEQ;
     d.store.page_stride = (int64_t)(head_page_bytes_of(d.store) * N_HEAD_KV + s.page_gap);
-    d.store.exact_stride = (int64_t)(2 * N_HEAD_KV * (s.n_sink + d.store.n_ring) * s.head_dim + s.exact_gap);
+    d.store.exact_stride = (int64_t)(N_HEAD_KV * (s.n_sink + d.store.n_ring) * (s.head_dim + s.head_dim_v) + s.exact_gap);
     d.pages.assign((size_t)d.store.page_stride * N_PAGES + 16, 0xff);
     d.exact.assign((size_t)d.store.exact_stride * N_SEQ + 8, 0xffff);
     d.store.pages = d.pages.data() + (16 - (uintptr_t)d.pages.data() % 16) % 16;
@@ -79,7 +90,12 @@ static void open_data(test_data &d)
     params.struct_size = sizeof params, params.n_layer = 1, params.n_pages = 64;
     params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
     params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
-    params.n_take_back = s.n_take_back;
+    params.n_take_back = s.n_take_back, params.head_dim_v = s.head_dim_v;
+    if (s.transforms) {
+        size_t bytes;
+        params.calibration = d.calibration = emulated_calibration(17, N_HEAD_KV, s.head_dim);
+        d.store.k_transforms = tq_calibration_transforms(d.calibration, 0, &bytes);
+    }
     MUST(tq_cache_create(&d.cache, &params));
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(i * 37 % 65 - 32);
     if (s.factors) {
@@ -93,7 +109,7 @@ static void open_data(test_data &d)
 static void append_batch(test_data &d, tq_random *random, const int32_t *done, const int32_t *counts)
 {
     const test_setup &s = d.s;
-    const size_t width = (size_t)N_HEAD_KV * s.head_dim;
+    const size_t widths[2] = {(size_t)N_HEAD_KV * s.head_dim, (size_t)N_HEAD_KV * s.head_dim_v};
     std::vector<int64_t> slots, positions;
     std::vector<int32_t> seq_ids;
     int32_t longest = 0;
@@ -104,14 +120,14 @@ static void append_batch(test_data &d, tq_random *random, const int32_t *done, c
             slots.push_back((int64_t)d.page_table[seq * PAGES_OF_SEQ + position / s.page] * s.page + position % s.page);
             positions.push_back(position), seq_ids.push_back(seq);
         }
-        const size_t first = d.rows[0].size();
+        const size_t first[2] = {d.rows[0].size(), d.rows[1].size()};
         for (int side = 0; side < 2; side++) {
             std::vector<float> &rows = d.rows[side];
-            rows.resize(first + counts[seq] * width);
-            for (size_t i = first; i < rows.size(); i += s.head_dim) {
+            rows.resize(first[side] + counts[seq] * widths[side]);
+            for (size_t i = first[side]; i < rows.size(); i += s.dim(side)) {
                 const vector_kind kind = s.outliers ? (vector_kind)(tq_random_next(random) % VECTOR_KINDS) : VECTOR_GAUSSIAN;
-                random_vector(random, kind, 1.3f, &rows[i], s.head_dim);
-                for (int32_t k = 0; k < s.head_dim; k++) {
+                random_vector(random, kind, 1.3f, &rows[i], s.dim(side));
+                for (int32_t k = 0; k < s.dim(side); k++) {
                     float x = rows[i + k] + (side || s.outliers ? 0.0f : (float)(k % 7) - 2.0f); /* keys have means */
                     if (s.dtype == TQ_DTYPE_BF16) x = tq_bfloat_to_float(tq_bfloat_from_float(x));
                     rows[i + k] = tq_half_to_float(tq_half_from_float(x));
@@ -121,16 +137,17 @@ static void append_batch(test_data &d, tq_random *random, const int32_t *done, c
         }
         if (counts[seq] > longest) longest = counts[seq];
         if (counts[seq] == 0) continue;
-        MUST(tq_cache_append(d.cache, d.seqs[seq], 0, counts[seq], &d.rows[0][first], &d.rows[1][first], NULL));
+        MUST(tq_cache_append(d.cache, d.seqs[seq], 0, counts[seq], &d.rows[0][first[0]], &d.rows[1][first[1]], NULL));
     }
     for (int i = 0; i < PADDING; i++) { /* as a captured batch has */
         slots.push_back(-1), positions.push_back(-1), seq_ids.push_back(-1);
-        for (std::vector<float> &rows : d.rows) rows.resize(rows.size() + width, NAN);
+        for (int side = 0; side < 2; side++) d.rows[side].resize(d.rows[side].size() + widths[side], NAN);
     }
     const std::vector<uint8_t> k = typed(d.rows[0], s.dtype), v = typed(d.rows[1], s.dtype);
     int32_t n_not_finite = 0;
     tq_paged_append_params p = {};
-    p.n_tok = (int64_t)slots.size(), p.dtype = s.dtype, p.row_stride = (int64_t)width, p.k = k.data(), p.v = v.data();
+    p.n_tok = (int64_t)slots.size(), p.dtype = s.dtype, p.k = k.data(), p.v = v.data();
+    p.row_stride = (int64_t)widths[0], p.v_row_stride = (int64_t)widths[1];
     p.slot_mapping = slots.data(), p.positions = positions.data(), p.seq_ids = seq_ids.data();
     p.page_table = d.page_table, p.page_table_stride = PAGES_OF_SEQ, p.exact_slots = exact_slots;
     p.n_not_finite = &n_not_finite;
@@ -159,7 +176,8 @@ static int compare(test_data &d, int32_t seq, int32_t length, int *n_compared)
     MUST(tq_cache_get_stats(d.cache, &stats));
     if (stats.page_bytes != N_HEAD_KV * (strides[0] + strides[1])) emulation::fail("the cache's pages have other sizes", 0);
     std::vector<uint8_t> wanted(n_pages * stats.page_bytes + 1), found(n_pages * N_HEAD_KV * (heads[0] + heads[1]) + 1);
-    const size_t exact_bytes = 2 * N_HEAD_KV * (size_t)(s.n_sink + d.store.n_ring) * s.head_dim * sizeof(uint16_t);
+    const size_t n_entries = (size_t)(s.n_sink + d.store.n_ring);
+    const size_t exact_bytes = N_HEAD_KV * n_entries * (s.head_dim + s.head_dim_v) * sizeof(uint16_t);
     std::vector<uint16_t> exact(exact_bytes / 2 + 1);
     MUST(tq_cache_seq_export(d.cache, d.seqs[seq], 0, n_pages, wanted.data(), exact.data(), exact_bytes));
     const int32_t *table = d.page_table + seq * PAGES_OF_SEQ;
@@ -184,14 +202,15 @@ static int compare(test_data &d, int32_t seq, int32_t length, int *n_compared)
             }
         }
     }
-    const int32_t n_entries = s.n_sink + d.store.n_ring;
     for (int32_t position = 0; position < length; position++) {
         if (position >= s.n_sink && position < length - d.store.n_ring) continue;
         const int32_t entry = position < s.n_sink ? position : s.n_sink + position % d.store.n_ring;
         for (int32_t list = 0; list < 2 * N_HEAD_KV; list++) {
-            const size_t at = (size_t)(list * n_entries + entry) * s.head_dim;
+            const int side = list / N_HEAD_KV;
+            const size_t vector = list % N_HEAD_KV * n_entries + entry, of_keys = N_HEAD_KV * n_entries * s.head_dim;
+            const size_t at = (side ? of_keys : 0) + vector * s.dim(side);
             const uint16_t *mine = d.store.exact + exact_slots[seq] * d.store.exact_stride + at;
-            n_wrong += memcmp(mine, &exact[at], 2 * (size_t)s.head_dim) != 0;
+            n_wrong += memcmp(mine, &exact[at], 2 * (size_t)s.dim(side)) != 0;
             ++*n_compared;
         }
     }
@@ -232,15 +251,16 @@ static void test(const test_setup &s, uint64_t seed)
         for (int32_t seq = 0; seq < N_SEQ; seq++) n_wrong += compare(d, seq, done[seq], &n_compared);
     }
     const bool good = n_wrong == 0;
-    printf("%s append %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
-           d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent, s.k_ref_block,
-           s.factors);
+    printf("%s append %s/%s, head_dims %d/%d, page %d, sinks %d, ring %d, references %d, factors %d, transforms %d, ",
+           good ? "ok    " : "FAILED", d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.head_dim_v, s.page,
+           s.n_sink, s.n_recent, s.k_ref_block, s.factors, s.transforms);
     printf("take back %d, gaps %d, dtype %d, many %d, outliers %d: %d calls, %d of %d vectors differ\n", s.n_take_back,
            s.page_gap > 0, (int)s.dtype, s.many, s.outliers, n_calls,
            n_wrong, n_compared);
     fflush(stdout);
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     tq_cache_free(d.cache);
+    tq_calibration_free(d.calibration);
     if (good) n_passed++;
     else n_failed++;
 }
@@ -250,12 +270,15 @@ int main()
     /* The presets, and scalar formats, at head_dims of one chunk and three, of one round and two. */
     static const struct {
         tq_format k, v;
-        int32_t head_dim;
+        int32_t head_dim, head_dim_v; /* 0: the same */
     } pairs[] = {{TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT3, TQ_FORMAT_TT3, 64},
                  {TQ_FORMAT_TT3, TQ_FORMAT_TT2, 64},  {TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 128}, {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 128},
                  {TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 64},  {TQ_FORMAT_SQ3, TQ_FORMAT_SQ4, 96},  {TQ_FORMAT_SQ8, TQ_FORMAT_SQ2, 96},
                  {TQ_FORMAT_SQ4, TQ_FORMAT_SQ8, 128}, {TQ_FORMAT_SQ2, TQ_FORMAT_SQ3, 128}, {TQ_FORMAT_SQ4, TQ_FORMAT_SQ2, 192},
-                 {TQ_FORMAT_SQ3, TQ_FORMAT_SQ3, 256}, {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, 256}};
+                 {TQ_FORMAT_SQ3, TQ_FORMAT_SQ3, 256}, {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, 256},
+#define TQ_TEST_PAIR(D, DV) \
+    {TQ_FORMAT_TT4, TQ_FORMAT_TT4, D, DV}, {TQ_FORMAT_SQ3, TQ_FORMAT_SQ2, D, DV}, {TQ_FORMAT_SQ8, TQ_FORMAT_TT3, D, DV},
+                 TQ_HEAD_DIM_PAIRS(TQ_TEST_PAIR)};
     static const int32_t sinks[] = {4, 0, 64, 30}, rings[] = {17, 64, 1, 40};
     uint64_t seed = 1;
     for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
@@ -264,10 +287,11 @@ int main()
             if (is_trellis && k > 1) continue; /* whose search takes long here */
             test_setup s = {};
             s.formats[0] = pairs[i].k, s.formats[1] = pairs[i].v, s.head_dim = pairs[i].head_dim;
+            s.head_dim_v = pairs[i].head_dim_v ? pairs[i].head_dim_v : s.head_dim;
             s.page = k % 2 ? 128 : 64, s.n_sink = sinks[(i + k) % 4], s.n_recent = rings[(i + 2 * k) % 4];
             s.k_ref_block = k == 3 ? 0 : 64, s.dtype = (tq_dtype)((i + k) % 3), s.outliers = (i + k) % 3 == 2;
-            s.many = pairs[i].head_dim <= 128 && k % 2, s.descending = (i + k) % 2;
-            s.factors = (i + k / 2) % 2;
+            s.factors = (i + k / 2) % 2, s.transforms = !s.factors && i % 4 < 2;
+            s.many = pairs[i].head_dim <= 128 && k % 2 && !s.transforms, s.descending = (i + k) % 2;
             if (k % 2) s.n_take_back = 1 + (int32_t)i % 6 * 7, s.page_gap = 16 * (i % 3 + 1), s.exact_gap = 8 * (i % 4);
             const int32_t lens[N_SEQ] = {is_trellis ? 135 : 230, 70 + s.n_recent, 5};
             memcpy(s.lens, lens, sizeof lens);

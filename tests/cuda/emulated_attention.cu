@@ -16,15 +16,20 @@ static int32_t lens[N_SEQ]; /* of the running test */
 struct test_setup {
     const char *kernel;
     tq_format formats[2];
-    int32_t head_dim, page, n_query, n_sink, n_recent, n_ring, window;
+    int32_t head_dim, head_dim_v, page, n_query, n_sink, n_recent, n_ring, window;
     size_t page_gap, exact_gap; /* between pages, and exact slots; in bytes, and in numbers */
     float softcap;
     bool references, factors, sinks, deterministic, descending;
     tq_dtype dtype;
+    bool transforms; /* in place of factors */
     bool new_rows; /* of the queries' own tokens, which the ring has not yet */
     bool ragged;   /* sequences have different numbers of queries */
     bias_kind bias;
     int32_t out_dim;
+    int32_t dim(bool side) const
+    {
+        return side ? head_dim_v : head_dim;
+    }
     int32_t n_query_of(int32_t seq) const
     {
         return ragged && seq > 0 ? (n_query > 2 ? n_query / 2 : 0) : n_query;
@@ -43,10 +48,12 @@ struct test_setup {
 struct test_data {
     test_setup s;
     tq_codec *codec[2], *ref_codec;
-    std::vector<float> exact_rows[2], coded_rows[2]; /* [seq, position, KV head, head_dim]: FP16, and decoded */
+    tq_calibration *calibration;
+    const uint16_t *transforms; /* or NULL */
+    std::vector<float> exact_rows[2], coded_rows[2]; /* [seq, position, KV head, dim]: FP16, and decoded */
     std::vector<uint8_t> pages;
     std::vector<__half> exact;
-    std::vector<float> q, lse, partials;
+    std::vector<float> q, transformed_q, lse, partials;
     std::vector<uint8_t> typed_q, out, new_rows[2];
     int32_t query_starts[N_SEQ + 1];
     std::vector<uint32_t> counters;
@@ -55,14 +62,14 @@ struct test_data {
     int8_t factors[N_HEAD_KV * TQ_DEVICE_HEAD_DIM_MAX];
     int32_t page_table[N_SEQ * PAGES_OF_SEQ];
 
-    size_t row(int32_t seq, int32_t position, int32_t head) const
+    size_t row(bool side, int32_t seq, int32_t position, int32_t head) const
     {
-        return (((size_t)seq * lens[0] + position) * N_HEAD_KV + head) * s.head_dim;
+        return (((size_t)seq * lens[0] + position) * N_HEAD_KV + head) * s.dim(side);
     }
     tq_plane plane(bool is_value) const
     {
         const tq_format_traits *traits = codec[is_value]->traits;
-        return {traits->bits, s.head_dim, is_value, traits->family == TQ_FAMILY_TRELLIS};
+        return {traits->bits, s.dim(is_value), is_value, traits->family == TQ_FAMILY_TRELLIS};
     }
     int32_t record_bytes() const
     {
@@ -82,7 +89,7 @@ struct test_data {
     }
     size_t exact_stride() const
     {
-        return (size_t)2 * N_HEAD_KV * (s.n_sink + s.n_ring) * s.head_dim + s.exact_gap;
+        return (size_t)N_HEAD_KV * (s.n_sink + s.n_ring) * (s.head_dim + s.head_dim_v) + s.exact_gap;
     }
     /* The bytes that bring a position's record, and its reference. */
     uint8_t *stage(int32_t seq, int32_t position, int32_t head)
@@ -92,6 +99,21 @@ struct test_data {
         return &pages[page + head * (page_bytes() / N_HEAD_KV) + tq_record_begin(record_bytes(), reference_bytes(), i)];
     }
 };
+
+/* A key to the basis that is coded, and back. */
+static void key_to_basis(const test_data &d, int32_t head, float *x)
+{
+    tq_scale_channels(d.factors + head * d.s.head_dim, -1, d.s.head_dim, 1, x);
+    if (!d.transforms) return;
+    const std::vector<float> plain(x, x + d.s.head_dim);
+    tq_transform_key(tq_transform_of_head(d.transforms, head, d.s.head_dim), d.s.head_dim, plain.data(), x);
+}
+
+static void key_from_basis(const test_data &d, int32_t head, float *x)
+{
+    tq_scale_channels(d.factors + head * d.s.head_dim, 1, d.s.head_dim, 1, x);
+    if (d.transforms) tq_transform_inverse(tq_transform_of_head(d.transforms, head, d.s.head_dim), d.s.head_dim, x);
+}
 
 /* Codes of a vector as the format packs them (src/codec/packing.c), to their places by layout.h's definitions. */
 static void store_codes(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *bytes)
@@ -134,7 +156,7 @@ static void fill_data(test_data &d, uint64_t seed)
     const test_setup &s = d.s;
     tq_random random = tq_random_stream(seed, 1);
     for (int side = 0; side < 2; side++) {
-        if (tq_codec_create(&d.codec[side], s.formats[side], s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
+        if (tq_codec_create(&d.codec[side], s.formats[side], s.dim(side), TQ_SEED_DEFAULT) != TQ_OK) abort();
     }
     if (tq_codec_create(&d.ref_codec, TQ_FORMAT_SQ8, s.head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
     const tq_plane key = d.plane(false), value = d.plane(true);
@@ -146,52 +168,58 @@ static void fill_data(test_data &d, uint64_t seed)
     std::vector<float> references;
     fill_references(d, &random, references);
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(s.factors ? i * 37 % 17 - 8 : 0);
+    if (s.transforms) {
+        size_t bytes;
+        d.calibration = emulated_calibration(seed + 1, N_HEAD_KV, s.head_dim);
+        d.transforms = tq_calibration_transforms(d.calibration, 0, &bytes);
+    }
     for (int32_t seq = 0; seq <= N_SEQ; seq++) d.query_starts[seq] = s.first_query(seq);
     const size_t n_queries = (size_t)d.query_starts[N_SEQ];
     for (int side = 0; side < 2; side++) {
-        std::vector<float> new_rows(n_queries * N_HEAD_KV * s.head_dim, NAN);
-        d.exact_rows[side].assign((size_t)N_SEQ * lens[0] * N_HEAD_KV * s.head_dim, NAN);
+        const int32_t n = s.dim(side);
+        std::vector<float> new_rows(n_queries * N_HEAD_KV * n, NAN);
+        d.exact_rows[side].assign((size_t)N_SEQ * lens[0] * N_HEAD_KV * n, NAN);
         d.coded_rows[side] = d.exact_rows[side];
         for (int32_t seq = 0; seq < N_SEQ; seq++) {
             for (int32_t i = 0; i < lens[seq] * N_HEAD_KV; i++) {
                 const int32_t position = i / N_HEAD_KV, head = i % N_HEAD_KV;
-                float *x = &d.exact_rows[side][d.row(seq, position, head)];
+                float *x = &d.exact_rows[side][d.row(side, seq, position, head)];
                 const int32_t i_block = seq * tq_ceil_div(lens[0], TQ_REF_BLOCK) + position / TQ_REF_BLOCK;
                 const float *reference = &references[((size_t)i_block * N_HEAD_KV + head) * s.head_dim];
-                const int8_t *factors = d.factors + head * s.head_dim;
                 auto draw = [&](float *to) {
-                    for (int32_t k = 0; k < s.head_dim; k++) {
+                    for (int32_t k = 0; k < n; k++) {
                         to[k] = (float)random_gaussian(&random) * (side ? 0.7f : 1.3f);
-                        if (!side) to[k] = (to[k] + reference[k]) * tq_channel_factor(factors[k]);
-                        to[k] = as_type(to[k], s.dtype);
+                        if (!side) to[k] += reference[k];
                     }
+                    if (!side) key_from_basis(d, head, to);
+                    for (int32_t k = 0; k < n; k++) to[k] = as_type(to[k], s.dtype);
                 };
                 draw(x);
                 const bool is_hidden = s.bias.hides(position); /* from all: nothing is written */
                 if (is_hidden) std::fill(x, x + s.head_dim, NAN);
                 if (position >= s.stored_end(seq)) {
                     const size_t row = (size_t)(s.first_query(seq) + position - s.stored_end(seq)) * N_HEAD_KV + head;
-                    memcpy(&new_rows[row * s.head_dim], x, s.head_dim * sizeof *x);
+                    memcpy(&new_rows[row * n], x, n * sizeof *x);
                 }
-                for (int32_t k = 0; k < s.head_dim; k++) x[k] = __half2float(__float2half_rn(x[k]));
+                for (int32_t k = 0; k < n; k++) x[k] = __half2float(__float2half_rn(x[k]));
                 const bool in_ring = position >= s.stored_end(seq) - s.n_ring && position < s.stored_end(seq);
                 if (in_ring || position < s.n_sink) {
                     const int32_t entry = position < s.n_sink ? position : s.n_sink + position % s.n_ring;
-                    const size_t vector = (size_t)(side * N_HEAD_KV + head) * (s.n_sink + s.n_ring) + entry;
-                    __half *to = &d.exact[seq * d.exact_stride() + vector * s.head_dim];
+                    const size_t n_entries = s.n_sink + s.n_ring, keys = N_HEAD_KV * n_entries * s.head_dim;
+                    __half *to = &d.exact[seq * d.exact_stride() + side * keys + (head * n_entries + entry) * n];
                     const bool is_stored = position < s.stored_end(seq) && !is_hidden;
-                    for (int32_t k = 0; k < s.head_dim && is_stored; k++) to[k] = __float2half_rn(x[k]);
+                    for (int32_t k = 0; k < n && is_stored; k++) to[k] = __float2half_rn(x[k]);
                 }
                 if (position < s.n_sink || position >= lens[seq] - s.n_recent || is_hidden) continue;
                 uint8_t bytes[2 + TQ_CODE_BYTES_MAX];
-                float *coded = &d.coded_rows[side][d.row(seq, position, head)];
+                float *coded = &d.coded_rows[side][d.row(side, seq, position, head)];
                 draw(coded); /* another vector, so that it shows which of both a query sees */
-                for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] *= tq_channel_factor((int8_t)-factors[k]);
+                if (!side) key_to_basis(d, head, coded);
                 for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] -= reference[k];
                 if (tq_codec_encode(d.codec[side], coded, 1, bytes) != TQ_OK) abort();
                 if (tq_codec_decode(d.codec[side], bytes, 1, coded) != TQ_OK) abort();
                 for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] += reference[k];
-                for (int32_t k = 0; !side && k < s.head_dim; k++) coded[k] *= tq_channel_factor(factors[k]);
+                if (!side) key_from_basis(d, head, coded);
                 const int32_t i_record = position % s.page / TQ_RECORD_TOKENS;
                 uint8_t *to = d.stage(seq, position, head) + tq_record_within(d.reference_bytes(), i_record);
                 const int32_t token = position % TQ_RECORD_TOKENS, codes = tq_plane_bytes(key) + tq_plane_bytes(value);
@@ -229,8 +257,8 @@ static attend_args args_of(test_data &d)
     args.records_per_page = s.page / TQ_RECORD_TOKENS;
     args.reference_bytes = d.reference_bytes();
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
-    args.rotation = emulated_rotation(d.codec[0]->rotation);
-    args.key_factors = s.factors ? d.factors : nullptr;
+    args.rotation = emulated_rotation(d.codec[0]->rotation), args.value_rotation = emulated_rotation(d.codec[1]->rotation);
+    args.key_factors = s.factors ? d.factors : nullptr, args.key_transforms = d.transforms;
     for (int side = 0; side < 2; side++) {
         const int8_t *windows = d.codec[side]->traits->windows;
         if (windows) memcpy(args.windows[side], windows, sizeof args.windows[side]);
@@ -238,16 +266,16 @@ static attend_args args_of(test_data &d)
     args.q = d.typed_q.data(), args.out = d.out.data(), args.lse = d.lse.data(), args.dtype = s.dtype;
     if (s.ragged) args.query_starts = d.query_starts;
     if (s.new_rows) args.new_k = d.new_rows[0].data(), args.new_v = d.new_rows[1].data();
-    args.new_row_stride = (int64_t)N_HEAD_KV * s.head_dim;
-    args.q_token_stride = args.out_token_stride = (int64_t)N_HEAD * s.head_dim;
-    args.q_head_stride = args.out_head_stride = s.head_dim;
+    args.new_k_stride = (int64_t)N_HEAD_KV * s.head_dim, args.new_v_stride = (int64_t)N_HEAD_KV * s.head_dim_v;
+    args.q_token_stride = (int64_t)N_HEAD * s.head_dim, args.q_head_stride = s.head_dim;
+    args.out_token_stride = (int64_t)N_HEAD * s.head_dim_v, args.out_head_stride = s.head_dim_v;
     args.page_table = d.page_table, args.page_table_stride = PAGES_OF_SEQ, args.seq_lens = lens;
     args.n_query = s.n_query, args.n_head = N_HEAD, args.group = GROUP;
     args.splits_allowed = SPLITS, args.split_records_min = 1;
     args.n_row_tiles = (uint32_t)tq_ceil_div(s.n_query * GROUP, TQ_TILE_ROWS), args.deterministic = s.deterministic;
     const size_t n_tiles = (size_t)N_SEQ * N_HEAD_KV * args.n_row_tiles;
     d.counters.assign(n_tiles * TQ_COUNTER_STRIDE, 0);
-    d.partials.assign(n_tiles * (SPLITS + 1) * TQ_TILE_ROWS * (s.head_dim + 2), NAN);
+    d.partials.assign(n_tiles * (SPLITS + 1) * TQ_TILE_ROWS * (s.head_dim_v + 2), NAN);
     args.counters = d.counters.data(), args.partials = d.partials.data();
     args.scale_log2 = log2_e / sqrtf((float)s.head_dim);
     args.cap_log2 = s.softcap * log2_e, args.cap_inverse = s.softcap > 0 ? 1.0f / args.cap_log2 : 0.0f;
@@ -266,9 +294,9 @@ static double attend_row(const test_data &d, int32_t seq, int32_t i_query, int32
     const int32_t oldest = s.stored_end(seq) - s.n_ring, own = position - s.n_recent + 1, recent = own > oldest ? own : oldest;
     auto vector = [&](bool side, int32_t column) {
         const bool is_exact = column < s.n_sink || column >= recent;
-        return &(is_exact ? d.exact_rows : d.coded_rows)[side][d.row(seq, column, head / GROUP)];
+        return &(is_exact ? d.exact_rows : d.coded_rows)[side][d.row(side, seq, column, head / GROUP)];
     };
-    const spec_options options = {s.head_dim, s.window, s.softcap, s.sinks ? &d.sinks[head] : nullptr,
+    const spec_options options = {s.head_dim, s.head_dim_v, s.window, s.softcap, s.sinks ? &d.sinks[head] : nullptr,
                                   d.bias.of(i_row, head, position)};
     return attend_spec(options, q, position, narrow, vector, out);
 }
@@ -278,7 +306,7 @@ static bool is_kept(const test_data &d, size_t row)
 {
     const size_t element = d.s.dtype == TQ_DTYPE_F32 ? 4 : 2;
     bool kept = true;
-    for (size_t i = (row * d.s.head_dim + d.s.out_dim) * element; i < (row + 1) * d.s.head_dim * element; i++) {
+    for (size_t i = (row * d.s.head_dim_v + d.s.out_dim) * element; i < (row + 1) * d.s.head_dim_v * element; i++) {
         kept = kept && d.out[i] == 0xff;
     }
     return kept;
@@ -289,7 +317,9 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
     test_data d = {};
     d.s = s;
     fill_data(d, seed);
-    run(args_of(d), {N_SEQ, s.descending});
+    attend_args args = args_of(d);
+    transform_queries(args, d.transformed_q, {N_SEQ, s.descending}, d.query_starts[N_SEQ], s.head_dim);
+    run(args, {N_SEQ, s.descending});
     spec_errors errors;
     bool kept = true;
     double wanted[256], narrow[256];
@@ -299,14 +329,14 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
             const double lse = attend_row(d, seq, i / N_HEAD, i % N_HEAD, false, wanted);
             const double lse_narrow = attend_row(d, seq, i / N_HEAD, i % N_HEAD, true, narrow);
             kept = kept && is_kept(d, row);
-            errors.add(s.out_dim, [&](int32_t k) { return number_at(d.out, s.dtype, row * s.head_dim + k); }, wanted, narrow,
+            errors.add(s.out_dim, [&](int32_t k) { return number_at(d.out, s.dtype, row * s.head_dim_v + k); }, wanted, narrow,
                        d.lse[row], lse, lse_narrow);
         }
     }
     const bool good = errors.good() && kept;
-    printf("%s %s %s/%s, head_dim %d, page %d, sinks %d, ring %d, references %d, factors %d, ", good ? "ok    " : "FAILED",
-           s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page, s.n_sink, s.n_recent,
-           s.references, s.factors);
+    printf("%s %s %s/%s, head_dims %d/%d, page %d, sinks %d, ring %d, references %d, factors %d, transforms %d, ",
+           good ? "ok    " : "FAILED", s.kernel, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.head_dim_v,
+           s.page, s.n_sink, s.n_recent, s.references, s.factors, s.transforms);
     printf("window %d, softcap %g, learned sinks %d, queries %d and %d, ring of %d, new rows %d, dtype %d, ", s.window,
            (double)s.softcap, s.sinks, s.n_query_of(0), s.n_query_of(1), s.n_ring, s.new_rows, (int)s.dtype);
     s.bias.print();
@@ -314,6 +344,7 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
     errors.print();
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
     tq_codec_free(d.ref_codec);
+    tq_calibration_free(d.calibration);
     return good;
 }
 
@@ -321,16 +352,19 @@ static int n_passed, n_failed;
 
 /* Options by a number, but for masks, ALiBi and out_dim, which are drawn; prefill wants many queries, and Hopper's more tokens,
  * since its tiles have up to 128. */
-static void test(const char *kernel, runner run, tq_format k, tq_format v, int32_t head_dim, bool is_prefill, int i)
+static void test(const char *kernel, runner run, tq_format k, tq_format v, int32_t head_dim, bool is_prefill, int i,
+                 int32_t head_dim_v = 0)
 {
     test_setup s = {};
     const bool is_hopper = strstr(kernel, "Hopper") != nullptr;
     lens[0] = is_hopper ? 450 : 115, lens[1] = is_hopper ? 150 : 39;
-    s.kernel = kernel, s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4;
+    s.kernel = kernel, s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim;
+    s.head_dim_v = head_dim_v ? head_dim_v : head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4;
     s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
     if (i % 3 == 1) s.window = 60;
     if (i % 3 == 2) s.softcap = 3.0f, s.sinks = true;
-    s.references = (i + i / 2) % 2 == 0, s.factors = i / 2 % 2, s.page = i % 5 < 2 ? 128 : 64;
+    s.references = (i + i / 2) % 2 == 0, s.factors = i / 2 % 2, s.transforms = !s.factors && i % 3 != 1 && !is_hopper;
+    s.page = i % 5 < 2 ? 128 : 64;
     if (i % 5 == 3 && !s.references) s.n_sink = s.n_recent = 0;
     if (i % 7 == 6) s.n_sink = 40; /* the first record is the second of its block */
     s.n_ring = s.n_recent;
@@ -339,7 +373,7 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     s.dtype = (tq_dtype)(i % 3), s.new_rows = s.n_recent > 0 && i % 2, s.ragged = i % 5 == 1 || i % 5 == 4;
     tq_random random = tq_random_stream(1000 * (uint64_t)head_dim + (uint64_t)i, 3);
     if (strcmp(kernel, "own decode") != 0) s.bias = draw_kind(&random);
-    s.out_dim = tq_random_next(&random) % 3 ? head_dim : 1 + (int32_t)(tq_random_next(&random) % (uint32_t)head_dim);
+    s.out_dim = tq_random_next(&random) % 3 ? s.head_dim_v : 1 + (int32_t)(tq_random_next(&random) % (uint32_t)s.head_dim_v);
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
     else n_failed++;
 }
@@ -370,8 +404,20 @@ template <int D> static void test_head_dim()
     }
 }
 
+/* Values of another head_dim than keys: every second pair of formats. */
+template <int D, int DV> static void test_head_dims()
+{
+    for (int i = 0; i < 49; i += 2) {
+        const tq_format k = formats[i / 7].format, v = formats[i % 7].format;
+        test("prefill", run_prefill<D, DV>, k, v, D, true, i, DV);
+        test("decode", run_decode<any_formats<D, 16, DV>, D, 8>, k, v, D, false, i, DV);
+    }
+}
+
 int main()
 {
+#define TQ_TEST_HEAD_DIMS(D, DV) test_head_dims<D, DV>();
+    TQ_HEAD_DIM_PAIRS(TQ_TEST_HEAD_DIMS)
     test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();
     int i = 0;
 #define TQ_TEST(D, K, V) /* with references and without */                             \

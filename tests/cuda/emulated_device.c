@@ -12,6 +12,7 @@
 #include "base/half.h"
 #include "base/log.h"
 #include "codec/codec.h"
+#include "codec/transform.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/layout.h"
 
@@ -50,20 +51,27 @@ static tq_format format_of(const tq_device_format *format)
     return (format->is_trellis ? trellis : scalar)[format->bits];
 }
 
-/* The codec of a format with the signs that the store brings; kept from call to call. */
-static tq_codec *codec_of(tq_format format, const tq_device_store *store)
+static int32_t head_dim_of(const tq_device_store *store, int i_side)
 {
-    static tq_codec *codecs[TQ_FORMAT_COUNT];
-    tq_codec *codec = codecs[format];
-    if (!codec || codec->head_dim != store->head_dim) {
+    return i_side ? store->head_dim_v : store->head_dim;
+}
+
+/* The codec of a side's format with the signs that the store brings; kept from call to call. */
+static tq_codec *codec_of(tq_format format, const tq_device_store *store, int i_side)
+{
+    static tq_codec *codecs[2][TQ_FORMAT_COUNT];
+    const tq_device_rotation *rotation = i_side ? &store->value_rotation : &store->rotation;
+    const int32_t head_dim = head_dim_of(store, i_side);
+    tq_codec *codec = codecs[i_side][format];
+    if (!codec || codec->head_dim != head_dim) {
         tq_codec_free(codec);
-        codecs[format] = NULL;
-        if (tq_codec_create(&codec, format, store->head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
-        codecs[format] = codec;
+        codecs[i_side][format] = NULL;
+        if (tq_codec_create(&codec, format, head_dim, TQ_SEED_DEFAULT) != TQ_OK) abort();
+        codecs[i_side][format] = codec;
     }
-    for (int32_t round = 0; round < store->rotation.n_rounds; round++) {
-        for (int32_t i = 0; i < store->head_dim; i++) {
-            codec->rotation.signs[round][i] = store->rotation.signs[round][i / 32] >> i % 32 & 1u ? -1.0f : 1.0f;
+    for (int32_t round = 0; round < rotation->n_rounds; round++) {
+        for (int32_t i = 0; i < head_dim; i++) {
+            codec->rotation.signs[round][i] = rotation->signs[round][i / 32] >> i % 32 & 1u ? -1.0f : 1.0f;
         }
     }
     return codec;
@@ -73,12 +81,12 @@ static context open_context(const tq_device_store *store)
 {
     context c = {.store = store};
     for (int i = 0; i < 2; i++) {
-        c.sides[i].codec = codec_of(format_of(i ? &store->value : &store->key), store);
+        c.sides[i].codec = codec_of(format_of(i ? &store->value : &store->key), store, i);
         c.sides[i].codes = c.sides[i].codec->code_bytes;
         c.sides[i].begin = c.head_bytes;
         c.head_bytes += (size_t)store->page_size * (c.sides[i].codes + 2);
         if (i || !store->k_ref_block) continue;
-        c.ref_codec = codec_of(TQ_FORMAT_SQ8, store);
+        c.ref_codec = codec_of(TQ_FORMAT_SQ8, store, 0);
         c.head_bytes += (size_t)store->page_size / TQ_REF_BLOCK * ((size_t)store->head_dim + 2);
     }
     return c;
@@ -116,10 +124,20 @@ static void read_reference(const context *c, int64_t page, int32_t offset, int32
     if (tq_codec_decode(c->ref_codec, record, 1, x) != TQ_OK) abort();
 }
 
-/* Keys, divided (sign -1) by their channels' factors or multiplied. */
-static void scale_key(const tq_device_store *s, int32_t head, int32_t sign, float *x)
+/* A key to the basis that is coded, and back: divided by its channels' factors, or transformed. */
+static void key_to_basis(const tq_device_store *s, int32_t head, float *x)
 {
-    if (s->k_factors) tq_scale_channels(s->k_factors + head * s->head_dim, sign, s->head_dim, 1, x);
+    if (s->k_factors) tq_scale_channels(s->k_factors + head * s->head_dim, -1, s->head_dim, 1, x);
+    if (!s->k_transforms) return;
+    float plain[TQ_DEVICE_HEAD_DIM_MAX];
+    memcpy(plain, x, (size_t)s->head_dim * sizeof *plain);
+    tq_transform_key(tq_transform_of_head(s->k_transforms, head, s->head_dim), s->head_dim, plain, x);
+}
+
+static void key_from_basis(const tq_device_store *s, int32_t head, float *x)
+{
+    if (s->k_factors) tq_scale_channels(s->k_factors + head * s->head_dim, 1, s->head_dim, 1, x);
+    if (s->k_transforms) tq_transform_inverse(tq_transform_of_head(s->k_transforms, head, s->head_dim), s->head_dim, x);
 }
 
 static void encode(const context *c, int64_t page, int32_t offset, int32_t head, int i_side, const float *from)
@@ -127,9 +145,10 @@ static void encode(const context *c, int64_t page, int32_t offset, int32_t head,
     uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
     float x[TQ_DEVICE_HEAD_DIM_MAX], mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
     if (c->ref_codec && !i_side) read_reference(c, page, offset, head, mean);
-    memcpy(x, from, (size_t)c->store->head_dim * sizeof *x);
-    if (!i_side) scale_key(c->store, head, -1, x);
-    for (int32_t i = 0; i < c->store->head_dim; i++) x[i] -= mean[i];
+    const int32_t head_dim = head_dim_of(c->store, i_side);
+    memcpy(x, from, (size_t)head_dim * sizeof *x);
+    if (!i_side) key_to_basis(c->store, head, x);
+    for (int32_t i = 0; i < head_dim; i++) x[i] -= mean[i];
     if (tq_codec_encode(c->sides[i_side].codec, x, 1, record) != TQ_OK) abort();
     size_t codes = c->sides[i_side].codes;
     uint8_t *base = head_page(c, page, head, i_side);
@@ -149,7 +168,7 @@ static void decode(const context *c, int64_t page, int32_t offset, int32_t head,
     float mean[TQ_DEVICE_HEAD_DIM_MAX] = {0};
     if (c->ref_codec) read_reference(c, page, offset, head, mean);
     for (int32_t i = 0; i < c->store->head_dim; i++) x[i] += mean[i];
-    scale_key(c->store, head, 1, x);
+    key_from_basis(c->store, head, x);
 }
 
 static float load(const void *from, tq_dtype dtype, int64_t i)
@@ -170,8 +189,8 @@ static void save(void *to, tq_dtype dtype, int64_t i, float x)
 static uint16_t *exact_vector(const context *c, int64_t slot, int i_side, int32_t head, int32_t entry)
 {
     const tq_device_store *s = c->store;
-    return s->exact + slot * s->exact_stride +
-           ((int64_t)(i_side * s->n_head_kv + head) * (s->n_sink + s->n_ring) + entry) * s->head_dim;
+    const int64_t n_entries = s->n_sink + s->n_ring, keys = s->n_head_kv * n_entries * s->head_dim;
+    return s->exact + slot * s->exact_stride + (i_side ? keys : 0) + (head * n_entries + entry) * head_dim_of(s, i_side);
 }
 
 static int32_t entry_of(const tq_device_store *s, int64_t position)
@@ -183,9 +202,11 @@ static int32_t entry_of(const tq_device_store *s, int64_t position)
 static bool load_row(const tq_device_store *s, const tq_paged_append_params *p, int64_t token, int32_t head, int i_side,
                      uint16_t *half)
 {
+    const int32_t head_dim = head_dim_of(s, i_side);
+    const int64_t first = token * (i_side ? p->v_row_stride : p->row_stride) + head * head_dim;
     bool good = true;
-    for (int32_t i = 0; i < s->head_dim; i++) {
-        float x = load(i_side ? p->v : p->k, p->dtype, token * p->row_stride + head * s->head_dim + i);
+    for (int32_t i = 0; i < head_dim; i++) {
+        float x = load(i_side ? p->v : p->k, p->dtype, first + i);
         if (!(fabsf(x) <= 65504.0f)) {
             good = false;
             x = x > 0.0f ? 65504.0f : x < 0.0f ? -65504.0f : 0.0f;
@@ -238,7 +259,7 @@ static tq_status read_back(float *x, const context *c, const tq_paged_append_par
     } else {
         half = exact_vector(c, exact_slot, i_side, head, entry_of(s, p->positions[i] - back));
     }
-    for (int32_t k = 0; k < s->head_dim; k++) x[k] = tq_half_to_float(half[k]);
+    for (int32_t k = 0; k < head_dim_of(s, i_side); k++) x[k] = tq_half_to_float(half[k]);
     return TQ_OK;
 }
 
@@ -254,7 +275,7 @@ static tq_status set_reference(const context *c, const tq_paged_append_params *p
         for (int32_t k = 0; k < s->head_dim; k++) mean[k] += x[k];
     }
     for (int32_t k = 0; k < s->head_dim; k++) mean[k] /= (float)s->n_recent;
-    scale_key(s, head, -1, mean);
+    key_to_basis(s, head, mean);
     uint8_t record[2 + TQ_DEVICE_HEAD_DIM_MAX];
     if (tq_codec_encode(c->ref_codec, mean, 1, record) != TQ_OK) abort();
     reference to = reference_of(c, t->page, t->offset, head);
@@ -278,7 +299,8 @@ static tq_status append_half(const context *c, const tq_paged_append_params *p, 
                 uint16_t row[TQ_DEVICE_HEAD_DIM_MAX];
                 if (!load_row(s, p, i, head, i_side, row) && p->n_not_finite) ++*p->n_not_finite;
                 if (t.entry < 0) continue;
-                memcpy(exact_vector(c, t.exact_slot, i_side, head, t.entry), row, (size_t)s->head_dim * sizeof *row);
+                size_t bytes = (size_t)head_dim_of(s, i_side) * sizeof *row;
+                memcpy(exact_vector(c, t.exact_slot, i_side, head, t.entry), row, bytes);
             } else if (t.encodes) {
                 float x[TQ_DEVICE_HEAD_DIM_MAX];
                 if (!i_side) TQ_TRY(set_reference(c, p, i, &t, head, message));
@@ -327,19 +349,21 @@ static tq_status read_sequence(float *out, const context *c, const tq_paged_atte
                                int i_side, char *message)
 {
     const tq_device_store *s = c->store;
+    const int32_t head_dim = head_dim_of(s, i_side);
     for (int64_t position = 0; position < q->length; position++) {
-        float *coded = out + position * s->head_dim, *exact = coded + q->length * s->head_dim;
-        for (int32_t i = 0; i < s->head_dim; i++) coded[i] = exact[i] = NAN;
+        float *coded = out + position * head_dim, *exact = coded + q->length * head_dim;
+        for (int32_t i = 0; i < head_dim; i++) coded[i] = exact[i] = NAN;
         if (position >= q->stored_end) {
-            for (int32_t i = 0; i < s->head_dim; i++) {
-                const int64_t row = q->first_query + position - q->stored_end;
-                float x = load(i_side ? p->new_v : p->new_k, p->dtype, row * p->new_row_stride + head * s->head_dim + i);
+            const int64_t row = q->first_query + position - q->stored_end;
+            const int64_t first = row * (i_side ? p->new_v_row_stride : p->new_row_stride) + head * head_dim;
+            for (int32_t i = 0; i < head_dim; i++) {
+                float x = load(i_side ? p->new_v : p->new_k, p->dtype, first + i);
                 exact[i] = tq_half_to_float(tq_half_from_float(x));
             }
         } else if (position < s->n_sink || position >= q->oldest_exact) {
             if (q->slot < 0 || q->slot >= s->n_exact_slots) return fail(message, "attend: no such exact slot");
             const uint16_t *half = exact_vector(c, q->slot, i_side, head, entry_of(s, position));
-            for (int32_t i = 0; i < s->head_dim; i++) exact[i] = tq_half_to_float(half[i]);
+            for (int32_t i = 0; i < head_dim; i++) exact[i] = tq_half_to_float(half[i]);
         }
         if (position < s->n_sink || position >= q->length - s->n_recent) continue;
         int32_t page = q->table[position / s->page_size];
@@ -387,10 +411,10 @@ static void attend_row(const tq_device_store *s, const tq_paged_attend_params *p
     for (int64_t column = begin; column < end; column++) {
         if (logits[column] == -INFINITY) continue;
         const bool is_exact = column < s->n_sink || column >= recent;
-        const float *value = rows[1] + (column + (is_exact ? q->length : 0)) * s->head_dim;
+        const float *value = rows[1] + (column + (is_exact ? q->length : 0)) * s->head_dim_v;
         double weight = exp(logits[column] - max);
         sum += weight;
-        for (int32_t i = 0; i < s->head_dim; i++) out[i] += weight * (double)value[i];
+        for (int32_t i = 0; i < s->head_dim_v; i++) out[i] += weight * (double)value[i];
     }
     if (p->sinks) sum += exp((double)p->sinks[head] - max);
     for (int32_t i = 0; i < p->out_dim; i++) {
@@ -427,6 +451,8 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq
     /* Prompts are cut as on a device without a prefill kernel. */
     size_t n_partials = p->n_query == 1 ? 3 : hooks.n_partials ? (size_t)hooks.n_partials : 5;
     *out = n_tiles * n_partials * 8 * (size_t)(s->head_dim + 2) * 4;
+    /* Queries, transformed. */
+    if (s->k_transforms) *out += (size_t)p->n_seq * (size_t)p->n_query * (size_t)p->n_head * (size_t)s->head_dim * 4;
     return TQ_OK;
 }
 
@@ -450,7 +476,8 @@ static tq_status attend(const tq_device_store *s, const tq_paged_attend_params *
     (void)stream;
     TQ_TRY(use_workspace(s, p, message));
     context c = open_context(s);
-    size_t n = (size_t)p->max_seq_len * (size_t)s->head_dim * 2 + 1;
+    const int32_t larger = s->head_dim > s->head_dim_v ? s->head_dim : s->head_dim_v;
+    size_t n = (size_t)p->max_seq_len * (size_t)larger * 2 + 1;
     float *rows[2] = {malloc(n * sizeof(float)), malloc(n * sizeof(float))};
     double *logits = malloc(n * sizeof(double));
     tq_status status = TQ_OK;

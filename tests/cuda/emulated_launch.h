@@ -5,10 +5,13 @@
 
 #include <cuda_fp16.h>
 #include <type_traits>
+#include <vector>
 
 extern "C" {
 #include "base/random.h"
 #include "codec/codec.h"
+#include "codec/transform.h"
+#include "emulated_calibration.h"
 #include "vectors.h"
 }
 #include "kernels/cuda/decode.cuh"
@@ -18,6 +21,7 @@ extern "C" {
 #include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/prefill_hopper.cuh"
+#include "kernels/cuda/queries.cuh"
 #include "kernels/cuda/trellis.cuh"
 
 /* What blocks call so: all the dynamic shared memory that they may use. */
@@ -102,8 +106,27 @@ static void encode_trellis(const tq_device_store &store, const tq_paged_append_p
     launch(descending, grid, 32 * trellis_warps, [&] { encode_trellis_kernel<D, BITS>(store, p, side); });
 }
 
-/* What append.cu launches. */
-template <int D> static void append(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how)
+template <int D>
+static void encode_side(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how, int side)
+{
+    const tq_device_format &format = side ? store.value : store.key;
+    if constexpr (D <= 128) {
+        if (!format.is_trellis && how.many) encode_many<D>(store, p, how.descending, side);
+    }
+    if (!format.is_trellis && !how.many) {
+        launch(how.descending, {blocks_of(p.n_tok * store.n_head_kv, encode_threads / 16), 1, 1}, encode_threads,
+               [&] { encode_scalar_kernel<D>(store, p, side); });
+    }
+    if constexpr (D % 64 == 0) {
+        if (format.is_trellis && format.bits == 4) encode_trellis<D, 4>(store, p, how.descending, side);
+        if (format.is_trellis && format.bits == 3) encode_trellis<D, 3>(store, p, how.descending, side);
+        if (format.is_trellis && format.bits == 2) encode_trellis<D, 2>(store, p, how.descending, side);
+    }
+}
+
+/* What append.cu launches. D, DV: head_dims of keys and of values. */
+template <int D, int DV = D>
+static void append(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how)
 {
     const uint32_t n_heads = (uint32_t)store.n_head_kv;
     if (p.half != TQ_APPEND_STORE) {
@@ -111,21 +134,7 @@ template <int D> static void append(const tq_device_store &store, const tq_paged
             launch(how.descending, {blocks_of(p.n_tok, how.n_tokens), n_heads, 1}, D,
                    [&] { set_references_kernel<D>(store, p, how.n_tokens); });
         }
-        for (int side = 0; side < 2; side++) {
-            const tq_device_format &format = side ? store.value : store.key;
-            if constexpr (D <= 128) {
-                if (!format.is_trellis && how.many) encode_many<D>(store, p, how.descending, side);
-            }
-            if (!format.is_trellis && !how.many) {
-                launch(how.descending, {blocks_of(p.n_tok * n_heads, encode_threads / 16), 1, 1}, encode_threads,
-                       [&] { encode_scalar_kernel<D>(store, p, side); });
-            }
-            if constexpr (D % 64 == 0) {
-                if (format.is_trellis && format.bits == 4) encode_trellis<D, 4>(store, p, how.descending, side);
-                if (format.is_trellis && format.bits == 3) encode_trellis<D, 3>(store, p, how.descending, side);
-                if (format.is_trellis && format.bits == 2) encode_trellis<D, 2>(store, p, how.descending, side);
-            }
-        }
+        encode_side<D>(store, p, how, 0), encode_side<DV>(store, p, how, 1);
     }
     if (p.half == TQ_APPEND_ENCODE || store.n_sink + store.n_recent == 0) return;
     launch(how.descending, {(uint32_t)p.n_tok * n_heads, 2, 1}, 64, [&] { store_exact_kernel(store, p); });
@@ -147,6 +156,23 @@ struct attend_how {
 };
 typedef void (*runner)(attend_args args, const attend_how &how);
 
+/* The queries of a call, transformed, where its store has transforms: as entry.cu has it. */
+static inline void transform_queries(attend_args &args, std::vector<float> &transformed, const attend_how &how,
+                                     int64_t n_tokens, int32_t head_dim)
+{
+    if (!args.key_transforms) return;
+    transformed.assign((size_t)(n_tokens * args.n_head * head_dim), NAN);
+    query_transform call = {};
+    call.transforms = args.key_transforms, call.q = args.q, call.dtype = args.dtype, call.to = transformed.data();
+    call.token_stride = args.q_token_stride, call.head_stride = args.q_head_stride, call.n_tokens = n_tokens;
+    call.n_tokens_there = args.query_starts ? args.query_starts + how.n_seq : nullptr;
+    call.n_head = args.n_head, call.group = args.group, call.head_dim = head_dim;
+    /* More blocks than there are queries, as where sequences have fewer than n_query. */
+    const dim3 grid = {blocks_of(n_tokens * args.n_head, transform_threads / 16) + 2, 1, 1};
+    launch(how.descending, grid, transform_threads, [&] { transform_queries_kernel(call); });
+    args.transformed_q = transformed.data();
+}
+
 /* The kernel in each thread; it may use n_bytes of shared memory. */
 template <void KERNEL(attend_args), size_t N>
 static void run_kernel(const attend_args &args, dim3 grid, int n_threads, bool descending, uint8_t (&shared)[N], int n_bytes)
@@ -160,13 +186,13 @@ static void run_kernel(const attend_args &args, dim3 grid, int n_threads, bool d
     }
 }
 
-template <int D> static void run_prefill(attend_args args, const attend_how &how)
+template <int D, int DV = D> static void run_prefill(attend_args args, const attend_how &how)
 {
     using shape = prefill_shape<D>;
     args.splits_allowed = 1;
     const dim3 grid = {blocks_of(args.n_query * args.group, shape::n_rows), (uint32_t)args.n_head_kv, how.n_seq};
-    const int n_bytes = prefill_bytes<D>(prefill_pair<D>(args), args.reference_bytes);
-    run_kernel<prefill_kernel<D>>(args, grid, shape::n_threads, how.descending, memory, n_bytes);
+    const int n_bytes = prefill_bytes<D, DV>(prefill_pair<D, DV>(args), args.reference_bytes);
+    run_kernel<prefill_kernel<D, DV>>(args, grid, shape::n_threads, how.descending, memory, n_bytes);
 }
 
 template <class F, int D> static void run_hopper(attend_args args, const attend_how &how)
@@ -179,7 +205,7 @@ template <class F, int D> static void run_hopper(attend_args args, const attend_
 
 template <class F, int D, int N_WARPS> static void run_decode(attend_args args, const attend_how &how)
 {
-    using shape = decode_shape<D, N_WARPS, F::n_stages>;
+    using shape = decode_shape<D, N_WARPS, F::n_stages, F::value_dim>;
     const F formats(args);
     const dim3 grid = {args.n_row_tiles * (uint32_t)args.n_head_kv, how.n_seq, (uint32_t)args.splits_allowed};
     const int n_bytes = shape::work_bytes(formats.record_bytes + args.reference_bytes) + formats.table_bytes;

@@ -12,27 +12,32 @@ static const int32_t lens[N_SEQ] = {155, 131}, slots[N_SEQ] = {1, 0};
 
 struct test_setup {
     tq_format formats[2];
-    int32_t head_dim, page, n_sink, n_recent, n_ring, k_ref_block, window;
+    int32_t head_dim, head_dim_v, page, n_sink, n_recent, n_ring, k_ref_block, window;
     tq_dtype dtype;
-    bool factors, descending;
+    bool factors, transforms, descending; /* of the first two one at most */
     bias_kind bias;
     int32_t out_dim;
     runner decode, prefill;
     void (*append)(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how);
+    size_t dim(int side) const
+    {
+        return side ? head_dim_v : head_dim;
+    }
 };
 
 /* The prompts, and what is right for them. */
 struct test_data {
     test_setup s;
     tq_codec *codec[2];
+    tq_calibration *calibration;
     tq_device_store store;
     alignas(8) int8_t factors[N_HEAD_KV * TQ_DEVICE_HEAD_DIM_MAX];
     int32_t page_table[N_SEQ * PAGES_OF_SEQ];
-    std::vector<float> rows[2][N_SEQ], exact[2][N_SEQ], coded[2][N_SEQ]; /* [position, KV head, head_dim]: of dtype, of FP16 */
+    std::vector<float> rows[2][N_SEQ], exact[2][N_SEQ], coded[2][N_SEQ]; /* [position, KV head, dim(side)]: of dtype, of FP16 */
     std::vector<float> q[N_SEQ];                                         /* [position, head, head_dim] */
     std::vector<uint8_t> canonical[N_SEQ];                               /* the CPU's pages, in the order of exports */
     spec_bias bias[N_SEQ];                                               /* of all positions */
-    std::vector<double> wanted[N_SEQ], narrow[N_SEQ];                    /* [position, head, head_dim + lse] */
+    std::vector<double> wanted[N_SEQ], narrow[N_SEQ];                    /* [position, head, head_dim_v + lse] */
 };
 
 static void must(tq_status status, int line)
@@ -79,11 +84,11 @@ static void read_cache(test_data &d, tq_cache *cache, int32_t seq, int32_t id)
 static void fill_rows(test_data &d, tq_random *random, int32_t seq)
 {
     const test_setup &s = d.s;
-    const size_t n = (size_t)lens[seq] * N_HEAD_KV * s.head_dim;
     for (int side = 0; side < 2; side++) {
+        const size_t n = lens[seq] * N_HEAD_KV * s.dim(side);
         d.rows[side][seq].resize(n), d.exact[side][seq].resize(n);
         for (size_t i = 0; i < n; i++) {
-            const size_t channel = i % (N_HEAD_KV * s.head_dim);
+            const size_t channel = i % (N_HEAD_KV * s.dim(side));
             float x = (float)random_gaussian(random) * (side ? 0.7f : 1.3f) + (side ? 0.0f : (float)(channel % 7) - 2.0f);
             if (!side && s.factors) x *= tq_channel_factor(d.factors[channel]);
             x = as_type(x, s.dtype);
@@ -105,19 +110,20 @@ static void fill_rows(test_data &d, tq_random *random, int32_t seq)
 static void fill_wanted(test_data &d, int32_t seq)
 {
     const test_setup &s = d.s;
-    const size_t width = (size_t)s.head_dim + 1;
+    const size_t width = (size_t)s.head_dim_v + 1;
     d.wanted[seq].resize(lens[seq] * N_HEAD * width), d.narrow[seq] = d.wanted[seq];
     for (int32_t row = 0; row < lens[seq] * N_HEAD; row++) {
         const int32_t position = row / N_HEAD, head = row % N_HEAD / GROUP;
         auto vector = [&](bool side, int32_t c) {
             const bool is_exact = c < s.n_sink || c > position - s.n_recent;
-            return &(is_exact ? d.exact : d.coded)[side][seq][((size_t)c * N_HEAD_KV + head) * s.head_dim];
+            return &(is_exact ? d.exact : d.coded)[side][seq][((size_t)c * N_HEAD_KV + head) * s.dim(side)];
         };
-        const spec_options options = {s.head_dim, s.window, 0.0f, nullptr, d.bias[seq].of(position, row % N_HEAD, position)};
+        const spec_options options = {
+            s.head_dim, s.head_dim_v, s.window, 0.0f, nullptr, d.bias[seq].of(position, row % N_HEAD, position)};
         double *wanted = &d.wanted[seq][row * width], *narrow = &d.narrow[seq][row * width];
         const float *q = &d.q[seq][(size_t)row * s.head_dim];
-        wanted[s.head_dim] = attend_spec(options, q, position, false, vector, wanted);
-        narrow[s.head_dim] = attend_spec(options, q, position, true, vector, narrow);
+        wanted[s.head_dim_v] = attend_spec(options, q, position, false, vector, wanted);
+        narrow[s.head_dim_v] = attend_spec(options, q, position, true, vector, narrow);
     }
 }
 
@@ -125,20 +131,29 @@ static void open_data(test_data &d, uint64_t seed)
 {
     const test_setup &s = d.s;
     tq_random random = tq_random_stream(seed, 1);
-    for (int side = 0; side < 2; side++) MUST(tq_codec_create(&d.codec[side], s.formats[side], s.head_dim, TQ_SEED_DEFAULT));
+    for (int side = 0; side < 2; side++) {
+        MUST(tq_codec_create(&d.codec[side], s.formats[side], (int32_t)s.dim(side), TQ_SEED_DEFAULT));
+    }
     d.store.key = emulated_format(d.codec[0]), d.store.value = emulated_format(d.codec[1]);
     d.store.rotation = emulated_rotation(d.codec[0]->rotation);
+    d.store.value_rotation = emulated_rotation(d.codec[1]->rotation), d.store.head_dim_v = s.head_dim_v;
     d.store.head_dim = s.head_dim, d.store.n_head_kv = N_HEAD_KV, d.store.page_size = s.page, d.store.n_sink = s.n_sink;
     d.store.n_recent = s.n_recent, d.store.n_ring = s.n_ring, d.store.k_ref_block = s.k_ref_block;
     d.store.n_pages = N_PAGES, d.store.n_exact_slots = N_SEQ;
     d.store.page_stride = (int64_t)head_page_bytes_of(d.store) * N_HEAD_KV + 32;
-    d.store.exact_stride = 2 * N_HEAD_KV * (int64_t)(s.n_sink + s.n_ring) * s.head_dim + 8;
+    d.store.exact_stride = N_HEAD_KV * (int64_t)(s.n_sink + s.n_ring) * (s.head_dim + s.head_dim_v) + 8;
     for (int32_t i = 0; i < N_SEQ * PAGES_OF_SEQ; i++) d.page_table[i] = (2 + i * 5) % N_PAGES;
     for (int32_t i = 0; i < N_HEAD_KV * s.head_dim; i++) d.factors[i] = (int8_t)(i * 37 % 17 - 8);
     d.store.k_factors = s.factors ? d.factors : nullptr;
     tq_cache_params params = {};
     params.struct_size = sizeof params, params.n_layer = 1, params.n_pages = 64;
+    if (s.transforms) {
+        size_t bytes;
+        params.calibration = d.calibration = emulated_calibration(seed + 1, N_HEAD_KV, s.head_dim);
+        d.store.k_transforms = tq_calibration_transforms(d.calibration, 0, &bytes);
+    }
     params.k_format = s.formats[0], params.v_format = s.formats[1], params.head_dim = s.head_dim, params.n_head_kv = N_HEAD_KV;
+    params.head_dim_v = s.head_dim_v;
     params.page_size = s.page, params.n_sink = s.n_sink, params.n_recent = s.n_recent, params.k_ref_block = s.k_ref_block;
     tq_cache *cache;
     int32_t ids[N_SEQ];
@@ -164,7 +179,7 @@ struct piece {
 
 static piece piece_of(const test_data &d, const int32_t *done, const int32_t *counts)
 {
-    const size_t width = (size_t)N_HEAD_KV * d.s.head_dim, q_width = (size_t)N_HEAD * d.s.head_dim;
+    const size_t q_width = (size_t)N_HEAD * d.s.head_dim;
     piece p = {};
     for (int32_t seq = 0; seq < N_SEQ; seq++) {
         for (int32_t position = done[seq]; position < done[seq] + counts[seq]; position++) {
@@ -173,6 +188,7 @@ static piece piece_of(const test_data &d, const int32_t *done, const int32_t *co
             p.positions.push_back(position), p.seq_ids.push_back(seq);
         }
         for (int side = 0; side < 2; side++) {
+            const size_t width = N_HEAD_KV * d.s.dim(side);
             const float *from = d.rows[side][seq].data() + done[seq] * width;
             p.rows[side].insert(p.rows[side].end(), from, from + counts[seq] * width);
         }
@@ -199,12 +215,14 @@ static attend_args args_of(const test_data &d, const piece &p)
     args.value_kind = codes_kind(d.store.value.bits, d.store.value.is_trellis);
     args.reference_bytes = reference_bytes_of(d.store);
     args.page_stride = d.store.page_stride, args.exact_stride = d.store.exact_stride;
-    args.rotation = d.store.rotation, args.key_factors = d.store.k_factors;
+    args.rotation = d.store.rotation, args.value_rotation = d.store.value_rotation;
+    args.key_factors = d.store.k_factors, args.key_transforms = d.store.k_transforms;
     memcpy(args.windows[0], d.store.key.windows, sizeof args.windows[0]);
     memcpy(args.windows[1], d.store.value.windows, sizeof args.windows[1]);
     args.dtype = s.dtype;
-    args.q_token_stride = args.out_token_stride = (int64_t)N_HEAD * s.head_dim;
-    args.q_head_stride = args.out_head_stride = s.head_dim, args.new_row_stride = (int64_t)N_HEAD_KV * s.head_dim;
+    args.q_token_stride = (int64_t)N_HEAD * s.head_dim, args.q_head_stride = s.head_dim;
+    args.out_token_stride = (int64_t)N_HEAD * s.head_dim_v, args.out_head_stride = s.head_dim_v;
+    args.new_k_stride = (int64_t)N_HEAD_KV * s.head_dim, args.new_v_stride = (int64_t)N_HEAD_KV * s.head_dim_v;
     args.page_table = d.page_table, args.page_table_stride = PAGES_OF_SEQ, args.exact_slots = slots;
     args.seq_lens = p.lengths, args.query_starts = p.query_starts, args.n_query = p.longest;
     args.n_head = N_HEAD, args.group = GROUP, args.n_row_tiles = blocks_of(p.longest * GROUP, TQ_TILE_ROWS);
@@ -229,19 +247,23 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
         const std::vector<uint8_t> k = typed(p.rows[0], s.dtype), v = typed(p.rows[1], s.dtype), q = typed(p.q, s.dtype);
         tq_paged_append_params append = {};
         append.n_tok = (int64_t)p.slots.size(), append.dtype = s.dtype, append.row_stride = (int64_t)N_HEAD_KV * s.head_dim;
+        append.v_row_stride = (int64_t)N_HEAD_KV * s.head_dim_v;
         append.k = k.data(), append.v = v.data(), append.slot_mapping = p.slots.data(), append.positions = p.positions.data();
         append.seq_ids = p.seq_ids.data(), append.page_table = d.page_table, append.page_table_stride = PAGES_OF_SEQ;
         append.exact_slots = slots, append.half = TQ_APPEND_ENCODE;
-        const append_how how = {tq_random_next(random) % 2 == 1, s.descending, 1 + (int32_t)(tq_random_next(random) % 64)};
+        const bool many = tq_random_next(random) % 2 && !s.transforms; /* which it does not have */
+        const append_how how = {many, s.descending, 1 + (int32_t)(tq_random_next(random) % 64)};
         s.append(d.store, append, how);
 
         attend_args args = args_of(d, p);
         const size_t n_rows = p.q.size() / s.head_dim, n_tiles = (size_t)N_SEQ * N_HEAD_KV * args.n_row_tiles;
-        std::vector<uint8_t> out(q.size(), 0xff);
-        std::vector<float> lse(n_rows, NAN), partials(n_tiles * (SPLITS + 1) * TQ_TILE_ROWS * (s.head_dim + 2), NAN);
+        std::vector<uint8_t> out(n_rows * s.head_dim_v * 4 + 16, 0xff);
+        std::vector<float> lse(n_rows, NAN), partials(n_tiles * (SPLITS + 1) * TQ_TILE_ROWS * (s.head_dim_v + 2), NAN);
         std::vector<uint32_t> counters(n_tiles * TQ_COUNTER_STRIDE);
         args.q = q.data(), args.new_k = k.data(), args.new_v = v.data(), args.out = out.data(), args.lse = lse.data();
         args.partials = partials.data(), args.counters = counters.data();
+        std::vector<float> transformed_q;
+        transform_queries(args, transformed_q, {N_SEQ, s.descending}, p.query_starts[N_SEQ], s.head_dim);
         (p.longest * GROUP > TQ_PREFILL_ROWS_MIN ? s.prefill : s.decode)(args, {N_SEQ, s.descending});
 
         append.half = TQ_APPEND_STORE;
@@ -249,10 +271,10 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
         for (int32_t seq = 0; seq < N_SEQ; seq++) {
             for (int32_t i = 0; i < counts[seq] * N_HEAD; i++) {
                 const size_t row = (size_t)p.query_starts[seq] * N_HEAD + i;
-                const size_t at = ((size_t)done[seq] * N_HEAD + i) * (s.head_dim + 1);
+                const size_t at = ((size_t)done[seq] * N_HEAD + i) * (s.head_dim_v + 1);
                 const double *wanted = &d.wanted[seq][at], *narrow = &d.narrow[seq][at];
-                errors.add(s.out_dim, [&](int32_t n) { return number_at(out, s.dtype, row * s.head_dim + n); }, wanted, narrow,
-                           lse[row], wanted[s.head_dim], narrow[s.head_dim]);
+                errors.add(s.out_dim, [&](int32_t n) { return number_at(out, s.dtype, row * s.head_dim_v + n); }, wanted,
+                           narrow, lse[row], wanted[s.head_dim_v], narrow[s.head_dim_v]);
             }
             done[seq] += counts[seq], n_left -= counts[seq];
         }
@@ -304,10 +326,11 @@ static void test(const char *kernels, const test_setup &s, uint64_t seed)
         run_prompts(d, cut, &random, errors);
         const int n_wrong = count_wrong(d);
         const bool good = errors.good() && n_wrong == 0;
-        printf("%s prompt in pieces of %d, %s %s/%s, head_dim %d, page %d, sinks %d, last %d exact, ring %d, references %d, ",
-               good ? "ok    " : "FAILED", cut, kernels, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim, s.page,
-               s.n_sink, s.n_recent, s.n_ring, s.k_ref_block);
-        printf("factors %d, dtype %d, window %d, ", s.factors, (int)s.dtype, s.window);
+        printf("%s prompt in pieces of %d, %s %s/%s, head_dims %d/%d, page %d, sinks %d, last %d exact, ring %d, "
+               "references %d, ",
+               good ? "ok    " : "FAILED", cut, kernels, d.codec[0]->traits->name, d.codec[1]->traits->name, s.head_dim,
+               s.head_dim_v, s.page, s.n_sink, s.n_recent, s.n_ring, s.k_ref_block);
+        printf("factors %d, transforms %d, dtype %d, window %d, ", s.factors, s.transforms, (int)s.dtype, s.window);
         s.bias.print();
         printf("out_dim %d: %d codes differ, ", s.out_dim, n_wrong);
         errors.print();
@@ -316,29 +339,49 @@ static void test(const char *kernels, const test_setup &s, uint64_t seed)
         else n_failed++;
     }
     for (tq_codec *codec : d.codec) tq_codec_free(codec);
+    tq_calibration_free(d.calibration);
 }
 
 /* Options by a number. */
-template <class K, class V, int D> static void test_pair(tq_format k, tq_format v, int i)
+static test_setup setup_of(tq_format k, tq_format v, int32_t head_dim, int32_t head_dim_v, int i)
 {
     test_setup s = {};
-    s.formats[0] = k, s.formats[1] = v, s.head_dim = D, s.page = i % 2 ? 128 : 64;
+    s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim, s.head_dim_v = head_dim_v, s.page = i % 2 ? 128 : 64;
     s.n_sink = i % 3 == 2 ? 0 : i % 3 ? 30 : 4, s.n_recent = i % 2 ? 64 : 21, s.n_ring = s.n_recent + (i % 3 == 1 ? 9 : 0);
     s.k_ref_block = i % 4 == 3 ? 0 : 64, s.window = i % 4 == 2 ? 70 : 0;
     s.dtype = (tq_dtype)(i % 3), s.factors = i % 2, s.descending = i / 2 % 2;
-    s.append = append<D>, s.out_dim = D;
+    s.out_dim = head_dim_v;
+    return s;
+}
+
+template <class K, class V, int D> static void test_pair(tq_format k, tq_format v, int i)
+{
+    test_setup s = setup_of(k, v, D, D, i);
+    s.append = append<D>;
     s.decode = run_own<K, V, D>, s.prefill = run_hopper<hopper_pair<K, V, D>, D>;
     test("own and Hopper's kernels,", s, 20 + (uint64_t)i);
     s.decode = run_decode<any_formats<D, 16>, D, 8>, s.prefill = run_prefill<D>, s.descending = !s.descending;
-    s.dtype = (tq_dtype)((i + 1) % 3);
+    s.dtype = (tq_dtype)((i + 1) % 3), s.transforms = i % 4 == 2; /* which Hopper's prefill does not have */
     s.bias = {i % 3 > 0, i % 3 == 1, i % 2 == 1, i % 3 == 0 || i == 5}, s.out_dim = i % 2 ? D : D - 7;
     test("general and portable kernels,", s, 40 + (uint64_t)i);
     s.prefill = run_hopper<hopper_pair<K, V, D>, D>;
     if (i % 2) test("general and Hopper's kernels,", s, 60 + (uint64_t)i);
 }
 
+/* Values of another head_dim than keys. */
+template <int D, int DV> static void test_head_dims(tq_format k, tq_format v, int i)
+{
+    test_setup s = setup_of(k, v, D, DV, i);
+    s.append = append<D, DV>, s.decode = run_decode<any_formats<D, 16, DV>, D, 8>, s.prefill = run_prefill<D, DV>;
+    s.transforms = !s.factors;
+    test("general and portable kernels,", s, 60 + (uint64_t)i);
+}
+
 int main()
 {
+#define TQ_TEST_HEAD_DIMS(D, DV) \
+    test_head_dims<D, DV>(TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 1), test_head_dims<D, DV>(TQ_FORMAT_TT3, TQ_FORMAT_TT3, 2);
+    TQ_HEAD_DIM_PAIRS(TQ_TEST_HEAD_DIMS)
     test_pair<sq8, tt4, 64>(TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 0);
     test_pair<tt4, tt4, 128>(TQ_FORMAT_TT4, TQ_FORMAT_TT4, 1);
     test_pair<tt3, tt3, 64>(TQ_FORMAT_TT3, TQ_FORMAT_TT3, 2);

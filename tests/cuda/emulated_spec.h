@@ -87,7 +87,8 @@ struct spec_bias {
     {
         return (size_t)row_stride() * (kind.is_f16 ? 2 : 4);
     }
-    /* Some columns are hidden; others have numbers, some of FP32's lowest; each seventh row is hidden whole. */
+    /* Some columns are hidden; others have numbers, some of FP32's lowest, and some rows no others; each seventh row is hidden
+     * whole. */
     void draw(const bias_kind &wanted, int32_t heads, int32_t columns, const std::vector<int32_t> &positions, tq_random *random)
     {
         kind = wanted, n_head = heads, n_columns = columns;
@@ -101,6 +102,8 @@ struct spec_bias {
             const bool has_lowest = !kind.is_f16 && !kind.has_slopes && row % 7 == 5;
             if (row % 7 == 3 || kind.hides(column))
                 mask[i] = -INFINITY;
+            else if (has_lowest && row % 14 == 5)
+                mask[i] = -FLT_MAX;
             else if (drawn < 250)
                 mask[i] = has_lowest && column < positions[row] ? -FLT_MAX : -INFINITY;
             else
@@ -132,7 +135,7 @@ struct spec_bias {
 
 /* What a query may do. */
 struct spec_options {
-    int32_t head_dim, window;
+    int32_t head_dim, head_dim_v, window;
     float softcap;
     const float *sink;        /* its head's, or NULL */
     std::vector<double> bias; /* of the columns */
@@ -143,7 +146,8 @@ template <typename Vector>
 static double attend_spec(const spec_options &s, const float *q, int32_t position, bool narrow, const Vector &vector,
                           double *out)
 {
-    const int32_t n = s.head_dim, begin = s.window > 0 && position + 1 > s.window ? position + 1 - s.window : 0;
+    const int32_t n = s.head_dim, n_v = s.head_dim_v,
+                  begin = s.window > 0 && position + 1 > s.window ? position + 1 - s.window : 0;
     double max = s.sink ? *s.sink : -INFINITY, sum = 0;
     std::vector<double> logits(position + 1);
     for (int32_t c = begin; c <= position; c++) {
@@ -156,25 +160,26 @@ static double attend_spec(const spec_options &s, const float *q, int32_t positio
         logits[c] = (s.softcap > 0 ? s.softcap * tanh(dot / s.softcap) : dot) + s.bias[c];
         max = fmax(max, logits[c]);
     }
-    for (int32_t i = 0; i < n; i++) out[i] = 0;
+    for (int32_t i = 0; i < n_v; i++) out[i] = 0;
     for (int32_t c = begin; c <= position; c++) {
         if (logits[c] == -INFINITY) continue;
         const float *value = vector(true, c);
         double p = exp(logits[c] - max);
         sum += p;
         if (narrow) p = bf16((float)p);
-        for (int32_t i = 0; i < n; i++) out[i] += p * (narrow ? bf16(value[i]) : value[i]);
+        for (int32_t i = 0; i < n_v; i++) out[i] += p * (narrow ? bf16(value[i]) : value[i]);
     }
     if (s.sink) sum += exp(*s.sink - max);
     if (sum == 0) return -INFINITY;
-    for (int32_t i = 0; i < n; i++) out[i] = narrow ? bf16((float)(out[i] / sum)) : out[i] / sum;
+    for (int32_t i = 0; i < n_v; i++) out[i] = narrow ? bf16((float)(out[i] / sum)) : out[i] / sum;
     return max + log(sum);
 }
 
-/* Infinite where one of both is not finite and the other is not the same. */
+/* Infinite where one of both is not finite and the other is not the same; below -1e29 kernels keep no numbers apart. */
 static inline double distance(double a, double b)
 {
-    return a == b ? 0 : isfinite(a) && isfinite(b) ? fabs(a - b) : INFINITY;
+    const bool are_lowest = isfinite(a) && isfinite(b) && a < -1e29 && b < -1e29;
+    return a == b || are_lowest ? 0 : isfinite(a) && isfinite(b) ? fabs(a - b) : INFINITY;
 }
 
 /* Errors of many rows next to those of BF16. The bounds are tests/cuda/device_model.c's. */

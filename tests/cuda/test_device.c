@@ -36,10 +36,10 @@ static tq_format format_of(const char *name)
 static void run(const char *what, setup s, uint64_t seed)
 {
     device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d, references of %d, factors %d, "
-                "%s mask, ALiBi %d, out_dim %d",
+                "transforms %d, %s mask, ALiBi %d, out_dim %d",
                 what, name_of(s.k_format), name_of(s.v_format), s.head_dim, s.n_head_kv, s.group, s.n_query, s.page_size,
-                s.n_sink, s.n_recent, s.k_ref_block, s.factors, s.mask ? s.mask_is_f16 ? "FP16" : "FP32" : "no", s.alibi,
-                s.out_dim);
+                s.n_sink, s.n_recent, s.k_ref_block, s.factors, s.transforms, s.mask ? s.mask_is_f16 ? "FP16" : "FP32" : "no",
+                s.alibi, s.out_dim);
     model m;
     model_open(&m, &s, seed);
     model_append(&m);
@@ -89,6 +89,14 @@ static setup biased(setup s, int i)
     return s;
 }
 
+/* With a calibration's transforms in place of factors. */
+static setup transformed(setup s)
+{
+    s = referring(s);
+    s.factors = false, s.transforms = true;
+    return s;
+}
+
 /* Every pair that has kernels of its own; and others, for those that take any, with each format on each side. */
 #define PAIR(D, K, V) {D, #K, #V},
 // clang-format off
@@ -113,11 +121,12 @@ static void test_pairs(void)
         if (i % 2) s.page_size = 128, s.n_sink = 40;
         run("pair", embedded(referring(s), (int)i), 100 + i);
         if (i % 2) run("pair", biased(embedded(s, (int)i), (int)i / 2), 100 + i);
+        run("pair", embedded(transformed(s), (int)i), 100 + i);
     }
     for (size_t i = 0; i < N_OTHERS; i++) {
         if (quick && i % 3 != 0) continue;
         setup s = plain(format_of(others[i].k), format_of(others[i].v), others[i].head_dim);
-        run("other pair", i % 2 ? s : referring(s), 150 + i);
+        run("other pair", i % 3 == 0 ? s : i % 3 == 1 ? referring(s) : transformed(s), 150 + i);
         if (i % 2) run("other pair", biased(referring(s), (int)i / 2), 150 + i);
     }
     setenv("TQ_CUDA_GENERAL", "1", 1);
@@ -205,7 +214,7 @@ static void test_random(void)
         if (i == 3) lens[0] = 0;
         s.lens = lens;
         if (i == 7) s.n_sink = s.n_recent = 0;
-        run("random", i % 3 ? referring(s) : s, 300 + (uint64_t)i);
+        run("random", i % 3 == 0 ? s : i % 4 == 1 ? transformed(s) : referring(s), 300 + (uint64_t)i);
         run("random", biased(i % 3 ? s : referring(s), i), 300 + (uint64_t)i);
     }
 }
@@ -223,6 +232,7 @@ static void test_prefill_of(const char *what, tq_format k, tq_format v, int32_t 
     if (i % 7 == 6) s.n_sink = 40, s.page_size = 128;
     run(what, s, seed);
     run(what, biased(s, i), seed);
+    run(what, transformed(s), seed);
     s = referring(s);
     if (s.k_ref_block) run(what, i % 2 ? s : biased(s, i + 1), seed);
 }

@@ -14,11 +14,18 @@
 
 enum { N_LAYER = 2, N_HEAD_KV = 2, N_HEAD = 4, HEAD_DIM = 64, N_SEQ = 3, MAX_TOK = 8192 };
 
+/* What the caches are for: other head_dims of keys and values, or a calibration, where a test says so. */
+static struct {
+    int32_t head_dim, head_dim_v;
+    const tq_calibration *calibration;
+} batch_model_of = {HEAD_DIM, HEAD_DIM, NULL};
+
 static inline tq_cache *batch_model_create(tq_device_kind device, int32_t n_pages)
 {
     tq_cache_params p = kv_cache_params();
     tq_cache_params_set_preset(&p, tq_preset_find("tq4"));
-    p.n_layer = N_LAYER, p.n_head_kv = N_HEAD_KV, p.head_dim = HEAD_DIM;
+    p.n_layer = N_LAYER, p.n_head_kv = N_HEAD_KV, p.calibration = batch_model_of.calibration;
+    p.head_dim = batch_model_of.head_dim, p.head_dim_v = batch_model_of.head_dim_v;
     p.page_size = p.checkpoint_stride = 64, p.n_pages = n_pages, p.n_take_back = 8;
     p.device = device;
     tq_cache *cache;
@@ -26,10 +33,9 @@ static inline tq_cache *batch_model_create(tq_device_kind device, int32_t n_page
     return cache;
 }
 
-/* Rows [n, heads, HEAD_DIM] of a kind: floats that FP16 and BF16 hold exactly. */
-static inline float *batch_model_rows(kv_random *random, int64_t n, int32_t heads)
+/* So many numbers of a kind: floats that FP16 and BF16 hold exactly. */
+static inline float *batch_model_rows(kv_random *random, size_t count)
 {
-    size_t count = (size_t)(n * heads * HEAD_DIM);
     float *x = malloc((count + 1) * sizeof *x);
     kv_fill(random, x, (int64_t)count);
     for (size_t i = 0; i < count; i++) x[i] = tq_bfloat_to_float(tq_bfloat_from_float(x[i]));
@@ -57,14 +63,16 @@ static inline float batch_model_read(const void *x, size_t i, tq_dtype dtype)
 static inline tq_attend_params batch_model_options(kv_random *random, int64_t n, int64_t n_columns)
 {
     static const float slopes[N_HEAD] = {.5f, 0, .03f, -.01f}, sinks[N_HEAD] = {1, -1, 0, 2};
-    tq_attend_params p = kv_attend_params(0, N_HEAD, HEAD_DIM, NULL, NULL);
+    const int32_t d_v = batch_model_of.head_dim_v;
+    tq_attend_params p = kv_attend_params(0, N_HEAD, batch_model_of.head_dim, NULL, NULL);
+    p.out_token_stride = (int64_t)N_HEAD * d_v, p.out_head_stride = d_v;
     p.softmax_scale = 0.125f;
     int64_t drawn = kv_below(random, 1024);
     if (drawn % 4 == 1) p.window = 1 + kv_below(random, 90);
     if (drawn % 8 == 2) p.softcap = 2.0f;
     if (drawn % 8 == 3) p.sinks = sinks;
     if (drawn / 8 % 4 == 1) p.alibi_slopes = slopes;
-    if (drawn / 32 % 4 == 1) p.out_dim = 1 + (int32_t)kv_below(random, HEAD_DIM);
+    if (drawn / 32 % 4 == 1) p.out_dim = 1 + (int32_t)kv_below(random, d_v);
     if (drawn / 128 % 2 == 0) return p;
     p.mask_is_f16 = drawn / 256 % 2;
     p.mask_head_stride = drawn / 512 ? n_columns + 3 : 0;
@@ -95,19 +103,20 @@ static inline tq_attend_params batch_model_from(tq_attend_params p, int64_t firs
 static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int32_t *seqs, const int64_t *n_tok, int32_t layer,
                                      tq_dtype dtype, double tolerance, kv_random *random)
 {
+    const int64_t d = batch_model_of.head_dim, d_v = batch_model_of.head_dim_v;
     int64_t n = 0, first = 0, n_columns = 0;
     for (int32_t i = 0; i < N_SEQ; i++) {
         int64_t length = tq_cache_length(plain, seqs[i], layer) + n_tok[i];
         n += n_tok[i], n_columns = length > n_columns ? length : n_columns;
     }
-    float *q = batch_model_rows(random, n, N_HEAD), *k = batch_model_rows(random, n, N_HEAD_KV),
-          *v = batch_model_rows(random, n, N_HEAD_KV);
-    size_t n_out = (size_t)(n * N_HEAD * HEAD_DIM), n_kv = (size_t)(n * N_HEAD_KV * HEAD_DIM);
+    size_t n_q = (size_t)(n * N_HEAD * d), n_k = (size_t)(n * N_HEAD_KV * d), n_v = (size_t)(n * N_HEAD_KV * d_v),
+           n_out = (size_t)(n * N_HEAD * d_v);
+    float *q = batch_model_rows(random, n_q), *k = batch_model_rows(random, n_k), *v = batch_model_rows(random, n_v);
     float *wanted = calloc(n_out + 1, sizeof *wanted), *lse = calloc((size_t)(2 * n * N_HEAD) + 1, sizeof *lse);
     tq_attend_params all = batch_model_options(random, n, n_columns);
     all.q = q, all.out = wanted, all.lse = lse;
-    size_t out_dim = all.out_dim ? (size_t)all.out_dim : HEAD_DIM, n_rows = (size_t)(n * N_HEAD);
-    void *own[] = {batch_model_as(q, n_out, dtype), batch_model_as(k, n_kv, dtype), batch_model_as(v, n_kv, dtype),
+    size_t out_dim = all.out_dim ? (size_t)all.out_dim : (size_t)d_v, n_rows = (size_t)(n * N_HEAD);
+    void *own[] = {batch_model_as(q, n_q, dtype), batch_model_as(k, n_k, dtype), batch_model_as(v, n_v, dtype),
                    batch_model_as(wanted, n_out, dtype)};
     tq_batch_rows rows = {.struct_size = sizeof rows, .softmax_scale = 1.0f};
     rows.dtype = dtype;
@@ -119,13 +128,13 @@ static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int
     KV_CHECK(tq_batch_attend(batch, layer, &rows, NULL) == TQ_OK);
     for (int32_t i = 0; i < N_SEQ; first += n_tok[i++]) {
         tq_attend_params params = batch_model_from(all, first);
-        KV_CHECK(tq_cache_prefill(plain, seqs[i], layer, n_tok[i], k + first * N_HEAD_KV * HEAD_DIM,
-                                  v + first * N_HEAD_KV * HEAD_DIM, &params, NULL) == TQ_OK);
+        KV_CHECK(tq_cache_prefill(plain, seqs[i], layer, n_tok[i], k + first * N_HEAD_KV * d, v + first * N_HEAD_KV * d_v,
+                                  &params, NULL) == TQ_OK);
     }
     double bound = tolerance + (dtype == TQ_DTYPE_F32 ? 0 : dtype == TQ_DTYPE_F16 ? 1e-3 : 8e-3);
     for (size_t i = 0; i < n_out; i++) { /* without gaps; behind it nothing is written */
         size_t row = i / out_dim;
-        double value = row < n_rows ? (double)wanted[row * HEAD_DIM + i % out_dim] : 0;
+        double value = row < n_rows ? (double)wanted[row * (size_t)d_v + i % out_dim] : 0;
         double error = fabs((double)batch_model_read(own[3], i, dtype) - value);
         if (!(error <= bound)) fprintf(stderr, "value %zu of %zu is off by %g\n", i, n_out, error);
         KV_CHECK(error <= bound);
@@ -141,7 +150,8 @@ static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int
 /* All tokens of all layers, bit for bit. */
 static inline void batch_model_check(tq_cache *cache, const int32_t *seqs, tq_cache *plain, const int32_t *same)
 {
-    size_t bytes = MAX_TOK * N_HEAD_KV * HEAD_DIM * sizeof(float);
+    const size_t widths[2] = {(size_t)batch_model_of.head_dim, (size_t)batch_model_of.head_dim_v};
+    size_t bytes = MAX_TOK * N_HEAD_KV * widths[0] * sizeof(float);
     float *found[2] = {malloc(bytes), malloc(bytes)}, *wanted[2] = {malloc(bytes), malloc(bytes)};
     for (int32_t i = 0; i < N_SEQ * N_LAYER; i++) {
         int32_t seq = seqs[i / N_LAYER], layer = i % N_LAYER;
@@ -150,7 +160,7 @@ static inline void batch_model_check(tq_cache *cache, const int32_t *seqs, tq_ca
         KV_CHECK(tq_cache_read(cache, seq, layer, 0, length, found[0], found[1]) == TQ_OK);
         KV_CHECK(tq_cache_read(plain, same[i / N_LAYER], layer, 0, length, wanted[0], wanted[1]) == TQ_OK);
         for (int32_t side = 0; side < 2; side++)
-            KV_CHECK(memcmp(found[side], wanted[side], (size_t)length * N_HEAD_KV * HEAD_DIM * sizeof(float)) == 0);
+            KV_CHECK(memcmp(found[side], wanted[side], (size_t)length * N_HEAD_KV * widths[side] * sizeof(float)) == 0);
     }
     for (int32_t i = 0; i < 2; i++) free(found[i]), free(wanted[i]);
 }

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "batch_model.h"
+#include "make_calibration.h"
 
 static bool has_device(void)
 {
@@ -45,6 +46,29 @@ static void test_on_a_device(void **state)
     (void)state;
     if (!has_device()) skip();
     run_random(TQ_DEVICE_CUDA, 4);
+}
+
+/* Keys that go through a calibration's transforms, on either device. */
+static void test_with_a_calibration(void **state)
+{
+    (void)state;
+    kv_random random = {.state = 11};
+    tq_calibration *calibration = make_calibration(&random, N_LAYER, N_HEAD_KV, HEAD_DIM);
+    batch_model_of.calibration = calibration;
+    run_random(TQ_DEVICE_CPU, 1);
+    if (has_device()) run_random(TQ_DEVICE_CUDA, 3);
+    batch_model_of.calibration = NULL;
+    tq_calibration_free(calibration);
+}
+
+/* Values of another head_dim than keys, on either device. */
+static void test_with_two_head_dims(void **state)
+{
+    (void)state;
+    batch_model_of.head_dim = 192, batch_model_of.head_dim_v = 128;
+    run_random(TQ_DEVICE_CPU, 1);
+    if (has_device()) run_random(TQ_DEVICE_CUDA, 2);
+    batch_model_of.head_dim = batch_model_of.head_dim_v = HEAD_DIM;
 }
 
 /* A pass that a batch of its own makes, next to prefills of the same sequences elsewhere. */
@@ -242,6 +266,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_batches_are_prefills),
         cmocka_unit_test(test_on_a_device),
+        cmocka_unit_test(test_with_a_calibration),
+        cmocka_unit_test(test_with_two_head_dims),
         cmocka_unit_test(test_files_and_prefixes),
         cmocka_unit_test(test_captured_steps_come_to_checkpoints),
         cmocka_unit_test(test_what_is_not_finite_is_not_published),

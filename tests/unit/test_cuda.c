@@ -275,6 +275,19 @@ static void test_store_is_checked(void **state)
     store.n_recent = 0, store.n_sink = 4, store.k_ref_block = 64;
     assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "n_recent must be more than 0"));
+    store = usable_store(NULL);
+    store.head_dim = 192, store.head_dim_v = 64;
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "192/128"));
+    store.head_dim_v = 128, store.n_sink = 4, store.n_recent = 10;
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
+    assert_int_equal(sizes.exact_bytes, 8 * 14 * (192 + 128) * 2);
+    assert_int_equal(sizes.page_bytes, 8 * 64 * (192 / 2 + 128 / 2 + 2 * 2)); /* sq4 */
+    assert_int_equal(sizes.canonical_bytes, sizes.page_bytes);
+    store = usable_store(NULL);
+    store.k_factors = (const int8_t *)"", store.k_transforms = (const uint16_t *)(const void *)"";
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "leave one of them out"));
 }
 
 /* Refused before any library is loaded. The pointers are never followed. */
@@ -291,7 +304,9 @@ static void test_calls_are_checked(void **state)
     assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
     append.k = append.v = memory, append.slot_mapping = (const int64_t *)(const void *)memory, append.row_stride = 5;
     assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
-    append.row_stride = 0, store.n_recent = 8;
+    append.row_stride = 0, append.v_row_stride = 5;
+    assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
+    append.v_row_stride = 0, store.n_recent = 8;
     assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no memory for the ring */
     store.exact = memory;
     assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT); /* no positions */
@@ -324,7 +339,10 @@ static void test_calls_are_checked(void **state)
     attend.new_v = memory, attend.new_row_stride = 8 * 128 - 1;
     assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "new_row_stride"));
-    attend.new_row_stride++;
+    attend.new_row_stride++, attend.new_v_row_stride = 5;
+    assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
+    assert_non_null(strstr(last_message, "new_v_row_stride"));
+    attend.new_v_row_stride = 0;
     attend.out_dim = 129;
     assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_SHAPE);
     attend.out_dim = 128;

@@ -37,33 +37,42 @@ static cudaError_t set_references(const tq_device_store &store, const tq_paged_a
 }
 
 template <int D>
-static cudaError_t launch_encode(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
+static cudaError_t launch_encode(const tq_device_store &store, const tq_paged_append_params &p, int first, int end,
+                                 cudaStream_t stream)
 {
     int64_t n_items = p.n_tok * store.n_head_kv, per_block = encode_threads / 16;
-    int first = store.key.is_trellis ? 1 : 0, end = store.value.is_trellis ? 1 : 2;
-    if (first < end) {
-        dim3 grid((unsigned)((n_items + per_block - 1) / per_block), end - first);
-        encode_scalar_kernel<D><<<grid, encode_threads, 0, stream>>>(store, p, first);
-    }
+    dim3 grid((unsigned)((n_items + per_block - 1) / per_block), end - first);
+    encode_scalar_kernel<D><<<grid, encode_threads, 0, stream>>>(store, p, first);
     return cudaGetLastError();
+}
+
+/* Sides from `first` to `end`, of one head_dim. */
+static cudaError_t encode_sides(const tq_device_store &store, const tq_paged_append_params &p, int first, int end,
+                                cudaStream_t stream)
+{
+    if (first >= end) return cudaSuccess;
+    switch (head_dim_of(store, first)) {
+    case 64:
+        return launch_encode<64>(store, p, first, end, stream);
+    case 96:
+        return launch_encode<96>(store, p, first, end, stream);
+    case 128:
+        return launch_encode<128>(store, p, first, end, stream);
+    case 192:
+        return launch_encode<192>(store, p, first, end, stream);
+    case 256:
+        return launch_encode<256>(store, p, first, end, stream);
+    default:
+        return cudaErrorInvalidValue;
+    }
 }
 
 static cudaError_t encode_few(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
-    switch (store.head_dim) {
-    case 64:
-        return launch_encode<64>(store, p, stream);
-    case 96:
-        return launch_encode<96>(store, p, stream);
-    case 128:
-        return launch_encode<128>(store, p, stream);
-    case 192:
-        return launch_encode<192>(store, p, stream);
-    case 256:
-        return launch_encode<256>(store, p, stream);
-    default:
-        return cudaErrorInvalidValue;
-    }
+    const int first = store.key.is_trellis ? 1 : 0, end = store.value.is_trellis ? 1 : 2;
+    if (store.head_dim == store.head_dim_v) return encode_sides(store, p, first, end, stream);
+    const cudaError_t error = encode_sides(store, p, first, 1, stream);
+    return error != cudaSuccess ? error : encode_sides(store, p, 1, end, stream);
 }
 
 cudaError_t append_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)

@@ -8,7 +8,8 @@
 #include "kernels/cuda/append_args.cuh"
 
 cudaError_t append_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream);
-/* The sides whose format is scalar, of batches that are large enough for encode_many.cuh. */
+/* The sides whose format is scalar, of batches that are large enough for encode_many.cuh, which has no transforms and sides of
+ * one head_dim. */
 bool encode_many_has(const tq_device_store &store, const tq_paged_append_params &p);
 cudaError_t encode_many(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream);
 /* The sides whose format is a trellis; nothing for others. */

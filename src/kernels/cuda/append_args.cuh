@@ -67,8 +67,14 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
 __device__ __forceinline__ int64_t exact_index(const tq_device_store &store, int64_t slot, bool is_value, int32_t head,
                                                int32_t entry)
 {
-    const int64_t vector = (int64_t)(is_value * store.n_head_kv + head) * (store.n_sink + store.n_ring) + entry;
-    return slot * store.exact_stride + vector * store.head_dim;
+    const int64_t n_entries = store.n_sink + store.n_ring, vector = head * n_entries + entry;
+    const int64_t keys = store.n_head_kv * n_entries * store.head_dim;
+    return slot * store.exact_stride + (is_value ? keys + vector * store.head_dim_v : vector * store.head_dim);
+}
+
+__device__ __forceinline__ int64_t row_stride_of(const tq_paged_append_params &p, bool is_value)
+{
+    return is_value ? p.v_row_stride : p.row_stride;
 }
 
 /* Elements lane16, lane16 + 16, ... of the vector to encode, rounded to FP16. Batch rows are checked where the batch is stored
@@ -85,7 +91,7 @@ __device__ __forceinline__ void load_vector(float (&x)[D / 16], const tq_device_
         return;
     }
     bool bad = false;
-    int64_t base = task.row * p.row_stride + head * D;
+    int64_t base = task.row * row_stride_of(p, is_value) + head * D;
     load_strided(x, is_value ? p.v : p.k, p.dtype, base + lane16);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) x[k] = __half2float(to_half(x[k], bad));

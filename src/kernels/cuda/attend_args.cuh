@@ -7,9 +7,9 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/factors.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/split.h"
+#include "kernels/cuda/transform.cuh"
 
 /* Counters that share a sector of the cache make their atomics wait for each other. */
 #define TQ_COUNTER_STRIDE 32
@@ -37,11 +37,13 @@ struct attend_args {
     int32_t reference_bytes; /* of a block; 0: no references */
     uint32_t page_magic; /* record / records_per_page is the upper half of record * page_magic, unless that is one per page */
     int64_t page_stride, exact_stride; /* in bytes, and in numbers */
-    tq_device_rotation rotation;
+    tq_device_rotation rotation, value_rotation;
     const int8_t *key_factors;           /* [n_head_kv, head_dim], or NULL */
+    const uint16_t *key_transforms;      /* of each KV head, or NULL */
     __align__(4) int8_t windows[2][256]; /* of keys' and values' trellises */
     /* The call. */
     const void *q;
+    const float *transformed_q; /* with transforms: the same [tokens, n_head, head_dim], by queries.cuh */
     void *out;
     float *lse;
     tq_dtype dtype;
@@ -53,7 +55,7 @@ struct attend_args {
     const int32_t *exact_slots;  /* or NULL: sequence i has slot i */
     const int32_t *query_starts; /* or NULL: all sequences have n_query queries */
     const void *new_k, *new_v;   /* rows of the query tokens, which the ring hasn't yet; or NULL: it has */
-    int64_t new_row_stride;
+    int64_t new_k_stride, new_v_stride; /* from one row to the next */
     int32_t n_query, n_head, group; /* n_query: of the sequence that has most */
     uint32_t n_row_tiles;                    /* of a KV head */
     float scale_log2, cap_log2, cap_inverse; /* of scores in base 2; cap_log2 0: none */
@@ -266,15 +268,15 @@ struct record_finder {
 
 /* Where the exact tokens of a tile stand, by their number e: sinks, then recent ones, in ascending positions. */
 struct exact_finder {
-    const __half *keys;
-    int64_t side;   /* values lie so many numbers further */
+    const __half *keys, *values;
     int ring_first; /* the entry of position recent_begin */
-    __device__ __forceinline__ exact_finder(const tile_id &tile, const attend_args &args, int head_dim)
+    __device__ __forceinline__ exact_finder(const tile_id &tile, const attend_args &args, int head_dim, int head_dim_v)
     {
-        const int64_t head_halves = (int64_t)(args.n_sink + args.n_ring) * head_dim;
+        const int64_t n_entries = args.n_sink + args.n_ring, first = tile.head * n_entries;
         const int64_t slot = args.exact_slots ? args.exact_slots[tile.sequence] : tile.sequence;
-        side = args.n_head_kv * head_halves;
-        keys = args.exact + slot * args.exact_stride + tile.head * head_halves;
+        const __half *base = args.exact + slot * args.exact_stride;
+        keys = base + first * head_dim;
+        values = base + args.n_head_kv * n_entries * head_dim + first * head_dim_v;
         ring_first = args.n_ring > 0 ? args.n_sink + tile.recent_begin % args.n_ring : 0;
     }
     __device__ __forceinline__ static int position(const tile_id &tile, int e)
@@ -289,10 +291,11 @@ struct exact_finder {
         return entry < args.n_sink + args.n_ring ? entry : entry - args.n_ring;
     }
     /* Of the others: the number of its element 0 in the new rows. */
-    __device__ __forceinline__ static int64_t first_number(const tile_id &tile, const attend_args &args, int head_dim, int e)
+    __device__ __forceinline__ static int64_t first_number(const tile_id &tile, const attend_args &args, int head_dim, int e,
+                                                           bool is_value)
     {
         const int row = tile.first_query + (position(tile, e) - tile.stored_end);
-        return row * args.new_row_stride + tile.head * head_dim;
+        return row * (is_value ? args.new_v_stride : args.new_k_stride) + tile.head * head_dim;
     }
     /* Elements lane16, lane16 + 16, ... */
     template <int D>
@@ -300,11 +303,11 @@ struct exact_finder {
                                          int lane16) const
     {
         if (e < tile.n_stored) {
-            load_strided(x, keys + (is_value ? side : 0) + (int64_t)entry(tile, args, e) * D + lane16);
+            load_strided(x, (is_value ? values : keys) + (int64_t)entry(tile, args, e) * D + lane16);
             return;
         }
         bool bad = false; /* is counted where the row is stored */
-        load_strided(x, is_value ? args.new_v : args.new_k, args.dtype, first_number(tile, args, D, e) + lane16);
+        load_strided(x, is_value ? args.new_v : args.new_k, args.dtype, first_number(tile, args, D, e, is_value) + lane16);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) x[k] = __half2float(to_half(x[k], bad));
     }
@@ -314,7 +317,7 @@ struct exact_finder {
     {
         bool bad = false;
         float x[1];
-        load_strided(x, is_value ? args.new_v : args.new_k, args.dtype, first_number(tile, args, head_dim, e) + d);
+        load_strided(x, is_value ? args.new_v : args.new_k, args.dtype, first_number(tile, args, head_dim, e, is_value) + d);
         return __half2float(to_half(x[0], bad));
     }
 };
@@ -361,6 +364,17 @@ template <int D> __device__ __forceinline__ void load_query(float (&x)[D / 16], 
     if (row < tile.n_rows) load_strided(x, args.q, args.dtype, base + lane16);
 }
 
+/* A query row in the basis of coded keys. */
+template <int D>
+__device__ __forceinline__ void query_to_basis(float (&x)[D / 16], const tile_id &tile, const attend_args &args, int row,
+                                               int lane16)
+{
+    if (!args.transformed_q) return scale_channels<D>(x, args.key_factors, tile.head, 1, lane16);
+    if (row >= tile.n_rows) return;
+    const row_place place = place_of(tile, args, row);
+    load_strided(x, args.transformed_q + (place.token * args.n_head + place.head) * D + lane16);
+}
+
 template <int D>
 __device__ __forceinline__ void prepare_query(tile_queries<D> &out, float (&x)[D / 16], const tile_id &tile,
                                               const attend_args &args)
@@ -370,7 +384,7 @@ __device__ __forceinline__ void prepare_query(tile_queries<D> &out, float (&x)[D
     float magnitude = 0.0f;
 #pragma unroll
     for (int k = 0; k < D / 16; k++) out.plain[row][16 * k + lane16] = x[k];
-    scale_channels<D>(x, args.key_factors, tile.head, 1, lane16);
+    query_to_basis<D>(x, tile, args, row, lane16);
     rotate<D>(x, args.rotation, lane16);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) magnitude = fmaxf(magnitude, fabsf(x[k]));

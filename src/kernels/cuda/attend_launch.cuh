@@ -13,6 +13,8 @@ typedef cudaError_t (*attend_launch)(const attend_args &args, uint32_t n_seq, cu
 /* What a kernel is chosen by. */
 struct attend_choice {
     int key_kind, value_kind;
+    int head_dim_v;
+    bool has_transforms; /* of keys */
     int reference_bytes; /* of a block; 0: no references */
     int shared_bytes;    /* that a block of the device can have */
     bool general;        /* the kernels for any pair, also where this one has its own */
@@ -20,9 +22,9 @@ struct attend_choice {
     int n_rows, n_exact; /* query rows of a KV head; exact tokens that a decode block would see */
 };
 
-/* The pair's own kernel, or the one for any. NULL: the device has too little shared memory. */
+/* D: the keys' head_dim. The pair's own kernel, or the one for any. NULL: the device has too little shared memory. */
 template <int D> attend_launch find_decode(const attend_choice &choice);
-/* The same; for sm_90 only, and there in builds for sm_90a. */
+/* The same; for sm_90 only, and there in builds for sm_90a. Values have the keys' head_dim, and keys no transforms. */
 template <int D> attend_launch find_prefill_hopper(const attend_choice &choice);
 /* The one for any pair, or NULL likewise. Takes any number of query rows. */
 template <int D> attend_launch find_prefill(const attend_choice &choice);

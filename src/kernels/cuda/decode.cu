@@ -20,12 +20,13 @@ static cudaError_t launch_after_append(void (*kernel)(attend_args), dim3 grid, i
 /* The shared memory of a block: what is allocated at a launch, and all. */
 template <class F, int D, int N_WARPS> static int dynamic_bytes(const F &formats, int reference_bytes)
 {
-    return decode_shape<D, N_WARPS, F::n_stages>::work_bytes(formats.record_bytes + reference_bytes) + formats.table_bytes;
+    using shape = decode_shape<D, N_WARPS, F::n_stages, F::value_dim>;
+    return shape::work_bytes(formats.record_bytes + reference_bytes) + formats.table_bytes;
 }
 
 template <class F, int D, int N_WARPS> static int block_bytes(const F &formats, int reference_bytes)
 {
-    return dynamic_bytes<F, D, N_WARPS>(formats, reference_bytes) + (int)sizeof(decode_shared<D, N_WARPS>);
+    return dynamic_bytes<F, D, N_WARPS>(formats, reference_bytes) + (int)sizeof(decode_shared<D, N_WARPS, F::value_dim>);
 }
 
 template <class F, int D, int N_WARPS>
@@ -64,13 +65,14 @@ static cudaError_t launch_known(const attend_args &args, uint32_t n_seq, cudaStr
     return launch_blocks<F, D, most_warps<F, D>>(args, n_seq, stream);
 }
 
-template <int D, bool SMALL> static cudaError_t launch_any(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
+template <int D, int DV, bool SMALL>
+static cudaError_t launch_any(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
 {
-    using large = any_formats<D, 32>;
+    using large = any_formats<D, 32, DV>;
     if constexpr (!SMALL && most_warps<large, D> > 8) {
         if (!args.small_blocks) return launch_blocks<large, D, 16>(args, n_seq, stream);
     }
-    return launch_blocks<any_formats<D, 16>, D, 8>(args, n_seq, stream);
+    return launch_blocks<any_formats<D, 16, DV>, D, 8>(args, n_seq, stream);
 }
 
 template <class K, class V, int D> static attend_launch if_known_fits(const attend_choice &choice)
@@ -85,21 +87,29 @@ template <class K, class V, int D> static attend_launch if_known_fits(const atte
         if (is_pair<K, V>(choice) && !found) found = if_known_fits<K, V, D>(choice); \
     }
 
-template <int D> attend_launch find_decode(const attend_choice &choice)
+template <int D, int DV> static attend_launch find_any(const attend_choice &choice)
 {
-    attend_launch found = nullptr;
-    if (!choice.has_bias) {
-        TQ_PAIRS(TQ_LINE)
-    }
-    if (found) return found;
-    using large = any_formats<D, 32>;
-    using small = any_formats<D, 16>;
+    using large = any_formats<D, 32, DV>;
+    using small = any_formats<D, 16, DV>;
     const int key = choice.key_kind, value = choice.value_kind, reference = choice.reference_bytes;
     if (block_bytes<small, D, 8>({key, value}, reference) > choice.shared_bytes) return nullptr;
     if constexpr (most_warps<large, D> > 8) {
-        if (block_bytes<large, D, 16>({key, value}, reference) > choice.shared_bytes) return launch_any<D, true>;
+        if (block_bytes<large, D, 16>({key, value}, reference) > choice.shared_bytes) return launch_any<D, DV, true>;
     }
-    return launch_any<D, false>;
+    return launch_any<D, DV, false>;
+}
+
+#define TQ_HEAD_DIM_LINE(K, V)                                    \
+    if constexpr (D == K) {                                       \
+        if (choice.head_dim_v == V) return find_any<K, V>(choice); \
+    }
+
+template <int D> attend_launch find_decode(const attend_choice &choice)
+{
+    attend_launch found = nullptr;
+    TQ_HEAD_DIM_PAIRS(TQ_HEAD_DIM_LINE)
+    TQ_PAIRS(TQ_LINE)
+    return found ? found : find_any<D, D>(choice);
 }
 
 #define TQ_INSTANCE(D) template attend_launch find_decode<D>(const attend_choice &choice);

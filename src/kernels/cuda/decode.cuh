@@ -25,11 +25,11 @@
 /* F below is what is known of the formats when a kernel is compiled: all (known_formats) or nothing (any_formats). */
 
 /* Everything else about a kernel, which depends on records by their bytes alone. */
-template <int D, int N_WARPS, int N_STAGES> struct decode_shape {
+template <int D, int N_WARPS, int N_STAGES, int DV = D> struct decode_shape {
     static constexpr int n_warps = N_WARPS, n_stages = N_STAGES;
     static constexpr int blocks_per_multiprocessor = D <= 128 ? 16 / N_WARPS : 1;
     static constexpr int n_threads = 32 * n_warps;
-    static constexpr int row_floats = D + 4; /* spreads rows over the banks */
+    static constexpr int row_floats = DV + 4; /* spreads rows over the banks */
     /* The queues of all warps, or their rows afterwards; tables follow. stage_bytes: of a record, and its reference. */
     __host__ __device__ static constexpr int work_bytes(int stage_bytes)
     {
@@ -38,9 +38,9 @@ template <int D, int N_WARPS, int N_STAGES> struct decode_shape {
     }
 };
 
-template <int D, int N_WARPS> struct decode_shared {
+template <int D, int N_WARPS, int DV = D> struct decode_shared {
     tile_queries<D> queries;
-    exact_part<D> exact;
+    exact_part<DV> exact;
     float2 warp_state[N_WARPS][TQ_TILE_ROWS]; /* maximum, sum */
     float2 state[TQ_TILE_ROWS];
     int next_record, is_last;
@@ -206,6 +206,7 @@ template <class K, class V, int D> struct known_formats : known_pair<K, V, D, 32
     static constexpr bool has_pairs = K::is_trellis && V::is_trellis && K::bits == V::bits && D <= 128;
     using tables = std::conditional_t<has_pairs, pair_tables<K::bits>, typename base::tables>;
     static constexpr int table_bytes = has_pairs ? pair_tables<K::bits>::bytes : base::table_bytes;
+    static constexpr int value_dim = D;
     static constexpr bool is_known = true, is_large = has_pairs; /* a table leaves no room for a second block */
     /* 16 warps with one record of 4 KB each keep the memory busy; more on their way only add latency. */
     static constexpr int n_stages = base::record_bytes * 16 <= 56 * 1024 && !is_large ? 2 : 1;
@@ -225,9 +226,10 @@ template <class K, class V, int D> struct known_formats : known_pair<K, V, D, 32
 
 /* Any pair. Trellises are looked up one window at a time, and fewer records are on their way. Blocks of 16 warps have tables of
  * 32 copies, those of 8 half as many: so they fit the shared memory of all devices at head_dims up to 128. */
-template <int D, int N_COPIES> struct any_formats : any_pair<D, N_COPIES> {
-    using base = any_pair<D, N_COPIES>;
+template <int D, int N_COPIES, int DV = D> struct any_formats : any_pair<D, N_COPIES, DV> {
+    using base = any_pair<D, N_COPIES, DV>;
     using tables = typename base::tables;
+    static constexpr int value_dim = DV;
     static constexpr bool is_known = false, is_large = false;
     static constexpr int n_stages = D <= 64 ? 2 : 1; /* records of more than 4 KB need no company */
 
@@ -241,10 +243,10 @@ template <int D, int N_COPIES> struct any_formats : any_pair<D, N_COPIES> {
 
 /* One record: 32 tokens, of which row g sees those at positions [begin, end). stage: it and its reference. */
 template <class F, int D>
-__device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const query_operand<D> &q, const uint8_t *stage,
-                                              int record_index, const record_bounds &bounds, const tile_id &tile,
-                                              const attend_args &args, const F &formats, const typename F::tables &tables,
-                                              int lane)
+__device__ __forceinline__ void attend_record(warp_accumulator<F::value_dim> &acc, const query_operand<D> &q,
+                                              const uint8_t *stage, int record_index, const record_bounds &bounds,
+                                              const tile_id &tile, const attend_args &args, const F &formats,
+                                              const typename F::tables &tables, int lane)
 {
     int t = lane & 3;
     const uint8_t *record = stage + tq_record_within(args.reference_bytes, record_index);
@@ -295,17 +297,17 @@ __device__ __forceinline__ void attend_record(warp_accumulator<D> &acc, const qu
         weights[i] = as_bits(__floats2half2_rn(p0, p1));
     }
     formats.with_values([&](auto codes) {
-        add_values<decltype(codes), D>(acc, record + formats.key_bytes, weights, tables.value, lane);
+        add_values<decltype(codes), F::value_dim>(acc, record + formats.key_bytes, weights, tables.value, lane);
     });
 }
 
 /* The records of this block's split, each warp some of them. query: load_query's, of the first 8 half warps. */
 template <class F, int D, int N_WARPS>
-__device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const tile_id &tile, const attend_args &args,
-                                             const F &formats, uint8_t *work, decode_shared<D, N_WARPS> &shared,
-                                             float (&query)[D / 16])
+__device__ __forceinline__ void attend_split(warp_accumulator<F::value_dim> &acc, const tile_id &tile, const attend_args &args,
+                                             const F &formats, uint8_t *work,
+                                             decode_shared<D, N_WARPS, F::value_dim> &shared, float (&query)[D / 16])
 {
-    using shape = decode_shape<D, N_WARPS, F::n_stages>;
+    using shape = decode_shape<D, N_WARPS, F::n_stages, F::value_dim>;
     constexpr int N = shape::n_stages;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, stage_bytes = formats.record_bytes + args.reference_bytes;
     const record_finder finder(tile, args, formats.record_bytes);
@@ -337,7 +339,7 @@ __device__ __forceinline__ void attend_split(warp_accumulator<D> &acc, const til
     __syncthreads();
     wait_for_kernel_before(); /* so that this one never ends first, either */
     if (tile.n_exact > 0 && tile.split == tile.n_splits - 1) { /* while the first records are on their way */
-        attend_exact<D, shape::n_threads, !F::is_known>(shared.exact, shared.queries, tile, args);
+        attend_exact<D, F::value_dim, shape::n_threads, !F::is_known>(shared.exact, shared.queries, tile, args);
     }
     query_operand<D> q = load_queries<D>(shared.queries, args, formats.key_step, lane);
     const record_bounds bounds = bounds_of(tile, args, lane >> 2);
@@ -376,10 +378,11 @@ template <int D> __device__ __forceinline__ int stored_position(int d)
     return 16 * x + 2 * g + h;
 }
 
-/* Warps to one sum per row: acc, scaled to the block's maximum, through shared memory; work [warp, row, row_floats]. */
-template <int D, int N_WARPS>
+/* Warps to one sum per row: acc, scaled to the block's maximum, through shared memory; work [warp, row, row_floats]. From here
+ * on D is the values' head_dim, DK the keys'. */
+template <int D, int N_WARPS, int DK>
 __device__ __forceinline__ void merge_warps(warp_accumulator<D> &acc, const tile_id &tile, float *work,
-                                            decode_shared<D, N_WARPS> &shared)
+                                            decode_shared<DK, N_WARPS, D> &shared)
 {
     constexpr int row_floats = D + 4;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -424,9 +427,9 @@ template <int D, int N_WARPS> __device__ __forceinline__ float4 sum_of_warps(con
  * Encoded part (rows [row, row_floats] in work, stored order, with shared.state) plus exact part, learned sink, division; one
  * half warp a row.
  */
-template <int D, int N_THREADS, int N_WARPS>
+template <int D, int N_THREADS, int N_WARPS, int DK>
 __device__ __forceinline__ void finish_rows(const float *work, float step, const tile_id &tile, const attend_args &args,
-                                            decode_shared<D, N_WARPS> &shared)
+                                            decode_shared<DK, N_WARPS, D> &shared)
 {
     constexpr int row_floats = D + 4;
     const int lane16 = threadIdx.x & 15;
@@ -434,7 +437,7 @@ __device__ __forceinline__ void finish_rows(const float *work, float step, const
         float x[D / 16];
 #pragma unroll
         for (int k = 0; k < D / 16; k++) x[k] = work[row * row_floats + stored_position<D>(16 * k + lane16)];
-        rotate_back<D>(x, args.rotation, lane16);
+        rotate_back<D>(x, args.value_rotation, lane16);
         const row_place place = place_of(tile, args, row);
         float2 encoded = shared.state[row], exact = tile.n_exact > 0 ? shared.exact.state[row] : make_float2(lowest, 0.0f);
         float sink = args.sinks ? args.sinks[place.head] * log2_e : lowest, max = fmaxf(encoded.x, fmaxf(exact.x, sink));
@@ -471,9 +474,9 @@ template <int D> struct tile_partials {
 };
 
 /* Leave this block's part in the workspace; true for the block that comes last and finds all others' parts there. */
-template <int D, int N_THREADS, int N_WARPS>
+template <int D, int N_THREADS, int N_WARPS, int DK>
 __device__ __forceinline__ bool publish(const float *work, const tile_id &tile, const attend_args &args,
-                                        decode_shared<D, N_WARPS> &shared)
+                                        decode_shared<DK, N_WARPS, D> &shared)
 {
     tile_partials<D> mine(args, tile.index, tile.split);
     for (int i = threadIdx.x; i < tile.n_rows * (D / 4); i += N_THREADS) {
@@ -497,9 +500,9 @@ __device__ __forceinline__ bool publish(const float *work, const tile_id &tile, 
 }
 
 /* All parts of a tile, in their order, to work [row, row_floats] and the states. */
-template <int D, int N_THREADS, int N_WARPS>
+template <int D, int N_THREADS, int N_WARPS, int DK>
 __device__ __forceinline__ void combine(float *work, const tile_id &tile, const attend_args &args,
-                                        decode_shared<D, N_WARPS> &shared)
+                                        decode_shared<DK, N_WARPS, D> &shared)
 {
     constexpr int row_floats = D + 4;
     const tile_partials<D> first(args, tile.index, 0);
@@ -541,10 +544,11 @@ template <class F, int D, int N_WARPS>
 __global__ void __launch_bounds__(32 * N_WARPS, decode_shape<D, N_WARPS, F::n_stages>::blocks_per_multiprocessor)
     decode_kernel(const __grid_constant__ attend_args args)
 {
-    using shape = decode_shape<D, N_WARPS, F::n_stages>;
+    constexpr int DV = F::value_dim;
+    using shape = decode_shape<D, N_WARPS, F::n_stages, DV>;
     const F formats(args);
     extern __shared__ __align__(128) uint8_t work[];
-    __shared__ __align__(16) decode_shared<D, shape::n_warps> shared;
+    __shared__ __align__(16) decode_shared<D, shape::n_warps, DV> shared;
 
     tile_id tile = tile_of(args);
     if (tile.n_rows <= 0) return;
@@ -554,27 +558,27 @@ __global__ void __launch_bounds__(32 * N_WARPS, decode_shape<D, N_WARPS, F::n_st
     measure_tile(tile, args, length);
     if (tile.split >= tile.n_splits) return;
 
-    warp_accumulator<D> acc;
+    warp_accumulator<DV> acc;
     acc.max = lowest, acc.sum = 0.0f;
 #pragma unroll
-    for (int x = 0; x < D / 16; x++) acc.c[x][0] = acc.c[x][1] = acc.c[x][2] = acc.c[x][3] = 0.0f;
+    for (int x = 0; x < DV / 16; x++) acc.c[x][0] = acc.c[x][1] = acc.c[x][2] = acc.c[x][3] = 0.0f;
     attend_split<F, D, N_WARPS>(acc, tile, args, formats, work, shared, query);
 
     float *floats = reinterpret_cast<float *>(work);
-    merge_warps<D>(acc, tile, floats, shared);
+    merge_warps<DV>(acc, tile, floats, shared);
     if (tile.n_splits > 1) {
-        if (!publish<D, shape::n_threads>(floats, tile, args, shared)) return;
-        combine<D, shape::n_threads>(floats, tile, args, shared);
+        if (!publish<DV, shape::n_threads>(floats, tile, args, shared)) return;
+        combine<DV, shape::n_threads>(floats, tile, args, shared);
     } else {
         /* The sum over warps goes where warp 0's rows were: each float is read and written by one thread. */
-        for (int i = threadIdx.x; i < tile.n_rows * (D / 4); i += shape::n_threads) {
-            int row = i / (D / 4), i4 = i % (D / 4);
-            float4 sum = sum_of_warps<D, shape::n_warps>(floats, tile.n_rows, row, i4);
+        for (int i = threadIdx.x; i < tile.n_rows * (DV / 4); i += shape::n_threads) {
+            int row = i / (DV / 4), i4 = i % (DV / 4);
+            float4 sum = sum_of_warps<DV, shape::n_warps>(floats, tile.n_rows, row, i4);
             reinterpret_cast<float4 *>(floats + row * shape::row_floats)[i4] = sum;
         }
         __syncthreads();
     }
-    finish_rows<D, shape::n_threads>(floats, formats.value_step, tile, args, shared);
+    finish_rows<DV, shape::n_threads>(floats, formats.value_step, tile, args, shared);
 }
 
 #endif

@@ -33,14 +33,16 @@ typedef struct tq_device_rotation {
 /* A store with all that kernels need; goes by value into a launch. */
 typedef struct tq_device_store {
     tq_device_format key, value;
-    int32_t head_dim, n_head_kv, page_size, n_sink, n_recent, n_ring;
+    int32_t head_dim, head_dim_v; /* of keys and queries; of values and results */
+    int32_t n_head_kv, page_size, n_sink, n_recent, n_ring;
     int32_t k_ref_block; /* 0, or layout.h's TQ_REF_BLOCK */
-    tq_device_rotation rotation;
-    const int8_t *k_factors; /* [n_head_kv, head_dim], or NULL */
+    tq_device_rotation rotation, value_rotation;
+    const int8_t *k_factors;      /* [n_head_kv, head_dim], or NULL */
+    const uint16_t *k_transforms; /* in place of factors, or NULL: codec/transform.h's matrices [n_head_kv] */
     int64_t n_pages, n_exact_slots;
     int64_t page_stride, exact_stride; /* from one page to the next, in bytes; from one exact slot to the next, in numbers */
     uint8_t *pages;
-    uint16_t *exact; /* FP16 [n_exact_slots, keys and values, n_head_kv, n_sink + n_ring, head_dim] */
+    uint16_t *exact; /* FP16 [n_exact_slots, keys and values, n_head_kv, n_sink + n_ring, head_dim or head_dim_v] */
 } tq_device_store;
 
 /* A forward pass that begins: lengths advance, and tokens get their places. Device memory. */

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(encode_threads) encode_scalar_kernel(const __g
     float x[D / 16];
     load_vector<D>(x, store, p, task, is_value, head, lane16);
     if (!is_value) key_to_coded<D>(x, store, task, head, lane16);
-    rotate<D>(x, store.rotation, lane16);
+    rotate<D>(x, is_value ? store.value_rotation : store.rotation, lane16);
     int code[D / 16];
     __half scale;
     switch (format.bits) {
@@ -79,9 +79,10 @@ __global__ void store_exact_kernel(const __grid_constant__ tq_device_store store
     int64_t slot = p.exact_slots ? p.exact_slots[seq] : seq;
     if (slot < 0 || slot >= store.n_exact_slots) return;
     __half *to = reinterpret_cast<__half *>(store.exact) + exact_index(store, slot, is_value, head, entry);
-    int64_t base = token * p.row_stride + head * store.head_dim;
+    const int32_t head_dim = head_dim_of(store, is_value);
+    int64_t base = token * row_stride_of(p, is_value) + head * head_dim;
     bool bad = false;
-    for (int i = threadIdx.x; i < store.head_dim; i += blockDim.x) {
+    for (int i = threadIdx.x; i < head_dim; i += blockDim.x) {
         float x[1];
         load_strided(x, is_value ? p.v : p.k, p.dtype, base + i);
         to[i] = to_half(x[0], bad);

@@ -49,7 +49,8 @@ bool encode_many_has(const tq_device_store &store, const tq_paged_append_params 
 {
     constexpr int64_t n_vectors_min = 16384; /* that many threads fill a device; with fewer, half a warp each is sooner done */
     const int64_t alignment = p.dtype == TQ_DTYPE_F32 ? 1 : 8; /* of a row, in numbers, for loads of 16 bytes */
-    return store.head_dim <= 128 && p.n_tok * store.n_head_kv >= n_vectors_min && p.row_stride % alignment == 0 &&
+    return store.head_dim <= 128 && store.head_dim_v == store.head_dim && !store.k_transforms &&
+           p.n_tok * store.n_head_kv >= n_vectors_min && p.row_stride % alignment == 0 && p.v_row_stride % alignment == 0 &&
            ((uintptr_t)p.k | (uintptr_t)p.v | (uintptr_t)store.exact) % 16 == 0;
 }
 

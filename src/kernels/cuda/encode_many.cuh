@@ -429,7 +429,7 @@ __device__ __forceinline__ row_source source_of(const tq_device_store &store, co
             reinterpret_cast<const __half *>(store.exact) + exact_index(store, task.exact_slot, is_value, 0, task.entry);
         source.head_stride = (store.n_sink + store.n_ring) * D;
     } else {
-        source.in_batch = task.row * p.row_stride;
+        source.in_batch = task.row * row_stride_of(p, is_value);
         if (p.dtype != TQ_DTYPE_F32) source.first = static_cast<const __half *>(is_value ? p.v : p.k) + source.in_batch;
     }
     return source;

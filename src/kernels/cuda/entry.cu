@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/attend_launch.cuh"
+#include "kernels/cuda/queries.cuh"
 
 static tq_status fail(char *message, const char *what, cudaError_t error)
 {
@@ -104,7 +105,8 @@ template <int D> static attend_launch find_at(const attend_choice &choice, bool 
     const bool can_decode = choice.n_exact <= TQ_DEVICE_EXACT_MAX;
     *is_prefill = choice.n_rows > TQ_PREFILL_ROWS_MIN || !can_decode;
 #ifdef TQ_CUDA_HOPPER
-    if (*is_prefill && is_hopper()) return find_prefill_hopper<D>(choice);
+    const bool hopper_has = choice.head_dim_v == D && !choice.has_transforms;
+    if (*is_prefill && hopper_has && is_hopper()) return find_prefill_hopper<D>(choice);
 #endif
     if (*is_prefill) found = find_prefill<D>(choice);
     if (!found && can_decode) *is_prefill = false, found = find_decode<D>(choice);
@@ -116,8 +118,13 @@ template <int D> static attend_launch find_at(const attend_choice &choice, bool 
 static attend_launch find_launch(const tq_device_store &store, const tq_paged_attend_params &params, bool *is_prefill)
 {
     attend_choice choice = {codes_kind(store.key.bits, store.key.is_trellis),
-                            codes_kind(store.value.bits, store.value.is_trellis), reference_bytes_of(store), 0,
-                            getenv("TQ_CUDA_GENERAL") != nullptr, params.mask || params.alibi_slopes};
+                            codes_kind(store.value.bits, store.value.is_trellis),
+                            store.head_dim_v,
+                            store.k_transforms != nullptr,
+                            reference_bytes_of(store),
+                            0,
+                            getenv("TQ_CUDA_GENERAL") != nullptr,
+                            params.mask || params.alibi_slopes};
     choice.n_rows = params.n_query * (params.n_head / store.n_head_kv);
     /* A decode block has rows of so many tokens at most, each with a window of its own. */
     const int32_t n_tokens = params.n_query < TQ_TILE_ROWS ? params.n_query : TQ_TILE_ROWS;
@@ -147,7 +154,8 @@ static bool can_overlap()
     return get_attribute(&major, cudaDevAttrComputeCapabilityMajor) && major >= 9;
 }
 
-/* The workspace: its first part are counters, the same for calls of all shapes; behind it partial results. A tile has three of
+/* The workspace: its first part are counters, the same for calls of all shapes; behind it transformed queries, where there are
+ * transforms, and partial results. A tile has three of
  * these or more, or none, so there are enough counters for as many tiles as have partial results. */
 static size_t counters_bytes(size_t workspace_bytes)
 {
@@ -158,7 +166,13 @@ static size_t counters_bytes(size_t workspace_bytes)
 
 static size_t partial_bytes(const tq_device_store *store)
 {
-    return TQ_TILE_ROWS * (size_t)(store->head_dim + 2) * sizeof(float);
+    return TQ_TILE_ROWS * (size_t)(store->head_dim_v + 2) * sizeof(float);
+}
+
+static size_t queries_bytes(const tq_device_store *store, const tq_paged_attend_params *params)
+{
+    const size_t n_rows = (size_t)params->n_seq * (size_t)params->n_query * (size_t)params->n_head;
+    return store->k_transforms ? n_rows * (size_t)store->head_dim * sizeof(float) : 0;
 }
 
 static tq_status workspace_bytes(size_t *out, const tq_device_store *store, const tq_paged_attend_params *params, char *message)
@@ -176,7 +190,7 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *store, cons
     const int64_t n_of_one = n_rows < group ? 0 : n_lists * tq_ceil_div(group, TQ_TILE_ROWS);
     const int64_t n_partials = tq_partials_most(n_lists * tq_ceil_div(n_rows, TQ_TILE_ROWS), n_of_one, records_most(params),
                                                 store->head_dim, n_multiprocessors, params->deterministic);
-    size_t bytes = (size_t)n_partials * partial_bytes(store);
+    size_t bytes = (size_t)n_partials * partial_bytes(store) + queries_bytes(store, params);
     bytes += bytes / (TQ_PAGED_WORKSPACE_COUNTERS - 1) + 1;
     *out = (bytes + 127) / 128 * 128;
     return TQ_OK;
@@ -194,10 +208,24 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.reference_bytes = reference_bytes_of(store);
     args.page_stride = store.page_stride, args.exact_stride = store.exact_stride;
-    args.rotation = store.rotation;
-    args.key_factors = store.k_factors;
+    args.rotation = store.rotation, args.value_rotation = store.value_rotation;
+    args.key_factors = store.k_factors, args.key_transforms = store.k_transforms;
     memcpy(args.windows[0], store.key.windows, sizeof args.windows[0]);
     memcpy(args.windows[1], store.value.windows, sizeof args.windows[1]);
+}
+
+/* Queries to the basis of transformed keys, to args.transformed_q. */
+static cudaError_t transform_queries(const tq_device_store &store, const attend_args &args, int32_t n_seq, float *to,
+                                     cudaStream_t stream)
+{
+    query_transform call = {};
+    call.transforms = store.k_transforms, call.q = args.q, call.dtype = args.dtype, call.to = to;
+    call.token_stride = args.q_token_stride, call.head_stride = args.q_head_stride;
+    call.n_tokens = (int64_t)n_seq * args.n_query, call.n_head = args.n_head, call.group = args.group;
+    call.n_tokens_there = args.query_starts ? args.query_starts + n_seq : nullptr, call.head_dim = store.head_dim;
+    const int64_t n_blocks = (call.n_tokens * args.n_head + transform_threads / 16 - 1) / (transform_threads / 16);
+    transform_queries_kernel<<<(unsigned)n_blocks, transform_threads, 0, stream>>>(call);
+    return cudaGetLastError();
 }
 
 static tq_status attend(const tq_device_store *store, const tq_paged_attend_params *params, void *stream, char *message)
@@ -216,8 +244,8 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     const int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * n_row_tiles;
     const tq_decode_cut cut =
         tq_decode_cut_of(n_tiles, records_most(params), store->head_dim, n_multiprocessors, params->deterministic);
-    const size_t for_counters = counters_bytes(params->workspace_bytes);
-    const size_t n_partials = (params->workspace_bytes - for_counters) / partial_bytes(store);
+    const size_t for_counters = counters_bytes(params->workspace_bytes), for_queries = queries_bytes(store, params);
+    const size_t n_partials = (params->workspace_bytes - for_counters - for_queries) / partial_bytes(store);
     attend_args args = {};
     args.splits_allowed = tq_splits_within(cut.splits_allowed, n_tiles, (int64_t)n_partials);
     args.split_records_min = cut.split_records_min;
@@ -232,7 +260,7 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     args.seq_lens = params->seq_lens, args.seq_lens_are_64 = params->seq_lens_are_64;
     args.exact_slots = params->exact_slots, args.query_starts = params->query_starts;
     if (store->n_recent > 0) args.new_k = params->new_k, args.new_v = params->new_v;
-    args.new_row_stride = params->new_row_stride;
+    args.new_k_stride = params->new_row_stride, args.new_v_stride = params->new_v_row_stride;
     args.n_query = params->n_query, args.n_head = params->n_head;
     args.group = params->n_head / store->n_head_kv;
     args.n_row_tiles = (uint32_t)n_row_tiles;
@@ -247,9 +275,15 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     args.out_dim = params->out_dim;
     args.deterministic = params->deterministic;
     args.follows_append = params->follows_append && !is_prefill && !args.new_k && store->n_sink + store->n_recent > 0 &&
-                          can_overlap();
+                          !store->k_transforms && can_overlap();
     args.counters = static_cast<uint32_t *>(params->workspace);
-    args.partials = static_cast<float *>(params->workspace) + for_counters / sizeof(float);
+    float *behind_counters = static_cast<float *>(params->workspace) + for_counters / sizeof(float);
+    args.partials = behind_counters + for_queries / sizeof(float);
+    if (store->k_transforms) {
+        args.transformed_q = behind_counters;
+        status = done(message, "attend", transform_queries(*store, args, params->n_seq, behind_counters, (cudaStream_t)stream));
+        if (status != TQ_OK) return status;
+    }
     return done(message, "attend", launch(args, (uint32_t)params->n_seq, (cudaStream_t)stream));
 }
 

@@ -6,22 +6,22 @@
 #include "kernels/cuda/attend_args.cuh"
 
 /* Rows as the finish wants them: out = sum of weights times values under the maximum of state (maximum, sum). */
-template <int D> struct exact_part {
+template <int DV> struct exact_part {
     float scores[TQ_TILE_ROWS][TQ_DEVICE_EXACT_MAX];
-    float out[TQ_TILE_ROWS][D];
+    float out[TQ_TILE_ROWS][DV];
     float2 state[TQ_TILE_ROWS];
 };
 
 /* The whole block. Queries are in place; afterwards `part` is, behind the next barrier. MAY_HAVE_BIAS: the call may have a mask
  * or ALiBi. */
-template <int D, int N_THREADS, bool MAY_HAVE_BIAS>
-__device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_queries<D> &queries, const tile_id &tile,
+template <int D, int DV, int N_THREADS, bool MAY_HAVE_BIAS>
+__device__ __forceinline__ void attend_exact(exact_part<DV> &part, const tile_queries<D> &queries, const tile_id &tile,
                                              const attend_args &args)
 {
     constexpr int n_warps = N_THREADS / 32, at_once = 2;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const exact_finder finder(tile, args, D);
-    const __half *keys = finder.keys, *values = keys + finder.side;
+    const exact_finder finder(tile, args, D, DV);
+    const __half *keys = finder.keys, *values = finder.values;
 
     /* Scores: two tokens of a warp at a time; lane r keeps row r's. */
     const int row_of_lane = min(lane, tile.n_rows - 1);
@@ -97,8 +97,8 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
     __syncthreads();
 
     /* Values: a thread has one dimension, all rows, and each n_parts-th token. */
-    constexpr int n_parts = N_THREADS / D;
-    const int d = threadIdx.x % D, i_part = threadIdx.x / D;
+    constexpr int n_parts = N_THREADS / DV;
+    const int d = threadIdx.x % DV, i_part = threadIdx.x / DV;
     float sum[TQ_TILE_ROWS] = {};
     auto add = [&](int e, float value) {
         if (MAY_HAVE_BIAS && args.mask && !isfinite(value)) value = 0.0f; /* hidden, and never written */
@@ -108,22 +108,22 @@ __device__ __forceinline__ void attend_exact(exact_part<D> &part, const tile_que
     if (i_part < n_parts) {
         int e = i_part;
 #pragma unroll 4
-        for (; e < tile.n_stored; e += n_parts) add(e, __half2float(values[finder.entry(tile, args, e) * D + d]));
+        for (; e < tile.n_stored; e += n_parts) add(e, __half2float(values[finder.entry(tile, args, e) * DV + d]));
 #pragma unroll 1
-        for (; e < tile.n_exact; e += n_parts) add(e, finder.new_number(tile, args, D, e, true, d));
+        for (; e < tile.n_exact; e += n_parts) add(e, finder.new_number(tile, args, DV, e, true, d));
     }
     __syncthreads(); /* scores make room for the parts */
     float *parts = &part.scores[0][0];
-    static_assert(n_parts >= 1 && n_parts * D <= TQ_DEVICE_EXACT_MAX, "the parts fit where the scores were");
+    static_assert(n_parts >= 1 && n_parts * DV <= TQ_DEVICE_EXACT_MAX, "the parts fit where the scores were");
     if (i_part < n_parts) {
 #pragma unroll
-        for (int row = 0; row < TQ_TILE_ROWS; row++) parts[(i_part * TQ_TILE_ROWS + row) * D + d] = sum[row];
+        for (int row = 0; row < TQ_TILE_ROWS; row++) parts[(i_part * TQ_TILE_ROWS + row) * DV + d] = sum[row];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < tile.n_rows * D; i += N_THREADS) {
+    for (int i = threadIdx.x; i < tile.n_rows * DV; i += N_THREADS) {
         float total = 0.0f;
 #pragma unroll
-        for (int k = 0; k < n_parts; k++) total += parts[k * TQ_TILE_ROWS * D + i];
+        for (int k = 0; k < n_parts; k++) total += parts[k * TQ_TILE_ROWS * DV + i];
         (&part.out[0][0])[i] = total;
     }
 }

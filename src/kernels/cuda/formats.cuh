@@ -97,7 +97,9 @@ template <class K, class V, int D, int N_COPIES> struct known_pair {
     }
 };
 
-template <int D, int N_COPIES> struct any_pair {
+/* D, DV: head_dims of keys and of values. */
+template <int D, int N_COPIES, int DV = D> struct any_pair {
+    static_assert(DV <= D, "or room() is too little");
     using table = window_table<N_COPIES>;
     using tables = key_value_tables<N_COPIES>;
     int key_kind, value_kind, key_bytes, value_bytes, record_bytes, table_bytes;
@@ -105,7 +107,7 @@ template <int D, int N_COPIES> struct any_pair {
     float key_step, value_step, key_step_inverse;
 
     __host__ __device__ any_pair(int k, int v)
-        : key_kind(k), value_kind(v), key_bytes(4 * D * kind_bits(k)), value_bytes(4 * D * kind_bits(v)),
+        : key_kind(k), value_kind(v), key_bytes(4 * D * kind_bits(k)), value_bytes(4 * DV * kind_bits(v)),
           record_bytes(key_bytes + value_bytes + 2 * TQ_RECORD_SCALE_BYTES), has_key_table(kind_is_trellis(k)),
           has_value_table(kind_is_trellis(v) && v != k), key_step(step_of_kind(k)), value_step(step_of_kind(v)),
           key_step_inverse(step_inverse_of_kind(k))
@@ -126,7 +128,7 @@ template <int D, int N_COPIES> struct any_pair {
     }
     template <typename Use> __device__ __forceinline__ void with_values(const Use &use) const
     {
-        with_codes<D>(value_kind, use);
+        with_codes<DV>(value_kind, use);
     }
 };
 

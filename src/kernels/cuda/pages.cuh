@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(page_threads) convert_pages_kernel(const __gri
     if (i_page >= n || pages[i_page] < 0 || pages[i_page] >= store.n_pages) return;
 
     const tq_plane shape = plane_of(store, is_value);
-    int64_t key_bytes = store.key.bits * store.head_dim / 8, value_bytes = store.value.bits * store.head_dim / 8;
+    int64_t key_bytes = store.key.bits * store.head_dim / 8, value_bytes = store.value.bits * store.head_dim_v / 8;
     int64_t code_bytes = is_value ? value_bytes : key_bytes;
     int64_t n_references = store.k_ref_block ? store.page_size / TQ_REF_BLOCK : 0;
     int64_t of_keys = store.page_size * (key_bytes + 2) + n_references * (store.head_dim + 2);

@@ -17,4 +17,7 @@
     TQ_PAIRS_OF_PRESETS(X, 256) X(256, sq4, sq4)
 // clang-format on
 
+/* Values may also have another head_dim than keys, where X(keys, values) says so; with the kernels for any formats. */
+#define TQ_HEAD_DIM_PAIRS(X) X(192, 128)
+
 #endif

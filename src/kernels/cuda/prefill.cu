@@ -1,22 +1,35 @@
 /* SPDX-License-Identifier: MIT */
 /* Prefill's launch on all architectures at all head_dims. */
 #include "kernels/cuda/attend_launch.cuh"
+#include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill.cuh"
 
-template <int D> static cudaError_t launch_prefill(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
+template <int D, int DV> static cudaError_t launch_prefill(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
 {
     using shape = prefill_shape<D>;
-    cudaError_t error = allow_most_shared_bytes(prefill_kernel<D>);
+    cudaError_t error = allow_most_shared_bytes(prefill_kernel<D, DV>);
     if (error != cudaSuccess) return error;
     dim3 grid((uint32_t)tq_ceil_div((int64_t)args.n_query * args.group, shape::n_rows), (uint32_t)args.n_head_kv, n_seq);
-    prefill_kernel<D><<<grid, shape::n_threads, prefill_bytes<D>(prefill_pair<D>(args), args.reference_bytes), stream>>>(args);
+    const int n_bytes = prefill_bytes<D, DV>(prefill_pair<D, DV>(args), args.reference_bytes);
+    prefill_kernel<D, DV><<<grid, shape::n_threads, n_bytes, stream>>>(args);
     return cudaGetLastError();
 }
 
+template <int D, int DV> static attend_launch if_fits(const attend_choice &choice)
+{
+    const int n_bytes = prefill_bytes<D, DV>({choice.key_kind, choice.value_kind}, choice.reference_bytes);
+    return n_bytes <= choice.shared_bytes ? launch_prefill<D, DV> : nullptr;
+}
+
+#define TQ_HEAD_DIM_LINE(K, V)                                    \
+    if constexpr (D == K) {                                       \
+        if (choice.head_dim_v == V) return if_fits<K, V>(choice);  \
+    }
+
 template <int D> attend_launch find_prefill(const attend_choice &choice)
 {
-    const int n_bytes = prefill_bytes<D>({choice.key_kind, choice.value_kind}, choice.reference_bytes);
-    return n_bytes <= choice.shared_bytes ? launch_prefill<D> : nullptr;
+    TQ_HEAD_DIM_PAIRS(TQ_HEAD_DIM_LINE)
+    return if_fits<D, D>(choice);
 }
 
 template attend_launch find_prefill<64>(const attend_choice &choice);

@@ -15,37 +15,37 @@
 #include "kernels/cuda/formats.cuh"
 #include "kernels/cuda/prefill_rows.cuh"
 
-/* One buffer: a tile's keys and values, rows of D FP16 numbers and 8 that keep rows apart in the banks; and its positions. */
-template <int D> struct prefill_tile {
-    static constexpr int row_halves = D + 8;
-    __align__(16) __half keys[TQ_RECORD_TOKENS][row_halves], values[TQ_RECORD_TOKENS][row_halves];
+/* One buffer: a tile's keys and values, rows of D and DV FP16 numbers and 8 that keep rows apart in the banks; and its
+ * positions. */
+template <int D, int DV> struct prefill_tile {
+    __align__(16) __half keys[TQ_RECORD_TOKENS][D + 8], values[TQ_RECORD_TOKENS][DV + 8];
     int positions[TQ_RECORD_TOKENS]; /* -1: nothing there */
 };
 
 /* Eight copies of a table: more would take the memory that a second block of a multiprocessor needs. */
-template <int D> using prefill_pair = any_pair<D, 8>;
+template <int D, int DV> using prefill_pair = any_pair<D, 8, DV>;
 
 template <int D> struct prefill_shape {
     static constexpr int n_warps = D <= 128 ? 8 : 4, n_threads = 32 * n_warps, n_rows = 16 * n_warps;
     static constexpr int n_buffers = D <= 128 ? 2 : 1; /* of tiles, and of records on their way */
 };
 
-template <int D> union prefill_shared {
+template <int D, int DV> union prefill_shared {
     struct {
-        prefill_tile<D> tiles[prefill_shape<D>::n_buffers];
+        prefill_tile<D, DV> tiles[prefill_shape<D>::n_buffers];
         /* In base 2; read again for each tile, to save registers. */
         __align__(16) __half queries[prefill_shape<D>::n_rows][D + 8];
     } work;
-    float rows[prefill_shape<D>::n_rows][D + 4];
+    float rows[prefill_shape<D>::n_rows][DV + 4];
 };
 
 /* With the tables and the records behind it, and their references. Devices of 8.6, 8.9 and 12.0 have 99 KB. */
-template <int D> int prefill_bytes(const prefill_pair<D> &pair, int reference_bytes)
+template <int D, int DV> int prefill_bytes(const prefill_pair<D, DV> &pair, int reference_bytes)
 {
     constexpr int n_buffers = prefill_shape<D>::n_buffers;
-    constexpr int most = prefill_pair<D>::room(n_buffers) + n_buffers * tq_reference_bytes(D);
-    static_assert(sizeof(prefill_shared<D>) + most <= 99 * 1024, "fits all");
-    return (int)sizeof(prefill_shared<D>) + pair.table_bytes + n_buffers * (pair.record_bytes + reference_bytes);
+    constexpr int most = prefill_pair<D, DV>::room(n_buffers) + n_buffers * tq_reference_bytes(D);
+    static_assert(sizeof(prefill_shared<D, DV>) + most <= 99 * 1024, "fits all");
+    return (int)sizeof(prefill_shared<D, DV>) + pair.table_bytes + n_buffers * (pair.record_bytes + reference_bytes);
 }
 
 /* The part of a lane's string that is its token `part` of keys or pair `part` of values, from 0 to 3, to where part 0 stands in
@@ -153,10 +153,11 @@ __device__ __forceinline__ __half2 scale_within(const __half *scales, float step
 
 /* A record, whose first position is `first`, to a tile; of it this tile has positions [begin, end). reference: of all its
  * tokens, or NULL. */
-template <int D>
-__device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8_t *record, const uint8_t *reference, int first,
-                                              int begin, int end, const attend_args &args, const prefill_pair<D> &pair,
-                                              const typename prefill_pair<D>::tables &tables, int warp, int lane)
+template <int D, int DV>
+__device__ __forceinline__ void expand_record(prefill_tile<D, DV> &tile, const uint8_t *record, const uint8_t *reference,
+                                              int first, int begin, int end, const attend_args &args,
+                                              const prefill_pair<D, DV> &pair,
+                                              const typename prefill_pair<D, DV>::tables &tables, int warp, int lane)
 {
     const int g = lane >> 2, t = lane & 3;
     const __half *key_scales = reinterpret_cast<const __half *>(record + pair.key_bytes + pair.value_bytes);
@@ -175,7 +176,7 @@ __device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8
             __half2 scale1 = scale_within(value_scales, pair.value_step, first, token + 1, begin, end);
             scale0 = keep_finite(scale0, args), scale1 = keep_finite(scale1, args);
             pair.with_values([&](auto codes) {
-                expand_value_part<decltype(codes), D>(tile.values[token], tile.values[token + 1], record + pair.key_bytes,
+                expand_value_part<decltype(codes), DV>(tile.values[token], tile.values[token + 1], record + pair.key_bytes,
                                                       part - 4, scale0, scale1, tables.value, lane);
             });
         }
@@ -186,29 +187,41 @@ __device__ __forceinline__ void expand_record(prefill_tile<D> &tile, const uint8
     }
 }
 
-/* Exact tokens from the 32 * i-th on, rotated. */
+/* The key or the value of exact token e, rotated; D: of that. */
 template <int D>
-__device__ __forceinline__ void expand_exact(prefill_tile<D> &tile, const tile_id &id, const attend_args &args, int i)
+__device__ __forceinline__ void expand_exact_vector(__half *to, const exact_finder &finder, const tile_id &id,
+                                                    const attend_args &args, int e, bool is_value, int lane16)
+{
+    float x[D / 16] = {};
+    if (e < id.n_exact) finder.load<D>(x, id, args, e, is_value, lane16);
+    if (!is_value) key_to_basis<D>(x, args.key_factors, args.key_transforms, id.head, lane16); /* as the queries' */
+    rotate<D>(x, is_value ? args.value_rotation : args.rotation, lane16);
+    keep_finite(x, args);
+#pragma unroll
+    for (int n = 0; n < D / 16; n++) to[16 * n + lane16] = __float2half_rn(x[n]);
+}
+
+/* Exact tokens from the 32 * i-th on. */
+template <int D, int DV>
+__device__ __forceinline__ void expand_exact(prefill_tile<D, DV> &tile, const tile_id &id, const attend_args &args, int i)
 {
     const int lane16 = threadIdx.x & 15;
-    const exact_finder finder(id, args, D);
+    const exact_finder finder(id, args, D, DV);
     for (int k = threadIdx.x / 16; k < 2 * TQ_RECORD_TOKENS; k += prefill_shape<D>::n_threads / 16) {
         int token = k / 2, e = TQ_RECORD_TOKENS * i + token;
-        float x[D / 16] = {};
-        if (e < id.n_exact) finder.load<D>(x, id, args, e, k % 2, lane16);
-        if (k % 2 == 0) scale_channels<D>(x, args.key_factors, id.head, -1, lane16); /* as the queries' */
-        rotate<D>(x, args.rotation, lane16);
-        keep_finite(x, args);
         __half *to = k % 2 ? tile.values[token] : tile.keys[token];
-#pragma unroll
-        for (int n = 0; n < D / 16; n++) to[16 * n + lane16] = __float2half_rn(x[n]);
+        if (D == DV || k % 2 == 0) {
+            expand_exact_vector<D>(to, finder, id, args, e, k % 2, lane16);
+        } else {
+            expand_exact_vector<DV>(to, finder, id, args, e, true, lane16);
+        }
         if (lane16 == 0) tile.positions[token] = e < id.n_exact ? finder.position(id, e) : -1;
     }
 }
 
 /* A tile for the 16 rows of one warp; out: their sums of values. */
-template <int D>
-__device__ __forceinline__ void attend_tile(float (&out)[D / 8][4], prefill_rows &rows, const prefill_tile<D> &tile,
+template <int D, int DV>
+__device__ __forceinline__ void attend_tile(float (&out)[DV / 8][4], prefill_rows &rows, const prefill_tile<D, DV> &tile,
                                             const __half *queries, const tile_id &id, const attend_args &args, int first_row,
                                             bool is_exact, bool whole, int lane)
 {
@@ -234,7 +247,7 @@ __device__ __forceinline__ void attend_tile(float (&out)[D / 8][4], prefill_rows
         uint32_t p[4];
         pack_weights(p, s, k);
 #pragma unroll
-        for (int x = 0; x < D / 8; x += 2) {
+        for (int x = 0; x < DV / 8; x += 2) {
             uint32_t m[4];
             load_matrices_transposed(m, &tile.values[16 * k + (lane & 15)][8 * x + (lane >> 4) * 8]);
             mma_half(out[x], p[0], p[1], p[2], p[3], m[0], m[1]);
@@ -244,8 +257,8 @@ __device__ __forceinline__ void attend_tile(float (&out)[D / 8][4], prefill_rows
 }
 
 /* Rotated queries of all rows to shared memory, one half warp a row. */
-template <int D>
-__device__ __forceinline__ void prefill_queries(prefill_shared<D> &shared, const tile_id &id, const attend_args &args)
+template <int D, int DV>
+__device__ __forceinline__ void prefill_queries(prefill_shared<D, DV> &shared, const tile_id &id, const attend_args &args)
 {
     const int lane16 = threadIdx.x & 15;
     for (int row = threadIdx.x / 16; row < prefill_shape<D>::n_rows; row += prefill_shape<D>::n_threads / 16) {
@@ -254,7 +267,7 @@ __device__ __forceinline__ void prefill_queries(prefill_shared<D> &shared, const
             row_place place = place_of(id, args, row);
             load_strided(x, args.q, args.dtype, place.token * args.q_token_stride + place.head * args.q_head_stride + lane16);
         }
-        scale_channels<D>(x, args.key_factors, id.head, 1, lane16);
+        query_to_basis<D>(x, id, args, row, lane16);
         rotate<D>(x, args.rotation, lane16);
 #pragma unroll
         for (int k = 0; k < D / 16; k++) shared.work.queries[row][16 * k + lane16] = __float2half_rn(x[k] * args.scale_log2);
@@ -262,10 +275,10 @@ __device__ __forceinline__ void prefill_queries(prefill_shared<D> &shared, const
 }
 
 /* Results through shared memory, rotated back and written, one half warp a row. */
-template <int D>
-__device__ __forceinline__ void prefill_finish(const float (&out)[D / 8][4], const prefill_rows &rows,
-                                               prefill_shared<D> &shared, const tile_id &id, const attend_args &args, int warp,
-                                               int lane)
+template <int D, int DV>
+__device__ __forceinline__ void prefill_finish(const float (&out)[DV / 8][4], const prefill_rows &rows,
+                                               prefill_shared<D, DV> &shared, const tile_id &id, const attend_args &args,
+                                               int warp, int lane)
 {
     const int g = lane >> 2, t = lane & 3;
     __syncthreads();
@@ -274,7 +287,7 @@ __device__ __forceinline__ void prefill_finish(const float (&out)[D / 8][4], con
         int row = 16 * warp + 8 * half + g;
         float share = finish_row(rows, half, row, id, args, lane);
 #pragma unroll
-        for (int x = 0; x < D / 8; x++) {
+        for (int x = 0; x < DV / 8; x++) {
             float2 pair = make_float2(out[x][2 * half] * share, out[x][2 * half + 1] * share);
             *reinterpret_cast<float2 *>(&shared.rows[row][8 * x + 2 * t]) = pair;
         }
@@ -282,24 +295,24 @@ __device__ __forceinline__ void prefill_finish(const float (&out)[D / 8][4], con
     __syncthreads();
     const int lane16 = threadIdx.x & 15;
     for (int row = threadIdx.x / 16; row < id.n_rows; row += prefill_shape<D>::n_threads / 16) {
-        float x[D / 16];
+        float x[DV / 16];
 #pragma unroll
-        for (int k = 0; k < D / 16; k++) x[k] = shared.rows[row][16 * k + lane16];
-        rotate_back<D>(x, args.rotation, lane16);
-        store_result<D>(x, id, args, row, lane16);
+        for (int k = 0; k < DV / 16; k++) x[k] = shared.rows[row][16 * k + lane16];
+        rotate_back<DV>(x, args.value_rotation, lane16);
+        store_result<DV>(x, id, args, row, lane16);
     }
 }
 
-template <int D>
+template <int D, int DV = D>
 __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel(const __grid_constant__ attend_args args)
 {
     using shape = prefill_shape<D>;
     constexpr int N = shape::n_buffers;
     extern __shared__ __align__(128) uint8_t memory[];
-    auto &shared = *reinterpret_cast<prefill_shared<D> *>(memory);
+    auto &shared = *reinterpret_cast<prefill_shared<D, DV> *>(memory);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const prefill_pair<D> pair(args);
-    uint8_t *const table_memory = memory + sizeof(prefill_shared<D>), *const records = table_memory + pair.table_bytes;
+    const prefill_pair<D, DV> pair(args);
+    uint8_t *const table_memory = memory + sizeof(prefill_shared<D, DV>), *const records = table_memory + pair.table_bytes;
 
     tile_id id = {};
     id.sequence = (int32_t)blockIdx.z, id.head = (int32_t)blockIdx.y;
@@ -327,16 +340,16 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
     };
     const auto tables = tables_at(pair, table_memory, lane);
     auto expand = [&](int i) {
-        prefill_tile<D> &tile = shared.work.tiles[i % N];
+        prefill_tile<D, DV> &tile = shared.work.tiles[i % N];
         if (i >= n_records) {
-            expand_exact<D>(tile, id, args, i - n_records);
+            expand_exact<D, DV>(tile, id, args, i - n_records);
         } else {
             const int index = id.record_begin + i;
             const uint8_t *stage = records + i % N * stage_bytes;
             const uint8_t *reference = nullptr;
             if (args.reference_bytes > 0) reference = stage + tq_reference_within(pair.record_bytes, index);
-            expand_record<D>(tile, stage + tq_record_within(args.reference_bytes, index), reference, index * TQ_RECORD_TOKENS,
-                             id.coded_begin, id.coded_end, args, pair, tables, warp, lane);
+            expand_record<D, DV>(tile, stage + tq_record_within(args.reference_bytes, index), reference,
+                                 index * TQ_RECORD_TOKENS, id.coded_begin, id.coded_end, args, pair, tables, warp, lane);
         }
     };
 
@@ -344,9 +357,9 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
     fill_tables(pair, table_memory, args.windows);
     prefill_queries(shared, id, args);
     prefill_rows rows = open_rows(id, args, 16 * warp, lane);
-    float out[D / 8][4];
+    float out[DV / 8][4];
 #pragma unroll
-    for (int x = 0; x < D / 8; x++) out[x][0] = out[x][1] = out[x][2] = out[x][3] = 0.0f;
+    for (int x = 0; x < DV / 8; x++) out[x][0] = out[x][1] = out[x][2] = out[x][3] = 0.0f;
     copies_wait();
     __syncthreads();
 #pragma unroll 1
@@ -355,13 +368,13 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
         if (N == 1) __syncthreads();
         load(i + N);
         if (i >= 0) {
-            attend_tile<D>(out, rows, shared.work.tiles[i % N], shared.work.queries[16 * warp], id, args, 16 * warp,
-                           i >= n_records, is_whole(i), lane);
+            attend_tile<D, DV>(out, rows, shared.work.tiles[i % N], shared.work.queries[16 * warp], id, args, 16 * warp,
+                               i >= n_records, is_whole(i), lane);
         }
         copies_wait();
         __syncthreads();
     }
-    prefill_finish<D>(out, rows, shared, id, args, warp, lane);
+    prefill_finish<D, DV>(out, rows, shared, id, args, warp, lane);
 }
 
 #endif

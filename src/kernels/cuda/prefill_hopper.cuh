@@ -271,7 +271,7 @@ __device__ __forceinline__ void expand_exact_tile(uint8_t *keys, uint8_t *values
                                                   const attend_args &args, int i)
 {
     const int lane16 = threadIdx.x & 15;
-    const exact_finder finder(id, args, D);
+    const exact_finder finder(id, args, D, D);
     for (int n = threadIdx.x % 128 / 16; n < 2 * S::n_tokens; n += 8) {
         int token = n / 2, e = S::n_tokens * i + token;
         float x[D / 16] = {};

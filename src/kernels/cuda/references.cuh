@@ -8,7 +8,7 @@
 
 #include "kernels/cuda/append_args.cuh"
 #include "kernels/cuda/encode.cuh"
-#include "kernels/cuda/factors.cuh"
+#include "kernels/cuda/transform.cuh"
 
 /* Elements lane16, lane16 + 16, ... of a reference, in the basis of keys as they come. */
 template <int D>
@@ -21,12 +21,12 @@ __device__ __forceinline__ void decode_reference(float (&x)[D / 16], const uint8
     rotate_back<D>(x, rotation, lane16);
 }
 
-/* What is coded of a key: divided by its factors, less the reference of its block, if the store has them. */
+/* What is coded of a key: divided by its factors or transformed, less the reference of its block, if the store has them. */
 template <int D>
 __device__ __forceinline__ void key_to_coded(float (&x)[D / 16], const tq_device_store &store, const encode_task &task,
                                              int32_t head, int lane16)
 {
-    scale_channels<D>(x, store.k_factors, head, -1, lane16);
+    key_to_basis<D>(x, store.k_factors, store.k_transforms, head, lane16);
     if (store.k_ref_block == 0) return;
     float y[D / 16];
     decode_reference<D>(y, reference_of_slot(store, task.page, task.offset, head), store.rotation, lane16);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(D) set_references_kernel(const __grid_constant
             int code[D / 16];
 #pragma unroll
             for (int k = 0; k < D / 16; k++) x[k] = shared.mean[16 * k + lane16];
-            scale_channels<D>(x, store.k_factors, head, -1, lane16);
+            key_to_basis<D>(x, store.k_factors, store.k_transforms, head, lane16);
             rotate<D>(x, store.rotation, lane16);
             const __half scale = encode_uniform<D>(code, x);
 #pragma unroll

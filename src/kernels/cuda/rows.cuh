@@ -17,10 +17,15 @@ struct slot_place {
     int32_t token;
 };
 
+TQ_HD int32_t head_dim_of(const tq_device_store &store, bool is_value)
+{
+    return is_value ? store.head_dim_v : store.head_dim;
+}
+
 TQ_HD tq_plane plane_of(const tq_device_store &store, bool is_value)
 {
     const tq_device_format &format = is_value ? store.value : store.key;
-    return {format.bits, store.head_dim, is_value, format.is_trellis};
+    return {format.bits, head_dim_of(store, is_value), is_value, format.is_trellis};
 }
 
 TQ_HD int32_t record_bytes_of(const tq_device_store &store)

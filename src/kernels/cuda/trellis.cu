@@ -33,14 +33,16 @@ static cudaError_t launch_bits(const tq_device_store &store, const tq_paged_appe
 
 cudaError_t encode_trellis_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
-    const bool is_same = store.key.is_trellis && store.value.is_trellis && store.key.bits == store.value.bits;
+    const bool is_same = store.key.is_trellis && store.value.is_trellis && store.key.bits == store.value.bits &&
+                         store.head_dim == store.head_dim_v;
     const int n = is_same ? 2 : 1; /* sides of a launch */
     for (int side = 0; side < 2; side += n) {
         if (!(side ? store.value : store.key).is_trellis) continue;
-        cudaError_t error = store.head_dim == 64    ? launch_bits<64>(store, p, side, n, stream)
-                            : store.head_dim == 128 ? launch_bits<128>(store, p, side, n, stream)
-                            : store.head_dim == 192 ? launch_bits<192>(store, p, side, n, stream)
-                                                    : launch_bits<256>(store, p, side, n, stream);
+        const int32_t head_dim = side ? store.head_dim_v : store.head_dim;
+        cudaError_t error = head_dim == 64    ? launch_bits<64>(store, p, side, n, stream)
+                            : head_dim == 128 ? launch_bits<128>(store, p, side, n, stream)
+                            : head_dim == 192 ? launch_bits<192>(store, p, side, n, stream)
+                                              : launch_bits<256>(store, p, side, n, stream);
         if (error != cudaSuccess) return error;
     }
     return cudaSuccess;

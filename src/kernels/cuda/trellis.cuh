@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(32 * trellis_warps) encode_trellis_kernel(cons
     if (lane >= 16) quiet.n_not_finite = nullptr;
     load_vector<D>(x, store, quiet, task, is_value, head, lane & 15);
     if (!is_value) key_to_coded<D>(x, store, task, head, lane & 15);
-    rotate<D>(x, store.rotation, lane & 15);
+    rotate<D>(x, is_value ? store.value_rotation : store.rotation, lane & 15);
     float ss = sum_squares<D>(x), factor = __fmul_rn(unit_factor(ss, D), 36.0f), energy = 0.0f, error;
     const float least_share = 0.3f / (float)(1 << 2 * BITS);
     for (int round = 0; round < 3; round++) {
