@@ -776,7 +776,6 @@ typedef struct tq_paged_store {
     size_t page_stride_bytes;  /* from one page to the next: at least page_bytes, a multiple of 16; 0: page_bytes */
     size_t exact_stride_bytes; /* from one exact slot to the next: at least exact_bytes, a multiple of 16; 0: exact_bytes */
 } tq_paged_store;
-TQ_API void tq_paged_store_default(tq_paged_store *store);
 
 /* Bytes of the caller's memory, from plain arithmetic: needs no device. */
 typedef struct tq_paged_sizes {
@@ -825,19 +824,18 @@ typedef struct tq_paged_append_params {
     int64_t v_row_stride;        /* of v; 0: row_stride, or contiguous if that is 0 */
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_append_params;
-TQ_API void tq_paged_append_params_default(tq_paged_append_params *params);
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY; then nothing was written. */
 TQ_API TQ_NODISCARD tq_status tq_paged_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream);
 
 typedef struct tq_paged_attend_params {
     size_t struct_size;
     int32_t n_seq;
-    int32_t
-        n_query; /* query tokens of each sequence, its last positions: 1 in plain decoding; with query_starts the most of one */
-    int32_t n_head; /* query heads, a multiple of n_head_kv */
-    tq_dtype dtype; /* of q and out */
-    const void *q;  /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
-    void *out;      /* [n_seq * n_query, n_head, out_dim] likewise */
+    int32_t n_query; /* query tokens of each sequence, its last positions; 0: 1, plain decoding; with query_starts the most of
+                        one */
+    int32_t n_head;  /* query heads, a multiple of n_head_kv */
+    tq_dtype dtype;  /* of q and out */
+    const void *q;   /* [n_seq * n_query, n_head, head_dim] with the strides below, in elements; 0: contiguous */
+    void *out;       /* [n_seq * n_query, n_head, out_dim] likewise */
     int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
     float *lse; /* optional [n_seq * n_query, n_head], natural logarithm of the sum of exponentials, learned sink included */
     const int32_t *page_table; /* int32 [n_seq, max_pages] */
@@ -846,10 +844,10 @@ typedef struct tq_paged_attend_params {
     bool seq_lens_are_64;
     int64_t max_seq_len;        /* host: no sequence is longer; it only decides how the work is cut */
     const int32_t *exact_slots; /* as in tq_paged_append_params */
-    float softmax_scale;
-    float softcap;      /* 0: none */
-    int64_t window;     /* > 0: column > position - window */
-    const float *sinks; /* optional float [n_head]: learned sink logits */
+    float softmax_scale;        /* 0: 1 / sqrt(head_dim) */
+    float softcap;              /* 0: none */
+    int64_t window;             /* > 0: column > position - window */
+    const float *sinks;         /* optional float [n_head]: learned sink logits */
     /* Results are repeated bit for bit, and do not depend on what else is in the batch or on max_seq_len. Costs some speed. On
      * the CPU it is always so. */
     bool deterministic;
@@ -884,7 +882,6 @@ typedef struct tq_paged_attend_params {
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_attend_params;
 #define TQ_PAGED_WORKSPACE_COUNTERS 32
-TQ_API void tq_paged_attend_params_default(tq_paged_attend_params *params);
 /*
  * What any call needs whose n_seq, n_query and max_seq_len are at most these, with this n_head, and deterministic calls if
  * these are. CPU: 0. Errors: ARGUMENT, SHAPE, FORMAT, HEAD_DIM.

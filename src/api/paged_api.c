@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_paged_*: argument checks in front of device/cpu_paged.c and device/cuda_store.c, which has what is CUDA's. */
+#include <math.h>
+
 #include "api/checks.h"
 #include "base/log.h"
 #include "base/params.h"
@@ -14,29 +16,6 @@
 #define PAGE_SIZE_MAX 256
 #define CPU_ALIGN 64
 
-void tq_paged_store_default(tq_paged_store *store)
-{
-    if (!store) return;
-    *store = (tq_paged_store){.struct_size = sizeof *store,
-                              .k_format = TQ_FORMAT_SQ4,
-                              .v_format = TQ_FORMAT_SQ4,
-                              .head_dim = 128,
-                              .page_size = 64,
-                              .seed = TQ_SEED_DEFAULT};
-}
-
-void tq_paged_append_params_default(tq_paged_append_params *params)
-{
-    if (params) *params = (tq_paged_append_params){.struct_size = sizeof *params, .dtype = TQ_DTYPE_BF16};
-}
-
-void tq_paged_attend_params_default(tq_paged_attend_params *params)
-{
-    if (!params) return;
-    *params =
-        (tq_paged_attend_params){.struct_size = sizeof *params, .n_query = 1, .dtype = TQ_DTYPE_BF16, .softmax_scale = 1.0f};
-}
-
 static tq_status bad(const char *what)
 {
     tq_log(TQ_LOG_ERROR, WHO ": %s", what);
@@ -49,6 +28,12 @@ static tq_status bad(const char *what)
     if (own_store.head_dim_v == 0) own_store.head_dim_v = own_store.head_dim; \
     if (own_store.seed == 0) own_store.seed = TQ_SEED_DEFAULT;                \
     const tq_paged_store *store = &own_store
+
+/* The caller's parameters of a call, `params`, as `own`. */
+#define OWN_ATTEND                                                  \
+    TQ_PARAMS(tq_paged_attend_params, own, params, WHO ": attend"); \
+    if (own.n_query == 0) own.n_query = 1;                          \
+    if (own.softmax_scale == 0.0f) own.softmax_scale = 1.0f / sqrtf((float)store->head_dim)
 
 static tq_status check_cpu_shape(const tq_paged_store *store)
 {
@@ -227,7 +212,7 @@ tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, cons
 {
     if (!out) return TQ_ERR_ARGUMENT;
     OWN_STORE(from);
-    TQ_PARAMS(tq_paged_attend_params, own, params, WHO ": attend");
+    OWN_ATTEND;
     tq_paged_sizes unused;
     TQ_TRY(sizes_of(&unused, store));
     if (store->device == TQ_DEVICE_CUDA) {
@@ -242,7 +227,7 @@ tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, cons
 tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_params *params, void *stream)
 {
     OWN_STORE(from);
-    TQ_PARAMS(tq_paged_attend_params, own, params, WHO ": attend");
+    OWN_ATTEND;
     TQ_TRY(check_store(store, stream));
     if (store->device == TQ_DEVICE_CUDA)
         TQ_TRY(tq_cuda_check_attend(store, &own));

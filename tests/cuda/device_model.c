@@ -245,8 +245,7 @@ void model_open(model *m, const setup *s, uint64_t seed)
     for (int32_t i = 0; i < s->n_seq; i++) m->max_len = s->lens[i] > m->max_len ? s->lens[i] : m->max_len;
     m->max_pages = m->max_len / s->page_size + 1;
     m->n_pages = m->max_pages * s->n_seq + 3;
-    tq_paged_store_default(&m->store);
-    m->store.device = TQ_DEVICE_CUDA;
+    m->store = device_store();
     m->store.k_format = s->k_format, m->store.v_format = s->v_format;
     m->store.head_dim = s->head_dim, m->store.n_head_kv = s->n_head_kv, m->store.page_size = s->page_size;
     m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent, m->store.k_ref_block = s->k_ref_block;
@@ -330,8 +329,7 @@ void model_append(model *m)
             slots[n] = -1, positions[n] = -1, seqs[n] = -1;
         }
         int32_t zero = 0, n_bad;
-        tq_paged_append_params p;
-        tq_paged_append_params_default(&p);
+        tq_paged_append_params p = {.struct_size = sizeof p};
         p.n_tok = n;
         p.dtype = s->dtype == TQ_DTYPE_BF16 ? TQ_DTYPE_F32 : s->dtype; /* the model's rows are FP16 numbers */
         p.k = device_typed_copy(k, (size_t)n * width, p.dtype), p.v = device_typed_copy(v, (size_t)n * width, p.dtype);
@@ -515,8 +513,7 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
     float *q = malloc(rows * width * sizeof(float)), *sinks = malloc((size_t)n_head * sizeof(float));
     for (size_t i = 0; i < rows * width; i++) q[i] = model_query_value(m, (size_t)first * (size_t)s->n_query * width + i);
     for (int32_t i = 0; i < n_head; i++) sinks[i] = sink_value(i);
-    tq_paged_attend_params p;
-    tq_paged_attend_params_default(&p);
+    tq_paged_attend_params p = {.struct_size = sizeof p};
     p.n_seq = n, p.n_query = s->n_query, p.n_head = n_head, p.dtype = s->dtype;
     p.q = device_typed_copy(q, rows * width, s->dtype);
     p.out = device_alloc(rows * width * sizeof(float), 0xff);

@@ -147,8 +147,7 @@ static void run_prompts(model *m, const answers *a, int64_t cut, const tq_paged_
     while (done[0] < s->lens[0] || done[1] < s->lens[1]) {
         piece p = piece_open(m, done, cut);
         size_t n = (size_t)p.starts[N_SEQ], width = (size_t)(s->n_head_kv * s->head_dim), heads = (size_t)heads_of(m);
-        tq_paged_append_params append;
-        tq_paged_append_params_default(&append);
+        tq_paged_append_params append = {.struct_size = sizeof append};
         append.n_tok = (int64_t)n, append.dtype = s->dtype;
         append.k = device_typed_copy(p.rows[0], n * width, s->dtype),
         append.v = device_typed_copy(p.rows[1], n * width, s->dtype);
@@ -195,8 +194,7 @@ static void test_prompt_of(const char *what, setup s, uint64_t seed)
     model m;
     model_open(&m, &s, seed);
     answers a = answers_open(&m);
-    tq_paged_attend_params all;
-    tq_paged_attend_params_default(&all);
+    tq_paged_attend_params all = {.struct_size = sizeof all};
     all.n_seq = N_SEQ, all.n_query = (int32_t)m.max_len, all.n_head = heads_of(&m), all.dtype = s.dtype;
     all.page_table = m.device_page_table, all.page_table_stride = m.max_pages, all.seq_lens_are_64 = true;
     all.max_seq_len = m.max_len, all.softmax_scale = 1.0f / sqrtf((float)s.head_dim), all.window = s.window;

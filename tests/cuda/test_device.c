@@ -313,8 +313,7 @@ static void test_pages_of(int32_t head_dim, int n_formats, int32_t k_ref_block)
                     k_ref_block);
         tq_paged_store store;
         tq_paged_sizes sizes;
-        tq_paged_store_default(&store);
-        store.device = TQ_DEVICE_CUDA;
+        store = device_store();
         store.k_format = formats[i], store.v_format = formats[(i + 1) % n_formats], store.head_dim = head_dim;
         store.n_head_kv = 3, store.page_size = 96, store.n_pages = 6;
         uint16_t exact[1]; /* no call here looks at it */
@@ -354,8 +353,7 @@ static void test_not_finite(void)
     device_test("append counts vectors that are not finite");
     tq_paged_store store;
     tq_paged_sizes sizes;
-    tq_paged_store_default(&store);
-    store.device = TQ_DEVICE_CUDA;
+    store = device_store();
     store.n_head_kv = 2, store.n_pages = 1;
     CHECK(tq_paged_sizes_get(&sizes, &store) == TQ_OK, "sizes");
     store.pages = device_alloc(sizes.page_bytes, 0);
@@ -364,8 +362,7 @@ static void test_not_finite(void)
     rows[0][1][7] = 1e30f, rows[1][0][0] = 0.0f / (rows[0][0][0] - 1.0f);
     static const int64_t slots[] = {0, 1};
     int32_t count = 0;
-    tq_paged_append_params p;
-    tq_paged_append_params_default(&p);
+    tq_paged_append_params p = {.struct_size = sizeof p};
     p.n_tok = 2, p.dtype = TQ_DTYPE_F32;
     p.k = p.v = device_copy_of(rows, sizeof rows);
     p.slot_mapping = device_copy_of(slots, sizeof slots);

@@ -69,7 +69,8 @@ static void make_paged_store(float *half)
 {
     static const int32_t ids[1] = {0};
     static const int64_t slots[1] = {40}, lengths[1] = {41};
-    tq_paged_store_default(&f.paged_store);
+    f.paged_store = kv_paged_store();
+    f.paged_store.device = TQ_DEVICE_CPU;
     f.paged_store.n_head_kv = 1;
     f.paged_store.n_pages = f.paged_store.n_exact_slots = 1;
     f.paged_store.n_sink = 2;
@@ -77,12 +78,14 @@ static void make_paged_store(float *half)
     f.paged_store.k_ref_block = 64;
     f.paged_store.pages = f.memory;
     f.paged_store.exact = f.memory + sizeof f.memory / 2;
-    tq_paged_append_params_default(&f.paged_append_params);
+    f.paged_append_params.struct_size = sizeof f.paged_append_params;
+    f.paged_append_params.dtype = TQ_DTYPE_BF16;
     f.paged_append_params.n_tok = 1;
     f.paged_append_params.k = f.paged_append_params.v = half;
     f.paged_append_params.slot_mapping = f.paged_append_params.positions = slots;
     f.paged_append_params.seq_ids = f.paged_append_params.page_table = f.paged_append_params.exact_slots = ids;
-    tq_paged_attend_params_default(&f.paged_attend_params);
+    f.paged_attend_params.struct_size = sizeof f.paged_attend_params;
+    f.paged_attend_params.dtype = TQ_DTYPE_BF16;
     f.paged_attend_params.n_seq = f.paged_attend_params.n_head = 1;
     f.paged_attend_params.q = f.paged_attend_params.new_k = f.paged_attend_params.new_v = half;
     f.paged_attend_params.out = half + 4096;

@@ -115,6 +115,18 @@ static inline tq_store *kv_open_store(const tq_store_params *p, void **memory)
     return store;
 }
 
+/* sq4 at head_dim 128 in pages of 64, in a CUDA device's memory. */
+static inline tq_paged_store kv_paged_store(void)
+{
+    return (tq_paged_store){.struct_size = sizeof(tq_paged_store),
+                            .device = TQ_DEVICE_CUDA,
+                            .k_format = TQ_FORMAT_SQ4,
+                            .v_format = TQ_FORMAT_SQ4,
+                            .head_dim = 128,
+                            .page_size = 64,
+                            .seed = TQ_SEED_DEFAULT};
+}
+
 /* A cache of one layer and KV head with TQ4; head_dim is to be set. */
 static inline tq_cache_params kv_cache_params(void)
 {

@@ -59,8 +59,7 @@ static inline tq_cache *paged_cache(const paged_shape *s)
 /* The store's shape, without memory. */
 static inline tq_paged_store paged_store(const paged_shape *s, tq_device_kind device)
 {
-    tq_paged_store store;
-    tq_paged_store_default(&store);
+    tq_paged_store store = {.struct_size = sizeof store};
     store.device = device;
     store.k_format = s->k_format, store.v_format = s->v_format;
     store.head_dim = s->head_dim, store.head_dim_v = s->head_dim_v, store.n_head_kv = s->n_head_kv;
@@ -216,8 +215,7 @@ static inline void paged_end(paged_model *m, paged_pass *p)
 
 static inline tq_paged_append_params paged_append_params(const paged_model *m, const paged_pass *p, tq_append_half half)
 {
-    tq_paged_append_params a;
-    tq_paged_append_params_default(&a);
+    tq_paged_append_params a = {.struct_size = sizeof a};
     a.n_tok = p->n_rows, a.dtype = p->dtype, a.k = p->padded_k, a.v = p->padded_v;
     a.row_stride = p->pad ? (p->k_width > p->v_width ? p->k_width : p->v_width) + p->pad : 0;
     a.slot_mapping = p->mapping, a.half = half, a.executor = m->executor;
@@ -229,8 +227,7 @@ static inline tq_paged_append_params paged_append_params(const paged_model *m, c
 
 static inline tq_paged_attend_params paged_attend_params(const paged_model *m, const paged_pass *p)
 {
-    tq_paged_attend_params a;
-    tq_paged_attend_params_default(&a);
+    tq_paged_attend_params a = {.struct_size = sizeof a};
     a.n_seq = PAGED_SEQ, a.n_head = PAGED_GROUP * m->shape.n_head_kv, a.dtype = p->dtype;
     a.n_query = 1;
     for (int32_t i = 0; i < PAGED_SEQ; i++) a.n_query = p->n_tok[i] > a.n_query ? (int32_t)p->n_tok[i] : a.n_query;

@@ -16,6 +16,7 @@
 #include "kernels/cuda/layout.h"
 #include "kernels/cuda/levels.h"
 #include "kernels/cuda/split.h"
+#include "kv_test.h"
 #include "last_message.h"
 
 static const int32_t head_dims[] = {64, 96, 128, 192, 256}, all_bits[] = {8, 4, 3, 2};
@@ -89,8 +90,7 @@ static void test_sizes(void **state)
             tq_paged_store store;
             tq_paged_sizes sizes;
             tq_format_info info[2];
-            tq_paged_store_default(&store);
-            store.device = TQ_DEVICE_CUDA;
+            store = kv_paged_store();
             store.k_format = formats[k], store.v_format = formats[v];
             store.n_head_kv = 3, store.page_size = 96, store.n_sink = 4, store.n_recent = 10;
             assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
@@ -223,9 +223,7 @@ static void test_splits(void **state)
 
 static tq_paged_store usable_store(void *pages)
 {
-    tq_paged_store store;
-    tq_paged_store_default(&store);
-    store.device = TQ_DEVICE_CUDA;
+    tq_paged_store store = kv_paged_store();
     store.n_head_kv = 8, store.n_pages = 1, store.pages = pages;
     return store;
 }
@@ -296,9 +294,8 @@ static void test_calls_are_checked(void **state)
     (void)state;
     static _Alignas(128) uint8_t memory[128];
     tq_paged_store store = usable_store(memory);
-    tq_paged_append_params append;
+    tq_paged_append_params append = {.struct_size = sizeof append};
     assert_int_equal(tq_paged_append(&store, NULL, NULL), TQ_ERR_ARGUMENT);
-    tq_paged_append_params_default(&append);
     assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_OK); /* nothing to do */
     append.n_tok = 1;
     assert_int_equal(tq_paged_append(&store, &append, NULL), TQ_ERR_ARGUMENT);
@@ -325,8 +322,7 @@ static void test_calls_are_checked(void **state)
     assert_non_null(strstr(last_message, "half"));
 
     store = usable_store(memory);
-    tq_paged_attend_params attend;
-    tq_paged_attend_params_default(&attend);
+    tq_paged_attend_params attend = {.struct_size = sizeof attend};
     assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_ARGUMENT);
     attend.n_seq = 1, attend.n_head = 12;
     assert_int_equal(tq_paged_attend(&store, &attend, NULL), TQ_ERR_SHAPE);

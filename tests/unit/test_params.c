@@ -67,11 +67,8 @@ static void test_structs_of_other_sizes(void **state)
     tq_cache_params cache = kv_cache_params();
     cache.head_dim = 64;
     check_sizes(create, &cache, sizeof cache, offsetof(tq_cache_params, n_sink));
-    tq_paged_store device;
-    tq_paged_store_default(&device);
-    device.head_dim = 128;
+    tq_paged_store device = kv_paged_store();
     device.n_head_kv = 2;
-    device.page_size = 64;
     check_sizes(sizes, &device, sizeof device, offsetof(tq_paged_store, n_sink));
 }
 
