@@ -150,7 +150,9 @@ class BatchRows(_Struct):
         ("struct_size", c_size_t), ("dtype", ctypes.c_int), ("q", c_void_p), ("k", c_void_p), ("v", c_void_p),
         ("out", c_void_p), ("q_token_stride", c_int64), ("q_head_stride", c_int64), ("k_token_stride", c_int64),
         ("v_token_stride", c_int64), ("out_token_stride", c_int64), ("out_head_stride", c_int64),
-        ("softmax_scale", c_float), ("softcap", c_float), ("window", c_int64), ("sinks", c_void_p),
+        ("softmax_scale", c_float), ("softcap", c_float), ("window", c_int64), ("sinks", c_void_p), ("mask", c_void_p),
+        ("mask_is_f16", c_bool), ("mask_token_stride", c_int64), ("mask_head_stride", c_int64), ("alibi_slopes", c_void_p),
+        ("lse", c_void_p), ("out_dim", c_int32),
     ]
 
 
@@ -183,8 +185,8 @@ class CudaInfo(_Struct):
 class CudaStore(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("k_format", ctypes.c_int), ("v_format", ctypes.c_int), ("head_dim", c_int32),
-        ("n_head_kv", c_int32), ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32),
-        ("k_ref_block", c_int32), ("k_factors", c_void_p), ("seed", c_uint64), ("n_pages", c_int64),
+        ("n_head_kv", c_int32), ("head_dim_v", c_int32), ("page_size", c_int32), ("n_sink", c_int32), ("n_recent", c_int32),
+        ("k_ref_block", c_int32), ("k_factors", c_void_p), ("k_transforms", c_void_p), ("seed", c_uint64), ("n_pages", c_int64),
         ("n_exact_slots", c_int64), ("pages", c_void_p), ("exact", c_void_p), ("n_ring", c_int32),
         ("page_stride_bytes", c_size_t), ("exact_stride_bytes", c_size_t),
     ]
@@ -199,7 +201,7 @@ class CudaAppendParams(_Struct):
         ("struct_size", c_size_t), ("n_tok", c_int64), ("dtype", ctypes.c_int), ("k", c_void_p), ("v", c_void_p),
         ("row_stride", c_int64), ("slot_mapping", c_void_p), ("seq_ids", c_void_p), ("positions", c_void_p),
         ("page_table", c_void_p), ("page_table_stride", c_int64), ("exact_slots", c_void_p), ("n_not_finite", c_void_p),
-        ("half", ctypes.c_int),
+        ("half", ctypes.c_int), ("v_row_stride", c_int64),
     ]
 
 
@@ -212,7 +214,8 @@ class CudaAttendParams(_Struct):
         ("exact_slots", c_void_p), ("softmax_scale", c_float), ("softcap", c_float), ("window", c_int64),
         ("sinks", c_void_p), ("deterministic", c_bool), ("follows_append", c_bool), ("workspace", c_void_p),
         ("workspace_bytes", c_size_t), ("query_starts", c_void_p), ("new_k", c_void_p), ("new_v", c_void_p),
-        ("new_row_stride", c_int64),
+        ("new_row_stride", c_int64), ("mask", c_void_p), ("mask_is_f16", c_bool), ("mask_token_stride", c_int64),
+        ("mask_head_stride", c_int64), ("alibi_slopes", c_void_p), ("out_dim", c_int32), ("new_v_row_stride", c_int64),
     ]
 
 
