@@ -210,7 +210,7 @@ class CudaAppendParams(_Struct):
         ("struct_size", c_size_t), ("n_tok", c_int64), ("dtype", ctypes.c_int), ("k", c_void_p), ("v", c_void_p),
         ("row_stride", c_int64), ("slot_mapping", c_void_p), ("seq_ids", c_void_p), ("positions", c_void_p),
         ("page_table", c_void_p), ("page_table_stride", c_int64), ("exact_slots", c_void_p), ("n_not_finite", c_void_p),
-        ("half", ctypes.c_int), ("executor", POINTER(Executor)),
+        ("half", ctypes.c_int), ("v_row_stride", c_int64), ("executor", POINTER(Executor)),
     ]
 
 
@@ -224,7 +224,8 @@ class CudaAttendParams(_Struct):
         ("sinks", c_void_p), ("deterministic", c_bool), ("follows_append", c_bool), ("workspace", c_void_p),
         ("workspace_bytes", c_size_t), ("query_starts", c_void_p), ("new_k", c_void_p), ("new_v", c_void_p),
         ("new_row_stride", c_int64), ("mask", c_void_p), ("mask_is_f16", c_bool), ("mask_token_stride", c_int64),
-        ("mask_head_stride", c_int64), ("alibi_slopes", c_void_p), ("out_dim", c_int32), ("executor", POINTER(Executor)),
+        ("mask_head_stride", c_int64), ("alibi_slopes", c_void_p), ("out_dim", c_int32), ("new_v_row_stride", c_int64),
+        ("executor", POINTER(Executor)),
     ]
 
 

@@ -200,8 +200,9 @@ static void encode_rows(model *m)
         tq_codec *codec;
         tq_format_info info;
         tq_format format = side ? s->v_format : s->k_format;
-        if (tq_codec_create(&codec, format, s->head_dim, m->store.seed) != TQ_OK) abort();
-        if (tq_format_describe(&info, format, s->head_dim) != TQ_OK) abort();
+        int32_t head_dim = side ? s->head_dim_v : s->head_dim;
+        if (tq_codec_create(&codec, format, head_dim, m->store.seed) != TQ_OK) abort();
+        if (tq_format_describe(&info, format, head_dim) != TQ_OK) abort();
         size_t codes = info.bytes_per_vector - 2, head_page = m->sizes.canonical_bytes / (size_t)s->n_head_kv;
         memset(references, 0, (size_t)s->n_head_kv * d * sizeof(float));
         for (int32_t seq = 0; seq < s->n_seq; seq++) {
@@ -241,12 +242,14 @@ void model_open(model *m, const setup *s, uint64_t seed)
 {
     memset(m, 0, sizeof *m);
     m->s = *s;
+    if (s->head_dim_v == 0) m->s.head_dim_v = s->head_dim;
     m->random = tq_random_stream(seed, 1);
     for (int32_t i = 0; i < s->n_seq; i++) m->max_len = s->lens[i] > m->max_len ? s->lens[i] : m->max_len;
     m->max_pages = m->max_len / s->page_size + 1;
     m->n_pages = m->max_pages * s->n_seq + 3;
     m->store = device_store();
     m->store.k_format = s->k_format, m->store.v_format = s->v_format;
+    m->store.head_dim_v = m->s.head_dim_v;
     m->store.head_dim = s->head_dim, m->store.n_head_kv = s->n_head_kv, m->store.page_size = s->page_size;
     m->store.n_sink = s->n_sink, m->store.n_recent = s->n_recent, m->store.k_ref_block = s->k_ref_block;
     m->store.n_pages = m->n_pages, m->store.n_exact_slots = s->n_seq, m->store.n_ring = s->n_ring;
@@ -297,11 +300,11 @@ void *device_typed_copy(const float *x, size_t n, tq_dtype dtype)
 void model_append(model *m)
 {
     const setup *s = &m->s;
-    size_t width = (size_t)s->n_head_kv * (size_t)s->head_dim;
+    size_t width = (size_t)s->n_head_kv * (size_t)s->head_dim, v_width = (size_t)s->n_head_kv * (size_t)s->head_dim_v;
     int64_t *done = calloc((size_t)s->n_seq, sizeof(int64_t)), left = 0;
     for (int32_t i = 0; i < s->n_seq; i++) left += s->lens[i];
     int64_t room = left + 64;
-    float *k = malloc((size_t)room * width * sizeof(float)), *v = malloc((size_t)room * width * sizeof(float));
+    float *k = malloc((size_t)room * width * sizeof(float)), *v = malloc((size_t)room * v_width * sizeof(float));
     int64_t *slots = malloc((size_t)room * sizeof(int64_t)), *positions = malloc((size_t)room * sizeof(int64_t));
     int32_t *seqs = malloc((size_t)room * sizeof(int32_t));
     for (bool first = true; left > 0; first = false) {
@@ -315,7 +318,10 @@ void model_append(model *m)
             for (int64_t i = 0; i < take; i++, n++) {
                 int64_t position = done[seq]++;
                 memcpy(k + (size_t)n * width, m->rows[0] + model_row_of(m, seq, position, 0), width * sizeof(float));
-                memcpy(v + (size_t)n * width, m->rows[1] + model_row_of(m, seq, position, 0), width * sizeof(float));
+                for (int32_t head = 0; head < s->n_head_kv; head++) {
+                    memcpy(v + (size_t)n * v_width + head * s->head_dim_v, m->rows[1] + model_row_of(m, seq, position, head),
+                           (size_t)s->head_dim_v * sizeof(float));
+                }
                 int64_t page = m->page_table[seq * m->max_pages + position / s->page_size];
                 slots[n] = page * s->page_size + position % s->page_size;
                 positions[n] = position, seqs[n] = seq;
@@ -325,14 +331,14 @@ void model_append(model *m)
         if (n == 0) continue;
         for (int pad = 0; pad < 2; pad++, n++) { /* as a captured batch has */
             memset(k + (size_t)n * width, 0xff, width * sizeof(float));
-            memset(v + (size_t)n * width, 0xff, width * sizeof(float));
+            memset(v + (size_t)n * v_width, 0xff, v_width * sizeof(float));
             slots[n] = -1, positions[n] = -1, seqs[n] = -1;
         }
         int32_t zero = 0, n_bad;
         tq_paged_append_params p = {.struct_size = sizeof p};
         p.n_tok = n;
         p.dtype = s->dtype == TQ_DTYPE_BF16 ? TQ_DTYPE_F32 : s->dtype; /* the model's rows are FP16 numbers */
-        p.k = device_typed_copy(k, (size_t)n * width, p.dtype), p.v = device_typed_copy(v, (size_t)n * width, p.dtype);
+        p.k = device_typed_copy(k, (size_t)n * width, p.dtype), p.v = device_typed_copy(v, (size_t)n * v_width, p.dtype);
         p.slot_mapping = device_copy_of(slots, (size_t)n * sizeof(int64_t));
         p.positions = device_copy_of(positions, (size_t)n * sizeof(int64_t));
         p.seq_ids = device_copy_of(seqs, (size_t)n * sizeof(int32_t));
@@ -370,7 +376,8 @@ void model_check_pages(model *m)
             size_t base = page * m->sizes.canonical_bytes + head * (m->sizes.canonical_bytes / heads);
             for (int side = 0; side < 2; side++) {
                 tq_format_info info;
-                if (tq_format_describe(&info, side ? s->v_format : s->k_format, s->head_dim) != TQ_OK) abort();
+                tq_format format = side ? s->v_format : s->k_format;
+                if (tq_format_describe(&info, format, side ? s->head_dim_v : s->head_dim) != TQ_OK) abort();
                 size_t codes = info.bytes_per_vector - 2;
                 for (size_t i = 0; i < page_size; i++) {
                     if (!m->encoded_mark[page * page_size + i]) continue;
@@ -411,7 +418,7 @@ static float sink_value(int32_t head)
 
 int32_t model_out_dim(const model *m)
 {
-    return m->s.out_dim ? m->s.out_dim : m->s.head_dim;
+    return m->s.out_dim ? m->s.out_dim : m->s.head_dim_v;
 }
 
 static int32_t heads_of(const model *m)
@@ -489,16 +496,16 @@ double model_attend_row(const model *m, int32_t seq, int64_t position, int64_t o
         weights[c] = dot + bias_value(m, seq, position, query_head, c);
         if (weights[c] > max) max = weights[c];
     }
-    for (int32_t i = 0; i < d; i++) out[i] = 0;
+    for (int32_t i = 0; i < s->head_dim_v; i++) out[i] = 0;
     for (int64_t c = begin; c <= position; c++) {
         const float *value = (c < s->n_sink || c >= recent ? m->rows : m->decoded)[1] + model_row_of(m, seq, c, head);
         double p = isinf(weights[c]) ? 0 : exp(weights[c] - max);
         sum += p;
         if (narrow) p = (double)bf16((float)p);
-        for (int32_t i = 0; i < d; i++) out[i] += p * (double)(narrow ? bf16(value[i]) : value[i]);
+        for (int32_t i = 0; i < s->head_dim_v; i++) out[i] += p * (double)(narrow ? bf16(value[i]) : value[i]);
     }
     if (s->sinks) sum += exp((double)sink - max);
-    for (int32_t i = 0; i < d; i++) {
+    for (int32_t i = 0; i < s->head_dim_v; i++) {
         out[i] = sum > 0 && position >= begin ? out[i] / sum : 0.0;
         if (narrow) out[i] = (double)bf16((float)out[i]);
     }
@@ -510,13 +517,14 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
     const setup *s = &m->s;
     int32_t n_head = s->group * s->n_head_kv;
     size_t width = (size_t)n_head * (size_t)s->head_dim, rows = (size_t)n * (size_t)s->n_query;
+    size_t n_out = rows * (size_t)n_head * (size_t)s->head_dim_v;
     float *q = malloc(rows * width * sizeof(float)), *sinks = malloc((size_t)n_head * sizeof(float));
     for (size_t i = 0; i < rows * width; i++) q[i] = model_query_value(m, (size_t)first * (size_t)s->n_query * width + i);
     for (int32_t i = 0; i < n_head; i++) sinks[i] = sink_value(i);
     tq_paged_attend_params p = {.struct_size = sizeof p};
     p.n_seq = n, p.n_query = s->n_query, p.n_head = n_head, p.dtype = s->dtype;
     p.q = device_typed_copy(q, rows * width, s->dtype);
-    p.out = device_alloc(rows * width * sizeof(float), 0xff);
+    p.out = device_alloc(n_out * sizeof(float), 0xff);
     p.lse = device_alloc(rows * (size_t)n_head * sizeof(float), 0xff);
     p.out_head_stride = s->head_dim, p.out_token_stride = (int64_t)width;
     p.page_table = m->device_page_table + first * m->max_pages, p.page_table_stride = m->max_pages;
@@ -541,11 +549,11 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
     for (int repeat = 0; repeat < 2; repeat++) CHECK(tq_paged_attend(&m->store, &p, NULL) == TQ_OK, "attend");
     must(cudaDeviceSynchronize(), "attend");
     if (s->dtype == TQ_DTYPE_F32) {
-        device_read(out, p.out, rows * width * sizeof(float));
+        device_read(out, p.out, n_out * sizeof(float));
     } else {
-        uint16_t *narrow = malloc(rows * width * sizeof(uint16_t));
-        device_read(narrow, p.out, rows * width * sizeof(uint16_t));
-        for (size_t i = 0; i < rows * width; i++) {
+        uint16_t *narrow = malloc(n_out * sizeof(uint16_t));
+        device_read(narrow, p.out, n_out * sizeof(uint16_t));
+        for (size_t i = 0; i < n_out; i++) {
             out[i] = s->dtype == TQ_DTYPE_F16 ? tq_half_to_float(narrow[i]) : tq_bfloat_to_float(narrow[i]);
         }
         free(narrow);
@@ -557,9 +565,9 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
 float *model_check_attend(model *m)
 {
     const setup *s = &m->s;
-    int32_t n_head = s->group * s->n_head_kv, d = s->head_dim, out_dim = model_out_dim(m);
+    int32_t n_head = s->group * s->n_head_kv, d = s->head_dim, d_v = s->head_dim_v, out_dim = model_out_dim(m);
     size_t rows = (size_t)s->n_seq * (size_t)s->n_query * (size_t)n_head;
-    float *out = malloc(rows * (size_t)d * sizeof(float)), *lse = malloc(rows * sizeof(float)), *q = malloc((size_t)d * 4);
+    float *out = malloc(rows * (size_t)d_v * sizeof(float)), *lse = malloc(rows * sizeof(float)), *q = malloc((size_t)d * 4);
     double *weights = malloc((size_t)(m->max_len + 1) * sizeof(double)), *exact = malloc((size_t)d * 8),
            *narrow = malloc((size_t)d * 8);
     model_attend(m, 0, s->n_seq, m->max_len, out, lse);
@@ -571,11 +579,11 @@ float *model_check_attend(model *m)
         const int64_t oldest = s->lens[seq] - (s->n_ring ? s->n_ring : s->n_recent);
         double l = model_attend_row(m, seq, position, oldest, head, q, false, weights, exact);
         double ln = model_attend_row(m, seq, position, oldest, head, q, true, weights, narrow);
-        for (int32_t i = out_dim; i < d; i++) { /* as it was before */
-            CHECK(isnan(out[row * (size_t)d + (size_t)i]), "row %zu: more than out_dim values are written", row);
+        for (int32_t i = out_dim; i < d_v; i++) { /* as it was before */
+            CHECK(isnan(out[row * (size_t)d_v + (size_t)i]), "row %zu: more than out_dim values are written", row);
         }
         for (int32_t i = 0; i < out_dim; i++) {
-            double x = (double)out[row * (size_t)d + (size_t)i];
+            double x = (double)out[row * (size_t)d_v + (size_t)i];
             if (!CHECK(isfinite(x), "row %zu: not finite", row)) break;
             error += (x - exact[i]) * (x - exact[i]);
             error_narrow += (narrow[i] - exact[i]) * (narrow[i] - exact[i]);

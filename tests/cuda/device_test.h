@@ -45,10 +45,11 @@ typedef struct setup {
     int64_t window;
     float softcap;
     bool sinks, deterministic, outliers, factors;
-    bool transforms;  /* a calibration's, in place of factors */
-    bool bfloat_rows; /* rows are also BF16 numbers */
+    bool transforms;    /* a calibration's, in place of factors */
+    int32_t head_dim_v; /* 0: the same */
+    bool bfloat_rows;   /* rows are also BF16 numbers */
     bool mask, mask_is_f16, mask_of_heads, alibi;
-    int32_t out_dim; /* 0: head_dim */
+    int32_t out_dim; /* 0: that of the values */
     int32_t n_seq;
     const int64_t *lens;
     int64_t first_batch; /* tokens of each sequence appended in the first call; 0: drawn */
@@ -62,9 +63,9 @@ typedef struct model {
     int64_t n_pages, max_pages, max_len;
     int32_t *page_table; /* host [n_seq, max_pages] */
     int32_t *device_page_table;
-    float *rows[2];        /* [n_seq, max_len, n_head_kv, head_dim] as appended, rounded to FP16 */
-    float *decoded[2];     /* the same of what is encoded in the end */
-    uint8_t *canonical;    /* [n_pages, canonical_bytes]: what pages should hold where something was encoded */
+    float *rows[2];     /* [n_seq, max_len, n_head_kv, head_dim] as appended, rounded to FP16; of values the first head_dim_v */
+    float *decoded[2];  /* the same of what is encoded in the end */
+    uint8_t *canonical; /* [n_pages, canonical_bytes]: what pages should hold where something was encoded */
     uint8_t *encoded_mark; /* [n_pages, page_size] */
     int8_t *factors;       /* [n_head_kv, head_dim] */
     tq_calibration *calibration;
@@ -79,7 +80,7 @@ void model_append(model *m);
 void model_check_pages(model *m);
 /* Attends and compares with double precision and with BF16; returns the device's output (host memory, caller frees). */
 float *model_check_attend(model *m);
-/* One call for sequences [first, first + n) with the same queries as model_check_attend; out [n * n_query, n_head, head_dim].
+/* One call for sequences [first, first + n) with the same queries as model_check_attend; out [n * n_query, n_head, head_dim_v].
  */
 void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float *out, float *lse);
 void model_close(model *m);

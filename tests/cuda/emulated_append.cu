@@ -291,7 +291,7 @@ int main()
             s.page = k % 2 ? 128 : 64, s.n_sink = sinks[(i + k) % 4], s.n_recent = rings[(i + 2 * k) % 4];
             s.k_ref_block = k == 3 ? 0 : 64, s.dtype = (tq_dtype)((i + k) % 3), s.outliers = (i + k) % 3 == 2;
             s.factors = (i + k / 2) % 2, s.transforms = !s.factors && i % 4 < 2;
-            s.many = pairs[i].head_dim <= 128 && k % 2 && !s.transforms, s.descending = (i + k) % 2;
+            s.many = pairs[i].head_dim <= 128 && k % 2, s.descending = (i + k) % 2;
             if (k % 2) s.n_take_back = 1 + (int32_t)i % 6 * 7, s.page_gap = 16 * (i % 3 + 1), s.exact_gap = 8 * (i % 4);
             const int32_t lens[N_SEQ] = {is_trellis ? 135 : 230, 70 + s.n_recent, 5};
             memcpy(s.lens, lens, sizeof lens);

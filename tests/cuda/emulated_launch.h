@@ -65,7 +65,7 @@ static inline tq_device_format emulated_format(const tq_codec *codec)
 /* ---- appends ---- */
 
 struct append_how {
-    bool many, descending; /* many: the encoders of large batches */
+    bool many, descending; /* many: the encoders of large batches, where they have the store */
     int32_t n_tokens;      /* that a block looks at which sets references */
 };
 
@@ -110,10 +110,11 @@ template <int D>
 static void encode_side(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how, int side)
 {
     const tq_device_format &format = side ? store.value : store.key;
+    const bool many = how.many && D <= 128 && store.head_dim == store.head_dim_v && !store.k_transforms; /* encode_many_has */
     if constexpr (D <= 128) {
-        if (!format.is_trellis && how.many) encode_many<D>(store, p, how.descending, side);
+        if (!format.is_trellis && many) encode_many<D>(store, p, how.descending, side);
     }
-    if (!format.is_trellis && !how.many) {
+    if (!format.is_trellis && !many) {
         launch(how.descending, {blocks_of(p.n_tok * store.n_head_kv, encode_threads / 16), 1, 1}, encode_threads,
                [&] { encode_scalar_kernel<D>(store, p, side); });
     }

@@ -251,8 +251,7 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
         append.k = k.data(), append.v = v.data(), append.slot_mapping = p.slots.data(), append.positions = p.positions.data();
         append.seq_ids = p.seq_ids.data(), append.page_table = d.page_table, append.page_table_stride = PAGES_OF_SEQ;
         append.exact_slots = slots, append.half = TQ_APPEND_ENCODE;
-        const bool many = tq_random_next(random) % 2 && !s.transforms; /* which it does not have */
-        const append_how how = {many, s.descending, 1 + (int32_t)(tq_random_next(random) % 64)};
+        const append_how how = {tq_random_next(random) % 2 == 1, s.descending, 1 + (int32_t)(tq_random_next(random) % 64)};
         s.append(d.store, append, how);
 
         attend_args args = args_of(d, p);

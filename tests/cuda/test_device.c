@@ -35,11 +35,11 @@ static tq_format format_of(const char *name)
 
 static void run(const char *what, setup s, uint64_t seed)
 {
-    device_test("%s: %s/%s, head_dim %d, %d x %d heads, %d queries, page %d, sinks %d, ring %d, references of %d, factors %d, "
-                "transforms %d, %s mask, ALiBi %d, out_dim %d",
-                what, name_of(s.k_format), name_of(s.v_format), s.head_dim, s.n_head_kv, s.group, s.n_query, s.page_size,
-                s.n_sink, s.n_recent, s.k_ref_block, s.factors, s.transforms, s.mask ? s.mask_is_f16 ? "FP16" : "FP32" : "no",
-                s.alibi, s.out_dim);
+    device_test("%s: %s/%s, head_dim %d (values %d), %d x %d heads, %d queries, page %d, sinks %d, ring %d, references of %d, "
+                "factors %d, transforms %d, %s mask, ALiBi %d, out_dim %d",
+                what, name_of(s.k_format), name_of(s.v_format), s.head_dim, s.head_dim_v, s.n_head_kv, s.group, s.n_query,
+                s.page_size, s.n_sink, s.n_recent, s.k_ref_block, s.factors, s.transforms,
+                s.mask ? s.mask_is_f16 ? "FP16" : "FP32" : "no", s.alibi, s.out_dim);
     model m;
     model_open(&m, &s, seed);
     model_append(&m);
@@ -99,6 +99,7 @@ static setup transformed(setup s)
 
 /* Every pair that has kernels of its own; and others, for those that take any, with each format on each side. */
 #define PAIR(D, K, V) {D, #K, #V},
+#define DIMS(K, V) {K, V},
 // clang-format off
 #define OTHERS(D) PAIR(D, sq8, tt2) PAIR(D, sq4, tt3) PAIR(D, sq3, sq8) PAIR(D, sq2, sq4) PAIR(D, tt4, sq3) \
                   PAIR(D, tt3, tt4) PAIR(D, tt2, sq2) PAIR(D, sq8, sq4) PAIR(D, sq2, sq2) PAIR(D, tt2, tt2)
@@ -136,6 +137,27 @@ static void test_pairs(void)
         run("pair, general", i % 2 ? referring(s) : s, 250 + i);
     }
     unsetenv("TQ_CUDA_GENERAL");
+}
+
+/* Values of another head_dim than keys: each format on each side, decode and prefill. */
+static void test_head_dims(void)
+{
+    static const int32_t dims[][2] = {TQ_HEAD_DIM_PAIRS(DIMS)};
+    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
+                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    for (size_t d = 0; d < sizeof dims / sizeof dims[0]; d++) {
+        for (int i = 0; i < 14; i++) {
+            if (quick && i % 5 != 0) continue;
+            static const int64_t lens[] = {90, 611, 333};
+            setup s = plain(formats[i % 7], formats[(i < 7 ? i : i * 3) % 7], dims[d][0]);
+            s.head_dim_v = dims[d][1];
+            if (i % 2) s = embedded(s, i);
+            s = i % 3 == 0 ? s : i % 3 == 1 ? referring(s) : transformed(s);
+            run("head_dims", s, 1000 + (uint64_t)i);
+            s.lens = lens, s.n_seq = 3, s.n_query = 83, s.group = 1 + i % 4, s.n_ring = 0;
+            run("head_dims, prefill", s, 1050 + (uint64_t)i);
+        }
+    }
 }
 
 /* Vectors that are hard for a quantizer must still give the CPU's bytes. */
@@ -391,13 +413,21 @@ int main(int argc, char **argv)
         void (*run)(void);
         bool is_long;
     } groups[] = {
-        {"pages", test_pages, false},       {"not_finite", test_not_finite, false},
-        {"pairs", test_pairs, false},       {"outliers", test_outliers, false},
-        {"many", test_many, false},         {"random", test_random, false},
-        {"prefill", test_prefill, false},   {"prompt", test_prompt, false},
-        {"long", test_long, true},          {"deterministic", test_deterministic, false},
-        {"graph", test_graph, false},       {"halves", test_halves, false},
-        {"snapshot", test_snapshot, false}, {"full_memory", test_full_memory, true},
+        {"pages", test_pages, false},
+        {"not_finite", test_not_finite, false},
+        {"pairs", test_pairs, false},
+        {"outliers", test_outliers, false},
+        {"head_dims", test_head_dims, false},
+        {"many", test_many, false},
+        {"random", test_random, false},
+        {"prefill", test_prefill, false},
+        {"prompt", test_prompt, false},
+        {"long", test_long, true},
+        {"deterministic", test_deterministic, false},
+        {"graph", test_graph, false},
+        {"halves", test_halves, false},
+        {"snapshot", test_snapshot, false},
+        {"full_memory", test_full_memory, true},
         {"large", test_large, true},
     };
     const char *only = NULL;
