@@ -526,7 +526,7 @@ void model_attend(model *m, int32_t first, int32_t n, int64_t max_seq_len, float
     p.q = device_typed_copy(q, rows * width, s->dtype);
     p.out = device_alloc(n_out * sizeof(float), 0xff);
     p.lse = device_alloc(rows * (size_t)n_head * sizeof(float), 0xff);
-    p.out_head_stride = s->head_dim, p.out_token_stride = (int64_t)width;
+    p.out_head_stride = s->head_dim_v, p.out_token_stride = (int64_t)n_head * s->head_dim_v;
     p.page_table = m->device_page_table + first * m->max_pages, p.page_table_stride = m->max_pages;
     p.seq_lens_are_64 = true;
     p.seq_lens = device_copy_of(s->lens + first, (size_t)n * sizeof(int64_t));
