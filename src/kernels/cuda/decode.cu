@@ -108,7 +108,9 @@ template <int D> attend_launch find_decode(const attend_choice &choice)
 {
     attend_launch found = nullptr;
     TQ_HEAD_DIM_PAIRS(TQ_HEAD_DIM_LINE)
-    TQ_PAIRS(TQ_LINE)
+    if (!choice.has_bias) {
+        TQ_PAIRS(TQ_LINE)
+    }
     return found ? found : find_any<D, D>(choice);
 }
 
