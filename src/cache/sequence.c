@@ -208,17 +208,13 @@ static span encoded_by_append(const tq_cache *cache, const tq_sequence *sequence
     return (span){begin, end > begin ? end : begin};
 }
 
-/* Pages of the table, as far as it goes, that growing will write; for a reservation those of the new positions, too. */
+/* Pages of the table, as far as it goes, that growing will write. */
 static span pages_written(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
     span pages = {sequence->n_pages, 0};
     for (int32_t l = layer < 0 ? 0 : layer; l < (layer < 0 ? cache->shape.n_layer : layer + 1); l++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) {
             span written = encoded_by_append(cache, sequence, l, side, n_tok);
-            if (layer < 0 && n_tok > 0) {
-                if (written.begin == written.end || written.begin > sequence->length[l]) written.begin = sequence->length[l];
-                written.end = sequence->length[l] + n_tok;
-            }
             if (written.begin == written.end) continue;
             int64_t first = written.begin / cache->shape.page_size, end = pages_for(cache, written.end);
             if (first < pages.begin) pages.begin = first;
