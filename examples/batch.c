@@ -8,7 +8,7 @@
 #include "turboquant.h"
 
 enum { N_LAYER = 2, N_HEAD = 4, N_HEAD_KV = 2, HEAD_DIM = 64, N_EMBD = N_HEAD * HEAD_DIM, N_KV = N_HEAD_KV * HEAD_DIM };
-enum { N_VOCAB = 256, N_PROMPT = 200, N_SEQ = 4, N_NEW = 16, PAGE_SIZE = 64, PAGES_MAX = 16 };
+enum { N_VOCAB = 256, N_PROMPT = 200, N_SEQ = 4, N_NEW = 16, PAGE_SIZE = 64 };
 
 static float embedding[N_VOCAB][N_EMBD], wq[N_LAYER][N_EMBD][N_EMBD], wk[N_LAYER][N_EMBD][N_KV], wv[N_LAYER][N_EMBD][N_KV];
 
@@ -35,24 +35,21 @@ static void project(const float *x, int n, const float *w, int n_out, float *y)
     }
 }
 
-/*
- * One step of the model for the rows of several sequences: row i is a token that goes to slots[i]; batch says which rows are
- * whose. tokens [n] are replaced by the next ones.
- */
-static void step(tq_cache *cache, tq_attend_batch *batch, const int64_t *slots, int32_t *tokens, int n)
+/* One step of the model for n_tok[i] tokens of sequence seqs[i], n in all. tokens [n] are replaced by the next ones. */
+static void step(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok, int32_t *tokens, int n)
 {
     static float x[N_PROMPT * N_EMBD], q[N_PROMPT * N_EMBD], k[N_PROMPT * N_KV], v[N_PROMPT * N_KV], out[N_PROMPT * N_EMBD];
+    tq_batch_rows rows = {.struct_size = sizeof rows, .q = q, .k = k, .v = v, .out = out};
     for (int i = 0; i < n; i++) memcpy(x + i * N_EMBD, embedding[tokens[i]], sizeof embedding[0]);
+    check(tq_batch_begin(batch, seqs, n_tok, N_HEAD));
     for (int layer = 0; layer < N_LAYER; layer++) {
         project(x, n, wq[layer][0], N_EMBD, q);
         project(x, n, wk[layer][0], N_KV, k);
         project(x, n, wv[layer][0], N_KV, v);
-        check(tq_cache_append_slots(cache, layer, n, slots, k, v, NULL));
-        batch->params.q = q;
-        batch->params.out = out;
-        check(tq_cache_attend_batch(cache, layer, batch, NULL));
+        check(tq_batch_attend(batch, layer, &rows, NULL));
         for (int i = 0; i < n * N_EMBD; i++) x[i] += out[i];
     }
+    check(tq_batch_end(batch));
     for (int i = 0; i < n; i++) {
         float best = -INFINITY;
         for (int token = 0; token < N_VOCAB; token++) {
@@ -62,16 +59,6 @@ static void step(tq_cache *cache, tq_attend_batch *batch, const int64_t *slots, 
             if (logit > best) best = logit;
         }
     }
-}
-
-/* Room for n tokens more, and the slots that they will take. */
-static void reserve(tq_cache *cache, int32_t seq, int64_t n, int64_t *slots)
-{
-    int32_t table[PAGES_MAX];
-    int64_t first = tq_cache_length(cache, seq, 0);
-    check(tq_cache_reserve(cache, seq, n));
-    check(tq_cache_page_table(cache, seq, table, PAGES_MAX, NULL));
-    for (int64_t i = 0; i < n; i++) slots[i] = (int64_t)table[(first + i) / PAGE_SIZE] * PAGE_SIZE + (first + i) % PAGE_SIZE;
 }
 
 int main(void)
@@ -89,38 +76,29 @@ int main(void)
     check(tq_cache_create(&cache, &shape));
 
     int32_t seqs[N_SEQ], prompt[N_PROMPT], next[N_SEQ];
-    int64_t slots[N_PROMPT], starts[N_SEQ + 1] = {0, N_PROMPT};
-    tq_attend_batch batch;
-    tq_attend_batch_default(&batch);
-    batch.seqs = seqs;
-    batch.query_starts = starts;
-    batch.params.n_head = N_HEAD;
-    batch.params.q_token_stride = batch.params.out_token_stride = N_EMBD;
-    batch.params.q_head_stride = batch.params.out_head_stride = HEAD_DIM;
-    batch.params.softmax_scale = 0.125f; /* 1 / sqrt(HEAD_DIM) */
-    batch.params.causal = true;
+    const int64_t all = N_PROMPT, each[N_SEQ] = {1, 1, 1, 1};
+    tq_batch *prefill = NULL, *decode = NULL;
+    check(tq_batch_create(&prefill, cache, 1));
+    check(tq_batch_create(&decode, cache, N_SEQ));
 
     /* The prompt runs once; the others fork from it and begin with a token of their own. */
     for (int i = 0; i < N_PROMPT; i++) prompt[i] = rand() % N_VOCAB;
     check(tq_cache_seq_create(cache, &seqs[0]));
-    reserve(cache, seqs[0], N_PROMPT, slots);
-    batch.n_seq = 1;
-    step(cache, &batch, slots, prompt, N_PROMPT);
+    step(prefill, seqs, &all, prompt, N_PROMPT);
     for (int s = 0; s < N_SEQ; s++) {
         if (s > 0) check(tq_cache_seq_fork(cache, seqs[0], &seqs[s]));
         next[s] = (prompt[N_PROMPT - 1] + s) % N_VOCAB;
-        starts[s + 1] = s + 1;
     }
-    batch.n_seq = N_SEQ;
     for (int i = 0; i < N_NEW; i++) {
-        for (int s = 0; s < N_SEQ; s++) reserve(cache, seqs[s], 1, &slots[s]);
-        step(cache, &batch, slots, next, N_SEQ);
+        step(decode, seqs, each, next, N_SEQ);
         for (int s = 0; s < N_SEQ; s++) printf("%4d%s", (int)next[s], s == N_SEQ - 1 ? "\n" : "");
     }
     tq_cache_stats stats;
     check(tq_cache_get_stats(cache, &stats));
     printf("%d sequences of %d tokens: %d pages, %d of them shared; %zu bytes in all\n", (int)stats.n_sequences,
            N_PROMPT + N_NEW, (int)stats.n_pages_used, (int)stats.n_pages_shared, stats.allocated_bytes);
+    tq_batch_free(prefill);
+    tq_batch_free(decode);
     tq_cache_free(cache);
     return 0;
 }

@@ -295,7 +295,7 @@ TQ_API tq_format tq_key_guard(tq_format wanted, float spread);
  * tokens; a page that is shared is copied before one of them writes to it.
  *
  * Threads: any number may use one cache, each sequence one thread at a time (several may attend to it while none changes it).
- * tq_cache_append_slots and tq_cache_attend_batch use the sequences that they name. Results are those of one thread.
+ * Results are those of one thread.
  *
  * fork(): a child has a cache of its own with what the parent's holds, whatever the parent's threads are doing; of a sequence
  * that one of them was changing it can only free its copy. With an offload file, which the two would share, there is no such
@@ -304,8 +304,8 @@ TQ_API tq_format tq_key_guard(tq_format wanted, float spread);
 typedef struct tq_cache tq_cache;
 /*
  * Where keys and values are. In a CUDA device's memory (the current one of the thread that creates the cache, and of every
- * call) they have the same bytes and exact tokens, and batches are the way in and out: append, prefill, attend, slots and dry
- * runs are the CPU's.
+ * call) they have the same bytes and exact tokens, and batches are the way in and out: append, prefill, attend and dry runs are
+ * the CPU's.
  */
 typedef enum tq_device_kind { TQ_DEVICE_CPU = 0, TQ_DEVICE_CUDA = 1 } tq_device_kind;
 /* A host's allocator of device memory, aligned to 128 bytes; alloc gives NULL if memory has run out. Called by any thread that
@@ -389,7 +389,7 @@ TQ_API TQ_NODISCARD tq_status tq_cache_seq_free(tq_cache *cache, int32_t seq);
  * Append n_tok tokens to one layer: k [n_tok, n_head_kv, head_dim], v [n_tok, n_head_kv, head_dim_v], contiguous. Layers
  * advance independently. Errors: ARGUMENT, RANGE, NOT_FINITE (the log names layer, head and position), FULL, MEMORY; then
  * nothing was appended. executor may be NULL. In a dry run k and v are not read, and may be NULL. What needs the vectors
- * (tq_cache_append_slots, attending, reading, saving, loading) is an ARGUMENT error there.
+ * (attending, batches, reading, saving, loading) is an ARGUMENT error there.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_append(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
                                               const float *v, const tq_executor *executor);
@@ -419,28 +419,6 @@ TQ_API TQ_NODISCARD tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_page_table(tq_cache *cache, int32_t seq, int32_t *page_table, int32_t room,
                                                   int32_t *n_pages);
-/*
- * Append or replace tokens of several sequences at once: row i goes to slot_mapping[i] = page * page_size + offset, or nowhere
- * if that is negative. A slot lies in a page that tq_cache_reserve has made a sequence's own, and is a position that exists (it
- * is replaced, and stays exact or encoded) or the next to append, in the order of rows. k, v as in tq_cache_append, n_tok rows
- * of each. Errors: ARGUMENT, RANGE, NOT_FINITE, FULL, MEMORY; then nothing was written.
- */
-TQ_API TQ_NODISCARD tq_status tq_cache_append_slots(tq_cache *cache, int32_t layer, int64_t n_tok, const int64_t *slot_mapping,
-                                                    const float *k, const float *v, const tq_executor *executor);
-/* Attention of several sequences, each with queries of its own. Query rows query_starts[i] .. query_starts[i + 1] - 1 belong to
- * sequence seqs[i] and are its last positions: a decode step has one, a speculative one several, prefill many. */
-typedef struct tq_attend_batch {
-    size_t struct_size;
-    int32_t n_seq;               /* at most 65536 */
-    const int32_t *seqs;         /* [n_seq] */
-    const int64_t *query_starts; /* [n_seq + 1], ascending from 0 */
-    const int64_t *seq_lens;     /* optional [n_seq]: see only so many tokens, at least the queries */
-    tq_attend_params params;     /* for all; n_query and first_pos are set for each sequence; no mask, no stages */
-} tq_attend_batch;
-TQ_API void tq_attend_batch_default(tq_attend_batch *batch);
-/* Errors: ARGUMENT, RANGE, SHAPE, MEMORY. */
-TQ_API TQ_NODISCARD tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_batch *batch,
-                                                    const tq_executor *executor);
 /*
  * Keep the first n_tok tokens of every layer. Of the last n_recent that stay, those are exact again that were when the sequence
  * was longest less n_take_back (a sequence that was loaded or imported begins with n_recent); what else was encoded stays

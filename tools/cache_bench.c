@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* tq cache bench: one layer's decode attention on pages, beside a contiguous store and for a batch of sequences. */
+/* tq cache bench: one layer's decode attention on pages, beside a contiguous store and for many sequences. */
 #define _XOPEN_SOURCE 700 /* sync */
 
 #include <getopt.h>
@@ -17,7 +17,7 @@ static const char help[] =
     "interleaved, as CSV. F is a preset, a format or two for keys and values (tt4/tt3).\n"
     "  store       one sequence of N tokens (32768) in a contiguous store\n"
     "  paged       the same in a cache\n"
-    "  ragged      a batch of N sequences (64) of different lengths, together as many tokens as that one\n"
+    "  ragged      N sequences (64) of different lengths, together as many tokens as that one, one after the other\n"
     "  offloaded   with --offload: the long one with memory for a quarter of its pages and a file for the others\n"
     "  from_disk   its first call, after the system's cache of files was dropped (as root)\n\n"
     "Columns: name, us_median, us_min, us_max, bytes (of codes, scales and exact tokens that are read), gb_per_s, ratio (of\n"
@@ -35,7 +35,6 @@ typedef struct bench {
     tq_store *stores[2]; /* keys and values */
     void *memory[2];
     int32_t long_seq, offloaded_seq, *seqs;
-    int64_t *starts;
     float *rows, *q, *out;
     double us[CASES][ROUNDS_MAX];
 } bench;
@@ -73,37 +72,33 @@ static tq_status fill_store(bench *b, int side)
 }
 
 /* Lengths from 1/4 to 7/4 of the mean, in an order that is neither rising nor falling. */
-static tq_status fill_batch(bench *b)
+static tq_status fill_ragged(bench *b)
 {
     tq_status status = TQ_OK;
     for (int64_t i = 0; i < b->n_seq && status == TQ_OK; i++) {
         int64_t mean = b->context / b->n_seq, step = i * 29 % b->n_seq;
         status =
             fill_sequence(b, b->cache, &b->seqs[i], mean / 4 + (b->n_seq > 1 ? mean * 3 / 2 * step / (b->n_seq - 1) : 0) + 1);
-        b->starts[i + 1] = i + 1;
     }
     return status;
 }
 
 static tq_status run_case(bench *b, int i_case)
 {
-    tq_attend_batch batch;
-    tq_attend_batch_default(&batch);
-    batch.n_seq = (int32_t)b->n_seq;
-    batch.seqs = b->seqs;
-    batch.query_starts = b->starts;
-    tq_attend_params *p = &batch.params;
-    p->n_query = 1;
-    p->n_head = N_HEAD;
-    p->q = b->q;
-    p->out = b->out;
-    p->q_head_stride = p->out_head_stride = HEAD_DIM;
-    p->q_token_stride = p->out_token_stride = N_HEAD * HEAD_DIM;
-    p->softmax_scale = 0.088388f;
-    if (i_case == 0) return tq_store_attend(b->stores[0], b->stores[1], b->context, p, &b->executor);
-    if (i_case == 1) return tq_cache_attend(b->cache, b->long_seq, 0, p, &b->executor);
-    if (i_case == 3) return tq_cache_attend(b->offloaded, b->offloaded_seq, 0, p, &b->executor);
-    return tq_cache_attend_batch(b->cache, 0, &batch, &b->executor);
+    tq_attend_params p = {.struct_size = sizeof p, .n_query = 1, .n_head = N_HEAD, .q = b->q, .out = b->out};
+    p.q_head_stride = p.out_head_stride = HEAD_DIM;
+    p.q_token_stride = p.out_token_stride = N_HEAD * HEAD_DIM;
+    if (i_case == 0) return tq_store_attend(b->stores[0], b->stores[1], b->context, &p, &b->executor);
+    if (i_case == 1) return tq_cache_attend(b->cache, b->long_seq, 0, &p, &b->executor);
+    if (i_case == 3) return tq_cache_attend(b->offloaded, b->offloaded_seq, 0, &p, &b->executor);
+    /* What a pass of tq_batch_* does on the CPU for so many sequences, without its appends: all threads for each in turn. */
+    tq_status status = TQ_OK;
+    for (int64_t i = 0; i < b->n_seq && status == TQ_OK; i++) {
+        status = tq_cache_attend(b->cache, b->seqs[i], 0, &p, &b->executor);
+        p.q += p.q_token_stride;
+        p.out += p.out_token_stride;
+    }
+    return status;
 }
 
 /* What attention reads of a sequence: codes and scales, and what is exact. References are not counted. */
@@ -179,7 +174,7 @@ static tq_status run(bench *b)
         from_disk = 1e6 * (bench_now() - started);
     }
     for (int side = 0; side < 2 && status == TQ_OK; side++) status = fill_store(b, side);
-    if (status == TQ_OK) status = fill_batch(b);
+    if (status == TQ_OK) status = fill_ragged(b);
     for (int64_t round = -2; round < b->n_rounds && status == TQ_OK; round++) {
         for (int i = 0; i < n_cases && status == TQ_OK; i++) {
             double started = bench_now();
@@ -234,8 +229,7 @@ int cmd_cache_bench(int argc, char **argv)
     b.q = malloc(n_q * sizeof *b.q);
     b.out = malloc(n_q * sizeof *b.out);
     b.seqs = calloc((size_t)b.n_seq, sizeof *b.seqs);
-    b.starts = calloc((size_t)b.n_seq + 1, sizeof *b.starts);
-    if (status == TQ_OK && !(b.rows && b.q && b.out && b.seqs && b.starts)) status = TQ_ERR_MEMORY;
+    if (status == TQ_OK && !(b.rows && b.q && b.out && b.seqs)) status = TQ_ERR_MEMORY;
     if (status == TQ_OK) {
         for (int i = 0; i < CHUNK * ROW; i++) b.rows[i] = (float)rand() / (float)RAND_MAX - 0.5f;
         for (size_t i = 0; i < n_q; i++) b.q[i] = (float)rand() / (float)RAND_MAX - 0.5f;
@@ -251,6 +245,5 @@ int cmd_cache_bench(int argc, char **argv)
     free(b.q);
     free(b.out);
     free(b.seqs);
-    free(b.starts);
     return status == TQ_OK ? 0 : tool_error(1, "cache bench: %s", tq_status_string(status));
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import turboquant
+from turboquant._library import BatchRows
 
 N_HEAD, N_HEAD_KV, HEAD_DIM = 6, 2, 64
 CALIBRATION = Path(__file__).parents[2] / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
@@ -117,19 +118,26 @@ def test_without_checkpoints_nothing_is_published(rng):
         make(1, checkpoint_stride=100)
 
 
-def test_batches(rng):
-    cache, page_size = make(1), 128
-    seqs, lengths = [cache.seq_create() for _ in range(3)], [5, 130, 257]
+def test_batches_are_prefills(rng):
+    """A pass of sequences of different lengths, with one token or several, next to prefills of their forks."""
+    cache, lengths, n_tok = make(1), [5, 130, 257], [1, 3, 1]
+    seqs = [cache.seq_create() for _ in lengths]
     for seq, n in zip(seqs, lengths):
         cache.append(seq, 0, vectors(rng, n), vectors(rng, n))
-        cache.reserve(seq, 1)
-    slots = [cache.page_table(seq)[n // page_size] * page_size + n % page_size for seq, n in zip(seqs, lengths)]
-    cache.append_slots(0, slots, vectors(rng, 3), vectors(rng, 3))
-    q = vectors(rng, 3, N_HEAD)
-    out = cache.attend_batch(0, seqs, [0, 1, 2, 3], q)
-    for i, seq in enumerate(seqs):
-        assert cache.length(seq) == lengths[i] + 1
-        np.testing.assert_allclose(out[i : i + 1], cache.attend(seq, 0, q[i : i + 1]), atol=2e-6)
+    forks = [cache.seq_fork(seq) for seq in seqs]
+    q, k, v = vectors(rng, sum(n_tok), N_HEAD), vectors(rng, sum(n_tok)), vectors(rng, sum(n_tok))
+    out, batch = np.zeros_like(q), turboquant.Batch(cache, len(seqs))
+    rows = BatchRows()
+    rows.q, rows.k, rows.v, rows.out = (x.ctypes.data for x in (q, k, v, out))
+    batch.begin(seqs, n_tok, N_HEAD)
+    batch.attend(0, rows)
+    batch.end()
+    ends = np.cumsum(n_tok)
+    for i, (seq, fork) in enumerate(zip(seqs, forks)):
+        own = slice(ends[i] - n_tok[i], ends[i])
+        np.testing.assert_allclose(out[own], cache.prefill(fork, 0, q[own], k[own], v[own]), atol=2e-6)
+        assert cache.length(seq) == lengths[i] + n_tok[i]
+        assert all(np.array_equal(x, y) for x, y in zip(cache.read(seq, 0), cache.read(fork, 0)))
 
 
 def test_save_and_load(rng, tmp_path):
@@ -321,9 +329,7 @@ def integer_arguments():
         "prefill seq": lambda c, x: c.prefill(x, 0, q, zeros, zeros), "prefill": lambda c, x: c.prefill(0, x, q, zeros, zeros),
         "read seq": lambda c, x: c.read(x, 0), "read layer": lambda c, x: c.read(0, x),
         "reserve": lambda c, x: c.reserve(x, 1), "page_table": lambda c, x: c.page_table(x),
-        "append_slots": lambda c, x: c.append_slots(x, [0], zeros, zeros),
-        "attend_batch": lambda c, x: c.attend_batch(x, [0], [0, 1], q),
-        "attend_batch seqs": lambda c, x: c.attend_batch(0, [x], [0, 1], q),
+        "Batch": lambda c, x: turboquant.Batch(c, x), "batch seqs": lambda c, x: turboquant.Batch(c, 1).begin([x], [1], N_HEAD),
         "seq_export": lambda c, x: c.seq_export(x), "save": lambda c, x: c.save("unused.tqs", [x]),
     }
     wide = {
@@ -331,6 +337,7 @@ def integer_arguments():
         "first_pos": lambda c, x: c.attend(0, 0, q, causal=True, first_pos=x),
         "window": lambda c, x: c.attend(0, 0, q, window=x), "read first": lambda c, x: c.read(0, 0, x, 1),
         "read n": lambda c, x: c.read(0, 0, 0, x), "reserve n_tok": lambda c, x: c.reserve(0, x),
+        "batch n_tok": lambda c, x: turboquant.Batch(c, 1).begin([0], [x], N_HEAD),
         "first_page": lambda c, x: c.seq_export(0, x), "seed": lambda c, x: make(seed=x),
         "Codec": lambda c, x: turboquant.Codec("sq4", 64, x), "budget_bytes": lambda c, x: make(budget_bytes=x),
         "offload_bytes": lambda c, x: make(offload_folder=".", offload_bytes=x), "max_tok": lambda c, x: make(max_tok=x),

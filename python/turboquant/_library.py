@@ -123,13 +123,6 @@ class AttendParams(_Struct):
     ]
 
 
-class AttendBatch(_Struct):
-    _fields_ = [
-        ("struct_size", c_size_t), ("n_seq", c_int32), ("seqs", c_void_p), ("query_starts", c_void_p),
-        ("seq_lens", c_void_p), ("params", AttendParams),
-    ]
-
-
 class CacheParams(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_layer", c_int32), ("n_head_kv", c_int32), ("head_dim", c_int32),
@@ -231,7 +224,7 @@ class CudaAttendParams(_Struct):
 
 STRUCTS = {
     "tq_format_info": FormatInfo, "tq_preset": Preset, "tq_executor": Executor, "tq_openmp": OpenMP,
-    "tq_attend_params": AttendParams, "tq_attend_batch": AttendBatch, "tq_cache_params": CacheParams,
+    "tq_attend_params": AttendParams, "tq_cache_params": CacheParams,
     "tq_allocator": Allocator, "tq_batch_rows": BatchRows,
     "tq_cache_stats": CacheStats, "tq_calibration_info": CalibrationInfo, "tq_snapshot_info": SnapshotInfo,
     "tq_cuda_info": CudaInfo, "tq_paged_store": CudaStore, "tq_paged_sizes": CudaSizes,
@@ -285,8 +278,6 @@ _FALLIBLE = {
     "tq_cache_prefill": [c_void_p, _SEQ, _LAYER, _N_TOK, c_void_p, c_void_p, POINTER(AttendParams), POINTER(Executor)],
     "tq_cache_reserve": [c_void_p, _SEQ, _N_TOK],
     "tq_cache_page_table": [c_void_p, _SEQ, c_void_p, _ROOM, POINTER(c_int32)],
-    "tq_cache_append_slots": [c_void_p, _LAYER, _N_TOK, c_void_p, c_void_p, c_void_p, POINTER(Executor)],
-    "tq_cache_attend_batch": [c_void_p, _LAYER, POINTER(AttendBatch), POINTER(Executor)],
     "tq_cache_trim": [c_void_p, _SEQ, _N_TOK],
     "tq_cache_read": [c_void_p, _SEQ, _LAYER, _FIRST, _N, c_void_p, c_void_p],
     "tq_cache_get_stats": [c_void_p, POINTER(CacheStats)],
@@ -319,7 +310,6 @@ _OTHER = {
     "tq_preset_find": (POINTER(Preset), [c_char_p]),
     "tq_key_guard": (ctypes.c_int, [_FORMAT, c_float]),
     "tq_calibration_free": (None, [c_void_p]),
-    "tq_attend_batch_default": (None, [POINTER(AttendBatch)]),
     "tq_cache_params_set_preset": (None, [POINTER(CacheParams), POINTER(Preset)]),
     "tq_cache_length": (c_int64, [c_void_p, _SEQ, _LAYER]),
     "tq_batch_free": (None, [c_void_p]),

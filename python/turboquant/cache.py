@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import _threads
-from ._library import (Allocator, AttendBatch, AttendParams, BatchRows, CacheParams, CacheStats, CalibrationInfo, SnapshotInfo,
+from ._library import (Allocator, AttendParams, BatchRows, CacheParams, CacheStats, CalibrationInfo, SnapshotInfo,
                        integer, lib)
 from .buffers import address, floats, integers, raw_bytes, writable
 from .errors import ArgumentError, RangeError
@@ -409,7 +409,7 @@ class Cache:
         lib.tq_cache_read(self._handle, seq, layer, first, n, address(k), address(v))
         return k, v
 
-    # ---- batches of sequences ----
+    # ---- room ----
 
     def reserve(self, seq: int, n_tok: int) -> None:
         """Make room for n_tok tokens more in every layer; appending them cannot fail for want of memory then."""
@@ -422,40 +422,6 @@ class Cache:
         table = np.empty(n.value, np.int32)
         lib.tq_cache_page_table(self._handle, seq, address(table), n.value, None)
         return table
-
-    def append_slots(self, layer: int, slot_mapping: Any, k: Any, v: Any) -> None:
-        """Append or replace tokens of several sequences: row i goes to slot page * page_size + offset; negative: nowhere."""
-        keys, values = self._rows(k, v)
-        slots = integers(slot_mapping, np.int64, "slot_mapping")
-        if len(slots) != len(keys):
-            raise ArgumentError(f"slot_mapping: has {len(slots)} slots and k {len(keys)} tokens; give as many")
-        with self._executor() as executor:
-            lib.tq_cache_append_slots(self._handle, layer, len(keys), address(slots), address(keys), address(values),
-                                      executor)
-
-    def attend_batch(self, layer: int, seqs: Any, query_starts: Any, q: Any, *, seq_lens: Any = None, window: int = 0,
-                     softmax_scale: float | None = None, softcap: float = 0.0, sinks: Any = None, out: Any = None,
-                     lse: Any = None) -> np.ndarray:
-        """
-        Causal attention of several sequences. Rows query_starts[i] to query_starts[i + 1] - 1 of q [n_query, n_head, head_dim]
-        are the last positions of sequence seqs[i]. Returns as attend does.
-        """
-        ids, starts = integers(seqs, np.int32, "seqs"), integers(query_starts, np.int64, "query_starts")
-        params, result, kept = self._attention(q, out, softmax_scale, softcap, sinks, lse)
-        if len(starts) != len(ids) + 1 or (len(starts) and starts[-1] != params.n_query):
-            raise ArgumentError(f"query_starts: give {len(ids) + 1} numbers from 0 to {params.n_query}")
-        params.causal, params.window = True, window
-        batch = AttendBatch()
-        lib.tq_attend_batch_default(ctypes.byref(batch))
-        batch.n_seq, batch.seqs, batch.query_starts, batch.params = len(ids), address(ids), address(starts), params
-        if seq_lens is not None:
-            kept.append(integers(seq_lens, np.int64, "seq_lens"))
-            if len(kept[-1]) != len(ids):
-                raise ArgumentError(f"seq_lens: has {len(kept[-1])} numbers; give {len(ids)}")
-            batch.seq_lens = address(kept[-1])
-        with self._executor() as executor:
-            lib.tq_cache_attend_batch(self._handle, layer, ctypes.byref(batch), executor)
-        return result
 
     def set_stream(self, stream: int) -> None:
         """The CUDA stream, a cudaStream_t, on which the calls of a cache on such a device work from now on."""

@@ -7,15 +7,12 @@
 
 #include "api/checks.h"
 #include "base/params.h"
-#include "base/alloc.h"
 #include "base/log.h"
 #include "cache/calibration.h"
 #include "cache/cache.h"
-#include "cache/slots.h"
 
 #define WHO "cache"
 #define LAYERS_MAX 65536
-#define BATCH_MAX 65536 /* sequences */
 #define PAGE_SIZE_MIN 16
 #define PAGE_SIZE_MAX 256
 #define PAGE_SIZE_DEFAULT 128
@@ -142,14 +139,6 @@ void tq_cache_free(tq_cache *cache)
     if (cache) tq_cache_destroy(cache);
 }
 
-/* For work without the lock: the sequence's record stays where it is until the sequence is freed. */
-static tq_status find_sequence(tq_cache *cache, int32_t seq, tq_sequence **out)
-{
-    TQ_TRY(tq_check_sequence(WHO, cache, seq, out));
-    tq_cache_unlock(cache);
-    return TQ_OK;
-}
-
 static tq_status check_vectors(const tq_cache *cache)
 {
     TQ_TRY(tq_check_cache(cache));
@@ -180,9 +169,11 @@ static int32_t value_dim(const tq_cache *cache, int32_t layer)
     return tq_shape_side(&cache->shape, layer, TQ_SIDE_V)->codec->head_dim;
 }
 
+/* For work without the lock: the sequence's record stays where it is until the sequence is freed. */
 static tq_status find_layer(tq_cache *cache, int32_t seq, int32_t layer, tq_sequence **out)
 {
-    TQ_TRY(find_sequence(cache, seq, out));
+    TQ_TRY(tq_check_sequence(WHO, cache, seq, out));
+    tq_cache_unlock(cache);
     return check_layer(cache, layer);
 }
 
@@ -321,7 +312,7 @@ tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok)
     TQ_TRY(tq_check_sequence(WHO, cache, seq, &sequence));
     tq_status status = n_tok > (int64_t)cache->pool.n_pages * cache->shape.page_size ? TQ_ERR_FULL : TQ_OK;
     if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, -1, n_tok);
-    tq_sequence_let_go(cache, sequence, &sequence->held);
+    tq_sequence_let_go(cache, sequence);
     report(cache, status, "reserve");
     tq_cache_unlock(cache);
     return status;
@@ -421,55 +412,6 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
     return status;
 }
 
-/* As check_rows, of the rows that have a slot. */
-static tq_status check_slot_rows(const tq_cache *cache, int32_t layer, const int64_t *slots, int64_t n, const float *k,
-                                 const float *v)
-{
-    for (int64_t i = 0; i < n; i++) {
-        if (slots[i] < 0) continue;
-        int64_t k_row = (int64_t)cache->shape.n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->codec->head_dim;
-        int64_t v_row = (int64_t)cache->shape.n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_V)->codec->head_dim;
-        TQ_TRY(check_rows(cache, layer, i, 1, k + i * k_row, TQ_SIDE_K));
-        TQ_TRY(check_rows(cache, layer, i, 1, v + i * v_row, TQ_SIDE_V));
-    }
-    return TQ_OK;
-}
-
-tq_status tq_cache_append_slots(tq_cache *cache, int32_t layer, int64_t n_tok, const int64_t *slot_mapping, const float *k,
-                                const float *v, const tq_executor *executor)
-{
-    TQ_TRY(check_host(cache));
-    TQ_TRY(check_vectors(cache));
-    TQ_TRY(check_layer(cache, layer));
-    if (n_tok < 0 || n_tok > TQ_COUNT_MAX || (n_tok > 0 && (!slot_mapping || !k || !v))) {
-        tq_log(TQ_LOG_ERROR, WHO ": append: n_tok is out of range, or slot_mapping, k or v is NULL");
-        return TQ_ERR_ARGUMENT;
-    }
-    if (n_tok == 0) return TQ_OK;
-    TQ_TRY(check_slot_rows(cache, layer, slot_mapping, n_tok, k, v));
-    tq_slot_run *runs = tq_alloc((size_t)n_tok * sizeof *runs);
-    if (!runs) return TQ_ERR_MEMORY;
-    int64_t n_runs, bad_row = -1;
-    tq_cache_lock(cache);
-    tq_status status = tq_slots_plan(cache, layer, slot_mapping, n_tok, runs, &n_runs, &bad_row);
-    tq_cache_unlock(cache);
-    if (status == TQ_OK) {
-        int64_t started = now_ns();
-        tq_slots_write(cache, layer, runs, n_runs, k, v, executor);
-        atomic_fetch_add(&cache->encode_ns, now_ns() - started);
-        tq_slots_end_writing(cache, runs, n_runs);
-    } else if (bad_row >= 0) {
-        tq_log(TQ_LOG_ERROR,
-               WHO ": append: row %lld: slot %lld is neither a token of a sequence's own page nor its next one; see "
-                   "tq_cache_reserve",
-               (long long)bad_row, (long long)slot_mapping[bad_row]);
-    } else {
-        tq_log(TQ_LOG_ERROR, WHO ": append: %s", tq_status_string(status));
-    }
-    tq_free(runs);
-    return status;
-}
-
 tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_attend_params *params,
                           const tq_executor *executor)
 {
@@ -483,76 +425,12 @@ tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_
     tq_cpu_sequence on_cpu = tq_sequence_on_cpu(cache, sequence, layer);
     tq_kv_view keys = tq_cpu_view(&on_cpu, TQ_SIDE_K, exact_k), values = tq_cpu_view(&on_cpu, TQ_SIDE_V, exact_v);
     int64_t started = now_ns();
-    tq_cache_begin_reading(cache, &sequence, 1);
+    tq_cache_begin_reading(cache, sequence);
     tq_status status =
         tq_attend(cache->shape.kernels, &keys, &values, cache->shape.n_head_kv, sequence->length[layer], &own, executor);
-    tq_cache_end_reading(cache, &sequence, 1);
+    tq_cache_end_reading(cache, sequence);
     atomic_fetch_add(&cache->attend_ns, now_ns() - started);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": layer %d: attend: %s", (int)layer, tq_status_string(status));
-    return status;
-}
-
-void tq_attend_batch_default(tq_attend_batch *batch)
-{
-    if (!batch) return;
-    *batch = (tq_attend_batch){.struct_size = sizeof *batch};
-    batch->params = (tq_attend_params){.struct_size = sizeof batch->params, .softmax_scale = 1.0f};
-}
-
-static tq_status check_batch(const tq_cache *cache, int32_t layer, const tq_attend_batch *batch)
-{
-    if (batch->n_seq < 0 || batch->n_seq > BATCH_MAX ||
-        (batch->n_seq > 0 && (!batch->seqs || !batch->query_starts || batch->query_starts[0] != 0))) {
-        tq_log(TQ_LOG_ERROR,
-               WHO ": attend: the batch is of more than 65536 sequences, or lacks seqs or query_starts from 0 on");
-        return TQ_ERR_ARGUMENT;
-    }
-    if (batch->params.mask || batch->params.key_stage || batch->params.value_stage) {
-        tq_log(TQ_LOG_ERROR, WHO ": attend: a batch has neither mask nor stages");
-        return TQ_ERR_ARGUMENT;
-    }
-    for (int32_t i = 0; i < batch->n_seq; i++) {
-        if (batch->query_starts[i] > batch->query_starts[i + 1]) {
-            tq_log(TQ_LOG_ERROR, WHO ": attend: query_starts falls after sequence %d of the batch", (int)i);
-            return TQ_ERR_ARGUMENT;
-        }
-    }
-    int64_t n_query = batch->n_seq > 0 ? batch->query_starts[batch->n_seq] : 0;
-    return tq_check_attend(WHO, &batch->params, n_query, cache->shape.n_head_kv, value_dim(cache, layer));
-}
-
-/* Look a batch's sequences up, and check what is asked of them. */
-static tq_status find_batch(tq_cache *cache, int32_t layer, const tq_attend_batch *batch, tq_sequence **sequences)
-{
-    for (int32_t i = 0; i < batch->n_seq; i++) {
-        TQ_TRY(find_sequence(cache, batch->seqs[i], &sequences[i]));
-        int64_t length = sequences[i]->length[layer], n_query = batch->query_starts[i + 1] - batch->query_starts[i];
-        int64_t seen = batch->seq_lens ? batch->seq_lens[i] : length;
-        if (seen <= length && seen >= n_query) continue;
-        tq_log(TQ_LOG_ERROR, WHO ": attend: sequence %d has %lld tokens; %lld queries to see %lld are out of range",
-               (int)batch->seqs[i], (long long)length, (long long)n_query, (long long)seen);
-        return TQ_ERR_RANGE;
-    }
-    return TQ_OK;
-}
-
-tq_status tq_cache_attend_batch(tq_cache *cache, int32_t layer, const tq_attend_batch *batch, const tq_executor *executor)
-{
-    TQ_TRY(check_host(cache));
-    TQ_TRY(check_vectors(cache));
-    TQ_TRY(check_layer(cache, layer));
-    TQ_PARAMS(tq_attend_batch, own, batch, WHO);
-    TQ_TRY(check_batch(cache, layer, &own));
-    if (own.n_seq == 0 || own.query_starts[own.n_seq] == 0) return TQ_OK;
-    tq_sequence **sequences = tq_alloc((size_t)own.n_seq * sizeof *sequences);
-    if (!sequences) return TQ_ERR_MEMORY;
-    tq_status status = find_batch(cache, layer, &own, sequences);
-    if (status == TQ_OK) {
-        int64_t started = now_ns();
-        status = tq_slots_attend(cache, layer, sequences, &own, executor);
-        atomic_fetch_add(&cache->attend_ns, now_ns() - started);
-    }
-    tq_free(sequences);
     return status;
 }
 
@@ -608,10 +486,10 @@ tq_status tq_cache_read(tq_cache *cache, int32_t seq, int32_t layer, int64_t fir
         TQ_TRY(tq_host_copy_open(&copy, cache, sequence, first / page_size, (first + n + page_size - 1) / page_size));
     tq_cpu_sequence on_cpu =
         cache->device ? tq_host_copy_layer(&copy, cache, sequence, layer) : tq_sequence_on_cpu(cache, sequence, layer);
-    tq_cache_begin_reading(cache, &sequence, 1);
+    tq_cache_begin_reading(cache, sequence);
     if (k) read_side(&on_cpu, TQ_SIDE_K, first, n, k);
     if (v) read_side(&on_cpu, TQ_SIDE_V, first, n, v);
-    tq_cache_end_reading(cache, &sequence, 1);
+    tq_cache_end_reading(cache, sequence);
     if (cache->device) tq_host_copy_close(&copy);
     return TQ_OK;
 }

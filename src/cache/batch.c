@@ -86,7 +86,7 @@ static tq_status reserve(tq_batch *batch)
         tq_sequence *sequence = batch->sequences[i];
         tq_status status = batch->n_tok[i] > (int64_t)cache->pool.n_pages * cache->shape.page_size ? TQ_ERR_FULL : TQ_OK;
         if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, -1, batch->n_tok[i]);
-        tq_sequence_let_go(cache, sequence, &sequence->held);
+        tq_sequence_let_go(cache, sequence);
         if (status == TQ_OK) continue;
         tq_log(TQ_LOG_ERROR, WHO ": %lld tokens for sequence %d: %s; %d of %d pages can be had, %zu bytes are in use",
                (long long)batch->n_tok[i], (int)batch->seqs[i], tq_status_string(status),

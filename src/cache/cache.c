@@ -224,30 +224,27 @@ void tq_cache_drop_factors(tq_cache *cache, int32_t layer, int8_t *copy)
     if (copy && !is_used) tq_budget_free(&cache->budget, copy, factors_bytes(cache));
 }
 
-static void hold_pages(tq_cache *cache, tq_sequence *const *sequences, int32_t n,
-                       void (*act)(tq_page_pool *, const int32_t *, int64_t))
+void tq_cache_begin_reading(tq_cache *cache, const tq_sequence *sequence)
 {
     if (!cache->pool.offload) return;
     tq_cache_lock(cache);
-    for (int32_t i = 0; i < n; i++) act(&cache->pool, sequences[i]->page_table, sequences[i]->n_pages);
+    tq_page_pool_use(&cache->pool, sequence->page_table, sequence->n_pages);
     tq_cache_unlock(cache);
 }
 
-void tq_cache_begin_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n)
+void tq_cache_end_reading(tq_cache *cache, const tq_sequence *sequence)
 {
-    hold_pages(cache, sequences, n, tq_page_pool_use);
-}
-
-void tq_cache_end_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n)
-{
-    hold_pages(cache, sequences, n, tq_page_pool_unpin);
+    if (!cache->pool.offload) return;
+    tq_cache_lock(cache);
+    tq_page_pool_unpin(&cache->pool, sequence->page_table, sequence->n_pages);
+    tq_cache_unlock(cache);
 }
 
 void tq_cache_end_writing(tq_cache *cache, tq_sequence *sequence)
 {
     if (!cache->pool.offload) return;
     tq_cache_lock(cache);
-    tq_sequence_let_go(cache, sequence, &sequence->held);
+    tq_sequence_let_go(cache, sequence);
     tq_cache_unlock(cache);
 }
 

@@ -44,24 +44,19 @@ typedef struct tq_checkpoint {
     int32_t n_layers;     /* that have been here, with all of their newest n_recent tokens exact */
 } tq_checkpoint;
 
-/* Pages [begin, end) of a sequence's table that are pinned in memory, to be written; none: 0 and 0. */
-typedef struct tq_held_pages {
-    int32_t begin, end;
-} tq_held_pages;
-
 typedef struct tq_sequence {
     int32_t id;
     int32_t *page_table;
     int32_t n_pages, page_capacity;
-    tq_exact_data *exact;       /* NULL if no side has any */
-    int32_t n_published;        /* pages whose content is known to the prefix index */
-    uint64_t published;         /* the number of the last one's publication */
-    tq_held_pages held;         /* by a reservation */
+    tq_exact_data *exact; /* NULL if no side has any */
+    int32_t n_published;  /* pages whose content is known to the prefix index */
+    uint64_t published;   /* the number of the last one's publication */
+    /* Pages [held_begin, held_end) of the table are pinned in memory by a reservation, to be written; none: 0 and 0. */
+    int32_t held_begin, held_end;
     tq_checkpoint *checkpoints; /* [n_checkpoints]: number i at (i + 1) * checkpoint_stride tokens */
     int32_t n_checkpoints;
     /* Tokens from here on depend on some that were taken back and that nothing remembers exactly: they are not published. */
     int64_t sound_end;
-    int64_t pending;      /* tokens that a batch of slots is about to bring */
     int64_t *length;      /* [n_layer] */
     int64_t *ring_begin;  /* [n_layer, TQ_N_SIDES] */
     int64_t *exact_begin; /* [n_layer, TQ_N_SIDES] */
@@ -133,9 +128,9 @@ tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *fa
 void tq_cache_need_factors(const tq_cache *cache, int32_t layer, const int8_t *factors, tq_need *need);
 tq_status tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy);
 void tq_cache_drop_factors(tq_cache *cache, int32_t layer, int8_t *copy);
-/* Around reading pages: they stay where they are in between. No sequence's table may change meanwhile. Locks. */
-void tq_cache_begin_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);
-void tq_cache_end_reading(tq_cache *cache, tq_sequence *const *sequences, int32_t n);
+/* Around reading pages: they stay where they are in between. The sequence's table may not change meanwhile. Locks. */
+void tq_cache_begin_reading(tq_cache *cache, const tq_sequence *sequence);
+void tq_cache_end_reading(tq_cache *cache, const tq_sequence *sequence);
 /* After writing to a sequence what was held for it. Locks. */
 void tq_cache_end_writing(tq_cache *cache, tq_sequence *sequence);
 /* Locked. */
@@ -180,9 +175,8 @@ tq_status tq_sequence_grow_table(tq_cache *cache, tq_sequence *sequence, int64_t
 tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
 /* What reserving needs; n_tok of -1: exact data of its own. */
 void tq_sequence_need(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, tq_need *need);
-/* Hold pages [begin, end) of the table, and what lies between them and those held. Errors: FULL, MEMORY, IO. */
-tq_status tq_sequence_hold(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held, int64_t begin, int64_t end);
-void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held);
+/* What is held for it. */
+void tq_sequence_let_go(tq_cache *cache, tq_sequence *sequence);
 /* Errors: FULL, MEMORY. */
 tq_status tq_sequence_own_exact(tq_cache *cache, tq_sequence *sequence);
 /* A layer of it as the CPU's functions take it; valid until the sequence changes. */
@@ -205,8 +199,8 @@ void tq_checkpoint_pass(const tq_cache *cache, tq_sequence *sequence, int32_t la
 tq_status tq_checkpoints_catch_up(tq_cache *cache, tq_sequence *sequence, int64_t before);
 /* The exact data of a checkpoint that all layers have been at, which the caller owns then; NULL if they do not exist. */
 tq_exact_data *tq_checkpoint_take(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
-/* Forget those of more than `first` and at most `last` tokens. */
-void tq_checkpoints_drop(tq_cache *cache, tq_sequence *sequence, int64_t first, int64_t last);
+/* Forget those of more than n_tok tokens. */
+void tq_checkpoints_drop(tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
 /* Forget all, and their table. */
 void tq_checkpoints_close(tq_cache *cache, tq_sequence *sequence);
 /* Exact data that no sequence has any more. NULL is fine. */

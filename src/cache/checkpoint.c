@@ -144,11 +144,10 @@ void tq_checkpoint_release(tq_cache *cache, tq_exact_data *exact)
     cache->n_checkpoints--;
 }
 
-void tq_checkpoints_drop(tq_cache *cache, tq_sequence *sequence, int64_t first, int64_t last)
+void tq_checkpoints_drop(tq_cache *cache, tq_sequence *sequence, int64_t n_tok)
 {
     if (!has_checkpoints(cache)) return;
-    for (int64_t i = first / cache->checkpoint_stride; i < sequence->n_checkpoints; i++) {
-        if (i + 1 > last / cache->checkpoint_stride) break;
+    for (int64_t i = n_tok / cache->checkpoint_stride; i < sequence->n_checkpoints; i++) {
         tq_checkpoint_release(cache, sequence->checkpoints[i].exact);
         sequence->checkpoints[i] = (tq_checkpoint){0};
     }
@@ -156,7 +155,7 @@ void tq_checkpoints_drop(tq_cache *cache, tq_sequence *sequence, int64_t first, 
 
 void tq_checkpoints_close(tq_cache *cache, tq_sequence *sequence)
 {
-    tq_checkpoints_drop(cache, sequence, 0, INT64_MAX);
+    tq_checkpoints_drop(cache, sequence, 0);
     tq_budget_free(&cache->budget, sequence->checkpoints, (size_t)sequence->n_checkpoints * sizeof *sequence->checkpoints);
     sequence->checkpoints = NULL;
     sequence->n_checkpoints = 0;

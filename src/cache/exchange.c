@@ -71,14 +71,10 @@ tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_t
     }
     /* Nothing fails from here on. */
     for (int32_t i = n_before; i > first_page; i--) tq_page_pool_release(&cache->pool, sequence->page_table[i - 1]);
-    for (int32_t i = first_page; i < first_page + n_new; i++) {
-        int32_t page = sequence->page_table[n_before + i - first_page];
-        sequence->page_table[i] = page;
-        cache->pool.pages[page].owner = sequence->id;
-        cache->pool.pages[page].index = i;
-    }
+    for (int32_t i = first_page; i < first_page + n_new; i++)
+        sequence->page_table[i] = sequence->page_table[n_before + i - first_page];
     sequence->n_pages = first_page + n_new;
-    tq_checkpoints_drop(cache, sequence, (int64_t)first_page * cache->shape.page_size, INT64_MAX);
+    tq_checkpoints_drop(cache, sequence, (int64_t)first_page * cache->shape.page_size);
     if (sequence->n_published > first_page) sequence->n_published = 0;
     for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
         const tq_side *side = &cache->shape.sides[i];

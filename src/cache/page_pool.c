@@ -233,7 +233,7 @@ tq_status tq_page_pool_acquire(tq_page_pool *pool, int32_t *page)
     int32_t frame;
     TQ_TRY(take_frame(pool, &frame));
     int32_t id = pool->free_pages[--pool->n_free];
-    pool->pages[id] = (tq_page){.n_refs = 1, .older = -1, .newer = -1, .owner = -1, .used_at = ++pool->clock};
+    pool->pages[id] = (tq_page){.n_refs = 1, .older = -1, .newer = -1, .used_at = ++pool->clock};
     place(pool, id, frame);
     *page = id;
     /* Else a snapshot of one sequence could show what another left behind. */

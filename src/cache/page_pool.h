@@ -35,7 +35,6 @@ void tq_budget_free(tq_budget *budget, void *p, size_t bytes);
 typedef struct tq_page {
     int32_t n_refs;
     int32_t older, newer; /* neighbours among the kept pages, -1 at the ends */
-    int32_t owner, index; /* the sequence that last got it to write, and its place there; holds only while n_refs is 1 */
     int32_t frame, slot;  /* where it lies: in memory or in the file; the other one is -1, both if it is free */
     int32_t n_pins;
     bool is_known;      /* its content is published: to be kept rather than freed, and not to be written */

@@ -10,9 +10,9 @@ tq_status tq_sequence_prefill(tq_cache *cache, tq_sequence *sequence, int32_t la
     TQ_TRY(tq_cpu_prefill_begin(&prefill, &on_cpu, n_tok, k, v));
     tq_sequence_append(cache, sequence, layer, n_tok, k, v, executor);
     on_cpu = tq_sequence_on_cpu(cache, sequence, layer);
-    tq_cache_begin_reading(cache, &sequence, 1);
+    tq_cache_begin_reading(cache, sequence);
     tq_status status = tq_cpu_prefill_attend(&prefill, &on_cpu, n_tok, params, executor);
-    tq_cache_end_reading(cache, &sequence, 1);
+    tq_cache_end_reading(cache, sequence);
     tq_cpu_prefill_end(&prefill);
     return status;
 }

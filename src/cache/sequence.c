@@ -208,18 +208,13 @@ static span encoded_by_append(const tq_cache *cache, const tq_sequence *sequence
     return (span){begin, end > begin ? end : begin};
 }
 
-/* Pages of the table, as far as it goes, that growing will write; for a reservation those of the new positions, too, since
- * slots are named before anything is encoded. */
+/* Pages of the table, as far as it goes, that growing will write. */
 static span pages_written(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
     span pages = {sequence->n_pages, 0};
     for (int32_t l = layer < 0 ? 0 : layer; l < (layer < 0 ? cache->shape.n_layer : layer + 1); l++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) {
             span written = encoded_by_append(cache, sequence, l, side, n_tok);
-            if (layer < 0 && n_tok > 0) {
-                if (written.begin == written.end || written.begin > sequence->length[l]) written.begin = sequence->length[l];
-                written.end = sequence->length[l] + n_tok;
-            }
             if (written.begin == written.end) continue;
             int64_t first = written.begin / cache->shape.page_size, end = pages_for(cache, written.end);
             if (first < pages.begin) pages.begin = first;
@@ -269,20 +264,20 @@ static tq_status hold_page(tq_cache *cache, const tq_sequence *sequence, int64_t
     return TQ_OK;
 }
 
-tq_status tq_sequence_hold(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held, int64_t begin, int64_t end)
+/* Pages [begin, end) of the table, of which none is held. */
+static tq_status hold_pages(tq_cache *cache, tq_sequence *sequence, int64_t begin, int64_t end)
 {
     if (!cache->pool.offload || begin >= end) return TQ_OK;
-    if (held->begin == held->end) held->begin = held->end = (int32_t)begin;
-    for (; held->begin > begin; held->begin--) TQ_TRY(hold_page(cache, sequence, held->begin - 1));
-    for (; held->end < end; held->end++) TQ_TRY(hold_page(cache, sequence, held->end));
+    sequence->held_begin = sequence->held_end = (int32_t)begin;
+    for (; sequence->held_end < end; sequence->held_end++) TQ_TRY(hold_page(cache, sequence, sequence->held_end));
     return TQ_OK;
 }
 
-void tq_sequence_let_go(tq_cache *cache, const tq_sequence *sequence, tq_held_pages *held)
+void tq_sequence_let_go(tq_cache *cache, tq_sequence *sequence)
 {
-    int32_t n = held->end - held->begin;
-    if (n > 0) tq_page_pool_unpin(&cache->pool, sequence->page_table + held->begin, n);
-    *held = (tq_held_pages){0};
+    int32_t n = sequence->held_end - sequence->held_begin;
+    if (n > 0) tq_page_pool_unpin(&cache->pool, sequence->page_table + sequence->held_begin, n);
+    sequence->held_begin = sequence->held_end = 0;
 }
 
 /* n pages into the table behind its n_pages entries, pinned. */
@@ -311,9 +306,9 @@ static tq_status prepare_reserve(tq_cache *cache, tq_sequence *sequence, int32_t
     TQ_TRY(tq_sequence_grow_table(cache, sequence, sequence->n_pages + n_acquire));
     if (n_tok > 0) TQ_TRY(tq_sequence_own_exact(cache, sequence));
     TQ_TRY(tq_checkpoints_reserve(cache, sequence, layer, n_tok));
-    tq_held_pages *held = &sequence->held;
-    TQ_TRY(tq_sequence_hold(cache, sequence, held, written.begin, written.end));
-    if (held->end > 0 && n_new > 0) TQ_TRY(tq_sequence_hold(cache, sequence, held, held->begin, sequence->n_pages));
+    /* With those that are new, up to which the others are held. */
+    if (written.begin < written.end)
+        TQ_TRY(hold_pages(cache, sequence, written.begin, n_new > 0 ? sequence->n_pages : written.end));
     return acquire_pages(cache, sequence, n_acquire);
 }
 
@@ -367,7 +362,7 @@ tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t la
     int64_t n_new = new_pages(cache, sequence, layer, n_tok), n_copies = count_shared(cache, sequence, written);
     tq_status status = prepare_reserve(cache, sequence, layer, written, n_tok, n_new + n_copies, n_new);
     if (status != TQ_OK) {
-        tq_sequence_let_go(cache, sequence, &sequence->held);
+        tq_sequence_let_go(cache, sequence);
         return status;
     }
     int64_t copy = sequence->n_pages + n_new;
@@ -377,7 +372,7 @@ tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t la
             tq_page_pool_unpin(&cache->pool, &sequence->page_table[i - 1], 1);
             tq_page_pool_release(&cache->pool, sequence->page_table[i - 1]);
         }
-        tq_sequence_let_go(cache, sequence, &sequence->held);
+        tq_sequence_let_go(cache, sequence);
         return status;
     }
     for (int64_t i = written.begin; i < written.end; i++) {
@@ -390,15 +385,10 @@ tq_status tq_sequence_reserve(tq_cache *cache, tq_sequence *sequence, int32_t la
         cache->n_copied++;
     }
     if (cache->pool.offload && n_new > 0) {
-        if (sequence->held.end == 0) sequence->held.begin = sequence->n_pages;
-        sequence->held.end = sequence->n_pages + (int32_t)n_new;
+        if (sequence->held_end == 0) sequence->held_begin = sequence->n_pages;
+        sequence->held_end = sequence->n_pages + (int32_t)n_new;
     }
     sequence->n_pages += (int32_t)n_new;
-    for (int64_t i = written.begin < sequence->n_pages ? written.begin : sequence->n_pages - n_new; i < sequence->n_pages;
-         i++) {
-        cache->pool.pages[sequence->page_table[i]].owner = sequence->id;
-        cache->pool.pages[sequence->page_table[i]].index = (int32_t)i;
-    }
     return TQ_OK;
 }
 

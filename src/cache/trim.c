@@ -43,7 +43,7 @@ tq_status tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok
     int64_t sound = n_tok > cache->n_recent ? n_tok - cache->n_recent : 0;
     if (!is_exact && sound < sequence->sound_end) sequence->sound_end = sound;
     if (n_tok == 0) sequence->sound_end = INT64_MAX;
-    tq_checkpoints_drop(cache, sequence, n_tok, INT64_MAX);
+    tq_checkpoints_drop(cache, sequence, n_tok);
     int64_t page_size = cache->shape.page_size;
     tq_sequence_keep_pages(cache, sequence, (int32_t)((longest_layer(cache, sequence) + page_size - 1) / page_size));
     if (sequence->n_published > n_tok / page_size) sequence->n_published = 0;

@@ -202,27 +202,6 @@ void tq_cpu_append(const tq_cpu_sequence *sequence, const int64_t *coded_end, in
     tq_cpu_append_exact(sequence, n_tok, k, v);
 }
 
-static void write_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t first, int64_t n_tok, const float *rows,
-                       const tq_executor *executor)
-{
-    const tq_side *side = side_of(sequence, i_side);
-    tq_rows_in in = rows_in(sequence, side, rows);
-    int64_t ring_begin = sequence->ring_begin[i_side], exact_begin = sequence->exact_begin[i_side], end = first + n_tok;
-    int64_t code_begin = first > side->n_sink ? first : side->n_sink, code_end = end < ring_begin ? end : ring_begin;
-    if (code_begin < code_end) encode_positions(&in, side, code_begin, code_end, first, executor);
-    for (int64_t p = first; p < end; p++) {
-        if (p < side->n_sink) tq_rows_keep_exact(&in, p - first, (int32_t)p);
-        if (p >= exact_begin && p >= side->n_sink) tq_rows_keep_exact(&in, p - first, tq_exact_place(side, p));
-    }
-}
-
-void tq_cpu_write(const tq_cpu_sequence *sequence, int64_t first, int64_t n_tok, const float *k, const float *v,
-                  const tq_executor *executor)
-{
-    write_side(sequence, TQ_SIDE_K, first, n_tok, k, executor);
-    write_side(sequence, TQ_SIDE_V, first, n_tok, v, executor);
-}
-
 /* Of each entry the vector, from the ring before the rows or from the rows, which then is at the entry's own place. */
 static void copy_vectors(const tq_rows_in *in, const tq_side *side, int64_t length, tq_cpu_exact *copy)
 {

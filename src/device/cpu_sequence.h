@@ -32,9 +32,6 @@ void tq_cpu_append(const tq_cpu_sequence *sequence, const int64_t *coded_end, in
 void tq_cpu_append_coded(const tq_cpu_sequence *sequence, const int64_t *coded_end, const float *k, const float *v,
                          const tq_executor *executor);
 void tq_cpu_append_exact(const tq_cpu_sequence *sequence, int64_t n_tok, const float *k, const float *v);
-/* Replace positions [first, first + n_tok), which exist; exact ones stay exact. */
-void tq_cpu_write(const tq_cpu_sequence *sequence, int64_t first, int64_t n_tok, const float *k, const float *v,
-                  const tq_executor *executor);
 
 /*
  * An append whose queries attend, as if token by token: a token is exact for those for which it is among the last n_recent, so

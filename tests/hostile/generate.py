@@ -31,7 +31,7 @@ NUMBERS = {
     "tq_log_fn": ["drop_message", "NULL"],
 }
 HANDLES = {"tq_batch", "tq_cache", "tq_codec", "tq_pool", "tq_store", "tq_stage"}
-STRUCTS = {"tq_attend_params", "tq_attend_batch", "tq_cache_params", "tq_store_params", "tq_key_factors_params", "tq_preset",
+STRUCTS = {"tq_attend_params", "tq_cache_params", "tq_store_params", "tq_key_factors_params", "tq_preset",
            "tq_executor", "tq_openmp", "tq_batch_rows", "tq_paged_store", "tq_paged_append_params",
            "tq_paged_attend_params"}
 BUFFERS = {"float", "double", "int8_t", "uint16_t", "int32_t", "int64_t", "size_t", "void", "tq_format", "tq_format_info",

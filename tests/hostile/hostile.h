@@ -32,7 +32,6 @@ static struct {
     int32_t seq;
     size_t exact_bytes;
     tq_attend_params attend_params;
-    tq_attend_batch attend_batch;
     tq_cache_params cache_params;
     tq_store_params store_params;
     tq_key_factors_params key_factors_params;
@@ -98,15 +97,8 @@ static void make_paged_store(float *half)
 static void make_structs(void)
 {
     float *half = (float *)(void *)(f.buffer + sizeof f.buffer / 2);
-    static const int32_t seqs[1] = {0};
-    static const int64_t starts[2] = {0, 1};
     static const double angles[64];
     f.attend_params = kv_attend_params(1, 2, 64, half, half + 4096);
-    tq_attend_batch_default(&f.attend_batch);
-    f.attend_batch.n_seq = 1;
-    f.attend_batch.seqs = seqs;
-    f.attend_batch.query_starts = starts;
-    f.attend_batch.params = f.attend_params;
     f.cache_params = kv_cache_params();
     f.cache_params.head_dim = 64;
     f.cache_params.n_head_kv = 2;

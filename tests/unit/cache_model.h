@@ -246,9 +246,8 @@ static inline void cache_model_code(const tq_codec *codec, cache_model_basis bas
     if (basis.matrix) tq_transform_inverse(basis.matrix, 64, x);
 }
 
-/* What position p of a side reads as once it is encoded; `begins`: if it begins a block, take the block's reference first. */
-static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, int32_t layer, int32_t side, int64_t p,
-                                      bool begins)
+/* What position p of a side reads as once it is encoded; one that begins a block takes the block's reference first. */
+static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, int32_t layer, int32_t side, int64_t p)
 {
     cache_model_side *own = &s->sides[layer][side];
     int64_t row_floats = cache_model_row(m, side), page_size = m->params.page_size, n_recent = m->params.n_recent;
@@ -263,7 +262,7 @@ static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, i
     bool has_ref = m->params.k_ref_block > 0 && n_recent > 0 && !product;
     int64_t block = has_ref ? p - p % page_size % m->params.k_ref_block : 0;
     float *ref = own->refs + block * row_floats;
-    if (has_ref && begins && (p == block || p == m->params.n_sink)) {
+    if (has_ref && (p == block || p == m->params.n_sink)) {
         for (int64_t j = 0; j < row_floats; j++) {
             ref[j] = 0;
             for (int64_t i = 0; i < n_recent; i++) ref[j] += row[i * row_floats + j];
@@ -300,10 +299,11 @@ static inline void cache_model_pass(const cache_model *m, cache_model_sequence *
     }
 }
 
-static inline void cache_model_forget_places(cache_model_sequence *s, int64_t first, int64_t last)
+/* Those of more than n tokens. */
+static inline void cache_model_forget_places(cache_model_sequence *s, int64_t n)
 {
     for (int64_t i = 0; i < CACHE_MODEL_PLACES; i++) {
-        if (16 * i > first && 16 * i <= last) s->passed[i] = -1;
+        if (16 * i > n) s->passed[i] = -1;
         s->given[i] = false;
     }
 }
@@ -331,7 +331,7 @@ static inline void cache_model_append(cache_model *m, cache_model_sequence *s, i
         for (int64_t p = reference ? 0 : m->params.n_sink; p < end - (reference ? 0 : m->params.n_recent); p++) {
             if (encoded[p]) continue;
             encoded[p] = true;
-            cache_model_encode(m, s, layer, side, p, true);
+            cache_model_encode(m, s, layer, side, p);
         }
     }
     s->length[layer] = end;
@@ -396,7 +396,7 @@ static inline void cache_model_copy(const cache_model *m, cache_model_sequence *
 {
     memcpy(to->length, from->length, sizeof to->length);
     memcpy(to->tokens, from->tokens, sizeof to->tokens);
-    cache_model_forget_places(to, 0, CACHE_MODEL_TOKENS);
+    cache_model_forget_places(to, 0);
     to->sound_end = from->sound_end;
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) {
@@ -531,59 +531,11 @@ static inline void cache_model_do_save(cache_model *m, const cache_model_sequenc
     unlink(path);
 }
 
-/* Rows for several sequences in turn, with gaps, and with positions that exist already. */
-static inline void cache_model_do_slots(cache_model *m, int32_t layer, int64_t n)
-{
-    int64_t slots[CACHE_MODEL_APPEND], position[CACHE_MODEL_APPEND], length[CACHE_MODEL_SEQUENCES];
-    cache_model_sequence *owner[CACHE_MODEL_APPEND];
-    bool replaces = false;
-    int32_t table[CACHE_MODEL_SEQUENCES][12];
-    for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
-        cache_model_sequence *s = &m->sequences[i];
-        length[i] = s->length[layer];
-        if (s->id < 0) continue;
-        if (tq_cache_reserve(m->cache, s->id, n) != TQ_OK) return;
-        KV_CHECK(tq_cache_page_table(m->cache, s->id, table[i], 12, NULL) == TQ_OK);
-    }
-    cache_model_fill(m, layer, n);
-    for (int64_t row = 0; row < n; row++) {
-        int32_t i = (int32_t)kv_below(&m->random, CACHE_MODEL_SEQUENCES);
-        owner[row] = &m->sequences[i];
-        slots[row] = -1;
-        if (owner[row]->id < 0) continue;
-        bool replace = length[i] > 0 && kv_below(&m->random, 16) == 0;
-        position[row] = replace ? kv_below(&m->random, length[i]) : length[i]++;
-        replaces |= replace;
-        slots[row] =
-            (int64_t)table[i][position[row] / m->params.page_size] * m->params.page_size + position[row] % m->params.page_size;
-    }
-    tq_status status = tq_cache_append_slots(m->cache, layer, n, slots, m->rows[0], m->rows[1], m->executor);
-    /* What exists may be shared, or published. */
-    if (!(status == TQ_ERR_RANGE && replaces)) cache_model_done(m, status);
-    for (int64_t row = 0; row < n && status == TQ_OK; row++) {
-        if (slots[row] < 0) continue;
-        cache_model_sequence *s = owner[row];
-        if (position[row] == s->length[layer]) {
-            cache_model_append(m, s, layer, row, 1);
-            continue;
-        }
-        cache_model_new_tokens(m, s, position[row], position[row] + 1);
-        cache_model_forget_places(s, position[row], s->length[layer]);
-        for (int32_t side = 0; side < 2; side++) {
-            int64_t row_floats = cache_model_row(m, side);
-            float *to = s->sides[layer][side].values + position[row] * row_floats;
-            float *raw = s->sides[layer][side].raw + position[row] * row_floats;
-            for (int64_t j = 0; j < row_floats; j++) raw[j] = to[j] = kv_round(m->rows[side][row * row_floats + j]);
-            if (s->sides[layer][side].encoded[position[row]]) cache_model_encode(m, s, layer, side, position[row], false);
-        }
-    }
-}
-
 static inline void cache_model_do_trim(cache_model *m, cache_model_sequence *s, int64_t n)
 {
     bool is_shorter = cache_model_longest(m, s) > n;
     KV_CHECK(tq_cache_trim(m->cache, s->id, n) == TQ_OK);
-    if (is_shorter) cache_model_forget_places(s, n, CACHE_MODEL_TOKENS);
+    if (is_shorter) cache_model_forget_places(s, n);
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         if (s->length[layer] > n) s->length[layer] = n;
         for (int32_t side = 0; side < 2; side++) {
@@ -597,62 +549,80 @@ static inline void cache_model_do_trim(cache_model *m, cache_model_sequence *s, 
     }
 }
 
-/* One sequence, or all in a batch. */
-static inline void cache_model_do_attend(cache_model *m, kv_input *input, cache_model_sequence *s, int32_t layer)
+/* Tokens that are reserved find room, if they come. */
+static inline void cache_model_do_reserve(cache_model *m, cache_model_sequence *s, int32_t layer, int64_t n)
 {
-    tq_attend_batch batch;
-    tq_attend_batch_default(&batch);
-    tq_attend_params *p = &batch.params;
-    int64_t n_query = kv_take(input, 5) + 1;
-    p->n_head = m->params.n_head_kv * (kv_take(input, 3) + 1);
-    p->causal = kv_take(input, 2);
-    p->window = kv_take(input, 2) ? kv_take(input, 64) : 0;
-    bool as_batch = kv_take(input, 2);
-    p->softmax_scale = 0.2f;
-    p->q_head_stride = m->head_dim[0];
-    p->out_head_stride = m->head_dim[1];
-    p->q_token_stride = (int64_t)p->n_head * m->head_dim[0];
-    p->out_token_stride = (int64_t)p->n_head * m->head_dim[1];
-    int64_t starts[CACHE_MODEL_SEQUENCES + 1] = {0};
-    int32_t ids[CACHE_MODEL_SEQUENCES];
+    int32_t n_pages;
+    tq_status status = tq_cache_reserve(m->cache, s->id, n);
+    KV_CHECK(status == TQ_OK || status == TQ_ERR_FULL);
+    if (status != TQ_OK) return;
+    KV_CHECK(tq_cache_page_table(m->cache, s->id, NULL, 0, &n_pages) == TQ_OK);
+    KV_CHECK(n_pages * m->params.page_size >= cache_model_longest(m, s) + n);
+    if (kv_below(&m->random, 2) == 0) return;
+    cache_model_fill(m, layer, n);
+    if (cache_model_done(m, tq_cache_append(m->cache, s->id, layer, n, m->rows[0], m->rows[1], m->executor)))
+        cache_model_append(m, s, layer, 0, n);
+}
+
+/* A pass in which one layer of all sequences gets tokens. What its queries are answered is batch_model.h's affair. */
+static inline void cache_model_do_pass(cache_model *m, int32_t layer, int64_t most)
+{
+    int32_t ids[CACHE_MODEL_SEQUENCES], n_seq = 0;
+    int64_t n_tok[CACHE_MODEL_SEQUENCES], n = 0, first = 0;
     cache_model_sequence *members[CACHE_MODEL_SEQUENCES];
     for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) {
-        cache_model_sequence *member = &m->sequences[i];
-        if (member->id < 0 || (as_batch ? member->length[layer] < n_query : member != s)) continue;
-        members[batch.n_seq] = member;
-        ids[batch.n_seq++] = member->id;
-        starts[batch.n_seq] = starts[batch.n_seq - 1] + n_query - (as_batch && i == 1 ? 1 : 0);
+        if (m->sequences[i].id < 0) continue;
+        members[n_seq] = &m->sequences[i];
+        ids[n_seq] = m->sequences[i].id;
+        n += n_tok[n_seq++] = kv_below(&m->random, most / CACHE_MODEL_SEQUENCES + 1);
     }
-    int64_t n_rows = starts[batch.n_seq];
-    float *q = kv_calloc((size_t)(n_rows * p->q_token_stride), sizeof *q);
-    kv_fill(&m->random, q, n_rows * p->q_token_stride);
-    cache_model_scale(m, layer, p->n_head, n_rows, -1, q);
-    p->q = q;
-    p->out = kv_calloc((size_t)(n_rows * p->out_token_stride), sizeof *p->out);
-    p->lse = kv_calloc((size_t)(n_rows * p->n_head), sizeof *p->lse);
-    batch.seqs = ids;
-    batch.query_starts = starts;
-    if (as_batch) KV_CHECK(tq_cache_attend_batch(m->cache, layer, &batch, m->executor) == TQ_OK);
-    for (int32_t i = 0; i < batch.n_seq; i++) {
-        tq_attend_params one = *p;
-        int64_t length = members[i]->length[layer];
-        one.n_query = starts[i + 1] - starts[i];
-        one.first_pos = length >= one.n_query ? length - one.n_query : 0;
-        one.q += starts[i] * one.q_token_stride;
-        one.out += starts[i] * one.out_token_stride;
-        one.lse += starts[i] * one.n_head;
-        kv_decoded kv = {members[i]->sides[layer][0].values,
-                         members[i]->sides[layer][1].values,
-                         m->params.n_head_kv,
-                         m->head_dim[0],
-                         m->head_dim[1],
-                         length};
-        if (!as_batch) KV_CHECK(tq_cache_attend(m->cache, s->id, layer, &one, m->executor) == TQ_OK);
-        KV_CHECK(kv_matches_reference(&kv, &one));
+    tq_batch *batch;
+    KV_CHECK(tq_batch_create(&batch, m->cache, n_seq) == TQ_OK);
+    tq_status status = tq_batch_begin(batch, ids, n_tok, m->params.n_head_kv);
+    KV_CHECK(status == TQ_OK || status == TQ_ERR_FULL);
+    if (status == TQ_OK) {
+        cache_model_fill(m, layer, n);
+        float *out = kv_calloc((size_t)(n * cache_model_row(m, 1)), sizeof *out);
+        tq_batch_rows rows = {.struct_size = sizeof rows, .q = m->rows[0], .k = m->rows[0], .v = m->rows[1], .out = out};
+        status = tq_batch_attend(batch, layer, &rows, m->executor);
+        cache_model_done(m, status);
+        free(out);
+        /* Where memory is tight, some may have got theirs. */
+        for (int32_t i = 0; i < n_seq; first += n_tok[i++]) {
+            int64_t more = tq_cache_length(m->cache, ids[i], layer) - members[i]->length[layer];
+            KV_CHECK(more == n_tok[i] || (more == 0 && status != TQ_OK));
+            cache_model_append(m, members[i], layer, first, more);
+        }
+        KV_CHECK(tq_batch_end(batch) == TQ_OK);
     }
+    tq_batch_free(batch);
+}
+
+static inline void cache_model_do_attend(cache_model *m, kv_input *input, const cache_model_sequence *s, int32_t layer)
+{
+    int64_t n_query = kv_take(input, 5) + 1, length = s->length[layer];
+    int32_t n_head = m->params.n_head_kv * (kv_take(input, 3) + 1);
+    tq_attend_params p = {.struct_size = sizeof p, .n_query = n_query, .n_head = n_head, .softmax_scale = 0.2f};
+    p.causal = kv_take(input, 2);
+    p.window = kv_take(input, 2) ? kv_take(input, 64) : 0;
+    p.first_pos = length >= n_query ? length - n_query : 0;
+    p.q_head_stride = m->head_dim[0];
+    p.out_head_stride = m->head_dim[1];
+    p.q_token_stride = (int64_t)n_head * m->head_dim[0];
+    p.out_token_stride = (int64_t)n_head * m->head_dim[1];
+    float *q = kv_calloc((size_t)(n_query * p.q_token_stride), sizeof *q);
+    kv_fill(&m->random, q, n_query * p.q_token_stride);
+    cache_model_scale(m, layer, n_head, n_query, -1, q);
+    p.q = q;
+    p.out = kv_calloc((size_t)(n_query * p.out_token_stride), sizeof *p.out);
+    p.lse = kv_calloc((size_t)(n_query * n_head), sizeof *p.lse);
+    kv_decoded kv = {
+        s->sides[layer][0].values, s->sides[layer][1].values, m->params.n_head_kv, m->head_dim[0], m->head_dim[1], length};
+    KV_CHECK(tq_cache_attend(m->cache, s->id, layer, &p, m->executor) == TQ_OK);
+    KV_CHECK(kv_matches_reference(&kv, &p));
     free(q);
-    free(p->out);
-    free(p->lse);
+    free(p.out);
+    free(p.lse);
 }
 
 static inline void cache_model_check_sequence(cache_model *m, const cache_model_sequence *s, int32_t layer)
@@ -696,7 +666,7 @@ static inline void cache_model_create(cache_model *m, cache_model_sequence *s)
     for (int32_t i = 0; i < CACHE_MODEL_SEQUENCES; i++) KV_CHECK(&m->sequences[i] == s || m->sequences[i].id != s->id);
     memset(s->length, 0, sizeof s->length);
     s->sound_end = CACHE_MODEL_TOKENS;
-    cache_model_forget_places(s, 0, CACHE_MODEL_TOKENS);
+    cache_model_forget_places(s, 0);
     for (int32_t layer = 0; layer < m->params.n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) s->sides[layer][side].exact_begin = 0;
     }
@@ -708,7 +678,7 @@ static inline void cache_model_run(const uint8_t *data, size_t n, const tq_execu
     cache_model model, *m = &model;
     cache_model_init(m, &input, executor);
     while (input.n > 0) {
-        int32_t operation = kv_take(&input, 23);
+        int32_t operation = kv_take(&input, 24);
         cache_model_sequence *s = &m->sequences[kv_take(&input, CACHE_MODEL_SEQUENCES)];
         int32_t layer = kv_take(&input, m->params.n_layer), amount = kv_take(&input, CACHE_MODEL_APPEND);
         if (s->id < 0) {
@@ -732,8 +702,10 @@ static inline void cache_model_run(const uint8_t *data, size_t n, const tq_execu
         } else if (operation < 18) {
             cache_model_do_fork(m, s);
         } else if (operation < 20) {
-            cache_model_do_slots(m, layer, amount % 40);
+            cache_model_do_pass(m, layer, amount);
         } else if (operation == 20) {
+            cache_model_do_reserve(m, s, layer, amount);
+        } else if (operation == 21) {
             cache_model_do_save(m, s);
         } else {
             KV_CHECK(tq_cache_seq_free(m->cache, s->id) == TQ_OK);

@@ -231,6 +231,11 @@ static void test_refusals(void **state)
             REFUSED(tq_cache_append(cache, seqs[0], 0, 1, rows, rows, NULL), TQ_ERR_ARGUMENT);
         } else {
             REFUSED(tq_cache_set_stream(cache, NULL), TQ_ERR_ARGUMENT);
+            static float bad[N_HEAD_KV * HEAD_DIM * 2] = {INFINITY};
+            r.v = bad;
+            REFUSED(tq_batch_attend(batch, 1, &r, NULL), TQ_ERR_NOT_FINITE);
+            r.v = rows;
+            assert_int_equal(tq_cache_length(cache, seqs[0], 1), 0);
             REFUSED(tq_batch_replayed(batch, seqs, one), TQ_ERR_ARGUMENT);
         }
         for (int32_t i = 0; i < 2; i++) assert_int_equal(tq_cache_trim(cache, seqs[i], 0), TQ_OK);

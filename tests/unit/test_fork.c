@@ -133,11 +133,10 @@ static void be_refused(void *arg)
 {
     tq_cache *cache = arg;
     int32_t seq, n;
-    int64_t n_matched, slot = 0;
+    int64_t n_matched;
+    tq_batch *batch;
     tq_cache_stats stats;
     tq_attend_params a = kv_attend_params(1, 1, HEAD_DIM, rows, after);
-    tq_attend_batch batch;
-    tq_attend_batch_default(&batch);
     tq_log_set(keep_message, NULL);
 #define REFUSED(call)                             \
     do {                                          \
@@ -155,8 +154,7 @@ static void be_refused(void *arg)
     REFUSED(tq_cache_prefill(cache, 0, 0, 1, rows, rows, &a, NULL));
     REFUSED(tq_cache_reserve(cache, 0, 1));
     REFUSED(tq_cache_page_table(cache, 0, NULL, 0, &n));
-    REFUSED(tq_cache_append_slots(cache, 0, 1, &slot, rows, rows, NULL));
-    REFUSED(tq_cache_attend_batch(cache, 0, &batch, NULL));
+    REFUSED(tq_batch_create(&batch, cache, 1));
     REFUSED(tq_cache_trim(cache, 0, 1));
     REFUSED(tq_cache_read(cache, 0, 0, 0, 1, after, NULL));
     REFUSED(tq_cache_get_stats(cache, &stats));

@@ -204,7 +204,7 @@ enum {
     HEAD_DIM = 64,
     PAGE = 16,
     N_PROMPT = 70, /* tokens, of which the first three pages have left the ring */
-    N_BATCH = 5,   /* tokens beyond them, by slots */
+    N_BATCH = 5,   /* tokens beyond them, by a batch */
     N_FRAMES = 24,
     N_OUT = 6
 };
@@ -238,25 +238,18 @@ static int32_t publish_and_match(cache_user *user, int round, int32_t seq)
     return twin;
 }
 
-/* N_BATCH tokens by slots, and attention of two sequences at once. */
+/* A pass of two sequences, with N_BATCH tokens and with one. */
 static void decode_batch(cache_user *user, int32_t seq, int32_t other, const float *from, float *out)
 {
-    int32_t table[16], n_pages;
-    int64_t slots[N_BATCH], length = tq_cache_length(user->cache, seq, 0);
-    KV_CHECK(tq_cache_reserve(user->cache, seq, N_BATCH) == TQ_OK);
-    KV_CHECK(tq_cache_page_table(user->cache, seq, table, 16, &n_pages) == TQ_OK);
-    for (int i = 0; i < N_BATCH; i++) slots[i] = (int64_t)table[(length + i) / PAGE] * PAGE + (length + i) % PAGE;
-    for (int32_t layer = 0; layer < N_LAYER; layer++)
-        KV_CHECK(tq_cache_append_slots(user->cache, layer, N_BATCH, slots, from, from, NULL) == TQ_OK);
-    tq_attend_batch batch;
-    tq_attend_batch_default(&batch);
     const int32_t seqs[] = {seq, other};
-    const int64_t starts[] = {0, N_BATCH, N_BATCH + 1};
-    batch.n_seq = 2;
-    batch.seqs = seqs;
-    batch.query_starts = starts;
-    batch.params = user_queries(0, from, out);
-    KV_CHECK(tq_cache_attend_batch(user->cache, 1, &batch, NULL) == TQ_OK);
+    const int64_t n_tok[] = {N_BATCH, 1};
+    tq_batch_rows pass = {.struct_size = sizeof pass, .softmax_scale = 0.1f, .q = from, .k = from, .v = from, .out = out};
+    tq_batch *batch;
+    KV_CHECK(tq_batch_create(&batch, user->cache, 2) == TQ_OK);
+    KV_CHECK(tq_batch_begin(batch, seqs, n_tok, 1) == TQ_OK);
+    for (int32_t layer = 0; layer < N_LAYER; layer++) KV_CHECK(tq_batch_attend(batch, layer, &pass, NULL) == TQ_OK);
+    KV_CHECK(tq_batch_end(batch) == TQ_OK);
+    tq_batch_free(batch);
 }
 
 /* A sequence through memory and through a file; returns the one that came back from the file. */
