@@ -358,6 +358,7 @@ static void test_sinks_over_pages(void **state)
     free(f.m->store.exact);
     f.m->store.exact = paged_memory((size_t)f.m->store.n_exact_slots * g.m->sizes.exact_bytes);
     g.append.k = f.append.k, g.append.v = f.append.v, g.append.row_stride = f.append.row_stride;
+    g.append.v_row_stride = f.append.v_row_stride;
     g.append.n_tok = f.append.n_tok, g.append.positions = f.append.positions, g.append.seq_ids = f.append.seq_ids;
     g.append.slot_mapping = f.append.slot_mapping; /* only whether they are negative */
     g.attend.q = f.attend.q;
@@ -407,7 +408,7 @@ static void test_not_finite(void **state)
         fixture f = open_fixture(&shape, 200, TQ_DTYPE_F32), g = open_fixture(&shape, 200, TQ_DTYPE_F32);
         int32_t n_bad = 3, n_good = 0;
         f.append.k = f.p->k, f.append.v = f.p->v, g.append.k = g.p->k, g.append.v = g.p->v;
-        f.append.row_stride = g.append.row_stride = 0;
+        f.append.row_stride = g.append.row_stride = f.append.v_row_stride = g.append.v_row_stride = 0;
         f.append.n_tok = g.append.n_tok = 200;
         for (int64_t i = 0; i < 200; i++) {
             f.p->seq_ids[i] = g.p->seq_ids[i] = 0, f.p->positions[i] = g.p->positions[i] = i;
@@ -435,7 +436,7 @@ static void test_not_finite(void **state)
     fixture one = open_fixture(&shape, 1, TQ_DTYPE_F16);
     int32_t n_bad = 0;
     memset(one.p->padded_k, 0xff, paged_bytes(one.p, one.p->n_rows * 128));
-    one.append.n_not_finite = &n_bad, one.append.row_stride = 0;
+    one.append.n_not_finite = &n_bad, one.append.row_stride = one.append.v_row_stride = 0;
     one.append.half = TQ_APPEND_ENCODE, one.append.k = one.append.v = NULL;
     assert_int_equal(tq_paged_append(&one.m->store, &one.append, NULL), TQ_OK);
     one.append.half = TQ_APPEND_STORE, one.append.k = one.append.v = one.p->padded_k;
@@ -532,6 +533,7 @@ static void test_calls_are_checked(void **state)
     WITH(a->half, (tq_append_half)3, APPEND(NULL), TQ_ERR_ARGUMENT, "half");
     WITH(a->k, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "k or v is NULL");
     WITH(a->row_stride, 5, APPEND(NULL), TQ_ERR_ARGUMENT, "row_stride");
+    WITH(a->v_row_stride, 5, APPEND(NULL), TQ_ERR_ARGUMENT, "v_row_stride");
     WITH(a->positions, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "positions");
     a->half = TQ_APPEND_ENCODE;
     WITH(a->v, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "a part in a reference");
@@ -544,7 +546,8 @@ static void test_calls_are_checked(void **state)
     SAYS(tq_paged_attend(s, p, s), TQ_ERR_ARGUMENT, "stream must be NULL");
     SAYS(tq_paged_attend(s, NULL, NULL), TQ_ERR_ARGUMENT, "NULL");
     WITH(p->n_seq, 0, ATTEND, TQ_ERR_ARGUMENT, "n_seq");
-    WITH(p->n_query, 0, ATTEND, TQ_ERR_ARGUMENT, "n_query");
+    WITH(p->n_query, -1, ATTEND, TQ_ERR_ARGUMENT, "n_query");
+    WITH(p->n_query, 0, ATTEND, TQ_ERR_RANGE, "at most n_query, 1");
     WITH(p->n_query, 2, ATTEND, TQ_ERR_RANGE, "query_starts[1] is 3");
     f.p->starts[0] = -1;
     SAYS(ATTEND, TQ_ERR_RANGE, "query_starts[0] is -1");
