@@ -739,7 +739,7 @@ typedef struct tq_paged_store {
     /* Optional, in place of factors: a layer's transforms of keys as tq_calibration_transforms gives them; CUDA: copied to the
      * device. The same in all calls. */
     const uint16_t *k_transforms;
-    uint64_t seed;
+    uint64_t seed;         /* 0: TQ_SEED_DEFAULT */
     int64_t n_pages;       /* of `pages` */
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
     void *pages;           /* n_pages * page_bytes, aligned to 64 bytes, CUDA: 128; contents do not matter at first */

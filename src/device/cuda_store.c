@@ -23,11 +23,17 @@ static tq_plane plane_of_format(tq_format format, int32_t head_dim, bool is_valu
     return (tq_plane){traits->bits, head_dim, is_value, traits->family == TQ_FAMILY_TRELLIS};
 }
 
+/* By number: a format that comes later has none, whatever its family. */
+static bool has_layout(tq_format format)
+{
+    return (format >= TQ_FORMAT_SQ8 && format <= TQ_FORMAT_SQ2) || (format >= TQ_FORMAT_TT4 && format <= TQ_FORMAT_TT2);
+}
+
 static tq_status check_format(tq_format format, int32_t head_dim)
 {
     TQ_TRY(tq_codec_check(format, head_dim));
     const tq_format_traits *traits = tq_format_traits_get(format);
-    if (traits->family == TQ_FAMILY_EXACT || traits->family == TQ_FAMILY_PROD) {
+    if (!has_layout(format)) {
         tq_log(TQ_LOG_ERROR, "CUDA: format %s has no device layout: sq8, sq4, sq3, sq2, tt4, tt3 and tt2 have", traits->name);
         return TQ_ERR_FORMAT;
     }

@@ -79,7 +79,7 @@ static void test_sizes(void **state)
 /* Mean squared error of a codebook on N(0,1), by numerical integration of the nearest centroid's error. */
 static double integrated_distortion(const float *codebook, int32_t n)
 {
-    const double step = 1e-3;
+    const double step = 2e-4; /* small next to the cells of a codebook of 5 bits */
     double sum = 0.0;
     for (double z = -10.0 + step / 2; z < 10.0; z += step) {
         double nearest = INFINITY;
@@ -577,7 +577,9 @@ static void test_refusals(void **state)
     assert_string_equal(last_message, "head_dim 72 is not supported: it must be one of 64, 80, 96, 112, 128, 192, 256, 576");
     assert_int_equal(tq_codec_create(&codec, TQ_FORMAT_COUNT, 64, 0), TQ_ERR_FORMAT);
     assert_int_equal(tq_codec_create(&codec, (tq_format)-1, 64, 0), TQ_ERR_FORMAT);
-    assert_string_equal(last_message, "format -1 does not exist: formats are numbered 0 to 11");
+    char wanted[80];
+    snprintf(wanted, sizeof wanted, "format -1 does not exist: formats are numbered 0 to %d", TQ_FORMAT_COUNT - 1);
+    assert_string_equal(last_message, wanted);
     assert_null(codec);
     assert_int_equal(tq_codec_create(NULL, TQ_FORMAT_SQ4, 64, 0), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_format_describe(&info, TQ_FORMAT_SQ4, 0), TQ_ERR_HEAD_DIM);

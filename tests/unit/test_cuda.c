@@ -109,6 +109,21 @@ static void test_sizes(void **state)
     }
 }
 
+/* A format that kernels do not know is refused, also one that is like another but for its bits. */
+static void test_formats_without_a_layout(void **state)
+{
+    (void)state;
+    static const bool has_layout[TQ_FORMAT_COUNT] = {
+        [TQ_FORMAT_SQ8] = true, [TQ_FORMAT_SQ4] = true, [TQ_FORMAT_SQ3] = true, [TQ_FORMAT_SQ2] = true,
+        [TQ_FORMAT_TT4] = true, [TQ_FORMAT_TT3] = true, [TQ_FORMAT_TT2] = true};
+    for (int format = 0; format < TQ_FORMAT_COUNT; format++) {
+        tq_paged_store store = kv_paged_store();
+        tq_paged_sizes sizes;
+        store.n_head_kv = 1, store.k_format = (tq_format)format;
+        assert_int_equal(tq_paged_sizes_get(&sizes, &store), has_layout[format] ? TQ_OK : TQ_ERR_FORMAT);
+    }
+}
+
 /* A copy of contiguous bytes brings a record with the reference of its block; a head's page has each byte once. */
 static void test_references(void **state)
 {
@@ -383,10 +398,15 @@ int main(void)
     tq_log_set(keep_message, NULL);
     setenv("TQ_CUDA_LIBRARY", "missing/libturboquant-cuda.so", 1); /* the same on every machine */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_layout),           cmocka_unit_test(test_sizes),
-        cmocka_unit_test(test_references),       cmocka_unit_test(test_levels),
-        cmocka_unit_test(test_splits),           cmocka_unit_test(test_quarters),
-        cmocka_unit_test(test_store_is_checked), cmocka_unit_test(test_calls_are_checked),
+        cmocka_unit_test(test_layout),
+        cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_formats_without_a_layout),
+        cmocka_unit_test(test_references),
+        cmocka_unit_test(test_levels),
+        cmocka_unit_test(test_splits),
+        cmocka_unit_test(test_quarters),
+        cmocka_unit_test(test_store_is_checked),
+        cmocka_unit_test(test_calls_are_checked),
         cmocka_unit_test(test_missing_library),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -248,8 +248,6 @@ static void test_the_guard_knows_the_error_of_logits(void **state)
 {
     (void)state;
     enum { N = 2000 };
-    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
-                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     energies e;
     make(&e, 8, 0);
     int8_t factors[N_HEAD_KV * DIM];
@@ -257,9 +255,11 @@ static void test_the_guard_knows_the_error_of_logits(void **state)
     e.params.n_head_kv = e.params.n_head = 1;
     assert_int_equal(tq_key_factors(factors, &spread, &e.params), TQ_OK);
     kv_random random = {.state = 9};
-    for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
+    for (int format = 0; format < TQ_FORMAT_COUNT; format++) {
+        tq_family family = tq_format_traits_get((tq_format)format)->family;
+        if (family == TQ_FAMILY_EXACT || family == TQ_FAMILY_PROD) continue;
         tq_codec *codec;
-        assert_int_equal(tq_codec_create(&codec, formats[f], DIM, TQ_SEED_DEFAULT), TQ_OK);
+        assert_int_equal(tq_codec_create(&codec, (tq_format)format, DIM, TQ_SEED_DEFAULT), TQ_OK);
         double square = 0;
         for (int32_t i = 0; i < N; i++) {
             float k[DIM], q[DIM], decoded[DIM];
@@ -279,7 +279,7 @@ static void test_the_guard_knows_the_error_of_logits(void **state)
             square += error * error / N;
         }
         tq_codec_free(codec);
-        double found = sqrt(square), told = (double)(spread * tq_format_relative_error(formats[f]));
+        double found = sqrt(square), told = (double)(spread * tq_format_relative_error((tq_format)format));
         assert_true(found > 0.75 * told && found < 1.25 * told);
     }
 }
