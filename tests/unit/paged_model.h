@@ -148,7 +148,7 @@ typedef struct paged_pass {
     void *padded_k, *padded_v;
     int32_t *seq_ids, starts[PAGED_SEQ + 1];
     int64_t *mapping, *positions, lens[PAGED_SEQ];
-    int64_t q_width, k_width, v_width, out_width, pad; /* of a token; between rows */
+    int64_t q_width, k_width, v_width, out_width, pad, v_pad; /* of a token; between rows, and more between those of values */
 } paged_pass;
 
 static inline size_t paged_bytes(const paged_pass *p, int64_t n)
@@ -161,7 +161,7 @@ static inline void paged_put_row(paged_model *m, paged_pass *p, int32_t seq, int
 {
     int64_t i = p->n_rows++, stride = (p->k_width > p->v_width ? p->k_width : p->v_width) + p->pad;
     uint8_t *k = (uint8_t *)p->padded_k + paged_bytes(p, i * (p->pad ? stride : p->k_width));
-    uint8_t *v = (uint8_t *)p->padded_v + paged_bytes(p, i * (p->pad ? stride : p->v_width));
+    uint8_t *v = (uint8_t *)p->padded_v + paged_bytes(p, i * (p->pad ? stride + p->v_pad : p->v_width));
     p->seq_ids[i] = seq, p->positions[i] = position;
     p->mapping[i] = -1;
     memset(k, 0xff, paged_bytes(p, p->k_width)), memset(v, 0xff, paged_bytes(p, p->v_width));
@@ -184,6 +184,7 @@ static inline paged_pass *paged_begin(paged_model *m, const int64_t *n_tok, tq_d
         p->lens[i] = m->length[i] + n_tok[i];
     }
     p->pad = kv_below(&m->random, 2) * 8;
+    p->v_pad = p->pad ? kv_below(&m->random, 2) * 24 : 0;
     p->k_width = s->n_head_kv * s->head_dim, p->v_width = s->n_head_kv * paged_dim(s, 1);
     p->q_width = PAGED_GROUP * p->k_width, p->out_width = PAGED_GROUP * p->v_width;
     p->q = paged_numbers(&m->random, (size_t)(p->n * p->q_width), dtype);
@@ -193,7 +194,7 @@ static inline paged_pass *paged_begin(paged_model *m, const int64_t *n_tok, tq_d
     p->wanted = kv_calloc((size_t)(p->n * p->out_width) + 1, sizeof(float));
     int64_t room = p->n + 2 * PAGED_SEQ;
     p->padded_k = kv_calloc((size_t)(room * (p->k_width + p->v_width + p->pad)), sizeof(float));
-    p->padded_v = kv_calloc((size_t)(room * (p->k_width + p->v_width + p->pad)), sizeof(float));
+    p->padded_v = kv_calloc((size_t)(room * (p->k_width + p->v_width + p->pad + p->v_pad)), sizeof(float));
     p->seq_ids = kv_calloc((size_t)room, sizeof *p->seq_ids);
     p->mapping = kv_calloc((size_t)room, sizeof *p->mapping), p->positions = kv_calloc((size_t)room, sizeof *p->positions);
     for (int32_t seq = 0; seq < PAGED_SEQ; seq++) {
@@ -218,6 +219,7 @@ static inline tq_paged_append_params paged_append_params(const paged_model *m, c
     tq_paged_append_params a = {.struct_size = sizeof a};
     a.n_tok = p->n_rows, a.dtype = p->dtype, a.k = p->padded_k, a.v = p->padded_v;
     a.row_stride = p->pad ? (p->k_width > p->v_width ? p->k_width : p->v_width) + p->pad : 0;
+    a.v_row_stride = p->v_pad ? a.row_stride + p->v_pad : 0;
     a.slot_mapping = p->mapping, a.half = half, a.executor = m->executor;
     if (!paged_has_exact(m)) return a;
     a.seq_ids = p->seq_ids, a.positions = p->positions, a.exact_slots = m->slots;
@@ -287,6 +289,7 @@ static inline void paged_check_outputs(const paged_pass *p, double tolerance)
         float x, y;
         tq_floats_read(p->dtype, p->out, i, 1, &x);
         tq_floats_read(p->dtype, p->wanted, i, 1, &y);
+        if (!(fabs((double)x - (double)y) <= bound)) fprintf(stderr, "value %zu: %g for %g, bound %g\n", i, (double)x, (double)y, bound);
         KV_CHECK(fabs((double)x - (double)y) <= bound);
     }
 }

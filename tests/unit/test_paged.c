@@ -358,6 +358,7 @@ static void test_sinks_over_pages(void **state)
     free(f.m->store.exact);
     f.m->store.exact = paged_memory((size_t)f.m->store.n_exact_slots * g.m->sizes.exact_bytes);
     g.append.k = f.append.k, g.append.v = f.append.v, g.append.row_stride = f.append.row_stride;
+    g.append.v_row_stride = f.append.v_row_stride;
     g.append.n_tok = f.append.n_tok, g.append.positions = f.append.positions, g.append.seq_ids = f.append.seq_ids;
     g.append.slot_mapping = f.append.slot_mapping; /* only whether they are negative */
     g.attend.q = f.attend.q;
@@ -532,6 +533,7 @@ static void test_calls_are_checked(void **state)
     WITH(a->half, (tq_append_half)3, APPEND(NULL), TQ_ERR_ARGUMENT, "half");
     WITH(a->k, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "k or v is NULL");
     WITH(a->row_stride, 5, APPEND(NULL), TQ_ERR_ARGUMENT, "row_stride");
+    WITH(a->v_row_stride, 5, APPEND(NULL), TQ_ERR_ARGUMENT, "v_row_stride");
     WITH(a->positions, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "positions");
     a->half = TQ_APPEND_ENCODE;
     WITH(a->v, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "a part in a reference");
@@ -544,7 +546,8 @@ static void test_calls_are_checked(void **state)
     SAYS(tq_paged_attend(s, p, s), TQ_ERR_ARGUMENT, "stream must be NULL");
     SAYS(tq_paged_attend(s, NULL, NULL), TQ_ERR_ARGUMENT, "NULL");
     WITH(p->n_seq, 0, ATTEND, TQ_ERR_ARGUMENT, "n_seq");
-    WITH(p->n_query, 0, ATTEND, TQ_ERR_ARGUMENT, "n_query");
+    WITH(p->n_query, -1, ATTEND, TQ_ERR_ARGUMENT, "n_query");
+    WITH(p->n_query, 0, ATTEND, TQ_ERR_RANGE, "at most n_query, 1");
     WITH(p->n_query, 2, ATTEND, TQ_ERR_RANGE, "query_starts[1] is 3");
     f.p->starts[0] = -1;
     SAYS(ATTEND, TQ_ERR_RANGE, "query_starts[0] is -1");
