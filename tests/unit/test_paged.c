@@ -408,7 +408,7 @@ static void test_not_finite(void **state)
         fixture f = open_fixture(&shape, 200, TQ_DTYPE_F32), g = open_fixture(&shape, 200, TQ_DTYPE_F32);
         int32_t n_bad = 3, n_good = 0;
         f.append.k = f.p->k, f.append.v = f.p->v, g.append.k = g.p->k, g.append.v = g.p->v;
-        f.append.row_stride = g.append.row_stride = 0;
+        f.append.row_stride = g.append.row_stride = f.append.v_row_stride = g.append.v_row_stride = 0;
         f.append.n_tok = g.append.n_tok = 200;
         for (int64_t i = 0; i < 200; i++) {
             f.p->seq_ids[i] = g.p->seq_ids[i] = 0, f.p->positions[i] = g.p->positions[i] = i;
@@ -436,7 +436,7 @@ static void test_not_finite(void **state)
     fixture one = open_fixture(&shape, 1, TQ_DTYPE_F16);
     int32_t n_bad = 0;
     memset(one.p->padded_k, 0xff, paged_bytes(one.p, one.p->n_rows * 128));
-    one.append.n_not_finite = &n_bad, one.append.row_stride = 0;
+    one.append.n_not_finite = &n_bad, one.append.row_stride = one.append.v_row_stride = 0;
     one.append.half = TQ_APPEND_ENCODE, one.append.k = one.append.v = NULL;
     assert_int_equal(tq_paged_append(&one.m->store, &one.append, NULL), TQ_OK);
     one.append.half = TQ_APPEND_STORE, one.append.k = one.append.v = one.p->padded_k;
