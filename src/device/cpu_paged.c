@@ -579,7 +579,7 @@ static void attend_sequence(void *context, int32_t seq, const tq_executor *execu
     const int32_t *table = p->page_table + seq * p->page_table_stride;
     for (int64_t i = 0; i * store->page_size < q.length; i++)
         pages[i] = page_at(store, call->o.layout.page_bytes, page_exists(store, table[i]) ? table[i] : 0);
-    tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = pages, .length = q.length};
+    tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = pages, .is_unwritten = true, .length = q.length};
     sequence.exact = exact_of(store, call->o.layout.exact_bytes, p->exact_slots, seq);
     if (!sequence.exact) sequence.exact = store->exact; /* nothing sound to read, but within bounds */
     tq_attend_params own = own_params(call, &q, parts);
