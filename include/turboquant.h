@@ -790,7 +790,7 @@ typedef struct tq_paged_append_params {
      */
     const int64_t *slot_mapping;
     /* With sinks or ring: the sequence (row of page_table) and position of each token. The tokens of a sequence in one call
-     * stand together, in ascending positions, and follow what was appended before. */
+     * stand together, none that is skipped between them, in ascending positions, and follow what was appended before. */
     const int32_t *seq_ids;    /* int32 [n_tok] */
     const int64_t *positions;  /* int64 [n_tok] */
     const int32_t *page_table; /* int32 [n_seq, max_pages] */

@@ -333,6 +333,41 @@ static void test_hidden_bytes(void **state)
     run_hidden(&preset);
 }
 
+/* Rows that are skipped between those of a sequence change nothing on the CPU, whatever the number of threads. */
+static void test_skipped_rows_between_others(void **state)
+{
+    (void)state;
+    enum { N = 1000, EVERY = 40, N_ROWS = N + N / EVERY };
+    const paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    paged_model *m[2];
+    tq_pool *pool;
+    assert_int_equal(tq_pool_create(&pool, 4), TQ_OK);
+    const tq_executor executor = tq_pool_executor(pool);
+    float *rows = kv_calloc(N_ROWS * 128, sizeof *rows), *plain = kv_calloc(N * 128, sizeof *rows);
+    int64_t mapping[N_ROWS], positions[N_ROWS], all[N];
+    int32_t seq_ids[N_ROWS] = {0}, table[N / 64 + 1];
+    for (int32_t i = 0; i < N / 64 + 1; i++) table[i] = i;
+    m[0] = paged_open(&shape, TQ_DEVICE_CPU, false, 1), m[1] = paged_open(&shape, TQ_DEVICE_CPU, false, 1);
+    kv_fill(&m[0]->random, plain, N * 128);
+    int64_t n = 0;
+    for (int64_t i = 0; i < N; i++) {
+        if (i % EVERY == EVERY - 1) mapping[n] = -1, positions[n++] = i;
+        memcpy(rows + n * 128, plain + i * 128, 128 * sizeof *rows);
+        mapping[n] = positions[n] = all[i] = i, n++;
+    }
+    tq_paged_append_params a = {.struct_size = sizeof a, .n_tok = n, .k = rows, .v = rows, .slot_mapping = mapping};
+    a.seq_ids = seq_ids, a.positions = positions, a.page_table = table, a.page_table_stride = N / 64 + 1;
+    a.executor = &executor;
+    assert_int_equal(tq_paged_append(&m[0]->store, &a, NULL), TQ_OK);
+    a.n_tok = N, a.k = a.v = plain, a.slot_mapping = a.positions = all, a.executor = NULL;
+    assert_int_equal(tq_paged_append(&m[1]->store, &a, NULL), TQ_OK);
+    assert_memory_equal(m[0]->store.pages, m[1]->store.pages, memory_bytes(m[0]));
+    assert_memory_equal(m[0]->store.exact, m[1]->store.exact, m[0]->sizes.exact_bytes);
+    paged_close(m[0]), paged_close(m[1]);
+    free(rows), free(plain);
+    tq_pool_free(pool);
+}
+
 /* A page that does not exist is not written, and page 0 is read in its place. */
 static void test_pages_out_of_range(void **state)
 {
@@ -722,6 +757,7 @@ int main(void)
         cmocka_unit_test(test_options),
         cmocka_unit_test(test_masks),
         cmocka_unit_test(test_hidden_bytes),
+        cmocka_unit_test(test_skipped_rows_between_others),
         cmocka_unit_test(test_pages_out_of_range),
         cmocka_unit_test(test_places_out_of_range),
         cmocka_unit_test(test_sinks_over_pages),
