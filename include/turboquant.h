@@ -784,12 +784,13 @@ typedef struct tq_paged_append_params {
     const void *k, *v;  /* [n_tok, n_head_kv, head_dim], of v head_dim_v, rounded to FP16 on entry */
     int64_t row_stride; /* elements from one token to the next; 0: contiguous */
     /*
-     * Where tokens go: page * page_size + offset, int64 [n_tok]; negative: skip the token (padding of a captured batch).
-     * Without sinks and ring this is all that is read.
+     * Where tokens go: page * page_size + offset, int64 [n_tok]; negative: skip the token (padding of a captured batch, or
+     * tokens that a sequence begins with and masks hide; with references whole blocks of them, since a reference is a mean of
+     * what the ring holds). Without sinks and ring this is all that is read.
      */
     const int64_t *slot_mapping;
     /* With sinks or ring: the sequence (row of page_table) and position of each token. The tokens of a sequence in one call
-     * stand together, in ascending positions, and follow what was appended before. */
+     * stand together, none that is skipped between them, in ascending positions, and follow what was appended before. */
     const int32_t *seq_ids;    /* int32 [n_tok] */
     const int64_t *positions;  /* int64 [n_tok] */
     const int32_t *page_table; /* int32 [n_seq, max_pages] */

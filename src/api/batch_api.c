@@ -184,9 +184,44 @@ static tq_status prefill_row(const tq_batch *batch, int32_t i, int32_t layer, in
     return TQ_OK;
 }
 
-static tq_status run_on_cpu(const tq_batch *batch, int32_t layer, const tq_batch_rows *rows, widths w,
-                            const tq_executor *executor)
+/* The tokens of row i, which are `first` and those behind it: is there what FP16 has not? */
+static tq_status check_finite(const tq_batch *batch, int32_t i, int32_t layer, int64_t first, const tq_batch_rows *rows,
+                              int32_t side)
 {
+    const tq_shape *shape = &batch->cache->shape;
+    const void *x = side == TQ_SIDE_K ? rows->k : rows->v;
+    int32_t head_dim = tq_shape_side(shape, layer, side)->codec->head_dim;
+    for (int64_t j = 0; j < batch->n_tok[i] * shape->n_head_kv; j++) {
+        int64_t token = j / shape->n_head_kv, head = j % shape->n_head_kv;
+        int64_t stride = side == TQ_SIDE_K ? rows->k_token_stride : rows->v_token_stride;
+        _Alignas(64) float vector[TQ_HEAD_DIM_MAX];
+        tq_floats_read(rows->dtype, x, (first + token) * stride + head * head_dim, head_dim, vector);
+        if (shape->kernels->all_finite(vector, head_dim)) continue;
+        tq_log(TQ_LOG_ERROR,
+               WHO ": layer %d %s: head %d of position %lld of sequence %d holds NaN, infinity, or a magnitude above 65504; "
+                   "nothing was appended",
+               (int)layer, side == TQ_SIDE_K ? "keys" : "values", (int)head,
+               (long long)(batch->sequences[i]->length[layer] + token), (int)batch->seqs[i]);
+        return TQ_ERR_NOT_FINITE;
+    }
+    return TQ_OK;
+}
+
+/* A row's prefill looks at its own tokens before it appends them, but then those of the rows before have been appended. */
+static tq_status check_all_finite(const tq_batch *batch, int32_t layer, const tq_batch_rows *rows)
+{
+    int64_t first = 0;
+    for (int32_t i = 0; i < batch->n_rows && batch->n_rows > 1; first += batch->n_tok[i++]) {
+        TQ_TRY(check_finite(batch, i, layer, first, rows, TQ_SIDE_K));
+        TQ_TRY(check_finite(batch, i, layer, first, rows, TQ_SIDE_V));
+    }
+    return TQ_OK;
+}
+
+static tq_status run_on_cpu(tq_batch *batch, int32_t layer, const tq_batch_rows *rows, widths w, const tq_executor *executor)
+{
+    TQ_TRY(tq_batch_check_turn(batch, layer));
+    TQ_TRY(check_all_finite(batch, layer, rows));
     int64_t longest = 0, first = 0;
     for (int32_t i = 0; i < batch->n_rows; i++) longest = batch->n_tok[i] > longest ? batch->n_tok[i] : longest;
     bool is_plain = rows->dtype == TQ_DTYPE_F32 && rows->k_token_stride == w.k && rows->v_token_stride == w.v;
@@ -198,6 +233,7 @@ static tq_status run_on_cpu(const tq_batch *batch, int32_t layer, const tq_batch
         if (batch->n_tok[i] > 0) status = prefill_row(batch, i, layer, first, rows, w, scratch, executor);
     }
     if (scratch) tq_scratch_free(scratch, bytes);
+    batch->has_run[layer] = status == TQ_OK && first > 0; /* what ran out of memory may be tried again */
     return status;
 }
 

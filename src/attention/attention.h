@@ -91,6 +91,7 @@ typedef struct tq_kv_view {
     size_t exact_head_stride_bytes;
     const tq_exact_entry *exact; /* strictly ascending by column */
     int32_t n_exact;
+    bool is_unwritten; /* what a mask hides may hold any bytes, no numbers among them */
 } tq_kv_view;
 
 /* x [n, head_dim] of one head, as coded, back to what it was. */

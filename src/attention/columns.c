@@ -226,6 +226,31 @@ void tq_score_columns(const tq_attend_plan *plan, const tq_tile_part *part, cons
     }
 }
 
+/* Is what vector i holds, or its scales, finite? */
+static bool holds_numbers(const tq_codec *codec, tq_block block, int64_t i)
+{
+    const bool has_scales = block.scales != NULL;
+    const uint16_t exponent = !has_scales && codec->traits->format == TQ_FORMAT_BF16 ? 0x7f80u : 0x7c00u;
+    const uint16_t *x = has_scales ? block.scales + i * codec->traits->n_scales
+                                   : (const uint16_t *)(const void *)(block.codes + (size_t)i * codec->code_bytes);
+    const int32_t n = has_scales ? codec->traits->n_scales : codec->head_dim;
+    bool is_bad = false;
+    for (int32_t j = 0; j < n; j++) is_bad |= (x[j] & exponent) == exponent;
+    return !is_bad;
+}
+
+/*
+ * How many of n vectors are to be weighed; 0: the first one is not. A mask's weight of 0 would not hide what is no number, so
+ * such vectors are left out.
+ */
+static int64_t n_numbers(const tq_attend_plan *plan, const tq_kv_view *values, const tq_codec *codec, tq_block block, int64_t n)
+{
+    if (!values->is_unwritten || !plan->params->mask) return n;
+    int64_t i = 0;
+    while (i < n && holds_numbers(codec, block, i)) i++;
+    return i;
+}
+
 void tq_accumulate_columns(const tq_attend_plan *plan, const tq_tile_part *part, float *p, float *acc, float *acc_exact,
                            float *expanded)
 {
@@ -238,13 +263,21 @@ void tq_accumulate_columns(const tq_attend_plan *plan, const tq_tile_part *part,
         int32_t n_row = exact_rows(&range, i);
         float *p_run = p + (range.entries[i].column - part->col_begin);
         tq_block block = exact_block(values, part->head, range.entries[i].index);
-        exact->accumulate(values->exact_codec, block, n, p_run, stride, n_row, acc_exact);
+        int64_t n_whole = n_numbers(plan, values, values->exact_codec, block, n);
+        if (n_whole > 0) exact->accumulate(values->exact_codec, block, n_whole, p_run, stride, n_row, acc_exact);
+        n = n_whole > 0 ? (int32_t)n_whole : 1;
         for (int32_t row = 0; row < n_row; row++) memset(p_run + row * stride, 0, (size_t)n * sizeof *p_run);
     }
     int64_t begin, end;
     encoded_part(&range, &begin, &end);
     for (int64_t c = begin, next; c < end; c = next) {
         next = page_end(values, c, end);
+        next = c + n_numbers(plan, values, values->codec, tq_page_view_block(&values->pages, values->codec, part->head, c),
+                             next - c);
+        if (next == c) {
+            next++;
+            continue;
+        }
         const float *p_part = p + (c - part->col_begin);
         if (plan->expand_values) {
             expand_columns(plan, values, part, c, next, expanded);

@@ -18,6 +18,7 @@ void tq_batch_close(tq_batch *batch)
     tq_free(batch->rows);
     tq_free(batch->frames);
     tq_free(batch->checkpoints);
+    tq_free(batch->has_run);
     tq_free(batch->n_appended);
     tq_free(batch);
 }
@@ -33,7 +34,8 @@ tq_status tq_batch_open(tq_batch **out, tq_cache *cache, int32_t n_rows)
     batch->n_tok = tq_alloc_zero((size_t)n_rows * sizeof *batch->n_tok);
     batch->rows = tq_alloc_zero((size_t)n_rows * sizeof *batch->rows);
     batch->n_appended = tq_alloc_zero((size_t)n_rows * sizeof *batch->n_appended);
-    bool has_memory = batch->sequences && batch->seqs && batch->n_tok && batch->rows && batch->n_appended;
+    batch->has_run = tq_alloc_zero((size_t)cache->shape.n_layer * sizeof *batch->has_run);
+    bool has_memory = batch->sequences && batch->seqs && batch->n_tok && batch->rows && batch->n_appended && batch->has_run;
     tq_status status = has_memory ? TQ_OK : TQ_ERR_MEMORY;
     if (status == TQ_OK && cache->device) status = cache->device->pass_open(&batch->pass, cache->memory, n_rows);
     if (status != TQ_OK)
@@ -153,6 +155,7 @@ tq_status tq_batch_start(tq_batch *batch, int32_t n_head)
 {
     tq_cache *cache = batch->cache;
     batch->is_open = batch->is_captured = false;
+    memset(batch->has_run, 0, (size_t)cache->shape.n_layer * sizeof *batch->has_run);
     if (cache->device) TQ_TRY(cache->device->is_captured(cache->memory, &batch->is_captured));
     tq_cache_lock(cache);
     tq_status status = find_sequences(batch);
@@ -174,15 +177,16 @@ tq_status tq_batch_start(tq_batch *batch, int32_t n_head)
     return status;
 }
 
-/* Are the sequences those of the beginning, and does the layer wait for its turn? */
-static tq_status check_turn(tq_batch *batch, int32_t layer)
+tq_status tq_batch_check_turn(tq_batch *batch, int32_t layer)
 {
     tq_status status = TQ_OK;
     tq_cache_lock(batch->cache);
     for (int32_t i = 0; i < batch->n_rows && status == TQ_OK; i++) {
         const tq_sequence *sequence = tq_cache_sequence(batch->cache, batch->seqs[i]);
         batch->n_appended[i] = 0;
-        if (sequence == batch->sequences[i] && sequence->length[layer] == batch->rows[i].length) continue;
+        bool waits = !batch->has_run[layer];
+        if (sequence == batch->sequences[i] && batch->cache->device) waits = sequence->length[layer] == batch->rows[i].length;
+        if (sequence == batch->sequences[i] && waits) continue;
         tq_log(TQ_LOG_ERROR, WHO ": sequence %d was freed or changed in this pass, or layer %d has had its turn",
                (int)batch->seqs[i], (int)layer);
         status = TQ_ERR_ARGUMENT;
@@ -194,7 +198,7 @@ static tq_status check_turn(tq_batch *batch, int32_t layer)
 tq_status tq_batch_run(tq_batch *batch, int32_t layer, const tq_batch_rows *rows)
 {
     const tq_cache *cache = batch->cache;
-    TQ_TRY(check_turn(batch, layer));
+    TQ_TRY(tq_batch_check_turn(batch, layer));
     tq_status status = cache->device->pass_run(batch->pass, layer, rows, batch->n_appended);
     /* What is captured has not happened. */
     for (int32_t i = 0; i < batch->n_rows && !batch->is_captured; i++) {

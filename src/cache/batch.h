@@ -13,6 +13,7 @@ struct tq_batch {
     tq_sequence **sequences; /* [n_rows], of the pass */
     int32_t *seqs;           /* [n_rows] */
     int64_t *n_tok;          /* [n_rows] */
+    bool *has_run;           /* [n_layer], in this pass; not on devices, where lengths tell */
     /* Of a device's cache. */
     tq_pass *pass;
     tq_pass_row *rows;   /* [n_rows] */
@@ -28,6 +29,8 @@ tq_status tq_batch_open(tq_batch **out, tq_cache *cache, int32_t n_rows);
 void tq_batch_close(tq_batch *batch);
 /* seqs and n_tok are in the batch. Locks. Errors: ARGUMENT, RANGE, FULL, MEMORY, IO, DEVICE. */
 tq_status tq_batch_start(tq_batch *batch, int32_t n_head);
+/* Are the sequences those of the beginning, and does the layer wait for its turn? Locks. Errors: ARGUMENT. */
+tq_status tq_batch_check_turn(tq_batch *batch, int32_t layer);
 /* Of a device. Errors: ARGUMENT, DEVICE, MEMORY. */
 tq_status tq_batch_run(tq_batch *batch, int32_t layer, const tq_batch_rows *rows);
 /* seqs and n_tok are in the batch. Locks. Errors: ARGUMENT, RANGE, MEMORY. */

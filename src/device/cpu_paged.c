@@ -321,11 +321,9 @@ static void encode_run(const run *r, tq_cpu_sequence sequence, const float *k, c
     }
 }
 
-static void append_run(void *context, int32_t i, const tq_executor *executor)
+static void append_run(const append_call *call, const run *r, const tq_executor *executor)
 {
-    const append_call *call = context;
     const tq_paged_store *store = call->o.store;
-    const run *r = &call->runs[i];
     const float *rows[TQ_N_SIDES];
     for (int32_t side = 0; side < TQ_N_SIDES; side++)
         rows[side] = call->rows[side] ? call->rows[side] + r->first * width_of(store, side) : NULL;
@@ -336,9 +334,28 @@ static void append_run(void *context, int32_t i, const tq_executor *executor)
     if (call->params->half != TQ_APPEND_ENCODE) tq_cpu_append_exact(&sequence, r->n, rows[TQ_SIDE_K], rows[TQ_SIDE_V]);
 }
 
-static double run_work(const void *context, int32_t i)
+/* Does run i go on with the sequence of the one before, of which rows were skipped? Such runs are one item: each reads the ring
+ * that those before it leave. */
+static bool goes_on(const append_call *call, int32_t i)
 {
-    return (double)((const append_call *)context)->runs[i].n;
+    return i > 0 && i < call->n_runs && !is_by_slots(call->o.store) && call->runs[i].origin == call->runs[i - 1].origin;
+}
+
+static void append_item(void *context, int32_t i, const tq_executor *executor)
+{
+    const append_call *call = context;
+    do append_run(call, &call->runs[i++], executor);
+    while (goes_on(call, i));
+}
+
+static double item_work(const void *context, int32_t i)
+{
+    const append_call *call = context;
+    if (goes_on(call, i)) return 0;
+    double work = 0;
+    do work += (double)call->runs[i++].n;
+    while (goes_on(call, i));
+    return work;
 }
 
 /* The runs, with what memory they need, and their rows as floats. What is not finite is counted with the exact half. */
@@ -393,7 +410,7 @@ static tq_status append(append_call *call)
     if (p->n_not_finite && p->half != TQ_APPEND_ENCODE) *p->n_not_finite += n_bad;
     int64_t n_vectors = p->n_tok * call->o.store->n_head_kv * TQ_N_SIDES;
     tq_run_items(p->executor, (int32_t)clip(n_vectors / TQ_ENCODE_PER_THREAD + 1, 1, INT32_MAX),
-                 &(tq_items){call, call->n_runs, run_work, append_run});
+                 &(tq_items){call, call->n_runs, item_work, append_item});
     tq_scratch_free(memory, total);
     return TQ_OK;
 }
@@ -579,7 +596,7 @@ static void attend_sequence(void *context, int32_t seq, const tq_executor *execu
     const int32_t *table = p->page_table + seq * p->page_table_stride;
     for (int64_t i = 0; i * store->page_size < q.length; i++)
         pages[i] = page_at(store, call->o.layout.page_bytes, page_exists(store, table[i]) ? table[i] : 0);
-    tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = pages, .length = q.length};
+    tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = pages, .is_unwritten = true, .length = q.length};
     sequence.exact = exact_of(store, call->o.layout.exact_bytes, p->exact_slots, seq);
     if (!sequence.exact) sequence.exact = store->exact; /* nothing sound to read, but within bounds */
     tq_attend_params own = own_params(call, &q, parts);

@@ -74,6 +74,7 @@ static tq_kv_view view_with(const tq_cpu_sequence *sequence, const tq_side *side
         .exact_head_stride_bytes = side->exact_head_stride_bytes,
         .exact = exact,
         .n_exact = n_exact,
+        .is_unwritten = sequence->is_unwritten,
     };
 }
 

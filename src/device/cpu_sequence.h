@@ -13,6 +13,7 @@ typedef struct tq_cpu_sequence {
     uint8_t *const *pages;     /* by number, and the numbers: */
     const int32_t *page_table; /* NULL: 0, 1, ... */
     uint8_t *exact;            /* NULL if no side has any */
+    bool is_unwritten;         /* positions that masks hide may hold any bytes */
     int64_t length;
     const int64_t *ring_begin, *exact_begin; /* [TQ_N_SIDES]: positions that queries see exact, and that the ring still has */
 } tq_cpu_sequence;

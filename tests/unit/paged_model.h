@@ -290,7 +290,7 @@ static inline void paged_check_outputs(const paged_pass *p, double tolerance)
         tq_floats_read(p->dtype, p->out, i, 1, &x);
         tq_floats_read(p->dtype, p->wanted, i, 1, &y);
         if (!(fabs((double)x - (double)y) <= bound))
-            fprintf(stderr, "value %zu: %g for %g, bound %g\n", i, (double)x, (double)y, bound);
+            fprintf(stderr, "value %lld: %g for %g, bound %g\n", (long long)i, (double)x, (double)y, bound);
         KV_CHECK(fabs((double)x - (double)y) <= bound);
     }
 }

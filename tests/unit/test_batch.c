@@ -225,8 +225,9 @@ static void test_refusals(void **state)
         REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
         r.mask = NULL; /* then its strides are not read */
         assert_int_equal(tq_batch_attend(batch, 0, &r, NULL), TQ_OK);
+        REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT); /* had its turn */
+        for (int32_t i = 0; i < 2; i++) assert_int_equal(tq_cache_length(cache, seqs[i], 0), 1);
         if (device == TQ_DEVICE_CUDA) {
-            REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);      /* had its turn */
             REFUSED(tq_batch_begin(batch, seqs, one, N_HEAD), TQ_ERR_ARGUMENT); /* layers differ */
             REFUSED(tq_cache_append(cache, seqs[0], 0, 1, rows, rows, NULL), TQ_ERR_ARGUMENT);
         } else {
@@ -234,14 +235,18 @@ static void test_refusals(void **state)
             static float bad[N_HEAD_KV * HEAD_DIM * 2] = {INFINITY};
             r.v = bad;
             REFUSED(tq_batch_attend(batch, 1, &r, NULL), TQ_ERR_NOT_FINITE);
+            bad[0] = 0, bad[N_HEAD_KV * HEAD_DIM] = NAN; /* of the second sequence */
+            REFUSED(tq_batch_attend(batch, 1, &r, NULL), TQ_ERR_NOT_FINITE);
             r.v = rows;
-            assert_int_equal(tq_cache_length(cache, seqs[0], 1), 0);
+            for (int32_t i = 0; i < 2; i++) assert_int_equal(tq_cache_length(cache, seqs[i], 1), 0);
+            assert_int_equal(tq_batch_attend(batch, 1, &r, NULL), TQ_OK); /* it still waits */
             REFUSED(tq_batch_replayed(batch, seqs, one), TQ_ERR_ARGUMENT);
         }
         for (int32_t i = 0; i < 2; i++) assert_int_equal(tq_cache_trim(cache, seqs[i], 0), TQ_OK);
         assert_int_equal(tq_batch_begin(batch, seqs, one, N_HEAD), TQ_OK);
         assert_int_equal(tq_cache_seq_free(cache, seqs[1]), TQ_OK);
         assert_int_not_equal(tq_batch_attend(batch, 0, &r, NULL), TQ_OK); /* a sequence is gone */
+        assert_int_equal(tq_cache_length(cache, seqs[0], 0), 0);
         tq_batch_free(batch);
         tq_cache_free(cache);
     }

@@ -266,6 +266,108 @@ static uint8_t *copy_of(const void *memory, size_t bytes)
     return bytes > 0 ? memcpy(copy, memory, bytes) : copy;
 }
 
+/* Are positions like this one hidden from all? A page, single ones next to others, sinks and recent ones. */
+static bool is_hidden(const paged_model *m, int64_t position)
+{
+    return position / m->shape.page_size == 2 || position % 16 == 5 || position == 1;
+}
+
+/* What is no number, in a position's codes, scales and exact vector. */
+static void spoil_position(paged_model *m, uint8_t *page, int64_t position, int64_t length)
+{
+    const paged_shape *s = &m->shape;
+    size_t slot = (size_t)(position % s->page_size), n_exact = (size_t)(s->n_sink + m->store.n_ring);
+    uint16_t *exact = m->store.exact;
+    if (m->sizes.exact_bytes > 0) exact += (size_t)m->slots[0] * (m->sizes.exact_bytes / sizeof *exact);
+    int64_t entry = position < s->n_sink ? position : s->n_sink + position % (m->store.n_ring ? m->store.n_ring : 1);
+    bool is_exact = position < s->n_sink || position >= length - m->store.n_ring;
+    for (int32_t i = 0; i < 2 * s->n_head_kv; i++) {
+        paged_head h = paged_head_of(s, i % 2);
+        memset(page + slot * h.code_bytes, 0xff, h.code_bytes);
+        memset(page + (size_t)s->page_size * h.code_bytes + slot * h.scale_bytes, 0xff, h.scale_bytes);
+        page += h.bytes;
+    }
+    for (int32_t i = 0; i < 2 * s->n_head_kv && m->sizes.exact_bytes > 0 && is_exact; i++) {
+        size_t vector = (size_t)i * n_exact + (size_t)entry, head_dim = (size_t)s->head_dim;
+        memset(exact + vector * head_dim, 0xff, head_dim * sizeof *exact);
+    }
+}
+
+static void run_hidden(const paged_shape *shape)
+{
+    fixture f = open_fixture(shape, 300, TQ_DTYPE_F32);
+    paged_model *m = f.m;
+    assert_int_equal(tq_paged_append(&m->store, &f.append, NULL), TQ_OK);
+    float *mask = kv_calloc(300 * 300, sizeof *mask);
+    for (int64_t i = 0; i < 300 * 300; i++) mask[i] = is_hidden(m, i % 300) ? -INFINITY : 0;
+    f.attend.mask = mask, f.attend.mask_token_stride = 300;
+    assert_int_equal(tq_paged_attend(&m->store, &f.attend, NULL), TQ_OK);
+    size_t n = (size_t)(f.p->n * f.p->out_width);
+    float *wanted = (float *)(void *)copy_of(f.p->out, n * sizeof *wanted), *out = f.p->out;
+    uint8_t *page = kv_calloc(1, m->sizes.canonical_bytes);
+    for (int64_t position = 0; position < 300; position++) {
+        const int32_t *id = &m->table[position / shape->page_size];
+        if (!is_hidden(m, position)) continue;
+        assert_int_equal(tq_paged_export(&m->store, id, 1, page, NULL), TQ_OK);
+        spoil_position(m, page, position, 300);
+        assert_int_equal(tq_paged_import(&m->store, id, 1, page, NULL), TQ_OK);
+    }
+    assert_int_equal(tq_paged_attend(&m->store, &f.attend, NULL), TQ_OK);
+    /* Columns in other groups are summed in another order. */
+    for (size_t i = 0; i < n; i++) assert_true(fabsf(out[i] - wanted[i]) <= 1e-2f);
+    free(mask), free(wanted), free(page);
+    close_fixture(&f);
+}
+
+/* What a mask hides may hold any bytes. */
+static void test_hidden_bytes(void **state)
+{
+    (void)state;
+    static const tq_format formats[] = {TQ_FORMAT_F16, TQ_FORMAT_BF16, TQ_FORMAT_SQ8, TQ_FORMAT_SQ3, TQ_FORMAT_SQ4_PROD};
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) {
+        paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+        shape.k_format = shape.v_format = formats[i], shape.k_ref_block = 0;
+        run_hidden(&shape);
+    }
+    paged_shape preset = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    run_hidden(&preset);
+}
+
+/* Rows that are skipped between those of a sequence change nothing on the CPU, whatever the number of threads. */
+static void test_skipped_rows_between_others(void **state)
+{
+    (void)state;
+    enum { N = 1000, EVERY = 40, N_ROWS = N + N / EVERY };
+    const paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    paged_model *m[2];
+    tq_pool *pool;
+    assert_int_equal(tq_pool_create(&pool, 4), TQ_OK);
+    const tq_executor executor = tq_pool_executor(pool);
+    float *rows = kv_calloc(N_ROWS * 128, sizeof *rows), *plain = kv_calloc(N * 128, sizeof *rows);
+    int64_t mapping[N_ROWS], positions[N_ROWS], all[N];
+    int32_t seq_ids[N_ROWS] = {0}, table[N / 64 + 1];
+    for (int32_t i = 0; i < N / 64 + 1; i++) table[i] = i;
+    m[0] = paged_open(&shape, TQ_DEVICE_CPU, false, 1), m[1] = paged_open(&shape, TQ_DEVICE_CPU, false, 1);
+    kv_fill(&m[0]->random, plain, N * 128);
+    int64_t n = 0;
+    for (int64_t i = 0; i < N; i++) {
+        if (i % EVERY == EVERY - 1) mapping[n] = -1, positions[n++] = i;
+        memcpy(rows + n * 128, plain + i * 128, 128 * sizeof *rows);
+        mapping[n] = positions[n] = all[i] = i, n++;
+    }
+    tq_paged_append_params a = {.struct_size = sizeof a, .n_tok = n, .k = rows, .v = rows, .slot_mapping = mapping};
+    a.seq_ids = seq_ids, a.positions = positions, a.page_table = table, a.page_table_stride = N / 64 + 1;
+    a.executor = &executor;
+    assert_int_equal(tq_paged_append(&m[0]->store, &a, NULL), TQ_OK);
+    a.n_tok = N, a.k = a.v = plain, a.slot_mapping = a.positions = all, a.executor = NULL;
+    assert_int_equal(tq_paged_append(&m[1]->store, &a, NULL), TQ_OK);
+    assert_memory_equal(m[0]->store.pages, m[1]->store.pages, memory_bytes(m[0]));
+    assert_memory_equal(m[0]->store.exact, m[1]->store.exact, m[0]->sizes.exact_bytes);
+    paged_close(m[0]), paged_close(m[1]);
+    free(rows), free(plain);
+    tq_pool_free(pool);
+}
+
 /* A page that does not exist is not written, and page 0 is read in its place. */
 static void test_pages_out_of_range(void **state)
 {
@@ -654,6 +756,8 @@ int main(void)
         cmocka_unit_test(test_on_a_device),
         cmocka_unit_test(test_options),
         cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_hidden_bytes),
+        cmocka_unit_test(test_skipped_rows_between_others),
         cmocka_unit_test(test_pages_out_of_range),
         cmocka_unit_test(test_places_out_of_range),
         cmocka_unit_test(test_sinks_over_pages),
