@@ -330,6 +330,7 @@ def integer_arguments():
         "read seq": lambda c, x: c.read(x, 0), "read layer": lambda c, x: c.read(0, x),
         "reserve": lambda c, x: c.reserve(x, 1), "page_table": lambda c, x: c.page_table(x),
         "Batch": lambda c, x: turboquant.Batch(c, x), "batch seqs": lambda c, x: turboquant.Batch(c, 1).begin([x], [1], N_HEAD),
+        "batch n_head": lambda c, x: turboquant.Batch(c, 1).begin([0], [1], x),
         "seq_export": lambda c, x: c.seq_export(x), "save": lambda c, x: c.save("unused.tqs", [x]),
     }
     wide = {

@@ -234,6 +234,7 @@ STRUCTS = {
 # Arguments that are checked before ctypes takes them.
 _N_THREADS = _named("n_threads", c_int32)
 _HEAD_DIM = _named("head_dim", c_int32)
+_N_HEAD = _named("n_head", c_int32)
 _N_HEAD_KV = _named("n_head_kv", c_int32)
 _LAYER = _named("layer", c_int32)
 _SEQ = _named("seq", c_int32)
@@ -287,7 +288,7 @@ _FALLIBLE = {
     "tq_cache_seq_import": [c_void_p, _SEQ, _N_TOK, _FIRST_PAGE, c_void_p, c_void_p, _EXACT_BYTES],
     "tq_cache_set_stream": [c_void_p, c_void_p],
     "tq_batch_create": [POINTER(c_void_p), c_void_p, _N_ROWS],
-    "tq_batch_begin": [c_void_p, c_void_p, c_void_p, c_int32],
+    "tq_batch_begin": [c_void_p, c_void_p, c_void_p, _N_HEAD],
     "tq_batch_attend": [c_void_p, _LAYER, POINTER(BatchRows), POINTER(Executor)],
     "tq_batch_end": [c_void_p],
     "tq_batch_replayed": [c_void_p, c_void_p, c_void_p],
