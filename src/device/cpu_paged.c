@@ -365,7 +365,7 @@ static void set_runs(append_call *call, uint8_t **pages)
     while (next_run(call->o.store, &call->o.layout, call->params, &at, &call->runs[call->n_runs])) {
         run *r = &call->runs[call->n_runs++];
         r->pages = pages;
-        pages += r->end_page;
+        if (pages) pages += r->end_page; /* NULL where no run has any */
     }
 }
 
