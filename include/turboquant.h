@@ -799,7 +799,7 @@ typedef struct tq_paged_append_params {
     /* Optional int32: incremented for each vector with NaN, infinity or a magnitude above 65504. NaN is stored as 0, the others
      * as the largest FP16 number. */
     int32_t *n_not_finite;
-    tq_append_half half;         /* other than BOTH: with a ring alone */
+    tq_append_half half;         /* other than BOTH: only with a ring */
     int64_t v_row_stride;        /* of v; 0: row_stride, or contiguous if that is 0 */
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_append_params;
@@ -831,7 +831,7 @@ typedef struct tq_paged_attend_params {
      * the CPU it is always so. */
     bool deterministic;
     /* CUDA: the call before on this stream is the tq_paged_append, or its STORE half, of the newest token: kernels may then
-     * begin beside it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
+     * begin next to it, where there are sinks or a ring and the device can (sm_90 on). Nothing changes in the results. */
     bool follows_append;
     /* CUDA: scratch, aligned to 128 bytes, whose first 1 / TQ_PAGED_WORKSPACE_COUNTERS must be zero before its first use; each
      * call leaves them zero. Calls of all shapes may use one workspace, each after the other and with the same workspace_bytes:

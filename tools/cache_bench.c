@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* tq cache bench: one layer's decode attention on pages, beside a contiguous store and for many sequences. */
+/* tq cache bench: one layer's decode attention on pages, next to a contiguous store and for many sequences. */
 #define _XOPEN_SOURCE 700 /* sync */
 
 #include <getopt.h>

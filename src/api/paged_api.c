@@ -103,7 +103,7 @@ static tq_status check_store(const tq_paged_store *store, const void *stream)
 static tq_status check_dtype(tq_dtype dtype)
 {
     if (dtype == TQ_DTYPE_F32 || dtype == TQ_DTYPE_F16 || dtype == TQ_DTYPE_BF16) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, WHO ": there is no dtype %d", (int)dtype);
+    tq_log(TQ_LOG_ERROR, WHO ": dtype %d does not exist", (int)dtype);
     return TQ_ERR_ARGUMENT;
 }
 
@@ -123,7 +123,7 @@ static tq_status check_append(const tq_paged_store *store, tq_paged_append_param
     if (params->half != TQ_APPEND_BOTH && params->half != TQ_APPEND_ENCODE && params->half != TQ_APPEND_STORE) {
         return bad("append: unknown half");
     }
-    if (params->half != TQ_APPEND_BOTH && store->n_recent == 0) return bad("append: there are halves with a ring alone");
+    if (params->half != TQ_APPEND_BOTH && store->n_recent == 0) return bad("append: halves exist only with a ring");
     if (params->half != TQ_APPEND_ENCODE && (!params->k || !params->v)) return bad("append: k or v is NULL");
     if (!set_row_strides(store, &params->row_stride, &params->v_row_stride)) {
         return bad("append: row_stride or v_row_stride is less than a row");
@@ -158,7 +158,8 @@ static tq_status check_query_starts(const tq_paged_attend_params *params)
     for (int32_t i = 0; starts && i <= params->n_seq; i++) {
         int32_t before = i == 0 ? 0 : starts[i - 1];
         if (starts[i] >= before && (i == 0 || starts[i] - before <= params->n_query)) continue;
-        tq_log(TQ_LOG_ERROR, WHO ": attend: query_starts[%d] is %d; they must ascend from 0 on, by at most n_query, %d", (int)i,
+        tq_log(TQ_LOG_ERROR,
+               WHO ": attend: query_starts[%d] is %d; they must ascend, from 0 or more and by at most n_query, %d", (int)i,
                (int)starts[i], (int)params->n_query);
         return TQ_ERR_RANGE;
     }

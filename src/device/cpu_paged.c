@@ -143,7 +143,7 @@ static uint8_t *page_at(const tq_paged_store *store, size_t page_bytes, int64_t 
     return (uint8_t *)store->pages + (size_t)page * stride;
 }
 
-/* The exact data of a sequence (row of the page table), NULL if the store has none or there is no such slot. */
+/* The exact data of a sequence (row of the page table), NULL if the store has none or the slot does not exist. */
 static uint8_t *exact_of(const tq_paged_store *store, size_t exact_bytes, const int32_t *exact_slots, int64_t seq)
 {
     int64_t slot = exact_slots ? exact_slots[seq] : seq;
@@ -188,7 +188,7 @@ static int32_t copy_rows(const opened *o, const caller_rows *r, int32_t side, in
     return n_bad;
 }
 
-/* Parts of one block of memory, each aligned, NULL where it has no bytes. NULL if there is no memory. */
+/* Parts of one block of memory, each aligned, NULL where it has no bytes. NULL if memory has run out. */
 static void *take_parts(const size_t *bytes, int32_t n, void **parts, size_t *total)
 {
     *total = ALIGN_BYTES;
@@ -210,7 +210,7 @@ typedef struct run {
     int64_t origin;   /* the sequence, or the first page of the slots */
     int64_t coded_begin[TQ_N_SIDES], coded_end[TQ_N_SIDES];
     int64_t first_page, end_page; /* that hold what is coded */
-    uint8_t **pages;              /* [end_page], from first_page on; NULL: there is no such page */
+    uint8_t **pages;              /* [end_page], from first_page on; NULL: the page does not exist */
 } run;
 
 typedef struct append_call {
@@ -243,7 +243,7 @@ static place place_of(const tq_paged_store *store, const layout *l, const tq_pag
     return has_slot ? found : nowhere;
 }
 
-/* The next run from row *at on, which is moved behind it; false if there is none. */
+/* The next run from row *at on, which is moved behind it; false if no more rows go anywhere. */
 static bool next_run(const tq_paged_store *store, const layout *l, const tq_paged_append_params *p, int64_t *at, run *out)
 {
     int64_t i = *at;

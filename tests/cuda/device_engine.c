@@ -34,7 +34,7 @@ static void fill_random(uint16_t *rows, size_t n, uint64_t seed)
 static void engine_open(engine *e, void *pages, int64_t n_pages, const int32_t *table, int32_t n_table)
 {
     memset(e, 0, sizeof *e);
-    e->store = device_store();
+    e->store = kv_paged_store();
     e->store.n_head_kv = N_HEAD_KV, e->store.n_pages = n_pages, e->store.pages = pages;
     CHECK(tq_paged_sizes_get(&e->sizes, &e->store) == TQ_OK, "sizes");
     e->k = device_alloc(ROW_BYTES, 0), e->v = device_alloc(ROW_BYTES, 0);
@@ -114,7 +114,7 @@ static uint16_t *engine_reference(void)
     engine e;
     tq_paged_store shape;
     tq_paged_sizes sizes;
-    shape = device_store();
+    shape = kv_paged_store();
     shape.n_head_kv = N_HEAD_KV;
     CHECK(tq_paged_sizes_get(&sizes, &shape) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
@@ -128,7 +128,7 @@ void test_graph(void)
     device_test("graph: append and attend captured once, %d replays", (int)N_STEPS);
     uint16_t *expected = engine_reference(), out[OUT_FLOATS];
     engine e;
-    e.store = device_store();
+    e.store = kv_paged_store();
     e.store.n_head_kv = N_HEAD_KV;
     CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * e.sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
@@ -179,7 +179,7 @@ void test_halves(void)
         cudaGraphExec_t exec;
         CHECK(cudaStreamCreate(&stream) == cudaSuccess && cudaStreamCreate(&side) == cudaSuccess, "streams");
         for (int i = 0; i < 2; i++) {
-            e[i].store = device_store();
+            e[i].store = kv_paged_store();
             e[i].store.n_head_kv = N_HEAD_KV, e[i].store.n_recent = 16, e[i].store.k_ref_block = 64;
             CHECK(tq_paged_sizes_get(&e[i].sizes, &e[i].store) == TQ_OK, "sizes"); /* sq4's pages are the larger */
             engine_open(&e[i], device_alloc(N_TABLE * e[i].sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);
@@ -210,7 +210,7 @@ void test_large(void)
     device_test("large: pages all over 40 GB");
     uint16_t *expected = engine_reference(), *found = malloc((size_t)N_STEPS * OUT_FLOATS * sizeof *found);
     engine e;
-    e.store = device_store();
+    e.store = kv_paged_store();
     e.store.n_head_kv = N_HEAD_KV;
     CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     size_t n_pages = (size_t)40e9 / e.sizes.page_bytes, n_free, n_total;
@@ -240,7 +240,7 @@ void test_full_memory(void)
     void *blocks[BLOCKS_MAX];
     int n_blocks = 0;
     engine e;
-    e.store = device_store();
+    e.store = kv_paged_store();
     e.store.n_head_kv = N_HEAD_KV;
     CHECK(tq_paged_sizes_get(&e.sizes, &e.store) == TQ_OK, "sizes");
     engine_open(&e, device_alloc(N_TABLE * e.sizes.page_bytes, 0xff), N_TABLE, low_pages, N_TABLE);

@@ -247,7 +247,7 @@ void model_open(model *m, const setup *s, uint64_t seed)
     for (int32_t i = 0; i < s->n_seq; i++) m->max_len = s->lens[i] > m->max_len ? s->lens[i] : m->max_len;
     m->max_pages = m->max_len / s->page_size + 1;
     m->n_pages = m->max_pages * s->n_seq + 3;
-    m->store = device_store();
+    m->store = kv_paged_store();
     m->store.k_format = s->k_format, m->store.v_format = s->v_format;
     m->store.head_dim_v = m->s.head_dim_v;
     m->store.head_dim = s->head_dim, m->store.n_head_kv = s->n_head_kv, m->store.page_size = s->page_size;

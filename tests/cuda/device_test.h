@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "base/random.h"
+#include "kv_test.h"
 #include "turboquant.h"
 
 /* A check of the running test; on failure it says so and the test counts as failed. */
@@ -17,18 +18,6 @@ bool device_check(bool condition, const char *file, int line, const char *format
 void device_test(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* "N passed, M failed", and the exit status. */
 int device_report(void);
-
-/* sq4 at head_dim 128 in pages of 64, in a CUDA device's memory. */
-static inline tq_paged_store device_store(void)
-{
-    return (tq_paged_store){.struct_size = sizeof(tq_paged_store),
-                            .device = TQ_DEVICE_CUDA,
-                            .k_format = TQ_FORMAT_SQ4,
-                            .v_format = TQ_FORMAT_SQ4,
-                            .head_dim = 128,
-                            .page_size = 64,
-                            .seed = TQ_SEED_DEFAULT};
-}
 
 /* Device memory, freed at exit; a failed allocation ends the program. `fill` is the byte that it holds at first. */
 void *device_alloc(size_t bytes, int fill);

@@ -335,7 +335,7 @@ static void test_pages_of(int32_t head_dim, int n_formats, int32_t k_ref_block)
                     k_ref_block);
         tq_paged_store store;
         tq_paged_sizes sizes;
-        store = device_store();
+        store = kv_paged_store();
         store.k_format = formats[i], store.v_format = formats[(i + 1) % n_formats], store.head_dim = head_dim;
         store.n_head_kv = 3, store.page_size = 96, store.n_pages = 6;
         uint16_t exact[1]; /* no call here looks at it */
@@ -375,7 +375,7 @@ static void test_not_finite(void)
     device_test("append counts vectors that are not finite");
     tq_paged_store store;
     tq_paged_sizes sizes;
-    store = device_store();
+    store = kv_paged_store();
     store.n_head_kv = 2, store.n_pages = 1;
     CHECK(tq_paged_sizes_get(&sizes, &store) == TQ_OK, "sizes");
     store.pages = device_alloc(sizes.page_bytes, 0);

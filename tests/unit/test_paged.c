@@ -673,7 +673,7 @@ static void test_calls_are_checked(void **state)
     assert_int_equal(tq_paged_workspace_bytes(NULL, s, p), TQ_ERR_ARGUMENT);
     a->half = TQ_APPEND_ENCODE;
     s->n_recent = s->k_ref_block = s->n_ring = 0;
-    SAYS(APPEND(NULL), TQ_ERR_ARGUMENT, "ring alone");
+    SAYS(APPEND(NULL), TQ_ERR_ARGUMENT, "only with a ring");
     close_fixture(&f);
 }
 

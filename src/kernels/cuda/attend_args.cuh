@@ -133,7 +133,7 @@ __device__ __forceinline__ int32_t end_of(const tile_id &tile, int token)
 struct row_bias {
     static constexpr float least = -1e30f; /* a mask's lowest finite number, which is still more than -infinity, in base 2 */
     const uint8_t *mask;                   /* the number of position 0 */
-    int32_t number_bytes;                  /* of the mask's; 0: there is none */
+    int32_t number_bytes;                  /* of the mask's; 0: no mask */
     float slope;                           /* in base 2, of the mask's numbers or, without one, of distances */
     int32_t position;                      /* of the query */
     __device__ __forceinline__ row_bias(const tile_id &tile, const attend_args &args, int row)

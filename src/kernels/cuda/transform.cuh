@@ -38,7 +38,7 @@ __device__ __forceinline__ void transform_key(float (&x)[D / 16], const uint16_t
     for (int k = 0; k < D / 16; k++) x[k] = y[k];
 }
 
-/* transforms or factors: NULL if there are none; never both. */
+/* transforms or factors: NULL for none; never both. */
 template <int D>
 __device__ __forceinline__ void key_to_basis(float (&x)[D / 16], const int8_t *factors, const uint16_t *transforms, int head,
                                              int lane16)
