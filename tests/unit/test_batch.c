@@ -271,6 +271,31 @@ static void test_caches_that_a_device_refuses(void **state)
     }
 }
 
+/* A sequence grows page by page: what a device holds is little more than its pages. */
+static void test_device_memory_follows_pages(void **state)
+{
+    (void)state;
+    enum { N_PAGES = 900 };
+    if (!has_device()) skip();
+    tq_cache_params p = kv_cache_params();
+    p.head_dim = HEAD_DIM, p.page_size = 64, p.n_pages = N_PAGES, p.device = TQ_DEVICE_CUDA;
+    tq_cache *cache;
+    tq_cache_stats stats;
+    int32_t seq;
+    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    assert_int_equal(tq_cache_get_stats(cache, &stats), TQ_OK);
+    size_t empty = stats.allocated_bytes;
+    for (int64_t n = 1; n <= N_PAGES; n++) {
+        assert_int_equal(tq_cache_reserve(cache, seq, n * p.page_size), TQ_OK);
+        assert_int_equal(tq_cache_get_stats(cache, &stats), TQ_OK);
+        assert_int_equal(stats.n_pages_used, n);
+        size_t pages = (size_t)(n + (n / 32 > 16 ? n / 32 : 16)) * stats.page_bytes, tables = 64 * 1024;
+        assert_true(stats.allocated_bytes <= empty + pages + tables);
+    }
+    tq_cache_free(cache);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -283,6 +308,7 @@ int main(void)
         cmocka_unit_test(test_what_is_not_finite_is_not_published),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_caches_that_a_device_refuses),
+        cmocka_unit_test(test_device_memory_follows_pages),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
