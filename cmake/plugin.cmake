@@ -14,7 +14,7 @@ endif()
 add_library(ggml-turboquant MODULE ${tq_plugin_sources})
 set_target_properties(ggml-turboquant PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}
                       LINK_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/plugin.map)
-target_include_directories(ggml-turboquant PRIVATE plugins/ggml)
+target_include_directories(ggml-turboquant PRIVATE plugins/ggml src)
 target_include_directories(ggml-turboquant SYSTEM PRIVATE ${TQ_GGML_DIR}/include ${TQ_GGML_DIR}/src)
 target_link_libraries(ggml-turboquant PRIVATE turboquant_static tq_flags Threads::Threads m ${CMAKE_DL_LIBS})
 target_link_options(ggml-turboquant PRIVATE -Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/plugin.map)

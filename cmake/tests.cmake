@@ -38,7 +38,8 @@ if(TQ_CMOCKA OR CMAKE_CROSSCOMPILING)
     find_package(Python3 COMPONENTS Interpreter)
     if(Python3_FOUND)
         set(tq_hostile ${PROJECT_BINARY_DIR}/test_hostile.c)
-        set(tq_hostile_from ${PROJECT_SOURCE_DIR}/tests/hostile/generate.py ${PROJECT_SOURCE_DIR}/include/turboquant.h)
+        set(tq_hostile_from ${PROJECT_SOURCE_DIR}/tests/hostile/generate.py ${PROJECT_SOURCE_DIR}/include/turboquant.h
+            ${PROJECT_SOURCE_DIR}/src/cache/cells.h)
         add_custom_command(OUTPUT ${tq_hostile} COMMAND ${Python3_EXECUTABLE} ${tq_hostile_from} ${tq_hostile}
                            DEPENDS ${tq_hostile_from} VERBATIM)
         tq_add_program(test_hostile DIR ${tq_test_dir}/unit SOURCES ${tq_hostile} LIBRARIES ${TQ_CMOCKA}

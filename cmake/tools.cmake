@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# The command tq: the public header and cJSON, nothing else.
+# The command tq: the public header, cells to measure, and cJSON.
 find_package(PkgConfig QUIET)
 if(PKG_CONFIG_FOUND)
     pkg_check_modules(CJSON QUIET IMPORTED_TARGET libcjson)
@@ -23,6 +23,7 @@ target_compile_definitions(tq PRIVATE _XOPEN_SOURCE=700 TQ_PLUGIN_FROM_BIN="${tq
 install(DIRECTORY tools/calibrate tools/eval tools/simulate DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant
         FILES_MATCHING PATTERN "*.py" PATTERN "*.html")
 install(FILES tools/start_package.py DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant)
+target_include_directories(tq PRIVATE src)
 target_link_libraries(tq PRIVATE turboquant_static tq_flags PkgConfig::CJSON m ${CMAKE_DL_LIBS})
 
 # ggml's attention, beside which `tq bench` measures ours; it links with no ggml library, as the plug-in.

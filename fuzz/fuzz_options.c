@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cache/cells.h"
 #include "options.h"
 
 #define ENSURE(condition) \

@@ -4,9 +4,8 @@
  *
  * The order of this file is that in which it is used: status, log, executor; formats and presets; attention parameters,
  * calibrations and factors; the cache (sequences with positions: what an engine without one embeds), batches of its sequences,
- * snapshots; then what experts need: single vectors, the store (slots in caller-owned memory: what an engine with its own cell
- * management embeds), and paged stores (pages in caller-owned memory, on every device: what an engine with its own block
- * manager embeds).
+ * snapshots; then what experts need: single vectors, and paged stores (pages in caller-owned memory, on every device: what an
+ * engine with its own block manager embeds).
  *
  * Conventions that hold throughout:
  *  - Every function that can fail returns tq_status; out parameters come first and are untouched on failure.
@@ -199,9 +198,9 @@ TQ_API TQ_NODISCARD tq_status tq_preset_bits_per_value(double *out, const tq_pre
 /* ---- attention parameters ------------------------------------------------------------------------------------------ */
 
 /*
- * softmax(softmax_scale * q . K + bias) . V over columns. A column is a slot of a store or a position of a sequence. With
- * softcap c > 0 the logit becomes c * tanh(logit / c) before bias and mask. Query head h reads KV head h / (n_head /
- * n_head_kv). A query row that sees no column at all gives zeros (and lse = -inf, or the learned sink's logit).
+ * softmax(softmax_scale * q . K + bias) . V over columns. A column is a position of a sequence. With softcap c > 0 the logit
+ * becomes c * tanh(logit / c) before bias and mask. Query head h reads KV head h / (n_head / n_head_kv). A query row that sees
+ * no column at all gives zeros (and lse = -inf, or the learned sink's logit).
  */
 typedef struct tq_attend_params {
     size_t struct_size;
@@ -226,8 +225,6 @@ typedef struct tq_attend_params {
      * -slope * (position - column). */
     const float *alibi_slopes;
     const float *sinks; /* optional [n_head]: learned sink logits (gpt-oss), part of the denominator alone */
-    /* Stores only. Optional: the settled stages of the rows that belong to the query tokens, one row each. */
-    const struct tq_stage *key_stage, *value_stage;
 } tq_attend_params;
 
 /* ---- calibration --------------------------------------------------------------------------------------------------- */
@@ -235,7 +232,7 @@ typedef struct tq_attend_params {
 /*
  * What `tq calibrate` learnt of one model: for each layer and KV head a transform that keys go through before they are coded,
  * and queries the other way, so that the error of coding falls where attention feels it least (docs/calibrate.md). Read once,
- * used by any number of stores and caches, and never changed: any thread may use it. It must live longer than they do.
+ * used by any number of caches, and never changed: any thread may use it. It must live longer than they do.
  */
 typedef struct tq_calibration tq_calibration;
 /* Read a file. Errors: ARGUMENT, IO, CORRUPT, MISMATCH (another version), MEMORY. */
@@ -272,10 +269,11 @@ typedef struct tq_key_factors_params {
     const float *q_square;               /* [n_head, head_dim] */
     const int32_t *partners;             /* optional [head_dim]: the channel that RoPE turns each with, or itself */
     const double *angles;                /* optional [head_dim]: by how many radians a position */
-    int32_t ref_block;                   /* of what codes the keys (tq_store_params): references take away what turns slowly */
+    int32_t ref_block;                   /* the k_ref_block of what codes the keys: references take away what turns slowly */
 } tq_key_factors_params;
 /*
- * Fill out [n_head_kv, head_dim] with quarters of an octave, as tq_store_params.factors; zeros for a head whose energies are
+ * Fill out [n_head_kv, head_dim] with quarters of an octave: each value of a key is divided by 2^(factor / 4) before it is
+ * coded, and queries are multiplied, so that products stay what they are. -32 to 32; zeros for a head whose energies are
  * not positive, finite numbers. *spread, optional, gets what tq_key_guard wants: the root mean square of a product of query and
  * key, of the head where it is largest, in the basis that is coded. Errors: ARGUMENT, HEAD_DIM, SHAPE (n_head).
  */
@@ -325,7 +323,12 @@ typedef struct tq_cache_params {
     int32_t n_pages;                                    /* capacity of the pool; 0: what budget and file hold */
     int32_t n_sink, n_recent;                           /* n_sink <= page_size */
     int32_t n_take_back; /* so many newest tokens can be trimmed (drafts that were rejected) as if they had never come */
-    int32_t k_ref_block; /* of keys, as tq_store_params.ref_block; blocks begin again in each page */
+    /*
+     * 0: none. Else what is coded of keys is their difference from a reference, one for each so many positions of a page and
+     * KV head: keys have a mean that costs bits and changes slowly along the context. The reference is the mean of the ring
+     * when the block's first token is coded, kept as sq8. Needs a ring; for rotated formats but the product ones. 64 suits.
+     */
+    int32_t k_ref_block;
     /*
      * Others can begin with a sequence's first tokens (tq_cache_seq_match) where so many of them end, a multiple of page_size:
      * there a copy of its exact tokens is kept, one tq_cache_stats.exact_bytes each. 0: nowhere, and nothing is published.
@@ -340,7 +343,7 @@ typedef struct tq_cache_params {
      */
     const char *offload_folder;
     size_t offload_bytes;
-    const tq_calibration *calibration; /* optional, of keys: as tq_store_params.calibration, all layers */
+    const tq_calibration *calibration; /* optional, of keys in encoded formats, in place of factors; of as many layers */
     uint64_t seed;                     /* of the sign flips; 0: TQ_SEED_DEFAULT */
     bool dry_run; /* no vectors: pages, bytes, prefixes and refusals are those of a cache with them, in next to no memory */
     tq_device_kind device;
@@ -352,7 +355,7 @@ TQ_API void tq_cache_params_set_preset(tq_cache_params *params, const tq_preset 
 TQ_API TQ_NODISCARD tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params);
 TQ_API void tq_cache_free(tq_cache *cache);
 /*
- * Factors of a layer's keys [n_head_kv, head_dim], copied; NULL: none. As tq_store_params.factors, and saved with sequences.
+ * Factors of a layer's keys [n_head_kv, head_dim], as tq_key_factors finds them; copied, and saved with sequences. NULL: none.
  * Other ones than it has only while the layer holds no tokens, no published page is kept, and nobody else uses the cache.
  * Errors: ARGUMENT, RANGE, MEMORY, FULL.
  */
@@ -402,9 +405,9 @@ TQ_API TQ_NODISCARD tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int3
 /*
  * tq_cache_append and tq_cache_attend in one: the queries are those of the tokens appended. A token is exact for all queries
  * for which it is among the last n_recent tokens, so a prompt in large batches gives what token by token would; appending and
- * attending one after the other, only the last queries see the ring. Sets n_query, causal and first_pos. Errors: those of both,
- * ARGUMENT for stages; then nothing was appended, but if there is no memory to attend with, which MEMORY may mean:
- * tq_cache_length tells. A mask has a column for each position of the sequence after the append.
+ * attending one after the other, only the last queries see the ring. Sets n_query, causal and first_pos. Errors: those of both;
+ * then nothing was appended, but if there is no memory to attend with, which MEMORY may mean: tq_cache_length tells. A mask has
+ * a column for each position of the sequence after the append.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
                                                const float *v, const tq_attend_params *params, const tq_executor *executor);
@@ -577,122 +580,6 @@ TQ_API void tq_codec_free(tq_codec *codec);
 TQ_API TQ_NODISCARD tq_status tq_codec_encode(const tq_codec *codec, const float *x, int64_t n, void *bytes);
 /* The inverse: bytes [n, bytes_per_vector] to x [n, head_dim]. Errors: ARGUMENT. */
 TQ_API TQ_NODISCARD tq_status tq_codec_decode(const tq_codec *codec, const void *bytes, int64_t n, float *x);
-
-/* ---- store --------------------------------------------------------------------------------------------------------- */
-
-/*
- * Keys or values (one of the two) of one layer, addressed by slot, in memory that the caller owns. A slot is exact (FP16) or
- * encoded: the slots below n_sink always stay exact, so do up to n_keep that tq_stage_keep names, until they are written
- * again, and the last n_recent slots written stay exact until newer writes push them out. Only then are they encoded, once.
- * Values are rounded to FP16 on entry, as an FP16 cache would, so the bytes do not depend on how writes were batched. All state
- * lives in the caller's memory, which is valid (and empty) when zero-filled: clearing a store is a memset, copying one is a
- * memcpy.
- */
-typedef struct tq_store tq_store;
-typedef struct tq_store_params {
-    size_t struct_size;
-    tq_format format;
-    int32_t head_dim, n_head_kv; /* at most 65536 heads */
-    int64_t n_slots;
-    int32_t n_sink, n_recent;
-    /*
-     * 0: none. Else each ref_block slots of a head share a reference vector, and what is coded of a slot is its difference from
-     * that: keys have a mean that costs bits and changes slowly along the context. The reference is the mean of the ring when
-     * the first slot of the block is encoded, kept as sq8; it stays until all slots of the block are exact again, as they are
-     * when tokens were written over them in a ring of at least the block. Needs a ring; for rotated formats but the product
-     * ones. 64 suits.
-     */
-    int32_t ref_block;
-    /*
-     * Optional [n_head_kv, head_dim], of keys, copied: each value is divided by 2^(factor / 4) before it is coded, and queries
-     * are multiplied, so that products stay what they are. -32 to 32; tq_key_factors finds them. Whoever opens the memory again
-     * gives the same ones. An exact format needs none.
-     */
-    const int8_t *factors;
-    /*
-     * Optional, for keys in an encoded format, in place of factors: this layer's transforms. Read as long as the store is
-     * open. SHAPE, if the layer has another shape there.
-     */
-    const tq_calibration *calibration;
-    int32_t layer;
-    uint64_t seed;     /* 0: TQ_SEED_DEFAULT */
-    const char *label; /* optional, copied: names the store in messages, as "layer 3 keys" */
-    int32_t n_keep;    /* n_sink + n_recent + n_keep is at most 1024 */
-} tq_store_params;
-/* The bytes of memory that tq_store_open needs. Errors: ARGUMENT, FORMAT, HEAD_DIM. */
-TQ_API TQ_NODISCARD tq_status tq_store_bytes(size_t *out, const tq_store_params *params);
-/*
- * Open a store over `memory` (aligned to 64 bytes, not touched by opening or closing). Errors: ARGUMENT, SHAPE (memory_bytes
- * too small), FORMAT, HEAD_DIM, MEMORY, CPU.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_open(tq_store **out, const tq_store_params *params, void *memory, size_t memory_bytes);
-TQ_API void tq_store_close(tq_store *store);
-/*
- * Write rows [n, n_head_kv, head_dim] (row_stride elements apart) to slots[n]; as if one by one in order. A slot < 0 is
- * skipped. Errors: ARGUMENT, RANGE, NOT_FINITE (the log names head and slot); then nothing is written. executor may be NULL.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_write(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
-                                             int64_t row_stride, const tq_executor *executor);
-/*
- * The same for rows that tq_store_read gave, rounded to FP16 (its bits). What of them is encoded gets the codes that it was
- * decoded from, at a fraction of the time, and blocks in which nothing is encoded get the references that they had then. What
- * can't be found (other formats or factors, other references where some are in use) is encoded as any other. The first n_first
- * rows are first tokens of a sequence, as in tq_stage_keep; of places none is taken away for them.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_restore(tq_store *store, const int64_t *slots, int64_t n, const uint16_t *rows,
-                                               int64_t row_stride, int64_t n_first, const tq_executor *executor);
-/*
- * What slots [first_slot, first_slot + n) hold is not wanted any longer: they are about to be written again, and may read as
- * anything until then. Without it a write encodes what it pushes out of the ring, and keeps the references of blocks. Errors:
- * ARGUMENT, RANGE.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_discard(tq_store *store, int64_t first_slot, int64_t n);
-/* tq_store_write for slots that exist already: each stays exact or encoded as it is, and the order of recency is kept. */
-TQ_API TQ_NODISCARD tq_status tq_store_update(tq_store *store, const int64_t *slots, int64_t n, const float *rows,
-                                              int64_t row_stride, const tq_executor *executor);
-/*
- * Read slots [first_slot, first_slot + n) to rows [n, n_head_kv, head_dim]; a slot never written reads as zeros, or as the
- * reference of its block.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_read(const tq_store *store, int64_t first_slot, int64_t n, float *rows,
-                                            int64_t row_stride);
-/*
- * A stage keeps the exact rows of one batch until the batch has attended. A token is then seen exact by all queries for which
- * it is among the last n_recent tokens, no matter how many are written at once: prefill gives what decoding token by token
- * would. Its memory grows with the batch and is used again; one stage serves many stores in turn. Not thread-safe.
- *
- *     tq_store_stage(keys, key_stage, ...);      the rows are held; nothing is written
- *     tq_store_settle(keys, key_stage, ...);     they are written, as by tq_store_write
- *     tq_store_attend(..., params with .key_stage = key_stage), of as many query tokens as there were rows, in their order
- */
-typedef struct tq_stage tq_stage;
-/* Errors: ARGUMENT, MEMORY. */
-TQ_API TQ_NODISCARD tq_status tq_stage_create(tq_stage **out);
-TQ_API void tq_stage_free(tq_stage *stage);
-/* The number of rows that it holds. */
-TQ_API int64_t tq_stage_n_rows(const tq_stage *stage);
-/*
- * Hold rows for slots, as tq_store_write takes them. What the stage held before is forgotten, settled or not. Errors: those of
- * tq_store_write, MEMORY; then the stage holds nothing.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *stage, const int64_t *slots, int64_t n,
-                                             const float *rows, int64_t row_stride);
-/*
- * For slots that sequences share: rows[n], numbers of staged rows, are first tokens of sequences, which much attention goes to.
- * Settling gives their slots a place among the n_keep. Where none is free, one is taken from slots of n_used and beyond, which
- * nobody attends to any longer; if no such slot exists the row is kept as others are, so that what has a place never loses it
- * to newer ones. Errors: ARGUMENT (nothing is staged, or it was settled), RANGE.
- */
-TQ_API TQ_NODISCARD tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t n_used);
-/* Write what was staged for this store. Errors: ARGUMENT (nothing is staged for this store, or it was settled). */
-TQ_API TQ_NODISCARD tq_status tq_store_settle(tq_store *store, tq_stage *stage, const tq_executor *executor);
-/*
- * Attend over slots [0, n_col) of a pair of stores (the same n_head_kv and n_slots; keys and values may be one store). Several
- * threads may attend at once, none may write meanwhile. Errors: ARGUMENT, SHAPE, RANGE, MEMORY. executor may be NULL. Scratch
- * memory is bounded and independent of n_col.
- */
-TQ_API TQ_NODISCARD tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t n_col,
-                                              const tq_attend_params *params, const tq_executor *executor);
 
 /* ---- paged stores -------------------------------------------------------------------------------------------------- */
 

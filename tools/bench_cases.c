@@ -240,7 +240,7 @@ static const float *attend(bench_case *c, bench_data *data, int32_t layer)
     p.softmax_scale = data->softmax_scale;
     p.causal = true;
     p.first_pos = s->n_ctx - s->n_query;
-    tq_status status = tq_store_attend(c->keys[layer], c->values[layer], s->n_ctx, &p, &data->executor);
+    tq_status status = tq_store_attend(c->keys[layer], c->values[layer], s->n_ctx, &p, NULL, NULL, &data->executor);
     return status == TQ_OK ? data->out : NULL;
 }
 

@@ -4,6 +4,7 @@
 #define TQ_TOOL_BENCH_CASES_H
 
 #include "reference.h"
+#include "cache/cells.h"
 #include "tq.h"
 
 enum { BENCH_CASES_MAX = 32 };

@@ -88,7 +88,7 @@ static tq_status run_case(bench *b, int i_case)
     tq_attend_params p = {.struct_size = sizeof p, .n_query = 1, .n_head = N_HEAD, .q = b->q, .out = b->out};
     p.q_head_stride = p.out_head_stride = HEAD_DIM;
     p.q_token_stride = p.out_token_stride = N_HEAD * HEAD_DIM;
-    if (i_case == 0) return tq_store_attend(b->stores[0], b->stores[1], b->context, &p, &b->executor);
+    if (i_case == 0) return tq_store_attend(b->stores[0], b->stores[1], b->context, &p, NULL, NULL, &b->executor);
     if (i_case == 1) return tq_cache_attend(b->cache, b->long_seq, 0, &p, &b->executor);
     if (i_case == 3) return tq_cache_attend(b->offloaded, b->offloaded_seq, 0, &p, &b->executor);
     /* What a pass of tq_batch_* does on the CPU for so many sequences, without its appends: all threads for each in turn. */

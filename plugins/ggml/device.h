@@ -7,7 +7,7 @@
 
 #include "host.h"
 #include "options.h"
-#include "turboquant.h"
+#include "cache/cells.h"
 
 #define TQ_GGML_DEVICES_MAX 16
 

@@ -185,9 +185,10 @@ static tq_status attend_stream(tq_ggml_worker *worker, const attention *a, tq_at
     if (status == TQ_OK && keys->device->options->observe[0])
         status = tq_ggml_observe(&worker->observer, keys, stream, a->keys.n_slots, p);
     if (status != TQ_OK) return status;
-    p->key_stage = tq_ggml_stage_of(keys, stream, p->n_query);
-    p->value_stage = tq_ggml_stage_of(values, stream, p->n_query);
-    status = tq_store_attend(keys->stores[stream], values->stores[stream], a->keys.n_slots, p, executor);
+    const tq_stage *key_stage = tq_ggml_stage_of(keys, stream, p->n_query);
+    const tq_stage *value_stage = tq_ggml_stage_of(values, stream, p->n_query);
+    status =
+        tq_store_attend(keys->stores[stream], values->stores[stream], a->keys.n_slots, p, key_stage, value_stage, executor);
     if (!keys->is_shared) tq_ggml_stage_release(keys, stream);
     if (!values->is_shared) tq_ggml_stage_release(values, stream);
     return status;

@@ -2,6 +2,8 @@
 /* Parsing TQ_GGML. Anything that is not understood is an error: an option without effect would be found out much too late. */
 #include "options.h"
 
+#include "cache/cells.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

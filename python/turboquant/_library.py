@@ -119,7 +119,6 @@ class AttendParams(_Struct):
         ("out_dim", c_int32), ("lse", c_void_p), ("softmax_scale", c_float), ("softcap", c_float), ("causal", c_bool),
         ("first_pos", c_int64), ("window", c_int64), ("mask", c_void_p), ("mask_is_f16", c_bool),
         ("mask_token_stride", c_int64), ("mask_head_stride", c_int64), ("alibi_slopes", c_void_p), ("sinks", c_void_p),
-        ("key_stage", c_void_p), ("value_stage", c_void_p),
     ]
 
 

@@ -398,10 +398,6 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
     TQ_PARAMS(tq_attend_params, own, params, WHO);
     TQ_TRY(tq_check_attend(WHO, &own, n_tok, cache->shape.n_head_kv, value_dim(cache, layer)));
-    if (own.key_stage || own.value_stage) {
-        tq_log(TQ_LOG_ERROR, WHO ": prefill: stages are of stores");
-        return TQ_ERR_ARGUMENT;
-    }
     TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
     if (n_tok == 0) return TQ_OK;
     int64_t started = now_ns();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Named choices of formats, and what they cost in all. */
 #include "base/log.h"
-#include "turboquant.h"
+#include "cache/cells.h"
 
 /* docs/quality.md tells how they were chosen. */
 // clang-format off

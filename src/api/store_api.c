@@ -275,7 +275,7 @@ static tq_kv_view view_of(const tq_store *store, const tq_stage *stage, int64_t 
 }
 
 tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t n_col, const tq_attend_params *params,
-                          const tq_executor *executor)
+                          const tq_stage *key_stage, const tq_stage *value_stage, const tq_executor *executor)
 {
     if (!keys || !values) return TQ_ERR_ARGUMENT;
     if (keys->n_head_kv != values->n_head_kv || keys->n_slots != values->n_slots) {
@@ -290,12 +290,12 @@ tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t 
     TQ_PARAMS(tq_attend_params, own, params, keys->label);
     TQ_TRY(tq_check_attend(keys->label, &own, own.n_query, keys->n_head_kv, values->codec.head_dim));
 
-    TQ_TRY(check_stage(keys, own.key_stage, &own));
-    TQ_TRY(check_stage(values, own.value_stage, &own));
+    TQ_TRY(check_stage(keys, key_stage, &own));
+    TQ_TRY(check_stage(values, value_stage, &own));
 
     tq_exact_entry exact_keys[TQ_EXACT_MAX], exact_values[TQ_EXACT_MAX];
-    tq_kv_view key_view = view_of(keys, own.key_stage, n_col, exact_keys), value_view;
-    if (values != keys) value_view = view_of(values, own.value_stage, n_col, exact_values);
+    tq_kv_view key_view = view_of(keys, key_stage, n_col, exact_keys), value_view;
+    if (values != keys) value_view = view_of(values, value_stage, n_col, exact_values);
     tq_status status =
         tq_attend(keys->kernels, &key_view, values != keys ? &value_view : &key_view, keys->n_head_kv, n_col, &own, executor);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: attend: %s", keys->label, tq_status_string(status));

@@ -14,6 +14,7 @@
 #define TQ_CACHE_STORE_H
 
 #include "attention/attention.h"
+#include "cache/cells.h"
 #include "device/rows.h"
 
 typedef struct tq_store_header {

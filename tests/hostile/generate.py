@@ -53,7 +53,6 @@ CONTENTS = {
     **{name: ["float_list(NAN)", "float_list(-INFINITY)", "float_list(FLT_MAX)"]
        for name in ("q", "mask", "alibi_slopes", "sinks", "k_square", "k_mean", "q_square")},
     "partners": ["partner_list(-1)", "partner_list(INT32_MAX)"], "factors": ["factor_list(127)", "factor_list(-128)"],
-    "key_stage": ["f.stage"], "value_stage": ["f.stage"],
     "pages": ["f.memory + 1"], "workspace": ["f.memory + 1"], "exact": ["f.memory + 1"],
     "slot_mapping": ["place_list(-1)", "place_list(INT64_MAX)"], "positions": ["place_list(-1)", "place_list(INT64_MAX)"],
     **{name: ["id_list(-1)", "id_list(INT32_MAX)"] for name in ("page_table", "exact_slots")}, "seq_ids": ["id_list(-1)"],
@@ -135,10 +134,11 @@ def replaced_fields(text, name, place):
 
 
 def prototypes(text):
-    """(name, whether its result must be used, [(type, parameter), ...]) of every TQ_API function."""
-    found = re.findall(r"\bTQ_API\s+(TQ_NODISCARD\s+)?[\w\s*]*?\b(tq_\w+)\s*\(([^()]*)\)\s*;", text)
-    if len(found) != len(re.findall(r"\bTQ_API\b", text)) or not found:
-        sys.exit(f"tests/hostile/generate.py: {len(found)} of {len(re.findall('TQ_API', text))} prototypes could be parsed")
+    """(name, whether its result must be used, [(type, parameter), ...]) of every function."""
+    found = re.findall(r"^(?:TQ_API\s+)?(TQ_NODISCARD\s+)?[a-z][\w\s*]*?\b(tq_\w+)\s*\(([^()]*)\)\s*;", text, flags=re.M)
+    wanted = len(re.findall(r"\b(?:TQ_API|(?<!TQ_API )TQ_NODISCARD)\b", text))
+    if len(found) < wanted or not found:
+        sys.exit(f"tests/hostile/generate.py: {len(found)} of {wanted} prototypes could be parsed")
     for must_use, name, parameters in found:
         words = [] if parameters.strip() == "void" else [" ".join(p.split()) for p in parameters.split(",")]
         parsed = [re.fullmatch(r"(.*?[\s*])(\w+)", word) for word in words]
@@ -168,11 +168,11 @@ def calls(text, parameters):
 
 
 def main():
-    header, out = Path(sys.argv[1]), Path(sys.argv[2])
+    *headers, out = map(Path, sys.argv[1:])
     lines = ["/* Written by tests/hostile/generate.py. */", "#define _GNU_SOURCE /* MAP_ANONYMOUS */",
              '#include "hostile.h"', ""]
     tests = []
-    text = without_comments(header.read_text())
+    text = "".join(without_comments(header.read_text()) for header in headers)
     for name, must_use, parameters in prototypes(text):
         all_calls = [f"{name}({', '.join(arguments)})" for arguments in calls(text, parameters)]
         lines += [f"static void call_{name}(int i)", "{", "    switch (i) {"]

@@ -15,7 +15,7 @@
 #include <string.h>
 
 #include "base/half.h"
-#include "turboquant.h"
+#include "cache/cells.h"
 
 #define KV_CHECK(condition)                                                               \
     do {                                                                                  \

@@ -61,11 +61,10 @@ static inline void fixture_step(store_fixture *l, tq_stage *stage, const int64_t
     assert_int_equal(tq_store_stage(l->store, stage, slots + first, n, rows + first * FIXTURE_ROW, FIXTURE_ROW), TQ_OK);
     assert_int_equal(tq_stage_n_rows(stage), n);
     assert_int_equal(tq_store_settle(l->store, stage, NULL), TQ_OK);
-    p.key_stage = p.value_stage = stage;
     /* Only slots that were written by then, as a mask would have it: rows go to ascending slots here. */
     p.causal = true;
     p.first_pos = first;
-    assert_int_equal(tq_store_attend(l->store, l->store, first + n, &p, NULL), TQ_OK);
+    assert_int_equal(tq_store_attend(l->store, l->store, first + n, &p, stage, stage, NULL), TQ_OK);
 }
 
 /* Mean squared error per value of slots [first, end). */

@@ -339,7 +339,7 @@ static inline void store_model_attend(store_model *m, kv_input *input)
     KV_CHECK(tq_store_read(m->store, 0, m->params.n_slots, values, m->row_floats) == TQ_OK);
     kv_decoded kv = {values, values, m->params.n_head_kv, m->params.head_dim, m->params.head_dim, 0};
     kv.n_col = kv_below(&m->random, m->params.n_slots + 1);
-    KV_CHECK(tq_store_attend(m->store, m->store, kv.n_col, &p, m->executor) == TQ_OK);
+    KV_CHECK(tq_store_attend(m->store, m->store, kv.n_col, &p, NULL, NULL, m->executor) == TQ_OK);
     KV_CHECK(kv_matches_reference(&kv, &p));
     free(values);
     free(q);

@@ -201,7 +201,7 @@ static void attend(fixture *f, const tq_executor *executor, float **out, float *
     *lse = kv_calloc((size_t)(f->params.n_query * f->params.n_head), sizeof **lse);
     f->params.out = *out;
     f->params.lse = *lse;
-    assert_int_equal(tq_store_attend(f->keys, f->values, f->shape.n_col, &f->params, executor), TQ_OK);
+    assert_int_equal(tq_store_attend(f->keys, f->values, f->shape.n_col, &f->params, NULL, NULL, executor), TQ_OK);
 }
 
 static kv_decoded decoded(const fixture *f)
@@ -485,12 +485,12 @@ static void test_refusals(void **state)
     attend(&f, NULL, &out, &lse);
     float *before = kv_calloc(f.n_out, sizeof *before);
     memcpy(before, out, f.n_out * sizeof *before);
-#define REFUSED(status, assignment)                                                         \
-    do {                                                                                    \
-        tq_attend_params p = f.params;                                                      \
-        assignment;                                                                         \
-        assert_int_equal(tq_store_attend(f.keys, f.values, usual.n_col, &p, NULL), status); \
-        assert_memory_equal(before, out, f.n_out * sizeof *before);                         \
+#define REFUSED(status, assignment)                                                                     \
+    do {                                                                                                \
+        tq_attend_params p = f.params;                                                                  \
+        assignment;                                                                                     \
+        assert_int_equal(tq_store_attend(f.keys, f.values, usual.n_col, &p, NULL, NULL, NULL), status); \
+        assert_memory_equal(before, out, f.n_out * sizeof *before);                                     \
     } while (0)
     REFUSED(TQ_ERR_ARGUMENT, p.struct_size = 8);
     REFUSED(TQ_ERR_ARGUMENT, p.n_query = -1);
@@ -507,12 +507,12 @@ static void test_refusals(void **state)
     REFUSED(TQ_ERR_ARGUMENT, f.sinks[2] = NAN; p.sinks = f.sinks);
     REFUSED(TQ_ERR_MEMORY, tq_alloc_fail_after(0));
     tq_alloc_fail_after(-1);
-    assert_int_equal(tq_store_attend(f.keys, f.values, usual.n_col, NULL, NULL), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_store_attend(NULL, f.values, usual.n_col, &f.params, NULL), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_store_attend(f.keys, f.values, usual.n_col + 8, &f.params, NULL), TQ_ERR_RANGE);
-    assert_int_equal(tq_store_attend(f.keys, f.values, -1, &f.params, NULL), TQ_ERR_RANGE);
+    assert_int_equal(tq_store_attend(f.keys, f.values, usual.n_col, NULL, NULL, NULL, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_attend(NULL, f.values, usual.n_col, &f.params, NULL, NULL, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_attend(f.keys, f.values, usual.n_col + 8, &f.params, NULL, NULL, NULL), TQ_ERR_RANGE);
+    assert_int_equal(tq_store_attend(f.keys, f.values, -1, &f.params, NULL, NULL, NULL), TQ_ERR_RANGE);
     f.params.n_query = 0;
-    assert_int_equal(tq_store_attend(f.keys, f.values, usual.n_col, &f.params, NULL), TQ_OK);
+    assert_int_equal(tq_store_attend(f.keys, f.values, usual.n_col, &f.params, NULL, NULL, NULL), TQ_OK);
     free(out);
     free(lse);
     free(before);

@@ -652,11 +652,6 @@ static void test_prefill_is_token_by_token(void **state)
         static float read[2][2][N_TOK * WIDE];
         for (int j = 0; j < 2; j++) assert_int_equal(tq_cache_read(cache, seqs[j], 0, 0, N_TOK, read[j][0], read[j][1]), TQ_OK);
         assert_memory_equal(read[0], read[1], sizeof read[0]);
-        tq_stage *stage;
-        assert_int_equal(tq_stage_create(&stage), TQ_OK);
-        a.mask = NULL, a.key_stage = stage;
-        assert_int_equal(tq_cache_prefill(cache, seqs[1], 0, 1, k, v, &a, NULL), TQ_ERR_ARGUMENT);
-        tq_stage_free(stage);
         assert_int_equal(tq_cache_length(cache, seqs[1], 0), N_TOK);
         tq_cache_free(cache);
     }

@@ -145,11 +145,11 @@ static void test_store(void **state)
         assert_true(error > 0 && error < cases[i].error);
         tq_attend_params a = attention();
         kv_decoded decoded = {k_read, v_read, N_HEAD_KV, HEAD_DIM, HEAD_DIM, N_TOK};
-        assert_int_equal(tq_store_attend(keys, values, N_TOK, &a, NULL), TQ_OK);
+        assert_int_equal(tq_store_attend(keys, values, N_TOK, &a, NULL, NULL, NULL), TQ_OK);
         assert_true(kv_matches_reference(&decoded, &a));
         /* Multi-head latent attention reads its values from the keys. */
         decoded.v = k_read;
-        assert_int_equal(tq_store_attend(keys, keys, N_TOK, &a, NULL), TQ_OK);
+        assert_int_equal(tq_store_attend(keys, keys, N_TOK, &a, NULL, NULL, NULL), TQ_OK);
         assert_true(kv_matches_reference(&decoded, &a));
         tq_store_close(keys);
         tq_store_close(values);

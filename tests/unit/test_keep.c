@@ -223,11 +223,10 @@ static void step(store_fixture *l, tq_stage *stage, const float *rows, const flo
     assert_int_equal(tq_stage_keep(stage, kept, n_kept, first + n), TQ_OK);
     assert_int_equal(tq_store_settle(l->store, stage, NULL), TQ_OK);
     tq_attend_params p = fixture_queries(q + first * 2 * FIXTURE_ROW, n, out + first * 2 * FIXTURE_ROW);
-    p.key_stage = p.value_stage = stage;
     p.mask = mask + first * N_ROWS;
     p.mask_is_f16 = true;
     p.mask_token_stride = N_ROWS;
-    assert_int_equal(tq_store_attend(l->store, l->store, first + n, &p, NULL), TQ_OK);
+    assert_int_equal(tq_store_attend(l->store, l->store, first + n, &p, stage, stage, NULL), TQ_OK);
 }
 
 static void test_a_batch_sees_what_single_tokens_see(void **state)

@@ -83,11 +83,11 @@ static void test_attention_of_an_older_caller(void **state)
     for (int32_t j = 0; j < 64; j++) row[j] = q[j] = (float)j / 64;
     assert_int_equal(tq_store_write(store, (const int64_t[]){0}, 1, row, 64, NULL), TQ_OK);
     tq_attend_params params = kv_attend_params(1, 1, 64, q, wanted);
-    assert_int_equal(tq_store_attend(store, store, 1, &params, NULL), TQ_OK);
+    assert_int_equal(tq_store_attend(store, store, 1, &params, NULL, NULL, NULL), TQ_OK);
     params.out = found;
     params.softcap = NAN; /* behind the end of what the caller knows */
     tq_attend_params *older = resized(&params, sizeof params, offsetof(tq_attend_params, softcap), 0);
-    assert_int_equal(tq_store_attend(store, store, 1, older, NULL), TQ_OK);
+    assert_int_equal(tq_store_attend(store, store, 1, older, NULL, NULL, NULL), TQ_OK);
     assert_memory_equal(found, wanted, sizeof wanted);
     free(older);
     tq_store_close(store);

@@ -299,14 +299,13 @@ static void test_stage_refusals(void **state)
     assert_int_equal(tq_store_stage(l.store, stage, slots, 3, rows, FIXTURE_ROW), TQ_OK);
     assert_int_equal(tq_store_settle(other.store, stage, NULL), TQ_ERR_ARGUMENT);
     tq_attend_params p = fixture_queries(q, 3, out);
-    p.key_stage = p.value_stage = stage;
-    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_ERR_ARGUMENT); /* not settled */
+    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, stage, stage, NULL), TQ_ERR_ARGUMENT); /* not settled */
     assert_int_equal(tq_store_settle(l.store, stage, NULL), TQ_OK);
     assert_int_equal(tq_store_settle(l.store, stage, NULL), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_OK);
-    assert_int_equal(tq_store_attend(other.store, other.store, 3, &p, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, stage, stage, NULL), TQ_OK);
+    assert_int_equal(tq_store_attend(other.store, other.store, 3, &p, stage, stage, NULL), TQ_ERR_ARGUMENT);
     p.n_query = 2;
-    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_attend(l.store, l.store, 3, &p, stage, stage, NULL), TQ_ERR_ARGUMENT);
     l.params.ref_block = 15;
     assert_int_equal(tq_store_bytes(&l.bytes, &l.params), TQ_ERR_ARGUMENT);
     l.params.ref_block = 1025;
@@ -338,9 +337,8 @@ static void test_stage_outlives_its_store(void **state)
     p.format = TQ_FORMAT_F16;
     tq_store *other = kv_open_store(&p, &other_memory); /* often at the same address */
     tq_attend_params a = kv_attend_params(20, 1, 64, q, out);
-    a.key_stage = stage;
     assert_int_equal(tq_store_settle(other, stage, NULL), TQ_ERR_ARGUMENT);
-    assert_int_equal(tq_store_attend(other, other, 20, &a, NULL), TQ_ERR_ARGUMENT);
+    assert_int_equal(tq_store_attend(other, other, 20, &a, stage, NULL, NULL), TQ_ERR_ARGUMENT);
     tq_stage_free(stage);
     tq_store_close(other);
     free(other_memory);
@@ -382,7 +380,7 @@ static void test_stores_that_do_not_match(void **state)
     other_memory = kv_aligned(bytes);
     assert_int_equal(tq_store_open(&other, &p, other_memory, bytes), TQ_OK);
     tq_attend_params a = {.struct_size = sizeof a, .softmax_scale = 1.0f};
-    assert_int_equal(tq_store_attend(store, other, 1, &a, NULL), TQ_ERR_SHAPE);
+    assert_int_equal(tq_store_attend(store, other, 1, &a, NULL, NULL, NULL), TQ_ERR_SHAPE);
     tq_store_close(store);
     tq_store_close(other);
     free(memory);
@@ -446,7 +444,7 @@ static void test_damaged_memory(void **state)
             a.q = rows;
             a.out = out;
             a.q_head_stride = a.out_head_stride = 64;
-            assert_int_equal(tq_store_attend(store, store, 64, &a, NULL), TQ_OK);
+            assert_int_equal(tq_store_attend(store, store, 64, &a, NULL, NULL, NULL), TQ_OK);
         }
         assert_int_equal(tq_store_read(store, 0, 64, rows, 128), TQ_OK);
         tq_store_close(store);
