@@ -119,7 +119,7 @@ tq_status tq_cache_create(tq_cache **out, const tq_cache_params *params)
     if (own.page_size == 0) own.page_size = PAGE_SIZE_DEFAULT;
     if (own.seed == 0) own.seed = TQ_SEED_DEFAULT;
     TQ_TRY(check_params(&own));
-    const tq_kernels *kernels = tq_kernels_get();
+    const tq_kernels *kernels = tq_kernels_get(own.head_dim, own.head_dim_v);
     if (!kernels) return TQ_ERR_CPU;
     tq_status status = tq_cache_build(out, &own, kernels);
     if (status == TQ_ERR_ARGUMENT && own.device == TQ_DEVICE_CPU)

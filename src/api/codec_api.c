@@ -59,7 +59,7 @@ tq_status tq_codec_create(tq_codec **out, tq_format format, int32_t head_dim, ui
 {
     if (out == NULL) return TQ_ERR_ARGUMENT;
     TQ_TRY(tq_codec_check(format, head_dim));
-    const tq_kernels *kernels = tq_kernels_get();
+    const tq_kernels *kernels = tq_kernels_get(head_dim, head_dim);
     if (kernels == NULL) return TQ_ERR_CPU;
     tq_codec *codec = tq_alloc(sizeof(*codec));
     if (codec == NULL) return TQ_ERR_MEMORY;

@@ -76,7 +76,7 @@ tq_status tq_store_open(tq_store **out, const tq_store_params *params, void *mem
                layout.bytes);
         return TQ_ERR_SHAPE;
     }
-    const tq_kernels *kernels = tq_kernels_get();
+    const tq_kernels *kernels = tq_kernels_get(own.head_dim, own.head_dim);
     if (!kernels) return TQ_ERR_CPU;
     tq_status status = tq_store_attach(out, &own, kernels, memory);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: %s", label_of(&own), tq_status_string(status));
@@ -296,8 +296,9 @@ tq_status tq_store_attend(const tq_store *keys, const tq_store *values, int64_t 
     tq_exact_entry exact_keys[TQ_EXACT_MAX], exact_values[TQ_EXACT_MAX];
     tq_kv_view key_view = view_of(keys, key_stage, n_col, exact_keys), value_view;
     if (values != keys) value_view = view_of(values, value_stage, n_col, exact_values);
+    const tq_kernels *kernels = tq_kernels_get(keys->codec.head_dim, values->codec.head_dim);
     tq_status status =
-        tq_attend(keys->kernels, &key_view, values != keys ? &value_view : &key_view, keys->n_head_kv, n_col, &own, executor);
+        tq_attend(kernels, &key_view, values != keys ? &value_view : &key_view, keys->n_head_kv, n_col, &own, executor);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "%s: attend: %s", keys->label, tq_status_string(status));
     return status;
 }

@@ -31,7 +31,7 @@
 
 #define TQ_HEAD_DIM_MAX 576
 #define TQ_WIDTH_MAX (2 * TQ_HEAD_DIM_MAX)
-#define TQ_ROUNDS_MAX 2
+#define TQ_ROUNDS_MAX 3
 #define TQ_SCALES_MAX 2
 #define TQ_CODE_BYTES_MAX (2 * TQ_HEAD_DIM_MAX)
 
@@ -42,7 +42,7 @@
  */
 typedef struct tq_rotation {
     int32_t head_dim, m, pow2;                   /* head_dim = m * pow2, m odd */
-    int32_t n_rounds;                            /* 1 or 2 */
+    int32_t n_rounds;                            /* 1 to 3 */
     const float *hartley;                        /* [m, m], NULL for m = 1 */
     float scale;                                 /* 1 / sqrt(pow2), rounded once */
     float signs[TQ_ROUNDS_MAX][TQ_HEAD_DIM_MAX]; /* +1 or -1 */
@@ -138,7 +138,7 @@ float tq_channel_factor(int8_t step);
 void tq_scale_channels(const int8_t *steps, int32_t sign, int32_t head_dim, int64_t n, float *x);
 
 /* Codes in order, little-endian: code i of b = 1, 2, 4 bits stands at bits [b * i, b * i + b) of the stream; 8 bits is a byte.
- * 3 bits are two planes: the low 2 bits of all codes, then the high bit of all codes. n is a multiple of 16. */
+ * 3 bits are two planes: the low 2 bits of all codes, then the high bit of all codes. n is a multiple of 8. */
 size_t tq_packed_bytes(int32_t bits, int32_t n);
 void tq_pack(const uint8_t *code, int32_t n, int32_t bits, uint8_t *bytes);
 void tq_unpack(const uint8_t *bytes, int32_t n, int32_t bits, uint8_t *code);

@@ -3,8 +3,8 @@
  * The rotation that makes the coordinates of any head vector nearly Gaussian: random sign flips and a fast orthonormal
  * transform of the whole vector. TurboQuant (arXiv 2504.19874) asks for a random rotation; a signed Walsh-Hadamard transform
  * does the same work in d log d steps. Where head_dim is no power of two its odd factor m is mixed by a Hartley matrix, so that
- * every input reaches every output. A short transform (head_dim < 128) of one round leaves visible structure, so those take
- * two.
+ * every input reaches every output. A short transform of one round leaves visible structure, so head_dims below 128 take two,
+ * and those below 64 three: at 32, two rounds leave outlier vectors with one and a half times a Gaussian's error at 3 bits.
  *
  * Every product and sum is rounded to float on its own and in the order written here: encoding must give the same bytes on
  * every machine. docs/formats.md says it in words.
@@ -16,9 +16,9 @@
 #include "base/random.h"
 #include "codec/tables.h"
 
-enum { HARTLEY_MAX = 9, TWO_ROUNDS_BELOW = 128 };
+enum { HARTLEY_MAX = 9, TWO_ROUNDS_BELOW = 128, THREE_ROUNDS_BELOW = 64 };
 
-static const int32_t head_dims[] = {64, 80, 96, 112, 128, 192, 256, 576};
+static const int32_t head_dims[] = {32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256, 288, 320, 512, 576};
 enum { N_HEAD_DIMS = sizeof(head_dims) / sizeof(head_dims[0]) };
 
 const int32_t *tq_supported_head_dims(int32_t *n_out)
@@ -69,7 +69,7 @@ void tq_rotation_init(tq_rotation *rotation, int32_t head_dim, uint64_t seed)
     rotation->head_dim = head_dim;
     rotation->m = m;
     rotation->pow2 = head_dim / m;
-    rotation->n_rounds = head_dim < TWO_ROUNDS_BELOW ? 2 : 1;
+    rotation->n_rounds = head_dim < THREE_ROUNDS_BELOW ? 3 : head_dim < TWO_ROUNDS_BELOW ? 2 : 1;
     rotation->hartley = hartley_matrix(m);
     rotation->scale = (float)(1.0 / sqrt((double)rotation->pow2));
     for (int32_t round = 0; round < rotation->n_rounds; round++) {

@@ -21,7 +21,7 @@ static inline int32_t tq_transform_row_length(int32_t i)
     return i / TQ_TRANSFORM_STEP * TQ_TRANSFORM_STEP + TQ_TRANSFORM_STEP;
 }
 
-/* Where row i begins; of head_dim, a multiple of 16: the values of the whole matrix. */
+/* Where row i begins; of head_dim: the values of the whole matrix. */
 static inline size_t tq_transform_row(int32_t i)
 {
     size_t block = (size_t)i / TQ_TRANSFORM_STEP, row = (size_t)i % TQ_TRANSFORM_STEP;

@@ -115,7 +115,7 @@ static void close_store(opened *o)
 static tq_status open_store(opened *o, const tq_paged_store *store)
 {
     *o = (opened){.store = store, .layout = layout_of(store)};
-    o->shape = (tq_shape){.kernels = tq_kernels_get(),
+    o->shape = (tq_shape){.kernels = tq_kernels_get(store->head_dim, store->head_dim_v),
                           .n_layer = 1,
                           .n_head_kv = store->n_head_kv,
                           .page_size = store->page_size,

@@ -27,13 +27,14 @@ void tq_kernels_init(tq_kernels *kernels, uint32_t cpu_flags)
 }
 
 static pthread_once_t machine_once = PTHREAD_ONCE_INIT;
-static tq_kernels machine_kernels;
+static tq_kernels machine_kernels, scalar_kernels;
 static bool machine_is_valid;
 static char refused_cap[32]; /* what TQ_CPU held, for the message */
 
 static void init_machine(void)
 {
     uint32_t flags;
+    tq_kernels_init(&scalar_kernels, 0);
     machine_is_valid = tq_cpu_flags(&flags) == 0;
     if (machine_is_valid) {
         tq_kernels_init(&machine_kernels, flags);
@@ -57,10 +58,11 @@ static void log_refusal(void)
            refused_cap, list);
 }
 
-const tq_kernels *tq_kernels_get(void)
+const tq_kernels *tq_kernels_get(int32_t head_dim, int32_t head_dim_v)
 {
     pthread_once(&machine_once, init_machine);
-    if (machine_is_valid) return &machine_kernels;
+    bool is_whole = head_dim % TQ_KERNELS_STEP == 0 && head_dim_v % TQ_KERNELS_STEP == 0;
+    if (machine_is_valid) return is_whole ? &machine_kernels : &scalar_kernels;
     log_refusal();
     return NULL;
 }

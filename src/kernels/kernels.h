@@ -70,8 +70,13 @@ typedef struct tq_kernels {
 
 /* Fill the table for a set of CPU flags (base/cpu.h): a pure function. */
 void tq_kernels_init(tq_kernels *kernels, uint32_t cpu_flags);
-/* The table for this machine and TQ_CPU, made once; NULL, with a log message, if TQ_CPU is not valid here. Thread-safe. */
-const tq_kernels *tq_kernels_get(void);
+/* Vectors of other lengths than multiples of this are left to the scalar kernels: few models have them. */
+#define TQ_KERNELS_STEP 16
+/*
+ * The table for this machine and TQ_CPU, made once, for keys and values of these head_dims; NULL, with a log message, if TQ_CPU
+ * is not valid here. Thread-safe.
+ */
+const tq_kernels *tq_kernels_get(int32_t head_dim, int32_t head_dim_v);
 
 /* The ladder's rungs: each replaces the entries that it has a better version of. */
 void tq_kernels_init_scalar(tq_kernels *kernels);

@@ -279,7 +279,7 @@ class Errors(Trace):
         self.check(2, "--decode-rate takes a number", "--decode-rate", "0")
         self.check(2, "whole number", "--requests", "0")
         self.check(2, "unexpected argument", "x")
-        self.check(1, "64, 80, 96", "--head-dim", "65")
+        self.check(1, "64, 72, 80", "--head-dim", "65")
         self.check(1, "multiple of 16", "--page-size", "20")
         self.check(2, "a multiple of --page-size", "--checkpoint-stride", "100")
         self.check(1, "does not hold one page", "--budgets", "0.0001")

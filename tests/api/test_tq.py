@@ -34,7 +34,8 @@ class Figures(unittest.TestCase):
         formats = tq_json("formats")
         keys = {"name", "bits", "head_dim", "bytes_per_vector", "bits_per_value", "ratio_to_f16", "description"}
         self.assertTrue(all(set(f) == keys for f in formats))
-        self.assertEqual({f["head_dim"] for f in formats}, {64, 80, 96, 112, 128, 192, 256, 576})
+        head_dims = {32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256, 288, 320, 512, 576}
+        self.assertEqual({f["head_dim"] for f in formats}, head_dims)
         sq4 = next(f for f in formats if f["name"] == "sq4" and f["head_dim"] == 128)
         self.assertEqual((sq4["bits"], sq4["bytes_per_vector"], sq4["bits_per_value"]), (4, 66, 4.125))
         self.assertAlmostEqual(sq4["ratio_to_f16"], 16 / 4.125)
@@ -160,7 +161,7 @@ class Errors(unittest.TestCase):
         self.check(2, "whole number", "distortion", "--format", "sq4", "--head-dim", "64", "--n", "0")
 
     def test_unsupported(self):
-        self.check(1, "64, 80, 96", "formats", "--head-dim", "65")
+        self.check(1, "64, 72, 80", "formats", "--head-dim", "65")
         self.check(1, "no format 'tq5'", "distortion", "--format", "tq5", "--head-dim", "64")
         self.check(1, "sq4 at head_dim 64", "distortion", "--format", "sq4", "--head-dim", "64", TQ_CPU="none")
 

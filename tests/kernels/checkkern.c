@@ -57,7 +57,7 @@ typedef struct options {
 static env state;
 static options opt = {1, NULL, NULL, false, false, false, false};
 static tq_codec codecs[TQ_FORMAT_COUNT][HEAD_DIMS_MAX];
-static const int32_t *head_dims;
+static int32_t head_dims[HEAD_DIMS_MAX]; /* those that instruction sets have kernels for */
 static int32_t n_head_dims;
 static int n_passed, n_failed;
 
@@ -402,7 +402,11 @@ int main(int argc, char **argv)
 {
     int stop = parse_options(argc, argv);
     if (stop != 0) return stop - 1;
-    head_dims = tq_supported_head_dims(&n_head_dims);
+    int32_t n_supported;
+    const int32_t *supported = tq_supported_head_dims(&n_supported);
+    for (int i = 0; i < n_supported; i++) {
+        if (supported[i] % TQ_KERNELS_STEP == 0 && n_head_dims < HEAD_DIMS_MAX) head_dims[n_head_dims++] = supported[i];
+    }
     for (int format = 0; format < TQ_FORMAT_COUNT; format++) {
         for (int i = 0; i < n_head_dims; i++) {
             if (tq_codec_init(&codecs[format][i], (tq_format)format, head_dims[i], TQ_SEED_DEFAULT) == TQ_OK) continue;

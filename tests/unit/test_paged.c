@@ -53,7 +53,7 @@ static paged_shape shape_of_preset(const tq_preset *preset, int32_t head_dim, in
 static void test_presets(void **state)
 {
     (void)state;
-    static const int32_t dims[][2] = {{64, 0}, {80, 0}, {128, 0}, {192, 128}}, page_sizes[] = {16, 64, 128, 48};
+    static const int32_t dims[][2] = {{64, 0}, {40, 0}, {512, 0}, {192, 128}}, page_sizes[] = {16, 64, 128, 48};
     uint64_t seed = 1;
     for (int32_t i = 0; tq_preset_get(i); i++) {
         for (int32_t d = 0; d < 4; d++, seed++) {
@@ -576,8 +576,8 @@ static void test_shapes_are_checked(void **state)
 #define SIZES tq_paged_sizes_get(&sizes, &s)
     assert_int_equal(SIZES, TQ_OK);
     WITH(s.device, (tq_device_kind)2, SIZES, TQ_ERR_ARGUMENT, "device must be");
-    WITH(s.head_dim, 72, SIZES, TQ_ERR_HEAD_DIM, "head_dim 72");
-    WITH(s.head_dim_v, 72, SIZES, TQ_ERR_HEAD_DIM, "head_dim 72");
+    WITH(s.head_dim, 56, SIZES, TQ_ERR_HEAD_DIM, "head_dim 56");
+    WITH(s.head_dim_v, 56, SIZES, TQ_ERR_HEAD_DIM, "head_dim 56");
     WITH(s.k_format, TQ_FORMAT_COUNT, SIZES, TQ_ERR_FORMAT, "format");
     WITH(s.n_head_kv, 0, SIZES, TQ_ERR_ARGUMENT, "n_head_kv");
     WITH(s.page_size, 24, SIZES, TQ_ERR_ARGUMENT, "page_size");

@@ -88,7 +88,7 @@ static void test_refusals(void **state)
     (void)state;
     double bits = -1.0;
     const tq_preset *preset = tq_preset_find("TQ4");
-    assert_int_equal(tq_preset_bits_per_value(&bits, preset, 72, 8, 4096), TQ_ERR_HEAD_DIM);
+    assert_int_equal(tq_preset_bits_per_value(&bits, preset, 56, 8, 4096), TQ_ERR_HEAD_DIM);
     assert_int_equal(tq_preset_bits_per_value(&bits, preset, 128, 0, 4096), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_preset_bits_per_value(&bits, preset, 128, 8, 0), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_preset_bits_per_value(&bits, NULL, 128, 8, 4096), TQ_ERR_ARGUMENT);

@@ -264,7 +264,7 @@ static void test_codes_are_found_again(void **state)
     (void)state;
     int32_t n_head_dims;
     const int32_t *head_dims = tq_head_dim_list(&n_head_dims);
-    const tq_kernels *kernels = tq_kernels_get();
+    const tq_kernels *kernels = tq_kernels_get(64, 64);
     for (int i = 0; i < N_TRELLISES * n_head_dims; i++) {
         int32_t n = head_dims[i / N_TRELLISES], n_found = 0, n_decoded = 0;
         tq_codec codec;
@@ -309,7 +309,7 @@ static void test_extreme_vectors(void **state)
             y[kv_below(&random, HEAD_DIM)] = size * rintf(10 * kv_uniform(&random));
         uint8_t codes[TQ_CODE_BYTES_MAX];
         uint16_t scale;
-        if (tq_trellis_recover(&codec, y, 1, tq_kernels_get()->whole_scale, codes, &scale)) {
+        if (tq_trellis_recover(&codec, y, 1, tq_kernels_get(64, 64)->whole_scale, codes, &scale)) {
             tq_vector_expand(&codec, codes, &scale, expanded);
             for (int j = 0; j < HEAD_DIM; j++) assert_true(fabsf(expanded[j] - y[j]) <= 0.51f * tq_half_to_float(scale));
         }

@@ -48,7 +48,7 @@ static void dense_forward(int32_t n, uint64_t seed, const float *x, double *y)
     while (m % 2 == 0) m /= 2;
     double in[D];
     for (int32_t i = 0; i < n; i++) y[i] = (double)x[i];
-    for (int32_t round = 0; round < (n < 128 ? 2 : 1); round++) {
+    for (int32_t round = 0; round < (n < 64 ? 3 : n < 128 ? 2 : 1); round++) {
         for (int32_t i = 0; i < n; i++) in[i] = y[i] * dense_sign(seed, n, round, i);
         for (int32_t i = 0; i < n; i++) {
             y[i] = 0.0;
@@ -63,7 +63,7 @@ static void each_head_dim(uint64_t seed, each_fn check)
 {
     int32_t n;
     const int32_t *head_dims = tq_supported_head_dims(&n);
-    assert_int_equal(n, 8);
+    assert_int_equal(n, 16);
     for (int32_t i = 0; i < n; i++) {
         tq_rotation rotation;
         tq_rotation_init(&rotation, head_dims[i], seed);
@@ -197,7 +197,7 @@ static void test_seed_matters(void **state)
 static void test_unsupported(void **state)
 {
     (void)state;
-    const int32_t bad[] = {-64, 0, 1, 16, 32, 63, 65, 72, 127, 160, 512, 577, 1024};
+    const int32_t bad[] = {-64, 0, 1, 8, 16, 24, 56, 63, 65, 73, 127, 176, 384, 513, 577, 1024};
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) assert_false(tq_head_dim_supported(bad[i]));
 }
 
