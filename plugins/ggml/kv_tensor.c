@@ -153,8 +153,9 @@ size_t tq_ggml_kv_estimate(const tq_ggml_device *device, const struct ggml_tenso
     if (known == 0) known = device->options->head_dim;
     const int32_t *head_dims = tq_head_dim_list(&n);
     size_t largest = 0;
-    for (int32_t i = 0; i < n; i++) {
-        if (t->ne[0] % head_dims[i] != 0) continue;
+    /* From the largest on. Heads below 64 are rare: they only count where no others fit, or every estimate would be theirs. */
+    for (int32_t i = n - 1; i >= 0; i--) {
+        if (t->ne[0] % head_dims[i] != 0 || (head_dims[i] < 64 && head_dims[i] != known && largest > 0)) continue;
         tq_store_params params;
         fill_params(&params, device, layer, is_value, t->ne[0], t->ne[1], t->ne[2], head_dims[i]);
         size_t bytes = store_bytes(&params);

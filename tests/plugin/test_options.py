@@ -56,7 +56,7 @@ class Options(TestCase):
                                ("sequences=257", "from 0 to 256"), ("sequences=256", "at most 1024"),
                                ("sinks=100,sequences=16", "at most 1024"), ("exact=-1", "layers counted from 0"),
                                ("exact=3-1", "layers counted from 0"), ("exact=0+", "layers counted from 0"),
-                               ("exact=5000", "layers counted from 0"), ("head_dim=48", "64, 80, 96"),
+                               ("exact=5000", "layers counted from 0"), ("head_dim=56", "64, 72, 80"),
                                ("log=loud", "error, warning, info"), ("ref=8", "16 to 1024"), ("ref=x", "16 to 1024"),
                                ("factors=on", "weights or off"), ("guard=on", "raise, warn, refuse, off"),
                                ("calibration=", "a file's path"),

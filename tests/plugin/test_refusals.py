@@ -33,20 +33,20 @@ class Refusals(TestCase):
                 self.assert_refused(result, shown, "leave --cache-type-k and --cache-type-v at f16")
 
     def test_head_dim_without_a_rotation(self):
-        # Rows of 2 * 48 = 96 might be one head of 96: only the attention tells.
-        model = tiny_model("llama_48", "--arch", "llama", "--head-dim", "48")
+        # Rows of 2 * 56 = 112 might be one head of 112: only the attention tells.
+        model = tiny_model("llama_56", "--arch", "llama", "--head-dim", "56")
         for fa in ("on", "auto"):
-            self.assert_refused(complete(model, "-fa", fa, prompt=PROMPT), "its head_dim is 48; supported are 64, 80, 96")
+            self.assert_refused(complete(model, "-fa", fa, prompt=PROMPT), "its head_dim is 56; supported are 32, 40, 48")
 
     def test_other_tools_end_by_themselves_too(self):
-        model = tiny_model("llama_48", "--arch", "llama", "--head-dim", "48")
+        model = tiny_model("llama_56", "--arch", "llama", "--head-dim", "56")
         for tool, arguments in (("server", ("--port", "0")), ("bench", ("-p", "8", "-n", "0", "-r", "1", "-fa", "1"))):
             with self.subTest(tool):
                 result = run([LLAMA_BIN / f"llama-{tool}", "-m", model, "-dev", "TQ4", "-ngl", "99", "-t", "1", *arguments])
-                self.assert_refused(result, "its head_dim is 48")
+                self.assert_refused(result, "its head_dim is 56")
 
     def test_rows_that_no_head_dim_divides(self):
-        model = tiny_model("llama_40", "--arch", "llama", "--head-dim", "40", "--n-head-kv", "1")
+        model = tiny_model("llama_56_1", "--arch", "llama", "--head-dim", "56", "--n-head-kv", "1")
         self.assert_refused(complete(model, prompt=PROMPT), "no supported head_dim divides its rows")
 
     def test_a_device_that_gets_no_cache_says_so(self):
