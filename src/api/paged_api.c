@@ -147,7 +147,7 @@ tq_status tq_paged_append(const tq_paged_store *from, const tq_paged_append_para
         return bad("append: k or v is NULL, but rows of this call are encoded or have a part in a reference");
     }
     tq_status status = tq_cpu_paged_append(store, &own);
-    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": append: %s", tq_status_string(status));
+    if (status != TQ_OK && status != TQ_ERR_RANGE) tq_log(TQ_LOG_ERROR, WHO ": append: %s", tq_status_string(status));
     return status;
 }
 
@@ -245,7 +245,7 @@ tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_para
     if (store->device == TQ_DEVICE_CUDA) return tq_cuda_attend(store, &own, stream);
     tq_attend_params plain = plain_params(store, &own);
     tq_status status = tq_cpu_paged_attend(store, &own, &plain);
-    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": attend: %s", tq_status_string(status));
+    if (status != TQ_OK && status != TQ_ERR_RANGE) tq_log(TQ_LOG_ERROR, WHO ": attend: %s", tq_status_string(status));
     return status;
 }
 
@@ -261,8 +261,7 @@ tq_status tq_paged_copy(const tq_paged_store *from_store, const int32_t *from, c
     OWN_STORE(from_store);
     TQ_TRY(check_pages(store, n, from, to, stream));
     if (store->device == TQ_DEVICE_CUDA) return tq_cuda_copy_pages(store, from, to, n, stream);
-    tq_cpu_paged_copy(store, from, to, n);
-    return TQ_OK;
+    return tq_cpu_paged_copy(store, from, to, n);
 }
 
 tq_status tq_paged_export(const tq_paged_store *from, const int32_t *pages, int64_t n, void *bytes, void *stream)
@@ -270,8 +269,7 @@ tq_status tq_paged_export(const tq_paged_store *from, const int32_t *pages, int6
     OWN_STORE(from);
     TQ_TRY(check_pages(store, n, pages, bytes, stream));
     if (store->device == TQ_DEVICE_CUDA) return tq_cuda_export_pages(store, pages, n, bytes, stream);
-    tq_cpu_paged_export(store, pages, n, bytes);
-    return TQ_OK;
+    return tq_cpu_paged_export(store, pages, n, bytes);
 }
 
 tq_status tq_paged_import(const tq_paged_store *from, const int32_t *pages, int64_t n, const void *bytes, void *stream)
@@ -279,6 +277,5 @@ tq_status tq_paged_import(const tq_paged_store *from, const int32_t *pages, int6
     OWN_STORE(from);
     TQ_TRY(check_pages(store, n, pages, bytes, stream));
     if (store->device == TQ_DEVICE_CUDA) return tq_cuda_import_pages(store, pages, n, bytes, stream);
-    tq_cpu_paged_import(store, pages, n, bytes);
-    return TQ_OK;
+    return tq_cpu_paged_import(store, pages, n, bytes);
 }

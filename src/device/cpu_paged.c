@@ -16,6 +16,7 @@
 #include "base/threads.h"
 #include "device/cpu_sequence.h"
 
+#define WHO "paged store"
 #define ALIGN_BYTES 64
 #define HALF_MAX 65504.0f
 
@@ -152,6 +153,40 @@ static uint8_t *exact_of(const tq_paged_store *store, size_t exact_bytes, const 
     return (uint8_t *)store->exact + (size_t)slot * stride;
 }
 
+/* Errors: RANGE, logged. */
+static tq_status check_exact_slot(const opened *o, const int32_t *exact_slots, int64_t seq, const char *call)
+{
+    if (o->layout.exact_bytes == 0 || exact_of(o->store, o->layout.exact_bytes, exact_slots, seq)) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, WHO ": %s: sequence %lld has exact slot %lld; there are %lld", call, (long long)seq,
+           (long long)(exact_slots ? exact_slots[seq] : seq), (long long)o->store->n_exact_slots);
+    return TQ_ERR_RANGE;
+}
+
+/* Has a row of the page table pages for positions [begin, end)? Errors: RANGE, logged. */
+static tq_status check_pages(const tq_paged_store *store, const int32_t *table, int64_t seq, int64_t begin, int64_t end,
+                             const char *call)
+{
+    for (int64_t i = begin / store->page_size; begin < end && i <= (end - 1) / store->page_size; i++) {
+        if (page_exists(store, table[i])) continue;
+        tq_log(TQ_LOG_ERROR, WHO ": %s: page_table has page %d for positions from %lld on of sequence %lld; there are %lld",
+               call, (int)table[i], (long long)i * store->page_size, (long long)seq, (long long)store->n_pages);
+        return TQ_ERR_RANGE;
+    }
+    return TQ_OK;
+}
+
+/* Do pages exist that are moved? Errors: RANGE, logged. */
+static tq_status check_moved(const tq_paged_store *store, const int32_t *pages, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        if (page_exists(store, pages[i])) continue;
+        tq_log(TQ_LOG_ERROR, WHO ": there is no page %d, which is number %lld of the call; there are %lld pages", (int)pages[i],
+               (long long)i, (long long)store->n_pages);
+        return TQ_ERR_RANGE;
+    }
+    return TQ_OK;
+}
+
 /* ---- rows ---------------------------------------------------------------------------------------------------------- */
 
 /* Rows of keys or of values in a caller's type. */
@@ -210,7 +245,7 @@ typedef struct run {
     int64_t origin;   /* the sequence, or the first page of the slots */
     int64_t coded_begin[TQ_N_SIDES], coded_end[TQ_N_SIDES];
     int64_t first_page, end_page; /* that hold what is coded */
-    uint8_t **pages;              /* [end_page], from first_page on; NULL: the page does not exist */
+    uint8_t **pages;              /* [end_page], from first_page on */
 } run;
 
 typedef struct append_call {
@@ -228,32 +263,45 @@ static bool is_by_slots(const tq_paged_store *store)
 
 /* Of a row: its sequence and the position there; by slots 0 and the slot. */
 typedef struct place {
-    int64_t origin, position; /* both -1: it goes nowhere */
+    int64_t origin, position; /* origin -1: it is skipped */
 } place;
 
-static place place_of(const tq_paged_store *store, const layout *l, const tq_paged_append_params *p, int64_t i)
+static place place_of(const tq_paged_store *store, const tq_paged_append_params *p, int64_t i)
 {
-    const place nowhere = {-1, -1};
-    int64_t slot = p->slot_mapping[i];
-    if (slot < 0) return nowhere;
-    if (is_by_slots(store)) return slot < store->n_pages * store->page_size ? (place){0, slot} : nowhere;
-    place found = {p->seq_ids[i], p->positions[i]};
-    if (found.origin < 0 || found.position < 0 || found.position >= TQ_CPU_PAGED_LENGTH_MAX) return nowhere;
-    bool has_slot = l->exact_bytes == 0 || exact_of(store, l->exact_bytes, p->exact_slots, found.origin);
-    return has_slot ? found : nowhere;
+    if (p->slot_mapping[i] < 0) return (place){-1, 0};
+    return is_by_slots(store) ? (place){0, p->slot_mapping[i]} : (place){p->seq_ids[i], p->positions[i]};
+}
+
+/* Rows name sequences, positions, slots and exact slots that can be. */
+static tq_status check_places(const opened *o, const tq_paged_append_params *p)
+{
+    const tq_paged_store *store = o->store;
+    const int64_t end = is_by_slots(store) ? store->n_pages * store->page_size : TQ_CPU_PAGED_LENGTH_MAX;
+    for (int64_t i = 0; i < p->n_tok; i++) {
+        if (p->slot_mapping[i] < 0) continue;
+        place found = place_of(store, p, i);
+        if (found.origin < 0 || found.position < 0 || found.position >= end) {
+            tq_log(TQ_LOG_ERROR,
+                   WHO ": append: row %lld goes to %s %lld of sequence %lld, which does not exist; a negative slot skips it",
+                   (long long)i, is_by_slots(store) ? "slot" : "position", (long long)found.position, (long long)found.origin);
+            return TQ_ERR_RANGE;
+        }
+        if (!is_by_slots(store)) TQ_TRY(check_exact_slot(o, p->exact_slots, found.origin, "append"));
+    }
+    return TQ_OK;
 }
 
 /* The next run from row *at on, which is moved behind it; false if no more rows go anywhere. */
 static bool next_run(const tq_paged_store *store, const layout *l, const tq_paged_append_params *p, int64_t *at, run *out)
 {
     int64_t i = *at;
-    place found = {-1, -1};
-    while (i < p->n_tok && (found = place_of(store, l, p, i)).origin < 0) i++;
+    place found = {-1, 0};
+    while (i < p->n_tok && (found = place_of(store, p, i)).origin < 0) i++;
     *at = i;
     if (found.origin < 0) return false;
     *out = (run){.first = i, .n = 1, .position = found.position, .origin = found.origin};
     for (i++; i < p->n_tok; i++) {
-        found = place_of(store, l, p, i);
+        found = place_of(store, p, i);
         if (found.origin != out->origin || found.position != out->position + out->n) break;
         out->n++;
     }
@@ -289,36 +337,29 @@ bool tq_cpu_paged_needs_rows(const tq_paged_store *store, const tq_paged_append_
     return false;
 }
 
-static void fill_pages(const append_call *call, const run *r)
-{
-    const tq_paged_store *store = call->o.store;
-    const int32_t *table = is_by_slots(store) ? NULL : call->params->page_table + r->origin * call->params->page_table_stride;
-    for (int64_t i = r->first_page; i < r->end_page; i++) {
-        int64_t page = table ? table[i] : r->origin + i;
-        r->pages[i] = page_exists(store, page) ? page_at(store, call->o.layout.page_bytes, page) : NULL;
-    }
-}
-
 static int64_t clip(int64_t x, int64_t least, int64_t most)
 {
     return x < least ? least : x > most ? most : x;
 }
 
-/* What goes to pages that exist, one run of them after the other. */
-static void encode_run(const run *r, tq_cpu_sequence sequence, const float *k, const float *v, const tq_executor *executor)
+/* What a run encodes goes to pages that exist. Errors: RANGE, logged. */
+static tq_status check_run(const opened *o, const tq_paged_append_params *p, const run *r)
 {
-    int64_t page_size = sequence.shape->page_size, end;
-    for (int64_t page = r->first_page; page < r->end_page; page = end) {
-        for (end = page + 1; end < r->end_page && r->pages[end] && r->pages[page]; end++) continue;
-        if (!r->pages[page]) continue;
-        int64_t coded_begin[TQ_N_SIDES], coded_end[TQ_N_SIDES];
-        for (int32_t side = 0; side < TQ_N_SIDES; side++) {
-            coded_begin[side] = clip(page * page_size, r->coded_begin[side], r->coded_end[side]);
-            coded_end[side] = clip(end * page_size, coded_begin[side], r->coded_end[side]);
-        }
-        sequence.ring_begin = coded_begin;
-        tq_cpu_append_coded(&sequence, coded_end, k, v, executor);
-    }
+    if (is_by_slots(o->store) || p->half == TQ_APPEND_STORE) return TQ_OK;
+    int64_t page_size = o->store->page_size;
+    return check_pages(o->store, p->page_table + r->origin * p->page_table_stride, r->origin, r->first_page * page_size,
+                       r->end_page * page_size, "append");
+}
+
+static void encode_run(const append_call *call, const run *r, tq_cpu_sequence sequence, const float *k, const float *v,
+                       const tq_executor *executor)
+{
+    const tq_paged_store *store = call->o.store;
+    const int32_t *table = is_by_slots(store) ? NULL : call->params->page_table + r->origin * call->params->page_table_stride;
+    for (int64_t i = r->first_page; i < r->end_page; i++)
+        r->pages[i] = page_at(store, call->o.layout.page_bytes, table ? table[i] : r->origin + i);
+    sequence.ring_begin = r->coded_begin;
+    tq_cpu_append_coded(&sequence, r->coded_end, k, v, executor);
 }
 
 static void append_run(const append_call *call, const run *r, const tq_executor *executor)
@@ -327,10 +368,9 @@ static void append_run(const append_call *call, const run *r, const tq_executor 
     const float *rows[TQ_N_SIDES];
     for (int32_t side = 0; side < TQ_N_SIDES; side++)
         rows[side] = call->rows[side] ? call->rows[side] + r->first * width_of(store, side) : NULL;
-    fill_pages(call, r);
     tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = r->pages, .length = r->position};
     if (!is_by_slots(store)) sequence.exact = exact_of(store, call->o.layout.exact_bytes, call->params->exact_slots, r->origin);
-    if (call->params->half != TQ_APPEND_STORE) encode_run(r, sequence, rows[TQ_SIDE_K], rows[TQ_SIDE_V], executor);
+    if (call->params->half != TQ_APPEND_STORE) encode_run(call, r, sequence, rows[TQ_SIDE_K], rows[TQ_SIDE_V], executor);
     if (call->params->half != TQ_APPEND_ENCODE) tq_cpu_append_exact(&sequence, r->n, rows[TQ_SIDE_K], rows[TQ_SIDE_V]);
 }
 
@@ -390,7 +430,9 @@ static tq_status append(append_call *call)
     size_t bytes[N_PARTS] = {0}, total;
     void *parts[N_PARTS];
     run r;
+    TQ_TRY(check_places(&call->o, p));
     for (int64_t at = 0; next_run(call->o.store, &call->o.layout, p, &at, &r);) {
+        TQ_TRY(check_run(&call->o, p, &r));
         bytes[RUNS] += sizeof r;
         bytes[PAGES] += (size_t)r.end_page * sizeof *r.pages;
     }
@@ -439,16 +481,45 @@ typedef struct queries {
     int64_t length, first, n, n_blind;
 } queries;
 
+static int64_t length_of(const tq_paged_attend_params *p, int32_t seq)
+{
+    return p->seq_lens_are_64 ? ((const int64_t *)p->seq_lens)[seq] : ((const int32_t *)p->seq_lens)[seq];
+}
+
 static queries queries_of(const attend_call *call, int32_t seq)
 {
     const tq_paged_attend_params *p = call->params;
     queries q = {.first = (int64_t)seq * p->n_query, .n = p->n_query};
     if (p->query_starts) q.first = p->query_starts[seq], q.n = p->query_starts[seq + 1] - q.first;
-    q.length = p->seq_lens_are_64 ? ((const int64_t *)p->seq_lens)[seq] : ((const int32_t *)p->seq_lens)[seq];
-    q.length = clip(q.length, 0, TQ_CPU_PAGED_LENGTH_MAX);
+    q.length = clip(length_of(p, seq), 0, TQ_CPU_PAGED_LENGTH_MAX);
     if (q.n > q.length) q.n_blind = q.n - q.length;
     q.n -= q.n_blind, q.first += q.n_blind;
     return q;
+}
+
+/* A page that queries read of, or an exact slot, does not exist: what would be read in its place may be another client's. */
+static tq_status check_sequence(const attend_call *call, int32_t seq)
+{
+    const tq_paged_store *store = call->o.store;
+    const tq_paged_attend_params *p = call->params;
+    queries q = queries_of(call, seq);
+    if (q.n == 0) return TQ_OK;
+    if (length_of(p, seq) > TQ_CPU_PAGED_LENGTH_MAX ||
+        (p->n_seq > 1 && (q.length - 1) / store->page_size >= p->page_table_stride)) {
+        tq_log(TQ_LOG_ERROR, WHO ": attend: sequence %d has %lld tokens, but a row of page_table has %lld pages of %d",
+               (int)seq, (long long)length_of(p, seq), (long long)p->page_table_stride, (int)store->page_size);
+        return TQ_ERR_RANGE;
+    }
+    TQ_TRY(check_exact_slot(&call->o, p->exact_slots, seq, "attend"));
+    int64_t begin = INT64_MAX, end = 0;
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+        const tq_side *s = &call->o.layout.sides[side];
+        if (s->n_sink < begin) begin = s->n_sink;
+        if (q.length - s->n_recent > end) end = q.length - s->n_recent;
+    }
+    int64_t first_pos = q.length - q.n, window = call->plain->window;
+    if (window > 0 && first_pos - window >= begin) begin = first_pos - window + 1;
+    return check_pages(store, p->page_table + seq * p->page_table_stride, seq, begin, end, "attend");
 }
 
 static double queries_work(const void *context, int32_t seq)
@@ -594,11 +665,11 @@ static void attend_sequence(void *context, int32_t seq, const tq_executor *execu
     }
     uint8_t **pages = parts[PAGES];
     const int32_t *table = p->page_table + seq * p->page_table_stride;
+    /* Of those that the check let pass and do not exist nothing is read. */
     for (int64_t i = 0; i * store->page_size < q.length; i++)
         pages[i] = page_at(store, call->o.layout.page_bytes, page_exists(store, table[i]) ? table[i] : 0);
     tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = pages, .is_unwritten = true, .length = q.length};
     sequence.exact = exact_of(store, call->o.layout.exact_bytes, p->exact_slots, seq);
-    if (!sequence.exact) sequence.exact = store->exact; /* nothing sound to read, but within bounds */
     tq_attend_params own = own_params(call, &q, parts);
     tq_status status = has_new_rows(call) ? attend_with_rows(call, &q, &sequence, &own, parts, executor)
                                           : attend_stored(call, &q, &sequence, &own, parts, executor);
@@ -609,57 +680,62 @@ static void attend_sequence(void *context, int32_t seq, const tq_executor *execu
     tq_scratch_free(memory, total);
 }
 
+static tq_status attend(attend_call *call)
+{
+    const tq_paged_store *store = call->o.store;
+    const tq_paged_attend_params *p = call->params;
+    double work = 0;
+    for (int32_t seq = 0; seq < p->n_seq; seq++) work += queries_work(call, seq);
+    work *= (double)call->plain->n_head * (store->head_dim + store->head_dim_v) / (double)TQ_ATTEND_PER_THREAD;
+    tq_run_items(p->executor, (int32_t)fmin(work + 1, INT32_MAX), &(tq_items){call, p->n_seq, queries_work, attend_sequence});
+    return (tq_status)atomic_load(&call->status);
+}
+
 tq_status tq_cpu_paged_attend(const tq_paged_store *store, const tq_paged_attend_params *params, const tq_attend_params *plain)
 {
     attend_call call = {.params = params, .plain = plain};
     TQ_TRY(open_store(&call.o, store));
-    double work = 0;
-    for (int32_t seq = 0; seq < params->n_seq; seq++) work += queries_work(&call, seq);
-    work *= (double)plain->n_head * (store->head_dim + store->head_dim_v) / (double)TQ_ATTEND_PER_THREAD;
-    tq_run_items(params->executor, (int32_t)fmin(work + 1, INT32_MAX),
-                 &(tq_items){&call, params->n_seq, queries_work, attend_sequence});
+    tq_status status = TQ_OK;
+    for (int32_t seq = 0; seq < params->n_seq && status == TQ_OK; seq++) status = check_sequence(&call, seq);
+    if (status == TQ_OK) status = attend(&call);
     close_store(&call.o);
-    return (tq_status)atomic_load(&call.status);
+    return status;
 }
 
 /* ---- pages --------------------------------------------------------------------------------------------------------- */
 
-void tq_cpu_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n)
+tq_status tq_cpu_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n)
 {
     size_t page_bytes = layout_of(store).page_bytes;
-    for (int64_t i = 0; i < n; i++) {
-        if (page_exists(store, from[i]) && page_exists(store, to[i]))
-            memmove(page_at(store, page_bytes, to[i]), page_at(store, page_bytes, from[i]), page_bytes);
-    }
+    TQ_TRY(check_moved(store, from, n));
+    TQ_TRY(check_moved(store, to, n));
+    for (int64_t i = 0; i < n; i++) memmove(page_at(store, page_bytes, to[i]), page_at(store, page_bytes, from[i]), page_bytes);
+    return TQ_OK;
 }
 
-/* Between a page and the format's own bytes of it, which have no gaps. */
-static void convert_page(const tq_paged_store *store, const layout *l, int32_t page, uint8_t *bytes, bool is_out)
+/* Between pages and the format's own bytes of them, which have no gaps. */
+static tq_status convert(const tq_paged_store *store, const int32_t *pages, int64_t n, uint8_t *bytes, bool is_out)
 {
-    uint8_t *at = page_at(store, l->page_bytes, page);
-    for (int32_t head = 0; head < store->n_head_kv; head++) {
+    layout l = layout_of(store);
+    TQ_TRY(check_moved(store, pages, n));
+    for (int64_t i = 0; i < n * store->n_head_kv; i++) {
+        uint8_t *at = page_at(store, l.page_bytes, pages[i / store->n_head_kv]);
         for (int32_t side = 0; side < TQ_N_SIDES; side++) {
-            size_t n = l->head_page_bytes[side];
-            memcpy(is_out ? bytes : at, is_out ? at : bytes, n);
-            bytes += n, at += tq_align_up(n, ALIGN_BYTES);
+            const tq_side *s = &l.sides[side];
+            uint8_t *head_page = at + s->page_offset_bytes + (size_t)(i % store->n_head_kv) * s->head_stride_bytes;
+            memcpy(is_out ? bytes : head_page, is_out ? head_page : bytes, l.head_page_bytes[side]);
+            bytes += l.head_page_bytes[side];
         }
     }
+    return TQ_OK;
 }
 
-void tq_cpu_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, uint8_t *bytes)
+tq_status tq_cpu_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, uint8_t *bytes)
 {
-    layout l = layout_of(store);
-    size_t canonical_bytes = tq_cpu_paged_sizes(store).canonical_bytes;
-    for (int64_t i = 0; i < n; i++, bytes += canonical_bytes) {
-        if (page_exists(store, pages[i])) convert_page(store, &l, pages[i], bytes, true);
-    }
+    return convert(store, pages, n, bytes, true);
 }
 
-void tq_cpu_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const uint8_t *bytes)
+tq_status tq_cpu_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const uint8_t *bytes)
 {
-    layout l = layout_of(store);
-    size_t canonical_bytes = tq_cpu_paged_sizes(store).canonical_bytes;
-    for (int64_t i = 0; i < n; i++, bytes += canonical_bytes) {
-        if (page_exists(store, pages[i])) convert_page(store, &l, pages[i], (uint8_t *)(uintptr_t)bytes, false);
-    }
+    return convert(store, pages, n, (uint8_t *)(uintptr_t)bytes, false);
 }

@@ -14,13 +14,14 @@
 tq_paged_sizes tq_cpu_paged_sizes(const tq_paged_store *store);
 /* Does an append come without the rows that it needs? */
 bool tq_cpu_paged_needs_rows(const tq_paged_store *store, const tq_paged_append_params *params);
-/* Errors: MEMORY, CPU; then nothing was written. */
+/* Errors: RANGE, logged; MEMORY, CPU; then nothing was written. */
 tq_status tq_cpu_paged_append(const tq_paged_store *store, const tq_paged_append_params *params);
-/* plain: what is the same for all sequences, with strides; query_starts were checked. Errors: CPU; MEMORY, perhaps after rows
- * of other sequences were written. */
+/* plain: what is the same for all sequences, with strides; query_starts were checked. Errors: RANGE, logged, CPU, then nothing
+ * was written; MEMORY, perhaps after rows of other sequences were written. */
 tq_status tq_cpu_paged_attend(const tq_paged_store *store, const tq_paged_attend_params *params, const tq_attend_params *plain);
-void tq_cpu_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n);
-void tq_cpu_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, uint8_t *bytes);
-void tq_cpu_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const uint8_t *bytes);
+/* Errors: RANGE, logged; then nothing was written. */
+tq_status tq_cpu_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n);
+tq_status tq_cpu_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, uint8_t *bytes);
+tq_status tq_cpu_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const uint8_t *bytes);
 
 #endif

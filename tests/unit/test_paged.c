@@ -368,83 +368,132 @@ static void test_skipped_rows_between_others(void **state)
     tq_pool_free(pool);
 }
 
-/* A page that does not exist is not written, and page 0 is read in its place. */
+/* What a call must leave as it was. */
+typedef struct untouched {
+    const fixture *f;
+    uint8_t *pages, *exact, *out, *page;
+} untouched;
+
+static size_t exact_bytes(const paged_model *m)
+{
+    return (size_t)m->store.n_exact_slots * m->sizes.exact_bytes;
+}
+
+static untouched look_at(const fixture *f)
+{
+    return (untouched){f, copy_of(f->m->store.pages, memory_bytes(f->m)), copy_of(f->m->store.exact, exact_bytes(f->m)),
+                       copy_of(f->p->out, paged_bytes(f->p, f->p->n * f->p->out_width)),
+                       copy_of(f->m->page, f->m->sizes.canonical_bytes)};
+}
+
+static void check_untouched(untouched *u)
+{
+    const fixture *f = u->f;
+    assert_memory_equal(u->pages, f->m->store.pages, memory_bytes(f->m));
+    if (exact_bytes(f->m) > 0) assert_memory_equal(u->exact, f->m->store.exact, exact_bytes(f->m));
+    assert_memory_equal(u->out, f->p->out, paged_bytes(f->p, f->p->n * f->p->out_width));
+    assert_memory_equal(u->page, f->m->page, f->m->sizes.canonical_bytes);
+    free(u->pages), free(u->exact), free(u->out), free(u->page);
+}
+
+/* A page that does not exist is refused before anything is written, where something would be read of it or coded to it. */
 static void test_pages_out_of_range(void **state)
 {
     (void)state;
-    static const int32_t ids[] = {-1, INT32_MAX, INT32_MIN};
     paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    fixture f = open_fixture(&shape, 300, TQ_DTYPE_F32);
+    const int32_t ids[] = {-1, INT32_MAX, INT32_MIN, (int32_t)f.m->store.n_pages};
     for (size_t i = 0; i < sizeof ids / sizeof *ids; i++) {
-        fixture f = open_fixture(&shape, 300, TQ_DTYPE_F32);
         int32_t page = f.m->table[2];
-        uint8_t *before = copy_of(f.m->store.pages, memory_bytes(f.m));
+        const int32_t bad[2] = {1, ids[i]}, good[2] = {2, 3};
+        untouched u = look_at(&f);
         f.m->table[2] = ids[i];
-        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
-        uint8_t *pages = f.m->store.pages;
-        assert_memory_equal(pages + (size_t)page * page_stride(f.m), before + (size_t)page * page_stride(f.m),
-                            f.m->sizes.page_bytes);
-        uint8_t *written = copy_of(pages, memory_bytes(f.m));
-        memset(pages, 0x11, page_stride(f.m)), memset(pages + page_stride(f.m), 0x22, page_stride(f.m));
-        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
-        uint8_t *out = copy_of(f.p->out, paged_bytes(f.p, f.p->n * f.p->out_width));
-        f.m->table[2] = 0;
-        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
-        assert_memory_equal(out, f.p->out, paged_bytes(f.p, f.p->n * f.p->out_width));
-        /* The others hold what they would have held. */
+        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_ERR_RANGE);
+        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_ERR_RANGE);
+        assert_non_null(strstr(last_message, "page_table has page"));
+        assert_int_equal(tq_paged_copy(&f.m->store, bad, good, 2, NULL), TQ_ERR_RANGE);
+        assert_int_equal(tq_paged_copy(&f.m->store, good, bad, 2, NULL), TQ_ERR_RANGE);
+        assert_int_equal(tq_paged_import(&f.m->store, bad + 1, 1, f.m->page, NULL), TQ_ERR_RANGE);
+        assert_int_equal(tq_paged_export(&f.m->store, bad + 1, 1, f.m->page, NULL), TQ_ERR_RANGE);
         f.m->table[2] = page;
-        memcpy(pages, written, memory_bytes(f.m));
-        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
-        for (int32_t j = 0; j < f.m->store.n_pages; j++) {
-            size_t at = (size_t)j * page_stride(f.m);
-            if (j != page) assert_memory_equal(pages + at, written + at, f.m->sizes.page_bytes);
-        }
-        assert_memory_not_equal(pages + (size_t)page * page_stride(f.m), written + (size_t)page * page_stride(f.m), 64);
-        /* Nor are they copied, exported or imported. */
-        free(written), free(out), free(before);
-        before = copy_of(pages, memory_bytes(f.m));
-        const int32_t bad[2] = {ids[i], 1}, good[2] = {1, ids[i]};
-        assert_int_equal(tq_paged_copy(&f.m->store, bad, good, 2, NULL), TQ_OK);
-        assert_int_equal(tq_paged_import(&f.m->store, bad, 1, f.m->page, NULL), TQ_OK);
-        assert_memory_equal(before, pages, memory_bytes(f.m));
-        memset(f.m->page, 0x55, f.m->sizes.canonical_bytes);
-        uint8_t *page_before = copy_of(f.m->page, f.m->sizes.canonical_bytes);
-        assert_int_equal(tq_paged_export(&f.m->store, bad, 1, f.m->page, NULL), TQ_OK);
-        assert_memory_equal(page_before, f.m->page, f.m->sizes.canonical_bytes);
-        free(before), free(page_before);
-        close_fixture(&f);
+        check_untouched(&u);
     }
+    close_fixture(&f);
 }
 
-/* Rows that name no sequence, position, slot or exact slot that could be go nowhere; sequences without an exact slot, and of
- * impossible lengths, do not crash. */
+/* Pages of which nothing is read need not exist: those before the window, and those of exact tokens only. */
+static void test_pages_that_nobody_reads(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    fixture f = open_fixture(&shape, 320, TQ_DTYPE_F32);
+    assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+    const int32_t starts[PAGED_SEQ + 1] = {0, 1, 1, 1};
+    f.attend.query_starts = starts; /* the last token's: positions 220 to 255 are coded, those from 256 on exact */
+    f.attend.window = 100;
+    assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+    uint8_t *out = copy_of(f.p->out, paged_bytes(f.p, f.p->out_width));
+    for (int32_t i = 0; i < 5; i++) {
+        int32_t page = f.m->table[i];
+        f.m->table[i] = -1;
+        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), i == 3 ? TQ_ERR_RANGE : TQ_OK);
+        assert_memory_equal(out, f.p->out, paged_bytes(f.p, f.p->out_width));
+        f.m->table[i] = page;
+    }
+    free(out);
+    close_fixture(&f);
+}
+
+/* Rows and sequences that name no sequence, position, slot or exact slot that could be are refused, whatever else is in the
+ * call; so are lengths that go beyond their row of the page table. */
 static void test_places_out_of_range(void **state)
 {
     (void)state;
     paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
     for (int32_t i = 0; i < 7; i++) {
-        if (i == 6) shape = others[4];
+        if (i == 5) shape = others[4];
         fixture f = open_fixture(&shape, 100, TQ_DTYPE_BF16);
-        uint8_t *pages = copy_of(f.m->store.pages, memory_bytes(f.m));
-        size_t n_exact = (size_t)f.m->store.n_exact_slots * f.m->sizes.exact_bytes;
-        uint8_t *exact = copy_of(f.m->store.exact, n_exact);
-        for (int64_t row = 0; row < f.p->n_rows; row++) {
-            if (i == 0) f.p->seq_ids[row] = -1;
-            if (i == 1) f.p->positions[row] = INT64_MAX;
-            if (i == 2) f.p->positions[row] = -1;
-            if (i == 3) f.p->mapping[row] = INT64_MIN;
-            if (i == 6) f.p->mapping[row] = row % 2 ? INT64_MAX : f.m->store.n_pages * shape.page_size;
+        int64_t last = f.p->n_rows - 1, wrong_slot = i == 5 ? INT64_MAX : f.m->store.n_pages * shape.page_size;
+        while (f.p->mapping[last] < 0) last--;
+        untouched u = look_at(&f);
+        if (i == 0) f.p->seq_ids[last] = -1;
+        if (i == 1) f.p->positions[last] = INT64_MAX;
+        if (i == 2) f.p->positions[last] = -1;
+        if (i == 3) f.m->slots[0] = -1;
+        if (i == 4) f.m->slots[0] = (int32_t)f.m->store.n_exact_slots;
+        if (i >= 5) f.p->mapping[last] = wrong_slot;
+        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_ERR_RANGE);
+        bool has_slot = i < 3 || i >= 5;
+        if (!has_slot) assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_ERR_RANGE);
+        for (int32_t j = 0; j < 2 && has_slot; j++) {
+            f.p->lens[0] = j ? INT64_MAX : (int64_t)f.m->max_pages * shape.page_size + 1;
+            assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_ERR_RANGE);
         }
-        if (i == 4) f.m->slots[0] = -1;
-        if (i == 5) f.m->slots[0] = (int32_t)f.m->store.n_exact_slots;
-        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
-        assert_memory_equal(pages, f.m->store.pages, memory_bytes(f.m));
-        if (n_exact > 0) assert_memory_equal(exact, f.m->store.exact, n_exact);
-        f.p->lens[1] = INT64_MIN, f.p->lens[2] = -1;
-        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
-        f.p->lens[1] = f.p->lens[2] = 0;
-        free(pages), free(exact);
+        check_untouched(&u);
         close_fixture(&f);
     }
+}
+
+/* Padding: rows with negative slots, and sequences without tokens, may name anything. */
+static void test_padding_names_anything(void **state)
+{
+    (void)state;
+    paged_shape shape = shape_of_preset(tq_preset_find("tq4"), 64, 0, 64);
+    fixture f = open_fixture(&shape, 100, TQ_DTYPE_F16);
+    f.m->slots[1] = -1, f.m->slots[2] = INT32_MAX;
+    for (int32_t i = 0; i < 2 * f.m->max_pages; i++) f.m->table[f.m->max_pages + i] = -7;
+    f.p->lens[1] = INT64_MIN, f.p->lens[2] = -1;
+    for (int64_t row = 0; row < f.p->n_rows; row++) {
+        if (f.p->mapping[row] < 0) f.p->seq_ids[row] = INT32_MIN, f.p->positions[row] = INT64_MAX;
+    }
+    assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+    assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+    f.p->lens[1] = f.p->lens[2] = 0;
+    for (int64_t row = 0; row < f.p->n_rows; row++) f.p->mapping[row] = INT64_MIN;
+    untouched u = look_at(&f);
+    assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+    check_untouched(&u);
+    close_fixture(&f);
 }
 
 /* Sinks may fill more than a page: what a store answers does not depend on the size of its pages. */
@@ -761,7 +810,9 @@ int main(void)
         cmocka_unit_test(test_hidden_bytes),
         cmocka_unit_test(test_skipped_rows_between_others),
         cmocka_unit_test(test_pages_out_of_range),
+        cmocka_unit_test(test_pages_that_nobody_reads),
         cmocka_unit_test(test_places_out_of_range),
+        cmocka_unit_test(test_padding_names_anything),
         cmocka_unit_test(test_sinks_over_pages),
         cmocka_unit_test(test_queries_before_the_first_token),
         cmocka_unit_test(test_not_finite),
