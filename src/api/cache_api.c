@@ -1,13 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /* tq_cache_*: argument checks in front of cache/cache.c. */
-#define _POSIX_C_SOURCE 199309L /* clock_gettime */
-
 #include <string.h>
-#include <time.h>
 
 #include "api/checks.h"
-#include "base/params.h"
 #include "base/log.h"
+#include "base/params.h"
+#include "base/threads.h"
 #include "cache/calibration.h"
 #include "cache/cache.h"
 
@@ -329,13 +327,6 @@ tq_status tq_cache_page_table(tq_cache *cache, int32_t seq, int32_t *page_table,
     return TQ_OK;
 }
 
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
 static tq_status check_rows(const tq_cache *cache, int32_t layer, int64_t position, int64_t n, const float *rows, int32_t side)
 {
     int32_t head_dim = tq_shape_side(&cache->shape, layer, side)->codec->head_dim;
@@ -382,9 +373,10 @@ tq_status tq_cache_append(tq_cache *cache, int32_t seq, int32_t layer, int64_t n
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
     TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
     if (n_tok == 0) return TQ_OK;
-    int64_t started = now_ns();
-    tq_sequence_append(cache, sequence, layer, n_tok, k, v, executor);
-    atomic_fetch_add(&cache->encode_ns, now_ns() - started);
+    int64_t started = tq_now_ns();
+    tq_sequence_encode(cache, sequence, layer, n_tok, k, v, executor);
+    tq_sequence_keep(cache, sequence, layer, n_tok, k, v);
+    atomic_fetch_add(&cache->encode_ns, tq_now_ns() - started);
     tq_cache_end_writing(cache, sequence);
     return TQ_OK;
 }
@@ -400,9 +392,10 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
     TQ_TRY(tq_check_attend(WHO, &own, n_tok, cache->shape.n_head_kv, value_dim(cache, layer)));
     TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
     if (n_tok == 0) return TQ_OK;
-    int64_t started = now_ns();
+    int64_t started = tq_now_ns();
     tq_status status = tq_sequence_prefill(cache, sequence, layer, n_tok, k, v, &own, executor);
-    atomic_fetch_add(&cache->attend_ns, now_ns() - started);
+    if (status == TQ_OK) tq_sequence_keep(cache, sequence, layer, n_tok, k, v);
+    atomic_fetch_add(&cache->attend_ns, tq_now_ns() - started);
     tq_cache_end_writing(cache, sequence);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": layer %d: prefill: %s", (int)layer, tq_status_string(status));
     return status;
@@ -420,12 +413,12 @@ tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int32_t layer, const tq_
     tq_exact_entry exact_k[TQ_EXACT_MAX], exact_v[TQ_EXACT_MAX];
     tq_cpu_sequence on_cpu = tq_sequence_on_cpu(cache, sequence, layer);
     tq_kv_view keys = tq_cpu_view(&on_cpu, TQ_SIDE_K, exact_k), values = tq_cpu_view(&on_cpu, TQ_SIDE_V, exact_v);
-    int64_t started = now_ns();
+    int64_t started = tq_now_ns();
     tq_cache_begin_reading(cache, sequence);
     tq_status status =
         tq_attend(cache->shape.kernels, &keys, &values, cache->shape.n_head_kv, sequence->length[layer], &own, executor);
     tq_cache_end_reading(cache, sequence);
-    atomic_fetch_add(&cache->attend_ns, now_ns() - started);
+    atomic_fetch_add(&cache->attend_ns, tq_now_ns() - started);
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, WHO ": layer %d: attend: %s", (int)layer, tq_status_string(status));
     return status;
 }

@@ -54,7 +54,7 @@ struct tq_pool {
     worker workers[]; /* n_threads - 1 */
 };
 
-static int64_t now_nanoseconds(void)
+int64_t tq_now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -98,13 +98,13 @@ static bool is_done(tq_pool *pool)
 /* Spin until that is so, or the time is up. */
 static void spin_until(bool (*is_so)(tq_pool *), tq_pool *pool)
 {
-    int64_t end = now_nanoseconds() + SPIN_NANOSECONDS;
+    int64_t end = tq_now_ns() + SPIN_NANOSECONDS;
     do {
         for (int i = 0; i < SPINS_PER_CLOCK_READ; i++) {
             if (is_so(pool)) return;
             cpu_pause();
         }
-    } while (now_nanoseconds() < end);
+    } while (tq_now_ns() < end);
 }
 
 /* What makes it so is done before wake_up. */

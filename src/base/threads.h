@@ -14,6 +14,9 @@ tq_executor tq_pool_as_executor(tq_pool *pool);
 /* Behind tq_openmp_executor, in openmp.c; *runtime is filled. */
 tq_executor tq_openmp_as_executor(tq_openmp *runtime);
 
+/* Nanoseconds of a clock that only goes forward. */
+int64_t tq_now_ns(void);
+
 /* Run body on the executor's threads; executor NULL, or max_threads 1: only on the caller's. */
 void tq_run(const tq_executor *executor, int32_t max_threads, tq_body_fn body, void *arg);
 

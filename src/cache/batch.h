@@ -31,6 +31,9 @@ void tq_batch_close(tq_batch *batch);
 tq_status tq_batch_start(tq_batch *batch, int32_t n_head);
 /* Are the sequences those of the beginning, and does the layer wait for its turn? Locks. Errors: ARGUMENT. */
 tq_status tq_batch_check_turn(tq_batch *batch, int32_t layer);
+/* batch_cpu.c: rows with all strides. All that can fail comes before anything is appended. Errors: ARGUMENT, NOT_FINITE, FULL,
+ * MEMORY, IO; then nothing was. */
+tq_status tq_batch_run_on_cpu(tq_batch *batch, int32_t layer, const tq_batch_rows *rows, const tq_executor *executor);
 /* Of a device. Errors: ARGUMENT, DEVICE, MEMORY. */
 tq_status tq_batch_run(tq_batch *batch, int32_t layer, const tq_batch_rows *rows);
 /* seqs and n_tok are in the batch. Locks. Errors: ARGUMENT, RANGE, MEMORY. */

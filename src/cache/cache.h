@@ -154,7 +154,7 @@ const uint8_t *tq_exact_bytes(const tq_cache *cache, const tq_exact_data *exact,
 /* Errors: those of a device. */
 tq_status tq_exact_fill(tq_cache *cache, tq_exact_data *exact, const uint8_t *bytes);
 
-/* sequence.c; all but tq_sequence_append and tq_sequence_advance locked. */
+/* sequence.c; all but tq_sequence_encode, tq_sequence_keep and tq_sequence_advance locked. */
 /* Without exact data. Errors: FULL, MEMORY. */
 tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out);
 /* Errors: FULL, MEMORY. */
@@ -206,9 +206,12 @@ void tq_checkpoints_close(tq_cache *cache, tq_sequence *sequence);
 /* Exact data that no sequence has any more. NULL is fine. */
 void tq_checkpoint_release(tq_cache *cache, tq_exact_data *exact);
 
-/* Behind positions that are reserved. */
-void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
-                        const tq_executor *executor);
+/* The halves of an append behind positions that are reserved. First what leaves the rings is encoded, by which nothing changes
+ * that can be read; then the tokens are kept, and are the sequence's. */
+void tq_sequence_encode(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
+                        const float *v, const tq_executor *executor);
+void tq_sequence_keep(const tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
+                      const float *v);
 /* The integers of an append, whoever has moved the vectors. */
 void tq_sequence_advance(const tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok);
 /* Bytes of a sequence's record and page table, its exact data left out. */
@@ -248,8 +251,9 @@ tq_status tq_sequence_export(tq_cache *cache, const tq_sequence *sequence, int64
 tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_tok, int32_t first_page, const uint8_t *pages,
                              const uint8_t *exact);
 
-/* prefill.c: append behind positions that are reserved, and attend. Errors: MEMORY, perhaps after appending. */
-tq_status tq_sequence_prefill(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
+/* prefill.c: the first half of an append, and attention with its queries; tq_sequence_keep is to follow. Errors: MEMORY; then
+ * the append may be begun again. */
+tq_status tq_sequence_prefill(tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
                               const float *v, const tq_attend_params *params, const tq_executor *executor);
 
 /* share.c; locked. */

@@ -415,27 +415,28 @@ tq_cpu_sequence tq_sequence_on_cpu(const tq_cache *cache, const tq_sequence *seq
                              .exact_begin = sequence->exact_begin + (size_t)layer * TQ_N_SIDES};
 }
 
-/* Tokens that come to no checkpoint before the last of them. */
-static void append_part(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
-                        const tq_executor *executor)
+void tq_sequence_encode(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
+                        const float *v, const tq_executor *executor)
 {
+    if (cache->budget.is_dry) return;
     int64_t coded_end[TQ_N_SIDES];
     for (int32_t side = 0; side < TQ_N_SIDES; side++)
         coded_end[side] = encoded_by_append(cache, sequence, layer, side, n_tok).end;
     tq_cpu_sequence on_cpu = tq_sequence_on_cpu(cache, sequence, layer);
-    if (!cache->budget.is_dry) tq_cpu_append(&on_cpu, coded_end, n_tok, k, v, executor);
-    tq_sequence_advance(cache, sequence, layer, n_tok);
+    tq_cpu_append_coded(&on_cpu, coded_end, k, v, executor);
 }
 
-void tq_sequence_append(tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k, const float *v,
-                        const tq_executor *executor)
+void tq_sequence_keep(const tq_cache *cache, tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
+                      const float *v)
 {
     int64_t n_head_kv = cache->shape.n_head_kv;
     int64_t k_row = n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_K)->codec->head_dim;
     int64_t v_row = n_head_kv * tq_shape_side(&cache->shape, layer, TQ_SIDE_V)->codec->head_dim;
     for (int64_t done = 0, n; done < n_tok; done += n) {
         n = tq_checkpoint_distance(cache, sequence, sequence->length[layer], n_tok - done);
-        append_part(cache, sequence, layer, n, k ? k + done * k_row : NULL, v ? v + done * v_row : NULL, executor);
+        tq_cpu_sequence on_cpu = tq_sequence_on_cpu(cache, sequence, layer);
+        if (!cache->budget.is_dry) tq_cpu_append_exact(&on_cpu, n, k + done * k_row, v + done * v_row);
+        tq_sequence_advance(cache, sequence, layer, n);
         tq_checkpoint_pass(cache, sequence, layer);
     }
 }

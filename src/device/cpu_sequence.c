@@ -195,14 +195,6 @@ void tq_cpu_append_exact(const tq_cpu_sequence *sequence, int64_t n_tok, const f
     keep_side(sequence, TQ_SIDE_V, n_tok, v);
 }
 
-void tq_cpu_append(const tq_cpu_sequence *sequence, const int64_t *coded_end, int64_t n_tok, const float *k, const float *v,
-                   const tq_executor *executor)
-{
-    /* Before the ring changes: what leaves it is read from it. */
-    tq_cpu_append_coded(sequence, coded_end, k, v, executor);
-    tq_cpu_append_exact(sequence, n_tok, k, v);
-}
-
 /* Of each entry the vector, from the ring before the rows or from the rows, which then is at the entry's own place. */
 static void copy_vectors(const tq_rows_in *in, const tq_side *side, int64_t length, tq_cpu_exact *copy)
 {

@@ -26,17 +26,16 @@ tq_kv_view tq_cpu_view(const tq_cpu_sequence *sequence, int32_t side, tq_exact_e
  */
 tq_kv_view tq_cpu_view_of_queries(const tq_cpu_sequence *sequence, int32_t side, int64_t n_query, tq_exact_entry *exact);
 int64_t tq_cpu_exact_most(const tq_side *side, int64_t n_query);
-/* Tokens behind the others; positions from ring_begin[side] up to coded_end[side] are encoded, as they leave the ring. */
-void tq_cpu_append(const tq_cpu_sequence *sequence, const int64_t *coded_end, int64_t n_tok, const float *k, const float *v,
-                   const tq_executor *executor);
-/* Its two halves: what is encoded, and what the tokens leave exact, which takes the place of what the first one reads. */
+/* The halves of an append of tokens behind the others. Positions from ring_begin[side] up to coded_end[side] are encoded, as
+ * they leave the ring; then the tokens are kept exact, in the place of what the first half reads. */
 void tq_cpu_append_coded(const tq_cpu_sequence *sequence, const int64_t *coded_end, const float *k, const float *v,
                          const tq_executor *executor);
 void tq_cpu_append_exact(const tq_cpu_sequence *sequence, int64_t n_tok, const float *k, const float *v);
 
 /*
  * An append whose queries attend, as if token by token: a token is exact for those for which it is among the last n_recent, so
- * what the ring holds and what is appended is kept exact until all have attended. Begin before the append, attend after it.
+ * what the ring holds and what is appended is kept exact until all have attended. Begin before the append, attend when its
+ * first half is done.
  */
 typedef struct tq_cpu_exact {
     uint8_t *memory; /* NULL if the side has no exact vectors */
@@ -50,7 +49,7 @@ typedef struct tq_cpu_prefill {
 /* Errors: MEMORY. */
 tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *sequence, int64_t n_tok, const float *k,
                                const float *v);
-/* sequence: after the append. Sets what is causal of params. Errors: MEMORY. */
+/* sequence: its length with the tokens. Sets what is causal of params. Errors: MEMORY. */
 tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int64_t n_tok,
                                 const tq_attend_params *params, const tq_executor *executor);
 void tq_cpu_prefill_end(tq_cpu_prefill *prefill);

@@ -15,6 +15,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/alloc.h"
 #include "batch_model.h"
 #include "make_calibration.h"
 
@@ -189,6 +190,98 @@ static void test_what_is_not_finite_is_not_published(void **state)
     tq_cache_free(cache);
 }
 
+/* Every allocation of a layer fails once: nothing was appended, and the layer goes on as if that had not been. */
+static void test_every_allocation_of_a_layer_fails(void **state)
+{
+    (void)state;
+    for (tq_dtype dtype = TQ_DTYPE_F32; dtype <= TQ_DTYPE_F16; dtype++) {
+        batch_model *m = batch_model_open(TQ_DEVICE_CPU, 21);
+        const int64_t first[N_SEQ] = {150, 70, 90}, n_tok[N_SEQ] = {70, 1, 3}, n = 74;
+        batch_model_pass(m, first, dtype, 1e-6);
+        float *x = batch_model_rows(&m->random, (size_t)n * N_HEAD * HEAD_DIM), *wanted = kv_calloc((size_t)n, HEAD_DIM * 16);
+        void *own = batch_model_as(x, (size_t)n * N_HEAD * HEAD_DIM, dtype), *out = kv_calloc((size_t)n, HEAD_DIM * 16);
+        tq_batch_rows rows = {.struct_size = sizeof rows, .dtype = dtype, .q = own, .k = own, .v = own, .out = out};
+        assert_int_equal(tq_batch_begin(m->batch, m->ours, n_tok, N_HEAD), TQ_OK);
+        int32_t n_failed = 0;
+        for (int32_t layer = 0; layer < N_LAYER; layer++) {
+            tq_status status = TQ_ERR_MEMORY;
+            for (int32_t n_ok = 0; status != TQ_OK; n_ok++) {
+                tq_alloc_fail_after(n_ok);
+                status = tq_batch_attend(m->batch, layer, &rows, NULL);
+                tq_alloc_fail_after(-1);
+                n_failed += status != TQ_OK;
+                assert_true(status == TQ_OK || status == TQ_ERR_MEMORY);
+                for (int32_t i = 0; i < N_SEQ; i++)
+                    assert_int_equal(tq_cache_length(m->cache, m->ours[i], layer), first[i] + (status == TQ_OK ? n_tok[i] : 0));
+            }
+            for (int64_t i = 0, row = 0; i < N_SEQ; row += n_tok[i++]) {
+                tq_attend_params p =
+                    kv_attend_params(0, N_HEAD, HEAD_DIM, x + row * N_HEAD * HEAD_DIM, wanted + row * N_HEAD * HEAD_DIM);
+                p.softmax_scale = 0;
+                const float *kv = x + row * N_HEAD_KV * HEAD_DIM;
+                assert_int_equal(tq_cache_prefill(m->plain, m->theirs[i], layer, n_tok[i], kv, kv, &p, NULL), TQ_OK);
+            }
+            for (int64_t i = 0; i < n * N_HEAD * HEAD_DIM; i++)
+                assert_true(fabsf(batch_model_read(out, (size_t)i, dtype) - wanted[i]) <= (dtype == TQ_DTYPE_F32 ? 0 : 1e-3f));
+        }
+        assert_true(n_failed >= N_LAYER * N_SEQ * 3);
+        batch_model_check(m->cache, m->ours, m->plain, m->theirs);
+        free(x), free(wanted), free(own), free(out);
+        batch_model_close(m);
+    }
+}
+
+/* An executor that counts what it is given. */
+typedef struct counted_pool {
+    tq_executor inner;
+    int32_t n_runs, n_threads_most;
+} counted_pool;
+
+static void counted_run(void *user, int32_t n_threads, tq_body_fn body, void *arg)
+{
+    counted_pool *pool = user;
+    pool->n_runs++;
+    if (n_threads > pool->n_threads_most) pool->n_threads_most = n_threads;
+    pool->inner.run(pool->inner.user, n_threads, body, arg);
+}
+
+/* Sequences that bring one token each share the threads, and give the same as without. */
+static void test_sequences_share_threads(void **state)
+{
+    (void)state;
+    enum { N = 16, N_THREADS = 4 };
+    tq_cache *caches[2] = {batch_model_create(TQ_DEVICE_CPU, 64), batch_model_create(TQ_DEVICE_CPU, 64)};
+    tq_pool *threads;
+    assert_int_equal(tq_pool_create(&threads, N_THREADS), TQ_OK);
+    counted_pool pool = {.inner = tq_pool_executor(threads)};
+    const tq_executor executor = {.n_threads = N_THREADS, .user = &pool, .run = counted_run};
+    kv_random random = {.state = 31};
+    size_t n_values = N * 150 * N_HEAD * HEAD_DIM;
+    float *x = batch_model_rows(&random, n_values), *out[2];
+    for (int32_t i = 0; i < 2; i++) {
+        int32_t seqs[N];
+        int64_t n_tok[N];
+        tq_batch *batch;
+        out[i] = kv_calloc(n_values, sizeof *out[i]);
+        create_sequences(caches[i], seqs, N);
+        assert_int_equal(tq_batch_create(&batch, caches[i], N), TQ_OK);
+        tq_batch_rows rows = {.struct_size = sizeof rows, .q = x, .k = x, .v = x, .out = out[i]};
+        for (int32_t step = 0; step < 8; step++) {
+            for (int32_t j = 0; j < N; j++) n_tok[j] = step == 0 ? 70 + 5 * j : 1;
+            assert_int_equal(tq_batch_begin(batch, seqs, n_tok, N_HEAD), TQ_OK);
+            pool.n_runs = pool.n_threads_most = 0;
+            assert_int_equal(tq_batch_attend(batch, 0, &rows, i ? &executor : NULL), TQ_OK);
+            if (i == 1 && step > 0) assert_int_equal(pool.n_runs, 1);
+            if (i == 1) assert_in_range(pool.n_threads_most, 2, N_THREADS);
+        }
+        tq_batch_free(batch);
+    }
+    assert_memory_equal(out[0], out[1], n_values * sizeof *out[0]);
+    for (int32_t i = 0; i < 2; i++) free(out[i]), tq_cache_free(caches[i]);
+    free(x);
+    tq_pool_free(threads);
+}
+
 #define REFUSED(call, status) assert_int_equal(call, status)
 
 static void test_refusals(void **state)
@@ -306,6 +399,8 @@ int main(void)
         cmocka_unit_test(test_files_and_prefixes),
         cmocka_unit_test(test_captured_steps_come_to_checkpoints),
         cmocka_unit_test(test_what_is_not_finite_is_not_published),
+        cmocka_unit_test(test_every_allocation_of_a_layer_fails),
+        cmocka_unit_test(test_sequences_share_threads),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_caches_that_a_device_refuses),
         cmocka_unit_test(test_device_memory_follows_pages),
