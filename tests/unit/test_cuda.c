@@ -13,6 +13,8 @@
 #include <cmocka.h>
 
 #include "codec/tables.h"
+#include "device/cuda_store.h"
+#include "kernels/cuda/choice.h"
 #include "kernels/cuda/layout.h"
 #include "kernels/cuda/levels.h"
 #include "kernels/cuda/split.h"
@@ -380,6 +382,106 @@ static void test_calls_are_checked(void **state)
     assert_int_equal(tq_paged_copy(&store, NULL, NULL, 1, NULL), TQ_ERR_ARGUMENT);
 }
 
+/* ---- which kernel a call goes to ------------------------------------------------------------------------------------- */
+
+static const tq_attend_room ample = {.decode_own = true, .decode_any = true, .prefill_any = true},
+                            hopper = {true, true, true, true};
+
+static tq_attend_kernel kernel_of(const tq_paged_store *from, const tq_paged_attend_params *params, const tq_attend_room *room,
+                                  bool general)
+{
+    tq_device_store store;
+    assert_int_equal(tq_cuda_shape_store(&store, from), TQ_OK);
+    store.k_transforms = from->k_transforms;
+    const tq_attend_choice choice = tq_attend_choice_of(&store, params, general);
+    return tq_attend_kernel_of(&choice, room);
+}
+
+static tq_paged_store chosen_store(tq_format k, tq_format v, int32_t head_dim)
+{
+    tq_paged_store store = kv_paged_store();
+    store.k_format = k, store.v_format = v, store.head_dim = store.head_dim_v = head_dim, store.n_head_kv = 2;
+    store.n_sink = 4, store.n_recent = 64;
+    return store;
+}
+
+/* As docs/cuda.md says. */
+static bool has_own(tq_format k, tq_format v, int32_t head_dim)
+{
+    if (head_dim != 64 && head_dim != 128 && head_dim != 256) return false;
+    for (int32_t i = 0; tq_preset_get(i); i++)
+        if (tq_preset_get(i)->k_format == k && tq_preset_get(i)->v_format == v) return true;
+    if (k == TQ_FORMAT_SQ4 && v == TQ_FORMAT_SQ4) return true;
+    if (k == TQ_FORMAT_TT2 && v == TQ_FORMAT_TT2) return head_dim < 256;
+    return head_dim == 128 && (k == TQ_FORMAT_SQ4 || k == TQ_FORMAT_SQ3) && v == TQ_FORMAT_SQ3;
+}
+
+/* Every pair at every head_dim: a step of decoding and a prompt, plain and with all that a call may ask for. */
+static void test_kernels_of_pairs(void **state)
+{
+    (void)state;
+    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
+                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    const float number = 0;
+    int32_t n_own = 0;
+    for (int32_t i = 0; i < 5 * 7 * 7; i++) {
+        int32_t d = head_dims[i / 49];
+        tq_format k = formats[i / 7 % 7], v = formats[i % 7];
+        if (d == 96 && (i / 7 % 7 > 3 || i % 7 > 3)) continue; /* no trellis */
+        tq_paged_store store = chosen_store(k, v, d);
+        bool own = has_own(k, v, d);
+        n_own += own;
+        for (int32_t asked = 0; asked < 16; asked++) {
+            tq_paged_attend_params one = {.n_query = 1, .n_head = 8}, prompt;
+            if (asked & 1) one.mask = &number;
+            if (asked & 2) one.alibi_slopes = &number;
+            if (asked & 4) one.out_dim = d / 2;
+            if (asked & 8) one.window = 100, one.softcap = 3, one.sinks = &number, one.query_starts = (const int32_t *)&number;
+            prompt = one, prompt.n_query = 17; /* 68 rows of a KV head */
+            tq_attend_kernel decode = own && !(asked & 3) ? TQ_ATTEND_DECODE_OWN : TQ_ATTEND_DECODE_ANY;
+            assert_int_equal(kernel_of(&store, &one, &ample, false), decode);
+            assert_int_equal(kernel_of(&store, &one, &hopper, false), decode);
+            assert_int_equal(kernel_of(&store, &one, &hopper, true), TQ_ATTEND_DECODE_ANY);
+            assert_int_equal(kernel_of(&store, &prompt, &ample, false), TQ_ATTEND_PREFILL_ANY);
+            assert_int_equal(kernel_of(&store, &prompt, &hopper, false), own ? TQ_ATTEND_HOPPER_OWN : TQ_ATTEND_HOPPER_ANY);
+            assert_int_equal(kernel_of(&store, &prompt, &hopper, true), TQ_ATTEND_HOPPER_ANY);
+            prompt.n_query = 16; /* 64: still decoding */
+            assert_int_equal(kernel_of(&store, &prompt, &hopper, false), decode);
+        }
+    }
+    assert_int_equal(n_own, 3 * 4 + 3 + 2 + 2);
+}
+
+/* What does not fit the device, or is not known to it. */
+static void test_kernels_of_devices(void **state)
+{
+    (void)state;
+    tq_paged_store store = chosen_store(TQ_FORMAT_TT3, TQ_FORMAT_TT3, 128);
+    const tq_paged_attend_params one = {.n_query = 1, .n_head = 8}, prompt = {.n_query = 100, .n_head = 8};
+    for (int32_t i = 0; i < 8; i++) {
+        const tq_attend_room room = {.decode_own = i & 1, .decode_any = i & 2, .prefill_any = i & 4};
+        tq_attend_kernel decode = i & 1 ? TQ_ATTEND_DECODE_OWN : i & 2 ? TQ_ATTEND_DECODE_ANY : TQ_ATTEND_NONE;
+        tq_attend_kernel prefill = i & 4 ? TQ_ATTEND_PREFILL_ANY : TQ_ATTEND_NONE;
+        assert_int_equal(kernel_of(&store, &one, &room, false), decode ? decode : prefill);
+        assert_int_equal(kernel_of(&store, &prompt, &room, false), prefill ? prefill : decode);
+    }
+    store.n_sink = 0, store.n_recent = TQ_DEVICE_EXACT_MAX; /* and more with the windows of several queries */
+    const tq_paged_attend_params two = {.n_query = 2, .n_head = 8};
+    assert_int_equal(kernel_of(&store, &one, &hopper, false), TQ_ATTEND_DECODE_OWN);
+    assert_int_equal(kernel_of(&store, &two, &hopper, false), TQ_ATTEND_HOPPER_OWN);
+    assert_int_equal(kernel_of(&store, &two, &ample, false), TQ_ATTEND_PREFILL_ANY);
+    store.n_recent = 64;
+    store.k_transforms = (const uint16_t *)(const void *)""; /* which Hopper's prefill does not know */
+    assert_int_equal(kernel_of(&store, &prompt, &hopper, false), TQ_ATTEND_PREFILL_ANY);
+    assert_int_equal(kernel_of(&store, &one, &hopper, false), TQ_ATTEND_DECODE_OWN);
+    store = chosen_store(TQ_FORMAT_TT3, TQ_FORMAT_TT3, 192);
+    store.head_dim_v = 128;
+    assert_int_equal(kernel_of(&store, &prompt, &hopper, false), TQ_ATTEND_PREFILL_ANY);
+    assert_int_equal(kernel_of(&store, &one, &hopper, false), TQ_ATTEND_DECODE_ANY);
+    for (tq_attend_kernel kernel = TQ_ATTEND_NONE; kernel <= TQ_ATTEND_HOPPER_ANY; kernel++)
+        assert_int_equal(tq_attend_is_prefill(kernel), kernel > TQ_ATTEND_DECODE_ANY);
+}
+
 static void test_missing_library(void **state)
 {
     (void)state;
@@ -407,6 +509,8 @@ int main(void)
         cmocka_unit_test(test_quarters),
         cmocka_unit_test(test_store_is_checked),
         cmocka_unit_test(test_calls_are_checked),
+        cmocka_unit_test(test_kernels_of_pairs),
+        cmocka_unit_test(test_kernels_of_devices),
         cmocka_unit_test(test_missing_library),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

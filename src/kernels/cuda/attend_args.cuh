@@ -5,7 +5,7 @@
 
 #include <cuda_fp16.h>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/choice.h"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/rotate.cuh"
 #include "kernels/cuda/split.h"
@@ -14,10 +14,9 @@
 /* Counters that share a sector of the cache make their atomics wait for each other. */
 #define TQ_COUNTER_STRIDE 32
 
-/* A format as a number: its bits, and 16 more for a trellis. */
 constexpr int codes_kind(int bits, bool is_trellis)
 {
-    return bits + (is_trellis ? 16 : 0);
+    return TQ_CODES_KIND(bits, is_trellis);
 }
 __host__ __device__ constexpr int kind_bits(int kind)
 {

@@ -10,24 +10,21 @@
 
 typedef cudaError_t (*attend_launch)(const attend_args &args, uint32_t n_seq, cudaStream_t stream);
 
-/* What a kernel is chosen by. */
-struct attend_choice {
-    int key_kind, value_kind;
-    int head_dim_v;
-    bool has_transforms; /* of keys */
+/* A block of the kernel must fit the device. */
+struct block_choice {
+    int key_kind, value_kind, head_dim_v;
     int reference_bytes; /* of a block; 0: no references */
     int shared_bytes;    /* that a block of the device can have */
-    bool general;        /* the kernels for any pair, also where this one has its own */
-    bool has_bias;       /* a mask or ALiBi, which in decode only the kernels for any pair know */
-    int n_rows, n_exact; /* query rows of a KV head; exact tokens that a decode block would see */
 };
 
-/* D: the keys' head_dim. The pair's own kernel, or the one for any. NULL: the device has too little shared memory. */
-template <int D> attend_launch find_decode(const attend_choice &choice);
-/* The same; for sm_90 only, and there in builds for sm_90a. Values have the keys' head_dim, and keys no transforms. */
-template <int D> attend_launch find_prefill_hopper(const attend_choice &choice);
-/* The one for any pair, or NULL likewise. Takes any number of query rows. */
-template <int D> attend_launch find_prefill(const attend_choice &choice);
+/* D: the keys' head_dim. NULL: the kernel does not exist, or the device has too little shared memory. Own: for this pair
+ * (choice.h); values have the keys' head_dim. */
+template <int D> attend_launch find_decode_own(const block_choice &choice);
+template <int D> attend_launch find_decode_any(const block_choice &choice);
+/* For sm_90 only, and there in builds for sm_90a. Values have the keys' head_dim, and keys no transforms. */
+template <int D> attend_launch find_hopper_own(const block_choice &choice);
+template <int D> attend_launch find_hopper_any();
+template <int D> attend_launch find_prefill_any(const block_choice &choice);
 
 /* More than 48 KB of shared memory must be asked for: a property of the function, set each time since devices may change. */
 template <typename Kernel> cudaError_t allow_shared_bytes(Kernel kernel, int n_bytes)
@@ -46,10 +43,9 @@ template <typename Kernel> cudaError_t allow_most_shared_bytes(Kernel kernel)
     return error == cudaSuccess ? allow_shared_bytes(kernel, limit - (int)attributes.sharedSizeBytes) : error;
 }
 
-template <class K, class V> bool is_pair(const attend_choice &choice)
+template <class K, class V> bool is_pair(const block_choice &choice)
 {
-    return !choice.general && choice.key_kind == codes_kind(K::bits, K::is_trellis) &&
-           choice.value_kind == codes_kind(V::bits, V::is_trellis);
+    return choice.key_kind == codes_kind(K::bits, K::is_trellis) && choice.value_kind == codes_kind(V::bits, V::is_trellis);
 }
 
 #endif

@@ -75,19 +75,25 @@ static cudaError_t launch_any(const attend_args &args, uint32_t n_seq, cudaStrea
     return launch_blocks<any_formats<D, 16, DV>, D, 8>(args, n_seq, stream);
 }
 
-template <class K, class V, int D> static attend_launch if_known_fits(const attend_choice &choice)
+template <class K, class V, int D> static attend_launch if_known_fits(const block_choice &choice)
 {
     using F = known_formats<K, V, D>;
     const int n_bytes = block_bytes<F, D, most_warps<F, D>>(F(), choice.reference_bytes);
     return n_bytes <= choice.shared_bytes ? launch_known<K, V, D> : nullptr;
 }
 
-#define TQ_LINE(HEAD_DIM, K, V)                                                      \
-    if constexpr (D == HEAD_DIM) {                                                   \
-        if (is_pair<K, V>(choice) && !found) found = if_known_fits<K, V, D>(choice); \
+#define TQ_LINE(HEAD_DIM, K, V)                                             \
+    if constexpr (D == HEAD_DIM) {                                          \
+        if (is_pair<K, V>(choice)) return if_known_fits<K, V, D>(choice);   \
     }
 
-template <int D, int DV> static attend_launch find_any(const attend_choice &choice)
+template <int D> attend_launch find_decode_own(const block_choice &choice)
+{
+    TQ_PAIRS(TQ_LINE)
+    return nullptr;
+}
+
+template <int D, int DV> static attend_launch if_any_fits(const block_choice &choice)
 {
     using large = any_formats<D, 32, DV>;
     using small = any_formats<D, 16, DV>;
@@ -99,20 +105,18 @@ template <int D, int DV> static attend_launch find_any(const attend_choice &choi
     return launch_any<D, DV, false>;
 }
 
-#define TQ_HEAD_DIM_LINE(K, V)                                    \
-    if constexpr (D == K) {                                       \
-        if (choice.head_dim_v == V) return find_any<K, V>(choice); \
+#define TQ_HEAD_DIM_LINE(K, V)                                        \
+    if constexpr (D == K) {                                           \
+        if (choice.head_dim_v == V) return if_any_fits<K, V>(choice); \
     }
 
-template <int D> attend_launch find_decode(const attend_choice &choice)
+template <int D> attend_launch find_decode_any(const block_choice &choice)
 {
-    attend_launch found = nullptr;
     TQ_HEAD_DIM_PAIRS(TQ_HEAD_DIM_LINE)
-    if (!choice.has_bias) {
-        TQ_PAIRS(TQ_LINE)
-    }
-    return found ? found : find_any<D, D>(choice);
+    return if_any_fits<D, D>(choice);
 }
 
-#define TQ_INSTANCE(D) template attend_launch find_decode<D>(const attend_choice &choice);
+#define TQ_INSTANCE(D)                                                 \
+    template attend_launch find_decode_own<D>(const block_choice &choice); \
+    template attend_launch find_decode_any<D>(const block_choice &choice);
 TQ_HEAD_DIMS(TQ_INSTANCE)

@@ -97,53 +97,49 @@ static bool is_hopper()
 }
 #endif
 
-/* Prefill reads its pages once for 64 rows or more, decode for 8, but decode has splits: the former pays from some rows on, and
- * is also there where decode's blocks do not fit the device. */
-template <int D> static attend_launch find_at(const attend_choice &choice, bool *is_prefill)
+/* A kernel and its launch; NULL for none. */
+struct found_kernel {
+    tq_attend_kernel kernel;
+    attend_launch launch;
+};
+
+template <int D> static found_kernel find_at(const tq_attend_choice &choice, const block_choice &block)
 {
-    attend_launch found = nullptr;
-    const bool can_decode = choice.n_exact <= TQ_DEVICE_EXACT_MAX;
-    *is_prefill = choice.n_rows > TQ_PREFILL_ROWS_MIN || !can_decode;
+    attend_launch launches[TQ_ATTEND_HOPPER_ANY + 1] = {};
+    tq_attend_room room = {};
+    if (choice.has_own) launches[TQ_ATTEND_DECODE_OWN] = find_decode_own<D>(block);
+    launches[TQ_ATTEND_DECODE_ANY] = find_decode_any<D>(block);
+    launches[TQ_ATTEND_PREFILL_ANY] = find_prefill_any<D>(block);
 #ifdef TQ_CUDA_HOPPER
-    const bool hopper_has = choice.head_dim_v == D && !choice.has_transforms;
-    if (*is_prefill && hopper_has && is_hopper()) return find_prefill_hopper<D>(choice);
+    room.is_hopper = is_hopper();
+    launches[TQ_ATTEND_HOPPER_OWN] = find_hopper_own<D>(block);
+    launches[TQ_ATTEND_HOPPER_ANY] = find_hopper_any<D>();
 #endif
-    if (*is_prefill) found = find_prefill<D>(choice);
-    if (!found && can_decode) *is_prefill = false, found = find_decode<D>(choice);
-    if (!found) *is_prefill = true, found = find_prefill<D>(choice);
-    return found;
+    room.decode_own = launches[TQ_ATTEND_DECODE_OWN], room.decode_any = launches[TQ_ATTEND_DECODE_ANY];
+    room.prefill_any = launches[TQ_ATTEND_PREFILL_ANY];
+    const tq_attend_kernel kernel = tq_attend_kernel_of(&choice, &room);
+    return {kernel, launches[kernel]};
 }
 
 /* With TQ_CUDA_GENERAL in the environment no pair has kernels of its own: so the others are tested and timed with all pairs. */
-static attend_launch find_launch(const tq_device_store &store, const tq_paged_attend_params &params, bool *is_prefill)
+static found_kernel find_kernel(const tq_device_store &store, const tq_paged_attend_params &params)
 {
-    attend_choice choice = {codes_kind(store.key.bits, store.key.is_trellis),
-                            codes_kind(store.value.bits, store.value.is_trellis),
-                            store.head_dim_v,
-                            store.k_transforms != nullptr,
-                            reference_bytes_of(store),
-                            0,
-                            getenv("TQ_CUDA_GENERAL") != nullptr,
-                            params.mask || params.alibi_slopes};
-    choice.n_rows = params.n_query * (params.n_head / store.n_head_kv);
-    /* A decode block has rows of so many tokens at most, each with a window of its own. */
-    const int32_t n_tokens = params.n_query < TQ_TILE_ROWS ? params.n_query : TQ_TILE_ROWS;
-    choice.n_exact = store.n_sink + store.n_recent + (n_tokens - 1);
-    *is_prefill = false;
-    if (!get_attribute(&choice.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return nullptr;
-    switch (store.head_dim) {
+    const tq_attend_choice choice = tq_attend_choice_of(&store, &params, getenv("TQ_CUDA_GENERAL") != nullptr);
+    block_choice block = {choice.key_kind, choice.value_kind, choice.head_dim_v, reference_bytes_of(store), 0};
+    if (!get_attribute(&block.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return {};
+    switch (choice.head_dim) {
     case 64:
-        return find_at<64>(choice, is_prefill);
+        return find_at<64>(choice, block);
     case 96:
-        return find_at<96>(choice, is_prefill);
+        return find_at<96>(choice, block);
     case 128:
-        return find_at<128>(choice, is_prefill);
+        return find_at<128>(choice, block);
     case 192:
-        return find_at<192>(choice, is_prefill);
+        return find_at<192>(choice, block);
     case 256:
-        return find_at<256>(choice, is_prefill);
+        return find_at<256>(choice, block);
     default:
-        return nullptr;
+        return {};
     }
 }
 
@@ -181,8 +177,7 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *store, cons
     tq_status status = count_multiprocessors(&n_multiprocessors, message);
     if (status != TQ_OK) return status;
     /* Calls of few rows may be decode where this one is prefill, which needs nothing. */
-    bool is_prefill;
-    find_launch(*store, *params, &is_prefill);
+    const bool is_prefill = tq_attend_is_prefill(find_kernel(*store, *params).kernel);
     const int32_t group = params->n_head / store->n_head_kv;
     const int64_t n_lists = (int64_t)params->n_seq * store->n_head_kv;
     int64_t n_rows = (int64_t)params->n_query * group;
@@ -230,12 +225,12 @@ static cudaError_t transform_queries(const tq_device_store &store, const attend_
 
 static tq_status attend(const tq_device_store *store, const tq_paged_attend_params *params, void *stream, char *message)
 {
-    bool is_prefill;
     int32_t n_multiprocessors = 0;
     tq_status status = count_multiprocessors(&n_multiprocessors, message);
     if (status != TQ_OK) return status;
-    attend_launch launch = find_launch(*store, *params, &is_prefill);
-    if (!launch) {
+    const found_kernel found = find_kernel(*store, *params);
+    const bool is_prefill = tq_attend_is_prefill(found.kernel);
+    if (!found.launch) {
         snprintf(message, TQ_DEVICE_MESSAGE, "attend: no kernel at head_dim %d fits this device's shared memory",
                  store->head_dim);
         return TQ_ERR_HEAD_DIM;
@@ -284,7 +279,7 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
         status = done(message, "attend", transform_queries(*store, args, params->n_seq, behind_counters, (cudaStream_t)stream));
         if (status != TQ_OK) return status;
     }
-    return done(message, "attend", launch(args, (uint32_t)params->n_seq, (cudaStream_t)stream));
+    return done(message, "attend", found.launch(args, (uint32_t)params->n_seq, (cudaStream_t)stream));
 }
 
 static tq_status copy(const tq_device_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream,
@@ -312,8 +307,7 @@ static tq_status supports(const tq_device_store *store, char *message)
     params.n_query = 1, params.n_head = store->n_head_kv;
     int32_t device;
     tq_status status = check_device(&device, message);
-    bool is_prefill;
-    if (status != TQ_OK || find_launch(*store, params, &is_prefill)) return status;
+    if (status != TQ_OK || find_kernel(*store, params).launch) return status;
     snprintf(message, TQ_DEVICE_MESSAGE, "no kernel at head_dim %d for these formats fits this device's shared memory",
              store->head_dim);
     return TQ_ERR_FORMAT;

@@ -15,7 +15,7 @@ template <int D, int DV> static cudaError_t launch_prefill(const attend_args &ar
     return cudaGetLastError();
 }
 
-template <int D, int DV> static attend_launch if_fits(const attend_choice &choice)
+template <int D, int DV> static attend_launch if_fits(const block_choice &choice)
 {
     const int n_bytes = prefill_bytes<D, DV>({choice.key_kind, choice.value_kind}, choice.reference_bytes);
     return n_bytes <= choice.shared_bytes ? launch_prefill<D, DV> : nullptr;
@@ -26,14 +26,14 @@ template <int D, int DV> static attend_launch if_fits(const attend_choice &choic
         if (choice.head_dim_v == V) return if_fits<K, V>(choice);  \
     }
 
-template <int D> attend_launch find_prefill(const attend_choice &choice)
+template <int D> attend_launch find_prefill_any(const block_choice &choice)
 {
     TQ_HEAD_DIM_PAIRS(TQ_HEAD_DIM_LINE)
     return if_fits<D, D>(choice);
 }
 
-template attend_launch find_prefill<64>(const attend_choice &choice);
-template attend_launch find_prefill<96>(const attend_choice &choice);
-template attend_launch find_prefill<128>(const attend_choice &choice);
-template attend_launch find_prefill<192>(const attend_choice &choice);
-template attend_launch find_prefill<256>(const attend_choice &choice);
+template attend_launch find_prefill_any<64>(const block_choice &choice);
+template attend_launch find_prefill_any<96>(const block_choice &choice);
+template attend_launch find_prefill_any<128>(const block_choice &choice);
+template attend_launch find_prefill_any<192>(const block_choice &choice);
+template attend_launch find_prefill_any<256>(const block_choice &choice);

@@ -27,11 +27,18 @@ using hopper_pair =
         if (is_pair<K, V>(choice)) return launch_formats<hopper_pair<K, V, D>, D>; \
     }
 
-template <int D> attend_launch find_prefill_hopper(const attend_choice &choice)
+template <int D> attend_launch find_hopper_own(const block_choice &choice)
 {
     TQ_PAIRS(TQ_LINE)
+    return nullptr;
+}
+
+template <int D> attend_launch find_hopper_any()
+{
     return launch_formats<any_pair<D, 16>, D>;
 }
 
-#define TQ_INSTANCE(D) template attend_launch find_prefill_hopper<D>(const attend_choice &choice);
+#define TQ_INSTANCE(D)                                                     \
+    template attend_launch find_hopper_own<D>(const block_choice &choice); \
+    template attend_launch find_hopper_any<D>();
 TQ_HEAD_DIMS(TQ_INSTANCE)
