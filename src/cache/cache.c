@@ -326,5 +326,5 @@ void tq_cache_poison(tq_cache *cache)
 {
     const tq_page_pool *pool = &cache->pool;
     for (int32_t i = 0; i < pool->n_idle && !pool->budget->is_dry; i++)
-        memset(pool->frames + (size_t)pool->idle[i] * pool->page_bytes, 0x7b, pool->page_bytes);
+        memset(pool->frames + (size_t)pool->spare[i] * pool->page_bytes, 0x7b, pool->page_bytes);
 }

@@ -52,25 +52,19 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
                            .device = device,
                            .memory = memory};
     if (offload) budget->used += tq_offload_bytes(offload->n_slots);
-    size_t tables = (size_t)n_pages * (sizeof *pool->data + sizeof *pool->pages + sizeof *pool->free_pages) +
-                    (size_t)n_frames * (sizeof *pool->idle + sizeof *pool->bare);
+    size_t tables = (size_t)n_pages * (sizeof *pool->data + sizeof *pool->pages) + (size_t)n_frames * sizeof *pool->spare;
     tq_status failure = tq_budget_failure(budget, tables);
     pool->data = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->data);
     pool->pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->pages);
-    pool->free_pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->free_pages);
-    pool->idle = tq_budget_alloc(budget, (size_t)n_frames * sizeof *pool->idle);
-    pool->bare = tq_budget_alloc(budget, (size_t)n_frames * sizeof *pool->bare);
+    pool->spare = tq_budget_alloc(budget, (size_t)n_frames * sizeof *pool->spare);
     bool has_region = !budget->is_dry && !device;
     if (has_region) pool->frames = tq_region_reserve(region_bytes(pool));
-    if (!pool->data || !pool->pages || !pool->free_pages || !pool->idle || !pool->bare || (has_region && !pool->frames)) {
+    if (!pool->data || !pool->pages || !pool->spare || (has_region && !pool->frames)) {
         tq_page_pool_deinit(pool);
         return failure;
     }
-    for (int32_t i = 0; i < n_pages; i++) {
-        pool->free_pages[i] = n_pages - 1 - i;
-        pool->pages[i].frame = pool->pages[i].slot = -1;
-    }
-    for (int32_t i = 0; i < n_frames; i++) pool->bare[i] = n_frames - 1 - i;
+    for (int32_t i = 0; i < n_pages; i++) pool->pages[i] = (tq_page){.older = i + 1, .frame = -1, .slot = -1};
+    for (int32_t i = 0; i < n_frames; i++) pool->spare[i] = i;
     return TQ_OK;
 }
 
@@ -81,9 +75,7 @@ void tq_page_pool_deinit(tq_page_pool *pool)
     pool->budget->used -= (n_frames - (size_t)pool->n_bare) * pool->page_bytes;
     tq_budget_free(pool->budget, pool->data, n_pages * sizeof *pool->data);
     tq_budget_free(pool->budget, pool->pages, n_pages * sizeof *pool->pages);
-    tq_budget_free(pool->budget, pool->free_pages, n_pages * sizeof *pool->free_pages);
-    tq_budget_free(pool->budget, pool->idle, n_frames * sizeof *pool->idle);
-    tq_budget_free(pool->budget, pool->bare, n_frames * sizeof *pool->bare);
+    tq_budget_free(pool->budget, pool->spare, n_frames * sizeof *pool->spare);
     if (pool->offload) pool->budget->used -= tq_offload_bytes(pool->offload->n_slots);
     tq_offload_close(pool->offload);
     *pool = (tq_page_pool){0};
@@ -123,10 +115,12 @@ static void free_page(tq_page_pool *pool, int32_t id)
     if (page->slot >= 0)
         tq_offload_free_slot(pool->offload, page->slot);
     else
-        pool->idle[pool->n_idle++] = page->frame;
+        pool->spare[pool->n_idle++] = page->frame;
     page->frame = page->slot = -1;
     pool->data[id] = NULL;
-    pool->free_pages[pool->n_free++] = id;
+    page->older = pool->first_free;
+    pool->first_free = id;
+    pool->n_free++;
 }
 
 /* Give up the kept page that was least recently used. */
@@ -184,8 +178,8 @@ static tq_status grow_device(tq_page_pool *pool, int64_t n_wanted)
     if (n_wanted > 0 && n == 0) return TQ_ERR_MEMORY;
     pool->budget->used += (size_t)n * pool->page_bytes;
     /* Below those that are idle already, so that the lowest is taken first of the new ones. */
-    memmove(pool->idle + n, pool->idle, (size_t)pool->n_idle * sizeof *pool->idle);
-    for (int32_t i = 0; i < n; i++) pool->idle[i] = first + n - 1 - i;
+    memmove(pool->spare + n, pool->spare, (size_t)pool->n_idle * sizeof *pool->spare);
+    for (int32_t i = 0; i < n; i++) pool->spare[i] = first + n - 1 - i;
     pool->n_idle += n;
     pool->n_bare -= n;
     return TQ_OK;
@@ -202,11 +196,11 @@ static tq_status find_frame(tq_page_pool *pool, uint64_t before, int32_t *frame)
 {
     if (pool->device && pool->n_idle == 0) TQ_TRY(grow_device(pool, 1));
     if (pool->n_idle > 0) {
-        *frame = pool->idle[--pool->n_idle];
+        *frame = pool->spare[--pool->n_idle];
         return TQ_OK;
     }
     if (pool->n_bare == 0 || !has_room(pool, pool->page_bytes)) return offload(pool, before, frame);
-    int32_t bare = pool->bare[pool->n_bare - 1];
+    int32_t bare = pool->spare[pool->n_frames - pool->n_bare];
     if (!pool->budget->is_dry && !tq_region_commit(pool->frames, (size_t)bare * pool->page_bytes, pool->page_bytes))
         return TQ_ERR_MEMORY;
     pool->budget->used += pool->page_bytes;
@@ -232,7 +226,9 @@ tq_status tq_page_pool_acquire(tq_page_pool *pool, int32_t *page)
     if (pool->n_free == 0) return TQ_ERR_FULL;
     int32_t frame;
     TQ_TRY(take_frame(pool, &frame));
-    int32_t id = pool->free_pages[--pool->n_free];
+    int32_t id = pool->first_free;
+    pool->first_free = pool->pages[id].older;
+    pool->n_free--;
     pool->pages[id] = (tq_page){.n_refs = 1, .older = -1, .newer = -1, .used_at = ++pool->clock};
     place(pool, id, frame);
     *page = id;
@@ -327,7 +323,7 @@ tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes)
         int32_t frame;
         /* Not more memory for frames: what is taken from the budget here would be missing there. */
         if (pool->n_idle > 0) {
-            frame = pool->idle[--pool->n_idle];
+            frame = pool->spare[--pool->n_idle];
         } else {
             tq_status status = offload(pool, UINT64_MAX, &frame);
             if (status != TQ_OK && pool->n_kept == 0) return status;
@@ -338,7 +334,7 @@ tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes)
         }
         if (!pool->budget->is_dry) tq_region_decommit(pool->frames, (size_t)frame * pool->page_bytes, pool->page_bytes);
         pool->budget->used -= pool->page_bytes;
-        pool->bare[pool->n_bare++] = frame;
+        pool->spare[pool->n_frames - ++pool->n_bare] = frame;
     }
     return TQ_OK;
 }

@@ -34,7 +34,7 @@ void tq_budget_free(tq_budget *budget, void *p, size_t bytes);
 
 typedef struct tq_page {
     int32_t n_refs;
-    int32_t older, newer; /* neighbours among the kept pages, -1 at the ends */
+    int32_t older, newer; /* neighbours among the kept pages, -1 at the ends; older: also the next free page */
     int32_t frame, slot;  /* where it lies: in memory or in the file; the other one is -1, both if it is free */
     int32_t n_pins;
     bool is_known;      /* its content is published: to be kept rather than freed, and not to be written */
@@ -48,12 +48,12 @@ typedef struct tq_page_pool {
     int32_t n_free, n_kept, n_pinned; /* pages; n_pinned: those in memory */
     int32_t n_idle, n_bare;           /* frames without a page: with memory, without */
     int32_t oldest, newest;           /* of the kept pages, -1 if there are none */
+    int32_t first_free;               /* of a list of the free pages */
     size_t kept_bytes;                /* known_bytes of all kept pages */
     tq_budget *budget;
     uint8_t **data;          /* [n_pages], NULL where the page is free or a device's */
     tq_page *pages;          /* [n_pages] */
-    int32_t *free_pages;     /* stack [n_pages] */
-    int32_t *idle, *bare;    /* stacks [n_frames] */
+    int32_t *spare;          /* [n_frames] two stacks: idle frames from the beginning up, bare ones from the end down */
     const tq_device *device; /* with frames in its memory; NULL: they are the host's */
     tq_memory *memory;
     uint8_t *frames;                      /* the region that the host's lie in */

@@ -792,6 +792,23 @@ static void test_failing_prefill(void **state)
     }
 }
 
+/* What a page costs that is not in use. */
+static void test_tables_of_free_pages_are_small(void **state)
+{
+    (void)state;
+    enum { N = 100000 };
+    tq_cache_stats few, many;
+    for (int32_t i = 0; i < 2; i++) {
+        tq_cache_params p = small_params();
+        p.n_pages = i ? N : 1;
+        tq_cache *cache;
+        assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
+        assert_int_equal(tq_cache_get_stats(cache, i ? &many : &few), TQ_OK);
+        tq_cache_free(cache);
+    }
+    assert_true(many.allocated_bytes - few.allocated_bytes <= (size_t)N * 72);
+}
+
 int main(void)
 {
     kv_random random = {.state = 5};
@@ -816,6 +833,7 @@ int main(void)
         cmocka_unit_test(test_prefill_is_token_by_token),
         cmocka_unit_test(test_small_budgets_are_full),
         cmocka_unit_test(test_the_log_may_use_the_cache),
+        cmocka_unit_test(test_tables_of_free_pages_are_small),
         cmocka_unit_test(test_beyond_four_gib),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
