@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* tq_paged_*: argument checks in front of device/cpu_paged.c and device/cuda_store.c, which has what is CUDA's. */
+/* tq_paged_*: argument checks in front of the table of device/device.h. */
 #include <math.h>
 
 #include "api/checks.h"
 #include "base/log.h"
 #include "base/params.h"
 #include "device/cpu_paged.h"
-#include "device/cuda_store.h"
 
 #define WHO "paged store"
 #define PLACE_MAX (INT64_C(1) << 40) /* elements or bytes from one row or page to the next */
@@ -22,12 +21,19 @@ static tq_status bad(const char *what)
     return TQ_ERR_ARGUMENT;
 }
 
+static const tq_paged_device *device_of(tq_device_kind kind)
+{
+    return kind == TQ_DEVICE_CPU ? &tq_paged_cpu : kind == TQ_DEVICE_CUDA ? &tq_paged_cuda : NULL;
+}
+
 /* The caller's store as `store`. */
 #define OWN_STORE(from)                                                       \
     TQ_PARAMS(tq_paged_store, own_store, from, WHO);                          \
     if (own_store.head_dim_v == 0) own_store.head_dim_v = own_store.head_dim; \
     if (own_store.seed == 0) own_store.seed = TQ_SEED_DEFAULT;                \
-    const tq_paged_store *store = &own_store
+    const tq_paged_store *store = &own_store;                                 \
+    const tq_paged_device *device = device_of(store->device);                 \
+    if (!device) return bad("device must be TQ_DEVICE_CPU or TQ_DEVICE_CUDA")
 
 /* The caller's parameters of a call, `params`, as `own`. */
 #define OWN_ATTEND                                                  \
@@ -35,7 +41,7 @@ static tq_status bad(const char *what)
     if (own.n_query == 0) own.n_query = 1;                          \
     if (own.softmax_scale == 0.0f) own.softmax_scale = 1.0f / sqrtf((float)store->head_dim)
 
-static tq_status check_cpu_shape(const tq_paged_store *store)
+static tq_status check_host_shape(const tq_paged_store *store)
 {
     TQ_TRY(tq_codec_check(store->k_format, store->head_dim));
     TQ_TRY(tq_codec_check(store->v_format, store->head_dim_v));
@@ -50,11 +56,9 @@ static tq_status check_cpu_shape(const tq_paged_store *store)
 static tq_status sizes_of(tq_paged_sizes *out, const tq_paged_store *store)
 {
     if (store->k_factors && store->k_transforms) return bad("k_transforms take the place of k_factors; leave one of them out");
-    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_sizes(out, store);
-    if (store->device != TQ_DEVICE_CPU) return bad("device must be TQ_DEVICE_CPU or TQ_DEVICE_CUDA");
-    TQ_TRY(check_cpu_shape(store));
-    *out = tq_cpu_paged_sizes(store);
-    return TQ_OK;
+    const tq_paged_device *device = device_of(store->device);
+    if (device->is_host) TQ_TRY(check_host_shape(store));
+    return device->sizes(out, store);
 }
 
 tq_status tq_paged_sizes_get(tq_paged_sizes *out, const tq_paged_store *from)
@@ -77,7 +81,7 @@ static tq_status check_strides(const tq_paged_store *store, const tq_paged_sizes
     return TQ_OK;
 }
 
-static tq_status check_cpu_memory(const tq_paged_store *store, const tq_paged_sizes *sizes, const void *stream)
+static tq_status check_host_memory(const tq_paged_store *store, const tq_paged_sizes *sizes, const void *stream)
 {
     if (stream) return bad("stream must be NULL on the CPU: calls are done when they return");
     if ((uintptr_t)store->pages % CPU_ALIGN != 0) return bad("pages must be aligned to 64 bytes");
@@ -97,7 +101,7 @@ static tq_status check_store(const tq_paged_store *store, const void *stream)
     if (store->n_pages < 1 || store->n_pages > INT32_MAX) return bad("n_pages must be 1 to 2^31 - 1");
     if (store->n_exact_slots < 0 || store->n_exact_slots > INT32_MAX) return bad("n_exact_slots is out of range");
     if (sizes.exact_bytes > 0 && !store->exact) return bad("exact is NULL, but there are sinks or a ring");
-    return store->device == TQ_DEVICE_CPU ? check_cpu_memory(store, &sizes, stream) : TQ_OK;
+    return device_of(store->device)->is_host ? check_host_memory(store, &sizes, stream) : TQ_OK;
 }
 
 static tq_status check_dtype(tq_dtype dtype)
@@ -142,13 +146,7 @@ tq_status tq_paged_append(const tq_paged_store *from, const tq_paged_append_para
     if (own.n_tok < 0 || own.n_tok > INT32_MAX / store->n_head_kv) return bad("append: n_tok is out of range");
     if (own.n_tok == 0) return TQ_OK;
     TQ_TRY(check_append(store, &own));
-    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_append(store, &own, stream);
-    if (tq_cpu_paged_needs_rows(store, &own)) {
-        return bad("append: k or v is NULL, but rows of this call are encoded or have a part in a reference");
-    }
-    tq_status status = tq_cpu_paged_append(store, &own);
-    if (status != TQ_OK && status != TQ_ERR_RANGE) tq_log(TQ_LOG_ERROR, WHO ": append: %s", tq_status_string(status));
-    return status;
+    return device->append(store, &own, stream);
 }
 
 /* Query rows are counted on the host. Errors: RANGE. */
@@ -166,46 +164,15 @@ static tq_status check_query_starts(const tq_paged_attend_params *params)
     return TQ_OK;
 }
 
-/* What is the same for all sequences of a call on the CPU. */
-static tq_attend_params plain_params(const tq_paged_store *store, const tq_paged_attend_params *params)
-{
-    int64_t out_dim = params->out_dim ? params->out_dim : store->head_dim_v;
-    tq_attend_params plain = {.struct_size = sizeof plain,
-                              .n_head = params->n_head,
-                              .q = params->q,
-                              .q_token_stride = params->q_token_stride,
-                              .q_head_stride = params->q_head_stride,
-                              .out = params->out,
-                              .out_token_stride = params->out_token_stride,
-                              .out_head_stride = params->out_head_stride,
-                              .out_dim = params->out_dim,
-                              .lse = params->lse,
-                              .softmax_scale = params->softmax_scale,
-                              .softcap = params->softcap,
-                              .causal = true,
-                              .window = params->window,
-                              .mask = params->mask,
-                              .mask_is_f16 = params->mask_is_f16,
-                              .mask_token_stride = params->mask_token_stride,
-                              .mask_head_stride = params->mask_head_stride,
-                              .alibi_slopes = params->alibi_slopes,
-                              .sinks = params->sinks};
-    if (plain.q_head_stride == 0) plain.q_head_stride = store->head_dim;
-    if (plain.q_token_stride == 0) plain.q_token_stride = (int64_t)params->n_head * store->head_dim;
-    if (plain.out_head_stride == 0) plain.out_head_stride = out_dim;
-    if (plain.out_token_stride == 0) plain.out_token_stride = params->n_head * out_dim;
-    return plain;
-}
-
 /* What of a call on the CPU does not concern memory that lengths and tables decide about. */
-static tq_status check_cpu_attend(const tq_paged_store *store, const tq_paged_attend_params *params, bool has_memory)
+static tq_status check_host_attend(const tq_paged_store *store, const tq_paged_attend_params *params, bool has_memory)
 {
     if (params->n_seq < 1 || params->n_seq > N_SEQ_MAX) return bad("attend: n_seq must be 1 to 65535");
     if (params->n_query < 1 || params->n_query > TQ_CPU_PAGED_LENGTH_MAX) return bad("attend: n_query must be 1 to 2^30");
     if (has_memory) TQ_TRY(check_query_starts(params));
     int64_t n_rows = (int64_t)params->n_seq * params->n_query;
     if (has_memory && params->query_starts) n_rows = params->query_starts[params->n_seq];
-    tq_attend_params plain = plain_params(store, params);
+    tq_attend_params plain = tq_cpu_paged_params(store, params);
     return tq_check_attend(WHO, &plain, has_memory ? n_rows : 0, store->n_head_kv, store->head_dim_v);
 }
 
@@ -216,11 +183,8 @@ tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, cons
     OWN_ATTEND;
     tq_paged_sizes unused;
     TQ_TRY(sizes_of(&unused, store));
-    if (store->device == TQ_DEVICE_CUDA) {
-        TQ_TRY(tq_cuda_check_attend(store, &own));
-        return tq_cuda_workspace_bytes(out, store, &own);
-    }
-    TQ_TRY(check_cpu_attend(store, &own, false));
+    if (device->is_host) TQ_TRY(check_host_attend(store, &own, false));
+    if (device->workspace_bytes) return device->workspace_bytes(out, store, &own);
     *out = 0;
     return TQ_OK;
 }
@@ -230,10 +194,7 @@ tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_para
     OWN_STORE(from);
     OWN_ATTEND;
     TQ_TRY(check_store(store, stream));
-    if (store->device == TQ_DEVICE_CUDA)
-        TQ_TRY(tq_cuda_check_attend(store, &own));
-    else
-        TQ_TRY(check_cpu_attend(store, &own, true));
+    if (device->is_host) TQ_TRY(check_host_attend(store, &own, true));
     TQ_TRY(check_dtype(own.dtype));
     if (!own.q || !own.out || !own.page_table || !own.seq_lens) {
         return bad("attend: q, out, page_table or seq_lens is NULL");
@@ -242,11 +203,7 @@ tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_para
     if (!set_row_strides(store, &own.new_row_stride, &own.new_v_row_stride)) {
         return bad("attend: new_row_stride or new_v_row_stride is less than a row");
     }
-    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_attend(store, &own, stream);
-    tq_attend_params plain = plain_params(store, &own);
-    tq_status status = tq_cpu_paged_attend(store, &own, &plain);
-    if (status != TQ_OK && status != TQ_ERR_RANGE) tq_log(TQ_LOG_ERROR, WHO ": attend: %s", tq_status_string(status));
-    return status;
+    return device->attend(store, &own, stream);
 }
 
 static tq_status check_pages(const tq_paged_store *store, int64_t n, const void *a, const void *b, const void *stream)
@@ -260,22 +217,19 @@ tq_status tq_paged_copy(const tq_paged_store *from_store, const int32_t *from, c
 {
     OWN_STORE(from_store);
     TQ_TRY(check_pages(store, n, from, to, stream));
-    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_copy_pages(store, from, to, n, stream);
-    return tq_cpu_paged_copy(store, from, to, n);
+    return device->copy(store, from, to, n, stream);
 }
 
 tq_status tq_paged_export(const tq_paged_store *from, const int32_t *pages, int64_t n, void *bytes, void *stream)
 {
     OWN_STORE(from);
     TQ_TRY(check_pages(store, n, pages, bytes, stream));
-    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_export_pages(store, pages, n, bytes, stream);
-    return tq_cpu_paged_export(store, pages, n, bytes);
+    return device->export_pages(store, pages, n, bytes, stream);
 }
 
 tq_status tq_paged_import(const tq_paged_store *from, const int32_t *pages, int64_t n, const void *bytes, void *stream)
 {
     OWN_STORE(from);
     TQ_TRY(check_pages(store, n, pages, bytes, stream));
-    if (store->device == TQ_DEVICE_CUDA) return tq_cuda_import_pages(store, pages, n, bytes, stream);
-    return tq_cpu_paged_import(store, pages, n, bytes);
+    return device->import_pages(store, pages, n, bytes, stream);
 }

@@ -67,12 +67,13 @@ static layout layout_of(const tq_paged_store *store)
     return l;
 }
 
-tq_paged_sizes tq_cpu_paged_sizes(const tq_paged_store *store)
+static tq_status sizes(tq_paged_sizes *out, const tq_paged_store *store)
 {
     layout l = layout_of(store);
-    return (tq_paged_sizes){.page_bytes = l.page_bytes,
+    *out = (tq_paged_sizes){.page_bytes = l.page_bytes,
                             .exact_bytes = l.exact_bytes,
                             .canonical_bytes = (size_t)store->n_head_kv * (l.head_page_bytes[0] + l.head_page_bytes[1])};
+    return TQ_OK;
 }
 
 /* ---- a store for the time of a call -------------------------------------------------------------------------------- */
@@ -151,6 +152,13 @@ static uint8_t *exact_of(const tq_paged_store *store, size_t exact_bytes, const 
     size_t stride = store->exact_stride_bytes ? store->exact_stride_bytes : exact_bytes;
     if (exact_bytes == 0 || slot < 0 || slot >= store->n_exact_slots) return NULL;
     return (uint8_t *)store->exact + (size_t)slot * stride;
+}
+
+/* What has not been logged. */
+static tq_status report(tq_status status, const char *call)
+{
+    if (status != TQ_OK && status != TQ_ERR_RANGE) tq_log(TQ_LOG_ERROR, WHO ": %s: %s", call, tq_status_string(status));
+    return status;
 }
 
 /* Errors: RANGE, logged. */
@@ -324,7 +332,8 @@ static bool next_run(const tq_paged_store *store, const layout *l, const tq_page
     return true;
 }
 
-bool tq_cpu_paged_needs_rows(const tq_paged_store *store, const tq_paged_append_params *p)
+/* Does an append come without the rows that it needs? */
+static bool needs_rows(const tq_paged_store *store, const tq_paged_append_params *p)
 {
     if (p->k && p->v) return false;
     layout l = layout_of(store);
@@ -457,13 +466,18 @@ static tq_status append(append_call *call)
     return TQ_OK;
 }
 
-tq_status tq_cpu_paged_append(const tq_paged_store *store, const tq_paged_append_params *params)
+static tq_status append_to(const tq_paged_store *store, const tq_paged_append_params *params, void *stream)
 {
+    (void)stream;
     append_call call = {.params = params};
+    if (needs_rows(store, params)) {
+        tq_log(TQ_LOG_ERROR, WHO ": append: k or v is NULL, but rows of this call are encoded or have a part in a reference");
+        return TQ_ERR_ARGUMENT;
+    }
     TQ_TRY(open_store(&call.o, store));
     tq_status status = append(&call);
     close_store(&call.o);
-    return status;
+    return report(status, "append");
 }
 
 /* ---- attend -------------------------------------------------------------------------------------------------------- */
@@ -680,6 +694,36 @@ static void attend_sequence(void *context, int32_t seq, const tq_executor *execu
     tq_scratch_free(memory, total);
 }
 
+tq_attend_params tq_cpu_paged_params(const tq_paged_store *store, const tq_paged_attend_params *params)
+{
+    int64_t out_dim = params->out_dim ? params->out_dim : store->head_dim_v;
+    tq_attend_params plain = {.struct_size = sizeof plain,
+                              .n_head = params->n_head,
+                              .q = params->q,
+                              .q_token_stride = params->q_token_stride,
+                              .q_head_stride = params->q_head_stride,
+                              .out = params->out,
+                              .out_token_stride = params->out_token_stride,
+                              .out_head_stride = params->out_head_stride,
+                              .out_dim = params->out_dim,
+                              .lse = params->lse,
+                              .softmax_scale = params->softmax_scale,
+                              .softcap = params->softcap,
+                              .causal = true,
+                              .window = params->window,
+                              .mask = params->mask,
+                              .mask_is_f16 = params->mask_is_f16,
+                              .mask_token_stride = params->mask_token_stride,
+                              .mask_head_stride = params->mask_head_stride,
+                              .alibi_slopes = params->alibi_slopes,
+                              .sinks = params->sinks};
+    if (plain.q_head_stride == 0) plain.q_head_stride = store->head_dim;
+    if (plain.q_token_stride == 0) plain.q_token_stride = (int64_t)params->n_head * store->head_dim;
+    if (plain.out_head_stride == 0) plain.out_head_stride = out_dim;
+    if (plain.out_token_stride == 0) plain.out_token_stride = params->n_head * out_dim;
+    return plain;
+}
+
 static tq_status attend(attend_call *call)
 {
     const tq_paged_store *store = call->o.store;
@@ -691,21 +735,24 @@ static tq_status attend(attend_call *call)
     return (tq_status)atomic_load(&call->status);
 }
 
-tq_status tq_cpu_paged_attend(const tq_paged_store *store, const tq_paged_attend_params *params, const tq_attend_params *plain)
+static tq_status attend_to(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream)
 {
-    attend_call call = {.params = params, .plain = plain};
+    (void)stream;
+    const tq_attend_params plain = tq_cpu_paged_params(store, params);
+    attend_call call = {.params = params, .plain = &plain};
     TQ_TRY(open_store(&call.o, store));
     tq_status status = TQ_OK;
     for (int32_t seq = 0; seq < params->n_seq && status == TQ_OK; seq++) status = check_sequence(&call, seq);
     if (status == TQ_OK) status = attend(&call);
     close_store(&call.o);
-    return status;
+    return report(status, "attend");
 }
 
 /* ---- pages --------------------------------------------------------------------------------------------------------- */
 
-tq_status tq_cpu_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n)
+static tq_status copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
 {
+    (void)stream;
     size_t page_bytes = layout_of(store).page_bytes;
     TQ_TRY(check_moved(store, from, n));
     TQ_TRY(check_moved(store, to, n));
@@ -730,12 +777,22 @@ static tq_status convert(const tq_paged_store *store, const int32_t *pages, int6
     return TQ_OK;
 }
 
-tq_status tq_cpu_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, uint8_t *bytes)
+static tq_status export_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
 {
+    (void)stream;
     return convert(store, pages, n, bytes, true);
 }
 
-tq_status tq_cpu_paged_import(const tq_paged_store *store, const int32_t *pages, int64_t n, const uint8_t *bytes)
+static tq_status import_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
 {
+    (void)stream;
     return convert(store, pages, n, (uint8_t *)(uintptr_t)bytes, false);
 }
+
+const tq_paged_device tq_paged_cpu = {.is_host = true,
+                                      .sizes = sizes,
+                                      .append = append_to,
+                                      .attend = attend_to,
+                                      .copy = copy,
+                                      .export_pages = export_pages,
+                                      .import_pages = import_pages};

@@ -194,7 +194,7 @@ tq_status tq_cuda_describe(tq_cuda_info *out)
     return report(table->describe(out, message), message);
 }
 
-tq_status tq_cuda_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream)
+static tq_status append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream)
 {
     tq_device_store device;
     TQ_TRY(prepare(&device, store));
@@ -204,7 +204,7 @@ tq_status tq_cuda_append(const tq_paged_store *store, const tq_paged_append_para
     return report(table->append(&device, params, stream, message), message);
 }
 
-tq_status tq_cuda_check_attend(const tq_paged_store *store, const tq_paged_attend_params *params)
+static tq_status check_attend(const tq_paged_store *store, const tq_paged_attend_params *params)
 {
     if (params->n_seq < 1 || params->n_seq > 65535) return bad("attend: n_seq must be 1 to 65535");
     if (params->n_query < 1) return bad("attend: n_query must be at least 1");
@@ -226,9 +226,10 @@ tq_status tq_cuda_check_attend(const tq_paged_store *store, const tq_paged_atten
     return TQ_OK;
 }
 
-tq_status tq_cuda_workspace_bytes(size_t *out, const tq_paged_store *store, const tq_paged_attend_params *params)
+static tq_status workspace_bytes(size_t *out, const tq_paged_store *store, const tq_paged_attend_params *params)
 {
     const tq_device_table *table;
+    TQ_TRY(check_attend(store, params));
     TQ_TRY(tq_device_load(&table));
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
     tq_plane value = plane_of_format(store->v_format, store->head_dim_v, true);
@@ -243,10 +244,11 @@ tq_status tq_cuda_workspace_bytes(size_t *out, const tq_paged_store *store, cons
     return report(table->workspace_bytes(out, &device, params, message), message);
 }
 
-tq_status tq_cuda_attend(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream)
+static tq_status attend(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream)
 {
     tq_paged_attend_params copy = *params;
     tq_device_store device;
+    TQ_TRY(check_attend(store, params));
     TQ_TRY(prepare(&device, store));
     if (!copy.workspace) return bad("attend: workspace is NULL");
     if (!isfinite(copy.softmax_scale)) return bad("attend: softmax_scale is not finite");
@@ -276,7 +278,7 @@ static tq_status prepare_pages(tq_device_store *device, const tq_device_table **
     return tq_device_load(table);
 }
 
-tq_status tq_cuda_copy_pages(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
+static tq_status copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
@@ -285,7 +287,7 @@ tq_status tq_cuda_copy_pages(const tq_paged_store *store, const int32_t *from, c
     return n == 0 ? TQ_OK : report(table->copy_pages(&device, from, to, n, stream, message), message);
 }
 
-tq_status tq_cuda_export_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
+static tq_status export_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
@@ -294,7 +296,7 @@ tq_status tq_cuda_export_pages(const tq_paged_store *store, const int32_t *pages
     return n == 0 ? TQ_OK : report(table->export_pages(&device, pages, n, bytes, stream, message), message);
 }
 
-tq_status tq_cuda_import_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
+static tq_status import_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
@@ -302,3 +304,11 @@ tq_status tq_cuda_import_pages(const tq_paged_store *store, const int32_t *pages
     TQ_TRY(prepare_pages(&device, &table, store));
     return n == 0 ? TQ_OK : report(table->import_pages(&device, pages, n, bytes, stream, message), message);
 }
+
+const tq_paged_device tq_paged_cuda = {.sizes = tq_cuda_sizes,
+                                       .append = append,
+                                       .workspace_bytes = workspace_bytes,
+                                       .attend = attend,
+                                       .copy = copy,
+                                       .export_pages = export_pages,
+                                       .import_pages = import_pages};

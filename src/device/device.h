@@ -132,4 +132,24 @@ typedef struct tq_device {
 /* cuda.c */
 extern const tq_device tq_device_cuda;
 
+/* Paged stores, all of whose memory is the caller's: the functions of these names in turboquant.h, behind the checks of
+ * api/paged_api.c. Each logs what is wrong. */
+typedef struct tq_paged_device {
+    /* Memory is the host's: what it holds can be looked at, every shape exists, streams do not. */
+    bool is_host;
+    /* Errors: ARGUMENT, FORMAT, HEAD_DIM (not is_host). */
+    tq_status (*sizes)(tq_paged_sizes *out, const tq_paged_store *store);
+    /* Those below: errors of sizes, NO_DEVICE, DEVICE; is_host: RANGE, MEMORY, CPU. */
+    tq_status (*append)(const tq_paged_store *store, const tq_paged_append_params *params, void *stream);
+    /* NULL: none is needed. Errors: also ARGUMENT, SHAPE. */
+    tq_status (*workspace_bytes)(size_t *out, const tq_paged_store *store, const tq_paged_attend_params *params);
+    tq_status (*attend)(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream);
+    tq_status (*copy)(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream);
+    tq_status (*export_pages)(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream);
+    tq_status (*import_pages)(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream);
+} tq_paged_device;
+
+/* cpu_paged.c, cuda_store.c */
+extern const tq_paged_device tq_paged_cpu, tq_paged_cuda;
+
 #endif
