@@ -494,6 +494,12 @@ typedef struct tq_batch_rows {
     const float *alibi_slopes;
     float *lse;      /* [n, n_head] */
     int32_t out_dim; /* 0: head_dim_v */
+    /* CPU: other layers of the model attend to these keys and values, too. Nothing is appended: the last of them, called with
+     * the same k and v, does that. */
+    bool is_shared;
+    /* CPU, optional [n_rows]: how many queries each sequence has, which are its last tokens'; NULL: all tokens have one. q,
+     * out, lse and mask have rows of these. */
+    const int64_t *n_query;
 } tq_batch_rows;
 /*
  * Append and attend, as if token by token: a token is exact for the queries for which it is among the last n_recent. Errors:

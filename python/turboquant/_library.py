@@ -149,7 +149,7 @@ class BatchRows(_Struct):
         ("v_token_stride", c_int64), ("out_token_stride", c_int64), ("out_head_stride", c_int64),
         ("softmax_scale", c_float), ("softcap", c_float), ("window", c_int64), ("sinks", c_void_p),
         ("mask", c_void_p), ("mask_is_f16", c_bool), ("mask_token_stride", c_int64), ("mask_head_stride", c_int64),
-        ("alibi_slopes", c_void_p), ("lse", c_void_p), ("out_dim", c_int32),
+        ("alibi_slopes", c_void_p), ("lse", c_void_p), ("out_dim", c_int32), ("is_shared", c_bool), ("n_query", c_void_p),
     ]
 
 

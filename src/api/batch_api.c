@@ -106,6 +106,16 @@ static tq_status check_rows(const tq_batch *batch, const tq_batch_rows *rows, in
         tq_log(TQ_LOG_ERROR, WHO ": softmax_scale must be finite, softcap and window positive, or 0 for none");
         return TQ_ERR_ARGUMENT;
     }
+    if (batch->cache->device && (rows->is_shared || rows->n_query)) {
+        tq_log(TQ_LOG_ERROR, WHO ": layers that share keys and values (is_shared, n_query) are only served on the CPU");
+        return TQ_ERR_ARGUMENT;
+    }
+    for (int32_t i = 0; rows->n_query && i < batch->n_rows; i++) {
+        if (rows->n_query[i] >= 0 && rows->n_query[i] <= batch->n_tok[i]) continue;
+        tq_log(TQ_LOG_ERROR, WHO ": sequence %d has %lld queries, but must have 0 to %lld, its tokens in this pass",
+               (int)batch->seqs[i], (long long)rows->n_query[i], (long long)batch->n_tok[i]);
+        return TQ_ERR_ARGUMENT;
+    }
     if (rows->out_dim >= 0 && rows->out_dim <= head_dim_v) return TQ_OK;
     tq_log(TQ_LOG_ERROR, WHO ": out_dim is %d, but the values have head_dim %d", (int)rows->out_dim, (int)head_dim_v);
     return TQ_ERR_SHAPE;

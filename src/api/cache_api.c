@@ -392,8 +392,9 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
     TQ_TRY(tq_check_attend(WHO, &own, n_tok, cache->shape.n_head_kv, value_dim(cache, layer)));
     TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
     if (n_tok == 0) return TQ_OK;
+    own.n_query = n_tok;
     int64_t started = tq_now_ns();
-    tq_status status = tq_sequence_prefill(cache, sequence, layer, n_tok, k, v, &own, executor);
+    tq_status status = tq_sequence_prefill(cache, sequence, layer, n_tok, false, k, v, &own, executor);
     if (status == TQ_OK) tq_sequence_keep(cache, sequence, layer, n_tok, k, v);
     atomic_fetch_add(&cache->attend_ns, tq_now_ns() - started);
     tq_cache_end_writing(cache, sequence);

@@ -18,7 +18,7 @@ typedef struct cpu_pass {
     tq_batch *batch;
     int32_t layer;
     const tq_batch_rows *rows;
-    const int64_t *first;                            /* [n_rows + 1]: a sequence's tokens among those of the pass */
+    const int64_t *first, *first_query;              /* [n_rows + 1]: a sequence's tokens, and queries, in the pass */
     int32_t head_dims[TQ_N_SIDES];                   /* of the layer */
     int64_t widths[TQ_N_SIDES], strides[TQ_N_SIDES]; /* of a row of keys or values; to the next one of the caller's */
     const float *plain[TQ_N_SIDES];                  /* [n, width] */
@@ -68,6 +68,7 @@ static tq_attend_params options_of(const cpu_pass *pass, int32_t i)
 {
     const tq_batch_rows *rows = pass->rows;
     tq_attend_params params = {.struct_size = sizeof params,
+                               .n_query = pass->first_query[i + 1] - pass->first_query[i],
                                .n_head = pass->batch->n_head,
                                .softmax_scale = rows->softmax_scale,
                                .softcap = rows->softcap,
@@ -75,10 +76,10 @@ static tq_attend_params options_of(const cpu_pass *pass, int32_t i)
                                .sinks = rows->sinks,
                                .alibi_slopes = rows->alibi_slopes,
                                .out_dim = rows->out_dim};
-    if (rows->lse) params.lse = rows->lse + pass->first[i] * params.n_head;
+    if (rows->lse) params.lse = rows->lse + pass->first_query[i] * params.n_head;
     if (!rows->mask) return params;
     size_t element = rows->mask_is_f16 ? sizeof(uint16_t) : sizeof(float);
-    params.mask = (const uint8_t *)rows->mask + (size_t)(pass->first[i] * rows->mask_token_stride) * element;
+    params.mask = (const uint8_t *)rows->mask + (size_t)(pass->first_query[i] * rows->mask_token_stride) * element;
     params.mask_is_f16 = rows->mask_is_f16;
     params.mask_token_stride = rows->mask_token_stride;
     params.mask_head_stride = rows->mask_head_stride;
@@ -90,16 +91,17 @@ static tq_status prefill(const cpu_pass *pass, int32_t i, const tq_attend_params
     const tq_batch *batch = pass->batch;
     const float *k = pass->plain[TQ_SIDE_K] + pass->first[i] * pass->widths[TQ_SIDE_K];
     const float *v = pass->plain[TQ_SIDE_V] + pass->first[i] * pass->widths[TQ_SIDE_V];
-    return tq_sequence_prefill(batch->cache, batch->sequences[i], pass->layer, batch->n_tok[i], k, v, params, executor);
+    return tq_sequence_prefill(batch->cache, batch->sequences[i], pass->layer, batch->n_tok[i], batch->is_encoded[pass->layer],
+                               k, v, params, executor);
 }
 
 static tq_status attend_with_floats(const cpu_pass *pass, int32_t i, const tq_executor *executor)
 {
     const tq_batch_rows *rows = pass->rows;
     tq_attend_params params = options_of(pass, i);
-    params.q = (const float *)rows->q + pass->first[i] * rows->q_token_stride;
+    params.q = (const float *)rows->q + pass->first_query[i] * rows->q_token_stride;
     params.q_token_stride = rows->q_token_stride, params.q_head_stride = rows->q_head_stride;
-    params.out = (float *)rows->out + pass->first[i] * rows->out_token_stride;
+    params.out = (float *)rows->out + pass->first_query[i] * rows->out_token_stride;
     params.out_token_stride = rows->out_token_stride, params.out_head_stride = rows->out_head_stride;
     return prefill(pass, i, &params, executor);
 }
@@ -109,21 +111,21 @@ static tq_status attend_converted(const cpu_pass *pass, int32_t i, const tq_exec
 {
     const tq_batch_rows *rows = pass->rows;
     const int32_t n_head = pass->batch->n_head, head_dim = pass->head_dims[TQ_SIDE_K];
-    const int64_t n = pass->batch->n_tok[i] * n_head;
     tq_attend_params params = options_of(pass, i);
+    const int64_t n = params.n_query * n_head;
     size_t bytes = (size_t)(n * (head_dim + rows->out_dim)) * sizeof(float);
     float *q = tq_scratch_alloc(bytes);
     if (!q) return TQ_ERR_MEMORY;
     float *out = q + n * head_dim;
     for (int64_t j = 0; j < n; j++) {
-        int64_t at = (pass->first[i] + j / n_head) * rows->q_token_stride + j % n_head * rows->q_head_stride;
+        int64_t at = (pass->first_query[i] + j / n_head) * rows->q_token_stride + j % n_head * rows->q_head_stride;
         tq_floats_read(rows->dtype, rows->q, at, head_dim, q + j * head_dim);
     }
     params.q = q, params.q_token_stride = (int64_t)n_head * head_dim, params.q_head_stride = head_dim;
     params.out = out, params.out_token_stride = (int64_t)n_head * rows->out_dim, params.out_head_stride = rows->out_dim;
     tq_status status = prefill(pass, i, &params, executor);
     for (int64_t j = 0; j < n && status == TQ_OK; j++) {
-        int64_t at = (pass->first[i] + j / n_head) * rows->out_token_stride + j % n_head * rows->out_head_stride;
+        int64_t at = (pass->first_query[i] + j / n_head) * rows->out_token_stride + j % n_head * rows->out_head_stride;
         tq_floats_write(rows->dtype, rows->out, at, rows->out_dim, out + j * rows->out_dim);
     }
     tq_scratch_free(q, bytes);
@@ -150,8 +152,8 @@ static void attend_sequence(void *context, int32_t i, const tq_executor *executo
 static double work_of(const void *context, int32_t i)
 {
     const cpu_pass *pass = context;
-    int64_t n = pass->batch->n_tok[i];
-    return (double)n * (double)(pass->batch->sequences[i]->length[pass->layer] + n);
+    int64_t n_query = pass->first_query[i + 1] - pass->first_query[i];
+    return (double)n_query * (double)(pass->batch->sequences[i]->length[pass->layer] + pass->batch->n_tok[i]);
 }
 
 static void attend_all(cpu_pass *pass, const tq_executor *executor)
@@ -186,7 +188,8 @@ static tq_status run(cpu_pass *pass, const tq_executor *executor)
     for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(check_finite(pass, side));
     attend_all(pass, executor);
     tq_status status = (tq_status)atomic_load(&pass->status);
-    if (status == TQ_OK) keep_all(pass);
+    pass->batch->is_encoded[pass->layer] = status == TQ_OK;
+    if (status == TQ_OK && !pass->rows->is_shared) keep_all(pass);
     atomic_fetch_add(&pass->batch->cache->attend_ns, tq_now_ns() - started);
     if (status != TQ_OK)
         tq_log(TQ_LOG_ERROR, WHO ": layer %d: %s; nothing was appended", (int)pass->layer, tq_status_string(status));
@@ -199,7 +202,7 @@ tq_status tq_batch_run_on_cpu(tq_batch *batch, int32_t layer, const tq_batch_row
     cpu_pass pass = pass_of(batch, layer, rows);
     int64_t n = 0;
     for (int32_t i = 0; i < batch->n_rows; i++) n += batch->n_tok[i];
-    size_t bytes = ((size_t)batch->n_rows + 1) * sizeof *pass.first, copied[TQ_N_SIDES] = {0};
+    size_t bytes = 2 * ((size_t)batch->n_rows + 1) * sizeof *pass.first, copied[TQ_N_SIDES] = {0};
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         bool is_plain = rows->dtype == TQ_DTYPE_F32 && pass.strides[side] == pass.widths[side];
         if (!is_plain) copied[side] = (size_t)(n * pass.widths[side]);
@@ -207,10 +210,14 @@ tq_status tq_batch_run_on_cpu(tq_batch *batch, int32_t layer, const tq_batch_row
     bytes += (copied[TQ_SIDE_K] + copied[TQ_SIDE_V]) * sizeof(float);
     int64_t *first = tq_scratch_alloc(bytes);
     if (!first) return TQ_ERR_MEMORY;
-    first[0] = 0;
-    for (int32_t i = 0; i < batch->n_rows; i++) first[i + 1] = first[i] + batch->n_tok[i];
-    pass.first = first;
-    float *copy = (float *)(void *)(first + batch->n_rows + 1);
+    int64_t *first_query = first + batch->n_rows + 1;
+    first[0] = first_query[0] = 0;
+    for (int32_t i = 0; i < batch->n_rows; i++) {
+        first[i + 1] = first[i] + batch->n_tok[i];
+        first_query[i + 1] = first_query[i] + (rows->n_query ? rows->n_query[i] : batch->n_tok[i]);
+    }
+    pass.first = first, pass.first_query = first_query;
+    float *copy = (float *)(void *)(first_query + batch->n_rows + 1);
     for (int32_t side = 0; side < TQ_N_SIDES; copy += copied[side++]) {
         pass.plain[side] = copied[side] > 0 ? copy : caller_rows(&pass, side);
         for (int64_t j = 0; copied[side] > 0 && j < n; j++) {
@@ -220,6 +227,6 @@ tq_status tq_batch_run_on_cpu(tq_batch *batch, int32_t layer, const tq_batch_row
     }
     tq_status status = run(&pass, executor);
     tq_scratch_free(first, bytes);
-    batch->has_run[layer] = status == TQ_OK && n > 0;
+    batch->has_run[layer] = status == TQ_OK && n > 0 && !rows->is_shared;
     return status;
 }

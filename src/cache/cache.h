@@ -251,10 +251,10 @@ tq_status tq_sequence_export(tq_cache *cache, const tq_sequence *sequence, int64
 tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_tok, int32_t first_page, const uint8_t *pages,
                              const uint8_t *exact);
 
-/* prefill.c: the first half of an append, and attention with its queries; tq_sequence_keep is to follow. Errors: MEMORY; then
- * the append may be begun again. */
-tq_status tq_sequence_prefill(tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, const float *k,
-                              const float *v, const tq_attend_params *params, const tq_executor *executor);
+/* prefill.c: the first half of an append, unless is_encoded says that it is done, and attention with queries of its last
+ * params->n_query tokens; tq_sequence_keep is to follow. Errors: MEMORY; then the append may be begun again. */
+tq_status tq_sequence_prefill(tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok, bool is_encoded,
+                              const float *k, const float *v, const tq_attend_params *params, const tq_executor *executor);
 
 /* share.c; locked. */
 /* Publish the pages that tokens [n_tok], the sequence's first ones, fill and that no layer will write any more. Errors: FULL,

@@ -643,7 +643,7 @@ static tq_status attend_with_rows(const attend_call *call, const queries *q, tq_
     tq_cpu_prefill prefill;
     sequence->length = q->length - q->n;
     sequence->ring_begin = ring_begin;
-    TQ_TRY(tq_cpu_prefill_begin(&prefill, sequence, q->n, plain[TQ_SIDE_K], plain[TQ_SIDE_V]));
+    TQ_TRY(tq_cpu_prefill_begin(&prefill, sequence, q->n, q->n, plain[TQ_SIDE_K], plain[TQ_SIDE_V]));
     sequence->length = q->length;
     tq_status status = tq_cpu_prefill_attend(&prefill, sequence, q->n, own, executor);
     tq_cpu_prefill_end(&prefill);

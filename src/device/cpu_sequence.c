@@ -212,13 +212,14 @@ static void copy_vectors(const tq_rows_in *in, const tq_side *side, int64_t leng
     for (int32_t i = 0; i < copy->n; i++) copy->entries[i].index = i;
 }
 
-static tq_status copy_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t n_tok, const float *rows,
+static tq_status copy_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t n_tok, int64_t n_query, const float *rows,
                            tq_cpu_exact *copy)
 {
     const tq_side *side = side_of(sequence, i_side);
     int32_t n_head_kv = sequence->shape->n_head_kv;
     if (side->n_sink + side->n_recent == 0) return TQ_OK;
-    size_t vector_bytes = tq_codec_vector_bytes(side->exact_codec), n = (size_t)(side->n_sink + side->n_recent) + (size_t)n_tok;
+    size_t vector_bytes = tq_codec_vector_bytes(side->exact_codec),
+           n = (size_t)(side->n_sink + side->n_recent) + (size_t)n_query;
     size_t row_bytes = vector_bytes * (size_t)n_head_kv + sizeof *copy->entries;
     if (n > INT32_MAX || n > SIZE_MAX / row_bytes) return TQ_ERR_MEMORY;
     copy->bytes = n * row_bytes;
@@ -226,7 +227,7 @@ static tq_status copy_side(const tq_cpu_sequence *sequence, int32_t i_side, int6
     if (!copy->memory) return TQ_ERR_MEMORY;
     copy->head_stride_bytes = n * vector_bytes;
     copy->entries = (tq_exact_entry *)(void *)(copy->memory + copy->head_stride_bytes * (size_t)n_head_kv);
-    copy->n = list_for_queries(side, sequence->ring_begin[i_side], sequence->length + n_tok, n_tok, copy->entries);
+    copy->n = list_for_queries(side, sequence->ring_begin[i_side], sequence->length + n_tok, n_query, copy->entries);
     tq_rows_in in = rows_in(sequence, side, rows);
     copy_vectors(&in, side, sequence->length, copy);
     return TQ_OK;
@@ -239,12 +240,12 @@ void tq_cpu_prefill_end(tq_cpu_prefill *prefill)
     }
 }
 
-tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *sequence, int64_t n_tok, const float *k,
-                               const float *v)
+tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *sequence, int64_t n_tok, int64_t n_query,
+                               const float *k, const float *v)
 {
     *out = (tq_cpu_prefill){0};
-    TQ_TRY(copy_side(sequence, TQ_SIDE_K, n_tok, k, &out->sides[TQ_SIDE_K]));
-    tq_status status = copy_side(sequence, TQ_SIDE_V, n_tok, v, &out->sides[TQ_SIDE_V]);
+    TQ_TRY(copy_side(sequence, TQ_SIDE_K, n_tok, n_query, k, &out->sides[TQ_SIDE_K]));
+    tq_status status = copy_side(sequence, TQ_SIDE_V, n_tok, n_query, v, &out->sides[TQ_SIDE_V]);
     if (status != TQ_OK) tq_cpu_prefill_end(out);
     return status;
 }
@@ -258,13 +259,13 @@ static tq_kv_view view_of(const tq_cpu_prefill *prefill, const tq_cpu_sequence *
     return view;
 }
 
-tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int64_t n_tok,
+tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int64_t n_query,
                                 const tq_attend_params *params, const tq_executor *executor)
 {
     tq_attend_params p = *params;
     p.causal = true;
-    p.n_query = n_tok;
-    p.first_pos = sequence->length - n_tok;
+    p.n_query = n_query;
+    p.first_pos = sequence->length - n_query;
     tq_kv_view keys = view_of(prefill, sequence, TQ_SIDE_K), values = view_of(prefill, sequence, TQ_SIDE_V);
     return tq_attend(sequence->shape->kernels, &keys, &values, sequence->shape->n_head_kv, sequence->length, &p, executor);
 }

@@ -46,11 +46,11 @@ typedef struct tq_cpu_exact {
 typedef struct tq_cpu_prefill {
     tq_cpu_exact sides[TQ_N_SIDES];
 } tq_cpu_prefill;
-/* Errors: MEMORY. */
-tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *sequence, int64_t n_tok, const float *k,
-                               const float *v);
+/* The last n_query of the tokens have queries. Errors: MEMORY. */
+tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *sequence, int64_t n_tok, int64_t n_query,
+                               const float *k, const float *v);
 /* sequence: its length with the tokens. Sets what is causal of params. Errors: MEMORY. */
-tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int64_t n_tok,
+tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int64_t n_query,
                                 const tq_attend_params *params, const tq_executor *executor);
 void tq_cpu_prefill_end(tq_cpu_prefill *prefill);
 

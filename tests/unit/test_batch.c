@@ -282,6 +282,70 @@ static void test_sequences_share_threads(void **state)
     tq_pool_free(threads);
 }
 
+static void attend_with_all(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok, const tq_batch_rows *rows)
+{
+    assert_int_equal(tq_batch_begin(batch, seqs, n_tok, N_HEAD), TQ_OK);
+    assert_int_equal(tq_batch_attend(batch, 0, rows, NULL), TQ_OK);
+    assert_int_equal(tq_batch_end(batch), TQ_OK);
+}
+
+/* Layers that share keys and values, each with queries of its own, some of them only of the last tokens, get what each would
+ * get from a cache of its own; and those are appended once. */
+static void test_layers_that_share_keys(void **state)
+{
+    (void)state;
+    enum { N_READERS = 3, N_PASSES = 12, MOST = 3 * 150, Q_ROW = N_HEAD * HEAD_DIM, K_ROW = N_HEAD_KV * HEAD_DIM };
+    kv_random random = {.state = 77};
+    tq_cache *shared = batch_model_create(TQ_DEVICE_CPU, 64), *own[N_READERS];
+    int32_t seqs[N_SEQ], own_seqs[N_READERS][N_SEQ];
+    tq_batch *batch, *own_batches[N_READERS];
+    create_sequences(shared, seqs, N_SEQ);
+    assert_int_equal(tq_batch_create(&batch, shared, N_SEQ), TQ_OK);
+    for (int32_t r = 0; r < N_READERS; r++) {
+        own[r] = batch_model_create(TQ_DEVICE_CPU, 64);
+        create_sequences(own[r], own_seqs[r], N_SEQ);
+        assert_int_equal(tq_batch_create(&own_batches[r], own[r], N_SEQ), TQ_OK);
+    }
+    float *out = kv_calloc(MOST * Q_ROW, sizeof *out), *wanted = kv_calloc(MOST * Q_ROW, sizeof *wanted);
+    for (int32_t step = 0; step < N_PASSES; step++) {
+        int64_t n_tok[N_SEQ], n_query[N_SEQ], n = 0;
+        for (int32_t i = 0; i < N_SEQ; i++) n += n_tok[i] = step % 3 == 0 ? kv_below(&random, 150) : kv_below(&random, 4);
+        float *k = batch_model_rows(&random, (size_t)(n * K_ROW)), *v = batch_model_rows(&random, (size_t)(n * K_ROW));
+        assert_int_equal(tq_batch_begin(batch, seqs, n_tok, N_HEAD), TQ_OK);
+        for (int32_t r = 0; r < N_READERS; r++) {
+            for (int32_t i = 0; i < N_SEQ; i++) n_query[i] = kv_below(&random, n_tok[i] + 1);
+            float *q = batch_model_rows(&random, (size_t)(n * Q_ROW)), *last = kv_calloc((size_t)(n + 1) * Q_ROW, sizeof *last);
+            tq_batch_rows rows = {.struct_size = sizeof rows, .q = q, .k = k, .v = v, .out = wanted};
+            attend_with_all(own_batches[r], own_seqs[r], n_tok, &rows);
+            int64_t n_last = 0;
+            for (int64_t i = 0, end = 0; i < N_SEQ; i++, n_last += n_query[i - 1]) {
+                end += n_tok[i];
+                memcpy(last + n_last * Q_ROW, q + (end - n_query[i]) * Q_ROW, (size_t)(n_query[i] * Q_ROW) * sizeof *q);
+            }
+            rows.out = out, rows.is_shared = r < N_READERS - 1;
+            if (r > 0) rows.q = last, rows.n_query = n_query;
+            if (n > 0) assert_int_equal(tq_batch_attend(batch, 0, &rows, NULL), TQ_OK);
+            for (int64_t i = 0, row = 0, end = 0; i < N_SEQ; i++) {
+                int64_t n_rows = r > 0 ? n_query[i] : n_tok[i];
+                end += n_tok[i];
+                /* Tiles of another number of queries have other arithmetic (kv_test.h). */
+                for (int64_t j = 0; j < n_rows * Q_ROW; j++)
+                    assert_true(fabsf(out[row * Q_ROW + j] - wanted[(end - n_rows) * Q_ROW + j]) <=
+                                (r > 0 ? (float)KV_TOLERANCE : 0));
+                row += n_rows;
+                int64_t length = tq_cache_length(own[r], own_seqs[r][i], 0);
+                assert_int_equal(tq_cache_length(shared, seqs[i], 0), length - (rows.is_shared ? n_tok[i] : 0));
+            }
+            free(q), free(last);
+        }
+        assert_int_equal(tq_batch_end(batch), TQ_OK);
+        free(k), free(v);
+    }
+    tq_batch_free(batch), tq_cache_free(shared);
+    for (int32_t r = 0; r < N_READERS; r++) tq_batch_free(own_batches[r]), tq_cache_free(own[r]);
+    free(out), free(wanted);
+}
+
 #define REFUSED(call, status) assert_int_equal(call, status)
 
 static void test_refusals(void **state)
@@ -317,6 +381,14 @@ static void test_refusals(void **state)
         r.out_dim = 0, r.mask = rows, r.mask_head_stride = INT64_MAX / 8;
         REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
         r.mask = NULL; /* then its strides are not read */
+        static const int64_t more[2] = {1, 2}, fewer[2] = {0, -1};
+        r.n_query = more;
+        REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
+        r.n_query = fewer;
+        REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
+        r.n_query = NULL, r.is_shared = device == TQ_DEVICE_CUDA;
+        if (r.is_shared) REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
+        r.is_shared = false;
         assert_int_equal(tq_batch_attend(batch, 0, &r, NULL), TQ_OK);
         REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT); /* had its turn */
         for (int32_t i = 0; i < 2; i++) assert_int_equal(tq_cache_length(cache, seqs[i], 0), 1);
@@ -401,6 +473,7 @@ int main(void)
         cmocka_unit_test(test_what_is_not_finite_is_not_published),
         cmocka_unit_test(test_every_allocation_of_a_layer_fails),
         cmocka_unit_test(test_sequences_share_threads),
+        cmocka_unit_test(test_layers_that_share_keys),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_caches_that_a_device_refuses),
         cmocka_unit_test(test_device_memory_follows_pages),
