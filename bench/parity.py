@@ -83,9 +83,10 @@ def through_cpu(layers, options):
 def through_device(layers, options, device, dtype):
     """As through_cpu, of which the cache is that of the device's file."""
     import turboquant
-    from turboquant.transformers import _attend_rows, _DeviceStore
+    from turboquant._torch_stores import DeviceStore
+    from turboquant.transformers import _attend_rows
     n_head_kv, n_tok, head_dim = layers[0][1].shape
-    store = _DeviceStore(device, len(layers), n_head_kv, head_dim, **options)
+    store = DeviceStore(device, len(layers), n_head_kv, head_dim, **options)
     for number, (_, _, _, factors) in enumerate(layers):
         store.set_key_factors(number, factors)
     seqs, batch, outs = [store.seq_create()], turboquant.Batch(store, 1), [[] for _ in layers]

@@ -16,7 +16,8 @@ import turboquant
 import tiny
 from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, captured, compressed, generated, ids, logits, make_model, same_tokens, stock
 from transformers import LlamaConfig
-from turboquant.transformers import TurboQuantCache, _DeviceStore, attention_forward
+from turboquant._torch_stores import DeviceStore
+from turboquant.transformers import TurboQuantCache, attention_forward
 from turboquant.weight_factors import formats_of
 
 if not ON_DEVICE:
@@ -348,7 +349,7 @@ def test_memory_with_max_tokens(llama):
 
 
 def test_factors_are_counted():
-    store = _DeviceStore(torch.device(DEVICE), 1, 2, 64)
+    store = DeviceStore(torch.device(DEVICE), 1, 2, 64)
     before = store.stats().allocated_bytes
     store.set_key_factors(0, np.full((2, 64), 4, np.int8))
     assert store.stats().allocated_bytes == before + 2 * 2 * 64  # on the device, and the host's copy
@@ -693,7 +694,7 @@ def test_calibration():
                          for options in ({"factors": "off"}, {"calibration": CALIBRATION}))
     for cache in plain, calibrated:
         assert abs(logits(model, cache, ids(1, 120), parts=3) - wanted).max() < .02 * abs(wanted).max()
-        assert isinstance(cache.store, _DeviceStore)
+        assert isinstance(cache.store, DeviceStore)
     # Of the first layer, whose keys do not depend on what was coded before.
     keys, others = (cache.store.read(cache.seqs[0], 0)[0] for cache in (plain, calibrated))
     coded = slice(plain.store.n_sink, 100)

@@ -7,7 +7,8 @@ import torch
 import transformers
 import turboquant
 import turboquant.transformers
-from tiny import CACHE, F16, ON_DEVICE, SIZES, SQ8, compressed, ids, logits, make_model, stock, use_attention_of
+from tiny import (CACHE, F16, ON_DEVICE, SIZES, SQ8, compressed, ids, logits, make_model, make_shared_model, stock,
+                  use_attention_of)
 from turboquant.transformers import TurboQuantCache
 from transformers import (AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BloomConfig, CLIPVisionConfig,
                           LlamaConfig, LlavaConfig, LlavaForConditionalGeneration)
@@ -189,14 +190,22 @@ def test_pickling(llama):
         pickle.dumps(compressed(llama))
 
 
-@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this version of Transformers has no Gemma 4")
-@pytest.mark.parametrize("options, told", [
-    ({}, "head_dim 512"), ({"num_kv_shared_layers": 2}, "2 layers of this model share")], ids=["shape", "shared"])
-def test_gemma4(options, told):
-    """Its layers have shapes of their own."""
-    config = transformers.Gemma4TextConfig(**({"num_kv_shared_layers": 0} | options))
-    with pytest.raises(turboquant.UnsupportedError, match=told):
-        TurboQuantCache(config=config)
+@pytest.mark.skipif(not ON_DEVICE, reason="the CPU serves them")
+def test_shared_keys_on_a_device():
+    model = make_shared_model("gemma3n")
+    with pytest.raises(turboquant.UnsupportedError, match="share the keys and values of others"):
+        logits(model, compressed(model), ids(1, 20))
+
+
+def test_unserved_layers(llama):
+    """One head_dim that has no rotation, in one layer, is no reason to refuse a model, unless that is asked for."""
+    config = LlamaConfig(**SIZES, per_layer_config={2: {"head_dim": 100}})
+    with pytest.raises(turboquant.UnsupportedError, match=r"layer 2 cannot be compressed \(head_dim 100"):
+        TurboQuantCache(config=config, unserved="refuse")
+    with pytest.raises(turboquant.ArgumentError, match="unserved"):
+        TurboQuantCache(config=config, unserved="maybe")
+    with pytest.raises(turboquant.UnsupportedError, match="latent attention"):
+        TurboQuantCache(config=transformers.DeepseekV3Config(num_hidden_layers=2))
 
 
 def test_keys_of_another_layer(llama):

@@ -52,6 +52,13 @@ RECURRENT = {
     "qwen3_next": ("Qwen3NextConfig", _DELTA | _EXPERTS | _TURNS | {"shared_expert_intermediate_size": 64}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "hidden_size": 256}),
 }
+# Models whose last layers share the keys and values of others, with head_dims and windows of their own in each kind of layer.
+SHARED = {
+    "gemma3n": ("Gemma3nTextConfig", {"laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 6}),
+    "gemma4": ("Gemma4TextConfig", {"global_head_dim": 128, "num_global_key_value_heads": 1}),
+}
+_SHARED = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2,
+           "sliding_window": 16, "vocab_size_per_layer_input": 211, "hidden_size_per_layer_input": 32}
 # The 8-bit formats, as a preset once was.
 SQ8 = {"k_format": "sq8", "v_format": "sq8"}
 
@@ -73,8 +80,7 @@ def make_model(kind="llama", dtype=torch.float32, seed=1, **options):
     return model
 
 
-def make_recurrent_model(kind):
-    name, options = RECURRENT[kind]
+def _make_newer_model(name, options):
     if not hasattr(transformers, name):
         pytest.skip(f"this version of Transformers has no {name}")
     torch.manual_seed(1)
@@ -82,6 +88,15 @@ def make_recurrent_model(kind):
     model = AutoModelForCausalLM.from_config(config).to(DEVICE, torch.float32).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+def make_recurrent_model(kind):
+    return _make_newer_model(*RECURRENT[kind])
+
+
+def make_shared_model(kind, **changes):
+    name, options = SHARED[kind]
+    return _make_newer_model(name, _SHARED | options | changes)
 
 
 def ids(n_batch, n_tok, seed=3):

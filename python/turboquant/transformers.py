@@ -13,15 +13,13 @@ Padding is not stored: a sequence of the library holds a row's real tokens, and 
 """
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import os
 import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,7 +33,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
-from ._library import ALLOC_FN, FREE_FN, Allocator, BatchRows, lib, log
+from ._shapes import last_readers, served, told
+from ._torch_stores import DeviceStore, HostStore
+from ._library import BatchRows, lib, log
 from .errors import ArgumentError, SnapshotError, UnsupportedError
 from .formats import format_info
 
@@ -45,14 +45,14 @@ NAME = "turboquant"
 # What Transformers keeps for such layers is small or bounded: it stays as it is.
 # "dummy" layers have none.
 _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid_sliding", "dummy"}
+_COMPRESSED_TYPES = {"full_attention", "hybrid"}
 # Layers of Transformers that an interrupted pass can be taken back from: they replace their tensors, and change none.
 _WITH_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 # Kinds of torch devices whose caches are TQ_DEVICE_CUDA's; the tests' emulated device is in the CPU's memory.
 _DEVICE_TYPES = {"cuda"}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # tq_dtype
-DEVICE_PAGE_SIZE = 64
-"""Tokens of a page on a device, unless page_size says otherwise."""
 _GUARDS = ("raise", "warn", "off")
+_UNSERVED = ("keep", "refuse")
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
@@ -103,10 +103,11 @@ class _Handle:
 
 
 class _Compressed(_Handle):
-    """A layer's new rows, not yet appended: [n_batch, n_head_kv, n_tok, head_dim]."""
+    """A layer's new rows, not yet appended: [n_batch, n_head_kv, n_tok, head_dim]. `reader`: the model's layer that has attended
+    to them last."""
 
     def __init__(self, layer: TurboQuantLayer, rows: torch.Tensor) -> None:
-        self.layer, self.rows, self.is_appended = layer, rows, False
+        self.layer, self.rows, self.reader = layer, rows, -1
 
 
 class _Stock(_Handle):
@@ -168,7 +169,8 @@ class _Pass:
 
 
 class TurboQuantLayer(CacheLayerMixin):
-    """One layer with full attention. `number`: of the library's layers; `index`: of the model's."""
+    """One layer with full attention. `number`: of the library's layers; `index`: of the model's; `last_reader`: of the model's,
+    the last one that attends to this one's keys and values."""
 
     is_sliding = False
     is_croppable = True
@@ -177,7 +179,7 @@ class TurboQuantLayer(CacheLayerMixin):
     def __init__(self, owner: TurboQuantCache, number: int, index: int) -> None:
         super().__init__()
         # Weak, so that a cache and its memory go when the last user of the cache does.
-        self._owner, self._number, self.index = weakref.ref(owner), number, index
+        self._owner, self._number, self.index, self.last_reader = weakref.ref(owner), number, index, index
         self._model_config: Any = None
         self.n_columns = 0
 
@@ -238,32 +240,38 @@ class TurboQuantLayer(CacheLayerMixin):
             weight_factors.warn_of_spread(owner._key_formats[self._number], spread * scaling, layer)
         return factors
 
-    def attend(self, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    def attend(self, reader: int, module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                mask: torch.Tensor | None, scaling: float | None, softcap: float | None = None,
                sinks: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Append the rows and attend with their queries [n_batch, n_head, n_tok, head_dim]: [n_batch, n_tok, n_head, head_dim].
+        Attend with queries of the last of the rows' tokens [n_batch, n_head, n_query, head_dim]: [n_batch, n_query, n_head,
+        head_dim]; and append the rows, if `reader`, the model's layer that the queries are of, is the last one.
         mask: None, or bool [n_batch, n_columns + n_tok], where False is padding. A row of padding gives zeros.
         softcap: logits become softcap * tanh(logit / softcap). sinks [n_head]: logits of the denominator alone.
         """
-        owner, n_tok = self._cache(), query.shape[2]
+        owner = self._cache()
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         if sinks is not None:
             sinks = sinks.detach().to(torch.float32).contiguous()
         try:
-            factors = self._find_factors(module, query, keys, scaling) if self.n_columns == 0 else None
-            self._check(module.config, query, keys, values)
-            if self.n_columns == 0:
-                owner._set_key_factors(self, factors, query.device)
-            kept = owner._begin(self, query, mask)
-            out = _attend_rows(owner._batch, self._number, query, keys, values, kept, scaling, softcap, sinks)
+            if reader == self.index:
+                factors = self._find_factors(module, query, keys, scaling) if self.n_columns == 0 else None
+                self._check(module.config, query, keys, values)
+                if self.n_columns == 0:
+                    owner._set_key_factors(self, factors, query.device)
+                kept = owner._begin(self, query, mask)
+            else:
+                kept = owner._continue(self)
+            out = _attend_rows(owner._batch, self._number, query, keys, values, kept, scaling, softcap, sinks,
+                               is_shared=reader != self.last_reader)
         except BaseException:
             if owner._pass is not None and not owner._pass.is_recurrent:
                 owner._take_back()
             raise
-        self.n_columns += n_tok
-        self.is_initialized = True
-        if self.index == owner._last:
+        if reader == self.last_reader:
+            self.n_columns += keys.shape[2]
+            self.is_initialized = True
+        if reader == owner._last:
             owner._end()
         return out
 
@@ -279,9 +287,10 @@ class TurboQuantHybridLayer(LinearAttentionLayer, TurboQuantLayer):
 
 
 def _attend_rows(batch: _cache.Batch, number: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-                 kept: np.ndarray | None, scaling: float, softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:
-    """query [n_batch, n_head, n_tok, head_dim], keys and values [n_batch, n_head_kv, n_tok, head_dim]; kept [n_batch, n_tok]:
-    which are tokens, None: all. Returns [n_batch, n_tok, n_head, head_dim]."""
+                 kept: np.ndarray | None, scaling: float, softcap: float | None, sinks: torch.Tensor | None,
+                 is_shared: bool = False) -> torch.Tensor:
+    """query [n_batch, n_head, n_query, head_dim], of the last tokens; keys and values [n_batch, n_head_kv, n_tok, head_dim];
+    kept [n_batch, n_tok]: which are tokens, None: all. Returns [n_batch, n_query, n_head, head_dim]."""
     device, dtype = query.device, query.dtype
     # Torch converts on all threads. A device's kernels take what models compute in.
     if device.type == "cpu" and not _is_device(device):
@@ -290,22 +299,28 @@ def _attend_rows(batch: _cache.Batch, number: int, query: torch.Tensor, keys: to
         raise UnsupportedError(f"the model computes in {dtype}; CUDA kernels take float32, float16 and bfloat16")
     else:
         keys, values = keys.to(dtype), values.to(dtype)
-    places = None if kept is None or kept.all() else torch.from_numpy(np.flatnonzero(kept)).to(device)
-    rows, n_head = BatchRows(), query.shape[1]
+    n_batch, n_head, n_query, _ = query.shape
+    with_query = None if kept is None else kept[:, kept.shape[1] - n_query:]
+    places, q_places = (None if rows is None or rows.all() else torch.from_numpy(np.flatnonzero(rows)).to(device)
+                        for rows in (kept, with_query))
+    rows, n_queries = BatchRows(), None
+    if n_query < keys.shape[2]:
+        n_queries = np.full(n_batch, n_query, np.int64) if with_query is None else with_query.sum(axis=1, dtype=np.int64)
     (query, q_stride, rows.q_head_stride), (keys, k_stride, _), (values, v_stride, _) = (
-        _token_rows(x, places, heads_together) for x, heads_together in ((query, False), (keys, True), (values, True)))
-    n_batch, n_tok = (kept.shape if kept is not None else (batch.n_rows, len(query) // batch.n_rows))
+        _token_rows(x, where, heads_together)
+        for x, where, heads_together in ((query, q_places, False), (keys, places, True), (values, places, True)))
     out = torch.empty(len(query), n_head, values.shape[2], dtype=query.dtype, device=device)
     rows.dtype, rows.q, rows.k, rows.v, rows.out = (_DTYPES[query.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(),
                                                     out.data_ptr())
     rows.q_token_stride, rows.k_token_stride, rows.v_token_stride = q_stride, k_stride, v_stride
     rows.softmax_scale, rows.softcap = scaling, softcap or 0
     rows.sinks = None if sinks is None else sinks.data_ptr()
-    if len(query):
+    rows.is_shared, rows.n_query = is_shared, None if n_queries is None else n_queries.ctypes.data
+    if len(keys):
         batch.attend(number, rows)
-    if places is not None:  # a row of padding gives zeros
-        out = out.new_zeros(n_batch * n_tok, *out.shape[1:]).index_copy_(0, places, out)
-    return out.view(n_batch, n_tok, n_head, -1).to(dtype)
+    if q_places is not None:  # a row of padding gives zeros
+        out = out.new_zeros(n_batch * n_query, *out.shape[1:]).index_copy_(0, q_places, out)
+    return out.view(n_batch, n_query, n_head, -1).to(dtype)
 
 
 def _token_rows(x: torch.Tensor, places: torch.Tensor | None, heads_together: bool) -> tuple[torch.Tensor, int, int]:
@@ -327,80 +342,11 @@ def _token_rows(x: torch.Tensor, places: torch.Tensor | None, heads_together: bo
     return rows, stride, by_head
 
 
-class _HostStore(_cache.Cache):
-    @staticmethod
-    def _threads(n_threads: int) -> Any:
-        """PyTorch's, if there are as many as its own operations have: a region of another size makes it start others."""
-        found = _threads.openmp(n_threads) if n_threads == torch.get_num_threads() else None
-        return found or _threads.pool(n_threads)
-
-
-class _TorchMemory:
-    """tq_allocator: memory of a device from PyTorch's allocator, so that it is counted there and what is free is shared."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._tensors = device, {}
-        self.struct = Allocator(None, ALLOC_FN(self._alloc), FREE_FN(self._free))
-
-    def _alloc(self, _user: int | None, n_bytes: int) -> int | None:
-        try:
-            memory = torch.empty(max(n_bytes, 1), dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError:
-            return None
-        self._tensors[memory.data_ptr()] = memory
-        return memory.data_ptr()
-
-    def _free(self, _user: int | None, address: int) -> None:
-        self._tensors.pop(address, None)
-
-
-class _DeviceStore(_cache.Cache):
-    """A cache on a CUDA device, on whose current stream all calls work."""
-
-    def __init__(self, device: torch.device, *args: Any, **options: Any) -> None:
-        self.device, self._stream, self._handle = device, 0, None
-        memory = _TorchMemory(device) if device.type == "cuda" else None  # else the emulated device's own
-        with self._here():
-            super().__init__(*args, **{"page_size": DEVICE_PAGE_SIZE} | options, device="cuda",
-                             allocator=None if memory is None else memory.struct)
-        self._handle.memory = memory
-
-    @contextlib.contextmanager
-    def _here(self) -> Iterator[None]:
-        if self.device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-            if self._handle and stream != self._stream:
-                self._stream = stream
-                self.set_stream(stream)
-            yield
-
-    def _executor_of(self, n_score: int) -> Any:
-        return contextlib.nullcontext()
-
-
-def _on_stream(name: str) -> Any:
-    method = getattr(_cache.Cache, name)
-
-    @functools.wraps(method)
-    def call(self: _DeviceStore, *args: Any, **options: Any) -> Any:
-        with self._here():
-            return method(self, *args, **options)
-
-    return call
-
-
-for _name in ("seq_create", "seq_fork", "seq_free", "seq_match", "seq_publish", "trim", "reserve", "read", "save", "load",
-              "seq_export", "seq_import", "set_key_factors"):
-    setattr(_DeviceStore, _name, _on_stream(_name))
-
-
 class TurboQuantCache(Cache):
     """
     A cache of Transformers whose layers of full attention are compressed. Layers with a window or a recurrent state keep
-    what Transformers has for them; of hybrid ones, which have both, keys and values are compressed. Other kinds are refused.
+    what Transformers has for them; of hybrid ones, which have both, keys and values are compressed. Layers may share the keys and
+    values of others. Kinds that are not known are refused.
 
     config: model.config. preset and options: those of turboquant.Cache, as k_format="sq8", v_format="sq8" or
     layer_k_formats=[...], one for each layer of full attention.
@@ -408,6 +354,8 @@ class TurboQuantCache(Cache):
     other channels no precision; "off" does not. With a calibration, which does what factors do, "off" is the default.
     guard: what happens to layers whose logits a preset's keys would move by more than 1, as the weights tell: "raise" (default)
     gives their keys better formats, with a warning; "warn" only warns, as formats that were chosen always do; "off" is silent.
+    unserved: what happens to single layers of full attention that cannot be compressed, as for a head_dim that has no rotation:
+    "keep" (default) leaves them as Transformers has them, and a warning names them; "refuse" refuses the model.
     n_take_back: so many tokens at the end can be cropped as if they had never come, as assisted generation does with drafts
     that were rejected, for memory of as many exact tokens.
     max_tokens: reserve memory for so many tokens of each row at first, as CUDA graphs need it.
@@ -416,44 +364,49 @@ class TurboQuantCache(Cache):
     """
 
     def __init__(self, config: Any, preset: str = "TQ4", max_tokens: int | None = None, factors: str | None = None,
-                 guard: str = "raise", **options: Any) -> None:
+                 guard: str = "raise", unserved: str = "keep", **options: Any) -> None:
         self._factors = weight_factors.chosen(factors, options.get("calibration"))
-        if guard not in _GUARDS:
-            raise ArgumentError(f"guard is {guard!r}; give one of {', '.join(map(repr, _GUARDS))}")
+        for name, value, known in (("guard", guard, _GUARDS), ("unserved", unserved, _UNSERVED)):
+            if value not in known:
+                raise ArgumentError(f"{name} is {value!r}; give one of {', '.join(map(repr, known))}")
         self._guard = guard
         self.config = config.get_text_config(decoder=True)
-        n_shared = getattr(self.config, "num_kv_shared_layers", None) or 0
-        if n_shared > 0:
-            raise UnsupportedError(f"{n_shared} layers of this model share the keys and values of others, which this cache "
-                                   "cannot give them. Use DynamicCache and model.set_attn_implementation('sdpa')")
         layer_types, layer_options = get_layer_types_and_kwargs(self.config)
         if isinstance(layer_options, dict):  # Transformers before 5.18: the same for all
             layer_options = [layer_options] * len(layer_types)
+        for i, layer_type in enumerate(layer_types):
+            if layer_type not in _COMPRESSED_TYPES | _STOCK_TYPES:
+                raise UnsupportedError(f"layer {i} of this model is of the kind {layer_type!r}, which this cache does not "
+                                       "have. Use DynamicCache and model.set_attn_implementation('sdpa')")
+        n_head_kv, head_dim, head_dim_v, kept = served(
+            self.config, [i for i, layer_type in enumerate(layer_types) if layer_type in _COMPRESSED_TYPES])
+        if kept and unserved == "refuse":
+            raise UnsupportedError(f"{told(kept)}. unserved='keep' leaves them to Transformers")
         layers: list[Any] = []
         for i, (layer_type, kwargs) in enumerate(zip(layer_types, layer_options)):
-            if layer_type in ("full_attention", "hybrid"):
+            if layer_type in _COMPRESSED_TYPES and i not in kept:
                 number = sum(isinstance(layer, TurboQuantLayer) for layer in layers)
                 # Before 5.18 all layers have the options of those with a window.
                 layers.append(TurboQuantHybridLayer(self, number, i, **kwargs) if layer_type == "hybrid"
                               else TurboQuantLayer(self, number, i))
-            elif layer_type in _STOCK_TYPES:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
             else:
-                raise UnsupportedError(f"layer {i} of this model is of the kind {layer_type!r}, which this cache does not "
-                                       "have. Use DynamicCache and model.set_attn_implementation('sdpa')")
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
         super().__init__(layers=layers)
         self._compressed = [layer for layer in layers if isinstance(layer, TurboQuantLayer)]
-        if not self._compressed:
-            raise UnsupportedError("no layer of this model has full attention: there is nothing to compress. Use DynamicCache")
+        for index, reader in last_readers(self.config).items():
+            if isinstance(layers[index], TurboQuantLayer):
+                layers[index].last_reader = reader
         # With this layer all that can be taken back have come.
-        self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer) or type(layer) in _WITH_KEYS)
-        n_head_kv, head_dim, head_dim_v = _head_shape(
-            self.config, [i for i, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer)])
+        self._last = max(getattr(layer, "last_reader", i) for i, layer in enumerate(layers)
+                         if isinstance(layer, TurboQuantLayer) or type(layer) in _WITH_KEYS)
+        if kept:
+            warnings.warn(f"turboquant: {told(kept)}. Transformers keeps them as they are; unserved='refuse' refuses such a model",
+                          UserWarning, stacklevel=2)
         of_model = {} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}
         self._options = {"preset": preset, "n_threads": torch.get_num_threads()} | of_model | options
         self._max_tokens = max_tokens
         # Of the CPU until a tensor on another device comes. Memory is taken when it is used.
-        self.store: Any = _HostStore(len(self._compressed), n_head_kv, head_dim, **self._options)
+        self.store: Any = HostStore(len(self._compressed), n_head_kv, head_dim, **self._options)
         self._key_formats = weight_factors.formats_of(self._options, len(self._compressed), "k")
         self.seqs: list[int] = []
         self._columns = Columns()
@@ -560,7 +513,7 @@ class TurboQuantCache(Cache):
         self._free(self.seqs)
         self.seqs, self._columns = [], Columns()
         store = self.store
-        self.store = _HostStore(len(self._compressed), store.n_head_kv, store.head_dim, **self._options)
+        self.store = HostStore(len(self._compressed), store.n_head_kv, store.head_dim, **self._options)
         self._device = self._batch = None
 
     def _set_key_factors(self, layer: TurboQuantLayer, factors: np.ndarray | None, device: torch.device) -> None:
@@ -629,7 +582,11 @@ class TurboQuantCache(Cache):
             raise UnsupportedError(f"this cache is on {self._device}, and a layer on {device}: it keeps to one device. Load "
                                    'the model on one, as with device_map={"": 0}, and make a new cache for it')
         if _is_device(device):
-            store = _DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim, **self._options)
+            if any(layer.last_reader != layer.index for layer in self._compressed):
+                raise UnsupportedError("layers of this model share the keys and values of others, which this cache can only give "
+                                       "them on the CPU. Use model.to('cpu'), or DynamicCache and "
+                                       "model.set_attn_implementation('sdpa')")
+            store = DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim, **self._options)
             if self.seqs:  # which were loaded
                 seqs = _move(self.store, self.seqs, store)
                 self._free(self.seqs)
@@ -673,6 +630,13 @@ class TurboQuantCache(Cache):
             raise ArgumentError(f"layer {layer.index} holds {layer.n_columns} tokens and gets {n_tok}, others held {begin} and "
                                 f"hold {self._columns.n}: it was left out of a forward pass. reset() the cache")
         return self._columns.tokens(begin)
+
+    def _continue(self, layer: TurboQuantLayer) -> np.ndarray | None:
+        """The same for another layer that attends to what `layer` has brought in this pass."""
+        if self._pass is None or layer.index not in self._pass.came:
+            raise ArgumentError(f"layer {layer.index}, whose keys and values others share, is not of this forward pass. reset() "
+                                "the cache")
+        return self._columns.tokens(self._pass.n_columns)
 
     def _extend(self, n_tok: int) -> np.ndarray | None:
         """Add columns without padding, whatever there was before."""
@@ -888,32 +852,17 @@ def _copy_layer(layer: Any, owner: TurboQuantCache, memo: dict) -> Any:
     return other
 
 
-def _head_shape(config: Any, numbers: Sequence[int]) -> tuple[int, int, int]:
-    """(n_head_kv, head_dim, head_dim_v) of these layers, as models read their configuration. A layer of another shape is
-    refused when it comes."""
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise UnsupportedError("models with latent attention (kv_lora_rank) are not supported: use DynamicCache")
-    of_layers = getattr(config, "per_layer_config", None)
-    shapes = {_shape_of_layer(of_layers[i] if of_layers else config) for i in numbers}
-    if len(shapes) > 1:
-        raise UnsupportedError("layers of full attention have different shapes (KV heads, head_dim of keys and of values: "
-                               f"{', '.join(map(str, sorted(shapes)))}), and this cache has one for all. Use DynamicCache")
-    return shapes.pop()
-
-
-def _shape_of_layer(config: Any) -> tuple[int, int, int]:
-    n_head = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_head
-    return getattr(config, "num_key_value_heads", None) or n_head, head_dim, getattr(config, "v_head_dim", None) or head_dim
-
-
 def _stock_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                      mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, Any]:
     """For layers left to Transformers: its "sdpa", or the model's own "eager" where logits are capped or have sinks."""
+    n_query, n_columns = query.shape[2], key.shape[2]
+    if n_query > 1 and (n_query < n_columns if mask is None else _is_padding(mask)):  # of a layer without a window
+        causal = query.new_ones(n_query, n_columns, dtype=torch.bool).tril(n_columns - n_query)
+        mask = causal[None, None] if mask is None else mask & causal
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if mask is None:  # what sdpa_mask leaves out: plain causality
-        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        mask = query.new_ones(n_query, n_columns, dtype=torch.bool).tril(n_columns - n_query)
     mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
     del kwargs["is_causal"]
     return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
@@ -948,22 +897,35 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, va
         raise UnsupportedError("there is no dropout in compressed attention: call model.eval()")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise UnsupportedError("this attention is causal alone: use DynamicCache and another attention implementation")
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise UnsupportedError(f"a mask of {attention_mask.ndim} dimensions is not supported: give attention_mask as "
-                               "[n_batch, n_tok], with zeros for padding")
-    if key.is_appended:
+    padding = _padding_of(attention_mask)
+    reader = key.layer.index if key.reader < 0 else getattr(module, "layer_idx", -1)
+    if not key.reader < reader <= key.layer.last_reader:
         raise UnsupportedError(f"{type(module).__name__} attends to keys and values that another layer has brought, which this "
                                "cache cannot give it. Use DynamicCache and model.set_attn_implementation('sdpa')")
-    key.is_appended = True
-    return key.layer.attend(module, query, key.rows, value.rows, attention_mask, scaling, kwargs.get("softcap"),
+    key.reader = reader
+    return key.layer.attend(reader, module, query, key.rows, value.rows, padding, scaling, kwargs.get("softcap"),
                             kwargs.get("s_aux")), None
+
+
+def _is_padding(mask: torch.Tensor) -> bool:
+    """Is it, or a part of its queries, what attention_mask makes: the same columns for all queries?"""
+    return mask.ndim == 4 and mask.dtype == torch.bool and mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0)
+
+
+def _padding_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[n_batch, n_columns]"""
+    if mask is None or _is_padding(mask):
+        return None if mask is None else mask[:, 0, 0]
+    raise UnsupportedError(f"a mask of {mask.ndim} dimensions is not supported: give attention_mask as [n_batch, n_tok], with "
+                           "zeros for padding")
 
 
 def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
                    mask_function: Any = causal_mask_function, attention_mask: torch.Tensor | None = None,
                    local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
     """
-    The mask that goes with it, as AttentionMaskInterface calls it: padding as bool [n_batch, n_columns], None without any.
+    The mask that goes with it, as AttentionMaskInterface calls it: padding as bool [n_batch, 1, n_query, n_columns], which takes
+    the memory of one query's; None without any.
     Layers left to Transformers, which have a local_size, get the mask of its "sdpa".
     """
     if local_size is not None:
@@ -974,7 +936,7 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
                                "Compressed attention cannot: use DynamicCache and another attention implementation")
     if attention_mask is None or attention_mask.all():
         return None
-    return attention_mask.to(torch.bool)
+    return attention_mask.to(torch.bool)[:, None, None].expand(-1, 1, q_length, -1)
 
 
 _threads.use_openmp_of(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))

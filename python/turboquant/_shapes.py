@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""What a configuration of Transformers says of a model's layers: which can be compressed, and which share keys and values."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import UnsupportedError
+from .formats import head_dims
+
+
+def served(config: Any, numbers: Sequence[int]) -> tuple[int, int, int, dict[int, str]]:
+    """(n_head_kv, head_dim, head_dim_v) that most of these layers have, as models read their configuration, and why others
+    cannot be compressed. A layer of another shape than its configuration says is refused when it comes."""
+    if not numbers:
+        raise UnsupportedError("no layer of this model has full attention: there is nothing to compress. Use DynamicCache")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise UnsupportedError("models with latent attention (kv_lora_rank) are not supported: use DynamicCache")
+    of_layers, kept, shapes = getattr(config, "per_layer_config", None), {}, {}
+    for i in numbers:
+        shape = _shape_of_layer(of_layers[i] if of_layers else config)
+        missing = [dim for dim in shape[1:] if dim not in head_dims()]
+        if missing:
+            kept[i] = f"head_dim {missing[0]} has no rotation"
+        else:
+            shapes.setdefault(shape, []).append(i)
+    if not shapes:
+        raise UnsupportedError(f"no layer of this model can be compressed: {told(kept)}. Use DynamicCache")
+    most = max(shapes, key=lambda shape: len(shapes[shape]))
+    for shape, layers in shapes.items():
+        if shape != most:
+            kept |= {i: f"{shape[0]} KV heads of {shape[1]} and {shape[2]} are not {most[0]} of {most[1]} and {most[2]}, as in "
+                        f"{len(shapes[most])} layers" for i in layers}
+    return *most, kept
+
+
+def told(kept: dict[int, str]) -> str:
+    layers: dict[str, list[int]] = {}
+    for i, why in sorted(kept.items()):
+        layers.setdefault(why, []).append(i)
+    return "; ".join(f"layer{'s' * (len(found) > 1)} {', '.join(map(str, found))} cannot be compressed ({why})"
+                     for why, found in layers.items())
+
+
+def last_readers(config: Any) -> dict[int, int]:
+    """Of layers whose keys and values later layers share, instead of having their own: the last of those."""
+    n_shared, types = getattr(config, "num_kv_shared_layers", None) or 0, getattr(config, "layer_types", None)
+    if n_shared == 0 or types is None:
+        return {}
+    first = len(types) - n_shared
+    sources = {layer_type: i for i, layer_type in enumerate(types[:first])}
+    return {sources[layer_type]: i for i, layer_type in enumerate(types) if i >= first and layer_type in sources}
+
+
+def _shape_of_layer(config: Any) -> tuple[int, int, int]:
+    n_head = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_head
+    return getattr(config, "num_key_value_heads", None) or n_head, head_dim, getattr(config, "v_head_dim", None) or head_dim
