@@ -35,11 +35,27 @@ static const tq_paged_device *device_of(tq_device_kind kind)
     const tq_paged_device *device = device_of(store->device);                 \
     if (!device) return bad("device must be TQ_DEVICE_CPU or TQ_DEVICE_CUDA")
 
+static void set_stride(int64_t *stride, int64_t contiguous)
+{
+    if (*stride == 0) *stride = contiguous;
+}
+
+/* What a caller leaves out. */
+static void set_defaults(tq_paged_attend_params *params, const tq_paged_store *store)
+{
+    if (params->n_query == 0) params->n_query = 1;
+    if (params->softmax_scale == 0.0f) params->softmax_scale = 1.0f / sqrtf((float)store->head_dim);
+    if (params->out_dim == 0) params->out_dim = store->head_dim_v;
+    set_stride(&params->q_head_stride, store->head_dim);
+    set_stride(&params->q_token_stride, (int64_t)params->n_head * store->head_dim);
+    set_stride(&params->out_head_stride, params->out_dim);
+    set_stride(&params->out_token_stride, (int64_t)params->n_head * params->out_dim);
+}
+
 /* The caller's parameters of a call, `params`, as `own`. */
 #define OWN_ATTEND                                                  \
     TQ_PARAMS(tq_paged_attend_params, own, params, WHO ": attend"); \
-    if (own.n_query == 0) own.n_query = 1;                          \
-    if (own.softmax_scale == 0.0f) own.softmax_scale = 1.0f / sqrtf((float)store->head_dim)
+    set_defaults(&own, store)
 
 static tq_status check_host_shape(const tq_paged_store *store)
 {
@@ -115,8 +131,8 @@ static tq_status check_dtype(tq_dtype dtype)
 static bool set_row_strides(const tq_paged_store *store, int64_t *k_stride, int64_t *v_stride)
 {
     int64_t k_row = (int64_t)store->n_head_kv * store->head_dim, v_row = (int64_t)store->n_head_kv * store->head_dim_v;
-    if (*v_stride == 0) *v_stride = *k_stride ? *k_stride : v_row;
-    if (*k_stride == 0) *k_stride = k_row;
+    set_stride(v_stride, *k_stride ? *k_stride : v_row);
+    set_stride(k_stride, k_row);
     return *k_stride >= k_row && *v_stride >= v_row && *k_stride <= PLACE_MAX && *v_stride <= PLACE_MAX;
 }
 
@@ -172,7 +188,7 @@ static tq_status check_host_attend(const tq_paged_store *store, const tq_paged_a
     if (has_memory) TQ_TRY(check_query_starts(params));
     int64_t n_rows = (int64_t)params->n_seq * params->n_query;
     if (has_memory && params->query_starts) n_rows = params->query_starts[params->n_seq];
-    tq_attend_params plain = tq_cpu_paged_params(store, params);
+    tq_attend_params plain = tq_cpu_paged_params(params);
     return tq_check_attend(WHO, &plain, has_memory ? n_rows : 0, store->n_head_kv, store->head_dim_v);
 }
 

@@ -18,6 +18,7 @@ typedef struct cpu_pass {
     tq_batch *batch;
     int32_t layer;
     const tq_batch_rows *rows;
+    tq_attend_params params;                         /* of all sequences */
     const int64_t *first, *first_query;              /* [n_rows + 1]: a sequence's tokens, and queries, in the pass */
     int32_t head_dims[TQ_N_SIDES];                   /* of the layer */
     int64_t widths[TQ_N_SIDES], strides[TQ_N_SIDES]; /* of a row of keys or values; to the next one of the caller's */
@@ -30,10 +31,34 @@ static const void *caller_rows(const cpu_pass *pass, int32_t side)
     return side == TQ_SIDE_K ? pass->rows->k : pass->rows->v;
 }
 
+/* Of all sequences. */
+static tq_attend_params params_of(const tq_batch *batch, const tq_batch_rows *rows)
+{
+    return (tq_attend_params){.struct_size = sizeof(tq_attend_params),
+                              .n_head = batch->n_head,
+                              .q = rows->q,
+                              .q_token_stride = rows->q_token_stride,
+                              .q_head_stride = rows->q_head_stride,
+                              .out = rows->out,
+                              .out_token_stride = rows->out_token_stride,
+                              .out_head_stride = rows->out_head_stride,
+                              .out_dim = rows->out_dim,
+                              .lse = rows->lse,
+                              .softmax_scale = rows->softmax_scale,
+                              .softcap = rows->softcap,
+                              .window = rows->window,
+                              .mask = rows->mask,
+                              .mask_is_f16 = rows->mask_is_f16,
+                              .mask_token_stride = rows->mask_token_stride,
+                              .mask_head_stride = rows->mask_head_stride,
+                              .alibi_slopes = rows->alibi_slopes,
+                              .sinks = rows->sinks};
+}
+
 static cpu_pass pass_of(tq_batch *batch, int32_t layer, const tq_batch_rows *rows)
 {
     const tq_shape *shape = &batch->cache->shape;
-    cpu_pass pass = {.batch = batch, .layer = layer, .rows = rows};
+    cpu_pass pass = {.batch = batch, .layer = layer, .rows = rows, .params = params_of(batch, rows)};
     pass.strides[TQ_SIDE_K] = rows->k_token_stride, pass.strides[TQ_SIDE_V] = rows->v_token_stride;
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         pass.head_dims[side] = tq_shape_side(shape, layer, side)->codec->head_dim;
@@ -63,72 +88,27 @@ static tq_status check_finite(const cpu_pass *pass, int32_t side)
     return TQ_ERR_NOT_FINITE;
 }
 
-/* Of sequence i: what is neither queries nor results. */
-static tq_attend_params options_of(const cpu_pass *pass, int32_t i)
+static const float *rows_of(const cpu_pass *pass, int32_t i, int32_t side)
 {
-    const tq_batch_rows *rows = pass->rows;
-    tq_attend_params params = {.struct_size = sizeof params,
-                               .n_query = pass->first_query[i + 1] - pass->first_query[i],
-                               .n_head = pass->batch->n_head,
-                               .softmax_scale = rows->softmax_scale,
-                               .softcap = rows->softcap,
-                               .window = rows->window,
-                               .sinks = rows->sinks,
-                               .alibi_slopes = rows->alibi_slopes,
-                               .out_dim = rows->out_dim};
-    if (rows->lse) params.lse = rows->lse + pass->first_query[i] * params.n_head;
-    if (!rows->mask) return params;
-    size_t element = rows->mask_is_f16 ? sizeof(uint16_t) : sizeof(float);
-    params.mask = (const uint8_t *)rows->mask + (size_t)(pass->first_query[i] * rows->mask_token_stride) * element;
-    params.mask_is_f16 = rows->mask_is_f16;
-    params.mask_token_stride = rows->mask_token_stride;
-    params.mask_head_stride = rows->mask_head_stride;
-    return params;
+    return pass->plain[side] + pass->first[i] * pass->widths[side];
 }
 
-static tq_status prefill(const cpu_pass *pass, int32_t i, const tq_attend_params *params, const tq_executor *executor)
+static tq_status attend(const cpu_pass *pass, int32_t i, const tq_executor *executor)
 {
     const tq_batch *batch = pass->batch;
-    const float *k = pass->plain[TQ_SIDE_K] + pass->first[i] * pass->widths[TQ_SIDE_K];
-    const float *v = pass->plain[TQ_SIDE_V] + pass->first[i] * pass->widths[TQ_SIDE_V];
-    return tq_sequence_prefill(batch->cache, batch->sequences[i], pass->layer, batch->n_tok[i], batch->is_encoded[pass->layer],
-                               k, v, params, executor);
-}
-
-static tq_status attend_with_floats(const cpu_pass *pass, int32_t i, const tq_executor *executor)
-{
-    const tq_batch_rows *rows = pass->rows;
-    tq_attend_params params = options_of(pass, i);
-    params.q = (const float *)rows->q + pass->first_query[i] * rows->q_token_stride;
-    params.q_token_stride = rows->q_token_stride, params.q_head_stride = rows->q_head_stride;
-    params.out = (float *)rows->out + pass->first_query[i] * rows->out_token_stride;
-    params.out_token_stride = rows->out_token_stride, params.out_head_stride = rows->out_head_stride;
-    return prefill(pass, i, &params, executor);
-}
-
-/* Queries and results of another type go through floats. */
-static tq_status attend_converted(const cpu_pass *pass, int32_t i, const tq_executor *executor)
-{
-    const tq_batch_rows *rows = pass->rows;
-    const int32_t n_head = pass->batch->n_head, head_dim = pass->head_dims[TQ_SIDE_K];
-    tq_attend_params params = options_of(pass, i);
-    const int64_t n = params.n_query * n_head;
-    size_t bytes = (size_t)(n * (head_dim + rows->out_dim)) * sizeof(float);
-    float *q = tq_scratch_alloc(bytes);
-    if (!q) return TQ_ERR_MEMORY;
-    float *out = q + n * head_dim;
-    for (int64_t j = 0; j < n; j++) {
-        int64_t at = (pass->first_query[i] + j / n_head) * rows->q_token_stride + j % n_head * rows->q_head_stride;
-        tq_floats_read(rows->dtype, rows->q, at, head_dim, q + j * head_dim);
-    }
-    params.q = q, params.q_token_stride = (int64_t)n_head * head_dim, params.q_head_stride = head_dim;
-    params.out = out, params.out_token_stride = (int64_t)n_head * rows->out_dim, params.out_head_stride = rows->out_dim;
-    tq_status status = prefill(pass, i, &params, executor);
-    for (int64_t j = 0; j < n && status == TQ_OK; j++) {
-        int64_t at = (pass->first_query[i] + j / n_head) * rows->out_token_stride + j % n_head * rows->out_head_stride;
-        tq_floats_write(rows->dtype, rows->out, at, rows->out_dim, out + j * rows->out_dim);
-    }
-    tq_scratch_free(q, bytes);
+    const tq_attend_params *all = &pass->params;
+    const tq_dtype dtype = pass->rows->dtype;
+    const int32_t head_dim = pass->head_dims[TQ_SIDE_K];
+    const int64_t first = pass->first_query[i], n = pass->first_query[i + 1] - first;
+    size_t bytes = tq_cpu_query_floats(all, dtype, n, head_dim) * sizeof(float);
+    float *memory = bytes ? tq_scratch_alloc(bytes) : NULL;
+    if (bytes && !memory) return TQ_ERR_MEMORY;
+    tq_attend_params own = tq_cpu_queries_read(all, dtype, first, n, head_dim, memory);
+    tq_status status =
+        tq_sequence_prefill(batch->cache, batch->sequences[i], pass->layer, batch->n_tok[i], batch->is_encoded[pass->layer],
+                            rows_of(pass, i, TQ_SIDE_K), rows_of(pass, i, TQ_SIDE_V), &own, executor);
+    if (status == TQ_OK) tq_cpu_results_write(all, dtype, first, &own);
+    tq_scratch_free(memory, bytes);
     return status;
 }
 
@@ -140,10 +120,7 @@ static void attend_sequence(void *context, int32_t i, const tq_executor *executo
     tq_cache_lock(cache);
     tq_status status = tq_sequence_reserve(cache, sequence, pass->layer, pass->batch->n_tok[i]);
     tq_cache_unlock(cache);
-    if (status == TQ_OK && pass->rows->dtype == TQ_DTYPE_F32)
-        status = attend_with_floats(pass, i, executor);
-    else if (status == TQ_OK)
-        status = attend_converted(pass, i, executor);
+    if (status == TQ_OK) status = attend(pass, i, executor);
     tq_cache_end_writing(cache, sequence);
     if (status != TQ_OK) atomic_store(&pass->status, status);
 }
@@ -176,9 +153,8 @@ static void keep_all(const cpu_pass *pass)
 {
     const tq_batch *batch = pass->batch;
     for (int32_t i = 0; i < batch->n_rows; i++) {
-        tq_sequence_keep(batch->cache, batch->sequences[i], pass->layer, batch->n_tok[i],
-                         pass->plain[TQ_SIDE_K] + pass->first[i] * pass->widths[TQ_SIDE_K],
-                         pass->plain[TQ_SIDE_V] + pass->first[i] * pass->widths[TQ_SIDE_V]);
+        tq_sequence_keep(batch->cache, batch->sequences[i], pass->layer, batch->n_tok[i], rows_of(pass, i, TQ_SIDE_K),
+                         rows_of(pass, i, TQ_SIDE_V));
     }
 }
 

@@ -547,18 +547,17 @@ static void write_blind(const attend_call *call, const queries *q)
 {
     const tq_attend_params *plain = call->plain;
     static const float zeros[TQ_HEAD_DIM_MAX];
-    int32_t out_dim = plain->out_dim ? plain->out_dim : call->o.store->head_dim_v;
     for (int64_t row = q->first - q->n_blind; row < q->first; row++) {
         for (int32_t head = 0; head < plain->n_head; head++) {
             int64_t at = row * plain->out_token_stride + head * plain->out_head_stride;
-            tq_floats_write(call->params->dtype, plain->out, at, out_dim, zeros);
+            tq_floats_write(call->params->dtype, plain->out, at, plain->out_dim, zeros);
             if (plain->lse) plain->lse[row * plain->n_head + head] = plain->sinks ? plain->sinks[head] : -INFINITY;
         }
     }
 }
 
 /* Memory of one sequence's attention. */
-enum { PAGES, ENTRIES_K, ENTRIES_V, NEW_K, NEW_V, QUERIES, OUTPUT, N_PARTS };
+enum { PAGES, ENTRIES_K, ENTRIES_V, NEW_K, NEW_V, QUERIES, N_PARTS };
 
 static bool has_new_rows(const attend_call *call)
 {
@@ -575,7 +574,6 @@ static caller_rows new_rows(const attend_call *call, int32_t side)
 static void count_parts(const attend_call *call, const queries *q, size_t *bytes)
 {
     const tq_paged_store *store = call->o.store;
-    const tq_attend_params *plain = call->plain;
     int64_t page_size = store->page_size;
     bytes[PAGES] = (size_t)((q->length + page_size - 1) / page_size) * sizeof(uint8_t *);
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
@@ -585,44 +583,7 @@ static void count_parts(const attend_call *call, const queries *q, size_t *bytes
         else if (!is_plain(&call->o, &r, side, q->first, q->n))
             bytes[NEW_K + side] = (size_t)(q->n * width_of(store, side)) * sizeof(float);
     }
-    if (call->params->dtype == TQ_DTYPE_F32) return;
-    int32_t out_dim = plain->out_dim ? plain->out_dim : store->head_dim_v;
-    bytes[QUERIES] = (size_t)(q->n * plain->n_head * store->head_dim) * sizeof(float);
-    bytes[OUTPUT] = (size_t)(q->n * plain->n_head * out_dim) * sizeof(float);
-}
-
-/* The sequence's own parameters: q and out where they are, or in its memory. */
-static tq_attend_params own_params(const attend_call *call, const queries *q, void *const *parts)
-{
-    tq_attend_params own = *call->plain;
-    tq_dtype dtype = call->params->dtype;
-    own.n_query = q->n;
-    own.first_pos = q->length - q->n;
-    if (own.lse) own.lse += q->first * own.n_head;
-    if (own.mask) own.mask = (const uint8_t *)own.mask + q->first * own.mask_token_stride * (own.mask_is_f16 ? 2 : 4);
-    if (dtype == TQ_DTYPE_F32) {
-        own.q += q->first * own.q_token_stride;
-        own.out += q->first * own.out_token_stride;
-        return own;
-    }
-    int32_t head_dim = call->o.store->head_dim, out_dim = own.out_dim ? own.out_dim : call->o.store->head_dim_v;
-    float *x = parts[QUERIES];
-    for (int64_t i = 0; i < q->n * own.n_head; i++) {
-        int64_t at = (q->first + i / own.n_head) * own.q_token_stride + i % own.n_head * own.q_head_stride;
-        tq_floats_read(dtype, call->plain->q, at, head_dim, x + i * head_dim);
-    }
-    own.q = x, own.q_head_stride = head_dim, own.q_token_stride = (int64_t)own.n_head * head_dim;
-    own.out = parts[OUTPUT], own.out_head_stride = out_dim, own.out_token_stride = (int64_t)own.n_head * out_dim;
-    return own;
-}
-
-static void write_output(const attend_call *call, const queries *q, const tq_attend_params *own)
-{
-    const tq_attend_params *plain = call->plain;
-    for (int64_t i = 0; i < q->n * own->n_head; i++) {
-        int64_t at = (q->first + i / own->n_head) * plain->out_token_stride + i % own->n_head * plain->out_head_stride;
-        tq_floats_write(call->params->dtype, plain->out, at, own->out_head_stride, own->out + i * own->out_head_stride);
-    }
+    bytes[QUERIES] = tq_cpu_query_floats(call->plain, call->params->dtype, q->n, store->head_dim) * sizeof(float);
 }
 
 /* With the rows of the queries' tokens, which the ring does not have yet. */
@@ -684,20 +645,20 @@ static void attend_sequence(void *context, int32_t seq, const tq_executor *execu
         pages[i] = page_at(store, call->o.layout.page_bytes, page_exists(store, table[i]) ? table[i] : 0);
     tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = pages, .is_unwritten = true, .length = q.length};
     sequence.exact = exact_of(store, call->o.layout.exact_bytes, p->exact_slots, seq);
-    tq_attend_params own = own_params(call, &q, parts);
+    tq_attend_params own = tq_cpu_queries_read(call->plain, p->dtype, q.first, q.n, store->head_dim, parts[QUERIES]);
+    own.first_pos = q.length - q.n;
     tq_status status = has_new_rows(call) ? attend_with_rows(call, &q, &sequence, &own, parts, executor)
                                           : attend_stored(call, &q, &sequence, &own, parts, executor);
     if (status != TQ_OK)
         atomic_store(&call->status, status);
-    else if (p->dtype != TQ_DTYPE_F32)
-        write_output(call, &q, &own);
+    else
+        tq_cpu_results_write(call->plain, p->dtype, q.first, &own);
     tq_scratch_free(memory, total);
 }
 
-tq_attend_params tq_cpu_paged_params(const tq_paged_store *store, const tq_paged_attend_params *params)
+tq_attend_params tq_cpu_paged_params(const tq_paged_attend_params *params)
 {
-    int64_t out_dim = params->out_dim ? params->out_dim : store->head_dim_v;
-    tq_attend_params plain = {.struct_size = sizeof plain,
+    return (tq_attend_params){.struct_size = sizeof(tq_attend_params),
                               .n_head = params->n_head,
                               .q = params->q,
                               .q_token_stride = params->q_token_stride,
@@ -717,11 +678,6 @@ tq_attend_params tq_cpu_paged_params(const tq_paged_store *store, const tq_paged
                               .mask_head_stride = params->mask_head_stride,
                               .alibi_slopes = params->alibi_slopes,
                               .sinks = params->sinks};
-    if (plain.q_head_stride == 0) plain.q_head_stride = store->head_dim;
-    if (plain.q_token_stride == 0) plain.q_token_stride = (int64_t)params->n_head * store->head_dim;
-    if (plain.out_head_stride == 0) plain.out_head_stride = out_dim;
-    if (plain.out_token_stride == 0) plain.out_token_stride = params->n_head * out_dim;
-    return plain;
 }
 
 static tq_status attend(attend_call *call)
@@ -738,7 +694,7 @@ static tq_status attend(attend_call *call)
 static tq_status attend_to(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream)
 {
     (void)stream;
-    const tq_attend_params plain = tq_cpu_paged_params(store, params);
+    const tq_attend_params plain = tq_cpu_paged_params(params);
     attend_call call = {.params = params, .plain = &plain};
     TQ_TRY(open_store(&call.o, store));
     tq_status status = TQ_OK;

@@ -12,7 +12,7 @@
 /* Positions of a sequence are below it. */
 #define TQ_CPU_PAGED_LENGTH_MAX (INT64_C(1) << 30)
 
-/* What of a call is the same for all sequences, with strides. */
-tq_attend_params tq_cpu_paged_params(const tq_paged_store *store, const tq_paged_attend_params *params);
+/* What of a call is the same for all sequences. */
+tq_attend_params tq_cpu_paged_params(const tq_paged_attend_params *params);
 
 #endif

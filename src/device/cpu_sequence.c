@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/alloc.h"
+#include "base/half.h"
 #include "base/log.h"
 
 static const tq_side *side_of(const tq_cpu_sequence *sequence, int32_t side)
@@ -268,4 +269,40 @@ tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequ
     p.first_pos = sequence->length - n_query;
     tq_kv_view keys = view_of(prefill, sequence, TQ_SIDE_K), values = view_of(prefill, sequence, TQ_SIDE_V);
     return tq_attend(sequence->shape->kernels, &keys, &values, sequence->shape->n_head_kv, sequence->length, &p, executor);
+}
+
+size_t tq_cpu_query_floats(const tq_attend_params *all, tq_dtype dtype, int64_t n, int32_t head_dim)
+{
+    return dtype == TQ_DTYPE_F32 ? 0 : (size_t)(n * all->n_head * (head_dim + all->out_dim));
+}
+
+tq_attend_params tq_cpu_queries_read(const tq_attend_params *all, tq_dtype dtype, int64_t first, int64_t n, int32_t head_dim,
+                                     float *memory)
+{
+    tq_attend_params own = *all;
+    const int64_t n_head = own.n_head, element = own.mask_is_f16 ? sizeof(uint16_t) : sizeof(float);
+    own.n_query = n;
+    if (own.lse) own.lse += first * n_head;
+    if (own.mask) own.mask = (const uint8_t *)own.mask + first * own.mask_token_stride * element;
+    if (dtype == TQ_DTYPE_F32) {
+        own.q += first * own.q_token_stride;
+        own.out += first * own.out_token_stride;
+        return own;
+    }
+    for (int64_t i = 0; i < n * n_head; i++) {
+        int64_t at = (first + i / n_head) * all->q_token_stride + i % n_head * all->q_head_stride;
+        tq_floats_read(dtype, all->q, at, head_dim, memory + i * head_dim);
+    }
+    own.q = memory, own.q_head_stride = head_dim, own.q_token_stride = n_head * head_dim;
+    own.out = memory + n * n_head * head_dim, own.out_head_stride = own.out_dim, own.out_token_stride = n_head * own.out_dim;
+    return own;
+}
+
+void tq_cpu_results_write(const tq_attend_params *all, tq_dtype dtype, int64_t first, const tq_attend_params *own)
+{
+    if (dtype == TQ_DTYPE_F32) return;
+    for (int64_t i = 0; i < own->n_query * own->n_head; i++) {
+        int64_t at = (first + i / own->n_head) * all->out_token_stride + i % own->n_head * all->out_head_stride;
+        tq_floats_write(dtype, all->out, at, own->out_dim, own->out + i * own->out_dim);
+    }
 }

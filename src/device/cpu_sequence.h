@@ -54,4 +54,13 @@ tq_status tq_cpu_prefill_attend(const tq_cpu_prefill *prefill, const tq_cpu_sequ
                                 const tq_attend_params *params, const tq_executor *executor);
 void tq_cpu_prefill_end(tq_cpu_prefill *prefill);
 
+/*
+ * Queries [first, first + n) of a call as parameters of their own. q and out of `all` are of a caller's type, with strides and
+ * out_dim; their own are floats: where they are, or in memory [tq_cpu_query_floats], from which results then are written.
+ */
+size_t tq_cpu_query_floats(const tq_attend_params *all, tq_dtype dtype, int64_t n, int32_t head_dim);
+tq_attend_params tq_cpu_queries_read(const tq_attend_params *all, tq_dtype dtype, int64_t first, int64_t n, int32_t head_dim,
+                                     float *memory);
+void tq_cpu_results_write(const tq_attend_params *all, tq_dtype dtype, int64_t first, const tq_attend_params *own);
+
 #endif
