@@ -52,7 +52,7 @@ static tq_status layer_init(tq_memory *m, int32_t i)
 
 static tq_status check_kernels(const tq_memory *m, const tq_cuda_layer *layer, int32_t i)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
+    char *message = tq_cuda_message();
     tq_status status = m->table->supports(&layer->store, message);
     if (status == TQ_OK) return TQ_OK;
     const tq_side *keys = tq_shape_side(m->shape, i, TQ_SIDE_K), *values = tq_shape_side(m->shape, i, TQ_SIDE_V);
@@ -94,7 +94,6 @@ static void cuda_close(tq_memory *m)
 /* A layer's transforms never change. */
 static tq_status put_transforms(tq_memory *m, int32_t i)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_cuda_layer *layer = &m->layers[i];
     const uint16_t *transforms = tq_shape_side(m->shape, i, TQ_SIDE_K)->transforms;
     if (!transforms) return TQ_OK;
@@ -108,7 +107,6 @@ static tq_status put_transforms(tq_memory *m, int32_t i)
 
 static tq_status open_memory(tq_memory *m)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     TQ_TRY(tq_device_load(&m->table));
     for (int32_t i = 0; i < m->shape->n_layer; i++) TQ_TRY(layer_init(m, i));
     for (int32_t i = 0; i < m->shape->n_layer; i++) TQ_TRY(check_kernels(m, &m->layers[i], i));
@@ -157,7 +155,6 @@ static size_t cuda_frame_bytes(const tq_memory *m)
 /* *array of `before` bytes becomes one of `after`, with what it holds. */
 static tq_status grow(tq_memory *m, void *array, size_t before, size_t after)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     void *old;
     memcpy(&old, array, sizeof old);
     void *new = tq_cuda_allocate(m, after);
@@ -193,7 +190,6 @@ static int32_t cuda_commit(tq_memory *m, int32_t first, int32_t n_wanted, int32_
 
 static tq_status cuda_clear(tq_memory *m, int32_t frame)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
         TQ_TRY(DEVICE(m, zero, layer->store.pages + (size_t)frame * layer->page_bytes, layer->page_bytes, m->stream));
@@ -203,7 +199,6 @@ static tq_status cuda_clear(tq_memory *m, int32_t frame)
 
 static tq_status cuda_copy(tq_memory *m, int32_t to, int32_t from)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
         uint8_t *pages = layer->store.pages;
@@ -231,7 +226,6 @@ static void convert_layer(const tq_shape *shape, int32_t layer, uint8_t *page, u
 /* The staging area, on the device and on the host. */
 static tq_status open_staging(tq_memory *m, int32_t frame, uint8_t **host)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     if (!m->staging) m->staging = tq_cuda_allocate(m, staging_bytes(m));
     *host = tq_alloc(staging_bytes(m));
     if (m->staging && *host) {
@@ -244,7 +238,6 @@ static tq_status open_staging(tq_memory *m, int32_t frame, uint8_t **host)
 
 static tq_status stage_out(tq_memory *m, uint8_t *host)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     uint8_t *exported = m->staging;
     for (int32_t i = 0; i < m->shape->n_layer; exported += m->layers[i++].canonical_bytes)
         TQ_TRY(DEVICE(m, export_pages, &m->layers[i].store, m->frame_of_call, 1, exported, m->stream));
@@ -254,7 +247,6 @@ static tq_status stage_out(tq_memory *m, uint8_t *host)
 
 static tq_status stage_in(tq_memory *m, const uint8_t *host)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     const uint8_t *exported = m->staging;
     TQ_TRY(DEVICE(m, copy, m->staging, host, staging_bytes(m), m->stream));
     for (int32_t i = 0; i < m->shape->n_layer; exported += m->layers[i++].canonical_bytes)
@@ -315,7 +307,6 @@ static tq_status grow_slots(tq_memory *m)
 /* Zeros: else a snapshot of one sequence could show what another left behind. */
 static tq_status cuda_exact_open(tq_memory *m, int32_t *slot)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     if (m->n_free_slots == 0) TQ_TRY(grow_slots(m));
     int32_t found = m->free_slots[m->n_free_slots - 1];
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
@@ -334,7 +325,6 @@ static void cuda_exact_close(tq_memory *m, int32_t slot)
 
 static tq_status cuda_exact_copy(tq_memory *m, int32_t to, int32_t from)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
         if (layer->exact_bytes == 0) continue;
@@ -351,7 +341,6 @@ static size_t exact_offset(const tq_memory *m, int32_t layer)
 
 static tq_status cuda_exact_out(tq_memory *m, int32_t slot, uint8_t *exact)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
         if (layer->exact_bytes == 0) continue;
@@ -362,7 +351,6 @@ static tq_status cuda_exact_out(tq_memory *m, int32_t slot, uint8_t *exact)
 
 static tq_status cuda_exact_in(tq_memory *m, int32_t slot, const uint8_t *exact)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     for (int32_t i = 0; i < m->shape->n_layer; i++) {
         const tq_cuda_layer *layer = &m->layers[i];
         if (layer->exact_bytes == 0) continue;
@@ -374,7 +362,6 @@ static tq_status cuda_exact_in(tq_memory *m, int32_t slot, const uint8_t *exact)
 /* The same factors stay where they are, for graphs that have been captured. */
 static tq_status cuda_put_factors(tq_memory *m, int32_t i)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_cuda_layer *layer = &m->layers[i];
     const int8_t *factors = tq_shape_side(m->shape, i, TQ_SIDE_K)->factors;
     size_t bytes = (size_t)m->shape->n_head_kv * (size_t)layer->store.head_dim;
@@ -390,7 +377,6 @@ static tq_status cuda_put_factors(tq_memory *m, int32_t i)
 
 static tq_status cuda_check(tq_memory *m)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     TQ_TRY(DEVICE(m, copy, m->host_counter, m->not_finite, sizeof *m->not_finite, m->stream));
     TQ_TRY(DEVICE(m, wait, m->stream));
     return tq_cuda_check_finite(m);
@@ -398,7 +384,6 @@ static tq_status cuda_check(tq_memory *m)
 
 static tq_status cuda_forget(tq_memory *m)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     *m->host_counter = 0;
     return DEVICE(m, zero, m->not_finite, sizeof *m->not_finite, m->stream);
 }

@@ -2,7 +2,15 @@
 /* See cuda_memory.h. */
 #include "device/cuda_memory.h"
 
-tq_status tq_cuda_report(tq_status status, const char *message)
+static _Thread_local char message[TQ_DEVICE_MESSAGE];
+
+char *tq_cuda_message(void)
+{
+    message[0] = 0;
+    return message;
+}
+
+tq_status tq_cuda_report(tq_status status)
 {
     if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "CUDA: %s", message[0] ? message : tq_status_string(status));
     return status;
@@ -10,7 +18,6 @@ tq_status tq_cuda_report(tq_status status, const char *message)
 
 void *tq_cuda_allocate(tq_memory *m, size_t bytes)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     void *p = NULL;
     if (m->allocator.alloc)
         p = m->allocator.alloc(m->allocator.user, bytes);

@@ -5,7 +5,7 @@
 
 #include "base/log.h"
 #include "device/device.h"
-#include "kernels/cuda/device.h"
+#include "device/cuda_store.h"
 
 typedef struct tq_cuda_layer {
     tq_device_store store;
@@ -30,10 +30,7 @@ struct tq_memory {
     tq_cuda_layer layers[];
 };
 
-/* A call of the device's library, whose message goes to the log. */
-#define DEVICE(memory, function, ...) (tq_cuda_report((memory)->table->function(__VA_ARGS__, message), message))
-
-tq_status tq_cuda_report(tq_status status, const char *message);
+#define DEVICE(memory, ...) TQ_CUDA_CALL((memory)->table, __VA_ARGS__)
 
 /* cuda_memory.c */
 /* Memory of the device, counted; NULL if memory has run out. NULL is fine to release. */

@@ -105,7 +105,6 @@ void tq_cuda_pass_close(tq_pass *pass)
 
 tq_status tq_cuda_pass_open(tq_pass **out, tq_memory *m, int32_t n_rows)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_pass *pass = tq_alloc_zero(sizeof *pass);
     if (!pass) return TQ_ERR_MEMORY;
     pass->memory = m;
@@ -127,7 +126,6 @@ tq_status tq_cuda_pass_open(tq_pass **out, tq_memory *m, int32_t n_rows)
 
 tq_status tq_cuda_is_captured(tq_memory *m, bool *out)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     return DEVICE(m, is_captured, out, m->stream);
 }
 
@@ -160,7 +158,6 @@ static bool holds_starts(const tq_pass *pass, const tq_pass_row *rows)
 /* No pages: a graph that still has this table writes nothing. */
 static tq_status empty_table(tq_pass *pass)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     memset(pass->host_table, 0xff, table_bytes(pass));
     return DEVICE(pass->memory, copy, pass->table, pass->host_table, table_bytes(pass), pass->memory->stream);
 }
@@ -193,7 +190,6 @@ static tq_status grow_table(tq_pass *pass, int32_t width)
 
 static tq_status upload(tq_pass *pass, const tq_pass_row *rows)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
     int32_t width = 1;
     for (int32_t i = 0; i < pass->n_rows; i++) width = rows[i].n_pages > width ? rows[i].n_pages : width;
@@ -213,7 +209,6 @@ static tq_status upload(tq_pass *pass, const tq_pass_row *rows)
 
 static tq_status upload_starts(tq_pass *pass, const tq_pass_row *rows)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     int32_t *starts = starts_of(pass->host_numbers, pass->n_rows);
     for (int32_t i = 0; i < pass->n_rows; i++) starts[i + 1] = starts[i] + (int32_t)rows[i].n_tok;
     return DEVICE(pass->memory, copy, starts_of(pass->numbers, pass->n_rows), starts,
@@ -244,7 +239,6 @@ static device_array *workspace_of(tq_pass *pass)
 /* The most that a call needs of any layer. */
 static tq_status call_bytes(const tq_pass *pass, int32_t n_seq, int64_t n_query, size_t *out)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_paged_attend_params params = {
         .n_seq = n_seq, .n_query = (int32_t)n_query, .n_head = pass->n_head, .max_seq_len = capacity_of(pass)};
     const tq_memory *m = pass->memory;
@@ -265,7 +259,6 @@ static tq_status call_bytes(const tq_pass *pass, int32_t n_seq, int64_t n_query,
 /* Tokens of each of n_seq rows that one call takes, if the longest brings n_tok; its workspace is there then. */
 static tq_status cut(tq_pass *pass, int32_t n_seq, int64_t n_tok, int64_t *chunk)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     int64_t n = TQ_CUDA_ROWS_MAX / (pass->n_head / pass->memory->shape->n_head_kv);
     if (n > CHUNK_MAX) n = CHUNK_MAX;
     if (n > n_tok) n = n_tok;
@@ -339,7 +332,6 @@ static tq_paged_append_params append_params(const tq_pass *pass, int64_t first, 
  */
 static tq_status encode_first(tq_pass *pass)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
     tq_paged_append_params params = append_params(pass, 0, pass->n_tok);
     params.half = TQ_APPEND_ENCODE;
@@ -376,7 +368,6 @@ static bool is_cut_by_checkpoints(const tq_pass *pass)
 
 tq_status tq_cuda_pass_begin(tq_pass *pass, const tq_pass_row *rows, int32_t n_head, bool is_captured)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
     TQ_TRY(tq_cuda_check_finite(m));
     pass->n_head = n_head;
@@ -431,7 +422,6 @@ static const void *mask_at(const tq_batch_rows *rows, int64_t first)
 /* The lengths that a part's queries see, on the device: those after the pass, or at the end of the part. */
 static tq_status lengths_of_part(tq_pass *pass, const row_part *part, const int32_t **out)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
     const int32_t *starts = starts_of(pass->host_numbers, pass->n_rows);
     *out = pass->numbers + part->row;
@@ -445,7 +435,6 @@ static tq_status lengths_of_part(tq_pass *pass, const row_part *part, const int3
 
 static tq_status append_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows, const row_part *part, tq_append_half half)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
     tq_paged_append_params params = append_params(pass, part->first, part->n_tok);
     params.dtype = rows->dtype;
@@ -461,7 +450,6 @@ static tq_status append_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows
 static tq_status attend_part(tq_pass *pass, int32_t i, const tq_batch_rows *rows, const row_part *part, const int32_t *lengths,
                              bool has_new_rows)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     tq_memory *m = pass->memory;
     const device_array *workspace = workspace_of(pass);
     bool is_ragged = part->n_seq > 1 && !pass->is_uniform;
@@ -541,7 +529,6 @@ static int64_t end_of_part(const tq_pass *pass, int32_t i, int64_t begin)
 /* A row has come to `end` of the tokens that it brings. */
 static tq_status keep_checkpoint(const tq_pass *pass, int32_t layer, int32_t i, int64_t end)
 {
-    char message[TQ_DEVICE_MESSAGE] = "";
     const tq_pass_row *row = &pass->rows[i];
     const tq_memory *m = pass->memory;
     const tq_cuda_layer *l = &m->layers[layer];

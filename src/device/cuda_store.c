@@ -179,29 +179,26 @@ static tq_status prepare(tq_device_store *out, const tq_paged_store *store)
     return TQ_OK;
 }
 
-static tq_status report(tq_status status, const char *message)
+static tq_status begin_call(tq_device_store *out, const tq_device_table **table, const tq_paged_store *store)
 {
-    if (status != TQ_OK) tq_log(TQ_LOG_ERROR, "CUDA: %s", message);
-    return status;
+    TQ_TRY(prepare(out, store));
+    return tq_device_load(table);
 }
 
 tq_status tq_cuda_describe(tq_cuda_info *out)
 {
     if (!out) return TQ_ERR_ARGUMENT;
     const tq_device_table *table;
-    char message[TQ_DEVICE_MESSAGE] = "";
     TQ_TRY(tq_device_load(&table));
-    return report(table->describe(out, message), message);
+    return TQ_CUDA_CALL(table, describe, out);
 }
 
 static tq_status append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream)
 {
     tq_device_store device;
-    TQ_TRY(prepare(&device, store));
     const tq_device_table *table;
-    char message[TQ_DEVICE_MESSAGE] = "";
-    TQ_TRY(tq_device_load(&table));
-    return report(table->append(&device, params, stream, message), message);
+    TQ_TRY(begin_call(&device, &table, store));
+    return TQ_CUDA_CALL(table, append, &device, params, stream);
 }
 
 static tq_status check_attend(const tq_paged_store *store, const tq_paged_attend_params *params)
@@ -240,69 +237,53 @@ static tq_status workspace_bytes(size_t *out, const tq_paged_store *store, const
                               .head_dim_v = store->head_dim_v,
                               .k_ref_block = store->k_ref_block,
                               .k_transforms = store->k_transforms};
-    char message[TQ_DEVICE_MESSAGE] = "";
-    return report(table->workspace_bytes(out, &device, params, message), message);
+    return TQ_CUDA_CALL(table, workspace_bytes, out, &device, params);
 }
 
 static tq_status attend(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream)
 {
-    tq_paged_attend_params copy = *params;
     tq_device_store device;
+    const tq_device_table *table;
     TQ_TRY(check_attend(store, params));
     TQ_TRY(prepare(&device, store));
-    if (!copy.workspace) return bad("attend: workspace is NULL");
-    if (!isfinite(copy.softmax_scale)) return bad("attend: softmax_scale is not finite");
-    if (!isfinite(copy.softcap) || copy.softcap < 0) return bad("attend: softcap must be finite and positive, or 0 for none");
-    if (copy.window < 0) return bad("attend: window must be positive, or 0 for none");
-    if ((uintptr_t)copy.workspace % 128 != 0) return bad("attend: workspace must be aligned to 128 bytes");
-    if (copy.q_head_stride == 0) copy.q_head_stride = store->head_dim;
-    if (copy.out_dim == 0) copy.out_dim = store->head_dim_v;
-    if (copy.out_head_stride == 0) copy.out_head_stride = copy.out_dim;
-    if (copy.q_token_stride == 0) copy.q_token_stride = (int64_t)copy.n_head * store->head_dim;
-    if (copy.out_token_stride == 0) copy.out_token_stride = (int64_t)copy.n_head * copy.out_dim;
-    const tq_device_table *table;
-    char message[TQ_DEVICE_MESSAGE] = "";
+    if (!params->workspace) return bad("attend: workspace is NULL");
+    if (!isfinite(params->softmax_scale)) return bad("attend: softmax_scale is not finite");
+    if (!isfinite(params->softcap) || params->softcap < 0)
+        return bad("attend: softcap must be finite and positive, or 0 for none");
+    if (params->window < 0) return bad("attend: window must be positive, or 0 for none");
+    if ((uintptr_t)params->workspace % 128 != 0) return bad("attend: workspace must be aligned to 128 bytes");
     TQ_TRY(tq_device_load(&table));
     size_t needed;
-    TQ_TRY(report(table->workspace_bytes(&needed, &device, &copy, message), message));
-    if (copy.workspace_bytes < needed) {
-        tq_log(TQ_LOG_ERROR, "CUDA: attend: the workspace has %zu bytes, but %zu are needed", copy.workspace_bytes, needed);
+    TQ_TRY(TQ_CUDA_CALL(table, workspace_bytes, &needed, &device, params));
+    if (params->workspace_bytes < needed) {
+        tq_log(TQ_LOG_ERROR, "CUDA: attend: the workspace has %zu bytes, but %zu are needed", params->workspace_bytes, needed);
         return TQ_ERR_SHAPE;
     }
-    return report(table->attend(&device, &copy, stream, message), message);
-}
-
-static tq_status prepare_pages(tq_device_store *device, const tq_device_table **table, const tq_paged_store *store)
-{
-    TQ_TRY(prepare(device, store));
-    return tq_device_load(table);
+    return TQ_CUDA_CALL(table, attend, &device, params, stream);
 }
 
 static tq_status copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
-    char message[TQ_DEVICE_MESSAGE] = "";
-    TQ_TRY(prepare_pages(&device, &table, store));
-    return n == 0 ? TQ_OK : report(table->copy_pages(&device, from, to, n, stream, message), message);
+    TQ_TRY(begin_call(&device, &table, store));
+    return n == 0 ? TQ_OK : TQ_CUDA_CALL(table, copy_pages, &device, from, to, n, stream);
 }
 
 static tq_status export_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
-    char message[TQ_DEVICE_MESSAGE] = "";
-    TQ_TRY(prepare_pages(&device, &table, store));
-    return n == 0 ? TQ_OK : report(table->export_pages(&device, pages, n, bytes, stream, message), message);
+    TQ_TRY(begin_call(&device, &table, store));
+    return n == 0 ? TQ_OK : TQ_CUDA_CALL(table, export_pages, &device, pages, n, bytes, stream);
 }
 
 static tq_status import_pages(const tq_paged_store *store, const int32_t *pages, int64_t n, const void *bytes, void *stream)
 {
     tq_device_store device;
     const tq_device_table *table;
-    char message[TQ_DEVICE_MESSAGE] = "";
-    TQ_TRY(prepare_pages(&device, &table, store));
-    return n == 0 ? TQ_OK : report(table->import_pages(&device, pages, n, bytes, stream, message), message);
+    TQ_TRY(begin_call(&device, &table, store));
+    return n == 0 ? TQ_OK : TQ_CUDA_CALL(table, import_pages, &device, pages, n, bytes, stream);
 }
 
 const tq_paged_device tq_paged_cuda = {.sizes = tq_cuda_sizes,

@@ -13,4 +13,10 @@ tq_status tq_cuda_shape_store(tq_device_store *out, const tq_paged_store *store)
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM. */
 tq_status tq_cuda_sizes(tq_paged_sizes *out, const tq_paged_store *store);
 
+/* cuda_memory.c: a call of the device's library, whose message goes to the log. It stands in the calling thread's
+ * text [TQ_DEVICE_MESSAGE], empty at first. */
+#define TQ_CUDA_CALL(table, function, ...) (tq_cuda_report((table)->function(__VA_ARGS__, tq_cuda_message())))
+char *tq_cuda_message(void);
+tq_status tq_cuda_report(tq_status status);
+
 #endif
