@@ -155,6 +155,15 @@ const uint8_t *tq_exact_bytes(const tq_cache *cache, const tq_exact_data *exact,
 tq_status tq_exact_fill(tq_cache *cache, tq_exact_data *exact, const uint8_t *bytes);
 
 /* sequence.c; all but tq_sequence_encode, tq_sequence_keep and tq_sequence_advance locked. */
+/* A sequence has n_tok tokens in each layer, the newest n_recent exact. */
+void tq_sequence_set_length(const tq_cache *cache, tq_sequence *sequence, int64_t n_tok);
+/* Pages for so many tokens. */
+static inline int64_t tq_pages_for(const tq_cache *cache, int64_t n_tok)
+{
+    return (n_tok + cache->shape.page_size - 1) / cache->shape.page_size;
+}
+/* Tokens of the layer that has most, with n_tok more in one (-1: in each). */
+int64_t tq_sequence_longest(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok);
 /* Without exact data. Errors: FULL, MEMORY. */
 tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out);
 /* Errors: FULL, MEMORY. */

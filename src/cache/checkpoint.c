@@ -67,13 +67,8 @@ static tq_status grow_table(tq_cache *cache, tq_sequence *sequence, int64_t n)
 {
     int64_t n_after = table_for(sequence, n);
     if (n_after == sequence->n_checkpoints) return TQ_OK;
-    size_t before = (size_t)sequence->n_checkpoints * sizeof(tq_checkpoint);
-    TQ_TRY(tq_page_pool_make_room(&cache->pool, (size_t)n_after * sizeof(tq_checkpoint)));
-    tq_checkpoint *table = tq_budget_alloc(&cache->budget, (size_t)n_after * sizeof *table);
-    if (!table) return TQ_ERR_MEMORY;
-    if (before > 0) memcpy(table, sequence->checkpoints, before);
-    tq_budget_free(&cache->budget, sequence->checkpoints, before);
-    sequence->checkpoints = table;
+    TQ_TRY(tq_page_pool_grow(&cache->pool, &sequence->checkpoints, sequence->n_checkpoints, n_after,
+                             sizeof *sequence->checkpoints));
     sequence->n_checkpoints = (int32_t)n_after;
     return TQ_OK;
 }

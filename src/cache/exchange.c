@@ -54,8 +54,7 @@ static tq_status acquire_pages(tq_cache *cache, const tq_sequence *sequence, int
 tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_tok, int32_t first_page, const uint8_t *pages,
                              const uint8_t *exact)
 {
-    int32_t n_new = (int32_t)((n_tok + cache->shape.page_size - 1) / cache->shape.page_size) - first_page,
-            n_before = sequence->n_pages;
+    int32_t n_new = (int32_t)tq_pages_for(cache, n_tok) - first_page, n_before = sequence->n_pages;
     tq_need need = {.n_pages = n_new, .may_leave = true};
     tq_sequence_need(cache, sequence, 0, -1, &need);
     tq_need_table(sequence->page_capacity, (int64_t)n_before + n_new, &need);
@@ -76,11 +75,6 @@ tq_status tq_sequence_import(tq_cache *cache, tq_sequence *sequence, int64_t n_t
     sequence->n_pages = first_page + n_new;
     tq_checkpoints_drop(cache, sequence, (int64_t)first_page * cache->shape.page_size);
     if (sequence->n_published > first_page) sequence->n_published = 0;
-    for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
-        const tq_side *side = &cache->shape.sides[i];
-        int64_t latest = n_tok - side->n_recent;
-        sequence->length[i / TQ_N_SIDES] = n_tok;
-        sequence->ring_begin[i] = sequence->exact_begin[i] = latest > side->n_sink ? latest : side->n_sink;
-    }
+    tq_sequence_set_length(cache, sequence, n_tok);
     return TQ_OK;
 }

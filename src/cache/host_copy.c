@@ -102,8 +102,7 @@ tq_status tq_host_copy_complete(tq_cache *cache, const tq_sequence *sequence, ui
     }
     if (end == 0) return TQ_OK;
     tq_host_copy copy;
-    int64_t page_size = cache->shape.page_size;
-    TQ_TRY(tq_host_copy_open(&copy, cache, sequence, first / page_size, (end + page_size - 1) / page_size));
+    TQ_TRY(tq_host_copy_open(&copy, cache, sequence, first / cache->shape.page_size, tq_pages_for(cache, end)));
     float *rows = tq_alloc((size_t)cache->shape.n_head_kv * (size_t)widest * sizeof *rows);
     for (int32_t i = 0; rows && i < n_sides; i++) {
         tq_exact_entry entries[TQ_EXACT_MAX];

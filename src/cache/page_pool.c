@@ -339,6 +339,20 @@ tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes)
     return TQ_OK;
 }
 
+tq_status tq_page_pool_grow(tq_page_pool *pool, void *array, int64_t n_before, int64_t n_after, size_t item_bytes)
+{
+    size_t bytes = (size_t)n_after * item_bytes, bytes_before = (size_t)n_before * item_bytes;
+    void *old, *new;
+    memcpy(&old, array, sizeof old);
+    TQ_TRY(tq_page_pool_make_room(pool, bytes));
+    new = tq_budget_alloc(pool->budget, bytes);
+    if (!new) return TQ_ERR_MEMORY;
+    if (bytes_before > 0) memcpy(new, old, bytes_before);
+    tq_budget_free(pool->budget, old, bytes_before);
+    memcpy(array, &new, sizeof new);
+    return TQ_OK;
+}
+
 void tq_page_pool_pin(tq_page_pool *pool, const int32_t *pages, int64_t n)
 {
     for (int64_t i = 0; pool->offload && i < n; i++) {

@@ -98,6 +98,9 @@ typedef struct tq_need {
 bool tq_page_pool_can(const tq_page_pool *pool, const tq_need *need);
 /* Offload or give up pages until the budget has room for so many bytes more. Errors: FULL (nothing was given up), IO. */
 tq_status tq_page_pool_make_room(tq_page_pool *pool, size_t bytes);
+/* *array of n_before items to one of n_after, what is new zero, within the budget, for which room is made. Errors: those of
+ * that, MEMORY. */
+tq_status tq_page_pool_grow(tq_page_pool *pool, void *array, int64_t n_before, int64_t n_after, size_t item_bytes);
 /* Pages that could be acquired and be in memory all together, if the allocator gives memory. */
 int32_t tq_page_pool_available(const tq_page_pool *pool);
 

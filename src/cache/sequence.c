@@ -18,16 +18,6 @@ size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequenc
            (size_t)sequence->n_checkpoints * sizeof *sequence->checkpoints;
 }
 
-/* Zeroed memory within the budget, for which kept pages make room. */
-static tq_status allocate(tq_cache *cache, size_t bytes, void *out)
-{
-    TQ_TRY(tq_page_pool_make_room(&cache->pool, bytes));
-    void *p = tq_budget_alloc(&cache->budget, bytes);
-    if (!p) return TQ_ERR_MEMORY;
-    memcpy(out, &p, sizeof p);
-    return TQ_OK;
-}
-
 tq_status tq_cache_can(const tq_cache *cache, const tq_need *need)
 {
     return tq_page_pool_can(&cache->pool, need) ? TQ_OK : TQ_ERR_FULL;
@@ -70,30 +60,34 @@ static tq_status find_id(tq_cache *cache, int32_t *seq)
     }
     if (cache->n_sequences > INT32_MAX / 2) return TQ_ERR_MEMORY;
     int32_t n = cache->n_sequences == 0 ? 4 : 2 * cache->n_sequences;
-    size_t bytes_before = (size_t)cache->n_sequences * sizeof *cache->sequences;
-    tq_sequence **sequences;
-    TQ_TRY(allocate(cache, (size_t)n * sizeof(tq_sequence *), &sequences));
-    if (bytes_before > 0) memcpy(sequences, cache->sequences, bytes_before);
-    tq_budget_free(&cache->budget, cache->sequences, bytes_before);
+    TQ_TRY(tq_page_pool_grow(&cache->pool, &cache->sequences, cache->n_sequences, n, sizeof *cache->sequences));
     *seq = cache->n_sequences;
-    cache->sequences = sequences;
     cache->n_sequences = n;
     return TQ_OK;
+}
+
+void tq_sequence_set_length(const tq_cache *cache, tq_sequence *sequence, int64_t n_tok)
+{
+    for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
+        const tq_side *side = &cache->shape.sides[i];
+        int64_t latest = n_tok - side->n_recent;
+        sequence->length[i / TQ_N_SIDES] = n_tok;
+        sequence->ring_begin[i] = sequence->exact_begin[i] = latest > side->n_sink ? latest : side->n_sink;
+    }
 }
 
 tq_status tq_sequence_open_bare(tq_cache *cache, tq_sequence **out)
 {
     int32_t id;
     TQ_TRY(find_id(cache, &id));
-    tq_sequence *sequence;
-    TQ_TRY(allocate(cache, record_bytes(cache), &sequence));
+    tq_sequence *sequence = NULL;
+    TQ_TRY(tq_page_pool_grow(&cache->pool, &sequence, 0, 1, record_bytes(cache)));
     sequence->id = id;
     sequence->sound_end = INT64_MAX;
     sequence->length = sequence->numbers;
     sequence->ring_begin = sequence->numbers + cache->shape.n_layer;
     sequence->exact_begin = sequence->numbers + tq_sequence_file_numbers(cache);
-    for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++)
-        sequence->ring_begin[i] = sequence->exact_begin[i] = cache->shape.sides[i].n_sink;
+    tq_sequence_set_length(cache, sequence, 0);
     cache->sequences[id] = sequence;
     cache->first_free = id + 1;
     *out = sequence;
@@ -135,11 +129,6 @@ tq_status tq_sequence_open(tq_cache *cache, tq_sequence **out)
     return TQ_OK;
 }
 
-static int64_t pages_for(const tq_cache *cache, int64_t n_tok)
-{
-    return (n_tok + cache->shape.page_size - 1) / cache->shape.page_size;
-}
-
 /* Doubles, so that appending token by token copies little. */
 static int64_t capacity_for(int32_t page_capacity, int64_t n_pages)
 {
@@ -158,12 +147,8 @@ tq_status tq_sequence_grow_table(tq_cache *cache, tq_sequence *sequence, int64_t
 {
     if (n_pages <= sequence->page_capacity) return TQ_OK;
     int64_t capacity = capacity_for(sequence->page_capacity, n_pages);
-    size_t bytes_before = (size_t)sequence->page_capacity * sizeof *sequence->page_table;
-    int32_t *table;
-    TQ_TRY(allocate(cache, (size_t)capacity * sizeof *table, &table));
-    if (bytes_before > 0) memcpy(table, sequence->page_table, bytes_before);
-    tq_budget_free(&cache->budget, sequence->page_table, bytes_before);
-    sequence->page_table = table;
+    TQ_TRY(tq_page_pool_grow(&cache->pool, &sequence->page_table, sequence->page_capacity, capacity,
+                             sizeof *sequence->page_table));
     sequence->page_capacity = (int32_t)capacity;
     return TQ_OK;
 }
@@ -216,7 +201,7 @@ static span pages_written(const tq_cache *cache, const tq_sequence *sequence, in
         for (int32_t side = 0; side < TQ_N_SIDES; side++) {
             span written = encoded_by_append(cache, sequence, l, side, n_tok);
             if (written.begin == written.end) continue;
-            int64_t first = written.begin / cache->shape.page_size, end = pages_for(cache, written.end);
+            int64_t first = written.begin / cache->shape.page_size, end = tq_pages_for(cache, written.end);
             if (first < pages.begin) pages.begin = first;
             if (end > pages.end) pages.end = end;
         }
@@ -225,7 +210,7 @@ static span pages_written(const tq_cache *cache, const tq_sequence *sequence, in
     return pages;
 }
 
-static int64_t longest_layer(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
+int64_t tq_sequence_longest(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
     int64_t longest = 0;
     for (int32_t l = 0; l < cache->shape.n_layer; l++) {
@@ -314,7 +299,7 @@ static tq_status prepare_reserve(tq_cache *cache, tq_sequence *sequence, int32_t
 
 static int64_t new_pages(const tq_cache *cache, const tq_sequence *sequence, int32_t layer, int64_t n_tok)
 {
-    int64_t n_pages = pages_for(cache, longest_layer(cache, sequence, layer, n_tok));
+    int64_t n_pages = tq_pages_for(cache, tq_sequence_longest(cache, sequence, layer, n_tok));
     return n_pages > sequence->n_pages ? n_pages - sequence->n_pages : 0;
 }
 

@@ -100,12 +100,7 @@ tq_status tq_sequence_match(tq_cache *cache, const int32_t *tokens, int64_t n_to
         return status;
     }
     int64_t length = (int64_t)sequence->n_published * cache->shape.page_size;
-    for (int32_t i = 0; i < cache->shape.n_layer * TQ_N_SIDES; i++) {
-        const tq_side *side = &cache->shape.sides[i];
-        int64_t latest = length - side->n_recent;
-        sequence->length[i / TQ_N_SIDES] = length;
-        sequence->ring_begin[i] = sequence->exact_begin[i] = latest > side->n_sink ? latest : side->n_sink;
-    }
+    tq_sequence_set_length(cache, sequence, length);
     cache->n_asked_tok += n_tok;
     cache->n_matched_tok += length;
     *out = sequence;

@@ -5,18 +5,9 @@
 #include "base/alloc.h"
 #include "cache/cache.h"
 
-static int64_t longest_layer(const tq_cache *cache, const tq_sequence *sequence)
-{
-    int64_t longest = 0;
-    for (int32_t layer = 0; layer < cache->shape.n_layer; layer++) {
-        if (sequence->length[layer] > longest) longest = sequence->length[layer];
-    }
-    return longest;
-}
-
 tq_status tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok)
 {
-    if (longest_layer(cache, sequence) <= n_tok) return TQ_OK; /* what is reserved stays, too */
+    if (tq_sequence_longest(cache, sequence, -1, 0) <= n_tok) return TQ_OK; /* what is reserved stays, too */
     size_t bytes = tq_sequence_numbers(cache) * sizeof *sequence->numbers;
     int64_t *before = cache->device ? tq_alloc(bytes) : NULL;
     if (cache->device && !before) return TQ_ERR_MEMORY;
@@ -44,8 +35,7 @@ tq_status tq_sequence_trim(tq_cache *cache, tq_sequence *sequence, int64_t n_tok
     if (!is_exact && sound < sequence->sound_end) sequence->sound_end = sound;
     if (n_tok == 0) sequence->sound_end = INT64_MAX;
     tq_checkpoints_drop(cache, sequence, n_tok);
-    int64_t page_size = cache->shape.page_size;
-    tq_sequence_keep_pages(cache, sequence, (int32_t)((longest_layer(cache, sequence) + page_size - 1) / page_size));
-    if (sequence->n_published > n_tok / page_size) sequence->n_published = 0;
+    tq_sequence_keep_pages(cache, sequence, (int32_t)tq_pages_for(cache, tq_sequence_longest(cache, sequence, -1, 0)));
+    if (sequence->n_published > n_tok / cache->shape.page_size) sequence->n_published = 0;
     return TQ_OK;
 }
