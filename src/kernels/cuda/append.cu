@@ -7,6 +7,7 @@
  */
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/encode_few.cuh"
+#include "kernels/cuda/head_dims.cuh"
 
 template <int D>
 static cudaError_t launch_references(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
@@ -16,24 +17,6 @@ static cudaError_t launch_references(const tq_device_store &store, const tq_page
     dim3 grid((unsigned)((p.n_tok + n_tokens - 1) / n_tokens), (unsigned)store.n_head_kv);
     set_references_kernel<D><<<grid, D, 0, stream>>>(store, p, (int32_t)n_tokens);
     return cudaGetLastError();
-}
-
-static cudaError_t set_references(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
-{
-    switch (store.head_dim) {
-    case 64:
-        return launch_references<64>(store, p, stream);
-    case 96:
-        return launch_references<96>(store, p, stream);
-    case 128:
-        return launch_references<128>(store, p, stream);
-    case 192:
-        return launch_references<192>(store, p, stream);
-    case 256:
-        return launch_references<256>(store, p, stream);
-    default:
-        return cudaErrorInvalidValue;
-    }
 }
 
 template <int D>
@@ -51,20 +34,7 @@ static cudaError_t encode_sides(const tq_device_store &store, const tq_paged_app
                                 cudaStream_t stream)
 {
     if (first >= end) return cudaSuccess;
-    switch (head_dim_of(store, first)) {
-    case 64:
-        return launch_encode<64>(store, p, first, end, stream);
-    case 96:
-        return launch_encode<96>(store, p, first, end, stream);
-    case 128:
-        return launch_encode<128>(store, p, first, end, stream);
-    case 192:
-        return launch_encode<192>(store, p, first, end, stream);
-    case 256:
-        return launch_encode<256>(store, p, first, end, stream);
-    default:
-        return cudaErrorInvalidValue;
-    }
+    return at_head_dim(head_dim_of(store, first), [&](auto d) { return launch_encode<d>(store, p, first, end, stream); });
 }
 
 static cudaError_t encode_few(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
@@ -78,7 +48,9 @@ static cudaError_t encode_few(const tq_device_store &store, const tq_paged_appen
 cudaError_t append_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
     if (p.half != TQ_APPEND_STORE) {
-        cudaError_t error = store.k_ref_block ? set_references(store, p, stream) : cudaSuccess;
+        cudaError_t error = cudaSuccess;
+        if (store.k_ref_block)
+            error = at_head_dim(store.head_dim, [&](auto d) { return launch_references<d>(store, p, stream); });
         if (error != cudaSuccess) return error;
         error = encode_many_has(store, p) ? encode_many(store, p, stream) : encode_few(store, p, stream);
         if (error == cudaSuccess) error = encode_trellis_rows(store, p, stream);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/encode_many.cuh"
+#include "kernels/cuda/head_dims.cuh"
 
 template <int D, int BITS, bool IS_VALUE>
 static cudaError_t launch_side(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
@@ -56,12 +57,5 @@ bool encode_many_has(const tq_device_store &store, const tq_paged_append_params 
 
 cudaError_t encode_many(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream)
 {
-    switch (store.head_dim) {
-    case 64:
-        return launch_both<64>(store, p, stream);
-    case 96:
-        return launch_both<96>(store, p, stream);
-    default:
-        return launch_both<128>(store, p, stream);
-    }
+    return at_head_dim<128>(store.head_dim, [&](auto d) { return launch_both<d>(store, p, stream); });
 }

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/attend_launch.cuh"
+#include "kernels/cuda/head_dims.cuh"
 #include "kernels/cuda/queries.cuh"
 
 static tq_status fail(char *message, const char *what, cudaError_t error)
@@ -127,20 +128,7 @@ static found_kernel find_kernel(const tq_device_store &store, const tq_paged_att
     const tq_attend_choice choice = tq_attend_choice_of(&store, &params, getenv("TQ_CUDA_GENERAL") != nullptr);
     block_choice block = {choice.key_kind, choice.value_kind, choice.head_dim_v, reference_bytes_of(store), 0};
     if (!get_attribute(&block.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return {};
-    switch (choice.head_dim) {
-    case 64:
-        return find_at<64>(choice, block);
-    case 96:
-        return find_at<96>(choice, block);
-    case 128:
-        return find_at<128>(choice, block);
-    case 192:
-        return find_at<192>(choice, block);
-    case 256:
-        return find_at<256>(choice, block);
-    default:
-        return {};
-    }
+    return at_head_dim(choice.head_dim, [&](auto d) { return find_at<d>(choice, block); });
 }
 
 /* Kernels can begin next to the one before them from sm_90 on (overlap.cuh). */
