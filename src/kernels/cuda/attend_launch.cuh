@@ -6,6 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "kernels/cuda/attend_args.cuh"
 
 typedef cudaError_t (*attend_launch)(const attend_args &args, uint32_t n_seq, cudaStream_t stream);
@@ -25,6 +27,16 @@ template <int D> attend_launch find_decode_any(const block_choice &choice);
 template <int D> attend_launch find_hopper_own(const block_choice &choice);
 template <int D> attend_launch find_hopper_any();
 template <int D> attend_launch find_prefill_any(const block_choice &choice);
+
+/* use() of the values' head_dim, as std::integral_constant: the keys' D, or another that goes with it. */
+template <int D, typename Use> attend_launch at_value_dim(int head_dim_v, const Use &use)
+{
+#define TQ_LINE(K, V) \
+    if (D == K && head_dim_v == V) return use(std::integral_constant<int, D == K ? V : D>());
+    TQ_HEAD_DIM_PAIRS(TQ_LINE)
+#undef TQ_LINE
+    return use(std::integral_constant<int, D>());
+}
 
 /* More than 48 KB of shared memory must be asked for: a property of the function, set each time since devices may change. */
 template <typename Kernel> cudaError_t allow_shared_bytes(Kernel kernel, int n_bytes)

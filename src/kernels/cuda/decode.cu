@@ -105,15 +105,9 @@ template <int D, int DV> static attend_launch if_any_fits(const block_choice &ch
     return launch_any<D, DV, false>;
 }
 
-#define TQ_HEAD_DIM_LINE(K, V)                                        \
-    if constexpr (D == K) {                                           \
-        if (choice.head_dim_v == V) return if_any_fits<K, V>(choice); \
-    }
-
 template <int D> attend_launch find_decode_any(const block_choice &choice)
 {
-    TQ_HEAD_DIM_PAIRS(TQ_HEAD_DIM_LINE)
-    return if_any_fits<D, D>(choice);
+    return at_value_dim<D>(choice.head_dim_v, [&](auto d) { return if_any_fits<D, d>(choice); });
 }
 
 #define TQ_INSTANCE(D)                                                 \

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Prefill's launch on all architectures at all head_dims. */
 #include "kernels/cuda/attend_launch.cuh"
-#include "kernels/cuda/pairs.h"
 #include "kernels/cuda/prefill.cuh"
 
 template <int D, int DV> static cudaError_t launch_prefill(const attend_args &args, uint32_t n_seq, cudaStream_t stream)
@@ -21,15 +20,9 @@ template <int D, int DV> static attend_launch if_fits(const block_choice &choice
     return n_bytes <= choice.shared_bytes ? launch_prefill<D, DV> : nullptr;
 }
 
-#define TQ_HEAD_DIM_LINE(K, V)                                    \
-    if constexpr (D == K) {                                       \
-        if (choice.head_dim_v == V) return if_fits<K, V>(choice);  \
-    }
-
 template <int D> attend_launch find_prefill_any(const block_choice &choice)
 {
-    TQ_HEAD_DIM_PAIRS(TQ_HEAD_DIM_LINE)
-    return if_fits<D, D>(choice);
+    return at_value_dim<D>(choice.head_dim_v, [&](auto d) { return if_fits<D, d>(choice); });
 }
 
 template attend_launch find_prefill_any<64>(const block_choice &choice);
