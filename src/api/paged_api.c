@@ -14,6 +14,7 @@
 #define PAGE_SIZE_MIN 16
 #define PAGE_SIZE_MAX 256
 #define CPU_ALIGN 64
+#define RING_MAX 65536
 
 static tq_status bad(const char *what)
 {
@@ -31,6 +32,7 @@ static const tq_paged_device *device_of(tq_device_kind kind)
     TQ_PARAMS(tq_paged_store, own_store, from, WHO);                          \
     if (own_store.head_dim_v == 0) own_store.head_dim_v = own_store.head_dim; \
     if (own_store.seed == 0) own_store.seed = TQ_SEED_DEFAULT;                \
+    if (own_store.n_ring == 0) own_store.n_ring = own_store.n_recent;         \
     const tq_paged_store *store = &own_store;                                 \
     const tq_paged_device *device = device_of(store->device);                 \
     if (!device) return bad("device must be TQ_DEVICE_CPU or TQ_DEVICE_CUDA")
@@ -65,8 +67,16 @@ static tq_status check_host_shape(const tq_paged_store *store)
     if (store->page_size < PAGE_SIZE_MIN || store->page_size > PAGE_SIZE_MAX || store->page_size % PAGE_SIZE_MIN != 0) {
         return bad("page_size must be 16 to 256 and a multiple of 16");
     }
-    TQ_TRY(tq_check_exact(WHO, store->n_sink, store->n_recent, store->k_ref_block));
-    return tq_paged_check_ring(store);
+    return tq_check_exact(WHO, store->n_sink, store->n_recent, store->k_ref_block);
+}
+
+static tq_status check_ring(const tq_paged_store *store)
+{
+    int32_t recent = store->n_recent;
+    if (store->n_ring != recent && (recent == 0 || store->n_ring < recent || store->n_ring > RING_MAX))
+        return bad("n_ring must be 0 for n_recent, or n_recent to 65536 where n_recent is more than 0");
+    if (store->k_ref_block == 0 || recent > 0) return TQ_OK;
+    return bad("with references (k_ref_block) n_recent must be more than 0: they are means of the ring");
 }
 
 static tq_status sizes_of(tq_paged_sizes *out, const tq_paged_store *store)
@@ -74,6 +84,7 @@ static tq_status sizes_of(tq_paged_sizes *out, const tq_paged_store *store)
     if (store->k_factors && store->k_transforms) return bad("k_transforms take the place of k_factors; leave one of them out");
     const tq_paged_device *device = device_of(store->device);
     if (device->is_host) TQ_TRY(check_host_shape(store));
+    TQ_TRY(check_ring(store));
     return device->sizes(out, store);
 }
 

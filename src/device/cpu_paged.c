@@ -51,7 +51,7 @@ static layout layout_of(const tq_paged_store *store)
         tq_side *side = &l.sides[i];
         const tq_format_traits *traits = tq_format_traits_get(format_of(store, i));
         int32_t head_dim = dim_of(store, i);
-        tq_side_keep(side, traits->family, store->n_sink, store->n_recent, tq_paged_ring(store),
+        tq_side_keep(side, traits->family, store->n_sink, store->n_recent, store->n_ring,
                      i == TQ_SIDE_K ? store->k_ref_block : 0);
         size_t ref_bytes = side->ref_block ? tq_format_vector_bytes(tq_format_traits_get(TQ_FORMAT_SQ8), head_dim) : 0;
         l.head_page_bytes[i] =

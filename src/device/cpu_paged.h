@@ -7,7 +7,6 @@
 #define TQ_DEVICE_CPU_PAGED_H
 
 #include "device/device.h"
-#include "device/paged.h"
 
 /* Positions of a sequence are below it. */
 #define TQ_CPU_PAGED_LENGTH_MAX (INT64_C(1) << 30)

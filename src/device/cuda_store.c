@@ -6,7 +6,6 @@
 #include "base/log.h"
 #include "codec/codec.h"
 #include "device/cuda_store.h"
-#include "device/paged.h"
 #include "kernels/cuda/layout.h"
 #include "kernels/cuda/pairs.h"
 #include "kernels/cuda/split.h"
@@ -73,7 +72,6 @@ static tq_status check_shape(const tq_paged_store *store)
     if (sinks < 0 || recent < 0 || sinks > TQ_DEVICE_EXACT_MAX || recent > TQ_DEVICE_EXACT_MAX - sinks) {
         return bad("n_sink and n_recent must be counts from 0 with a sum of at most 512");
     }
-    TQ_TRY(tq_paged_check_ring(store));
     if (store->k_ref_block == 0) return TQ_OK;
     if (store->k_ref_block != TQ_REF_BLOCK) return bad("k_ref_block must be 0 or 64");
     if (store->page_size % TQ_REF_BLOCK != 0) return bad("with references page_size must be a multiple of k_ref_block, 64");
@@ -85,7 +83,7 @@ static tq_paged_sizes sizes_of(const tq_paged_store *store)
     tq_plane key = plane_of_format(store->k_format, store->head_dim, false);
     tq_plane value = plane_of_format(store->v_format, store->head_dim_v, true);
     size_t n_heads = (size_t)store->n_head_kv, page_size = (size_t)store->page_size, head_dim = (size_t)store->head_dim;
-    size_t n_exact = (size_t)(store->n_sink + tq_paged_ring(store));
+    size_t n_exact = (size_t)(store->n_sink + store->n_ring);
     int32_t n_records = store->page_size / TQ_RECORD_TOKENS;
     int32_t reference = store->k_ref_block ? tq_reference_bytes(store->head_dim) : 0;
     size_t references = store->k_ref_block ? page_size / TQ_REF_BLOCK * (head_dim + sizeof(uint16_t)) : 0;
@@ -155,7 +153,7 @@ tq_status tq_cuda_shape_store(tq_device_store *out, const tq_paged_store *store)
                              .page_size = store->page_size,
                              .n_sink = store->n_sink,
                              .n_recent = store->n_recent,
-                             .n_ring = tq_paged_ring(store),
+                             .n_ring = store->n_ring,
                              .k_ref_block = store->k_ref_block,
                              .page_stride = (int64_t)page_stride,
                              .exact_stride = (int64_t)(exact_stride / sizeof(uint16_t))};

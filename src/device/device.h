@@ -132,8 +132,8 @@ typedef struct tq_device {
 /* cuda.c */
 extern const tq_device tq_device_cuda;
 
-/* Paged stores, all of whose memory is the caller's: the functions of these names in turboquant.h, behind the checks of
- * api/paged_api.c. Each logs what is wrong. */
+/* Paged stores, all of whose memory is the caller's: the functions of these names in turboquant.h, behind the checks and with
+ * the defaults of api/paged_api.c. Each logs what is wrong. */
 typedef struct tq_paged_device {
     /* Memory is the host's: what it holds can be looked at, every shape exists, streams do not. */
     bool is_host;
