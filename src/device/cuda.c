@@ -236,33 +236,33 @@ static tq_status open_staging(tq_memory *m, int32_t frame, uint8_t **host)
     return TQ_ERR_MEMORY;
 }
 
-static tq_status stage_out(tq_memory *m, uint8_t *host)
+/* Between the pages of the call and the staging area on the host, through that on the device. */
+static tq_status stage(tq_memory *m, uint8_t *host, bool is_out)
 {
     uint8_t *exported = m->staging;
-    for (int32_t i = 0; i < m->shape->n_layer; exported += m->layers[i++].canonical_bytes)
-        TQ_TRY(DEVICE(m, export_pages, &m->layers[i].store, m->frame_of_call, 1, exported, m->stream));
-    TQ_TRY(DEVICE(m, copy, host, m->staging, staging_bytes(m), m->stream));
+    if (!is_out) TQ_TRY(DEVICE(m, copy, m->staging, host, staging_bytes(m), m->stream));
+    for (int32_t i = 0; i < m->shape->n_layer; exported += m->layers[i++].canonical_bytes) {
+        const tq_device_store *store = &m->layers[i].store;
+        TQ_TRY(is_out ? DEVICE(m, export_pages, store, m->frame_of_call, 1, exported, m->stream)
+                      : DEVICE(m, import_pages, store, m->frame_of_call, 1, exported, m->stream));
+    }
+    if (is_out) TQ_TRY(DEVICE(m, copy, host, m->staging, staging_bytes(m), m->stream));
     return DEVICE(m, wait, m->stream);
 }
 
-static tq_status stage_in(tq_memory *m, const uint8_t *host)
+static void convert_page(const tq_memory *m, uint8_t *page, uint8_t *exported, bool is_out)
 {
-    const uint8_t *exported = m->staging;
-    TQ_TRY(DEVICE(m, copy, m->staging, host, staging_bytes(m), m->stream));
     for (int32_t i = 0; i < m->shape->n_layer; exported += m->layers[i++].canonical_bytes)
-        TQ_TRY(DEVICE(m, import_pages, &m->layers[i].store, m->frame_of_call, 1, exported, m->stream));
-    return DEVICE(m, wait, m->stream);
+        convert_layer(m->shape, i, page, exported, is_out);
 }
 
 static tq_status cuda_page_out(tq_memory *m, int32_t frame, uint8_t *page)
 {
     uint8_t *host;
     TQ_TRY(open_staging(m, frame, &host));
-    tq_status status = stage_out(m, host);
+    tq_status status = stage(m, host, true);
     memset(page, 0, m->shape->page_bytes);
-    uint8_t *exported = host;
-    for (int32_t i = 0; status == TQ_OK && i < m->shape->n_layer; exported += m->layers[i++].canonical_bytes)
-        convert_layer(m->shape, i, page, exported, true);
+    if (status == TQ_OK) convert_page(m, page, host, true);
     tq_free(host);
     return status;
 }
@@ -271,10 +271,8 @@ static tq_status cuda_page_in(tq_memory *m, int32_t frame, const uint8_t *page)
 {
     uint8_t *host;
     TQ_TRY(open_staging(m, frame, &host));
-    uint8_t *exported = host;
-    for (int32_t i = 0; i < m->shape->n_layer; exported += m->layers[i++].canonical_bytes)
-        convert_layer(m->shape, i, (uint8_t *)(uintptr_t)page, exported, false);
-    tq_status status = stage_in(m, host);
+    convert_page(m, (uint8_t *)(uintptr_t)page, host, false);
+    tq_status status = stage(m, host, false);
     tq_free(host);
     return status;
 }
@@ -334,29 +332,26 @@ static tq_status cuda_exact_copy(tq_memory *m, int32_t to, int32_t from)
 }
 
 /* A layer's keys follow each other in the same order there and here, and its values follow them. */
-static size_t exact_offset(const tq_memory *m, int32_t layer)
+static tq_status move_exact(tq_memory *m, int32_t slot, uint8_t *exact, bool is_out)
 {
-    return tq_shape_side(m->shape, layer, TQ_SIDE_K)->exact_offset_bytes;
+    for (int32_t i = 0; i < m->shape->n_layer; i++) {
+        const tq_cuda_layer *layer = &m->layers[i];
+        uint8_t *here = exact + tq_shape_side(m->shape, i, TQ_SIDE_K)->exact_offset_bytes;
+        uint8_t *there = tq_cuda_exact_at(layer, slot);
+        if (layer->exact_bytes > 0)
+            TQ_TRY(DEVICE(m, copy, is_out ? here : there, is_out ? there : here, layer->exact_bytes, m->stream));
+    }
+    return DEVICE(m, wait, m->stream);
 }
 
 static tq_status cuda_exact_out(tq_memory *m, int32_t slot, uint8_t *exact)
 {
-    for (int32_t i = 0; i < m->shape->n_layer; i++) {
-        const tq_cuda_layer *layer = &m->layers[i];
-        if (layer->exact_bytes == 0) continue;
-        TQ_TRY(DEVICE(m, copy, exact + exact_offset(m, i), tq_cuda_exact_at(layer, slot), layer->exact_bytes, m->stream));
-    }
-    return DEVICE(m, wait, m->stream);
+    return move_exact(m, slot, exact, true);
 }
 
 static tq_status cuda_exact_in(tq_memory *m, int32_t slot, const uint8_t *exact)
 {
-    for (int32_t i = 0; i < m->shape->n_layer; i++) {
-        const tq_cuda_layer *layer = &m->layers[i];
-        if (layer->exact_bytes == 0) continue;
-        TQ_TRY(DEVICE(m, copy, tq_cuda_exact_at(layer, slot), exact + exact_offset(m, i), layer->exact_bytes, m->stream));
-    }
-    return DEVICE(m, wait, m->stream);
+    return move_exact(m, slot, (uint8_t *)(uintptr_t)exact, false);
 }
 
 /* The same factors stay where they are, for graphs that have been captured. */
