@@ -231,26 +231,12 @@ STRUCTS = {
 }
 
 # Arguments that are checked before ctypes takes them.
-_N_THREADS = _named("n_threads", c_int32)
-_HEAD_DIM = _named("head_dim", c_int32)
-_N_HEAD = _named("n_head", c_int32)
-_N_HEAD_KV = _named("n_head_kv", c_int32)
-_LAYER = _named("layer", c_int32)
-_SEQ = _named("seq", c_int32)
-_ROOM = _named("room", c_int32)
-_N_ROWS = _named("n_rows", c_int32)
-_N_SEQ = _named("n_seq", c_int32)
-_INDEX = _named("index", c_int32)
-_FORMAT = _named("format", ctypes.c_int)
-_FORMAT_NAME = _named("format_name", c_char_p)
-_PATH = _named("path", c_char_p)
-_SEED = _named("seed", c_uint64)
-_N = _named("n", c_int64)
-_N_TOK = _named("n_tok", c_int64)
-_FIRST = _named("first", c_int64)
-_FIRST_PAGE = _named("first_page", c_int64)
-_N_PAGES = _named("n_pages", c_int64)
-_EXACT_BYTES = _named("exact_bytes", c_size_t)
+_N_THREADS, _HEAD_DIM, _N_HEAD, _N_HEAD_KV, _LAYER, _SEQ, _ROOM, _N_ROWS, _N_SEQ, _INDEX = (_named(name, c_int32) for name in (
+    "n_threads", "head_dim", "n_head", "n_head_kv", "layer", "seq", "room", "n_rows", "n_seq", "index"))
+_N, _N_TOK, _FIRST, _FIRST_PAGE, _N_PAGES = (_named(name, c_int64) for name in (
+    "n", "n_tok", "first", "first_page", "n_pages"))
+_FORMAT, _SEED, _EXACT_BYTES = _named("format", ctypes.c_int), _named("seed", c_uint64), _named("exact_bytes", c_size_t)
+_FORMAT_NAME, _PATH = _named("format_name", c_char_p), _named("path", c_char_p)
 
 # Arrays go as addresses: whoever calls keeps the array alive and has checked its type and shape.
 _FALLIBLE = {
