@@ -103,8 +103,8 @@ class _Handle:
 
 
 class _Compressed(_Handle):
-    """A layer's new rows, not yet appended: [n_batch, n_head_kv, n_tok, head_dim]. `reader`: the model's layer that has attended
-    to them last."""
+    """A layer's new rows, not yet appended: [n_batch, n_head_kv, n_tok, head_dim]. `reader`: the model's layer that attended to
+    them last."""
 
     def __init__(self, layer: TurboQuantLayer, rows: torch.Tensor) -> None:
         self.layer, self.rows, self.reader = layer, rows, -1
