@@ -406,8 +406,7 @@ TQ_API TQ_NODISCARD tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int3
  * tq_cache_append and tq_cache_attend in one: the queries are those of the tokens appended. A token is exact for all queries
  * for which it is among the last n_recent tokens, so a prompt in large batches gives what token by token would; appending and
  * attending one after the other, only the last queries see the ring. Sets n_query, causal and first_pos. Errors: those of both;
- * then nothing was appended, but if there is no memory to attend with, which MEMORY may mean: tq_cache_length tells. A mask has
- * a column for each position of the sequence after the append.
+ * then nothing was appended. A mask has a column for each position of the sequence after the append.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
                                                const float *v, const tq_attend_params *params, const tq_executor *executor);
@@ -503,8 +502,8 @@ typedef struct tq_batch_rows {
 } tq_batch_rows;
 /*
  * Append and attend, as if token by token: a token is exact for the queries for which it is among the last n_recent. Errors:
- * ARGUMENT (no pass, or the layer has had its turn), SHAPE (out_dim), NOT_FINITE (CPU: nothing was appended; a device says so
- * in a later pass), MEMORY, DEVICE; then tq_cache_length tells what was appended.
+ * ARGUMENT (no pass, or the layer has had its turn), SHAPE (out_dim), NOT_FINITE (a device says so in a later pass), MEMORY,
+ * DEVICE. On the CPU nothing was appended then; on a device tq_cache_length tells.
  */
 TQ_API TQ_NODISCARD tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *rows,
                                               const tq_executor *executor);
@@ -605,7 +604,9 @@ TQ_API TQ_NODISCARD tq_status tq_codec_decode(const tq_codec *codec, const void 
  *
  * Positions of a sequence: the first n_sink are always exact, the last n_recent exact until newer ones push them out; those
  * between are encoded, position p in page page_table[sequence][p / page_size]. Encoded bytes are those of a cache's on the CPU.
- * Ids of pages that are out of range are read as page 0 and never written.
+ * Pages, exact slots and places that do not exist: on the CPU the call is refused (RANGE) before anything is read or written,
+ * unless nobody uses them; on CUDA pages out of range are read as page 0 and never written, and exact slots of sequences that
+ * have tokens must exist.
  */
 typedef struct tq_cuda_info {
     char name[64];                        /* of the current device */
@@ -696,7 +697,7 @@ typedef struct tq_paged_append_params {
     int64_t v_row_stride;        /* of v; 0: row_stride, or contiguous if that is 0 */
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
 } tq_paged_append_params;
-/* Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY; then nothing was written. */
+/* Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, CPU: RANGE; then nothing was written. */
 TQ_API TQ_NODISCARD tq_status tq_paged_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream);
 
 typedef struct tq_paged_attend_params {
@@ -764,18 +765,18 @@ TQ_API TQ_NODISCARD tq_status tq_paged_workspace_bytes(size_t *out, const tq_pag
  * softmax(softmax_scale * q . K) . V, causal: query token i of a sequence sees positions up to length - n_query + i, and
  * exactly the sinks and its own last n_recent of them, as far as the ring or new_k and new_v have these. A row that sees
  * nothing gives zeros. CUDA: scales of values (their root mean square) should lie between 1e-4 and 2000. Errors: ARGUMENT,
- * SHAPE, FORMAT, HEAD_DIM, MEMORY; CPU: RANGE if query_starts do not ascend or a sequence has more than n_query.
+ * SHAPE, FORMAT, HEAD_DIM, MEMORY; CPU: RANGE, also if query_starts do not ascend or a sequence has more than n_query.
  */
 TQ_API TQ_NODISCARD tq_status tq_paged_attend(const tq_paged_store *store, const tq_paged_attend_params *params, void *stream);
 
-/* Copy pages from[i] to to[i], int32 [n] each; no page may be in both. What is out of range is left out. Errors: ARGUMENT,
- * FORMAT, HEAD_DIM. */
+/* Copy pages from[i] to to[i], int32 [n] each; no page may be in both. On CUDA what is out of range is left out. Errors:
+ * ARGUMENT, FORMAT, HEAD_DIM, CPU: RANGE. */
 TQ_API TQ_NODISCARD tq_status tq_paged_copy(const tq_paged_store *store, const int32_t *from, const int32_t *to, int64_t n,
                                             void *stream);
 /*
  * Pages pages[n] (int32) to and from the format's own bytes [n, n_head_kv, head page of keys with references, head page of
  * values] (docs/formats.md), bit for bit. bytes: on CUDA device memory, or host memory that the device can reach
- * (cudaMallocHost). What is out of range is left out. Errors as above.
+ * (cudaMallocHost). Out of range and errors as above.
  */
 TQ_API TQ_NODISCARD tq_status tq_paged_export(const tq_paged_store *store, const int32_t *pages, int64_t n, void *bytes,
                                               void *stream);

@@ -403,7 +403,8 @@ def test_shared_keys_with_padding(shared):
     mask, input_ids = torch.ones(2, 150, dtype=torch.long), ids(2, 150)
     mask[0, :31] = 0
     options = {"return_dict_in_generate": True, "output_logits": True, "attention_mask": mask}
-    wanted, found = (generated(shared, cache, input_ids, n=8, **options) for cache in (stock(shared), compressed(shared, **F16)))
+    caches = stock(shared), compressed(shared, **F16)
+    wanted, found = (generated(shared, cache, input_ids, n=8, **options) for cache in caches)
     same = torch.ones(2, dtype=torch.bool)
     for i, (a, b) in enumerate(zip(wanted.logits, found.logits)):
         same &= (wanted.sequences[:, :150 + i] == found.sequences[:, :150 + i]).all(dim=1)

@@ -116,7 +116,7 @@ def test_key_biases(preset, limit):
 def test_angles(kind):
     """Of pairs, from token to token: those of the model's rotary embedding."""
     model, numbers = make(kind), KINDS[kind][1]
-    partners, angles = turboquant.transformers._rope(attentions(model)[0], 64)
+    partners, angles = turboquant._torch_factors.rope(attentions(model)[0], 64)
     ropes = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq") and "visual" not in name}
     wanted = next((found for name, found in ropes.items() if "full" in name and "original" not in name), None)
     wanted = next(iter(ropes.values())) if wanted is None else wanted

@@ -2,18 +2,24 @@
 """
 The cache in Hugging Face Transformers: attention of its models over compressed keys and values. docs/python.md.
 
+    install(model, preset="TQ4")
+    model.generate(**inputs)
+
+Or, with a cache of one's own:
+
     model.set_attn_implementation("turboquant")
     cache = TurboQuantCache(preset="TQ4", config=model.config)
     model.generate(**inputs, cache=cache)
 
-Both lines belong together. `update` of a Transformers cache returns keys and values to the attention function; this one returns
-handles of the compressed ones, on which any attention but "turboquant" fails, and "turboquant" refuses ordinary tensors.
+These lines belong together. `update` of a Transformers cache returns keys and values to the attention function; this one
+returns handles of the compressed ones, on which any attention but "turboquant" fails, and "turboquant" refuses ordinary tensors.
 
 Padding is not stored: a sequence of the library holds a row's real tokens, and the row's columns say which these are.
 """
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import sys
 import tempfile
@@ -25,7 +31,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import (DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicLayer,
+from transformers.cache_utils import (DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicCache, DynamicLayer,
                                       DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer,
                                       get_layer_types_and_kwargs)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -34,6 +40,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
 from ._shapes import last_readers, served, told
+from ._torch_factors import factors_of
 from ._torch_stores import DeviceStore, HostStore
 from ._library import BatchRows, lib, log
 from .errors import ArgumentError, SnapshotError, UnsupportedError
@@ -50,9 +57,11 @@ _COMPRESSED_TYPES = {"full_attention", "hybrid"}
 _WITH_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 # Kinds of torch devices whose caches are TQ_DEVICE_CUDA's; the tests' emulated device is in the CPU's memory.
 _DEVICE_TYPES = {"cuda"}
+_CACHE_NAMES = ("cache", "past_key_values")  # what models call the argument, the newer name first
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # tq_dtype
 _GUARDS = ("raise", "warn", "off")
 _UNSERVED = ("keep", "refuse")
+_INSTALLED = "_turboquant_installed"  # of a model, and of its attention modules, which then take ordinary keys, too
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
@@ -115,45 +124,6 @@ class _Stock(_Handle):
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-
-
-_known = weight_factors.Known()
-
-
-@torch.no_grad()
-def _factors_of(module: torch.nn.Module, query: torch.Tensor, keys: torch.Tensor, n_ref: int,
-                layer: torch.nn.Module | None = None) -> tuple[np.ndarray, float] | None:
-    """
-    weight_factors.of_module, once for each module; query and keys say what it makes, and where; layer: as of norm_before.
-    """
-    shape, norm = (query.shape[1], keys.shape[1], keys.shape[3]), weight_factors.norm_before(module, layer)
-    return _known.get(module, (*shape, n_ref), lambda: weight_factors.of_module(
-        module, *shape, lambda x: torch.from_numpy(x).to(query.device, query.dtype), lambda x: x.float().cpu().numpy(),
-        lambda: _rope(module, shape[2]), n_ref, norm))
-
-
-def _rope(module: torch.nn.Module, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Which channels RoPE turns together: what the model's own rotate_half does to the channels that are turned; and by which
-    angles from token to token, without what a model does to slow ones for long contexts.
-    """
-    config = getattr(module, "config", None)
-    ropes = getattr(config, "rope_parameters", None) or {}
-    ropes = ropes.get("full_attention", ropes)
-    share = ropes.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
-    theta = ropes.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    n_turned = int(head_dim * (share or 1))
-    rotate = getattr(sys.modules[type(module).__module__], "rotate_half", None)
-
-    def turn(x: np.ndarray) -> np.ndarray:
-        turned = x[:, :n_turned]
-        turned = np.roll(turned, n_turned // 2, axis=1) if rotate is None else rotate(torch.from_numpy(turned)).numpy()
-        return np.concatenate([turned, x[:, n_turned:]], axis=1)
-
-    partners, angles = weight_factors.partners_of(turn, head_dim), np.zeros(head_dim)
-    first = np.flatnonzero(partners > np.arange(head_dim))
-    angles[first] = angles[partners[first]] = theta ** (-np.arange(len(first)) / max(len(first), 1))
-    return partners, angles
 
 
 class _Pass:
@@ -230,7 +200,7 @@ class TurboQuantLayer(CacheLayerMixin):
             owner._raise_formats(module, query, keys, scaling)
         if owner._factors == "off" or weight_factors.is_exact(owner._key_formats[self._number]):
             return None
-        of_weights = _factors_of(module, query, keys, weight_factors.references_of(owner._options))
+        of_weights = factors_of(module, query, keys, weight_factors.references_of(owner._options))
         if of_weights is None:
             owner._do_without_factors(module, self)
             return None
@@ -345,8 +315,8 @@ def _token_rows(x: torch.Tensor, places: torch.Tensor | None, heads_together: bo
 class TurboQuantCache(Cache):
     """
     A cache of Transformers whose layers of full attention are compressed. Layers with a window or a recurrent state keep
-    what Transformers has for them; of hybrid ones, which have both, keys and values are compressed. Layers may share the keys and
-    values of others. Kinds that are not known are refused.
+    what Transformers has for them; of hybrid ones, which have both, keys and values are compressed. Layers may share the keys
+    and values of others. Kinds that are not known are refused.
 
     config: model.config. preset and options: those of turboquant.Cache, as k_format="sq8", v_format="sq8" or
     layer_k_formats=[...], one for each layer of full attention.
@@ -400,8 +370,8 @@ class TurboQuantCache(Cache):
         self._last = max(getattr(layer, "last_reader", i) for i, layer in enumerate(layers)
                          if isinstance(layer, TurboQuantLayer) or type(layer) in _WITH_KEYS)
         if kept:
-            warnings.warn(f"turboquant: {told(kept)}. Transformers keeps them as they are; unserved='refuse' refuses such a model",
-                          UserWarning, stacklevel=2)
+            warnings.warn(f"turboquant: {told(kept)}. Transformers keeps them as they are; unserved='refuse' refuses such a "
+                          "model", UserWarning, stacklevel=2)
         of_model = {} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}
         self._options = {"preset": preset, "n_threads": torch.get_num_threads()} | of_model | options
         self._max_tokens = max_tokens
@@ -494,7 +464,7 @@ class TurboQuantCache(Cache):
         raised, n_ref = list(self._key_formats), weight_factors.references_of(self._options)
         for layer in self._compressed:
             other, owner = found.get(layer.index, (None, None))
-            of_weights = None if other is None else _factors_of(other, query, keys, n_ref, owner)
+            of_weights = None if other is None else factors_of(other, query, keys, n_ref, owner)
             if of_weights is not None:
                 spread = of_weights[1] * (getattr(other, "scaling", None) or scaling)
                 raised[layer._number] = int(lib.tq_key_guard(raised[layer._number], spread))
@@ -583,8 +553,8 @@ class TurboQuantCache(Cache):
                                    'the model on one, as with device_map={"": 0}, and make a new cache for it')
         if _is_device(device):
             if any(layer.last_reader != layer.index for layer in self._compressed):
-                raise UnsupportedError("layers of this model share the keys and values of others, which this cache can only give "
-                                       "them on the CPU. Use model.to('cpu'), or DynamicCache and "
+                raise UnsupportedError("layers of this model share the keys and values of others, which this cache can only "
+                                       "give them on the CPU. Use model.to('cpu'), or DynamicCache and "
                                        "model.set_attn_implementation('sdpa')")
             store = DeviceStore(device, self.store.n_layer, self.store.n_head_kv, self.store.head_dim, **self._options)
             if self.seqs:  # which were loaded
@@ -634,8 +604,8 @@ class TurboQuantCache(Cache):
     def _continue(self, layer: TurboQuantLayer) -> np.ndarray | None:
         """The same for another layer that attends to what `layer` has brought in this pass."""
         if self._pass is None or layer.index not in self._pass.came:
-            raise ArgumentError(f"layer {layer.index}, whose keys and values others share, is not of this forward pass. reset() "
-                                "the cache")
+            raise ArgumentError(f"layer {layer.index}, whose keys and values others share, is not of this forward pass. "
+                                "reset() the cache")
         return self._columns.tokens(self._pass.n_columns)
 
     def _extend(self, n_tok: int) -> np.ndarray | None:
@@ -889,7 +859,10 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, va
         return _stock_attention(module, query, key.tensor, value.tensor, attention_mask, dropout=dropout, scaling=scaling,
                                 is_causal=is_causal, **kwargs)
     if not isinstance(key, _Compressed):
-        _refuse_ordinary(module)
+        if not hasattr(module, _INSTALLED):
+            _refuse_ordinary(module)
+        return _stock_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                is_causal=is_causal, **kwargs)
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) not in (None, False):
             raise UnsupportedError(f"there is no {what}. Use DynamicCache and another attention implementation")
@@ -924,8 +897,8 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
                    mask_function: Any = causal_mask_function, attention_mask: torch.Tensor | None = None,
                    local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
     """
-    The mask that goes with it, as AttentionMaskInterface calls it: padding as bool [n_batch, 1, n_query, n_columns], which takes
-    the memory of one query's; None without any.
+    The mask that goes with it, as AttentionMaskInterface calls it: padding as bool [n_batch, 1, n_query, n_columns], which
+    takes the memory of one query's; None without any.
     Layers left to Transformers, which have a local_size, get the mask of its "sdpa".
     """
     if local_size is not None:
@@ -937,6 +910,82 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
     if attention_mask is None or attention_mask.all():
         return None
     return attention_mask.to(torch.bool)[:, None, None].expand(-1, 1, q_length, -1)
+
+
+class _Installed:
+    """What install has changed of a model, and how caches are made."""
+
+    def __init__(self, model: PreTrainedModel, options: dict[str, Any]) -> None:
+        self.options, self.before = options, model.config.get_text_config(decoder=True)._attn_implementation
+        decoder = model.get_decoder()
+        self.of_decoder, self.decoder = list(inspect.signature(type(decoder).forward).parameters), decoder
+        self.prepare = model._prepare_cache_for_generation if hasattr(model, "_prepare_cache_for_generation") else None
+        self.hook = decoder.register_forward_pre_hook(self.give_cache, with_kwargs=True)
+
+    def make(self, config: Any) -> TurboQuantCache:
+        return TurboQuantCache(config=config, **self.options)
+
+    def give_cache(self, decoder: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A cache for a pass that would make one of Transformers; none where gradients are wanted."""
+        name = next((name for name in _CACHE_NAMES if name in self.of_decoder), _CACHE_NAMES[0])
+        has_cache = any(kwargs.get(other) is not None for other in _CACHE_NAMES) or (
+            name in self.of_decoder and len(args) >= self.of_decoder.index(name))
+        wants_cache = kwargs.get("use_cache")
+        wants_cache = decoder.config.use_cache if wants_cache is None else wants_cache
+        if has_cache or not wants_cache or torch.is_grad_enabled():
+            return None
+        return args, kwargs | {name: self.make(decoder.config)}
+
+    def prepare_cache(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        """What generate() would give the model: the same, but its own plain cache."""
+        given = {name: model_kwargs.get(name) for name in _CACHE_NAMES}
+        done = self.prepare(generation_config, model_kwargs, *args, **kwargs)
+        for name in _CACHE_NAMES:
+            if given[name] is None and type(model_kwargs.get(name)) is DynamicCache:
+                model_kwargs[name] = self.make(self.decoder.config)
+        return done
+
+
+def install(model: PreTrainedModel, preset: str = "TQ4", **options: Any) -> PreTrainedModel:
+    """
+    Let a model compress its cache wherever it makes one itself: generate(), pipelines, chats, evaluations, servers. Options are
+    those of TurboQuantCache, and are checked now. Caches that are passed are used as they are; passes with gradients, or without
+    a cache, go through Transformers' own attention. Of a model with images or sound the text part is switched. Again: with other
+    options. Returns the model. Raises UnsupportedError, ArgumentError.
+    """
+    uninstall(model)
+    TurboQuantCache(config=model.config, preset=preset, **options)
+    if not _can_set_attention(model):
+        raise UnsupportedError(f"{type(model).__name__} computes its attention itself, and no attention implementation of "
+                               "Transformers changes that")
+    installed = _Installed(model, {"preset": preset} | options)
+    _set_attention(model, NAME)
+    if installed.prepare is not None:
+        model._prepare_cache_for_generation = installed.prepare_cache
+    for module in installed.decoder.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, _INSTALLED, True)
+    setattr(model, _INSTALLED, installed)
+    return model
+
+
+def uninstall(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo install; nothing, if the model has none. Returns the model."""
+    installed = vars(model).pop(_INSTALLED, None)
+    if installed is None:
+        return model
+    installed.hook.remove()
+    vars(model).pop("_prepare_cache_for_generation", None)
+    for module in installed.decoder.modules():
+        vars(module).pop(_INSTALLED, None)
+    _set_attention(model, installed.before)
+    return model
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Of the text part, where a model has others."""
+    is_whole = model.config.get_text_config(decoder=True) is model.config
+    model.set_attn_implementation(name if is_whole else {"text_config": name})
 
 
 _threads.use_openmp_of(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
