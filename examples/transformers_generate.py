@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from turboquant.transformers import TurboQuantCache
+from turboquant.transformers import install
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")
@@ -26,11 +26,8 @@ folder = path.parent if source else args.model
 tokenizer = AutoTokenizer.from_pretrained(folder, **source)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **source).eval()
 
-# These two lines belong together: each alone is refused.
-model.set_attn_implementation("turboquant")
-cache = TurboQuantCache(preset=args.preset, config=model.config)
-
+install(model, preset=args.preset)
 inputs = tokenizer(args.prompt, return_tensors="pt")
-tokens = model.generate(**inputs, cache=cache, max_new_tokens=args.n_tok, do_sample=False)
-print(tokenizer.decode(tokens[0], skip_special_tokens=True))
-print(cache)
+found = model.generate(**inputs, max_new_tokens=args.n_tok, do_sample=False, return_dict_in_generate=True)
+print(tokenizer.decode(found.sequences[0], skip_special_tokens=True))
+print(found.cache)  # past_key_values in older releases

@@ -12,7 +12,8 @@ Or, with a cache of one's own:
     model.generate(**inputs, cache=cache)
 
 These lines belong together. `update` of a Transformers cache returns keys and values to the attention function; this one
-returns handles of the compressed ones, on which any attention but "turboquant" fails, and "turboquant" refuses ordinary tensors.
+returns handles of the compressed ones, on which any attention but "turboquant" fails. Without install "turboquant" refuses
+ordinary tensors.
 
 Padding is not stored: a sequence of the library holds a row's real tokens, and the row's columns say which these are.
 """
@@ -949,9 +950,9 @@ class _Installed:
 def install(model: PreTrainedModel, preset: str = "TQ4", **options: Any) -> PreTrainedModel:
     """
     Let a model compress its cache wherever it makes one itself: generate(), pipelines, chats, evaluations, servers. Options are
-    those of TurboQuantCache, and are checked now. Caches that are passed are used as they are; passes with gradients, or without
-    a cache, go through Transformers' own attention. Of a model with images or sound the text part is switched. Again: with other
-    options. Returns the model. Raises UnsupportedError, ArgumentError.
+    those of TurboQuantCache, and are checked now. Caches that are passed are used as they are; passes with gradients, or
+    without a cache, go through Transformers' own attention. Of a model with images or sound the text part is switched. A
+    second call replaces the first one's options. Returns the model. Raises UnsupportedError, ArgumentError.
     """
     uninstall(model)
     TurboQuantCache(config=model.config, preset=preset, **options)
