@@ -700,6 +700,29 @@ typedef struct tq_paged_append_params {
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, CPU: RANGE; then nothing was written. */
 TQ_API TQ_NODISCARD tq_status tq_paged_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream);
 
+/*
+ * Exact tokens in pages, for engines that share, free and hash blocks of tokens without rings of sequences: the store has
+ * n_sink and n_recent 0, so that each token is encoded when it comes, and the caller also keeps it here, FP16 [n_head_kv,
+ * tokens, head_dim of keys, then head_dim_v of values]. Keys or values in an exact format are read from the store's pages.
+ */
+typedef struct tq_paged_exact {
+    size_t struct_size;
+    /* What a query at position p sees exact: the first n_sink positions, and those above p - n_recent. At most 1024 together,
+     * n_sink at most the store's page_size. */
+    int32_t n_sink, n_recent;
+    /* Recent ones: position p is token p % page_size of page page_table[sequence][p / page_size]. Of the table only what
+     * queries see exact is read. NULL if n_recent is 0. */
+    const void *pages;
+    int64_t n_pages;
+    int32_t page_size;
+    size_t page_stride_bytes;  /* 0: pages follow each other */
+    const int32_t *page_table; /* int32 [n_seq, max_pages] */
+    int64_t page_table_stride;
+    /* The sinks: in each page of the store there is room for n_sink tokens, so many bytes behind its beginning, between
+     * page_bytes and page_stride_bytes; of a sequence's first page it is read. */
+    size_t sink_offset_bytes;
+} tq_paged_exact;
+
 typedef struct tq_paged_attend_params {
     size_t struct_size;
     int32_t n_seq;
@@ -750,9 +773,10 @@ typedef struct tq_paged_attend_params {
     bool mask_is_f16;
     int64_t mask_token_stride, mask_head_stride;
     const float *alibi_slopes;
-    int32_t out_dim;             /* 0: that of the values */
-    int64_t new_v_row_stride;    /* of new_v; 0: new_row_stride, or contiguous if that is 0 */
-    const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
+    int32_t out_dim;                   /* 0: that of the values */
+    int64_t new_v_row_stride;          /* of new_v; 0: new_row_stride, or contiguous if that is 0 */
+    const tq_executor *executor;       /* CPU: the threads to run on; NULL: the caller's */
+    const tq_paged_exact *exact_pages; /* CPU, optional: what is exact, with a store that has neither sinks nor a ring */
 } tq_paged_attend_params;
 #define TQ_PAGED_WORKSPACE_COUNTERS 32
 /*

@@ -206,6 +206,14 @@ class CudaAppendParams(_Struct):
     ]
 
 
+class PagedExact(_Struct):
+    _fields_ = [
+        ("struct_size", c_size_t), ("n_sink", c_int32), ("n_recent", c_int32), ("pages", c_void_p), ("n_pages", c_int64),
+        ("page_size", c_int32), ("page_stride_bytes", c_size_t), ("page_table", c_void_p), ("page_table_stride", c_int64),
+        ("sink_offset_bytes", c_size_t),
+    ]
+
+
 class CudaAttendParams(_Struct):
     _fields_ = [
         ("struct_size", c_size_t), ("n_seq", c_int32), ("n_query", c_int32), ("n_head", c_int32), ("dtype", ctypes.c_int),
@@ -217,7 +225,7 @@ class CudaAttendParams(_Struct):
         ("workspace_bytes", c_size_t), ("query_starts", c_void_p), ("new_k", c_void_p), ("new_v", c_void_p),
         ("new_row_stride", c_int64), ("mask", c_void_p), ("mask_is_f16", c_bool), ("mask_token_stride", c_int64),
         ("mask_head_stride", c_int64), ("alibi_slopes", c_void_p), ("out_dim", c_int32), ("new_v_row_stride", c_int64),
-        ("executor", POINTER(Executor)),
+        ("executor", POINTER(Executor)), ("exact_pages", POINTER(PagedExact)),
     ]
 
 
@@ -227,7 +235,8 @@ STRUCTS = {
     "tq_allocator": Allocator, "tq_batch_rows": BatchRows,
     "tq_cache_stats": CacheStats, "tq_calibration_info": CalibrationInfo, "tq_snapshot_info": SnapshotInfo,
     "tq_cuda_info": CudaInfo, "tq_paged_store": CudaStore, "tq_paged_sizes": CudaSizes,
-    "tq_paged_append_params": CudaAppendParams, "tq_paged_attend_params": CudaAttendParams,
+    "tq_paged_append_params": CudaAppendParams, "tq_paged_exact": PagedExact,
+    "tq_paged_attend_params": CudaAttendParams,
 }
 
 # Arguments that are checked before ctypes takes them.

@@ -15,6 +15,7 @@
 #define PAGE_SIZE_MAX 256
 #define CPU_ALIGN 64
 #define RING_MAX 65536
+#define EXACT_PAGE_SIZE_MAX 65536
 
 static tq_status bad(const char *what)
 {
@@ -216,11 +217,55 @@ tq_status tq_paged_workspace_bytes(size_t *out, const tq_paged_store *from, cons
     return TQ_OK;
 }
 
+/* Recent tokens in pages of their own. */
+static tq_status check_recent(const tq_paged_store *store, const tq_paged_exact *e)
+{
+    if (!e->pages || !e->page_table) return bad("attend: exact_pages: pages or page_table is NULL");
+    if ((uintptr_t)e->pages % sizeof(uint16_t) != 0) return bad("attend: exact_pages: pages must be aligned to 2 bytes");
+    if (e->n_pages < 1 || e->n_pages > INT32_MAX) return bad("attend: exact_pages: n_pages must be 1 to 2^31 - 1");
+    if (e->page_size < 1 || e->page_size > EXACT_PAGE_SIZE_MAX) {
+        return bad("attend: exact_pages: page_size must be 1 to 65536");
+    }
+    size_t token_bytes = (size_t)(store->head_dim + store->head_dim_v) * (size_t)store->n_head_kv * sizeof(uint16_t);
+    size_t stride = e->page_stride_bytes;
+    if (stride != 0 && (stride < (size_t)e->page_size * token_bytes || stride % sizeof(uint16_t) != 0 || stride > PLACE_MAX)) {
+        return bad("attend: exact_pages: page_stride_bytes must be 0, or even and no less than the bytes of a page");
+    }
+    return TQ_OK;
+}
+
+/* The caller's exact pages as *out. */
+static tq_status read_exact_pages(const tq_paged_store *store, const tq_paged_exact *from, tq_paged_exact *out)
+{
+    TQ_TRY(tq_params_read(out, sizeof *out, from, WHO ": attend", "tq_paged_exact"));
+    if (store->device != TQ_DEVICE_CPU) return bad("attend: exact_pages exist only on the CPU; use sinks and a ring");
+    if (store->n_sink + store->n_recent > 0) {
+        return bad("attend: exact_pages take the place of sinks and ring: set the store's n_sink and n_recent to 0");
+    }
+    TQ_TRY(tq_check_exact(WHO ": exact_pages", out->n_sink, out->n_recent, 0));
+    if (out->n_sink > store->page_size) return bad("attend: exact_pages: n_sink must be at most the store's page_size");
+    size_t sink_bytes = (size_t)(store->head_dim + store->head_dim_v) * (size_t)store->n_head_kv * sizeof(uint16_t);
+    tq_paged_sizes sizes;
+    TQ_TRY(sizes_of(&sizes, store));
+    size_t room = store->page_stride_bytes, offset = out->sink_offset_bytes;
+    sink_bytes *= (size_t)out->n_sink;
+    if (out->n_sink > 0 &&
+        (offset < sizes.page_bytes || offset % sizeof(uint16_t) != 0 || offset > room || room - offset < sink_bytes)) {
+        return bad("attend: exact_pages: sinks must lie behind page_bytes and before page_stride_bytes, at an even offset");
+    }
+    return out->n_recent > 0 ? check_recent(store, out) : TQ_OK;
+}
+
 tq_status tq_paged_attend(const tq_paged_store *from, const tq_paged_attend_params *params, void *stream)
 {
     OWN_STORE(from);
     OWN_ATTEND;
     TQ_TRY(check_store(store, stream));
+    tq_paged_exact exact = {0};
+    if (own.exact_pages) {
+        TQ_TRY(read_exact_pages(store, own.exact_pages, &exact));
+        own.exact_pages = &exact;
+    }
     if (device->is_host) TQ_TRY(check_host_attend(store, &own, true));
     TQ_TRY(check_dtype(own.dtype));
     if (!own.q || !own.out || !own.page_table || !own.seq_lens) {

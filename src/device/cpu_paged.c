@@ -511,6 +511,34 @@ static queries queries_of(const attend_call *call, int32_t seq)
     return q;
 }
 
+/* Those that queries read exact tokens of. */
+static tq_status check_exact_pages(const attend_call *call, int32_t seq, const queries *q)
+{
+    const tq_paged_store *store = call->o.store;
+    const tq_paged_exact *e = call->params->exact_pages;
+    const tq_side *sides = call->o.layout.sides;
+    if (!e || (sides[TQ_SIDE_K].n_sink + sides[TQ_SIDE_K].n_recent == 0 && sides[TQ_SIDE_V].n_sink + sides[TQ_SIDE_V].n_recent == 0))
+        return TQ_OK;
+    const int32_t *table = call->params->page_table + seq * call->params->page_table_stride;
+    if (e->n_sink > 0) TQ_TRY(check_pages(store, table, seq, 0, 1, "attend"));
+    int64_t begin = q->length - q->n - e->n_recent + 1;
+    if (begin < e->n_sink) begin = e->n_sink;
+    if (e->n_recent == 0 || begin >= q->length) return TQ_OK;
+    if (call->params->n_seq > 1 && (q->length - 1) / e->page_size >= e->page_table_stride) {
+        tq_log(TQ_LOG_ERROR, WHO ": attend: exact_pages: sequence %d has %lld tokens, but a row of page_table has %lld pages of %d",
+               (int)seq, (long long)q->length, (long long)e->page_table_stride, (int)e->page_size);
+        return TQ_ERR_RANGE;
+    }
+    for (int64_t i = begin / e->page_size; i * e->page_size < q->length; i++) {
+        int32_t page = e->page_table[seq * e->page_table_stride + i];
+        if (page >= 0 && page < e->n_pages) continue;
+        tq_log(TQ_LOG_ERROR, WHO ": attend: exact_pages: page %lld of sequence %d is %d, but there are %lld", (long long)i,
+               (int)seq, (int)page, (long long)e->n_pages);
+        return TQ_ERR_RANGE;
+    }
+    return TQ_OK;
+}
+
 /* A page that queries read of, or an exact slot, does not exist: what would be read in its place may be another client's. */
 static tq_status check_sequence(const attend_call *call, int32_t seq)
 {
@@ -525,6 +553,7 @@ static tq_status check_sequence(const attend_call *call, int32_t seq)
         return TQ_ERR_RANGE;
     }
     TQ_TRY(check_exact_slot(&call->o, p->exact_slots, seq, "attend"));
+    TQ_TRY(check_exact_pages(call, seq, &q));
     int64_t begin = INT64_MAX, end = 0;
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         const tq_side *s = &call->o.layout.sides[side];
@@ -557,7 +586,12 @@ static void write_blind(const attend_call *call, const queries *q)
 }
 
 /* Memory of one sequence's attention. */
-enum { PAGES, ENTRIES_K, ENTRIES_V, NEW_K, NEW_V, QUERIES, N_PARTS };
+enum { PAGES, ENTRIES_K, ENTRIES_V, EXACT_K, EXACT_V, NEW_K, NEW_V, QUERIES, N_PARTS };
+
+static size_t exact_part_bytes(const attend_call *call, int32_t side, int64_t n)
+{
+    return (size_t)(n * width_of(call->o.store, side)) * sizeof(uint16_t);
+}
 
 static bool has_new_rows(const attend_call *call)
 {
@@ -578,11 +612,14 @@ static void count_parts(const attend_call *call, const queries *q, size_t *bytes
     bytes[PAGES] = (size_t)((q->length + page_size - 1) / page_size) * sizeof(uint8_t *);
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         caller_rows r = new_rows(call, side);
+        int64_t n_exact = tq_cpu_exact_most(&call->o.layout.sides[side], q->n);
         if (!has_new_rows(call))
-            bytes[ENTRIES_K + side] = (size_t)tq_cpu_exact_most(&call->o.layout.sides[side], q->n) * sizeof(tq_exact_entry);
+            bytes[ENTRIES_K + side] = (size_t)n_exact * sizeof(tq_exact_entry);
         else if (!is_plain(&call->o, &r, side, q->first, q->n))
             bytes[NEW_K + side] = (size_t)(q->n * width_of(store, side)) * sizeof(float);
     }
+    for (int32_t side = 0; side < TQ_N_SIDES && call->params->exact_pages; side++)
+        bytes[EXACT_K + side] = exact_part_bytes(call, side, tq_cpu_exact_most(&call->o.layout.sides[side], q->n));
     bytes[QUERIES] = tq_cpu_query_floats(call->plain, call->params->dtype, q->n, store->head_dim) * sizeof(float);
 }
 
@@ -622,6 +659,54 @@ static tq_status attend_stored(const attend_call *call, const queries *q, tq_cpu
     return tq_attend(call->o.shape.kernels, &keys, &values, call->o.shape.n_head_kv, q->length, own, executor);
 }
 
+/* Where tokens of a KV head stand in pages of exact ones. */
+static const uint16_t *exact_row(const uint8_t *tokens, int64_t n_tokens, int64_t width, int32_t head, int64_t token)
+{
+    return (const uint16_t *)(const void *)tokens + (head * n_tokens + token) * width;
+}
+
+/* The exact vectors of one side, of all heads, from the caller's pages to `to`, in the order of the view's entries. */
+static void gather_exact(const attend_call *call, int32_t seq, const uint8_t *first_page, int32_t side, tq_kv_view *view,
+                         tq_exact_entry *entries, uint8_t *to)
+{
+    const tq_paged_store *store = call->o.store;
+    const tq_paged_exact *e = call->params->exact_pages;
+    int32_t head_dim = dim_of(store, side);
+    int64_t width = store->head_dim + store->head_dim_v, at = side == TQ_SIDE_K ? 0 : store->head_dim;
+    size_t stride = e->page_stride_bytes;
+    if (stride == 0) stride = (size_t)(e->page_size * store->n_head_kv * width) * sizeof(uint16_t);
+    view->exact_data = to;
+    view->exact_head_stride_bytes = (size_t)view->n_exact * (size_t)head_dim * sizeof(uint16_t);
+    for (int32_t i = 0; i < view->n_exact; i++) {
+        int64_t p = entries[i].column, token = p, n_tokens = e->n_sink;
+        const uint8_t *tokens = first_page + e->sink_offset_bytes;
+        if (p >= e->n_sink) {
+            int64_t page = e->page_table[seq * e->page_table_stride + p / e->page_size];
+            tokens = (const uint8_t *)e->pages + (size_t)page * stride;
+            token = p % e->page_size, n_tokens = e->page_size;
+        }
+        for (int32_t head = 0; head < store->n_head_kv; head++)
+            memcpy(to + (size_t)head * view->exact_head_stride_bytes + (size_t)i * (size_t)head_dim * sizeof(uint16_t),
+                   exact_row(tokens, n_tokens, width, head, token) + at, (size_t)head_dim * sizeof(uint16_t));
+        entries[i].index = i;
+    }
+}
+
+static tq_status attend_exact_pages(const attend_call *call, const queries *q, int32_t seq, tq_cpu_sequence *sequence,
+                                    const tq_attend_params *own, void *const *parts, const tq_executor *executor)
+{
+    static const int64_t oldest[TQ_N_SIDES] = {0};
+    sequence->exact_begin = oldest;
+    tq_kv_view views[TQ_N_SIDES];
+    for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+        tq_exact_entry *entries = parts[ENTRIES_K + side];
+        views[side] = tq_cpu_view_of_queries(sequence, side, q->n, entries);
+        gather_exact(call, seq, sequence->pages[0], side, &views[side], entries, parts[EXACT_K + side]);
+    }
+    return tq_attend(call->o.shape.kernels, &views[TQ_SIDE_K], &views[TQ_SIDE_V], call->o.shape.n_head_kv, q->length, own,
+                     executor);
+}
+
 static void attend_sequence(void *context, int32_t seq, const tq_executor *executor)
 {
     attend_call *call = context;
@@ -647,8 +732,9 @@ static void attend_sequence(void *context, int32_t seq, const tq_executor *execu
     sequence.exact = exact_of(store, call->o.layout.exact_bytes, p->exact_slots, seq);
     tq_attend_params own = tq_cpu_queries_read(call->plain, p->dtype, q.first, q.n, store->head_dim, parts[QUERIES]);
     own.first_pos = q.length - q.n;
-    tq_status status = has_new_rows(call) ? attend_with_rows(call, &q, &sequence, &own, parts, executor)
-                                          : attend_stored(call, &q, &sequence, &own, parts, executor);
+    tq_status status = p->exact_pages       ? attend_exact_pages(call, &q, seq, &sequence, &own, parts, executor)
+                       : has_new_rows(call) ? attend_with_rows(call, &q, &sequence, &own, parts, executor)
+                                            : attend_stored(call, &q, &sequence, &own, parts, executor);
     if (status != TQ_OK)
         atomic_store(&call->status, status);
     else
@@ -680,6 +766,18 @@ tq_attend_params tq_cpu_paged_params(const tq_paged_attend_params *params)
                               .sinks = params->sinks};
 }
 
+/* What queries see exact is in pages of the caller's. */
+static void keep_exact_pages(attend_call *call)
+{
+    const tq_paged_exact *exact = call->params->exact_pages;
+    for (int32_t side = 0; side < TQ_N_SIDES && exact; side++) {
+        /* No ring, so none that ends: all that queries see as recent is there. */
+        tq_family family = tq_format_traits_get(format_of(call->o.store, side))->family;
+        tq_side_keep(&call->o.layout.sides[side], family, exact->n_sink, exact->n_recent, exact->n_recent > 0 ? INT32_MAX : 0,
+                     0);
+    }
+}
+
 static tq_status attend(attend_call *call)
 {
     const tq_paged_store *store = call->o.store;
@@ -697,6 +795,7 @@ static tq_status attend_to(const tq_paged_store *store, const tq_paged_attend_pa
     const tq_attend_params plain = tq_cpu_paged_params(params);
     attend_call call = {.params = params, .plain = &plain};
     TQ_TRY(open_store(&call.o, store));
+    keep_exact_pages(&call);
     tq_status status = TQ_OK;
     for (int32_t seq = 0; seq < params->n_seq && status == TQ_OK; seq++) status = check_sequence(&call, seq);
     if (status == TQ_OK) status = attend(&call);
