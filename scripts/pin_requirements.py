@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 """Write the lists of Python packages that scripts/setup.sh installs, with the hashes of all files, from the .in files next to
 them. It needs uv (pip install uv) and a network; pip then installs only what was tested. What an environment gets from one list
-is not in its second one.
+is not in its second one. Of a list LIST, LIST-overrides.in takes the place of what packages ask for.
 """
 import subprocess
 import sys
@@ -15,6 +15,7 @@ LISTS = [  # (the list, the least Python, the list that the environment has alre
     ("scripts/requirements-test", "3.10", "scripts/requirements-run"),
     ("python/tests/requirements", "3.11", None),
     ("python/tests/requirements-torch", "3.11", "python/tests/requirements"),
+    ("python/tests/requirements-vllm", "3.11", None),
 ]
 
 
@@ -34,6 +35,8 @@ def main():
         path = ROOT / f"{name}.in"
         command = ["uv", "pip", "compile", "-q", "--universal", "--python-version", version, "--generate-hashes", "--no-header",
                    "--no-annotate", path.name]
+        overrides = path.with_name(f"{path.stem}-overrides.in")
+        command += ["--override", overrides.name] if overrides.exists() else []
         done = subprocess.run(command, cwd=path.parent, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"pin_requirements.py: {path} could not be resolved")

@@ -7,9 +7,10 @@
 #   build    compilers and libraries of `make all`
 #   run      also `make run`
 #   test     also `make test`
-#   cross    AArch64 and other x86-64 processors, emulated          (shards of `make test-full`, as the next two)
+#   cross    AArch64 and other x86-64 processors, emulated          (shards of `make test-full`, as the next three)
 #   clang    libFuzzer and Clang's sanitizers
 #   torch    PyTorch and Transformers: 6 GB where pip finds only the build for CUDA
+#   vllm     vLLM for CPUs, and a PyTorch of its own: 6 GB likewise
 #
 # build, run and test include those before them. --check installs nothing and says what is missing. Running it again takes no
 # time.
@@ -42,12 +43,12 @@ for what; do
         # Where the sanitizer and libFuzzer runtimes are a package of their own.
         if apt-cache show libclang-rt-dev >/dev/null 2>&1; then packages="$packages libclang-rt-dev"; fi
         ;;
-    torch)
+    torch | vllm)
         packages="$packages python3-venv"
-        environments="$environments torch"
+        environments="$environments $what"
         ;;
     *)
-        echo "setup.sh: unknown '$what'; there are build, run, test, cross, clang and torch" >&2
+        echo "setup.sh: unknown '$what'; there are build, run, test, cross, clang, torch and vllm" >&2
         exit 2
         ;;
     esac
@@ -121,5 +122,6 @@ for name in $environments; do
         install_pinned torch-venv python/tests/requirements.txt
         install_pinned torch-venv python/tests/requirements-torch.txt direct
         ;;
+    vllm) install_pinned vllm-venv python/tests/requirements-vllm.txt direct ;;
     esac
 done

@@ -12,6 +12,7 @@ DEPS = Path(os.environ.get("TQ_DEPS_DIR", BUILD / "deps")).absolute()
 JOBS = str(os.cpu_count() or 1)
 PYTHON_VENV = DEPS / "python-venv"  # MLX-LM
 TORCH_VENV = DEPS / "torch-venv"  # and Transformers
+VLLM_VENV = DEPS / "vllm-venv"
 TINY = BUILD / "tiny"
 MODEL = DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -25,6 +26,7 @@ PARTS = {
     "plug-in": "all shapes and options in stock llama.cpp, also with its AVX2 and AVX-512 code",
     "quality": "4096 tokens of the real model against FP16, whole runs of `tq eval` and `tq calibrate`",
     "transformers": "Transformers on the CPU and on an emulated CUDA device, real models in Transformers and MLX-LM",
+    "vllm": "the plug-in in stock vLLM on a CPU",
 }
 PART_FILES = {
     "sanitizers": ("src/base", "src/cache", "src/kernels", "src/attention", "src/api", "fuzz", "tests/unit", "tests/kernels"),
@@ -35,6 +37,7 @@ PART_FILES = {
     "plug-in": ("plugins", "src/cache", "src/attention", "tests/plugin", "scripts/get_llama", "scripts/make_"),
     "quality": ("src/codec", "src/cache", "tools", "tests/plugin", "scripts"),
     "transformers": ("python", "src/api", "src/cache", "tests/cuda", "bench/headline"),
+    "vllm": ("python/turboquant/vllm", "python/tests/vllm", "src/device", "src/api/paged"),
 }
 TIERS = ("check", "test", "full")  # `make check`, `make test`, `make test-full`
 
@@ -119,6 +122,7 @@ def builds():
         preset("aarch64", "tests", setup=("cross",), programs=cross),
         Build("qemu", [["true"]], setup=("cross",), programs=("qemu-x86_64",)),
         Build("torch", [["true"]], setup=("torch",)),
+        Build("vllm", [["true"]], setup=("vllm",)),
         Build("llama variants", variants if "avx512_vnni" in cpu_flags() else variants[:1] if "avx2" in cpu_flags() else []),
     ]
     return {build.name: build for build in found}
@@ -320,14 +324,14 @@ def device_missing():
     return "" if nvcc() else "nvcc not installed"
 
 
-def pytest(name, venv, *files, more=(), **options):
-    """Files of python/tests, with the sources' package and the release build's library."""
+def pytest(name, venv, *files, more=(), folder="", **options):
+    """Files of python/tests, or a folder in it, with the sources' package and the release build's library."""
     # Threads that wait actively for each other take hours where other suites run at the same time.
     environment = {"PYTHONPATH": str(ROOT / "python"), "TURBOQUANT_LIBRARY": str(BUILD / "release/libturboquant.so"),
                    "TQ_DEPS_DIR": str(DEPS), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
     environment |= options.pop("environment", {})
     command = [venv / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               *(ROOT / f"python/tests/test_{file}.py" for file in files)]
+               *(ROOT / "python/tests" / folder / f"test_{file}.py" for file in files)]
     more = [(command, {**environment, **given}) for command, given in more]
     return Suite(name, [(command, environment), *counted(more)], timeout=1800, rooms=("python",), **options)
 
@@ -361,6 +365,12 @@ def transformers_suites():
                  environment=on_device, builds=("cuda", "torch"), missing=device_missing(), optional=True)
 
 
+def vllm_suites():
+    needed = {"builds": ("release", "vllm")}
+    yield pytest("python/vllm", VLLM_VENV, "vllm", "vllm_refusals", "vllm_traffic", folder="vllm", **needed)
+    yield pytest("python/vllm real model", VLLM_VENV, "vllm_real_model", folder="vllm", missing=absent(MODEL), **needed)
+
+
 def part(name, found):
     for suite in found:
         suite.part = suite.part or name
@@ -372,4 +382,5 @@ def all_suites():
         *static_suites(), *native_suites(), *python_suites(), *plugin_suites(),
         *part("sanitizers", sanitizer_suites()), *part("fuzzing", fuzz_suites()), *part("emulated", emulated_suites()),
         *part("package", package_suites()), *part("metal", metal_suites()), *part("transformers", transformers_suites()),
+        *part("vllm", vllm_suites()),
     ]

@@ -111,7 +111,8 @@ def toy(tmp_path_factory):
     kinds = {
         "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)),
         "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-            **shape | {"tie_word_embeddings": True}, sliding_window=128, attn_logit_softcapping=20.0, query_pre_attn_scalar=64)),
+            **shape | {"tie_word_embeddings": True}, sliding_window=128, attn_logit_softcapping=20.0,
+            query_pre_attn_scalar=64)),
         "qwen2": lambda: with_outliers(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
             **{name: value for name, value in shape.items() if name != "head_dim"} | {"hidden_size": 512}))),
         "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape)),

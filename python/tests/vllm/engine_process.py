@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """
-One vLLM engine in a process of its own, since an engine leaves things behind: engine_process.py JOB RESULT. JOB is JSON with the
-arguments of vllm.LLM and steps, RESULT the list of what the steps gave.
+One vLLM engine in a process of its own, since an engine leaves things behind: engine_process.py JOB RESULT. JOB is JSON with
+the arguments of vllm.LLM and steps, RESULT the list of what the steps gave.
 """
 import json
 import os

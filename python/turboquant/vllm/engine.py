@@ -307,13 +307,14 @@ class ExactLayer(nn.Module, AttentionLayerBase):
             self._log_size(len(kv_cache), kv_cache.stride(0) * kv_cache.element_size(), kv_cache.shape[2])
 
     def _log_size(self, n_blocks: int, block_bytes: int, window_tokens: int) -> None:
-        of_one = -(-self._max_len // self._n_tokens) + -(-self.plan.options.n_recent // window_tokens) + 1
-        held = (n_blocks - 1) * self._max_len // of_one
-        plain = n_blocks * block_bytes // self._bf16_token_bytes
-        log.info("turboquant: keys %s, values %s, %d recent and %d first tokens exact: the cache holds %s tokens in requests of "
-                 "%s; in BF16 it would hold %s", format_info(self.plan.k_format).name,
-                 format_info(self.plan.options.v_format).name, self.plan.options.n_recent, self.plan.options.n_sink,
-                 f"{held:,}", f"{self._max_len:,}", f"{plain:,}")
+        """Of requests of the greatest length; one block is nobody's."""
+        asked_for = self.plan.options
+        n_of_request = -(-self._max_len // self._n_tokens) + -(-asked_for.n_recent // window_tokens) + 1
+        held = (n_blocks - 1) * self._max_len // n_of_request
+        in_bf16 = n_blocks * block_bytes // self._bf16_token_bytes
+        log.info("turboquant: keys %s, values %s, %d recent and %d first tokens exact: the cache holds %s tokens in requests "
+                 "of %s; in BF16 it would hold %s", format_info(self.plan.k_format).name, format_info(asked_for.v_format).name,
+                 asked_for.n_recent, asked_for.n_sink, f"{held:,}", f"{self._max_len:,}", f"{in_bf16:,}")
 
 
 class Attention(AttentionImpl):
