@@ -34,7 +34,7 @@ test: test-deps  ## all of check, a sanitizer, each instruction set, small model
 	$(PYTHON) tests/run_all.py test
 
 .PHONY: test-full
-test-full: test-deps  ## what `make test` leaves out: an hour, and 6 GB for PyTorch; SHARD=1/8 runs an eighth (docs/testing.md)
+test-full: test-deps  ## what `make test` leaves out: 1.5 hours, 12 GB for PyTorch, vLLM; SHARD=1/9: a ninth (docs/testing.md)
 	$(PYTHON) tests/run_all.py full $(if $(SHARD),--shard $(SHARD))
 
 .PHONY: test-deps

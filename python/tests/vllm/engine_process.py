@@ -56,6 +56,7 @@ def traffic(llm, step):
     that was aborted.
     """
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     draw, engine = random.Random(step["seed"] + 1), llm.llm_engine
     waiting = list(requests_of(step, llm.model_config.get_vocab_size()))
@@ -67,7 +68,10 @@ def traffic(llm, step):
         for _ in range(draw.randrange(4)):
             if coming and len(alive) < 16:
                 request = coming.pop(0)
-                sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=request["n_tokens"], n=request["n"])
+                # Greedy sampling takes no n; the best of one is the same.
+                choice = {"temperature": 0} if request["n"] == 1 else {"temperature": 1, "top_k": 1, "n": request["n"]}
+                sampling = SamplingParams(ignore_eos=True, max_tokens=request["n_tokens"],
+                                          output_kind=RequestOutputKind.FINAL_ONLY, **choice)
                 engine.add_request(request["id"], {"prompt_token_ids": request["prompt"]}, sampling)
                 alive[request["id"]] = n_steps
         for out in engine.step():

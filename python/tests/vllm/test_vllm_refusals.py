@@ -66,6 +66,7 @@ def config(**changes):
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         "model_config": SimpleNamespace(is_hybrid=False),
         "cache_config": SimpleNamespace(cache_dtype="auto", block_size=64),
+        "speculative_config": SimpleNamespace(method="ngram"),
         "additional_config": {"turboquant": "TQ4"},
     }
     for name, value in changes.items():
@@ -78,6 +79,7 @@ def config(**changes):
     ({"decode_context_parallel_size": 2}, "use --tensor-parallel-size"),
     ({"prefill_context_parallel_size": 2}, "use --tensor-parallel-size"),
     ({"is_hybrid": True}, "recurrent states"),
+    ({"method": "eagle"}, "use one of ngram"),
     ({"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
     ({"cache_dtype": "bfloat16"}, "takes the place of --kv-cache-dtype bfloat16"),
     ({"block_size": 40}, "not 40"),

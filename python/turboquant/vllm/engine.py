@@ -37,6 +37,10 @@ from .pages import PAGE_TOKENS_MAX, PAGE_TOKENS_STEP, Batch, PageFormat, Window,
 
 EXACT = ".turboquant_exact"
 DTYPE_NAMES = ("tq6", "tq4", "tq3", "tq2")
+# Speculation without layers of its own.
+DRAFTERS = ("ngram", "suffix")
+# What stock attention on CPUs computes blocks in.
+STOCK_TOKENS = 32
 log = init_logger(f"vllm.{__name__}")
 
 
@@ -107,6 +111,10 @@ def _check(config: VllmConfig, dtype: str) -> None:
     if config.model_config.is_hybrid:
         raise UnsupportedError("turboquant does not serve models with recurrent states in vLLM: leave the option `turboquant` "
                                "out")
+    drafter = getattr(config.speculative_config, "method", None)
+    if drafter not in (None, *DRAFTERS):
+        raise UnsupportedError(f"turboquant does not serve drafts of the method {drafter}, which have layers of their own: use "
+                               f"one of {', '.join(DRAFTERS)}, or leave --speculative-config out")
     size = config.cache_config.block_size
     if size is not None and (size % PAGE_TOKENS_STEP or not 0 < size <= PAGE_TOKENS_MAX):
         raise UnsupportedError(f"turboquant's pages have {PAGE_TOKENS_STEP} to {PAGE_TOKENS_MAX} tokens, a multiple of "
@@ -207,13 +215,11 @@ class Backend(cpu_attn.CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        if _loading is None or type(spec) is not FullAttentionSpec or not _serves_spec(spec):
+        if _loading is None or spec.num_head_slots is not None:
             return spec
-        plan = _loading[1]
-        plan.agree()
-        pages = plan.page_format(spec.num_kv_heads, spec.head_size, spec.head_size_v)
-        return replace(spec, dtype=torch.uint8, num_head_slots=1,
-                       state_content_bytes=pages.page_bytes(spec.block_size) // spec.block_size)
+        if type(spec) is SlidingWindowSpec:
+            return _smaller_blocks(_loading[1], spec)
+        return _page_spec(_loading[1], spec) if _is_served(spec) else spec
 
     @staticmethod
     def get_impl_cls() -> type:
@@ -228,8 +234,27 @@ class Backend(cpu_attn.CPUAttentionBackend):
         return Builder
 
 
-def _serves_spec(spec: AttentionSpec) -> bool:
-    return spec.sliding_window is None and spec.attention_chunk_size is None
+def _is_served(spec: Any) -> bool:
+    return type(spec) is FullAttentionSpec and spec.sliding_window is None and spec.attention_chunk_size is None
+
+
+def _page_spec(plan: Plan, spec: AttentionSpec) -> AttentionSpec:
+    plan.agree()
+    pages = plan.page_format(spec.num_kv_heads, spec.head_size, spec.head_size_v)
+    return replace(spec, dtype=torch.uint8, num_head_slots=1,
+                   state_content_bytes=pages.page_bytes(spec.block_size) // spec.block_size)
+
+
+def _smaller_blocks(plan: Plan, spec: SlidingWindowSpec) -> AttentionSpec:
+    """
+    Of a layer with a window, which is left to vLLM: all layers' pages get the size of the largest, so that pages of as many
+    tokens as ours would fill ours up. Those of fewer tokens fit into ours.
+    """
+    if spec.block_size == 1 or spec.head_size not in head_dims():  # a question about one token
+        return spec
+    room = plan.page_format(spec.num_kv_heads, spec.head_size, spec.head_size_v).page_bytes(spec.block_size)
+    n = room // (spec.page_size_bytes // spec.block_size) // STOCK_TOKENS * STOCK_TOKENS
+    return replace(spec, block_size=n) if n and spec.block_size % n == 0 else spec
 
 
 class _Refusing:
@@ -307,7 +332,7 @@ class ExactLayer(nn.Module, AttentionLayerBase):
             self._log_size(len(kv_cache), kv_cache.stride(0) * kv_cache.element_size(), kv_cache.shape[2])
 
     def _log_size(self, n_blocks: int, block_bytes: int, window_tokens: int) -> None:
-        """Of requests of the greatest length; one block is nobody's."""
+        """Of requests of the greatest length, and of layers that are compressed only; one block is nobody's."""
         asked_for = self.plan.options
         n_of_request = -(-self._max_len // self._n_tokens) + -(-asked_for.n_recent // window_tokens) + 1
         held = (n_blocks - 1) * self._max_len // n_of_request
@@ -343,7 +368,7 @@ class Attention(AttentionImpl):
         self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
         self.softcap = float(logits_soft_cap or 0)
         self.sinks = None if sinks is None else sinks
-        config = get_current_vllm_config()
+        self._config = config = get_current_vllm_config()
         self.context = config.compilation_config.static_forward_context
         self.plan = _plan_of(config, asked(config))
         # Whose attention this is: vLLM's constructors are running now, and tell nobody later.
@@ -354,6 +379,9 @@ class Attention(AttentionImpl):
         for name, layer in found:
             if self.kv_sharing_target_layer_name is not None:
                 continue
+            if not _is_served(layer.get_kv_cache_spec(self._config)):
+                raise UnsupportedError(f"turboquant does not serve the attention of {name}, which does not see all tokens, or "
+                                       "has some of its own: leave the option `turboquant` out for this model")
             self._find_factors(name, layer, act_dtype)
             if name + EXACT not in self.context:
                 self.context[name + EXACT] = ExactLayer(layer, self.plan)
@@ -386,8 +414,10 @@ class Attention(AttentionImpl):
 
     def _pages(self, layer: Any, kv_cache: torch.Tensor) -> tuple[PageFormat, torch.Tensor]:
         """The layer's view [blocks, 1, tokens, bytes of a token] as [blocks, tokens, bytes]."""
-        pages = self.plan.page_format(self.num_kv_heads, self.head_size, layer.head_size_v)
-        return pages, kv_cache[:, 0]
+        if kv_cache.dtype != torch.uint8 or kv_cache.shape[1] != 1:
+            raise UnsupportedError(f"vLLM gave {layer.layer_name} a cache that is not turboquant's: leave the option "
+                                   "`turboquant` out for this model")
+        return self.plan.page_format(self.num_kv_heads, self.head_size, layer.head_size_v), kv_cache[:, 0]
 
     def do_kv_cache_update(self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
                            slot_mapping: torch.Tensor) -> None:
