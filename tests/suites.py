@@ -367,7 +367,8 @@ def transformers_suites():
 
 def vllm_suites():
     needed = {"builds": ("release", "vllm")}
-    yield pytest("python/vllm", VLLM_VENV, "vllm", "vllm_refusals", folder="vllm", **needed)
+    yield pytest("python/vllm", VLLM_VENV, "vllm", folder="vllm", **needed)
+    yield pytest("python/vllm refusals", VLLM_VENV, "vllm_refusals", folder="vllm", **needed)
     yield pytest("python/vllm traffic", VLLM_VENV, "vllm_traffic", folder="vllm", **needed)
     yield pytest("python/vllm real model", VLLM_VENV, "vllm_real_model", folder="vllm", missing=absent(MODEL), **needed)
 
