@@ -18,7 +18,7 @@
 
 enum { HARTLEY_MAX = 9, TWO_ROUNDS_BELOW = 128, THREE_ROUNDS_BELOW = 64 };
 
-static const int32_t head_dims[] = {32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256, 288, 320, 512, 576};
+static const int32_t head_dims[] = {32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320, 512, 576};
 enum { N_HEAD_DIMS = sizeof(head_dims) / sizeof(head_dims[0]) };
 
 const int32_t *tq_supported_head_dims(int32_t *n_out)

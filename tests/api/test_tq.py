@@ -34,7 +34,7 @@ class Figures(unittest.TestCase):
         formats = tq_json("formats")
         keys = {"name", "bits", "head_dim", "bytes_per_vector", "bits_per_value", "ratio_to_f16", "description"}
         self.assertTrue(all(set(f) == keys for f in formats))
-        head_dims = {32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256, 288, 320, 512, 576}
+        head_dims = {32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320, 512, 576}
         self.assertEqual({f["head_dim"] for f in formats}, head_dims)
         sq4 = next(f for f in formats if f["name"] == "sq4" and f["head_dim"] == 128)
         self.assertEqual((sq4["bits"], sq4["bytes_per_vector"], sq4["bits_per_value"]), (4, 66, 4.125))

@@ -70,7 +70,7 @@ class AllHosts(HostCase):
                 self.check(tiny_model(arch), "TQ6", "TQ4", *bounds.get(arch, ()), **options.get(arch, {}))
 
     def test_every_head_dim(self):
-        for head_dim in (32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256, 288, 320, 512):
+        for head_dim in (32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320, 512):
             with self.subTest(head_dim):
                 model = tiny_model(f"llama_{head_dim}", "--arch", "llama", "--head-dim", str(head_dim))
                 self.check(model, "TQ6", "TQ4")

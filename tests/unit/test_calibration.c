@@ -79,7 +79,7 @@ static double dot(const float *a, const float *b, int32_t n)
 static void test_dot_products_and_keys_survive(void **state)
 {
     (void)state;
-    static const int32_t head_dims[] = {32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256, 288, 320, 512, 576};
+    static const int32_t head_dims[] = {32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320, 512, 576};
     kv_random random = {.state = 11};
     for (size_t i = 0; i < sizeof head_dims / sizeof head_dims[0]; i++) {
         int32_t n = head_dims[i];

@@ -63,7 +63,7 @@ static void each_head_dim(uint64_t seed, each_fn check)
 {
     int32_t n;
     const int32_t *head_dims = tq_supported_head_dims(&n);
-    assert_int_equal(n, 16);
+    assert_int_equal(n, 17);
     for (int32_t i = 0; i < n; i++) {
         tq_rotation rotation;
         tq_rotation_init(&rotation, head_dims[i], seed);

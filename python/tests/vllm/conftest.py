@@ -120,7 +120,6 @@ def toy(tmp_path_factory):
             **{name: value for name, value in shape.items() if name not in ("head_dim", "num_key_value_heads")},
             kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
             first_k_dense_replace=4, n_routed_experts=8)),
-        "narrow": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape | {"head_dim": 32})),
     }
     made = {}
 
