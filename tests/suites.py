@@ -56,10 +56,10 @@ FUZZ_INPUTS = {"fuzz_batch": 30, "fuzz_options": 200_000, "fuzz_page_ops": 2500,
 # Whose unit tests these are. The hostile ones are written by tests/hostile/generate.py, the others are tests/unit/test_*.c.
 UNIT_ROOMS = {
     "attention": "attention", "batch": "cache", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda",
-    "dry_run": "cache", "factors": "codec", "file": "base", "fork": "cache", "golden": "codec", "half": "base",
-    "hostile": "api", "invariants": "cache", "keep": "cache", "offload": "cache", "packing": "codec", "paged": "cache",
-    "params": "api", "presets": "api", "restore": "cache", "rotation": "codec", "snapshot": "cache", "store": "cache",
-    "store_references": "cache", "threads": "base",
+    "dry_run": "cache", "exact_pages": "cache", "factors": "codec", "file": "base", "fork": "cache", "golden": "codec",
+    "half": "base", "hostile": "api", "invariants": "cache", "keep": "cache", "offload": "cache", "packing": "codec",
+    "paged": "cache", "params": "api", "presets": "api", "restore": "cache", "rotation": "codec", "snapshot": "cache",
+    "store": "cache", "store_references": "cache", "threads": "base",
 }
 
 
@@ -134,14 +134,15 @@ def sources(folder, pattern):
 
 
 def device_of(kind):
-    """The device that computes in host memory, next to the CPU: for test_batch, test_paged and fuzz_batch."""
+    """The device that computes in host memory, next to the CPU: for batches, paged stores and fuzz_batch."""
     return {"TQ_CUDA_LIBRARY": str(BUILD / kind / "tests/cuda/libturboquant-cuda-emulated.so")}
 
 
 def units(kind, environment=None, emulator=(), names=None):
     device = {} if emulator else device_of(kind)  # a static program, for an emulator, loads none
+    on_device = "test_batch", "test_exact_pages", "test_paged"
     return [([*emulator, BUILD / kind / "tests/unit" / name],
-             {**SANITIZERS, **(device if name in ("test_batch", "test_paged") else {}), **(environment or {})})
+             {**SANITIZERS, **(device if name in on_device else {}), **(environment or {})})
             for name in names or [f"test_{name}" for name in UNIT_ROOMS]]
 
 

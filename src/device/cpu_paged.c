@@ -516,17 +516,19 @@ static tq_status check_exact_pages(const attend_call *call, int32_t seq, const q
 {
     const tq_paged_store *store = call->o.store;
     const tq_paged_exact *e = call->params->exact_pages;
-    const tq_side *sides = call->o.layout.sides;
-    if (!e || (sides[TQ_SIDE_K].n_sink + sides[TQ_SIDE_K].n_recent == 0 && sides[TQ_SIDE_V].n_sink + sides[TQ_SIDE_V].n_recent == 0))
-        return TQ_OK;
+    bool is_read = false; /* not of formats that are exact anyway */
+    for (int32_t side = 0; side < TQ_N_SIDES; side++)
+        is_read |= e && call->o.layout.sides[side].n_sink + call->o.layout.sides[side].n_recent > 0;
+    if (!is_read) return TQ_OK;
     const int32_t *table = call->params->page_table + seq * call->params->page_table_stride;
     if (e->n_sink > 0) TQ_TRY(check_pages(store, table, seq, 0, 1, "attend"));
     int64_t begin = q->length - q->n - e->n_recent + 1;
     if (begin < e->n_sink) begin = e->n_sink;
     if (e->n_recent == 0 || begin >= q->length) return TQ_OK;
     if (call->params->n_seq > 1 && (q->length - 1) / e->page_size >= e->page_table_stride) {
-        tq_log(TQ_LOG_ERROR, WHO ": attend: exact_pages: sequence %d has %lld tokens, but a row of page_table has %lld pages of %d",
-               (int)seq, (long long)q->length, (long long)e->page_table_stride, (int)e->page_size);
+        tq_log(TQ_LOG_ERROR,
+               WHO ": attend: exact_pages: sequence %d has %lld tokens, but a row of page_table has %lld pages of %d", (int)seq,
+               (long long)q->length, (long long)e->page_table_stride, (int)e->page_size);
         return TQ_ERR_RANGE;
     }
     for (int64_t i = begin / e->page_size; i * e->page_size < q->length; i++) {
