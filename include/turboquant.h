@@ -503,7 +503,7 @@ typedef struct tq_batch_rows {
 /*
  * Append and attend, as if token by token: a token is exact for the queries for which it is among the last n_recent. Errors:
  * ARGUMENT (no pass, or the layer has had its turn), SHAPE (out_dim), NOT_FINITE (a device says so in a later pass), MEMORY,
- * DEVICE. On the CPU nothing was appended then; on a device tq_cache_length tells.
+ * FULL, IO, DEVICE. On the CPU nothing was appended then; on a device tq_cache_length tells.
  */
 TQ_API TQ_NODISCARD tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *rows,
                                               const tq_executor *executor);

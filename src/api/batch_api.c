@@ -98,14 +98,6 @@ static tq_status check_rows(const tq_batch *batch, const tq_batch_rows *rows, in
         tq_log(TQ_LOG_ERROR, WHO ": a stride is negative or overflows");
         return TQ_ERR_ARGUMENT;
     }
-    if (total_of(batch) > 0 && (!rows->q || !rows->k || !rows->v || !rows->out)) {
-        tq_log(TQ_LOG_ERROR, WHO ": q, k, v or out is NULL");
-        return TQ_ERR_ARGUMENT;
-    }
-    if (!isfinite(rows->softmax_scale) || !isfinite(rows->softcap) || rows->softcap < 0 || rows->window < 0) {
-        tq_log(TQ_LOG_ERROR, WHO ": softmax_scale must be finite, softcap and window positive, or 0 for none");
-        return TQ_ERR_ARGUMENT;
-    }
     if (batch->cache->device && (rows->is_shared || rows->n_query)) {
         tq_log(TQ_LOG_ERROR, WHO ": layers that share keys and values (is_shared, n_query) are only served on the CPU");
         return TQ_ERR_ARGUMENT;
@@ -116,9 +108,16 @@ static tq_status check_rows(const tq_batch *batch, const tq_batch_rows *rows, in
                (int)batch->seqs[i], (long long)rows->n_query[i], (long long)batch->n_tok[i]);
         return TQ_ERR_ARGUMENT;
     }
-    if (rows->out_dim >= 0 && rows->out_dim <= head_dim_v) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, WHO ": out_dim is %d, but the values have head_dim %d", (int)rows->out_dim, (int)head_dim_v);
-    return TQ_ERR_SHAPE;
+    int64_t n_query = rows->n_query ? 0 : total_of(batch);
+    for (int32_t i = 0; rows->n_query && i < batch->n_rows; i++) n_query += rows->n_query[i];
+    if ((n_query > 0 && (!rows->q || !rows->out)) || (total_of(batch) > 0 && (!rows->k || !rows->v))) {
+        tq_log(TQ_LOG_ERROR, WHO ": q, k, v or out is NULL");
+        return TQ_ERR_ARGUMENT;
+    }
+    tq_attend_params plain = {.struct_size = sizeof plain, .n_head = batch->n_head, .out_dim = rows->out_dim};
+    plain.softmax_scale = rows->softmax_scale, plain.softcap = rows->softcap, plain.window = rows->window;
+    if (!batch->cache->device) plain.alibi_slopes = rows->alibi_slopes, plain.sinks = rows->sinks; /* which can be looked at */
+    return tq_check_attend(WHO, &plain, 0, batch->cache->shape.n_head_kv, head_dim_v);
 }
 
 static void set_stride(int64_t *stride, int64_t contiguous)

@@ -29,6 +29,12 @@ static tq_status check_params(const tq_store_params *params)
                (int)params->n_head_kv, (long long)params->n_slots, TQ_HEADS_MAX);
         return TQ_ERR_ARGUMENT;
     }
+    size_t vector_bytes = tq_format_vector_bytes(tq_format_traits_get(params->format), params->head_dim);
+    if (params->n_slots % 2 != 0 && vector_bytes % 2 != 0) {
+        tq_log(TQ_LOG_ERROR, "%s: n_slots is %lld, but must be even: vectors have %zu bytes, and scales are 2-byte aligned",
+               label, (long long)params->n_slots, vector_bytes);
+        return TQ_ERR_ARGUMENT;
+    }
     if (params->factors)
         TQ_TRY(tq_check_factors(label, params->factors, params->n_head_kv, params->head_dim, params->calibration));
     TQ_TRY(tq_check_exact(label, params->n_sink, params->n_recent, params->ref_block));

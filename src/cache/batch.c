@@ -19,7 +19,7 @@ void tq_batch_close(tq_batch *batch)
     tq_free(batch->frames);
     tq_free(batch->checkpoints);
     tq_free(batch->has_run);
-    tq_free(batch->is_encoded);
+    tq_free(batch->encoded);
     tq_free(batch->n_appended);
     tq_free(batch);
 }
@@ -36,9 +36,9 @@ tq_status tq_batch_open(tq_batch **out, tq_cache *cache, int32_t n_rows)
     batch->rows = tq_alloc_zero((size_t)n_rows * sizeof *batch->rows);
     batch->n_appended = tq_alloc_zero((size_t)n_rows * sizeof *batch->n_appended);
     batch->has_run = tq_alloc_zero((size_t)cache->shape.n_layer * sizeof *batch->has_run);
-    batch->is_encoded = tq_alloc_zero((size_t)cache->shape.n_layer * sizeof *batch->is_encoded);
-    bool has_memory = batch->sequences && batch->seqs && batch->n_tok && batch->rows && batch->n_appended && batch->has_run &&
-                      batch->is_encoded;
+    batch->encoded = tq_alloc_zero((size_t)cache->shape.n_layer * (size_t)n_rows * sizeof *batch->encoded);
+    bool has_memory =
+        batch->sequences && batch->seqs && batch->n_tok && batch->rows && batch->n_appended && batch->has_run && batch->encoded;
     tq_status status = has_memory ? TQ_OK : TQ_ERR_MEMORY;
     if (status == TQ_OK && cache->device) status = cache->device->pass_open(&batch->pass, cache->memory, n_rows);
     if (status != TQ_OK)
@@ -159,7 +159,7 @@ tq_status tq_batch_start(tq_batch *batch, int32_t n_head)
     tq_cache *cache = batch->cache;
     batch->is_open = batch->is_captured = false;
     memset(batch->has_run, 0, (size_t)cache->shape.n_layer * sizeof *batch->has_run);
-    memset(batch->is_encoded, 0, (size_t)cache->shape.n_layer * sizeof *batch->is_encoded);
+    memset(batch->encoded, 0xff, (size_t)cache->shape.n_layer * (size_t)batch->n_rows * sizeof *batch->encoded);
     if (cache->device) TQ_TRY(cache->device->is_captured(cache->memory, &batch->is_captured));
     tq_cache_lock(cache);
     tq_status status = find_sequences(batch);

@@ -14,7 +14,7 @@ struct tq_batch {
     int32_t *seqs;           /* [n_rows] */
     int64_t *n_tok;          /* [n_rows] */
     bool *has_run;           /* [n_layer], in this pass; not on devices, where lengths tell */
-    bool *is_encoded;        /* [n_layer]: the first half of its append is done, which layers share; likewise */
+    int64_t *encoded;        /* [n_layer, n_rows]: the length at which the first half of its append is done, or -1; likewise */
     /* Of a device's cache. */
     tq_pass *pass;
     tq_pass_row *rows;   /* [n_rows] */

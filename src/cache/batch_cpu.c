@@ -99,15 +99,18 @@ static tq_status attend(const cpu_pass *pass, int32_t i, const tq_executor *exec
     const tq_attend_params *all = &pass->params;
     const tq_dtype dtype = pass->rows->dtype;
     const int32_t head_dim = pass->head_dims[TQ_SIDE_K];
+    const tq_sequence *sequence = batch->sequences[i];
+    int64_t *encoded = &batch->encoded[(size_t)pass->layer * (size_t)batch->n_rows + (size_t)i];
     const int64_t first = pass->first_query[i], n = pass->first_query[i + 1] - first;
     size_t bytes = tq_cpu_query_floats(all, dtype, n, head_dim) * sizeof(float);
     float *memory = bytes ? tq_scratch_alloc(bytes) : NULL;
     if (bytes && !memory) return TQ_ERR_MEMORY;
     tq_attend_params own = tq_cpu_queries_read(all, dtype, first, n, head_dim, memory);
     tq_status status =
-        tq_sequence_prefill(batch->cache, batch->sequences[i], pass->layer, batch->n_tok[i], batch->is_encoded[pass->layer],
+        tq_sequence_prefill(batch->cache, sequence, pass->layer, batch->n_tok[i], *encoded == sequence->length[pass->layer],
                             rows_of(pass, i, TQ_SIDE_K), rows_of(pass, i, TQ_SIDE_V), &own, executor);
     if (status == TQ_OK) tq_cpu_results_write(all, dtype, first, &own);
+    if (status == TQ_OK) *encoded = sequence->length[pass->layer];
     tq_scratch_free(memory, bytes);
     return status;
 }
@@ -130,6 +133,7 @@ static double work_of(const void *context, int32_t i)
 {
     const cpu_pass *pass = context;
     int64_t n_query = pass->first_query[i + 1] - pass->first_query[i];
+    if (n_query == 0 && pass->batch->n_tok[i] > 0) n_query = 1; /* its tokens are encoded */
     return (double)n_query * (double)(pass->batch->sequences[i]->length[pass->layer] + pass->batch->n_tok[i]);
 }
 
@@ -164,7 +168,6 @@ static tq_status run(cpu_pass *pass, const tq_executor *executor)
     for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(check_finite(pass, side));
     attend_all(pass, executor);
     tq_status status = (tq_status)atomic_load(&pass->status);
-    pass->batch->is_encoded[pass->layer] = status == TQ_OK;
     if (status == TQ_OK && !pass->rows->is_shared) keep_all(pass);
     atomic_fetch_add(&pass->batch->cache->attend_ns, tq_now_ns() - started);
     if (status != TQ_OK)

@@ -22,7 +22,7 @@ typedef struct tq_store_params {
     size_t struct_size;
     tq_format format;
     int32_t head_dim, n_head_kv; /* at most 65536 heads */
-    int64_t n_slots;
+    int64_t n_slots;             /* even for 3 bits at head_dims 40 and 72 */
     int32_t n_sink, n_recent;
     /*
      * 0: none. Else each ref_block slots of a head share a reference vector, and what is coded of a slot is its difference from

@@ -12,7 +12,8 @@ void tq_transform_key(const uint16_t *l, int32_t head_dim, const float *x, float
     memset(y, 0, (size_t)head_dim * sizeof *y);
     for (int32_t i = 0; i < head_dim; i++) {
         const uint16_t *row = l + tq_transform_row(i);
-        for (int32_t j = 0; j < tq_transform_row_length(i); j++) y[j] += x[i] * tq_bfloat_to_float(row[j]);
+        int32_t n = tq_transform_row_length(i) < head_dim ? tq_transform_row_length(i) : head_dim;
+        for (int32_t j = 0; j < n; j++) y[j] += x[i] * tq_bfloat_to_float(row[j]);
     }
 }
 

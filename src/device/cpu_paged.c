@@ -511,6 +511,13 @@ static queries queries_of(const attend_call *call, int32_t seq)
     return q;
 }
 
+/* The first position that a query's window lets it see. */
+static int64_t seen_from(const attend_call *call, const queries *q)
+{
+    int64_t window = call->plain->window, first = q->length - q->n - window + 1;
+    return window > 0 && first > 0 ? first : 0;
+}
+
 /* Those that queries read exact tokens of. */
 static tq_status check_exact_pages(const attend_call *call, int32_t seq, const queries *q)
 {
@@ -521,8 +528,9 @@ static tq_status check_exact_pages(const attend_call *call, int32_t seq, const q
         is_read |= e && call->o.layout.sides[side].n_sink + call->o.layout.sides[side].n_recent > 0;
     if (!is_read) return TQ_OK;
     const int32_t *table = call->params->page_table + seq * call->params->page_table_stride;
-    if (e->n_sink > 0) TQ_TRY(check_pages(store, table, seq, 0, 1, "attend"));
-    int64_t begin = q->length - q->n - e->n_recent + 1;
+    int64_t begin = q->length - q->n - e->n_recent + 1, seen = seen_from(call, q);
+    if (seen < e->n_sink) TQ_TRY(check_pages(store, table, seq, 0, 1, "attend"));
+    if (begin < seen) begin = seen;
     if (begin < e->n_sink) begin = e->n_sink;
     if (e->n_recent == 0 || begin >= q->length) return TQ_OK;
     if (call->params->n_seq > 1 && (q->length - 1) / e->page_size >= e->page_table_stride) {
@@ -668,8 +676,8 @@ static const uint16_t *exact_row(const uint8_t *tokens, int64_t n_tokens, int64_
 }
 
 /* The exact vectors of one side, of all heads, from the caller's pages to `to`, in the order of the view's entries. */
-static void gather_exact(const attend_call *call, int32_t seq, const uint8_t *first_page, int32_t side, tq_kv_view *view,
-                         tq_exact_entry *entries, uint8_t *to)
+static void gather_exact(const attend_call *call, int32_t seq, int64_t seen, const uint8_t *first_page, int32_t side,
+                         tq_kv_view *view, tq_exact_entry *entries, uint8_t *to)
 {
     const tq_paged_store *store = call->o.store;
     const tq_paged_exact *e = call->params->exact_pages;
@@ -681,6 +689,13 @@ static void gather_exact(const attend_call *call, int32_t seq, const uint8_t *fi
     view->exact_head_stride_bytes = (size_t)view->n_exact * (size_t)head_dim * sizeof(uint16_t);
     for (int32_t i = 0; i < view->n_exact; i++) {
         int64_t p = entries[i].column, token = p, n_tokens = e->n_sink;
+        entries[i].index = i;
+        if (p < seen) { /* no query reads it, but 0 times what memory held might be no number */
+            for (int32_t head = 0; head < store->n_head_kv; head++)
+                memset(to + (size_t)head * view->exact_head_stride_bytes + (size_t)i * (size_t)head_dim * sizeof(uint16_t), 0,
+                       (size_t)head_dim * sizeof(uint16_t));
+            continue;
+        }
         const uint8_t *tokens = first_page + e->sink_offset_bytes;
         if (p >= e->n_sink) {
             int64_t page = e->page_table[seq * e->page_table_stride + p / e->page_size];
@@ -690,7 +705,6 @@ static void gather_exact(const attend_call *call, int32_t seq, const uint8_t *fi
         for (int32_t head = 0; head < store->n_head_kv; head++)
             memcpy(to + (size_t)head * view->exact_head_stride_bytes + (size_t)i * (size_t)head_dim * sizeof(uint16_t),
                    exact_row(tokens, n_tokens, width, head, token) + at, (size_t)head_dim * sizeof(uint16_t));
-        entries[i].index = i;
     }
 }
 
@@ -703,7 +717,7 @@ static tq_status attend_exact_pages(const attend_call *call, const queries *q, i
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         tq_exact_entry *entries = parts[ENTRIES_K + side];
         views[side] = tq_cpu_view_of_queries(sequence, side, q->n, entries);
-        gather_exact(call, seq, sequence->pages[0], side, &views[side], entries, parts[EXACT_K + side]);
+        gather_exact(call, seq, seen_from(call, q), sequence->pages[0], side, &views[side], entries, parts[EXACT_K + side]);
     }
     return tq_attend(call->o.shape.kernels, &views[TQ_SIDE_K], &views[TQ_SIDE_V], call->o.shape.n_head_kv, q->length, own,
                      executor);

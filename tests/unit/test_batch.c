@@ -282,11 +282,52 @@ static void test_sequences_share_threads(void **state)
     tq_pool_free(threads);
 }
 
+static void assert_same_keys(tq_cache *a, int32_t seq_a, tq_cache *b, int32_t seq_b)
+{
+    int64_t n = tq_cache_length(a, seq_a, 0);
+    float *keys[2] = {kv_calloc((size_t)n + 1, 4 * N_HEAD_KV * HEAD_DIM), kv_calloc((size_t)n + 1, 4 * N_HEAD_KV * HEAD_DIM)};
+    assert_int_equal(tq_cache_read(a, seq_a, 0, 0, n, keys[0], NULL), TQ_OK);
+    assert_int_equal(tq_cache_read(b, seq_b, 0, 0, n, keys[1], NULL), TQ_OK);
+    assert_memory_equal(keys[0], keys[1], (size_t)(n * N_HEAD_KV * HEAD_DIM) * sizeof(float));
+    free(keys[0]), free(keys[1]);
+}
+
 static void attend_with_all(tq_batch *batch, const int32_t *seqs, const int64_t *n_tok, const tq_batch_rows *rows)
 {
     assert_int_equal(tq_batch_begin(batch, seqs, n_tok, N_HEAD), TQ_OK);
     assert_int_equal(tq_batch_attend(batch, 0, rows, NULL), TQ_OK);
     assert_int_equal(tq_batch_end(batch), TQ_OK);
+}
+
+/* A sequence that is trimmed between the layers that share its keys is encoded as it is then. */
+static void test_trim_between_shared_layers(void **state)
+{
+    (void)state;
+    enum { N = 300 };
+    kv_random random = {.state = 5};
+    float *x = batch_model_rows(&random, 2 * N * N_HEAD * HEAD_DIM), *out = kv_calloc(N * N_HEAD * HEAD_DIM, sizeof *out);
+    tq_cache *caches[2] = {batch_model_create(TQ_DEVICE_CPU, 64), batch_model_create(TQ_DEVICE_CPU, 64)};
+    int32_t seqs[2];
+    for (int32_t i = 0; i < 2; i++) {
+        int64_t n = N;
+        tq_batch *batch;
+        tq_batch_rows rows = {.struct_size = sizeof rows, .q = x, .k = x, .v = x, .out = out};
+        create_sequences(caches[i], &seqs[i], 1);
+        assert_int_equal(tq_batch_create(&batch, caches[i], 1), TQ_OK);
+        attend_with_all(batch, &seqs[i], &n, &rows);
+        if (i == 1) assert_int_equal(tq_cache_trim(caches[i], seqs[i], 100), TQ_OK);
+        assert_int_equal(tq_batch_begin(batch, &seqs[i], &n, N_HEAD), TQ_OK);
+        rows.k = rows.v = x + N * N_HEAD * HEAD_DIM, rows.is_shared = true;
+        assert_int_equal(tq_batch_attend(batch, 0, &rows, NULL), TQ_OK);
+        if (i == 0) assert_int_equal(tq_cache_trim(caches[i], seqs[i], 100), TQ_OK);
+        rows.is_shared = false;
+        assert_int_equal(tq_batch_attend(batch, 0, &rows, NULL), TQ_OK);
+        assert_int_equal(tq_cache_length(caches[i], seqs[i], 0), 100 + N);
+        tq_batch_free(batch);
+    }
+    assert_same_keys(caches[0], seqs[0], caches[1], seqs[1]);
+    for (int32_t i = 0; i < 2; i++) tq_cache_free(caches[i]);
+    free(x), free(out);
 }
 
 /* Layers that share keys and values, each with queries of its own, some of them only of the last tokens, get what each would
@@ -313,7 +354,8 @@ static void test_layers_that_share_keys(void **state)
         float *k = batch_model_rows(&random, (size_t)(n * K_ROW)), *v = batch_model_rows(&random, (size_t)(n * K_ROW));
         assert_int_equal(tq_batch_begin(batch, seqs, n_tok, N_HEAD), TQ_OK);
         for (int32_t r = 0; r < N_READERS; r++) {
-            for (int32_t i = 0; i < N_SEQ; i++) n_query[i] = kv_below(&random, n_tok[i] + 1);
+            bool has_none = step % 4 == 1; /* as where all last tokens are padding */
+            for (int32_t i = 0; i < N_SEQ; i++) n_query[i] = has_none ? 0 : kv_below(&random, n_tok[i] + 1);
             float *q = batch_model_rows(&random, (size_t)(n * Q_ROW)), *last = kv_calloc((size_t)(n + 1) * Q_ROW, sizeof *last);
             tq_batch_rows rows = {.struct_size = sizeof rows, .q = q, .k = k, .v = v, .out = wanted};
             attend_with_all(own_batches[r], own_seqs[r], n_tok, &rows);
@@ -323,10 +365,10 @@ static void test_layers_that_share_keys(void **state)
                 memcpy(last + n_last * Q_ROW, q + (end - n_query[i]) * Q_ROW, (size_t)(n_query[i] * Q_ROW) * sizeof *q);
             }
             rows.out = out, rows.is_shared = r < N_READERS - 1;
-            if (r > 0) rows.q = last, rows.n_query = n_query;
+            if (r > 0 || has_none) rows.q = has_none ? NULL : last, rows.n_query = n_query;
             if (n > 0) assert_int_equal(tq_batch_attend(batch, 0, &rows, NULL), TQ_OK);
             for (int64_t i = 0, row = 0, end = 0; i < N_SEQ; i++) {
-                int64_t n_rows = r > 0 ? n_query[i] : n_tok[i];
+                int64_t n_rows = rows.n_query ? n_query[i] : n_tok[i];
                 end += n_tok[i];
                 /* Tiles of another number of queries have other arithmetic (kv_test.h). */
                 for (int64_t j = 0; j < n_rows * Q_ROW; j++)
@@ -339,6 +381,7 @@ static void test_layers_that_share_keys(void **state)
             free(q), free(last);
         }
         assert_int_equal(tq_batch_end(batch), TQ_OK);
+        for (int32_t i = 0; i < N_SEQ; i++) assert_same_keys(shared, seqs[i], own[0], own_seqs[0][i]);
         free(k), free(v);
     }
     tq_batch_free(batch), tq_cache_free(shared);
@@ -389,6 +432,14 @@ static void test_refusals(void **state)
         r.n_query = NULL, r.is_shared = device == TQ_DEVICE_CUDA;
         if (r.is_shared) REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
         r.is_shared = false;
+        static const float nans[N_HEAD] = {0, NAN}, infinite[N_HEAD] = {INFINITY};
+        if (device == TQ_DEVICE_CPU) {
+            r.sinks = nans;
+            REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
+            r.sinks = NULL, r.alibi_slopes = infinite;
+            REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT);
+            r.alibi_slopes = NULL;
+        }
         assert_int_equal(tq_batch_attend(batch, 0, &r, NULL), TQ_OK);
         REFUSED(tq_batch_attend(batch, 0, &r, NULL), TQ_ERR_ARGUMENT); /* had its turn */
         for (int32_t i = 0; i < 2; i++) assert_int_equal(tq_cache_length(cache, seqs[i], 0), 1);
@@ -474,6 +525,7 @@ int main(void)
         cmocka_unit_test(test_every_allocation_of_a_layer_fails),
         cmocka_unit_test(test_sequences_share_threads),
         cmocka_unit_test(test_layers_that_share_keys),
+        cmocka_unit_test(test_trim_between_shared_layers),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_caches_that_a_device_refuses),
         cmocka_unit_test(test_device_memory_follows_pages),
