@@ -41,7 +41,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import turboquant.transformers
 from turboquant.cache import Batch
-from turboquant.transformers import TurboQuantCache, _attend_rows
+from turboquant._torch_rows import attend_rows
+from turboquant.transformers import TurboQuantCache
 
 COMMON = {"max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
           "use_sliding_window": False, "vocab_size": 152064}
@@ -76,7 +77,7 @@ class Machine:
         self.tiny = tiny
         self.device = torch.device("cpu") if tiny else torch.device("cuda", torch.cuda.current_device())
         if tiny:
-            turboquant.transformers._DEVICE_TYPES.add("cpu")
+            turboquant._torch_stores.DEVICE_TYPES.add("cpu")
 
     @property
     def name(self):
@@ -237,7 +238,7 @@ class Ours:
         batch.begin([seq], [n_tok], n_head)
         for number in range(store.n_layer):
             query, keys, values = (torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
-            _attend_rows(batch, number, query, keys, values, None, store.head_dim ** -.5, None, None)
+            attend_rows(batch, number, query, keys, values, None, store.head_dim ** -.5, None, None)
         batch.end()
 
     def around(self):

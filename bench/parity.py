@@ -84,7 +84,7 @@ def through_device(layers, options, device, dtype):
     """As through_cpu, of which the cache is that of the device's file."""
     import turboquant
     from turboquant._torch_stores import DeviceStore
-    from turboquant.transformers import _attend_rows
+    from turboquant._torch_rows import attend_rows
     n_head_kv, n_tok, head_dim = layers[0][1].shape
     store = DeviceStore(device, len(layers), n_head_kv, head_dim, **options)
     for number, (_, _, _, factors) in enumerate(layers):
@@ -96,7 +96,7 @@ def through_device(layers, options, device, dtype):
         batch.begin(seqs, [last - first], n_head)
         for number, of_layer in enumerate(rows):
             q, k, v = (x[:, :, first:last] for x in of_layer)
-            out = _attend_rows(batch, number, q, k, v, None, head_dim ** -.5, None, None)[0].float().cpu().numpy()
+            out = attend_rows(batch, number, q, k, v, None, head_dim ** -.5, None, None)[0].float().cpu().numpy()
             if first > 0:
                 outs[number].append(out)
         batch.end()

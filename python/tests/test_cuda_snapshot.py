@@ -15,7 +15,7 @@ import torch
 import turboquant
 from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, compressed, generated, ids, logits, make_model, same_tokens
 from transformers import LlamaConfig
-from turboquant import transformers as adapter
+from turboquant import _torch_stores as stores
 from turboquant.transformers import TurboQuantCache, attention_forward
 
 if not ON_DEVICE:
@@ -34,12 +34,12 @@ TOLERANCE = 0 if BACKEND == "emulated" else 2e-3
 @contextlib.contextmanager
 def on_cpu():
     """Caches within are the CPU's, also where the device is emulated in its memory."""
-    before = set(adapter._DEVICE_TYPES)
-    adapter._DEVICE_TYPES.discard("cpu")
+    before = set(stores.DEVICE_TYPES)
+    stores.DEVICE_TYPES.discard("cpu")
     try:
         yield
     finally:
-        adapter._DEVICE_TYPES.update(before)
+        stores.DEVICE_TYPES.update(before)
 
 
 def new(**options):

@@ -13,7 +13,7 @@ import transformers
 import turboquant
 from tiny import (BACKEND, CACHE, DEVICE, F16, ON_DEVICE, SIZES, compressed, divergence, generated, ids, logits,
                   make_model, stock, use_attention_of)
-from turboquant import transformers as adapter
+from turboquant import _torch_stores as stores
 from turboquant.transformers import TurboQuantCache
 
 HALVES, QUARTER = np.arange(64) % 32, np.where(np.arange(64) < 16, np.arange(64) % 8, np.arange(64))
@@ -182,7 +182,7 @@ def test_a_device_has_the_cpus(options, monkeypatch):
             layer.self_attn.k_proj.bias += torch.linspace(-3, 3, len(layer.self_attn.k_proj.bias))
     found = []
     for devices in ({"cpu"}, set()):
-        monkeypatch.setattr(adapter, "_DEVICE_TYPES", devices)
+        monkeypatch.setattr(stores, "DEVICE_TYPES", devices)
         cache = compressed(model, **PRESET | options)
         logits(model, cache, ids(1, 20))
         assert cache.store.device_kind == ("cuda" if devices else "cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import turboquant
 from tiny import CACHE, DEVICE, F16, ON_DEVICE, SIZES, SQ8, divergence, generated, ids, logits, make_model, same_tokens, stock
-from transformers import (AutoModelForCausalLM, BloomConfig, CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig,
-                          LlavaForConditionalGeneration)
+from transformers import (AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BloomConfig, CLIPVisionConfig,
+                          DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration)
 from turboquant.transformers import TurboQuantCache, install, uninstall
 
 FORMATS = SQ8 | {"n_recent": 508} if ON_DEVICE else F16
@@ -81,6 +81,28 @@ def test_training_and_no_cache(model):
         torch.testing.assert_close(model(input_ids, use_cache=False).logits, wanted.logits)
 
 
+@pytest.mark.parametrize("n_padding", [0, 30])
+def test_a_static_cache(model, n_padding):
+    """Columns that it has and nobody has written are not seen."""
+    input_ids, mask = ids(2, 150), torch.ones(2, 150, dtype=torch.long, device=DEVICE)
+    mask[0, :n_padding] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "cache_implementation": "static",
+               "disable_compile": True}
+    wanted = model.generate(input_ids, **options)
+    install(model)
+    assert torch.equal(model.generate(input_ids, **options), wanted)
+
+
+def test_packed_sequences(model):
+    """They have a mask of their own, which passes without a compressed cache may have."""
+    input_ids = ids(1, 80)
+    options = {"position_ids": torch.arange(80, device=DEVICE)[None] % 40, "use_cache": False}
+    with torch.no_grad():
+        wanted = model(input_ids, **options).logits
+        install(model)
+        torch.testing.assert_close(model(input_ids, **options).logits, wanted)
+
+
 def test_uninstall(model):
     input_ids, before = ids(2, 80), set(vars(model))
     model.set_attn_implementation("sdpa")
@@ -112,6 +134,13 @@ def test_refusals(model):
     with pytest.raises(turboquant.ArgumentError, match="TQ9"):
         install(model, "TQ9")
     assert model.config._attn_implementation != "turboquant"
+    install(model, "TQ2", **SQ8)
+    with pytest.raises(turboquant.ArgumentError, match="TQ9"):
+        install(model, "TQ9")  # the model stays as it was
+    assert type(cache_of(model.generate(ids(1, 9), max_new_tokens=2, return_dict_in_generate=True))) is TurboQuantCache
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=211, d_model=128, encoder_layers=1, decoder_layers=1))
+    with pytest.raises(turboquant.UnsupportedError, match="encoder"):
+        install(bart)
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=211, hidden_size=256, n_head=4, n_layer=2)).eval()
     with pytest.raises(turboquant.UnsupportedError, match="Bloom.* computes its attention itself"):
         install(bloom)

@@ -20,7 +20,7 @@ BACKEND = os.environ.get("TQ_TEST_BACKEND", "cpu")
 ON_DEVICE = BACKEND != "cpu"
 DEVICE = "cuda" if BACKEND == "cuda" else "cpu"
 if BACKEND == "emulated":
-    turboquant.transformers._DEVICE_TYPES.add("cpu")
+    turboquant._torch_stores.DEVICE_TYPES.add("cpu")
     emulated = ctypes.CDLL(os.environ["TQ_CUDA_LIBRARY"])  # with functions for tests: tests/cuda/emulated_device.c
 # What models of this version of Transformers call the argument.
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17) else "past_key_values"

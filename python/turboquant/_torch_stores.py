@@ -15,6 +15,13 @@ from ._library import ALLOC_FN, FREE_FN, Allocator
 DEVICE_PAGE_SIZE = 64
 """Tokens of a page on a device, unless page_size says otherwise."""
 
+# Kinds of torch devices whose caches are TQ_DEVICE_CUDA's; the tests' emulated device is in the CPU's memory.
+DEVICE_TYPES = {"cuda"}
+
+
+def is_device(device: torch.device) -> bool:
+    return device.type in DEVICE_TYPES
+
 
 class HostStore(_cache.Cache):
     @staticmethod

@@ -42,8 +42,9 @@ from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
 from ._shapes import last_readers, served, told
 from ._torch_factors import factors_of
-from ._torch_stores import DeviceStore, HostStore
-from ._library import BatchRows, lib, log
+from ._torch_rows import attend_rows
+from ._torch_stores import DeviceStore, HostStore, is_device
+from ._library import lib, log
 from .errors import ArgumentError, SnapshotError, UnsupportedError
 from .formats import format_info
 
@@ -56,10 +57,7 @@ _STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "c
 _COMPRESSED_TYPES = {"full_attention", "hybrid"}
 # Layers of Transformers that an interrupted pass can be taken back from: they replace their tensors, and change none.
 _WITH_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
-# Kinds of torch devices whose caches are TQ_DEVICE_CUDA's; the tests' emulated device is in the CPU's memory.
-_DEVICE_TYPES = {"cuda"}
 _CACHE_NAMES = ("cache", "past_key_values")  # what models call the argument, the newer name first
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # tq_dtype
 _GUARDS = ("raise", "warn", "off")
 _UNSERVED = ("keep", "refuse")
 _INSTALLED = "_turboquant_installed"  # of a model, and of its attention modules, which then take ordinary keys, too
@@ -69,10 +67,6 @@ _UNSUPPORTED = {
     "output_attentions": "output_attentions: the weights are never all in memory",
     "sliding_window": "a sliding window in a layer that the configuration calls full attention",
 }
-
-
-def _is_device(device: torch.device) -> bool:
-    return device.type in _DEVICE_TYPES
 
 
 def _calling_model() -> PreTrainedModel | None:
@@ -233,7 +227,7 @@ class TurboQuantLayer(CacheLayerMixin):
                 kept = owner._begin(self, query, mask)
             else:
                 kept = owner._continue(self)
-            out = _attend_rows(owner._batch, self._number, query, keys, values, kept, scaling, softcap, sinks,
+            out = attend_rows(owner._batch, self._number, query, keys, values, kept, scaling, softcap, sinks,
                                is_shared=reader != self.last_reader)
         except BaseException:
             if owner._pass is not None and not owner._pass.is_recurrent:
@@ -255,62 +249,6 @@ class TurboQuantHybridLayer(LinearAttentionLayer, TurboQuantLayer):
     def __init__(self, owner: TurboQuantCache, number: int, index: int, **options: Any) -> None:
         TurboQuantLayer.__init__(self, owner, number, index)
         LinearAttentionLayer.__init__(self, **options)
-
-
-def _attend_rows(batch: _cache.Batch, number: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-                 kept: np.ndarray | None, scaling: float, softcap: float | None, sinks: torch.Tensor | None,
-                 is_shared: bool = False) -> torch.Tensor:
-    """query [n_batch, n_head, n_query, head_dim], of the last tokens; keys and values [n_batch, n_head_kv, n_tok, head_dim];
-    kept [n_batch, n_tok]: which are tokens, None: all. Returns [n_batch, n_query, n_head, head_dim]."""
-    device, dtype = query.device, query.dtype
-    # Torch converts on all threads. A device's kernels take what models compute in.
-    if device.type == "cpu" and not _is_device(device):
-        query, keys, values = query.float(), keys.float(), values.float()
-    elif dtype not in _DTYPES:
-        raise UnsupportedError(f"the model computes in {dtype}; CUDA kernels take float32, float16 and bfloat16")
-    else:
-        keys, values = keys.to(dtype), values.to(dtype)
-    n_batch, n_head, n_query, _ = query.shape
-    with_query = None if kept is None else kept[:, kept.shape[1] - n_query:]
-    places, q_places = (None if rows is None or rows.all() else torch.from_numpy(np.flatnonzero(rows)).to(device)
-                        for rows in (kept, with_query))
-    rows, n_queries = BatchRows(), None
-    if n_query < keys.shape[2]:
-        n_queries = np.full(n_batch, n_query, np.int64) if with_query is None else with_query.sum(axis=1, dtype=np.int64)
-    (query, q_stride, rows.q_head_stride), (keys, k_stride, _), (values, v_stride, _) = (
-        _token_rows(x, where, heads_together)
-        for x, where, heads_together in ((query, q_places, False), (keys, places, True), (values, places, True)))
-    out = torch.empty(len(query), n_head, values.shape[2], dtype=query.dtype, device=device)
-    rows.dtype, rows.q, rows.k, rows.v, rows.out = (_DTYPES[query.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(),
-                                                    out.data_ptr())
-    rows.q_token_stride, rows.k_token_stride, rows.v_token_stride = q_stride, k_stride, v_stride
-    rows.softmax_scale, rows.softcap = scaling, softcap or 0
-    rows.sinks = None if sinks is None else sinks.data_ptr()
-    rows.is_shared, rows.n_query = is_shared, None if n_queries is None else n_queries.ctypes.data
-    if len(keys):
-        batch.attend(number, rows)
-    if q_places is not None:  # a row of padding gives zeros
-        out = out.new_zeros(n_batch * n_query, *out.shape[1:]).index_copy_(0, q_places, out)
-    return out.view(n_batch, n_query, n_head, -1).to(dtype)
-
-
-def _token_rows(x: torch.Tensor, places: torch.Tensor | None, heads_together: bool) -> tuple[torch.Tensor, int, int]:
-    """
-    x [n_batch, n_head, n_tok, head_dim] as [tokens, n_head, head_dim], copied only where tokens are not equally far apart, or
-    heads, if they must, do not lie together; and how far apart tokens and heads are.
-    """
-    x = x.transpose(1, 2)
-    n_batch, n_tok, n_head, head_dim = x.shape
-    by_row, by_token, by_head, by_element = x.stride()
-    is_even = n_batch == 1 or by_row == n_tok * by_token or n_tok == 1
-    if by_element != 1 or not is_even or (heads_together and n_head > 1 and by_head != head_dim):
-        x = x.contiguous()
-        by_token, by_row, by_head = n_head * head_dim, n_tok * n_head * head_dim, head_dim
-    stride = by_row if n_tok == 1 else by_token
-    rows = x.as_strided((n_batch * n_tok, n_head, head_dim), (stride, by_head, 1))
-    if places is not None:
-        rows, stride, by_head = rows.index_select(0, places), n_head * head_dim, head_dim
-    return rows, stride, by_head
 
 
 class TurboQuantCache(Cache):
@@ -552,7 +490,7 @@ class TurboQuantCache(Cache):
         if self._device is not None:
             raise UnsupportedError(f"this cache is on {self._device}, and a layer on {device}: it keeps to one device. Load "
                                    'the model on one, as with device_map={"": 0}, and make a new cache for it')
-        if _is_device(device):
+        if is_device(device):
             if any(layer.last_reader != layer.index for layer in self._compressed):
                 raise UnsupportedError("layers of this model share the keys and values of others, which this cache can only "
                                        "give them on the CPU. Use model.to('cpu'), or DynamicCache and "
@@ -632,7 +570,7 @@ class TurboQuantCache(Cache):
 
     def replayed(self, n_tok: int = 1) -> None:
         """Say that a CUDA graph of a step was replayed, which appended n_tok tokens to each row."""
-        if self._batch is None or not _is_device(self._device):
+        if self._batch is None or not is_device(self._device):
             raise ArgumentError("replayed() is for CUDA graphs of a model with this cache, which has seen none")
         self._batch.replayed(self.seqs, [n_tok] * len(self.seqs))
         self._extend(n_tok)
@@ -888,8 +826,10 @@ def _is_padding(mask: torch.Tensor) -> bool:
 
 def _padding_of(mask: torch.Tensor | None) -> torch.Tensor | None:
     """[n_batch, n_columns]"""
-    if mask is None or _is_padding(mask):
-        return None if mask is None else mask[:, 0, 0]
+    if mask is None or mask.ndim == 2:
+        return mask
+    if _is_padding(mask):
+        return mask[:, 0, 0]
     raise UnsupportedError(f"a mask of {mask.ndim} dimensions is not supported: give attention_mask as [n_batch, n_tok], with "
                            "zeros for padding")
 
@@ -902,7 +842,11 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
     takes the memory of one query's; None without any.
     Layers left to Transformers, which have a local_size, get the mask of its "sdpa".
     """
-    if local_size is not None:
+    # Of caches that were passed to a model with install, some have columns that are not written yet.
+    is_ahead = bool(_installed) and kv_offset + kv_length != q_offset + q_length
+    if local_size is not None or is_ahead or (_installed and mask_function is not causal_mask_function):
+        if is_ahead:
+            kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
                          **kwargs)
     if mask_function is not causal_mask_function:
@@ -913,11 +857,14 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
     return attention_mask.to(torch.bool)[:, None, None].expand(-1, 1, q_length, -1)
 
 
+_installed: weakref.WeakSet[_Installed] = weakref.WeakSet()
+
+
 class _Installed:
     """What install has changed of a model, and how caches are made."""
 
-    def __init__(self, model: PreTrainedModel, options: dict[str, Any]) -> None:
-        self.options, self.before = options, model.config.get_text_config(decoder=True)._attn_implementation
+    def __init__(self, model: PreTrainedModel, options: dict[str, Any], before: str) -> None:
+        self.options, self.before = options, before
         decoder = model.get_decoder()
         self.of_decoder, self.decoder = list(inspect.signature(type(decoder).forward).parameters), decoder
         self.prepare = model._prepare_cache_for_generation if hasattr(model, "_prepare_cache_for_generation") else None
@@ -954,13 +901,17 @@ def install(model: PreTrainedModel, preset: str = "TQ4", **options: Any) -> PreT
     without a cache, go through Transformers' own attention. Of a model with images or sound the text part is switched. A
     second call replaces the first one's options. Returns the model. Raises UnsupportedError, ArgumentError.
     """
-    uninstall(model)
-    TurboQuantCache(config=model.config, preset=preset, **options)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError("models with an encoder for text are not supported")
     if not _can_set_attention(model):
         raise UnsupportedError(f"{type(model).__name__} computes its attention itself, and no attention implementation of "
                                "Transformers changes that")
-    installed = _Installed(model, {"preset": preset} | options)
+    TurboQuantCache(config=model.config, preset=preset, **options)
+    uninstall(model)
+    before = model.config.get_text_config(decoder=True)._attn_implementation
     _set_attention(model, NAME)
+    installed = _Installed(model, {"preset": preset} | options, before)
+    _installed.add(installed)
     if installed.prepare is not None:
         model._prepare_cache_for_generation = installed.prepare_cache
     for module in installed.decoder.modules():
@@ -976,6 +927,7 @@ def uninstall(model: PreTrainedModel) -> PreTrainedModel:
     if installed is None:
         return model
     installed.hook.remove()
+    _installed.discard(installed)
     vars(model).pop("_prepare_cache_for_generation", None)
     for module in installed.decoder.modules():
         vars(module).pop(_INSTALLED, None)
