@@ -109,7 +109,7 @@ def test_layers(arguments, text):
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "unknown"])
 def test_versions(monkeypatch, caplog, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "model"])
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "turboquant.c/model"])
     plug_in.register()
     assert "install one of these" in caplog.text, "whoever did not ask goes on"
     monkeypatch.setattr(sys, "argv", ["vllm", "serve", "model", "--additional-config", '{"turboquant": "TQ4"}'])

@@ -44,7 +44,7 @@ def register() -> None:
         from . import engine
 
         engine.register()
-    elif any('"turboquant"' in argument for argument in sys.argv[1:]):
+    elif any('"turboquant"' in argument or argument.startswith("--additional-config.turboquant") for argument in sys.argv[1:]):
         raise UnsupportedError(fault)
     else:
         # Of a vLLM with other interfaces nothing is touched, and options that a program passes cannot be seen from here.
