@@ -282,6 +282,7 @@ tq_attend_params tq_cpu_queries_read(const tq_attend_params *all, tq_dtype dtype
     tq_attend_params own = *all;
     const int64_t n_head = own.n_head, element = own.mask_is_f16 ? sizeof(uint16_t) : sizeof(float);
     own.n_query = n;
+    if (n == 0) return own; /* q and out may be NULL */
     if (own.lse) own.lse += first * n_head;
     if (own.mask) own.mask = (const uint8_t *)own.mask + first * own.mask_token_stride * element;
     if (dtype == TQ_DTYPE_F32) {
