@@ -65,8 +65,8 @@ static bool is_outlier(const shape *s, int64_t i)
 
 static tq_store *open_store(const shape *s, bool is_k, void **memory)
 {
-    tq_store_params p =
-        kv_store_params(is_k ? s->k_format : s->v_format, is_k ? s->head_dim : s->head_dim_v, s->n_head_kv, s->n_col + 7);
+    tq_store_params p = kv_store_params(is_k ? s->k_format : s->v_format, is_k ? s->head_dim : s->head_dim_v, s->n_head_kv,
+                                        (s->n_col + 7) / 2 * 2);
     p.n_sink = s->n_sink;
     p.n_recent = s->n_recent;
     p.ref_block = s->ref_block;

@@ -164,6 +164,7 @@ static void test_refusals(void **state)
     REFUSED(TQ_ERR_HEAD_DIM, p.head_dim = 0);
     REFUSED(TQ_ERR_ARGUMENT, p.n_head_kv = 0);
     REFUSED(TQ_ERR_ARGUMENT, p.n_slots = 0);
+    REFUSED(TQ_ERR_ARGUMENT, (p.format = TQ_FORMAT_SQ3, p.head_dim = 40, p.n_slots = 101));
     REFUSED(TQ_ERR_ARGUMENT, p.n_slots = INT64_MAX);
     REFUSED(TQ_ERR_ARGUMENT, p.n_sink = -1);
     REFUSED(TQ_ERR_ARGUMENT, p.n_recent = -1);
