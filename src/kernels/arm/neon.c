@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* NEON: all but scores and weighted sums, and the rung of the ladder. */
+/* NEON: all but scores and weighted sums. */
 #include "kernels/arm/target.h"
 
 #if TQ_ARCH_ARM
@@ -10,6 +10,4 @@
 #include "kernels/simd/rotate.h"
 #include "kernels/simd/rows.h"
 #include "kernels/simd/transform.h"
-
-#include "kernels/simd/init.h"
 #endif

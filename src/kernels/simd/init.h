@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Template: put one instruction set's operations into the table. To be included outside the target region: any machine may run
- * it. */
+/* Template: put one instruction set's operations into the table. Compiled for the baseline, so that any machine may do it. */
 #include "kernels/simd/ops.h"
 
 #define SET_FORMAT(name, index)                            \

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* AVX2: all but scores and weighted sums, and the rung of the ladder. */
+/* AVX2: all but scores and weighted sums. */
 #include "kernels/x86/target.h"
 
 #if TQ_ARCH_X86
@@ -12,6 +12,4 @@ TQ_TARGET_BEGIN_AVX2
 #include "kernels/simd/rows.h"
 #include "kernels/simd/transform.h"
 TQ_TARGET_END
-
-#include "kernels/simd/init.h"
 #endif
