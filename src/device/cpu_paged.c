@@ -684,7 +684,7 @@ static void gather_exact(const attend_call *call, int32_t seq, int64_t seen, con
     int32_t head_dim = dim_of(store, side);
     int64_t width = store->head_dim + store->head_dim_v, at = side == TQ_SIDE_K ? 0 : store->head_dim;
     size_t stride = e->page_stride_bytes;
-    if (stride == 0) stride = (size_t)(e->page_size * store->n_head_kv * width) * sizeof(uint16_t);
+    if (stride == 0) stride = (size_t)((int64_t)e->page_size * store->n_head_kv * width) * sizeof(uint16_t);
     view->exact_data = to;
     view->exact_head_stride_bytes = (size_t)view->n_exact * (size_t)head_dim * sizeof(uint16_t);
     for (int32_t i = 0; i < view->n_exact; i++) {
