@@ -348,7 +348,7 @@ static void test_layers_that_share_keys(void **state)
         assert_int_equal(tq_batch_create(&own_batches[r], own[r], N_SEQ), TQ_OK);
     }
     float *out = kv_calloc(MOST * Q_ROW, sizeof *out), *wanted = kv_calloc(MOST * Q_ROW, sizeof *wanted);
-    for (int32_t step = 0; step < N_PASSES; step++) {
+    for (int32_t step = 0; step < kv_runs(N_PASSES); step++) {
         int64_t n_tok[N_SEQ], n_query[N_SEQ], n = 0;
         for (int32_t i = 0; i < N_SEQ; i++) n += n_tok[i] = step % 3 == 0 ? kv_below(&random, 150) : kv_below(&random, 4);
         float *k = batch_model_rows(&random, (size_t)(n * K_ROW)), *v = batch_model_rows(&random, (size_t)(n * K_ROW));
