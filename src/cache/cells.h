@@ -108,8 +108,8 @@ TQ_NODISCARD tq_status tq_store_stage(const tq_store *store, tq_stage *stage, co
 /*
  * For slots that sequences share: rows[n], numbers of staged rows, are first tokens of sequences, which much attention goes to.
  * Settling gives their slots a place among the n_keep. Where none is free, one is taken from slots of n_used and beyond, which
- * nobody attends to any longer; if no such slot exists the row is kept as others are, so that what has a place never loses it
- * to newer ones. Errors: ARGUMENT (nothing is staged, or it was settled), RANGE.
+ * nobody attends to any longer; if such a slot does not exist the row is kept as others are, so that what has a place never
+ * loses it to newer ones. Errors: ARGUMENT (nothing is staged, or it was settled), RANGE.
  */
 TQ_NODISCARD tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t n_used);
 /* Write what was staged for this store. Errors: ARGUMENT (nothing is staged for this store, or it was settled). */

@@ -188,7 +188,7 @@ static tq_status check_moved(const tq_paged_store *store, const int32_t *pages, 
 {
     for (int64_t i = 0; i < n; i++) {
         if (page_exists(store, pages[i])) continue;
-        tq_log(TQ_LOG_ERROR, WHO ": there is no page %d, which is number %lld of the call; there are %lld pages", (int)pages[i],
+        tq_log(TQ_LOG_ERROR, WHO ": page %d, number %lld of the call, does not exist; the store has %lld pages", (int)pages[i],
                (long long)i, (long long)store->n_pages);
         return TQ_ERR_RANGE;
     }

@@ -26,7 +26,7 @@ def generate(llm, step):
     sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=step["n"],
                               prompt_logprobs=0 if step.get("logprobs") else None)
     found = []
-    batches = [[row] for row in step["prompts"]] if step.get("alone") else [step["prompts"]]
+    batches = [[row] for row in step["prompts"]] if step.get("one_by_one") else [step["prompts"]]
     for batch in batches:
         for out in llm.generate(prompts_of(batch), sampling, use_tqdm=False):
             ids = out.prompt_token_ids

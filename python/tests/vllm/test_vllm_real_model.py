@@ -98,8 +98,8 @@ def test_four_bits(four_bits, stock):
 
 
 def test_four_bits_do_not_depend_on_prefixes(four_bits):
-    alone, cached, cold, _ = map(tokens, four_bits[:4])
-    assert alone[0] == cached[0] == cold[0]
+    single, cached, cold, _ = map(tokens, four_bits[:4])
+    assert single[0] == cached[0] == cold[0]
     assert cached[1] == cold[1]
 
 

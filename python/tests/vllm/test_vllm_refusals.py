@@ -16,7 +16,7 @@ MODEL = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "block
 def test_engines_are_not_started(run, toy):
     """In whole engines: what is wrong with options, the model, or another option of vLLM."""
     cases = [
-        ({"model": "llama", "additional_config": {"turboquant": "TQ5"}}, "there is no preset 'TQ5'; there are TQ6, TQ4"),
+        ({"model": "llama", "additional_config": {"turboquant": "TQ5"}}, "preset 'TQ5' does not exist; give TQ6, TQ4"),
         ({"model": "llama", "additional_config": {"turboquant": "TQ4"}, "kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"model": "llama", "additional_config": {"turboquant": "TQ4"}, "block_size": 288}, "set --block-size"),
         ({"model": "llama", "additional_config": {"turboquant": "TQ4"}, "disable_hybrid_kv_cache_manager": True},
@@ -30,7 +30,7 @@ def test_engines_are_not_started(run, toy):
 
 
 @pytest.mark.parametrize("asked, text", [
-    ("TQ5", "there is no preset 'TQ5'"),
+    ("TQ5", "preset 'TQ5' does not exist"),
     (4, "give the name of a preset"),
     ({"format": "TQ4"}, "no option 'format'; there are"),
     ({"formats": 4}, 'give a preset or a pair, as "TQ4"'),

@@ -64,7 +64,7 @@ def _formats(name: Any) -> tuple[bool, int, int, int]:
         raise ArgumentError(f'{KEY}: formats is {name!r}; give a preset or a pair, as "TQ4" or "sq8/sq4"')
     if "/" not in name:
         if name.upper() not in presets():
-            raise ArgumentError(f"{KEY}: there is no preset {name!r}; there are {', '.join(presets())}, and pairs of formats "
+            raise ArgumentError(f"{KEY}: preset {name!r} does not exist; give {', '.join(presets())}, or a pair of formats "
                                 'for keys and values, as "sq8/sq4"')
         found = preset(name)
         return True, found.k_format, found.v_format, found.n_recent
