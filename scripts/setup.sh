@@ -114,10 +114,7 @@ install_pinned() {
 for name in $environments; do
     case $name in
     run) install_pinned venv scripts/requirements-run.txt ;;
-    test)
-        install_pinned venv scripts/requirements-test.txt
-        install_pinned python-venv python/tests/requirements.txt
-        ;;
+    test) install_pinned python-venv python/tests/requirements.txt ;;
     torch)
         install_pinned torch-venv python/tests/requirements.txt
         install_pinned torch-venv python/tests/requirements-torch.txt direct
