@@ -18,9 +18,13 @@ add_executable(tq ${tq_tool_sources})
 set_target_properties(tq PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})
 file(RELATIVE_PATH tq_plugin_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBDIR}/turboquant)
 file(RELATIVE_PATH tq_packages_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBEXECDIR}/turboquant)
+file(RELATIVE_PATH tq_library_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBDIR})
 target_compile_definitions(tq PRIVATE _XOPEN_SOURCE=700 TQ_PLUGIN_FROM_BIN="${tq_plugin_from_bin}"
-                                      TQ_PACKAGES_FROM_BIN="${tq_packages_from_bin}")
-install(DIRECTORY tools/calibrate tools/eval tools/simulate DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant
+                                      TQ_PACKAGES_FROM_BIN="${tq_packages_from_bin}"
+                                      TQ_LIBRARY_FROM_BIN="${tq_library_from_bin}")
+# tq fold takes the arithmetic of factors from the Python package.
+install(DIRECTORY tools/calibrate tools/eval tools/fold tools/simulate python/turboquant
+        DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant
         FILES_MATCHING PATTERN "*.py" PATTERN "*.html")
 install(FILES tools/start_package.py DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant)
 target_include_directories(tq PRIVATE src)

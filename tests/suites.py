@@ -269,7 +269,7 @@ def absent(*paths):
 
 def plugin_suites():
     """The plug-in in stock llama.cpp. tests/plugin/common.py explains the environment."""
-    quick = {"abi": (), "ctypes": (), "factors": (), "log": (), "options": (), "refusals": (), "shared_layers": (),
+    quick = {"abi": (), "ctypes": (), "factors": (), "fold": (), "log": (), "options": (), "refusals": (), "shared_layers": (),
              "tools": (), "hosts": ("Hosts",), "server": ("Server", "CodedServer", "DamagedServer"),
              "quality": ("ShortQuality",), "eval": ("Parsing", "Needles", "Waiting", "Runs")}
     for name, classes in quick.items():

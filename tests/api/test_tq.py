@@ -213,8 +213,9 @@ class Run(unittest.TestCase):
 
 class Python(unittest.TestCase):
     """Neither the current folder nor PYTHONPATH decides which of our modules, or of the standard library's, run."""
-    OURS = ("eval", "calibrate", "simulate", "json", "argparse", "re", "runpy", "sitecustomize", "usercustomize")
-    INSTALLED = ("numpy", "tqdm", "matplotlib", "jinja2", "xxhash")
+    OURS = ("eval", "calibrate", "fold", "simulate", "turboquant", "json", "argparse", "re", "runpy", "sitecustomize",
+            "usercustomize")
+    INSTALLED = ("numpy", "tqdm", "gguf", "matplotlib", "jinja2", "xxhash")
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -232,7 +233,7 @@ class Python(unittest.TestCase):
 
     def check(self, folder, path):
         environment = {**os.environ, "TQ_PYTHON": str(self.python if self.python.exists() else sys.executable)}
-        for arguments in (["eval", "--help"], ["calibrate", "--help"],
+        for arguments in (["eval", "--help"], ["calibrate", "--help"], ["fold", "--help"],
                           ["cache", "simulate", "--requests", "5", "--budgets", "1", "--html", self.folder / "page.html"]):
             with self.subTest(arguments, path=path):
                 done = subprocess.run([TQ, *arguments], capture_output=True, text=True, cwd=folder,
@@ -261,7 +262,7 @@ class Python(unittest.TestCase):
         self.assertEqual((done.stdout, done.stderr), ("['a b']\n", "planted ran\n"))
 
     def test_help_without_libraries(self):
-        for command in ("eval", "calibrate"):
+        for command in ("eval", "calibrate", "fold"):
             with self.subTest(command):
                 words = [sys.executable, "-I", "-S", ROOT / "tools/start_package.py", command]
                 environment = {**os.environ, "PYTHONNOUSERSITE": "1"}

@@ -27,7 +27,7 @@ class LlamaError(RuntimeError):
 @dataclass
 class Setup:
     llama_bin: Path
-    plugin: Path
+    plugin: Path  # None: without, for stock caches
     model: Path
     threads: int
 
@@ -139,8 +139,8 @@ def preload(env, plugin):
     The environment `env` in which llama.cpp's programs write their whole log. They write it from a thread that they do not wait
     for, so that its end may be missing otherwise.
     """
-    library = plugin.parent / FLUSH_LOG
-    if not library.exists() or re.search(r"[\s:]", str(library)):  # which ld.so takes for the end of a name
+    library = plugin.parent / FLUSH_LOG if plugin else None
+    if not library or not library.exists() or re.search(r"[\s:]", str(library)):  # which ld.so takes for the end of a name
         return env
     return {**env, "LD_PRELOAD": " ".join(filter(None, [env.get("LD_PRELOAD"), str(library)]))}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What tq eval and tq calibrate alike take from the command line: threads, llama.cpp's programs and the plug-in."""
+"""What tq eval, tq calibrate and tq fold alike take from the command line: threads, llama.cpp's programs and the plug-in."""
 import os
 import shutil
 import signal
@@ -33,9 +33,13 @@ def drop_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def add_options(parser):
+def add_host_options(parser):
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="(all)")
     parser.add_argument("--llama-bin", type=Path, metavar="DIR", help="llama.cpp's programs (TQ_LLAMA_BIN, build/deps, PATH)")
+
+
+def add_options(parser):
+    add_host_options(parser)
     parser.add_argument("--plugin", type=Path, metavar="FILE", help="libggml-turboquant.so (TQ_PLUGIN, build/release)")
 
 

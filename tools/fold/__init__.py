@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The package behind tq fold."""
