@@ -350,7 +350,8 @@ def metal_suites():
 
 def transformers_suites():
     needed = {"builds": ("release", "torch")}
-    files = "transformers", "transformers_factors", "transformers_install", "transformers_refusals", "interrupted"
+    names = "transformers", "transformers_factors", "transformers_fold", "transformers_install", "transformers_refusals"
+    files = *names, "interrupted"
     yield pytest("python/transformers", TORCH_VENV, *files, **needed)
     for name in ("real_model", "mlx_real_model", "examples"):
         yield pytest(f"python/{name}", TORCH_VENV, name, missing=absent(MODEL), **needed)

@@ -171,7 +171,7 @@ def test_norms(weights):
 
     flat, by_channel = k / 2.0 ** np.tile([0, 4, 0, -4, 0, 4, 0, -4], 2)[:, None], 2.0 ** np.array([0, 4, 0, -4, 0, 4, 0, -4])
     parts = {"q_proj": Projection(q), "k_proj": Projection(flat)}
-    for names in weight_factors._NORMS:
+    for names in weight_factors.NORMS:
         for of_queries, of_keys in ((np.ones(8), by_channel), (np.ones(32), np.tile(by_channel, 2))):
             found = exponents_of(Attention(**parts, **dict(zip(names, (Norm(of_queries), Norm(of_keys))))))
             assert np.array_equal(found, wanted)

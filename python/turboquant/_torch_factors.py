@@ -10,6 +10,7 @@ import torch
 from . import weight_factors
 
 _known = weight_factors.Known()
+forget = _known.forget
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
 from ._shapes import last_readers, served, told
 from ._torch_factors import factors_of
+from ._torch_fold import fold as fold
 from ._torch_rows import attend_rows
 from ._torch_stores import DeviceStore, HostStore, is_device
 from ._library import lib, log

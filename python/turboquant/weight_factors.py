@@ -31,7 +31,8 @@ _N_PROBE = 128
 _SEED = 1
 # Projections of queries and keys: apart, side by side, or side by side in each head.
 _APART, _SIDE_BY_SIDE, _IN_HEADS = ("q_proj", "k_proj"), "qkv_proj", "query_key_value"
-_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
+# Of queries and of keys, behind their projections.
+NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 
 
 def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray, means: np.ndarray | None = None,
@@ -134,7 +135,7 @@ def _projected(module: Any, x: Any, n_head: int | None, n_head_kv: int, head_dim
         q, k = (rows[:, :, i * head_dim : (i + 1) * head_dim].reshape(n, n_key) for i in range(2))
     if n_head is not None and q.shape[-1] == 2 * n_head * head_dim:  # each head's queries, and a gate for its output
         q = q.reshape(n, n_head, 2 * head_dim)[:, :, :head_dim].reshape(n, -1)
-    for names in _NORMS:
+    for names in NORMS:
         norms = [getattr(module, name, None) for name in names]
         if None not in norms:
             q, k = (_normed(norm, rows, head_dim) for norm, rows in zip(norms, (q, k)))
@@ -159,12 +160,12 @@ def _normed_input(norm: Any, white: Any) -> Any:
         return white
 
 
-def of_module(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
-              to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int,
-              norm: Any = None) -> tuple[np.ndarray, float] | None:
+def energies_of_module(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
+                       to_host: Callable[[Any], np.ndarray], norm: Any = None) -> tuple[np.ndarray, ...] | None:
     """
-    from_energies for an attention module, None if its projections of queries and keys are not known. n_head: None if it is to
-    be found. rope: partners and angles of channels. to_engine, to_host: float32 arrays to the engine's and back.
+    What from_energies takes of an attention module: mean squares of keys, of queries, and means of keys. None if its
+    projections of queries and keys are not known. n_head: None if it is to be found. to_engine, to_host: float32 arrays to the
+    engine's and back.
 
     The projections are called with white vectors, the same ones each time, as `norm` (of norm_before) makes them, so quantized
     weights, adapters and weights that are kept elsewhere are what they are in the model. What keys have in common, a bias,
@@ -177,8 +178,19 @@ def of_module(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to
     except Exception:  # by these names modules of other kinds may do anything: they are not known, which is told
         return None
     queries, keys = (np.square(y, dtype=np.float32).mean(axis=0) for y in rows)
+    return keys, queries, rows[1].mean(axis=0)
+
+
+def of_module(module: Any, n_head: int | None, n_head_kv: int, head_dim: int, to_engine: Callable[[np.ndarray], Any],
+              to_host: Callable[[Any], np.ndarray], rope: Callable[[], tuple[np.ndarray, np.ndarray]], n_ref: int,
+              norm: Any = None) -> tuple[np.ndarray, float] | None:
+    """from_energies of energies_of_module. rope: partners and angles of channels."""
+    energies = energies_of_module(module, n_head, n_head_kv, head_dim, to_engine, to_host, norm)
+    if energies is None:
+        return None
+    keys, queries, means = energies
     partners, angles = rope()
-    return from_energies(keys, queries, partners, rows[1].mean(axis=0), angles, n_ref)
+    return from_energies(keys, queries, partners, means, angles, n_ref)
 
 
 class Known:
@@ -196,6 +208,11 @@ class Known:
         if held is None or held[0]() is not module:
             held = self._found[key] = (weakref.ref(module, lambda _: self._found.pop(key, None)), make())
         return held[1]
+
+    def forget(self, module: Any) -> None:
+        """Of a module whose weights have changed."""
+        for key in [key for key in self._found if key[0] == id(module)]:
+            del self._found[key]
 
 
 # ---- what the caches of both engines are told ----

@@ -51,7 +51,7 @@ def spread_and_factors(owner: Owner, n_head: int, n_head_kv: int, head_dim: int,
     if not hasattr(module, "qkv_proj") or rope is None:
         return None
     adapted = SimpleNamespace(qkv_proj=_Projection(module.qkv_proj, dtype))
-    for names in weight_factors._NORMS:
+    for names in weight_factors.NORMS:
         for name in names:
             if getattr(module, name, None) is not None:
                 setattr(adapted, name, getattr(module, name))
