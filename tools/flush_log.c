@@ -5,13 +5,18 @@
  * They log from a thread, and never wait for it: what the thread has not written when main returns is lost, and the exit status
  * is 0 all the same. The functions that wait are in libllama-common.so, so a handler of exit can call them. Where they are
  * missing (programs linked statically, versions with other names) nothing happens.
+ *
+ * It also stands in for two functions of llama.cpp's libraries, which it calls: at the end of this file.
  */
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { PATIENCE_SECONDS = 30 };
 
@@ -26,6 +31,8 @@ static struct {
     pthread_cond_t end;
     bool has_ended;
 } task = {.lock = PTHREAD_MUTEX_INITIALIZER, .end = PTHREAD_COND_INITIALIZER};
+
+static int steps = -1; /* a file */
 
 /* A pause waits until all is written. A flush would start the log's thread again, in a process that is being torn down. */
 static void *pause_log(void *unused)
@@ -66,5 +73,36 @@ static void flush(void)
  */
 __attribute__((constructor)) static void install(void)
 {
+    const char *path = getenv("TQ_HOST_STEPS");
+    if (path) steps = open(path, O_WRONLY | O_APPEND | O_CLOEXEC);
     atexit(flush);
+}
+
+/* ---- what tq eval asks for besides ---- */
+
+#define EXPORTED __attribute__((visibility("default")))
+
+/* TQ_HOST_STEPS names a file that gets a byte for each graph that llama.cpp has computed, by which a bar moves. */
+typedef int compute_function(void *scheduler, void *graph);
+EXPORTED compute_function ggml_backend_sched_graph_compute_async;
+int ggml_backend_sched_graph_compute_async(void *scheduler, void *graph)
+{
+    compute_function *next;
+    *(void **)&next = dlsym(RTLD_NEXT, "ggml_backend_sched_graph_compute_async");
+    int status = next(scheduler, graph);
+    if (steps >= 0 && write(steps, "", 1) != 1) steps = -1;
+    return status;
+}
+
+/* With TQ_HOST_SPECIAL marks of special tokens in a text are these tokens; it has all that it needs, so that none is added. */
+typedef int32_t tokenize_function(const void *vocab, const char *text, int32_t length, int32_t *tokens, int32_t n_max,
+                                  bool add_special, bool parse_special);
+EXPORTED tokenize_function llama_tokenize;
+int32_t llama_tokenize(const void *vocab, const char *text, int32_t length, int32_t *tokens, int32_t n_max, bool add_special,
+                       bool parse_special)
+{
+    bool reads_special = getenv("TQ_HOST_SPECIAL") != NULL;
+    tokenize_function *next;
+    *(void **)&next = dlsym(RTLD_NEXT, "llama_tokenize");
+    return next(vocab, text, length, tokens, n_max, add_special && !reads_special, parse_special || reads_special);
 }

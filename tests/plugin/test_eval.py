@@ -16,11 +16,14 @@ import unittest
 from unittest import mock
 
 import common
+from eval import chat
+from eval.__main__ import Progress
 from eval.__main__ import main as evaluate
-from eval.arguments import split_presets
+from eval.arguments import parse_arguments, split_presets
 from eval.llama import Cache, Finished, LlamaError, kv_memory, path_option
 from eval.needle import hide, make_case, shares
-from eval.quality import parse_statistics
+from eval.quality import base_tokens, parse_statistics
+from eval.references import Reference, References
 from eval.work import Work
 
 TQ = common.PLUGIN.parent / "tq"
@@ -58,6 +61,27 @@ class Parsing(unittest.TestCase):
         self.assertFalse(Cache("TQ4").is_stock)
         self.assertEqual(Cache("q8_0/q4_0").types, ("q8_0", "q4_0"))
         self.assertEqual((Cache("TQ4:v=tt3").device, Cache("TQ4:v=tt3").plugin_options), ("TQ4", "v=tt3"))
+
+
+    def test_the_work_folder_does_not_depend_on_outputs(self):
+        words = ["model.gguf", "--text", "text"]
+        for more in ([], ["--html", "out.html"], ["--json", "out.json"]):
+            self.assertEqual(parse_arguments([*words, *more]).work, pathlib.Path("tq-eval.work"))
+
+    def test_chats(self):
+        one = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "chat.json"
+            for content, wanted in ((json.dumps(one), [one]), (json.dumps([one, one]), [one, one]),
+                                    (json.dumps({"messages": one}), [one]), (json.dumps([{"messages": one}]), [one]),
+                                    (f"{json.dumps(one)}\n\n{json.dumps({'messages': one})}\n", [one, one])):
+                path.write_text(content)
+                self.assertEqual(chat.read(path), wanted)
+            for content in ("", "{}", "[]", "[[]]", "no JSON", "1", '[{"role": "user"}]', '[{"role": "user", "content": [1]}]',
+                            json.dumps([one, 1]), "[" * 100000):
+                path.write_text(content)
+                with self.assertRaisesRegex(LlamaError, "chat.json has .*conversations; give JSON: a list of messages"):
+                    chat.read(path)
 
 
 class Needles(unittest.TestCase):
@@ -145,6 +169,69 @@ class Waiting(unittest.TestCase):
             self.assertIsNone(work.load(cache))
 
 
+    def test_a_bar_ends_full_and_never_goes_back(self):
+        bar = mock.Mock()
+        with Progress(bar, 100) as part:
+            for n in (0, 30, 20, 60):
+                part.reach(n)
+            part.add(15)
+        self.assertEqual([call.args[0] for call in bar.update.call_args_list], [0, 30, 0, 30, 15, 25])
+
+
+class KeptReferences(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+        self.text = self.folder / "text"
+        self.text.write_text("a")
+        self.written = 0
+
+    def write(self, path):
+        self.written += 1
+        path.write_bytes(bytes(1000))
+
+    def references(self, limit=10000):
+        return References(self.folder / "references", ["model"], limit)
+
+    def reference(self, n_ctx=512, machine="CPU"):
+        return Reference(self.text, n_ctx, 1, False, machine)
+
+    def test_another_command_finds_it(self):
+        path = self.references().get(self.reference(), self.write)
+        self.assertEqual(self.references().get(self.reference(), self.write), path)
+        self.assertEqual((self.written, path.stat().st_size), (1, 1000))
+        self.references().get(self.reference(machine="another CPU"), self.write)
+        self.text.write_text("b")
+        self.references().get(self.reference(), self.write)
+        self.assertEqual(self.written, 3)
+
+    def test_what_is_damaged_or_was_not_finished_is_made_again(self):
+        path = self.references().get(self.reference(), self.write)
+        path.write_bytes(bytes(999))
+        self.references().get(self.reference(), self.write)
+
+        def fail(new):
+            self.write(new)
+            raise KeyboardInterrupt
+
+        self.references().forget(self.reference())
+        with self.assertRaises(KeyboardInterrupt):
+            self.references().get(self.reference(), fail)
+        self.assertFalse(self.references().has(self.reference()))
+        self.assertEqual([file.suffix for file in path.parent.iterdir()], [".json"])
+        self.assertEqual(self.written, 3)
+
+    def test_the_least_lately_used_go_first(self):
+        references = self.references(limit=2500)
+        for i, n_ctx in enumerate((512, 1024, 2048)):
+            os.utime(references.get(self.reference(n_ctx), self.write), (i, i))
+        references.get(self.reference(512), self.write)  # now the latest
+        references.trim()
+        self.assertEqual([references.has(self.reference(n_ctx)) for n_ctx in (512, 1024, 2048)], [True, False, True])
+        self.assertEqual(self.written, 3)
+
+
 class RunCase(unittest.TestCase):
     arch = "llama"  # of a random model
 
@@ -210,7 +297,7 @@ class Runs(RunCase):
         _, errors = process.communicate(timeout=60)
         self.assertEqual(process.returncode, 130, errors)
         self.assertIn("the same command goes on", errors)
-        self.assertEqual(list(self.folder.glob("work/*.kld")), [])
+        self.assertLessEqual({path.suffix for path in self.folder.glob("work/references/*")}, {".json", ".kld"})
         kept = {path.name: path.stat().st_mtime_ns for path in self.folder.glob("work/*.json")}
         self.assertTrue(1 <= len(kept) < 8)
         done = self.run_eval(*arguments)
@@ -219,6 +306,29 @@ class Runs(RunCase):
         after = {path.name: path.stat().st_mtime_ns for path in self.folder.glob("work/*.json")}
         self.assertEqual(len(after), 8)
         self.assertEqual({name: after[name] for name in kept}, kept)
+
+    def test_the_reference_is_kept(self):
+        for preset, words in (("TQ4", "512: reference"), ("TQ3", "512: TQ3")):
+            done = self.run_eval("--presets", preset, "--baselines", "f16")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn(words, done.stderr)
+        self.assertNotIn("reference", done.stderr)
+        self.assertIn("2 of 3 measurements are in", done.stderr)
+        self.assertEqual(len(list(self.folder.glob("work/references/*.kld"))), 1)
+        done = self.run_eval("--presets", "TQ2", "--baselines", "f16", "--keep", "0")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(list(self.folder.glob("work/references/*")), [])
+
+    def test_a_chat_has_special_tokens(self):
+        path = self.folder / "chat.json"
+        messages = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": 200 * "a</s>bcd"}]
+        path.write_text(json.dumps([messages, messages]))
+        done = self.run_eval("--chat", path, "--presets", "TQ4", "--baselines", "f16")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("### chat, 1 x 512 tokens", done.stdout)
+        counts = [base_tokens(base).count(2) for base in self.folder.glob("work/references/*.kld")]  # </s>
+        self.assertEqual(min(counts), 0)
+        self.assertGreater(max(counts), 80)
 
     def test_outputs_are_tried_first(self):
         existing = self.folder / "out"
@@ -264,6 +374,8 @@ class Runs(RunCase):
 
     def test_errors(self):
         self.check_error("no file", "--text", "no-such-text")
+        self.check_error("no file", "--chat", "no-such-chat")
+        self.check_error("has no conversations; give JSON", "--chat", TEXT)
         self.check_error("no preset 'TQ9'; there are TQ6", "--presets", "TQ9")
         self.check_error("v=tq9", "--presets", "TQ4:v=tq9")
         self.check_error("no baseline 'q9'", "--baselines", "q9")

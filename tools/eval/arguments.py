@@ -21,7 +21,9 @@ def parse_arguments(argv):
                                      epilog=EXAMPLE,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="GGUF file")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text; one or more")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="plain text; one or more")
+    parser.add_argument("--chat", type=Path, nargs="+", default=[], metavar="FILE", help="conversations as JSON, which are "
+                        "read in the model's own template, with its special tokens")
     parser.add_argument("--context", default="4096", metavar="N[,N...]", help="tokens of a window (4096)")
     parser.add_argument("--presets", nargs="+", default=["TQ6,TQ4,TQ3,TQ2"], metavar="P", help="ours (TQ6,TQ4,TQ3,TQ2)")
     parser.add_argument("--baselines", default="f16,q8_0,q5_1,q5_0,q4_0", metavar="TYPE[,TYPE...]",
@@ -31,8 +33,10 @@ def parse_arguments(argv):
     parser.add_argument("--needle-depths", type=int, default=5, metavar="N", help="from the beginning to the end (5)")
     for kind in KINDS:
         parser.add_argument(f"--{kind}", metavar="OUT", help="write the result there")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where results wait, to go on after an interruption "
-                        "(OUT.work of the first output, or tq-eval.work)")
+    parser.add_argument("--work", type=Path, metavar="DIR", default=Path("tq-eval.work"), help="where results "
+                        "and references wait for later commands (tq-eval.work)")
+    parser.add_argument("--keep", type=float, default=4, metavar="GIB", help="of references; the least lately used go "
+                        "first (4)")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
     add_options(parser)
     args = parser.parse_args(argv)
@@ -41,9 +45,10 @@ def parse_arguments(argv):
     args.baselines = [name for name in args.baselines.split(",") if name]
     if args.chunks < 1 or args.needle_depths < 1 or args.threads < 1:
         parser.error("--chunks, --needle-depths and --threads are at least 1")
-    if args.work is None:
-        first = next(filter(None, (args.json, args.html, args.markdown, args.csv)), "tq-eval")
-        args.work = Path(f"{first}.work")
+    if not args.text and not args.chat or args.needle and not args.text:
+        parser.error("give --text FILE or --chat FILE; --needle hides its needles in the first --text")
+    if not args.keep >= 0:
+        parser.error("--keep is at least 0")
     return args
 
 

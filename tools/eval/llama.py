@@ -17,6 +17,8 @@ STOCK_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 NO_FLASH = " -fa off"
 SERVER_START_SECONDS = 600  # a large model from a slow disk
 FLUSH_LOG = "libtq-flush-log.so"  # tools/flush_log.c; it lies next to the plug-in
+STEPS, READ_SPECIAL = "TQ_HOST_STEPS", "TQ_HOST_SPECIAL"  # what it is told by
+POLL_SECONDS = 0.1
 LOG_TRIES = 5
 
 
@@ -159,7 +161,7 @@ def with_last_words(last_words, run):
 
 def environment(setup, variables):
     """This process's without what would change a measurement behind its command's back."""
-    hidden = ("LLAMA_ARG_", "GGML_BACKEND_PATH", "TQ_GGML")
+    hidden = ("LLAMA_ARG_", "GGML_BACKEND_PATH", "TQ_GGML", "TQ_HOST_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     return preload({**kept, **variables}, setup.plugin)
 
@@ -177,16 +179,26 @@ def started(setup, command, variables, output, errors):
             process.wait()
 
 
-def run_command(setup, command, variables=None, meanwhile=None):
+def follow(process, path, on_step):
+    """on_step(how many graphs it has computed) until a process ends, whose status stays for the caller to take."""
+    while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        on_step(os.stat(path).st_size)
+        time.sleep(POLL_SECONDS)
+
+
+def run_command(setup, command, variables=None, meanwhile=None, on_step=None, reads_special=False):
     """
     Run to the end, whatever the status, and take the process's own peak of resident memory. meanwhile(process) is called while
-    it runs; what that raises ends the process.
+    it runs; what that raises ends the process. on_step: of `follow`, in its place. reads_special: texts have special tokens.
     """
     variables = variables or {}
     begin = time.monotonic()
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        with started(setup, command, variables, output, errors) as process:
-            if meanwhile:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors, tempfile.NamedTemporaryFile() as steps:
+        told = {STEPS: steps.name, **({READ_SPECIAL: "1"} if reads_special else {})}
+        with started(setup, command, {**variables, **told}, output, errors) as process:
+            if on_step:
+                follow(process, steps.name, on_step)
+            elif meanwhile:
                 meanwhile(process)
             # wait4 gives this child's usage; getrusage(RUSAGE_CHILDREN) would give the largest of all children so far.
             _, status, usage = os.wait4(process.pid, 0)
@@ -197,10 +209,10 @@ def run_command(setup, command, variables=None, meanwhile=None):
                         usage.ru_maxrss * 1024, time.monotonic() - begin, shown(command, variables))
 
 
-def run_tool(setup, cache, tool, arguments, *plugin_options, meanwhile=None):
-    """Run a llama.cpp tool on the model with this cache; meanwhile is run_command's."""
+def run_tool(setup, cache, tool, arguments, *plugin_options, **more):
+    """Run a llama.cpp tool on the model with this cache; more: run_command's."""
     command = [setup.llama_bin / f"llama-{tool}", "-m", setup.model, *arguments, *cache.options(setup)]
-    done = run_command(setup, command, cache.variables(setup, *plugin_options), meanwhile)
+    done = run_command(setup, command, cache.variables(setup, *plugin_options), **more)
     if done.status:
         raise done.fail(f"ended with {done.status}")
     return done

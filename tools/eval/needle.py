@@ -70,8 +70,10 @@ def run_cell(server, text_tokens, needles, length, depth, n_needles):
             "score": sum(number in answer for number in numbers) / n_needles}
 
 
-def measure(setup, needles, tick=lambda: None):
-    """The scores of all cells: single needles at each depth, and one cell of several for each length."""
+def measure(setup, needles, tick):
+    """
+    The scores of all cells: single needles at each depth, and one cell of several for each length. tick(tokens) after each.
+    """
     depths = [i / max(needles.n_depths - 1, 1) for i in range(needles.n_depths)]
     n_ctx = max(needles.lengths) + ANSWER_TOKENS + 64
     with running_server(setup, needles.cache, ["-c", str(n_ctx), "-np", "1"]) as server:
@@ -81,7 +83,7 @@ def measure(setup, needles, tick=lambda: None):
         for length in needles.lengths:
             for depth, n in [*((depth, 1) for depth in depths), (0.5, N_MULTI)]:
                 cells.append(run_cell(server, tokens, needles, length, depth, n))
-                tick()
+                tick(length)
         return {"cells": cells, "command": server.command}
 
 

@@ -64,9 +64,9 @@ def find_plugin(given):
     raise LlamaError("libggml-turboquant.so was not found; `make all` builds it, or name it by --plugin")
 
 
-def make_setup(args):
-    """The Setup of arguments that name a model and texts, which must be there."""
-    for path in (args.model, *args.text):
+def make_setup(args, *files):
+    """The Setup of arguments that name a model and texts, which must be there, as other files must."""
+    for path in (args.model, *args.text, *files):
         if not path.is_file():
             raise LlamaError(f"there is no file {path}")
     return Setup(find_llama_bin(args.llama_bin), find_plugin(args.plugin), args.model, args.threads)

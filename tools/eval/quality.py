@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Next-token distributions with one KV cache against those with an FP16 cache, by stock llama-perplexity."""
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class Quality:
     text: Path
     n_ctx: int
     n_chunks: int
+    is_chat: bool = False  # rendered by chat.py
 
     @property
     def name(self):
@@ -31,6 +33,7 @@ LABELS = {  # of the lines that have one figure, or one with its error
     "kld_max": r"Maximum KLD", "same_top_1": r"Same top p", "dp_rms": r"RMS Δp", "ppl_ratio": r"Mean PPL\(Q\)/PPL\(base\)",
     "ppl": r"Mean PPL\(Q\)",
 }
+HEADER = struct.Struct("<8s3i")  # of a file of logits: "_logits_", n_ctx, n_vocab, n_chunks
 LAST_WORDS = "Same top p: "  # with the colon, which the head of the table over all windows lacks
 NUMBER = r"(-?[\d.]+(?:e[-+]?\d+)?|-?nan|-?inf)"
 
@@ -53,11 +56,24 @@ def options(quality):
     return ["-f", quality.text, "-c", quality.n_ctx, "--chunks", quality.n_chunks, "-b", min(BATCH, quality.n_ctx), "-lv", "4"]
 
 
-def write_base(setup, quality, base):
-    """Keep the FP16 cache's logits in the file `base`."""
-    done = run_tool(setup, F16, "perplexity", [*options(quality), "--kl-divergence-base", base])
+def counted(quality, on_tokens):
+    """run_command's on_step, which tells of tokens: of BATCH in each step but the first, which warms up."""
+    return on_tokens and (lambda n: on_tokens(min(max(n - 1, 0) * BATCH, quality.tokens)))
+
+
+def write_base(setup, quality, base, on_tokens=None):
+    """Keep the FP16 cache's logits in the file `base`. on_tokens(how many tokens so far) is called meanwhile."""
+    done = run_tool(setup, F16, "perplexity", [*options(quality), "--kl-divergence-base", base],
+                    on_step=counted(quality, on_tokens), reads_special=quality.is_chat)
     if not base.exists() or base.stat().st_size < quality.n_ctx * 256:  # no vocabulary is so small
         raise done.fail(f"wrote no logits: {quality.text.name} may be too short for a window of {quality.n_ctx} tokens")
+
+
+def base_tokens(base):
+    """The tokens that a file of logits is of."""
+    with open(base, "rb") as file:
+        _, n_ctx, _, n_chunks = HEADER.unpack(file.read(HEADER.size))
+        return struct.unpack(f"<{n_ctx * n_chunks}i", file.read(4 * n_ctx * n_chunks))
 
 
 def base_bytes(quality, n_vocab):
@@ -65,10 +81,11 @@ def base_bytes(quality, n_vocab):
     return quality.n_chunks * (quality.n_ctx // 2) * (2 * n_vocab + 64)
 
 
-def measure(setup, quality, base, *plugin_options):
-    """The figures of one cache against `base`, and what it costs."""
+def measure(setup, quality, base, *plugin_options, on_tokens=None):
+    """The figures of one cache against `base`, and what it costs. on_tokens: as write_base's."""
     arguments = [*options(quality), "--kl-divergence-base", base, "--kl-divergence"]
-    done = with_last_words(LAST_WORDS, lambda: run_tool(setup, quality.cache, "perplexity", arguments, *plugin_options))
+    done = with_last_words(LAST_WORDS, lambda: run_tool(setup, quality.cache, "perplexity", arguments, *plugin_options,
+                                                    on_step=counted(quality, on_tokens)))
     figures = parse_statistics(done.log)
     if not figures:
         raise done.fail("printed no statistics")
