@@ -104,8 +104,10 @@ def keep(path, output, may_replace):
         return
     try:
         os.link(path, output)
-    except FileExistsError as error:
-        raise LlamaError(f"-o: {output} exists since; name another file, or write over it by --force") from error
+    except OSError as error:
+        if output.exists():
+            raise LlamaError(f"-o: {output} exists by now; name another file, or write over it by --force") from error
+        path.replace(output)  # where files have one name only
 
 
 def run(args):
