@@ -37,16 +37,19 @@ def fold(model: torch.nn.Module) -> dict[str, float]:
     changes = [change for name, each in octaves.items() for change in _changes(name, found[name], each)]
     before = _logits(model)
     kept = [weight.clone() for weight, _ in changes]
-    for weight, scaled in changes:
-        weight.copy_(scaled)
     for name in octaves:
         forget(found[name])
-    moved = (_logits(model) - before).abs().max() / before.abs().max()
-    if not moved <= _MOVED_MAX:
+    try:
+        for weight, scaled in changes:
+            weight.copy_(scaled)
+        moved = (_logits(model) - before).abs().max() / before.abs().max()
+        if not moved <= _MOVED_MAX:
+            raise UnsupportedError(f"the logits of {type(model).__name__} moved by {moved:.2g} of the largest: it makes its "
+                                   "queries or keys otherwise than is known here. Its weights are what they were")
+    except BaseException:
         for (weight, _), old in zip(changes, kept):
             weight.copy_(old)
-        raise UnsupportedError(f"the logits of {type(model).__name__} moved by {moved:.2g} of the largest: it makes its "
-                               "queries or keys otherwise than is known here. Its weights are what they were")
+        raise
     return {name: float(2.0 ** abs(each).max()) for name, each in octaves.items()}
 
 
@@ -122,5 +125,5 @@ def _scaled_norm(name: str, norm: torch.nn.Module, factors: torch.Tensor) -> tor
     multiplied = signs * (norm(signs) - (0 if bias is None else bias))
     for offset in (0, 1):
         if torch.allclose(multiplied[0, 0], weight + offset, rtol=.02, atol=.02):
-            return _scaled(weight + offset, factors.reshape(weight.shape)) - offset
+            return _scaled(weight.float() + offset, factors.reshape(weight.shape)) - offset
     raise UnsupportedError(f"how the norms of {name} use their weights is not known here")
