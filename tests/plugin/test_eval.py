@@ -227,7 +227,10 @@ class KeptReferences(unittest.TestCase):
         for i, n_ctx in enumerate((512, 1024, 2048)):
             os.utime(references.get(self.reference(n_ctx), self.write), (i, i))
         references.get(self.reference(512), self.write)  # now the latest
+        stray = self.folder / "references/0123.77"  # of a command that was killed
+        stray.write_text("")
         references.trim()
+        self.assertFalse(stray.exists())
         self.assertEqual([references.has(self.reference(n_ctx)) for n_ctx in (512, 1024, 2048)], [True, False, True])
         self.assertEqual(self.written, 3)
 

@@ -69,7 +69,7 @@ def plan(args, texts):
 
 
 class Progress:
-    """A part of the bar, that moves while it is measured and is full at its end, whatever was heard meanwhile."""
+    """A part of the bar, which moves while it is measured and is full at its end, whatever was heard meanwhile."""
 
     def __init__(self, bar, total):
         self.bar, self.total, self.done = bar, total, 0
@@ -77,8 +77,9 @@ class Progress:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.reach(self.total)
+    def __exit__(self, kind, *_):
+        if kind is not KeyboardInterrupt:
+            self.reach(self.total)
 
     def reach(self, n):
         self.bar.update(max(0, n - self.done))

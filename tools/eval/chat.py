@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Conversations as texts: in a model's own template, whose marks become its special tokens."""
 import json
-from pathlib import Path
 
 from .llama import F16, LlamaError, running_server
 from .outputs import write_text
@@ -40,20 +39,22 @@ def render(setup, path, folder):
     A file in `folder` with the conversations as the model would see them, named as theirs; next to it the tokens that they are.
     """
     text = folder / f"{path.stem}.txt"
-    if tokens_file(text).exists():
+    if text.exists() and tokens_file(text).exists():
         return text
     chats = read(path)
     with running_server(setup, F16, ["-c", "256", "-np", "1"]) as server:
         prompts = [server.post("/apply-template", messages=chat, add_generation_prompt=False)["prompt"] for chat in chats]
         tokens = server.post("/tokenize", content="".join(prompts), add_special=False, parse_special=True)["tokens"]
     folder.mkdir(exist_ok=True)
-    write_text(text, "".join(prompts))
-    write_text(tokens_file(text), json.dumps(tokens))  # last: it says that both are there
+    new = text.with_suffix(".new")
+    for final, content in ((text, "".join(prompts)), (tokens_file(text), json.dumps(tokens))):
+        write_text(new, content)
+        new.replace(final)
     return text
 
 
 def check_tokens(text, found):
     """Raise LlamaError unless these are the first tokens of a rendered text."""
-    if json.loads(Path(tokens_file(text)).read_text(encoding="utf-8"))[:len(found)] != list(found):
+    if json.loads(tokens_file(text).read_text(encoding="utf-8"))[:len(found)] != list(found):
         raise LlamaError(f"llama-perplexity did not read the special tokens of {text.stem}: libtq-flush-log.so, which lets it, "
                          "belongs next to the plug-in, in a folder without blanks in its name")

@@ -57,8 +57,8 @@ def options(quality):
 
 
 def counted(quality, on_tokens):
-    """run_command's on_step, which tells of tokens: of BATCH in each step but the first, which warms up."""
-    return on_tokens and (lambda n: on_tokens(min(max(n - 1, 0) * BATCH, quality.tokens)))
+    """run_command's on_step, which tells of tokens: of a batch in each step but the first, which warms up."""
+    return on_tokens and (lambda n: on_tokens(min(max(n - 1, 0) * min(BATCH, quality.n_ctx), quality.tokens)))
 
 
 def write_base(setup, quality, base, on_tokens=None):

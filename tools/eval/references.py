@@ -49,6 +49,10 @@ class References:
         self.path(reference).unlink(missing_ok=True)
 
     def trim(self):
+        """Only while nobody else is at work in the folder: other files in it are of a command that was killed."""
+        for path in self.work.folder.iterdir():
+            if path.suffix not in (".kld", ".json"):
+                path.unlink()
         files = sorted(self.work.folder.glob("*.kld"), key=lambda path: path.stat().st_mtime, reverse=True)
         n_bytes = 0
         for path in files:
