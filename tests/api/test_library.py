@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """What a user of the library sees: header, symbols, package files, installation, and a build without a build system."""
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import BUILD, ROOT, main  # noqa: E402
+from harness import BUILD, DEPS, ROOT, main  # noqa: E402
 
 HEADER = ROOT / "include" / "turboquant.h"
 CONSUMER = Path(__file__).resolve().parent / "consumer"
@@ -127,6 +128,15 @@ class Install(unittest.TestCase):
             shown = run(tq, "run", "--dry-run", "--llama-bin", CONSUMER, "--tool", "bench", HEADER)
             plugin = next(self.prefix.rglob("libggml-turboquant.so"))
             self.assertIn(str(plugin), str(Path(shown.split()[0].split("=")[1]).resolve()))
+
+    def test_installed_tq_fold_finds_the_library(self):
+        tq, python = self.prefix / "bin" / "tq", DEPS / "venv/bin/python"
+        if not tq.exists() or not python.exists():
+            self.skipTest("tq was not built, or its Python is not there")
+        environment = {**os.environ, "TQ_PYTHON": str(python)}
+        environment.pop("TURBOQUANT_LIBRARY", None)
+        done = subprocess.run([tq, "fold", "absent.gguf", "-o", "out.gguf"], capture_output=True, text=True, env=environment)
+        self.assertEqual((done.returncode, done.stderr), (1, "tq fold: absent.gguf is no file; name a GGUF model\n"))
 
 
 class WithoutBuildSystem(unittest.TestCase):
