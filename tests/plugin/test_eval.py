@@ -406,6 +406,18 @@ class RealRuns(RunCase):
     def test_whole_run(self):
         self.check_whole_run()
 
+    def test_a_chat_in_the_models_template(self):
+        text, path = TEXT.read_text()[:8000], self.folder / "chat.jsonl"
+        chats = [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text[at:at + 400]}]
+                 for at in range(0, len(text), 400)]
+        path.write_text("\n".join(map(json.dumps, chats)))
+        done = self.run_eval("--chat", path, "--presets", "TQ4", "--baselines", "f16", "--keep", "1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        begins = [base_tokens(base)[0] for base in self.folder.glob("work/references/*.kld")]
+        self.assertIn(1, begins)  # <|im_start|>, of which there are three in each conversation
+        rendered = next(self.folder.glob("work/chat-*/chat.txt")).read_text()
+        self.assertEqual((rendered.count("<|im_start|>"), rendered.count("<|im_end|>")), (3 * len(chats), 3 * len(chats)))
+
     def test_needles(self):
         out = self.folder / "out.json"
         done = self.run_eval("--presets", "TQ4", "--baselines", "f16", "--needle", "512", "--needle-depths", "2", "--json", out,

@@ -42,7 +42,8 @@ def render(setup, path, folder):
     if text.exists() and tokens_file(text).exists():
         return text
     chats = read(path)
-    with running_server(setup, F16, ["-c", "256", "-np", "1"]) as server:
+    # Else it would leave a last answer open, for more of it.
+    with running_server(setup, F16, ["-c", "256", "-np", "1", "--no-prefill-assistant"]) as server:
         prompts = [server.post("/apply-template", messages=chat, add_generation_prompt=False)["prompt"] for chat in chats]
         tokens = server.post("/tokenize", content="".join(prompts), add_special=False, parse_special=True)["tokens"]
     folder.mkdir(exist_ok=True)
