@@ -231,3 +231,20 @@ def test_channel_factors():
     """2^(quarters / 4), correctly rounded."""
     quarters = np.arange(-32, 33, dtype=np.int8).reshape(5, 13)
     assert np.array_equal(weight_factors.channel_factors(quarters), np.float32(2.0 ** (quarters / 4.0)))
+
+
+def test_octaves_leave_the_least_error():
+    """No other shift of a head's factors before they are rounded is better; those of partners are the same."""
+    chance = np.random.default_rng(1)
+    keys, queries = (4.0 ** chance.normal(0, 2, (n, 32)) for n in (2, 6))
+    partners = np.roll(np.arange(32, dtype=np.int32), 16)
+    found = weight_factors.octaves_from_energies(keys, queries, partners)
+    np.testing.assert_array_equal(found, found[:, partners])
+    quarters, _ = weight_factors.from_energies(keys, queries, partners)
+
+    def errors(octaves):
+        return (keys / 4.0 ** octaves).sum(axis=1) * (queries.reshape(2, 3, 32).mean(axis=1) * 4.0 ** octaves).sum(axis=1)
+
+    for shift in range(4):
+        assert (errors(found) <= errors(np.rint((quarters + shift) / 4)) * 1.000001).all()
+    assert (abs(found - quarters / 4) <= 1.25).all()

@@ -81,8 +81,7 @@ def _octaves(name: str, module: torch.nn.Module, decoder: torch.nn.Module) -> np
     norm = _norms(module)[1] if _norms(module) else None
     if norm is not None and norm.weight.numel() == head_dim:  # for all heads
         keys, queries = keys.mean(axis=0, keepdims=True), queries.reshape(-1, head_dim)
-    quarters, _ = weight_factors.from_energies(keys, queries, rope(module, head_dim)[0])
-    return np.rint(quarters / 4).astype(int)
+    return weight_factors.octaves_from_energies(keys, queries, rope(module, head_dim)[0])
 
 
 def _norms(module: torch.nn.Module) -> list[torch.nn.Module]:

@@ -55,6 +55,19 @@ def from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray, m
     return found, spread.value
 
 
+def octaves_from_energies(keys: np.ndarray, queries: np.ndarray, partners: np.ndarray) -> np.ndarray:
+    """
+    from_energies' factors as powers of two: their exponents, int [n_head_kv, head_dim]. A head's factors may all be shifted
+    alike before they are rounded; of four shifts each head has the one that leaves coding the least error.
+    """
+    quarters, _ = from_energies(keys, queries, partners)
+    of_groups = queries.reshape(len(keys), -1, keys.shape[1]).mean(axis=1)
+    choices = np.rint((quarters + np.arange(4)[:, None, None]) / 4).astype(int)
+    squares = 4.0 ** choices
+    errors = (keys / squares).sum(axis=2) * (of_groups * squares).sum(axis=2)
+    return choices[errors.argmin(axis=0), np.arange(len(keys))]
+
+
 def channel_factors(quarters: np.ndarray) -> np.ndarray:
     """2^(quarters / 4), the library's float32 bits."""
     octaves, rest = np.divmod(quarters.astype(np.int32), 4)

@@ -111,4 +111,7 @@ def compare_logits(setup, folder, old, new):
     p, q = map(read_logits, files)
     if p.shape != q.shape:
         raise LlamaError(f"llama.cpp gives {q.shape} logits with the new file, and {p.shape} with the old one")
-    return Compared(len(p), float((np.exp(p) * (p - q)).sum(axis=1).mean()), float(abs(p - q).max()))
+    largest = float(abs(p - q).max())
+    for x in (p, q):  # rounded as they are, probabilities do not quite add up to 1
+        x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return Compared(len(p), float((np.exp(p) * (p - q)).sum(axis=1).mean()), largest)

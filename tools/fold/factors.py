@@ -13,7 +13,7 @@ from .blocks import CURE, bounds
 PACKAGE = Path(__file__).resolve().parents[2] / "python"  # in the sources; installed, it lies next to this one
 if PACKAGE.is_dir():
     sys.path.insert(0, str(PACKAGE))
-from turboquant.weight_factors import from_energies  # noqa: E402
+from turboquant.weight_factors import octaves_from_energies  # noqa: E402
 
 ROWS_AT_ONCE = 1024  # of a matrix, as floats
 
@@ -87,7 +87,6 @@ def find(group):
     queries = np.concatenate([energies(side).reshape(group.n_head_kv, -1, group.head_dim) for side in group.queries], axis=1)
     if any(side.is_shared for side in (group.keys, *group.queries)):
         keys, queries = keys.mean(axis=0, keepdims=True), queries.reshape(1, -1, group.head_dim)
-    quarters, _ = from_energies(keys, queries.reshape(-1, group.head_dim), group.partners)
-    wanted = np.rint(quarters / 4).astype(int)
+    wanted = octaves_from_energies(keys, queries.reshape(-1, group.head_dim), group.partners)
     wanted = np.repeat(wanted, group.n_head_kv // len(wanted), axis=0)
     return limit(group, wanted), wanted
