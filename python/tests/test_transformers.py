@@ -277,6 +277,21 @@ def test_windows_are_left_to_transformers():
         cache.save("unused.tqs")
 
 
+def test_a_window_that_no_token_leaves():
+    """Phi-3 of 128K: no smaller than the context, so it is full attention, with padding too."""
+    model, input_ids, mask = make_model("phi3", sliding_window=4096), ids(2, 150), torch.ones(2, 150, dtype=torch.long)
+    mask[0, :30] = 0
+    mask = mask.to(DEVICE)
+    wanted = logits(model, stock(model), input_ids, 3, attention_mask=mask)
+    cache = compressed(model)
+    found = logits(model, cache, input_ids, 3, attention_mask=mask)
+    assert divergence(wanted[0, 30:], found[0, 30:]) < 1e-3 and divergence(wanted[1], found[1]) < 1e-3
+    assert cache.store.n_layer == 4
+    model.config.sliding_window = 150  # it moves with the next token
+    with pytest.raises(turboquant.UnsupportedError, match="than a sliding window of 150"):
+        logits(model, cache, input_ids[:, :1])
+
+
 def test_compiled_model(llama):
     """torch.compile of the model goes around the cache."""
     input_ids = ids(1, 70)

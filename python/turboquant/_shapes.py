@@ -5,8 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.cache_utils import get_layer_types_and_kwargs
+
 from .errors import UnsupportedError
 from .formats import head_dims
+
+
+def layers_of(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """The kinds of layers, and the options of Transformers' layer for each. A window that is no smaller than the model's
+    context (Phi-3 of 128K) is full attention."""
+    kinds, options = get_layer_types_and_kwargs(config)
+    if isinstance(options, dict):  # Transformers before 5.18: the same for all
+        options = [options] * len(kinds)
+    context = getattr(config, "max_position_embeddings", None)
+
+    def is_idle(window: int | None) -> bool:
+        return None not in (context, window) and window >= context
+
+    return ["full_attention" if kind == "sliding_attention" and is_idle(of_layer.get("sliding_window")) else kind
+            for kind, of_layer in zip(kinds, options)], options
 
 
 def served(config: Any, numbers: Sequence[int]) -> tuple[int, int, int, dict[int, str]]:

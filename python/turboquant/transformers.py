@@ -33,14 +33,13 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import (DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicCache, DynamicLayer,
-                                      DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer,
-                                      get_layer_types_and_kwargs)
+                                      DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
-from ._shapes import last_readers, served, told
+from ._shapes import last_readers, layers_of, served, told
 from ._torch_factors import factors_of
 from ._torch_fold import fold as fold
 from ._torch_rows import attend_rows
@@ -66,7 +65,6 @@ _INSTALLED = "_turboquant_installed"  # of a model, and of its attention modules
 _UNSUPPORTED = {
     "position_bias": "position biases",
     "output_attentions": "output_attentions: the weights are never all in memory",
-    "sliding_window": "a sliding window in a layer that the configuration calls full attention",
 }
 
 
@@ -281,9 +279,7 @@ class TurboQuantCache(Cache):
                 raise ArgumentError(f"{name} is {value!r}; give one of {', '.join(map(repr, known))}")
         self._guard = guard
         self.config = config.get_text_config(decoder=True)
-        layer_types, layer_options = get_layer_types_and_kwargs(self.config)
-        if isinstance(layer_options, dict):  # Transformers before 5.18: the same for all
-            layer_options = [layer_options] * len(layer_types)
+        layer_types, layer_options = layers_of(self.config)
         for i, layer_type in enumerate(layer_types):
             if layer_type not in _COMPRESSED_TYPES | _STOCK_TYPES:
                 raise UnsupportedError(f"layer {i} of this model is of the kind {layer_type!r}, which this cache does not "
@@ -707,7 +703,7 @@ class TurboQuantCache(Cache):
         pass takes it to the model's. Raises SnapshotError; UnsupportedError where a device cannot hold it.
         """
         info = _cache.describe_snapshot(path)
-        n_layer = list(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]).count("full_attention")
+        n_layer = layers_of(config.get_text_config(decoder=True))[0].count("full_attention")
         if info.n_layer != n_layer:
             raise SnapshotError(f"{os.fspath(path)} holds {info.n_layer} layers, and this model has {n_layer} of full "
                                 "attention: it is of another model. Run the prompt again")
@@ -806,6 +802,10 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, va
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) not in (None, False):
             raise UnsupportedError(f"there is no {what}. Use DynamicCache and another attention implementation")
+    window = kwargs.get("sliding_window")
+    if window is not None and key.layer.n_columns + key.rows.shape[2] > window:
+        raise UnsupportedError(f"more tokens than a sliding window of {window} has, in a layer that has full attention as its "
+                               "configuration says. Use DynamicCache and another attention implementation")
     if dropout:
         raise UnsupportedError("there is no dropout in compressed attention: call model.eval()")
     if is_causal is False or not getattr(module, "is_causal", True):
@@ -831,6 +831,11 @@ def _padding_of(mask: torch.Tensor | None) -> torch.Tensor | None:
         return mask
     if _is_padding(mask):
         return mask[:, 0, 0]
+    if mask.ndim == 4 and mask.dtype == torch.bool and mask.shape[1] == 1:  # of a window that no token has left
+        (n_query, n_columns), kept = mask.shape[2:], mask[:, 0, -1]
+        causal = kept[:, None] & mask.new_ones(n_query, n_columns).tril(n_columns - n_query)
+        if ((mask[:, 0] == causal) | ~kept[:, n_columns - n_query:, None]).all():
+            return kept
     raise UnsupportedError(f"a mask of {mask.ndim} dimensions is not supported: give attention_mask as [n_batch, n_tok], with "
                            "zeros for padding")
 
