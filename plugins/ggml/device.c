@@ -150,7 +150,10 @@ static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t dev)
     return &((tq_ggml_device *)dev->context)->host_buft;
 }
 
-/* Without flash attention other operations read the cache: on the CPU, which needs a decoded copy of it for every layer. */
+/*
+ * Other operations than flash attention read the cache on the CPU, which would need a decoded copy of it for every layer:
+ * products, with the values transposed, where flash attention is off; others in models that choose the tokens that they see.
+ */
 static bool refuse_reader(const tq_ggml_device *device, const struct ggml_tensor *op)
 {
     bool is_dummy;
@@ -159,9 +162,11 @@ static bool refuse_reader(const tq_ggml_device *device, const struct ggml_tensor
         char why[256];
         if (!kv) continue;
         if (atomic_load(&device->n_refused) > 0) return true; /* it has been said for another layer */
+        bool is_off = op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_CONT;
         snprintf(why, sizeof why,
-                 "flash attention is off, so that %s reads it. Give -fa on: auto turns it off for all layers if one layer's is "
-                 "not on the layer's device. If it is on, run this model without the device",
+                 is_off ? "flash attention is off, so that %s reads it. Give -fa on: auto turns it off for all layers if one "
+                          "layer's is not on the layer's device. If it is on, run this model without the device"
+                        : "this model reads it by %s, and only flash attention can. Run it without the device",
                  tq_ggml_host.ggml_op_name(op->op));
         return tq_ggml_kv_refuse(kv, why);
     }
