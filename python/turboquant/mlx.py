@@ -354,10 +354,15 @@ def from_kvcache(model: Any, caches: Sequence[Any], preset: str = "TQ4", **optio
     own, which leaves it as it is; other caches are in both lists.
     """
     kind = _cache_class()
+    if any("embed_q" in module for module in model.modules()):
+        raise UnsupportedError("this model has latent attention (MLA): it keeps latents in place of keys and values, which are "
+                               "not compressed. Use mlx_lm.models.cache.make_prompt_cache")
     compressed = [i for i, cache in enumerate(caches) if type(cache) is stock.KVCache]
     n = len(compressed)
     if n == 0:
-        raise UnsupportedError("none of this model's layers has a plain KVCache: there is nothing to compress")
+        kinds = ", ".join(dict.fromkeys(type(cache).__name__ for cache in caches))
+        raise UnsupportedError(f"none of this model's layers has a plain KVCache, but {kinds}: there is nothing to compress. "
+                               "Use mlx_lm.models.cache.make_prompt_cache")
     applied = list(caches)
     for i, of_layer in zip(compressed, _options_of_layers(options, compressed, len(caches))):
         pools = {"layer": [i, n]} if kind is TurboQuantKVCache else {}
