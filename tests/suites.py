@@ -270,13 +270,14 @@ def absent(*paths):
 def plugin_suites():
     """The plug-in in stock llama.cpp. tests/plugin/common.py explains the environment."""
     quick = {"abi": (), "ctypes": (), "factors": (), "fold": (), "log": (), "options": (), "refusals": (), "shared_layers": (),
-             "tools": (), "hosts": ("Hosts",), "server": ("Server", "CodedServer", "DamagedServer"),
+             "tools": (), "models": ("Models",), "hosts": ("Hosts",), "server": ("Server", "CodedServer", "DamagedServer"),
              "quality": ("ShortQuality",), "eval": ("Parsing", "Needles", "Waiting", "KeptReferences", "Runs")}
     for name, classes in quick.items():
         yield plugin_suite(f"plug-in/{name}", f"test_{name}", *classes, tier="test", rooms=("plugins",))
     yield plugin_suite("plug-in/all hosts", "test_hosts", "AllHosts", part="plug-in")
     yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "FirstTokens", "DamagedUnifiedServer",
                        "FirstRequest", part="plug-in")
+    yield plugin_suite("plug-in/all models", "test_models", "AllModels", part="plug-in")
     yield plugin_suite("plug-in/clients", "test_hosts", "Clients", part="plug-in")
     yield plugin_suite("plug-in/chaos", "test_chaos", part="plug-in")
     # Other processors' sums in llama.cpp, and their kernels here.
@@ -341,6 +342,7 @@ def python_suites():
     yield pytest("python/core", PYTHON_VENV, "buffers", "cache", "codec", "engines", "header", "weight_factors",
                  tier="test")
     yield pytest("python/mlx", PYTHON_VENV, "mlx", "mlx_factors", tier="test")
+    yield pytest("python/mlx models", PYTHON_VENV, "models_mlx", environment={"TQ_TEST_QUICK": "1"}, tier="test")
 
 
 def metal_suites():
@@ -353,6 +355,8 @@ def transformers_suites():
     names = "transformers", "transformers_factors", "transformers_fold", "transformers_install", "transformers_refusals"
     files = *names, "interrupted"
     yield pytest("python/transformers", TORCH_VENV, *files, **needed)
+    yield pytest("python/models", TORCH_VENV, "models", **needed)
+    yield pytest("python/all mlx models", PYTHON_VENV, "models_mlx")
     for name in ("real_model", "mlx_real_model", "examples"):
         yield pytest(f"python/{name}", TORCH_VENV, name, missing=absent(MODEL), **needed)
     # TurboQuantCache as on a GPU, on a device in host memory, and the benchmark that drives whole models.

@@ -5,6 +5,7 @@ import importlib
 
 import mlx.core as mx
 import numpy as np
+from families import divergence
 from mlx.utils import tree_map
 from mlx_lm.generate import BatchGenerator
 
@@ -78,12 +79,6 @@ def logits(model, cache, tokens, parts=1):
     """Logits of all tokens [n_batch, n_tok], given to the model in so many parts."""
     found = [model(mx.array(part), cache=cache).astype(mx.float32) for part in np.array_split(tokens, parts, axis=1)]
     return np.array(mx.concatenate(found, axis=1))
-
-
-def divergence(p_logits, q_logits):
-    """Mean KL divergence of the second from the first, in nats."""
-    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (np.float64(p_logits), np.float64(q_logits)))
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
 # Where sums are added up in another order, a value may be rounded or coded the other way (check_like): a fifth of what the
