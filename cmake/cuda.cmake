@@ -66,7 +66,7 @@ function(tq_cuda_object name source)
 endfunction()
 
 # Attention; sources with many kernels are compiled once for each group of head_dims, of like size, the longest first. Hopper's
-# prefill is by the products of warp groups that only the feature set 90a has.
+# prefill is by the products of warp groups that only the feature set 90a has, and its decode by the memory of a multiprocessor.
 function(tq_cuda_groups name)
     foreach(group 128 64:256 192:96)
         string(REGEX REPLACE "([0-9]+):?" "X(\\1) " head_dims ${group})
@@ -80,6 +80,7 @@ set(tq_cuda_hopper)
 tq_cuda_groups(decode ${tq_cuda_targets})
 if(tq_cuda_architectures MATCHES "90a")
     set(tq_cuda_hopper -DTQ_CUDA_HOPPER)
+    tq_cuda_groups(decode_hopper -gencode=arch=compute_90a,code=sm_90a)
     tq_cuda_groups(prefill_hopper -gencode=arch=compute_90a,code=sm_90a)
 endif()
 tq_cuda_object(prefill prefill.cu ${tq_cuda_targets})

@@ -421,8 +421,9 @@ int main()
     test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();
     int i = 0;
 #define TQ_TEST(D, K, V) /* with references and without */                             \
-    test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++); \
-    test("own decode", run_own<K, V, D>, format_of(#K), format_of(#V), D, false, i++);
+    test("own decode", run_own<K, V, D, 2>, format_of(#K), format_of(#V), D, false, i); \
+    test("own decode", run_own<K, V, D, 1>, format_of(#K), format_of(#V), D, false, i++); \
+    test("own decode", run_own<K, V, D, 2>, format_of(#K), format_of(#V), D, false, i++);
     TQ_PAIRS(TQ_TEST)
 #define TQ_TEST_HOPPER(D, K, V) \
     test("own Hopper's prefill", run_hopper<hopper_pair<K, V, D>, D>, format_of(#K), format_of(#V), D, true, i++);

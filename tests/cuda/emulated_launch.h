@@ -25,7 +25,7 @@ extern "C" {
 #include "kernels/cuda/trellis.cuh"
 
 /* What blocks call so: all the dynamic shared memory that they may use. */
-uint8_t memory[227 * 1024] __attribute__((aligned(1024))), work[227 * 1024] __attribute__((aligned(1024)));
+uint8_t memory[227 * 1024] __attribute__((aligned(1024)));
 
 static inline uint32_t blocks_of(int64_t n, int64_t per_block)
 {
@@ -206,16 +206,17 @@ template <class F, int D> static void run_hopper(attend_args args, const attend_
 
 template <class F, int D, int N_WARPS> static void run_decode(attend_args args, const attend_how &how)
 {
-    using shape = decode_shape<D, N_WARPS, F::n_stages, F::value_dim>;
+    using shape = decode_shape<F, D, N_WARPS>;
     const F formats(args);
     const dim3 grid = {args.n_row_tiles * (uint32_t)args.n_head_kv, how.n_seq, (uint32_t)args.splits_allowed};
-    const int n_bytes = shape::work_bytes(formats.record_bytes + args.reference_bytes) + formats.table_bytes;
-    run_kernel<decode_kernel<F, D, N_WARPS>>(args, grid, shape::n_threads, how.descending, work, n_bytes);
+    const int n_bytes = shape::dynamic_bytes(formats, args.reference_bytes);
+    run_kernel<decode_kernel<F, D, N_WARPS>>(args, grid, shape::n_threads, how.descending, memory, n_bytes);
 }
 
-template <class K, class V, int D> static void run_own(attend_args args, const attend_how &how)
+template <class K, class V, int D, int R> static void run_own(attend_args args, const attend_how &how)
 {
-    run_decode<known_formats<K, V, D>, D, 8>(args, how);
+    using F = known_formats<K, V, D, R>;
+    run_decode<F, D, F::most_warps>(args, how);
 }
 
 /* As prefill_hopper.cu chooses it. */

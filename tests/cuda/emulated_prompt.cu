@@ -357,7 +357,7 @@ template <class K, class V, int D> static void test_pair(tq_format k, tq_format 
 {
     test_setup s = setup_of(k, v, D, D, i);
     s.append = append<D>;
-    s.decode = run_own<K, V, D>, s.prefill = run_hopper<hopper_pair<K, V, D>, D>;
+    s.decode = run_own<K, V, D, 2>, s.prefill = run_hopper<hopper_pair<K, V, D>, D>;
     test("own and Hopper's kernels,", s, 20 + (uint64_t)i);
     s.decode = run_decode<any_formats<D, 16>, D, 8>, s.prefill = run_prefill<D>, s.descending = !s.descending;
     s.dtype = (tq_dtype)((i + 1) % 3), s.transforms = i % 4 == 2; /* which Hopper's prefill does not have */

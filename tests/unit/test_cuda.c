@@ -187,6 +187,26 @@ static void test_quarters(void **state)
     }
 }
 
+/* n records, `together` at a time. */
+static void check_cuts(tq_decode_cut cut, int32_t n, int32_t together)
+{
+    const tq_tile_cut plain = tq_tile_cut_of(n, together, false, cut.splits_allowed, cut.split_records_min);
+    assert_in_range(plain.n_splits, 1, cut.splits_allowed);
+    assert_true(plain.n_splits == 1 || plain.records % together == 0);
+    assert_true((int64_t)plain.n_splits * plain.records >= n);
+    assert_true(n == 0 || (int64_t)(plain.n_splits - 1) * plain.records < n); /* no split is empty */
+    const tq_tile_cut exact = tq_tile_cut_of(n, together, true, cut.splits_allowed, cut.split_records_min);
+    const int64_t before = (int64_t)(exact.n_splits - 1) * exact.records, last = n > before ? n - before : 0;
+    assert_in_range(exact.n_splits, 1, cut.splits_allowed);
+    assert_true(exact.n_splits == 1 || exact.records % together == 0);
+    assert_true((int64_t)exact.n_splits * exact.records >= n);
+    assert_true(exact.n_splits < 2 || before - exact.records < n); /* none but the last is empty */
+    /* The longest split is no longer than the plain cut's by more than exact tokens take, and the last one, which has them, is
+     * not the longest, unless they are all that it has. */
+    assert_in_range(exact.records, plain.records, plain.records + TQ_EXACT_AS_RECORDS);
+    if (exact.n_splits > 1 && last > 0) assert_true(last + TQ_EXACT_AS_RECORDS <= exact.records);
+}
+
 static void test_splits(void **state)
 {
     (void)state;
@@ -199,19 +219,7 @@ static void test_splits(void **state)
                 if (!deterministic && tiles[t] <= 132)
                     assert_true(cut.splits_allowed == 1 || cut.splits_allowed * tiles[t] <= 132);
                 for (int32_t n = 0; n <= records[r] && n < 5000; n += 1 + n / 3) {
-                    tq_tile_cut plain = tq_tile_cut_of(n, false, cut.splits_allowed, cut.split_records_min);
-                    assert_in_range(plain.n_splits, 1, cut.splits_allowed);
-                    assert_true((int64_t)plain.n_splits * plain.records >= n);
-                    assert_true(n == 0 || (int64_t)(plain.n_splits - 1) * plain.records < n); /* no split is empty */
-                    tq_tile_cut exact = tq_tile_cut_of(n, true, cut.splits_allowed, cut.split_records_min);
-                    int64_t before = (int64_t)(exact.n_splits - 1) * exact.records, last = n > before ? n - before : 0;
-                    assert_in_range(exact.n_splits, 1, cut.splits_allowed);
-                    assert_true((int64_t)exact.n_splits * exact.records >= n);
-                    assert_true(exact.n_splits < 2 || before - exact.records < n); /* none but the last is empty */
-                    /* The longest split is no longer than the plain cut's by more than exact tokens take, and the last one,
-                     * which has them, is not the longest, unless they are all that it has. */
-                    assert_in_range(exact.records, plain.records, plain.records + TQ_EXACT_AS_RECORDS);
-                    if (exact.n_splits > 1 && last > 0) assert_true(last + TQ_EXACT_AS_RECORDS <= exact.records);
+                    for (int32_t together = 1; together <= 2; together++) check_cuts(cut, n, together);
                 }
             }
         }
@@ -384,15 +392,16 @@ static void test_calls_are_checked(void **state)
 /* ---- which kernel a call goes to ------------------------------------------------------------------------------------- */
 
 static const tq_attend_room ample = {.decode_own = true, .decode_any = true, .prefill_any = true},
-                            hopper = {true, true, true, true};
+                            hopper = {true, true, true, true, true};
 
 static tq_attend_kernel kernel_of(const tq_paged_store *from, const tq_paged_attend_params *params, const tq_attend_room *room,
                                   bool general)
 {
+    const tq_decode_cut cut = {.splits_allowed = 4};
     tq_device_store store;
     assert_int_equal(tq_cuda_shape_store(&store, from), TQ_OK);
     store.k_transforms = from->k_transforms;
-    const tq_attend_choice choice = tq_attend_choice_of(&store, params, general);
+    const tq_attend_choice choice = tq_attend_choice_of(&store, params, cut, general);
     return tq_attend_kernel_of(&choice, room);
 }
 
@@ -431,7 +440,7 @@ static void test_kernels_of_pairs(void **state)
         bool own = has_own(k, v, d);
         n_own += own;
         for (int32_t asked = 0; asked < 16; asked++) {
-            tq_paged_attend_params one = {.n_query = 1, .n_head = 8}, prompt;
+            tq_paged_attend_params one = {.n_query = 1, .n_head = 8, .max_seq_len = 4 * 32 * (d > 128 ? 64 : 8) + 1}, prompt;
             if (asked & 1) one.mask = &number;
             if (asked & 2) one.alibi_slopes = &number;
             if (asked & 4) one.out_dim = d / 2;
@@ -439,13 +448,21 @@ static void test_kernels_of_pairs(void **state)
             prompt = one, prompt.n_query = 17; /* 68 rows of a KV head */
             tq_attend_kernel decode = own && !(asked & 3) ? TQ_ATTEND_DECODE_OWN : TQ_ATTEND_DECODE_ANY;
             assert_int_equal(kernel_of(&store, &one, &ample, false), decode);
-            assert_int_equal(kernel_of(&store, &one, &hopper, false), decode);
+            tq_attend_kernel on_hopper = decode == TQ_ATTEND_DECODE_OWN ? TQ_ATTEND_DECODE_OWN_HOPPER : decode;
+            assert_int_equal(kernel_of(&store, &one, &hopper, false), on_hopper);
             assert_int_equal(kernel_of(&store, &one, &hopper, true), TQ_ATTEND_DECODE_ANY);
             assert_int_equal(kernel_of(&store, &prompt, &ample, false), TQ_ATTEND_PREFILL_ANY);
             assert_int_equal(kernel_of(&store, &prompt, &hopper, false), own ? TQ_ATTEND_HOPPER_OWN : TQ_ATTEND_HOPPER_ANY);
             assert_int_equal(kernel_of(&store, &prompt, &hopper, true), TQ_ATTEND_HOPPER_ANY);
             prompt.n_query = 16; /* 64: still decoding */
-            assert_int_equal(kernel_of(&store, &prompt, &hopper, false), decode);
+            assert_int_equal(kernel_of(&store, &prompt, &hopper, false), on_hopper);
+            one.max_seq_len -= 1; /* splits of 8 records, or 64 */
+            assert_int_equal(kernel_of(&store, &one, &hopper, false), decode);
+            one.deterministic = true; /* then all lengths have one kernel */
+            assert_int_equal(kernel_of(&store, &one, &hopper, false), on_hopper);
+            store.page_size = 96; /* not whole blocks */
+            assert_int_equal(kernel_of(&store, &one, &hopper, false), decode);
+            store.page_size = 64;
         }
     }
     assert_int_equal(n_own, 3 * 4 + 3 + 2 + 2);
@@ -456,7 +473,7 @@ static void test_kernels_of_devices(void **state)
 {
     (void)state;
     tq_paged_store store = chosen_store(TQ_FORMAT_TT3, TQ_FORMAT_TT3, 128);
-    const tq_paged_attend_params one = {.n_query = 1, .n_head = 8}, prompt = {.n_query = 100, .n_head = 8};
+    const tq_paged_attend_params one = {.n_query = 1, .n_head = 8, .max_seq_len = 9999}, prompt = {.n_query = 100, .n_head = 8};
     for (int32_t i = 0; i < 8; i++) {
         const tq_attend_room room = {.decode_own = i & 1, .decode_any = i & 2, .prefill_any = i & 4};
         tq_attend_kernel decode = i & 1 ? TQ_ATTEND_DECODE_OWN : i & 2 ? TQ_ATTEND_DECODE_ANY : TQ_ATTEND_NONE;
@@ -466,13 +483,13 @@ static void test_kernels_of_devices(void **state)
     }
     store.n_sink = 0, store.n_recent = TQ_DEVICE_EXACT_MAX; /* and more with the windows of several queries */
     const tq_paged_attend_params two = {.n_query = 2, .n_head = 8};
-    assert_int_equal(kernel_of(&store, &one, &hopper, false), TQ_ATTEND_DECODE_OWN);
+    assert_int_equal(kernel_of(&store, &one, &hopper, false), TQ_ATTEND_DECODE_OWN_HOPPER);
     assert_int_equal(kernel_of(&store, &two, &hopper, false), TQ_ATTEND_HOPPER_OWN);
     assert_int_equal(kernel_of(&store, &two, &ample, false), TQ_ATTEND_PREFILL_ANY);
     store.n_recent = 64;
     store.k_transforms = (const uint16_t *)(const void *)""; /* which Hopper's prefill does not know */
     assert_int_equal(kernel_of(&store, &prompt, &hopper, false), TQ_ATTEND_PREFILL_ANY);
-    assert_int_equal(kernel_of(&store, &one, &hopper, false), TQ_ATTEND_DECODE_OWN);
+    assert_int_equal(kernel_of(&store, &one, &hopper, false), TQ_ATTEND_DECODE_OWN_HOPPER);
     store = chosen_store(TQ_FORMAT_TT3, TQ_FORMAT_TT3, 192);
     store.head_dim_v = 128;
     assert_int_equal(kernel_of(&store, &prompt, &hopper, false), TQ_ATTEND_PREFILL_ANY);

@@ -49,6 +49,7 @@ struct attend_args {
     int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
     const int32_t *page_table;
     int64_t page_table_stride;
+    int32_t n_pages_of_longest;
     const void *seq_lens;
     bool seq_lens_are_64;
     const int32_t *exact_slots;  /* or NULL: sequence i has slot i */
@@ -66,7 +67,7 @@ struct attend_args {
     const float *slopes; /* of ALiBi, or NULL */
     int32_t out_dim;     /* so many values of a result are written */
     int32_t splits_allowed, split_records_min;
-    bool deterministic, small_blocks, follows_append;
+    bool deterministic, small_blocks, follows_append, can_begin_early;
     float *partials;
     uint32_t *counters;
 };
@@ -215,8 +216,9 @@ __device__ __forceinline__ tile_id tile_of(const attend_args &args)
     return tile;
 }
 
-/* And what its length means for it. */
-__device__ __forceinline__ void measure_tile(tile_id &tile, const attend_args &args, int64_t length)
+/* And what its length means for it. together: records that are read as one (1 or 2); those of the tile begin with the first of
+ * such. */
+__device__ __forceinline__ void measure_tile(tile_id &tile, const attend_args &args, int64_t length, int together = 1)
 {
     tile.length = (int32_t)max(min(length, (int64_t)1 << 30), (int64_t)0);
     tile.stored_end = args.new_k ? max(tile.length - tile.n_query, 0) : tile.length;
@@ -229,9 +231,9 @@ __device__ __forceinline__ void measure_tile(tile_id &tile, const attend_args &a
     tile.n_exact = tile.n_sink + n_recent;
     tile.n_stored = min(tile.n_sink, tile.stored_end) + min(max(tile.stored_end - tile.recent_begin, 0), n_recent);
     int begin = max(first_view.begin, tile.coded_begin), end = tile.coded_end;
-    int first = begin / TQ_RECORD_TOKENS, last = (end + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
+    int first = begin / TQ_RECORD_TOKENS / together * together, last = (end + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
     int n_records = end > begin ? last - first : 0;
-    tq_tile_cut cut = tq_tile_cut_of(n_records, tile.n_exact > 0, args.splits_allowed, args.split_records_min);
+    tq_tile_cut cut = tq_tile_cut_of(n_records, together, tile.n_exact > 0, args.splits_allowed, args.split_records_min);
     tile.n_splits = cut.n_splits;
     tile.record_begin = first + tile.split * cut.records;
     tile.record_end = min(tile.record_begin + cut.records, first + n_records);
@@ -243,8 +245,17 @@ __device__ __forceinline__ int64_t length_of(const attend_args &args, int32_t se
                                 : static_cast<const int32_t *>(args.seq_lens)[sequence];
 }
 
-/* Addresses of a head's records in the pages of a sequence; where there are references, of a record with its block's. */
-struct record_finder {
+/* The whole block: page ids are on their way while its tile's length, which says which it needs, comes. */
+__device__ __forceinline__ void prefetch_page_ids(int32_t sequence, const attend_args &args)
+{
+    constexpr int n = 8; /* of 32 bytes, which come together */
+    const int at = n * (int)threadIdx.x;
+    if (at < args.n_pages_of_longest) prefetch(args.page_table + sequence * args.page_table_stride + at);
+}
+
+/* Addresses of a head's records in the pages of a sequence; where there are references, of a record with its block's. IN_PAIRS:
+ * it is asked for the first records of blocks only, and pages have whole blocks. */
+template <bool IN_PAIRS = false> struct record_finder {
     const int32_t *table;
     const uint8_t *head_base;
     const int record_bytes;
@@ -255,13 +266,27 @@ struct record_finder {
           record_bytes(n_bytes)
     {
     }
+    __device__ __forceinline__ static int place_of_page(int record, const attend_args &args)
+    {
+        if (!IN_PAIRS && args.records_per_page == 1) return record;
+        return (int)__umulhi((uint32_t)record, args.page_magic);
+    }
+    /* The page of a record, which takes time to come; and what is in it. */
+    __device__ __forceinline__ int page_of(int record, const attend_args &args) const
+    {
+        return __ldg(table + place_of_page(record, args));
+    }
+    __device__ __forceinline__ const uint8_t *in_page(int page, int record, const attend_args &args) const
+    {
+        if ((uint32_t)page >= (uint32_t)args.n_pages) page = 0; /* nothing sound to read, but within bounds */
+        const int i = record - place_of_page(record, args) * args.records_per_page;
+        const int begin = IN_PAIRS ? (i >> 1) * (2 * record_bytes + args.reference_bytes)
+                                   : tq_record_begin(record_bytes, args.reference_bytes, i);
+        return head_base + page * args.page_stride + begin;
+    }
     __device__ __forceinline__ const uint8_t *at(int record, const attend_args &args) const
     {
-        int i_page = args.records_per_page == 1 ? record : (int)__umulhi((uint32_t)record, args.page_magic);
-        int page = __ldg(table + i_page);
-        if ((uint32_t)page >= (uint32_t)args.n_pages) page = 0; /* nothing sound to read, but within bounds */
-        const int i = record - i_page * args.records_per_page;
-        return head_base + page * args.page_stride + tq_record_begin(record_bytes, args.reference_bytes, i);
+        return in_page(page_of(record, args), record, args);
     }
 };
 
@@ -379,6 +404,7 @@ __device__ __forceinline__ void prepare_query(tile_queries<D> &out, float (&x)[D
                                               const attend_args &args)
 {
     constexpr float largest = 127.0f * 128.0f;
+    const float sign = args.scale_log2 < 0.0f ? -1.0f : 1.0f; /* so that the scores' factor is positive */
     const int row = threadIdx.x / 16, lane16 = threadIdx.x & 15;
     float magnitude = 0.0f;
 #pragma unroll
@@ -391,7 +417,7 @@ __device__ __forceinline__ void prepare_query(tile_queries<D> &out, float (&x)[D
     for (int width = 8; width > 0; width /= 2) {
         magnitude = fmaxf(magnitude, __shfl_xor_sync(half_mask(), magnitude, width, 16));
     }
-    float factor = magnitude > 0.0f ? largest / magnitude : 0.0f;
+    float factor = magnitude > 0.0f ? sign * (largest / magnitude) : 0.0f;
     int32_t sum_high = 0, sum_low = 0;
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {

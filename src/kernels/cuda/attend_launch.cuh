@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* From formats to the launch of attention's kernel. decode.cu and prefill_hopper.cu are compiled several times, each for the
+/* From formats to the launch of attention's kernel. decode.cu and those for Hopper are compiled several times, each for the
  * head_dims in TQ_HEAD_DIMS(X) (cmake/cuda.cmake has them), and define these functions for those. */
 #ifndef TQ_KERNELS_CUDA_ATTEND_LAUNCH_CUH
 #define TQ_KERNELS_CUDA_ATTEND_LAUNCH_CUH
@@ -23,7 +23,8 @@ struct block_choice {
  * (choice.h); values have the keys' head_dim. */
 template <int D> attend_launch find_decode_own(const block_choice &choice);
 template <int D> attend_launch find_decode_any(const block_choice &choice);
-/* For sm_90 only, and there in builds for sm_90a. Values have the keys' head_dim, and keys no transforms. */
+/* For sm_90 only, and there in builds for sm_90a. Values have the keys' head_dim, and in prefill keys no transforms. */
+template <int D> attend_launch find_decode_hopper(const block_choice &choice);
 template <int D> attend_launch find_hopper_own(const block_choice &choice);
 template <int D> attend_launch find_hopper_any();
 template <int D> attend_launch find_prefill_any(const block_choice &choice);

@@ -1,16 +1,18 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Decode attention. A thread block has one row tile (up to 8 query rows of one KV head of one sequence) and one split of its
- * records; its warps take records from a queue in shared memory, each warp on its own:
+ * records; its warps take units (one or two records that stand together) from a queue in shared memory, each warp on its own:
  *
  *   scores   bytes of the rotated queries (A: high parts in rows 0 to 7, low parts in rows 8 to 15, so that 15 bits of a query
  *            cost one product) times bytes of keys (B), in integers; lane 4 g + t gets row g, tokens 8 t to 8 t + 7
- *   softmax  online, in base 2; the maximum is only raised when a score exceeds it by more than 5, so that is rare
- *   values   FP16 levels (A: dimensions x tokens) times weights (B: the scores where they are), in floats
+ *   softmax  in base 2. A token's weight times the scale of its values is a number of 16 bits, relative to the largest that its
+ *            row can have in the unit
+ *   values   the two bytes of these numbers (A, as above) times bytes of values (B), in integers, which are exact for a unit;
+ *            then they are added to floats, times the power of two that their unit is relative to
  *
  * Norms scale scores and weights, never elements. Exact tokens (sinks, ring) are one more part, in plain floats, done by the
  * block of the last split. The blocks of a tile leave partial results in the workspace, and the last one to finish adds them in
- * their order, rotates back and writes. Expected bound: device memory.
+ * their order, rotates back and writes. Expected bound: device memory, and close to it the rate at which instructions issue.
  */
 #ifndef TQ_KERNELS_CUDA_DECODE_CUH
 #define TQ_KERNELS_CUDA_DECODE_CUH
@@ -24,17 +26,27 @@
 
 /* F below is what is known of the formats when a kernel is compiled: all (known_formats) or nothing (any_formats). */
 
-/* Everything else about a kernel, which depends on records by their bytes alone. */
-template <int D, int N_WARPS, int N_STAGES, int DV = D> struct decode_shape {
-    static constexpr int n_warps = N_WARPS, n_stages = N_STAGES;
-    static constexpr int blocks_per_multiprocessor = D <= 128 ? 16 / N_WARPS : 1;
+/* Everything else about a kernel, which depends on units by their bytes alone. */
+template <class F, int D, int N_WARPS> struct decode_shape {
+    static constexpr int value_dim = F::value_dim, n_warps = N_WARPS, n_stages = F::n_stages;
+    static constexpr int blocks_per_multiprocessor = D > 128 ? 1 : N_WARPS == F::fewer_warps ? 2 : 1;
     static constexpr int n_threads = 32 * n_warps;
-    static constexpr int row_floats = DV + 4; /* spreads rows over the banks */
-    /* The queues of all warps, or their rows afterwards; tables follow. stage_bytes: of a record, and its reference. */
+    static constexpr int row_floats = value_dim + 16; /* of a row in shared memory: row_position spreads it over the banks */
+    __host__ __device__ static constexpr int stage_bytes(const F &formats, int reference_bytes)
+    {
+        return F::unit_records * formats.record_bytes + reference_bytes;
+    }
+    /* What is there one after the other, behind the tables: scores of exact tokens, the queues of all warps, their rows. */
     __host__ __device__ static constexpr int work_bytes(int stage_bytes)
     {
         const int merge_bytes = 4 * n_warps * TQ_TILE_ROWS * row_floats, queue_bytes = n_warps * n_stages * (stage_bytes + 8);
-        return queue_bytes > merge_bytes ? queue_bytes : merge_bytes;
+        const int most = queue_bytes > merge_bytes ? queue_bytes : merge_bytes;
+        return most > (int)sizeof(exact_scores) ? most : (int)sizeof(exact_scores);
+    }
+    /* All that is allocated at a launch. */
+    __host__ __device__ static constexpr int dynamic_bytes(const F &formats, int reference_bytes)
+    {
+        return work_bytes(stage_bytes(formats, reference_bytes)) + formats.table_bytes;
     }
 };
 
@@ -43,21 +55,26 @@ template <int D, int N_WARPS, int DV = D> struct decode_shared {
     exact_part<DV> exact;
     float2 warp_state[N_WARPS][TQ_TILE_ROWS]; /* maximum, sum */
     float2 state[TQ_TILE_ROWS];
-    int next_record, is_last;
+    int next_unit, is_last;
 };
 
-/* The accumulators of one warp: lane 4 g + t has rows 2 t and 2 t + 1, dimensions g D / 8 + 2 x + h of c[x][2 h + row]. */
+/* The accumulators of one warp: lane 4 g + t has row g, dimensions (2 t + i) D / 8 + x of c[x][i]. Sums are relative to 2^max,
+ * c to 2^(max - 16). */
 template <int D> struct warp_accumulator {
-    float c[D / 16][4];
-    float max, sum; /* of row g; the sum only of this lane's tokens */
+    float c[D / 8][2];
+    float max;    /* of row g: a whole number */
+    float sum;    /* of row g; only of this lane's tokens */
+    float bias;   /* what each of c has too much */
+    int n_biased; /* units that are in it */
 };
 
-/* The bytes of the rotated queries as operands, and the accumulators' start: a float's bits that also take off the bias of
- * 128 in every key byte. */
+/* The bytes of the rotated queries as operands, and the accumulators' start, which takes off the bias of 128 in every key
+ * byte. */
 template <int D> struct query_operand {
     uint32_t a[D / 32][4];
-    int32_t start_high, start_low;
-    float factor; /* score = (128 high + low) * factor * key scale, in base 2 */
+    int32_t start[4];
+    float factor; /* score = (128 high + low) * factor * key scale, in base 2; positive */
+    uint32_t zero; /* expand.cuh's */
 };
 
 constexpr int32_t magic_bits = 0x4b400000; /* 12582912.0f; adding n < 2^22 to the bits adds n to the number */
@@ -80,9 +97,11 @@ __device__ __forceinline__ query_operand<D> load_queries(const tile_queries<D> &
             operand.a[k][2 + part] = words[2 * k + 1];
         }
     }
-    operand.start_high = magic_bits - 128 * queries.sum[0][g];
-    operand.start_low = magic_bits - 128 * queries.sum[1][g];
-    operand.factor = queries.scale[g] * args.scale_log2 * key_step;
+    operand.start[0] = operand.start[1] = -128 * queries.sum[0][g];
+    operand.start[2] = operand.start[3] = -128 * queries.sum[1][g];
+    operand.zero = __float_as_uint(queries.scale[g]) >> 31; /* scales are not negative */
+    /* Never 0: what must not be seen has a score of minus infinity. */
+    operand.factor = fmaxf(queries.scale[g] * fabsf(args.scale_log2) * key_step, 1e-30f);
     return operand;
 }
 
@@ -97,7 +116,7 @@ __device__ __forceinline__ void load_scales(float (&scales)[8], const uint8_t *f
     }
 }
 
-/* s[8]: the scores of row g and tokens 8 t to 8 t + 7, in base 2. */
+/* s[8]: the scores of row g and tokens 8 t to 8 t + 7, over the factor of queries. */
 template <class K, int D, class T>
 __device__ __forceinline__ void score_record(float (&s)[8], const query_operand<D> &q, const uint8_t *plane,
                                              const float (&key_scales)[8], const T &table, int lane)
@@ -105,111 +124,195 @@ __device__ __forceinline__ void score_record(float (&s)[8], const query_operand<
     constexpr int n_words = D * K::bits / 32; /* of a string */
     uint32_t words[n_words];
     load_codes<K, D, false>(words, plane, lane);
+    int32_t c[4][4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        int32_t c[4] = {q.start_high, q.start_high, q.start_low, q.start_low};
-        if constexpr (K::is_trellis) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) c[j][i] = q.start[i];
+    }
+    if constexpr (K::is_trellis) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
             uint32_t bytes[D / 16];
             K::template key_bytes<D>(bytes, words, j, table, lane);
 #pragma unroll
-            for (int k = 0; k < D / 32; k++) mma_bytes(c, q.a[k], bytes[2 * k], bytes[2 * k + 1]);
-        } else {
-#pragma unroll
-            for (int k = 0; k < D / 32; k++) {
-                uint32_t low, high;
-                K::template octet<D>(words, j * (D / 32) + k, low, high);
-                mma_bytes(c, q.a[k], low, high);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float high = __int_as_float(c[i]) - magic, low = __int_as_float(c[2 + i]) - magic;
-            s[2 * j + i] = fmaf(high, 128.0f, low) * (key_scales[2 * j + i] * q.factor);
-        }
-    }
-}
-
-/* What a reference adds to the scores of all tokens that are coded against it: one more product, of columns that are all the
- * same, so that each lane gets its row's. */
-template <int D>
-__device__ __forceinline__ void add_reference(float (&s)[8], const query_operand<D> &q, const uint8_t *reference,
-                                              float key_step_inverse, int lane)
-{
-    const uint2 *codes = reinterpret_cast<const uint2 *>(reference + (lane & 3) * (D / 4));
-    int32_t c[4] = {q.start_high, q.start_high, q.start_low, q.start_low};
-#pragma unroll
-    for (int k = 0; k < D / 32; k++) mma_bytes(c, q.a[k], codes[k].x ^ 0x80808080u, codes[k].y ^ 0x80808080u);
-    const float scale = __half2float(*reinterpret_cast<const __half *>(reference + D));
-    float high = __int_as_float(c[0]) - magic, low = __int_as_float(c[2]) - magic;
-    float sum = fmaf(high, 128.0f, low) * (scale * (q.factor * key_step_inverse));
-#pragma unroll
-    for (int i = 0; i < 8; i++) s[i] += sum;
-}
-
-/* Raise the running maximum where a score lies too far above it; whole warp. */
-template <int D> __device__ __forceinline__ void raise_maximum(warp_accumulator<D> &acc, const float (&s)[8], int t)
-{
-    constexpr float slack = 5.0f; /* weights stay below 2^5 and, times a scale below 2000, within FP16 */
-    float largest = s[0];
-#pragma unroll
-    for (int i = 1; i < 8; i++) largest = fmaxf(largest, s[i]);
-    if (!__any_sync(~0u, largest > acc.max + slack)) return;
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    float max = fmaxf(acc.max, largest), factor = exp2_approx(acc.max - max);
-    acc.max = max;
-    acc.sum *= factor;
-    float factor0 = __shfl_sync(~0u, factor, 8 * t), factor1 = __shfl_sync(~0u, factor, 8 * t + 4);
-#pragma unroll
-    for (int x = 0; x < D / 16; x++) {
-        acc.c[x][0] *= factor0, acc.c[x][1] *= factor1;
-        acc.c[x][2] *= factor0, acc.c[x][3] *= factor1;
-    }
-}
-
-/* acc += values times weights; weights[i] are those of tokens 8 t + 2 i, 8 t + 2 i + 1 and row g. */
-template <class V, int D, class T>
-__device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8_t *plane, const uint32_t (&weights)[4],
-                                           const T &table, int lane)
-{
-    constexpr int n_words = D * V::bits / 32, per_pair = D / 32;
-    uint32_t words[n_words];
-    load_codes<V, D, true>(words, plane, lane);
-    if constexpr (V::is_trellis) {
-#pragma unroll
-        for (int s = 0; s < 2; s++) {
-            V::template value_pairs<D, 2>(words, 2 * s, table, lane, [&](int x, const uint32_t(&pair)[2][2]) {
-                mma_half(acc.c[x], pair[0][0], pair[0][1], pair[1][0], pair[1][1], weights[2 * s], weights[2 * s + 1]);
-            });
+            for (int k = 0; k < D / 32; k++) mma_s8_u8(c[j], q.a[k], bytes[2 * k], bytes[2 * k + 1]);
         }
     } else {
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
+        for (int k = 0; k < D / 32; k++) { /* four products at a time that do not wait for each other */
 #pragma unroll
-            for (int k = 0; k < per_pair; k++) {
-                uint32_t low0, high0, low1, high1;
-                V::template octet<D>(words, 2 * s * per_pair + k, low0, high0);
-                V::template octet<D>(words, (2 * s + 1) * per_pair + k, low1, high1);
-                mma_half(acc.c[2 * k], half_pair<0>(low0), half_pair<1>(low0), half_pair<0>(low1), half_pair<1>(low1),
-                         weights[2 * s], weights[2 * s + 1]);
-                mma_half(acc.c[2 * k + 1], half_pair<0>(high0), half_pair<1>(high0), half_pair<0>(high1), half_pair<1>(high1),
-                         weights[2 * s], weights[2 * s + 1]);
+            for (int j = 0; j < 4; j++) {
+                uint32_t low, high;
+                K::template octet<D>(words, j * (D / 32) + k, low, high, q.zero);
+                mma_s8_u8(c[j], q.a[k], low, high);
             }
         }
     }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) s[2 * j + i] = (float)(128 * c[j][i] + c[j][2 + i]) * key_scales[2 * j + i];
+    }
 }
 
-/* A pair of formats that has a kernel of its own. One trellis for keys and values is looked up in pairs, where accumulators
- * leave room for the table. */
-template <class K, class V, int D> struct known_formats : known_pair<K, V, D, 32> {
-    using base = known_pair<K, V, D, 32>;
-    static constexpr bool has_pairs = K::is_trellis && V::is_trellis && K::bits == V::bits && D <= 128;
+/* What a reference adds to the scores of row g of all tokens that are coded against it: one more product, of columns that are
+ * all the same, so that each lane gets its row's. */
+template <int D>
+__device__ __forceinline__ float score_reference(const query_operand<D> &q, const uint8_t *reference, float key_step_inverse,
+                                                 int lane)
+{
+    const uint2 *codes = reinterpret_cast<const uint2 *>(reference + (lane & 3) * (D / 4));
+    int32_t c[4] = {q.start[0], q.start[1], q.start[2], q.start[3]};
+#pragma unroll
+    for (int k = 0; k < D / 32; k++) mma_s8_u8(c, q.a[k], codes[k].x ^ 0x80808080u, codes[k].y ^ 0x80808080u);
+    const float scale = __half2float(*reinterpret_cast<const __half *>(reference + D));
+    return (float)(128 * c[0] + c[2]) * (scale * key_step_inverse);
+}
+
+/* The weights of a unit's tokens, times the scales of their values: w[r] are the operands of record r, high and low bytes. */
+template <int R> struct unit_weights {
+    uint32_t w[R][4];
+    float factor; /* a power of two: what one is worth in the accumulators */
+};
+
+/* Of scores s and scales of values, FP16 pairs in words: minus infinity and 0 where row g must not see a token. factor: of
+ * scores, in base 2. Raises the maximum where the unit's is far above it, which is rare: whole warp. */
+template <int R, int D>
+__device__ __forceinline__ void weigh_unit(unit_weights<R> &out, warp_accumulator<D> &acc, const float (&s)[R][8],
+                                           const uint32_t (&scales)[R][4], float factor)
+{
+    constexpr float slack = 40.0f;
+    float largest = s[0][0];
+    __half2 pair = as_half2(0);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) largest = fmaxf(largest, s[r][i]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) pair = __hmax2(pair, as_half2(scales[r][i]));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    pair = __hmax2(pair, as_half2(__shfl_xor_sync(~0u, as_bits(pair), 1)));
+    pair = __hmax2(pair, as_half2(__shfl_xor_sync(~0u, as_bits(pair), 2)));
+    const float2 two = __half22float2(pair);
+    /* All is relative to whole powers of two above the largest score and scale: factors are exact, and so is what magic numbers
+     * add to sums. */
+    const float scale = __uint_as_float((__float_as_uint(fmaxf(fmaxf(two.x, two.y), 0x1p-15f)) & 0x7f800000u) + 0x00800000u);
+    const float top = fmaxf(ceilf(__fmul_ru(largest, factor)), lowest);
+    if (__any_sync(~0u, top > acc.max + slack)) {
+        const float max = top > acc.max + slack ? top : acc.max, lower = exp2_approx(acc.max - max);
+        acc.max = max;
+        acc.sum *= lower, acc.bias *= lower;
+#pragma unroll
+        for (int x = 0; x < D / 8; x++) acc.c[x][0] *= lower, acc.c[x][1] *= lower;
+    }
+    /* 2^(top - max) by its exponent, or 0. */
+    const float of_sum = __uint_as_float(__float_as_uint(fmaxf(top - acc.max, -127.0f) + (magic + 127.0f)) << 23);
+    out.factor = of_sum * scale;
+    const __half2 inverse = __float2half2_rn(1.0f / scale);
+    float sum = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        uint32_t two_weights[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 of_values = __half22float2(__hmul2(as_half2(scales[r][i]), inverse));
+            const float p0 = exp2_approx(fmaf(s[r][2 * i], factor, -top));
+            const float p1 = exp2_approx(fmaf(s[r][2 * i + 1], factor, -top));
+            sum += p0 + p1;
+            /* Both factors are at most 1, and the scale is less: the sum's last 16 bits are the product times 2^16, rounded. */
+            two_weights[i] = permute(__float_as_uint(fmaf(p0, of_values.x, 128.0f)),
+                                     __float_as_uint(fmaf(p1, of_values.y, 128.0f)), 0x5410);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            out.w[r][2 * i] = permute(two_weights[2 * i], two_weights[2 * i + 1], 0x7531);
+            out.w[r][2 * i + 1] = permute(two_weights[2 * i], two_weights[2 * i + 1], 0x6420);
+        }
+    }
+    acc.sum = fmaf(sum, of_sum, acc.sum);
+}
+
+/* Take the bias off. */
+template <int D> __device__ __forceinline__ void settle(warp_accumulator<D> &acc)
+{
+#pragma unroll
+    for (int x = 0; x < D / 8; x++) acc.c[x][0] -= acc.bias, acc.c[x][1] -= acc.bias;
+    acc.bias = 0.0f, acc.n_biased = 0;
+}
+
+/* acc += values times weights. record r's plane is `stride` bytes behind the one before. */
+template <class V, int R, int D, int DK, class T>
+__device__ __forceinline__ void add_values(warp_accumulator<D> &acc, const uint8_t *plane, int stride,
+                                           const unit_weights<R> &weights, const query_operand<DK> &q, const T &table, int lane)
+{
+    typename V::template value_string<D> string[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) string[r].load(plane + r * stride, lane);
+    /* Where all sums start: a float's bits, less 128 for every weight, which is the bias of the bytes of values. */
+    int32_t start[4] = {};
+#pragma unroll
+    for (int r = 0; r < R; r++) mma_u8_s8(start, weights.w[r], 0x80808080u, 0x80808080u);
+#pragma unroll
+    for (int i = 0; i < 4; i++) start[i] += magic_bits;
+    const float low = weights.factor, high = 256.0f * low;
+#pragma unroll
+    for (int k = 0; k < D / 32; k++) {
+        int32_t c[4][4];
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            uint32_t b[4][2];
+            string[r].tiles(b, k, table, q.zero);
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) c[x][i] = r == 0 ? start[i] : c[x][i];
+                mma_u8_u8(c[x], weights.w[r], b[x][0], b[x][1]);
+            }
+        }
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float &to = acc.c[4 * k + x][i];
+                to = fmaf(__int_as_float(c[x][i]), high, to);
+                to = fmaf(__int_as_float(c[x][2 + i]), low, to);
+            }
+        }
+    }
+    acc.bias = fmaf(magic, high + low, acc.bias);
+    if (++acc.n_biased == 8) settle(acc);
+}
+
+/* A pair of formats that has kernels of its own. R: records of a unit. Two halve what a unit costs and take registers and
+ * memory, which Hopper has; there one trellis for keys and values is also looked up in pairs, where accumulators leave room for
+ * the table. */
+template <class K, class V, int D, int R> struct known_formats : known_pair<K, V, D, R == 2 ? 32 : 16> {
+    using base = known_pair<K, V, D, R == 2 ? 32 : 16>;
+    static constexpr bool has_pairs = R == 2 && K::is_trellis && V::is_trellis && K::bits == V::bits && D <= 128;
     using tables = std::conditional_t<has_pairs, pair_tables<K::bits>, typename base::tables>;
     static constexpr int table_bytes = has_pairs ? pair_tables<K::bits>::bytes : base::table_bytes;
-    static constexpr int value_dim = D;
+    static constexpr int value_dim = D, unit_records = R;
     static constexpr bool is_known = true, is_large = has_pairs; /* a table leaves no room for a second block */
-    /* 16 warps with one record of 4 KB each keep the memory busy; more on their way only add latency. */
-    static constexpr int n_stages = base::record_bytes * 16 <= 56 * 1024 && !is_large ? 2 : 1;
+    static constexpr int unit_bytes = R * base::record_bytes + tq_reference_bytes(D) + 8;
+    /* Of a block, but for the little that every block has. Hopper's multiprocessor has 227 KB, others 99 or more. */
+    __host__ __device__ static constexpr int large_bytes(int n_units)
+    {
+        return n_units * unit_bytes + table_bytes;
+    }
+    static constexpr int most_bytes = 212 * 1024, most_bytes_of_two = 102 * 1024, least_bytes = 84 * 1024;
+    /* 12 warps have 168 registers each; accumulators of head_dims above 128 take all that 8 have. */
+    static constexpr int most_warps = R == 1 ? (D > 64 && D <= 128 ? 12 : 8)
+                                      : D <= 128 && large_bytes(12) <= most_bytes ? 12
+                                      : D <= 128 && large_bytes(10) <= most_bytes ? 10
+                                      : large_bytes(8) <= most_bytes              ? 8
+                                                                                  : 6;
+    static constexpr int n_stages = large_bytes(2 * most_warps) <= (R == 1 ? least_bytes : most_bytes) ? 2 : 1;
+    /* Of blocks of which a multiprocessor has two; 0: it has no room for them. */
+    static constexpr bool two_fit = most_warps == 12 && large_bytes(6 * n_stages) <= most_bytes_of_two;
+    static constexpr int fewer_warps = R == 1 ? (D > 64 && D <= 128 ? 6 : 8) : two_fit ? 6 : 0;
 
     using base::base;
     __device__ __forceinline__ tables open_tables(uint8_t *memory, const attend_args &args, int lane) const
@@ -224,14 +327,15 @@ template <class K, class V, int D> struct known_formats : known_pair<K, V, D, 32
     }
 };
 
-/* Any pair. Trellises are looked up one window at a time, and fewer records are on their way. Blocks of 16 warps have tables of
- * 32 copies, those of 8 half as many: so they fit the shared memory of all devices at head_dims up to 128. */
+/* Any pair. Trellises are looked up one window at a time, and fewer records are on their way. Blocks of more warps have tables
+ * of 32 copies, others half as many: so they fit the shared memory of all devices at head_dims up to 128. */
 template <int D, int N_COPIES, int DV = D> struct any_formats : any_pair<D, N_COPIES, DV> {
     using base = any_pair<D, N_COPIES, DV>;
     using tables = typename base::tables;
     static constexpr int value_dim = DV;
     static constexpr bool is_known = false, is_large = false;
-    static constexpr int n_stages = D <= 64 ? 2 : 1; /* records of more than 4 KB need no company */
+    static constexpr int unit_records = 1, n_stages = D <= 64 ? 2 : 1; /* records of more than 4 KB need no company */
+    static constexpr int most_warps = D > 64 && D <= 128 ? 12 : 8, fewer_warps = D > 64 && D <= 128 ? 6 : 8;
 
     using base::base;
     __device__ __forceinline__ tables open_tables(uint8_t *memory, const attend_args &args, int lane) const
@@ -241,141 +345,158 @@ template <int D, int N_COPIES, int DV = D> struct any_formats : any_pair<D, N_CO
     }
 };
 
-/* One record: 32 tokens, of which row g sees those at positions [begin, end). stage: it and its reference. */
+/* One unit, whose first record is record_index: of its tokens row g sees those at positions [begin, end). stage: the records
+ * and their reference. */
 template <class F, int D>
-__device__ __forceinline__ void attend_record(warp_accumulator<F::value_dim> &acc, const query_operand<D> &q,
-                                              const uint8_t *stage, int record_index, const record_bounds &bounds,
-                                              const tile_id &tile, const attend_args &args, const F &formats,
-                                              const typename F::tables &tables, int lane)
+__device__ __forceinline__ void attend_unit(warp_accumulator<F::value_dim> &acc, const query_operand<D> &q,
+                                            const uint8_t *stage, int record_index, const record_bounds &bounds,
+                                            const tile_id &tile, const attend_args &args, const F &formats,
+                                            const typename F::tables &tables, int lane)
 {
-    int t = lane & 3;
-    const uint8_t *record = stage + tq_record_within(args.reference_bytes, record_index);
-    const uint8_t *scales = record + formats.key_bytes + formats.value_bytes;
-    float key_scales[8], s[8];
-    load_scales(key_scales, scales, t);
-    formats.with_keys([&](auto codes) { score_record<decltype(codes), D>(s, q, record, key_scales, tables.key, lane); });
+    constexpr int R = F::unit_records;
+    const int t = lane & 3, stride = formats.record_bytes + args.reference_bytes; /* from one record of a block to the other */
+    const uint8_t *first = stage + (R == 1 ? tq_record_within(args.reference_bytes, record_index) : 0);
+    const uint8_t *first_scales = first + formats.key_bytes + formats.value_bytes;
+    float s[R][8], factor = q.factor;
+    uint32_t scales[R][4];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        float key_scales[8];
+        load_scales(key_scales, first_scales + r * stride, t);
+        formats.with_keys([&](auto codes) {
+            score_record<decltype(codes), D>(s[r], q, first + r * stride, key_scales, tables.key, lane);
+        });
+        const uint4 of_values = reinterpret_cast<const uint4 *>(first_scales + r * stride + TQ_RECORD_SCALE_BYTES)[t];
+        scales[r][0] = of_values.x, scales[r][1] = of_values.y, scales[r][2] = of_values.z, scales[r][3] = of_values.w;
+    }
     if (args.reference_bytes > 0) {
-        const uint8_t *reference = stage + tq_reference_within(formats.record_bytes, record_index);
-        add_reference<D>(s, q, reference, formats.key_step_inverse, lane);
-    }
-    if (args.cap_log2 > 0.0f) {
+        const int before = R == 1 ? tq_reference_within(formats.record_bytes, record_index) : formats.record_bytes;
+        const uint8_t *reference = stage + before;
+        const float more = score_reference<D>(q, reference, formats.key_step_inverse, lane);
 #pragma unroll
-        for (int i = 0; i < 8; i++) s[i] = cap_score(s[i], args);
-    }
-    bool whole = record_index >= bounds.whole_begin && record_index < bounds.whole_end; /* uniform */
-    if (!whole) {
+        for (int r = 0; r < R; r++) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int position = record_index * TQ_RECORD_TOKENS + 8 * t + i;
-            if (position < bounds.begin || position >= bounds.end) s[i] = -INFINITY;
+            for (int i = 0; i < 8; i++) s[r][i] += more;
         }
     }
-    bool hides = !whole; /* uniform */
-    if constexpr (!F::is_known) {
-        if (has_bias(args)) {
-            const row_bias bias(tile, args, min(lane >> 2, tile.n_rows - 1));
-            hides = true;
+    const bool whole = record_index >= bounds.whole_begin && record_index + R <= bounds.whole_end; /* uniform */
+    const bool biased = !F::is_known && has_bias(args);
+    if (args.cap_log2 > 0.0f || biased) {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) s[r][i] = args.cap_log2 > 0.0f ? cap_score(s[r][i] * factor, args) : s[r][i] * factor;
+        }
+        factor = 1.0f;
+    }
+    if (!whole || biased) {
+        const row_bias bias(tile, args, min(lane >> 2, tile.n_rows - 1));
+#pragma unroll
+        for (int r = 0; r < R; r++) {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                if (s[i] != -INFINITY) s[i] = bias.add(s[i], record_index * TQ_RECORD_TOKENS + 8 * t + i);
+                const int position = (record_index + r) * TQ_RECORD_TOKENS + 8 * t + i;
+                if (position < bounds.begin || position >= bounds.end)
+                    s[r][i] = -INFINITY;
+                else if (biased)
+                    s[r][i] = bias.add(s[r][i], position);
+                /* Scales of slots that nobody wrote may be anything. */
+                if (s[r][i] == -INFINITY) scales[r][i / 2] &= i % 2 ? 0x0000ffffu : 0xffff0000u;
             }
         }
     }
-    raise_maximum(acc, s, t);
-    float value_scales[8];
-    load_scales(value_scales, scales + TQ_RECORD_SCALE_BYTES, t);
-    uint32_t weights[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float p0 = exp2_approx(s[2 * i] - acc.max), p1 = exp2_approx(s[2 * i + 1] - acc.max);
-        acc.sum += p0 + p1;
-        p0 *= value_scales[2 * i], p1 *= value_scales[2 * i + 1];
-        if (hides) { /* scales of slots that nobody wrote may be anything */
-            if (s[2 * i] == -INFINITY) p0 = 0.0f;
-            if (s[2 * i + 1] == -INFINITY) p1 = 0.0f;
-        }
-        weights[i] = as_bits(__floats2half2_rn(p0, p1));
-    }
+    unit_weights<R> weights;
+    weigh_unit(weights, acc, s, scales, factor);
     formats.with_values([&](auto codes) {
-        add_values<decltype(codes), F::value_dim>(acc, record + formats.key_bytes, weights, tables.value, lane);
+        add_values<decltype(codes)>(acc, first + formats.key_bytes, stride, weights, q, tables.value, lane);
     });
 }
 
-/* The records of this block's split, each warp some of them. query: load_query's, of the first 8 half warps. */
+/* The units of this block's split, each warp some of them. query: load_query's, of the first 8 half warps. */
 template <class F, int D, int N_WARPS>
 __device__ __forceinline__ void attend_split(warp_accumulator<F::value_dim> &acc, const tile_id &tile, const attend_args &args,
-                                             const F &formats, uint8_t *work,
+                                             const F &formats, uint8_t *memory, uint8_t *work,
                                              decode_shared<D, N_WARPS, F::value_dim> &shared, float (&query)[D / 16])
 {
-    using shape = decode_shape<D, N_WARPS, F::n_stages, F::value_dim>;
-    constexpr int N = shape::n_stages;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, stage_bytes = formats.record_bytes + args.reference_bytes;
-    const record_finder finder(tile, args, formats.record_bytes);
+    using shape = decode_shape<F, D, N_WARPS>;
+    constexpr int N = shape::n_stages, R = F::unit_records;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int stage_bytes = shape::stage_bytes(formats, args.reference_bytes);
+    const int unit_begin = tile.record_begin / R, unit_end = (tile.record_end + R - 1) / R;
+    const bool has_exact = tile.n_exact > 0 && tile.split == tile.n_splits - 1;
+    const record_finder<R == 2> finder(tile, args, formats.record_bytes);
 
     warp_queue<N> queue;
     queue.open(work + warp * N * stage_bytes, reinterpret_cast<uint64_t *>(work + shape::n_warps * N * stage_bytes) + warp * N,
                stage_bytes, lane);
-    int waiting[N], next = tile.record_begin + warp; /* the records in the stages, oldest first, and the one after */
-    const uint8_t *from[N + 1] = {};
+    int waiting[N], next = unit_begin + warp; /* the units in the stages, oldest first, and the one after */
+    int pages[N + 1] = {};
 #pragma unroll
     for (int i = 0; i <= N; i++) {
-        int record = next + i * shape::n_warps;
-        if (record < tile.record_end) from[i] = finder.at(record, args);
+        int unit = next + i * shape::n_warps;
+        if (unit < unit_end) pages[i] = finder.page_of(R * unit, args);
     }
+    auto fill_all = [&] {
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        waiting[i] = next;
-        if (next < tile.record_end)
-            queue.fill(i, from[i], lane);
-        else
-            queue.skip();
-        next += shape::n_warps;
-    }
-    const uint8_t *next_from = from[N];
+        for (int i = 0; i < N; i++) {
+            const int unit = next + i * shape::n_warps;
+            if (unit < unit_end)
+                queue.fill(i, finder.in_page(pages[i], R * unit, args), lane);
+            else
+                queue.skip();
+        }
+    };
+    /* A large table comes through the same memory first: then half of the units can wait for it. */
+    const bool is_late = has_exact || (F::is_large && warp >= N_WARPS / 2);
+    if (!is_late) fill_all();
 
     if (threadIdx.x < 16 * TQ_TILE_ROWS) prepare_query<D>(shared.queries, query, tile, args);
-    const typename F::tables tables = formats.open_tables(work + shape::work_bytes(stage_bytes), args, lane);
-    if (threadIdx.x == 0) shared.next_record = tile.record_begin + (N + 1) * shape::n_warps;
+    const typename F::tables tables = formats.open_tables(memory, args, lane);
+    if (threadIdx.x == 0) shared.next_unit = unit_begin + (N + 1) * shape::n_warps;
     __syncthreads();
-    wait_for_kernel_before(); /* so that this one never ends first, either */
-    if (tile.n_exact > 0 && tile.split == tile.n_splits - 1) { /* while the first records are on their way */
-        attend_exact<D, F::value_dim, shape::n_threads, !F::is_known>(shared.exact, shared.queries, tile, args);
+    if (args.follows_append) wait_for_kernel_before(); /* so that this one never ends first, either */
+    if (has_exact) { /* where units come to stand afterwards */
+        attend_exact<D, F::value_dim, shape::n_threads, !F::is_known>(shared.exact, *reinterpret_cast<exact_scores *>(work),
+                                                                      shared.queries, tile, args);
+        __syncthreads();
+        order_copies();
     }
+    if (is_late) fill_all();
+#pragma unroll
+    for (int i = 0; i < N; i++, next += shape::n_warps) waiting[i] = next;
+    int next_page = pages[N];
     query_operand<D> q = load_queries<D>(shared.queries, args, formats.key_step, lane);
     const record_bounds bounds = bounds_of(tile, args, lane >> 2);
 
     uint32_t phase = 0;
     int stage = 0;
 #pragma unroll 1
-    while (waiting[0] < tile.record_end) {
+    while (waiting[0] < unit_end) {
+        int claimed = next + shape::n_warps; /* is there by the time that it is needed */
+        if (!args.deterministic && lane == 0) claimed = take_next(&shared.next_unit);
         queue.wait(stage, phase);
-        attend_record<F, D>(acc, q, queue.stages + stage * stage_bytes, waiting[0], bounds, tile, args, formats, tables,
-                            lane);
+        const uint8_t *unit = queue.stages + stage * stage_bytes;
+        attend_unit<F, D>(acc, q, unit, R * waiting[0], bounds, tile, args, formats, tables, lane);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i + 1 < N; i++) waiting[i] = waiting[i + 1];
         waiting[N - 1] = next;
-        if (next < tile.record_end) {
-            queue.fill(stage, next_from, lane);
-            if (args.deterministic) {
-                next += shape::n_warps;
-            } else {
-                if (lane == 0) next = atomicAdd(&shared.next_record, 1);
-                next = __shfl_sync(~0u, next, 0);
-            }
-            if (next < tile.record_end) next_from = finder.at(next, args);
+        if (next < unit_end) {
+            queue.fill(stage, finder.in_page(next_page, R * next, args), lane);
+            next = __shfl_sync(~0u, claimed, 0);
+            if (next < unit_end) next_page = finder.page_of(R * next, args); /* is there when the next stage is free */
         } else {
             queue.skip();
         }
         if (++stage == N) stage = 0, phase ^= 1;
     }
+    settle(acc);
 }
 
-/* Where dimension d of a row stands in the order that accumulators are stored in: x, then g, then h. */
-template <int D> __device__ __forceinline__ int stored_position(int d)
+/* Where dimension d of a row stands in shared memory. */
+template <int D> __device__ __forceinline__ constexpr int row_position(int d)
 {
-    int g = d / (D / 8), x = d % (D / 8) / 2, h = d & 1;
-    return 16 * x + 2 * g + h;
+    return d + d / (D / 4) * 4;
 }
 
 /* Warps to one sum per row: acc, scaled to the block's maximum, through shared memory; work [warp, row, row_floats]. From here
@@ -384,12 +505,12 @@ template <int D, int N_WARPS, int DK>
 __device__ __forceinline__ void merge_warps(warp_accumulator<D> &acc, const tile_id &tile, float *work,
                                             decode_shared<DK, N_WARPS, D> &shared)
 {
-    constexpr int row_floats = D + 4;
+    constexpr int row_floats = D + 16;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     acc.sum += __shfl_xor_sync(~0u, acc.sum, 1);
     acc.sum += __shfl_xor_sync(~0u, acc.sum, 2);
     if (t == 0) shared.warp_state[warp][g] = make_float2(acc.max, acc.sum);
-    __syncthreads(); /* and no record is needed any more */
+    __syncthreads(); /* and no unit is needed any more */
     float max = lowest, sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < N_WARPS; w++) max = fmaxf(max, shared.warp_state[w][g].x);
@@ -398,45 +519,49 @@ __device__ __forceinline__ void merge_warps(warp_accumulator<D> &acc, const tile
         for (int w = 0; w < N_WARPS; w++) sum += exp2_approx(shared.warp_state[w][g].x - max) * shared.warp_state[w][g].y;
         shared.state[g] = make_float2(max, sum);
     }
-    float factor = exp2_approx(acc.max - max);
+    const float factor = exp2_approx(acc.max - max) * 0x1p-16f;
+    if (g < tile.n_rows) {
 #pragma unroll
-    for (int row = 0; row < 2; row++) {
-        float f = __shfl_sync(~0u, factor, 8 * t + 4 * row);
-        if (2 * t + row >= tile.n_rows) continue;
-        float2 *to = reinterpret_cast<float2 *>(work + (warp * tile.n_rows + 2 * t + row) * row_floats) + g;
+        for (int i = 0; i < 2; i++) {
+            float4 *to = reinterpret_cast<float4 *>(work + (warp * tile.n_rows + g) * row_floats +
+                                                    row_position<D>((2 * t + i) * (D / 8)));
 #pragma unroll
-        for (int x = 0; x < D / 16; x++) to[8 * x] = make_float2(acc.c[x][row] * f, acc.c[x][2 + row] * f);
+            for (int x = 0; x < D / 8; x += 4) {
+                to[x / 4] = make_float4(acc.c[x][i] * factor, acc.c[x + 1][i] * factor, acc.c[x + 2][i] * factor,
+                                        acc.c[x + 3][i] * factor);
+            }
+        }
     }
     __syncthreads();
 }
 
-/* Four floats of one row, summed over the warps. */
+/* Four floats of one row, from dimension 4 i4 on, summed over the warps. */
 template <int D, int N_WARPS> __device__ __forceinline__ float4 sum_of_warps(const float *work, int n_rows, int row, int i4)
 {
-    constexpr int row_floats = D + 4;
+    constexpr int row_floats = D + 16;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int w = 0; w < N_WARPS; w++) {
-        float4 v = reinterpret_cast<const float4 *>(work + (w * n_rows + row) * row_floats)[i4];
+        float4 v = *reinterpret_cast<const float4 *>(work + (w * n_rows + row) * row_floats + row_position<D>(4 * i4));
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
     return sum;
 }
 
 /*
- * Encoded part (rows [row, row_floats] in work, stored order, with shared.state) plus exact part, learned sink, division; one
+ * Encoded part (rows [row, row_floats] in work, with shared.state) plus exact part, learned sink, division; one
  * half warp a row.
  */
 template <int D, int N_THREADS, int N_WARPS, int DK>
 __device__ __forceinline__ void finish_rows(const float *work, float step, const tile_id &tile, const attend_args &args,
                                             decode_shared<DK, N_WARPS, D> &shared)
 {
-    constexpr int row_floats = D + 4;
+    constexpr int row_floats = D + 16;
     const int lane16 = threadIdx.x & 15;
     for (int row = threadIdx.x / 16; row < tile.n_rows; row += N_THREADS / 16) {
         float x[D / 16];
 #pragma unroll
-        for (int k = 0; k < D / 16; k++) x[k] = work[row * row_floats + stored_position<D>(16 * k + lane16)];
+        for (int k = 0; k < D / 16; k++) x[k] = work[row * row_floats + row_position<D>(16 * k + lane16)];
         rotate_back<D>(x, args.value_rotation, lane16);
         const row_place place = place_of(tile, args, row);
         float2 encoded = shared.state[row], exact = tile.n_exact > 0 ? shared.exact.state[row] : make_float2(lowest, 0.0f);
@@ -504,7 +629,7 @@ template <int D, int N_THREADS, int N_WARPS, int DK>
 __device__ __forceinline__ void combine(float *work, const tile_id &tile, const attend_args &args,
                                         decode_shared<DK, N_WARPS, D> &shared)
 {
-    constexpr int row_floats = D + 4;
+    constexpr int row_floats = D + 16;
     const tile_partials<D> first(args, tile.index, 0);
     for (int i = threadIdx.x; i < tile.n_rows * (D / 4); i += N_THREADS) {
         int row = i / (D / 4);
@@ -529,7 +654,7 @@ __device__ __forceinline__ void combine(float *work, const tile_id &tile, const 
             total += factor * states[s].y;
             sum.x += factor * v.x, sum.y += factor * v.y, sum.z += factor * v.z, sum.w += factor * v.w;
         }
-        reinterpret_cast<float4 *>(work + row * row_floats)[i % (D / 4)] = sum;
+        *reinterpret_cast<float4 *>(work + row * row_floats + row_position<D>(4 * (i % (D / 4)))) = sum;
         if (i % (D / 4) == 0) shared.state[row] = make_float2(max, total);
     }
     if (tile.n_exact > 0 && tile.split != tile.n_splits - 1) {
@@ -541,28 +666,32 @@ __device__ __forceinline__ void combine(float *work, const tile_id &tile, const 
 }
 
 template <class F, int D, int N_WARPS>
-__global__ void __launch_bounds__(32 * N_WARPS, decode_shape<D, N_WARPS, F::n_stages>::blocks_per_multiprocessor)
+__global__ void __launch_bounds__(32 * N_WARPS, decode_shape<F, D, N_WARPS>::blocks_per_multiprocessor)
     decode_kernel(const __grid_constant__ attend_args args)
 {
     constexpr int DV = F::value_dim;
-    using shape = decode_shape<D, N_WARPS, F::n_stages, DV>;
+    using shape = decode_shape<F, D, N_WARPS>;
     const F formats(args);
-    extern __shared__ __align__(128) uint8_t work[];
+    extern __shared__ __align__(128) uint8_t memory[];
+    uint8_t *work = memory + formats.table_bytes; /* tables come first, at an address that is known */
     __shared__ __align__(16) decode_shared<D, shape::n_warps, DV> shared;
 
+    /* Only an append is known to have written nothing but exact tokens and pages that this call does not read. */
+    if (!args.follows_append) wait_for_kernel_before();
     tile_id tile = tile_of(args);
     if (tile.n_rows <= 0) return;
     int64_t length = length_of(args, tile.sequence);
+    prefetch_page_ids(tile.sequence, args);
     float query[D / 16]; /* on its way before the records, which would delay it */
     if (threadIdx.x < 16 * TQ_TILE_ROWS) load_query<D>(query, tile, args);
-    measure_tile(tile, args, length);
+    measure_tile(tile, args, length, F::unit_records);
     if (tile.split >= tile.n_splits) return;
 
     warp_accumulator<DV> acc;
-    acc.max = lowest, acc.sum = 0.0f;
+    acc.max = lowest, acc.sum = acc.bias = 0.0f, acc.n_biased = 0;
 #pragma unroll
-    for (int x = 0; x < DV / 16; x++) acc.c[x][0] = acc.c[x][1] = acc.c[x][2] = acc.c[x][3] = 0.0f;
-    attend_split<F, D, N_WARPS>(acc, tile, args, formats, work, shared, query);
+    for (int x = 0; x < DV / 8; x++) acc.c[x][0] = acc.c[x][1] = 0.0f;
+    attend_split<F, D, N_WARPS>(acc, tile, args, formats, memory, work, shared, query);
 
     float *floats = reinterpret_cast<float *>(work);
     merge_warps<DV>(acc, tile, floats, shared);
@@ -574,7 +703,7 @@ __global__ void __launch_bounds__(32 * N_WARPS, decode_shape<D, N_WARPS, F::n_st
         for (int i = threadIdx.x; i < tile.n_rows * (DV / 4); i += shape::n_threads) {
             int row = i / (DV / 4), i4 = i % (DV / 4);
             float4 sum = sum_of_warps<DV, shape::n_warps>(floats, tile.n_rows, row, i4);
-            reinterpret_cast<float4 *>(floats + row * shape::row_floats)[i4] = sum;
+            *reinterpret_cast<float4 *>(floats + row * shape::row_floats + row_position<DV>(4 * i4)) = sum;
         }
         __syncthreads();
     }

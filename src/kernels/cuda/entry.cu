@@ -113,9 +113,11 @@ template <int D> static found_kernel find_at(const tq_attend_choice &choice, con
     launches[TQ_ATTEND_PREFILL_ANY] = find_prefill_any<D>(block);
 #ifdef TQ_CUDA_HOPPER
     room.is_hopper = is_hopper();
+    if (room.is_hopper && choice.has_own) launches[TQ_ATTEND_DECODE_OWN_HOPPER] = find_decode_hopper<D>(block);
     launches[TQ_ATTEND_HOPPER_OWN] = find_hopper_own<D>(block);
     launches[TQ_ATTEND_HOPPER_ANY] = find_hopper_any<D>();
 #endif
+    room.decode_own_hopper = launches[TQ_ATTEND_DECODE_OWN_HOPPER];
     room.decode_own = launches[TQ_ATTEND_DECODE_OWN], room.decode_any = launches[TQ_ATTEND_DECODE_ANY];
     room.prefill_any = launches[TQ_ATTEND_PREFILL_ANY];
     const tq_attend_kernel kernel = tq_attend_kernel_of(&choice, &room);
@@ -123,9 +125,9 @@ template <int D> static found_kernel find_at(const tq_attend_choice &choice, con
 }
 
 /* With TQ_CUDA_GENERAL in the environment no pair has kernels of its own: so the others are tested and timed with all pairs. */
-static found_kernel find_kernel(const tq_device_store &store, const tq_paged_attend_params &params)
+static found_kernel find_kernel(const tq_device_store &store, const tq_paged_attend_params &params, tq_decode_cut cut)
 {
-    const tq_attend_choice choice = tq_attend_choice_of(&store, &params, getenv("TQ_CUDA_GENERAL") != nullptr);
+    const tq_attend_choice choice = tq_attend_choice_of(&store, &params, cut, getenv("TQ_CUDA_GENERAL") != nullptr);
     block_choice block = {choice.key_kind, choice.value_kind, choice.head_dim_v, reference_bytes_of(store), 0};
     if (!get_attribute(&block.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return {};
     return at_head_dim(choice.head_dim, [&](auto d) { return find_at<d>(choice, block); });
@@ -165,7 +167,7 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *store, cons
     tq_status status = count_multiprocessors(&n_multiprocessors, message);
     if (status != TQ_OK) return status;
     /* Calls of few rows may be decode where this one is prefill, which needs nothing. */
-    const bool is_prefill = tq_attend_is_prefill(find_kernel(*store, *params).kernel);
+    const bool is_prefill = tq_attend_is_prefill(find_kernel(*store, *params, tq_decode_cut{1}).kernel);
     const int32_t group = params->n_head / store->n_head_kv;
     const int64_t n_lists = (int64_t)params->n_seq * store->n_head_kv;
     int64_t n_rows = (int64_t)params->n_query * group;
@@ -216,17 +218,17 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     int32_t n_multiprocessors = 0;
     tq_status status = count_multiprocessors(&n_multiprocessors, message);
     if (status != TQ_OK) return status;
-    const found_kernel found = find_kernel(*store, *params);
+    const int32_t n_row_tiles = row_tiles_of(store, params);
+    const int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * n_row_tiles;
+    const tq_decode_cut cut =
+        tq_decode_cut_of(n_tiles, records_most(params), store->head_dim, n_multiprocessors, params->deterministic);
+    const found_kernel found = find_kernel(*store, *params, cut);
     const bool is_prefill = tq_attend_is_prefill(found.kernel);
     if (!found.launch) {
         snprintf(message, TQ_DEVICE_MESSAGE, "attend: no kernel at head_dim %d fits this device's shared memory",
                  store->head_dim);
         return TQ_ERR_HEAD_DIM;
     }
-    const int32_t n_row_tiles = row_tiles_of(store, params);
-    const int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * n_row_tiles;
-    const tq_decode_cut cut =
-        tq_decode_cut_of(n_tiles, records_most(params), store->head_dim, n_multiprocessors, params->deterministic);
     const size_t for_counters = counters_bytes(params->workspace_bytes), for_queries = queries_bytes(store, params);
     const size_t n_partials = (params->workspace_bytes - for_counters - for_queries) / partial_bytes(store);
     attend_args args = {};
@@ -240,6 +242,8 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     args.q_token_stride = params->q_token_stride, args.q_head_stride = params->q_head_stride;
     args.out_token_stride = params->out_token_stride, args.out_head_stride = params->out_head_stride;
     args.page_table = params->page_table, args.page_table_stride = params->page_table_stride;
+    const int64_t n_pages_of_longest = (params->max_seq_len + store->page_size - 1) / store->page_size;
+    args.n_pages_of_longest = (int32_t)(n_pages_of_longest < store->n_pages ? n_pages_of_longest : store->n_pages);
     args.seq_lens = params->seq_lens, args.seq_lens_are_64 = params->seq_lens_are_64;
     args.exact_slots = params->exact_slots, args.query_starts = params->query_starts;
     if (store->n_recent > 0) args.new_k = params->new_k, args.new_v = params->new_v;
@@ -257,8 +261,9 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     args.slopes = params->alibi_slopes;
     args.out_dim = params->out_dim;
     args.deterministic = params->deterministic;
+    args.can_begin_early = can_overlap();
     args.follows_append = params->follows_append && !is_prefill && !args.new_k && store->n_sink + store->n_recent > 0 &&
-                          !store->k_transforms && can_overlap();
+                          !store->k_transforms && args.can_begin_early;
     args.counters = static_cast<uint32_t *>(params->workspace);
     float *behind_counters = static_cast<float *>(params->workspace) + for_counters / sizeof(float);
     args.partials = behind_counters + for_queries / sizeof(float);
@@ -295,7 +300,7 @@ static tq_status supports(const tq_device_store *store, char *message)
     params.n_query = 1, params.n_head = store->n_head_kv;
     int32_t device;
     tq_status status = check_device(&device, message);
-    if (status != TQ_OK || find_kernel(*store, params).launch) return status;
+    if (status != TQ_OK || find_kernel(*store, params, tq_decode_cut{1}).launch) return status;
     snprintf(message, TQ_DEVICE_MESSAGE, "no kernel at head_dim %d for these formats fits this device's shared memory",
              store->head_dim);
     return TQ_ERR_FORMAT;

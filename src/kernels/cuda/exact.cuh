@@ -5,9 +5,11 @@
 
 #include "kernels/cuda/attend_args.cuh"
 
+/* Of the exact tokens, while they are attended. */
+typedef float exact_scores[TQ_TILE_ROWS][TQ_DEVICE_EXACT_MAX];
+
 /* Rows as the finish wants them: out = sum of weights times values under the maximum of state (maximum, sum). */
 template <int DV> struct exact_part {
-    float scores[TQ_TILE_ROWS][TQ_DEVICE_EXACT_MAX];
     float out[TQ_TILE_ROWS][DV];
     float2 state[TQ_TILE_ROWS];
 };
@@ -15,8 +17,8 @@ template <int DV> struct exact_part {
 /* The whole block. Queries are in place; afterwards `part` is, behind the next barrier. MAY_HAVE_BIAS: the call may have a mask
  * or ALiBi. */
 template <int D, int DV, int N_THREADS, bool MAY_HAVE_BIAS>
-__device__ __forceinline__ void attend_exact(exact_part<DV> &part, const tile_queries<D> &queries, const tile_id &tile,
-                                             const attend_args &args)
+__device__ __forceinline__ void attend_exact(exact_part<DV> &part, exact_scores &scores, const tile_queries<D> &queries,
+                                             const tile_id &tile, const attend_args &args)
 {
     constexpr int n_warps = N_THREADS / 32, at_once = 2;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -76,18 +78,18 @@ __device__ __forceinline__ void attend_exact(exact_part<DV> &part, const tile_qu
             const int32_t position = finder.position(tile, e);
             if (!view.sees_exact(position, args.n_sink)) mine = -INFINITY;
             else if (MAY_HAVE_BIAS && has_bias(args)) mine = row_bias(tile, args, row_of_lane).add(mine, position);
-            if (lane < tile.n_rows && e < tile.n_exact) part.scores[lane][e] = mine;
+            if (lane < tile.n_rows && e < tile.n_exact) scores[lane][e] = mine;
         }
     }
     __syncthreads();
     for (int row = warp; row < tile.n_rows; row += n_warps) {
         float max = -1e30f, sum = 0.0f;
-        for (int e = lane; e < tile.n_exact; e += 32) max = fmaxf(max, part.scores[row][e]);
+        for (int e = lane; e < tile.n_exact; e += 32) max = fmaxf(max, scores[row][e]);
 #pragma unroll
         for (int width = 16; width > 0; width /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, width));
         for (int e = lane; e < tile.n_exact; e += 32) {
-            float p = exp2f(part.scores[row][e] - max);
-            part.scores[row][e] = p;
+            float p = exp2f(scores[row][e] - max);
+            scores[row][e] = p;
             sum += p;
         }
 #pragma unroll
@@ -96,28 +98,35 @@ __device__ __forceinline__ void attend_exact(exact_part<DV> &part, const tile_qu
     }
     __syncthreads();
 
-    /* Values: a thread has one dimension, all rows, and each n_parts-th token. */
-    constexpr int n_parts = N_THREADS / DV;
-    const int d = threadIdx.x % DV, i_part = threadIdx.x / DV;
-    float sum[TQ_TILE_ROWS] = {};
-    auto add = [&](int e, float value) {
-        if (MAY_HAVE_BIAS && args.mask && !isfinite(value)) value = 0.0f; /* hidden, and never written */
+    /* Values: a thread has one dimension, or two where a block is small, all rows, and each n_parts-th token. */
+    constexpr int n_parts = N_THREADS >= DV ? N_THREADS / DV : 1, n_dims = (DV + N_THREADS - 1) / N_THREADS;
+    float sum[n_dims][TQ_TILE_ROWS] = {};
 #pragma unroll
-        for (int row = 0; row < TQ_TILE_ROWS; row++) sum[row] = fmaf(part.scores[row][e], value, sum[row]);
-    };
-    if (i_part < n_parts) {
-        int e = i_part;
+    for (int i = 0; i < n_dims; i++) {
+        const int place = threadIdx.x + i * N_THREADS, d = place % DV;
+        if (place >= n_parts * DV) break;
+        auto add = [&](int e, float value) {
+            if (MAY_HAVE_BIAS && args.mask && !isfinite(value)) value = 0.0f; /* hidden, and never written */
+#pragma unroll
+            for (int row = 0; row < TQ_TILE_ROWS; row++) sum[i][row] = fmaf(scores[row][e], value, sum[i][row]);
+        };
+        int e = place / DV;
 #pragma unroll 4
         for (; e < tile.n_stored; e += n_parts) add(e, __half2float(values[finder.entry(tile, args, e) * DV + d]));
 #pragma unroll 1
         for (; e < tile.n_exact; e += n_parts) add(e, finder.new_number(tile, args, DV, e, true, d));
     }
     __syncthreads(); /* scores make room for the parts */
-    float *parts = &part.scores[0][0];
-    static_assert(n_parts >= 1 && n_parts * DV <= TQ_DEVICE_EXACT_MAX, "the parts fit where the scores were");
-    if (i_part < n_parts) {
+    float *parts = &scores[0][0];
+    static_assert(n_parts * DV <= TQ_DEVICE_EXACT_MAX, "the parts fit where the scores were");
 #pragma unroll
-        for (int row = 0; row < TQ_TILE_ROWS; row++) parts[(i_part * TQ_TILE_ROWS + row) * DV + d] = sum[row];
+    for (int i = 0; i < n_dims; i++) {
+        const int place = threadIdx.x + i * N_THREADS;
+        if (place >= n_parts * DV) break;
+#pragma unroll
+        for (int row = 0; row < TQ_TILE_ROWS; row++) {
+            parts[(place / DV * TQ_TILE_ROWS + row) * DV + place % DV] = sum[i][row];
+        }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < tile.n_rows * DV; i += N_THREADS) {

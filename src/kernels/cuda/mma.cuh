@@ -24,6 +24,13 @@ __device__ __forceinline__ float exp2_approx(float x)
     return y;
 }
 
+__device__ __forceinline__ float log2_approx(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float tanh_approx(float x)
 {
     float y;
@@ -41,24 +48,39 @@ __device__ __forceinline__ __half2 as_half2(uint32_t x)
     return *reinterpret_cast<__half2 *>(&x);
 }
 
-/* c += a b, a [16, 32] signed bytes, b [32, 8] unsigned bytes. Before sm_80 as four products of [8, 16] by [16, 8]. */
-__device__ __forceinline__ void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
+/* c += a b, a [16, 32] and b [32, 8] bytes, signed (s8) or not (u8). Before sm_80 as four products of [8, 16] by [16, 8]. */
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#define TQ_MMA_BYTES(types, c, a, b0, b1)                                                                         \
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." types ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 #else
-#define TQ_MMA_8X16(c0, c1, a, b)                                                                  \
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" \
-                 : "+r"(c0), "+r"(c1)                                                              \
-                 : "r"(a), "r"(b))
-    TQ_MMA_8X16(c[0], c[1], a[0], b0);
-    TQ_MMA_8X16(c[0], c[1], a[2], b1);
-    TQ_MMA_8X16(c[2], c[3], a[1], b0);
-    TQ_MMA_8X16(c[2], c[3], a[3], b1);
-#undef TQ_MMA_8X16
+#define TQ_MMA_8X16(types, c0, c1, a, b)                                                     \
+    asm("mma.sync.aligned.m8n8k16.row.col.s32." types ".s32 {%0,%1}, {%2}, {%3}, {%0,%1};" \
+        : "+r"(c0), "+r"(c1)                                                                 \
+        : "r"(a), "r"(b))
+#define TQ_MMA_BYTES(types, c, a, b0, b1)         \
+    do {                                          \
+        TQ_MMA_8X16(types, c[0], c[1], a[0], b0); \
+        TQ_MMA_8X16(types, c[0], c[1], a[2], b1); \
+        TQ_MMA_8X16(types, c[2], c[3], a[1], b0); \
+        TQ_MMA_8X16(types, c[2], c[3], a[3], b1); \
+    } while (0)
 #endif
+
+__device__ __forceinline__ void mma_s8_u8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    TQ_MMA_BYTES("s8.u8", c, a, b0, b1);
+}
+
+__device__ __forceinline__ void mma_u8_u8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    TQ_MMA_BYTES("u8.u8", c, a, b0, b1);
+}
+
+__device__ __forceinline__ void mma_u8_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    TQ_MMA_BYTES("u8.s8", c, a, b0, b1);
 }
 
 /* c += a b, a [16, 16] and b [16, 8] FP16. */
@@ -126,6 +148,29 @@ __device__ __forceinline__ void copies_wait()
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+/* Copies into shared memory that this thread asks for from here on come behind what others, before a barrier, did there. */
+__device__ __forceinline__ void order_copies()
+{
+#ifdef TQ_BULK_COPY
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/* Add one to a number in shared memory, of which this is what was there; by one thread. */
+__device__ __forceinline__ int take_next(int *number)
+{
+    int before;
+    /* Not an addition, which compilers take for one of many threads. */
+    asm volatile("atom.shared.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(before) : "r"(shared_address(number)) : "memory");
+    return before;
+}
+
+/* Bring what stands there nearer, where an architecture can. */
+__device__ __forceinline__ void prefetch(const void *p)
+{
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
 
 /* Count this block in; what the others that were counted before have written can then be read. */

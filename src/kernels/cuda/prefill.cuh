@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(prefill_shape<D>::n_threads, 2) prefill_kernel
     if (id.n_rows <= 0) return;
     measure_tile(id, args, length_of(args, id.sequence)); /* one split: all records */
 
-    const record_finder finder(id, args, pair.record_bytes);
+    const record_finder<> finder(id, args, pair.record_bytes);
     const int n_records = max(id.record_end - id.record_begin, 0);
     const int n_tiles = n_records + (id.n_exact + TQ_RECORD_TOKENS - 1) / TQ_RECORD_TOKENS;
     const token_view first = view_of(id, args, id.first_token), last = view_of(id, args, id.last_token);

@@ -303,7 +303,7 @@ __device__ __forceinline__ void expand_tiles(const hopper_shared<hopper_shape<F,
     const int record_bytes = formats.record_bytes, reference_bytes = args.reference_bytes;
     const int in_pairs = reference_bytes > 0 ? 1 : 0, unit_bytes = (record_bytes << in_pairs) + reference_bytes;
     const int queue_bytes = tq_record_begin(record_bytes, reference_bytes, S::n_records);
-    const record_finder finder(id, args, record_bytes);
+    const record_finder<> finder(id, args, record_bytes);
     /* Positions that records bring; a last tile's places beyond hold what was there before. */
     const int coded_begin = id.coded_begin, coded_end = min(id.coded_end, id.record_end * TQ_RECORD_TOKENS);
     const typename F::tables tables = tables_at(formats, shared.table, lane);

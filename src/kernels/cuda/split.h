@@ -32,14 +32,14 @@ TQ_HD int32_t tq_ceil_div(int64_t a, int64_t b)
 typedef struct tq_decode_cut {
     int32_t splits_allowed;    /* of each row tile */
     int32_t split_records_min; /* of a split */
-    bool small_blocks;         /* of 8 warps, two to a multiprocessor, instead of 16 */
+    bool small_blocks;         /* of half the warps, two to a multiprocessor */
 } tq_decode_cut;
 
 /*
  * As many splits as fill the device once: a wave that is not full leaves multiprocessors idle, so a second one is never begun
  * for a few blocks. Where row tiles alone are more than a wave, blocks are small, so that one begins or ends while another has
- * the memory; also where a split has no records for more warps, and at head_dim 64, whose records are so small that a large
- * block's beginning and end show. Deterministic calls are cut the same way whatever else is in the batch.
+ * the memory; also at head_dim 64, whose records are so small that a large block's beginning and end show. Deterministic calls
+ * are cut the same way whatever else is in the batch.
  */
 TQ_HD tq_decode_cut tq_decode_cut_of(int64_t n_row_tiles, int64_t n_records_max, int32_t head_dim, int32_t n_multiprocessors,
                                      bool deterministic)
@@ -58,7 +58,7 @@ TQ_HD tq_decode_cut tq_decode_cut_of(int64_t n_row_tiles, int64_t n_records_max,
     }
     if (splits > TQ_SPLITS_MAX) splits = TQ_SPLITS_MAX;
     cut.splits_allowed = splits < 1 ? 1 : (int32_t)splits;
-    cut.small_blocks = several_waves || head_dim <= 64 || n_records_max <= (int64_t)cut.splits_allowed * TQ_SPLIT_RECORDS_MIN;
+    cut.small_blocks = several_waves || head_dim <= 64;
     return cut;
 }
 
@@ -98,10 +98,12 @@ typedef struct tq_tile_cut {
 #define TQ_EXACT_AS_RECORDS 40
 
 /*
- * has_exact: the last split has the exact tokens, too, and fewer records for it; or none, where they take longer than the
- * records of one split that the others then share. At least one split, and no split but the last is empty.
+ * together: records that are read as one, a whole number of which each split has. has_exact: the last split has the exact
+ * tokens, too, and fewer records for it; or none, where they take longer than the records of one split that the others then
+ * share. At least one split, and no split but the last is empty.
  */
-TQ_HD tq_tile_cut tq_tile_cut_of(int32_t n_records, bool has_exact, int32_t splits_allowed, int32_t records_min)
+TQ_HD tq_tile_cut tq_tile_cut_of(int32_t n_records, int32_t together, bool has_exact, int32_t splits_allowed,
+                                 int32_t records_min)
 {
     tq_tile_cut cut = {1, n_records};
     if (splits_allowed == 1) return cut; /* divisions are slow on a device */
@@ -109,6 +111,7 @@ TQ_HD tq_tile_cut tq_tile_cut_of(int32_t n_records, bool has_exact, int32_t spli
     uint32_t n = (uint32_t)(n_records + (has_exact && !apart ? TQ_EXACT_AS_RECORDS : 0));
     uint32_t allowed = (uint32_t)(splits_allowed - apart), records = (n + allowed - 1) / allowed;
     if (records < (uint32_t)records_min) records = (uint32_t)records_min;
+    if (together == 2) records += records & 1;
     cut.n_splits = (int32_t)((n + records - 1) / records) + apart, cut.records = (int32_t)records;
     if (cut.n_splits < 1) cut.n_splits = 1;
     return cut;

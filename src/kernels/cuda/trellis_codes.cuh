@@ -19,7 +19,8 @@ template <int N_COPIES> struct window_table {
     static constexpr int n_entries = 256, bytes = 4 * n_entries * N_COPIES;
     static constexpr int shift = N_COPIES == 32 ? 7 : N_COPIES == 16 ? 6 : 5; /* of an entry's number to its offset */
     static_assert(4 * N_COPIES == 1 << shift, "an entry's copies are neighbours");
-    const uint8_t *lane_base; /* of this lane's copy */
+    const uint8_t *base;  /* of the table */
+    uint32_t lane_offset; /* of this lane's copy of an entry */
 
     /* The whole block; a barrier must follow before the first look-up. */
     __device__ __forceinline__ static void fill(uint8_t *memory, const int8_t *windows)
@@ -32,14 +33,15 @@ template <int N_COPIES> struct window_table {
     }
     __device__ __forceinline__ static window_table at(const uint8_t *memory, int lane)
     {
-        return {memory + 4 * (lane % N_COPIES)};
+        return {memory, 4u * (lane % N_COPIES)};
     }
 };
 
 template <int BITS> struct pair_table {
     static constexpr int bytes = 128 * 1024, n_entries = 256 << BITS, n_copies = bytes / 4 / n_entries;
     static constexpr int shift = n_copies == 32 ? 7 : n_copies == 16 ? 6 : 5; /* of an entry's number to its offset */
-    const uint8_t *lane_base;
+    const uint8_t *base;
+    uint32_t lane_offset;
     /* Lane l holds windows 8 l to 8 l + 7, and all have what they want by shuffles: it takes no barrier. */
     __device__ __forceinline__ static void fill(uint8_t *memory, const int8_t *windows)
     {
@@ -63,7 +65,7 @@ template <class T> __device__ __forceinline__ uint32_t look_up(const T &table, u
 {
     constexpr uint32_t mask = (uint32_t)(T::n_entries - 1) << T::shift;
     uint32_t offset = (bit < T::shift ? low << (T::shift - bit) : __funnelshift_r(low, high, bit - T::shift)) & mask;
-    return *reinterpret_cast<const uint32_t *>(table.lane_base + offset);
+    return *reinterpret_cast<const uint32_t *>(table.base + (offset | table.lane_offset)); /* one instruction finds it */
 }
 
 /* The table of a kernel whose keys and values are the same trellis, where there is room for pairs. */
@@ -71,7 +73,7 @@ template <int BITS> struct pair_tables {
     static constexpr int bytes = pair_table<BITS>::bytes;
     pair_table<BITS> key, value;
     __device__ __forceinline__ pair_tables(const uint8_t *memory, int lane)
-        : key{memory + 4 * (lane % pair_table<BITS>::n_copies)}, value(key)
+        : key{memory, 4u * (lane % pair_table<BITS>::n_copies)}, value(key)
     {
     }
     __device__ __forceinline__ static void fill(uint8_t *memory, const int8_t (&windows)[2][256])
@@ -119,6 +121,35 @@ __device__ __forceinline__ void two_values(uint32_t (&pair)[2], const uint32_t (
     uint32_t x = look_up(table, a[w], a[w + 1], bit % 32), y = look_up(table, b[w], b[w + 1], bit % 32);
     pair[0] = as_bits(__hsub2(as_half2(permute(x, y, 0x5410)), bias));
     pair[1] = as_bits(__hsub2(as_half2(permute(x, y, 0x7632)), bias));
+}
+
+/* The same two dimensions of four tokens' chunks, as bytes 128 + value: bytes[h] has the h-th dimension of all. */
+template <int BITS, int N, int N_COPIES>
+__device__ __forceinline__ void two_of_four(uint32_t (&bytes)[2], const uint32_t (&chunks)[8][N], int first, int bit,
+                                            const window_table<N_COPIES> &table)
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++, bit += BITS) {
+        uint32_t entry[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            entry[i] = look_up(table, chunks[first + i][bit / 32], chunks[first + i][bit / 32 + 1], bit % 32);
+        }
+        bytes[h] = permute(permute(entry[0], entry[1], 0x62), permute(entry[2], entry[3], 0x62), 0x5410);
+    }
+}
+
+template <int BITS, int N>
+__device__ __forceinline__ void two_of_four(uint32_t (&bytes)[2], const uint32_t (&chunks)[8][N], int first, int bit,
+                                            const pair_table<BITS> &table)
+{
+    uint32_t entry[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        entry[i] = look_up(table, chunks[first + i][bit / 32], chunks[first + i][bit / 32 + 1], bit % 32);
+    }
+    const uint32_t low = permute(entry[0], entry[1], 0x6420), high = permute(entry[2], entry[3], 0x6420);
+    bytes[0] = permute(low, high, 0x6420), bytes[1] = permute(low, high, 0x7531);
 }
 
 template <int BITS> struct trellis_codes {
@@ -196,6 +227,42 @@ template <int BITS> struct trellis_codes {
             use(x, pair);
         }
     }
+
+    /* As scalar_value_string. */
+    template <int D> struct value_string {
+        static constexpr int n_bytes = D / 8 * BITS / 8, n_words = n_bytes / 4 + 1;
+        uint32_t chunks[8][n_words + 1]; /* of this lane's tokens */
+        __device__ __forceinline__ void load(const uint8_t *plane, int lane)
+        {
+            uint32_t words[D * BITS / 32];
+            load_string(words, plane, lane);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                uint32_t firsts = 0;
+#pragma unroll
+                for (int i = 0; i < 4; i++) firsts |= byte_at(words, n_bytes * (4 * half + i)) << 8 * i;
+                const uint32_t next = __shfl_sync(~0u, firsts, (lane + 4) & 31);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    uint32_t chunk[n_words];
+                    value_chunk<D>(chunk, words, 4 * half + i, next >> 8 * i & 0xffu);
+#pragma unroll
+                    for (int w = 0; w < n_words; w++) chunks[4 * half + i][w] = chunk[w];
+                    chunks[4 * half + i][n_words] = 0;
+                }
+            }
+        }
+        template <class T>
+        __device__ __forceinline__ void tiles(uint32_t (&bytes)[4][2], int k, const T &table, uint32_t) const
+        {
+#pragma unroll
+            for (int i = 0; i < 4; i++) { /* two dimensions of four tokens */
+                uint32_t two[2];
+                two_of_four<BITS>(two, chunks, 4 * (i % 2), BITS * (4 * k + i / 2 * 2), table);
+                bytes[i / 2 * 2][i % 2] = two[0], bytes[i / 2 * 2 + 1][i % 2] = two[1];
+            }
+        }
+    };
 };
 
 #endif

@@ -468,6 +468,16 @@ static inline __half2 __hadd2(__half2 a, __half2 b)
 {
     return __floats2half2_rn(__half2float(a.x) + __half2float(b.x), __half2float(a.y) + __half2float(b.y));
 }
+static inline float __fmul_ru(float a, float b)
+{
+    const double exact = (double)a * b;
+    const float x = (float)exact;
+    return x < exact ? nextafterf(x, INFINITY) : x;
+}
+static inline __half2 __hmax2(__half2 a, __half2 b)
+{
+    return __floats2half2_rn(fmaxf(__half2float(a.x), __half2float(b.x)), fmaxf(__half2float(a.y), __half2float(b.y)));
+}
 static inline __half2 __hsub2(__half2 a, __half2 b)
 {
     return __floats2half2_rn(__half2float(a.x) - __half2float(b.x), __half2float(a.y) - __half2float(b.y));

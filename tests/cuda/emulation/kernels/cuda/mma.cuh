@@ -22,6 +22,11 @@ static inline float exp2_approx(float x)
     return exp2f(x);
 }
 
+static inline float log2_approx(float x)
+{
+    return log2f(x);
+}
+
 static inline float tanh_approx(float x)
 {
     return tanhf(x);
@@ -58,8 +63,9 @@ static inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
     }
 }
 
-/* c += a b, a [16, 32] signed and b [32, 8] unsigned bytes: as above, with 4 bytes where there are 2 numbers. */
-static inline void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE())
+/* c += a b, a [16, 32] and b [32, 8] bytes: as above, with 4 bytes where there are 2 numbers. */
+template <typename A, typename B>
+static inline void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line)
 {
     struct operands {
         uint32_t a[4], b[2];
@@ -69,11 +75,26 @@ static inline void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b
     for (uint32_t k = 0; k < 32; k++) {
         const operands row = all[4 * g + k % 16 / 4];
         for (uint32_t n = 0; n < 2; n++) {
-            const uint8_t b = (uint8_t)(all[4 * (2 * t + n) + k % 16 / 4].b[k / 16] >> 8 * (k % 4));
-            c[n] += (int8_t)(row.a[2 * (k / 16)] >> 8 * (k % 4)) * b;
-            c[2 + n] += (int8_t)(row.a[2 * (k / 16) + 1] >> 8 * (k % 4)) * b;
+            const B b = (B)(all[4 * (2 * t + n) + k % 16 / 4].b[k / 16] >> 8 * (k % 4));
+            c[n] += (A)(row.a[2 * (k / 16)] >> 8 * (k % 4)) * b;
+            c[2 + n] += (A)(row.a[2 * (k / 16) + 1] >> 8 * (k % 4)) * b;
         }
     }
+}
+
+static inline void mma_s8_u8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE())
+{
+    mma_bytes<int8_t, uint8_t>(c, a, b0, b1, line);
+}
+
+static inline void mma_u8_u8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE())
+{
+    mma_bytes<uint8_t, uint8_t>(c, a, b0, b1, line);
+}
+
+static inline void mma_u8_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE())
+{
+    mma_bytes<uint8_t, int8_t>(c, a, b0, b1, line);
 }
 
 /* Of the dynamic shared memory, which a test calls so. */
@@ -132,6 +153,20 @@ static inline void copies_wait()
     pending_copies &mine = copies_of_thread();
     for (int i = 0; i < mine.n; i++) memcpy(mine.copies[i].to, mine.copies[i].from, 16);
     mine.n = 0;
+}
+
+/* Copies are made when somebody waits for them. */
+static inline void order_copies()
+{
+}
+
+static inline int take_next(int *number)
+{
+    return (*number)++;
+}
+
+static inline void prefetch(const void *)
+{
 }
 
 /* Blocks run one after the other. */
