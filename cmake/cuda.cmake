@@ -101,7 +101,7 @@ add_custom_target(turboquant_cuda ALL DEPENDS ${tq_cuda_library})
 if(TQ_BUILD_TESTS)
     get_filename_component(tq_cuda_root ${TQ_NVCC} DIRECTORY)
     add_executable(test_device tests/cuda/test_device.c tests/cuda/device_model.c
-                   tests/cuda/device_engine.c tests/cuda/device_prompt.c tests/unit/vectors.c)
+                   tests/cuda/device_engine.c tests/cuda/device_batches.c tests/cuda/device_prompt.c tests/unit/vectors.c)
     set_target_properties(test_device PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests/cuda)
     target_include_directories(test_device PRIVATE src tests/unit tests/cuda)
     target_include_directories(test_device SYSTEM PRIVATE ${tq_cuda_root}/../include)

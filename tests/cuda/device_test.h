@@ -92,6 +92,9 @@ double model_attend_row(const model *m, int32_t seq, int64_t position, int64_t o
 /* device_prompt.c: prompts that come in pieces. */
 void test_prompt(void);
 
+/* device_batches.c: so many random inputs. A difference ends the program. */
+void test_batches(int n_inputs, uint64_t seed);
+
 /* device_engine.c */
 void test_graph(void);
 void test_halves(void);

@@ -406,6 +406,13 @@ static void test_not_finite(void)
     device_free_all();
 }
 
+/* TQ_BATCH_INPUTS and TQ_BATCH_SEED in the environment: for long runs. */
+static void test_some_batches(void)
+{
+    const char *n = getenv("TQ_BATCH_INPUTS"), *seed = getenv("TQ_BATCH_SEED");
+    test_batches(n ? atoi(n) : 20, seed ? strtoull(seed, NULL, 10) : 1);
+}
+
 int main(int argc, char **argv)
 {
     static const struct {
@@ -427,6 +434,7 @@ int main(int argc, char **argv)
         {"graph", test_graph, false},
         {"halves", test_halves, false},
         {"snapshot", test_snapshot, false},
+        {"batches", test_some_batches, false},
         {"full_memory", test_full_memory, true},
         {"large", test_large, true},
     };

@@ -14,11 +14,28 @@
 
 enum { N_LAYER = 2, N_HEAD_KV = 2, N_HEAD = 4, HEAD_DIM = 64, N_SEQ = 3, MAX_TOK = 8192 };
 
-/* What the caches are for: other head_dims of keys and values, or a calibration, where a test says so. */
+/* What the caches are for: other head_dims of keys and values, or a calibration, where a test says so. copy_in, copy_out, release:
+ * of a device that does not see the host's memory; tolerance: 0 for that of a device that computes as the CPU does. */
 static struct {
     int32_t head_dim, head_dim_v;
     const tq_calibration *calibration;
-} batch_model_of = {HEAD_DIM, HEAD_DIM, NULL};
+    void *(*copy_in)(const void *host, size_t bytes);
+    void (*copy_out)(void *host, const void *device, size_t bytes);
+    void (*release)(void);
+    double tolerance;
+} batch_model_of = {.head_dim = HEAD_DIM, .head_dim_v = HEAD_DIM};
+
+/* What a batch is given in place of the host's array. */
+static inline void *batch_model_in(const void *host, size_t bytes)
+{
+    return batch_model_of.copy_in && host ? batch_model_of.copy_in(host, bytes) : (void *)(uintptr_t)host;
+}
+
+/* What it wrote there. */
+static inline void batch_model_out(void *host, const void *given, size_t bytes)
+{
+    if (given != host) batch_model_of.copy_out(host, given, bytes);
+}
 
 static inline tq_cache *batch_model_create(tq_device_kind device, int32_t n_pages)
 {
@@ -119,13 +136,20 @@ static inline void batch_model_layer(tq_batch *batch, tq_cache *plain, const int
     void *own[] = {batch_model_as(q, n_q, dtype), batch_model_as(k, n_k, dtype), batch_model_as(v, n_v, dtype),
                    batch_model_as(wanted, n_out, dtype)};
     tq_batch_rows rows = {.struct_size = sizeof rows, .softmax_scale = 1.0f};
+    const size_t bytes = dtype == TQ_DTYPE_F32 ? 4 : 2, lse_bytes = n_rows * sizeof *lse;
     rows.dtype = dtype;
-    rows.q = own[0], rows.k = own[1], rows.v = own[2], rows.out = own[3];
-    rows.softmax_scale = all.softmax_scale, rows.softcap = all.softcap, rows.window = all.window, rows.sinks = all.sinks;
-    rows.mask = all.mask, rows.mask_is_f16 = all.mask_is_f16;
+    rows.q = batch_model_in(own[0], n_q * bytes), rows.k = batch_model_in(own[1], n_k * bytes);
+    rows.v = batch_model_in(own[2], n_v * bytes), rows.out = batch_model_in(own[3], n_out * bytes);
+    rows.softmax_scale = all.softmax_scale, rows.softcap = all.softcap, rows.window = all.window;
+    rows.sinks = batch_model_in(all.sinks, N_HEAD * sizeof *all.sinks);
+    rows.mask = batch_model_in(all.mask, (size_t)(n * all.mask_token_stride) * (all.mask_is_f16 ? 2 : 4));
+    rows.mask_is_f16 = all.mask_is_f16;
     rows.mask_token_stride = all.mask_token_stride, rows.mask_head_stride = all.mask_head_stride;
-    rows.alibi_slopes = all.alibi_slopes, rows.out_dim = all.out_dim, rows.lse = lse + n_rows;
+    rows.alibi_slopes = batch_model_in(all.alibi_slopes, N_HEAD * sizeof *all.alibi_slopes);
+    rows.out_dim = all.out_dim, rows.lse = batch_model_in(lse + n_rows, lse_bytes);
     KV_CHECK(tq_batch_attend(batch, layer, &rows, NULL) == TQ_OK);
+    batch_model_out(own[3], rows.out, n_out * bytes), batch_model_out(lse + n_rows, rows.lse, lse_bytes);
+    if (batch_model_of.release) batch_model_of.release();
     for (int32_t i = 0; i < N_SEQ; first += n_tok[i++]) {
         tq_attend_params params = batch_model_from(all, first);
         KV_CHECK(tq_cache_prefill(plain, seqs[i], layer, n_tok[i], k + first * N_HEAD_KV * d, v + first * N_HEAD_KV * d_v,
@@ -276,7 +300,7 @@ static inline void batch_model_run(const uint8_t *data, size_t n, tq_device_kind
     kv_input input = {data, n};
     batch_model *m = batch_model_open(device, (uint64_t)kv_take(&input, 256) + 1);
     tq_dtype dtype = (tq_dtype)kv_take(&input, 3);
-    double tolerance = device == TQ_DEVICE_CPU ? 1e-6 : 2e-3;
+    double tolerance = batch_model_of.tolerance > 0 ? batch_model_of.tolerance : device == TQ_DEVICE_CPU ? 1e-6 : 2e-3;
     for (int32_t step = 0; input.n > 0 && step < 60; step++) {
         int32_t operation = kv_take(&input, 12), one = kv_take(&input, N_SEQ);
         if (operation < 7) {
