@@ -14,8 +14,8 @@
 
 enum { N_LAYER = 2, N_HEAD_KV = 2, N_HEAD = 4, HEAD_DIM = 64, N_SEQ = 3, MAX_TOK = 8192 };
 
-/* What the caches are for: other head_dims of keys and values, or a calibration, where a test says so. copy_in, copy_out, release:
- * of a device that does not see the host's memory; tolerance: 0 for that of a device that computes as the CPU does. */
+/* What the caches are for: other head_dims of keys and values, or a calibration, where a test says so. copy_in, copy_out,
+ * release: of a device that does not see the host's memory; tolerance: 0 for that of a device that computes as the CPU does. */
 static struct {
     int32_t head_dim, head_dim_v;
     const tq_calibration *calibration;
