@@ -49,7 +49,7 @@ struct attend_args {
     int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
     const int32_t *page_table;
     int64_t page_table_stride;
-    int32_t n_pages_of_longest;
+    int32_t n_pages_of_longest; /* ids of a sequence, at most */
     const void *seq_lens;
     bool seq_lens_are_64;
     const int32_t *exact_slots;  /* or NULL: sequence i has slot i */
