@@ -3,12 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from .errors import UnsupportedError
 from .formats import head_dims
+
+
+COMPRESSED_TYPES = {"full_attention", "hybrid"}
+# What Transformers keeps for such layers is small or bounded: it stays as it is.
+# "dummy" layers have none.
+STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid_sliding", "dummy"}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """
+    What becomes of a model's layers: their kinds and the options of Transformers' layers for them, the shape of those that are
+    compressed, and why others of full attention are not.
+    """
+
+    kinds: list[str]
+    options: list[dict[str, Any]]
+    n_head_kv: int
+    head_dim: int
+    head_dim_v: int
+    kept: dict[int, str]
+
+    def is_compressed(self, i: int) -> bool:
+        return self.kinds[i] in COMPRESSED_TYPES and i not in self.kept
+
+
+def sort_layers(config: Any) -> Layers:
+    """Of a text model's configuration. Raises UnsupportedError for a model that cannot be served."""
+    kinds, options = layers_of(config)
+    for i, kind in enumerate(kinds):
+        if kind not in COMPRESSED_TYPES | STOCK_TYPES:
+            raise UnsupportedError(f"layer {i} of this model is of the kind {kind!r}, which this cache does not have. Use "
+                                   "DynamicCache and model.set_attn_implementation('sdpa')")
+    *shape, kept = served(config, [i for i, kind in enumerate(kinds) if kind in COMPRESSED_TYPES])
+    return Layers(kinds, options, *shape, kept)
 
 
 def layers_of(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
@@ -35,7 +71,7 @@ def served(config: Any, numbers: Sequence[int]) -> tuple[int, int, int, dict[int
         raise UnsupportedError("models with latent attention (kv_lora_rank) are not supported: use DynamicCache")
     of_layers, kept, shapes = getattr(config, "per_layer_config", None), {}, {}
     for i in numbers:
-        shape = _shape_of_layer(of_layers[i] if of_layers else config)
+        shape = shape_of_layer(of_layers[i] if of_layers else config)
         missing = [dim for dim in shape[1:] if dim not in head_dims()]
         if missing:
             kept[i] = f"head_dim {missing[0]} has no rotation"
@@ -69,7 +105,7 @@ def last_readers(config: Any) -> dict[int, int]:
     return {sources[layer_type]: i for i, layer_type in enumerate(types) if i >= first and layer_type in sources}
 
 
-def _shape_of_layer(config: Any) -> tuple[int, int, int]:
+def shape_of_layer(config: Any) -> tuple[int, int, int]:
     n_head = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_head
     return getattr(config, "num_key_value_heads", None) or n_head, head_dim, getattr(config, "v_head_dim", None) or head_dim

@@ -39,7 +39,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
-from ._shapes import last_readers, layers_of, served, told
+from ._shapes import last_readers, layers_of, sort_layers, told
 from ._torch_factors import factors_of
 from ._torch_fold import fold as fold
 from ._torch_rows import attend_rows
@@ -51,10 +51,6 @@ from .formats import format_info
 NAME = "turboquant"
 """The attention implementation, for model.set_attn_implementation."""
 
-# What Transformers keeps for such layers is small or bounded: it stays as it is.
-# "dummy" layers have none.
-_STOCK_TYPES = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid_sliding", "dummy"}
-_COMPRESSED_TYPES = {"full_attention", "hybrid"}
 # Layers of Transformers that an interrupted pass can be taken back from: they replace their tensors, and change none.
 _WITH_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 _CACHE_NAMES = ("cache", "past_key_values")  # what models call the argument, the newer name first
@@ -79,7 +75,7 @@ def _calling_model() -> PreTrainedModel | None:
     return None
 
 
-def _can_set_attention(model: PreTrainedModel) -> bool:
+def _can_set_attention(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
     return getattr(model, "_can_set_attn_implementation", lambda: True)()
 
 
@@ -279,18 +275,13 @@ class TurboQuantCache(Cache):
                 raise ArgumentError(f"{name} is {value!r}; give one of {', '.join(map(repr, known))}")
         self._guard = guard
         self.config = config.get_text_config(decoder=True)
-        layer_types, layer_options = layers_of(self.config)
-        for i, layer_type in enumerate(layer_types):
-            if layer_type not in _COMPRESSED_TYPES | _STOCK_TYPES:
-                raise UnsupportedError(f"layer {i} of this model is of the kind {layer_type!r}, which this cache does not "
-                                       "have. Use DynamicCache and model.set_attn_implementation('sdpa')")
-        n_head_kv, head_dim, head_dim_v, kept = served(
-            self.config, [i for i, layer_type in enumerate(layer_types) if layer_type in _COMPRESSED_TYPES])
+        found = sort_layers(self.config)
+        n_head_kv, head_dim, head_dim_v, kept = found.n_head_kv, found.head_dim, found.head_dim_v, found.kept
         if kept and unserved == "refuse":
             raise UnsupportedError(f"{told(kept)}. unserved='keep' leaves them to Transformers")
         layers: list[Any] = []
-        for i, (layer_type, kwargs) in enumerate(zip(layer_types, layer_options)):
-            if layer_type in _COMPRESSED_TYPES and i not in kept:
+        for i, (layer_type, kwargs) in enumerate(zip(found.kinds, found.options)):
+            if found.is_compressed(i):
                 number = sum(isinstance(layer, TurboQuantLayer) for layer in layers)
                 # Before 5.18 all layers have the options of those with a window.
                 layers.append(TurboQuantHybridLayer(self, number, i, **kwargs) if layer_type == "hybrid"
@@ -900,6 +891,15 @@ class _Installed:
         return done
 
 
+def check_kind(kind: type[PreTrainedModel], config: Any) -> None:
+    """Refuse a class of models that install cannot switch, whatever its layers are."""
+    if config.is_encoder_decoder:
+        raise UnsupportedError("models with an encoder for text are not supported")
+    if not _can_set_attention(kind):
+        raise UnsupportedError(f"{kind.__name__} computes its attention itself, and no attention implementation of "
+                               "Transformers changes that")
+
+
 def install(model: PreTrainedModel, preset: str = "TQ4", **options: Any) -> PreTrainedModel:
     """
     Let a model compress its cache wherever it makes one itself: generate(), pipelines, chats, evaluations, servers. Options are
@@ -907,15 +907,11 @@ def install(model: PreTrainedModel, preset: str = "TQ4", **options: Any) -> PreT
     without a cache, go through Transformers' own attention. Of a model with images or sound the text part is switched. A
     second call replaces the first one's options. Returns the model. Raises UnsupportedError, ArgumentError.
     """
-    if model.config.is_encoder_decoder:
-        raise UnsupportedError("models with an encoder for text are not supported")
-    if not _can_set_attention(model):
-        raise UnsupportedError(f"{type(model).__name__} computes its attention itself, and no attention implementation of "
-                               "Transformers changes that")
+    check_kind(type(model), model.config)
     TurboQuantCache(config=model.config, preset=preset, **options)
     uninstall(model)
     before = model.config.get_text_config(decoder=True)._attn_implementation
-    _set_attention(model, NAME)
+    set_attention(model, NAME)
     installed = _Installed(model, {"preset": preset} | options, before)
     _installed.add(installed)
     if installed.prepare is not None:
@@ -937,12 +933,12 @@ def uninstall(model: PreTrainedModel) -> PreTrainedModel:
     vars(model).pop("_prepare_cache_for_generation", None)
     for module in installed.decoder.modules():
         vars(module).pop(_INSTALLED, None)
-    _set_attention(model, installed.before)
+    set_attention(model, installed.before)
     return model
 
 
-def _set_attention(model: PreTrainedModel, name: str) -> None:
-    """Of the text part, where a model has others."""
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Choose the attention implementation of the text part, where a model has others."""
     is_whole = model.config.get_text_config(decoder=True) is model.config
     model.set_attn_implementation(name if is_whole else {"text_config": name})
 
