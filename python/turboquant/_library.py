@@ -340,7 +340,8 @@ def _check(status: int, function: ctypes._CFuncPtr, _arguments: tuple) -> int:
     return status
 
 
-def _find() -> str:
+def find() -> str:
+    """The library's path."""
     named = os.environ.get("TURBOQUANT_LIBRARY")
     if named:
         return named
@@ -367,8 +368,21 @@ def _guarded(function: ctypes._CFuncPtr) -> Any:
     return call
 
 
+def _open() -> ctypes.CDLL:
+    """The library, which has all functions that are called here."""
+    path = find()
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(f"{error}. Set TURBOQUANT_LIBRARY to the path of a libturboquant.so for this machine") from error
+    missing = next((name for name in FUNCTIONS if not hasattr(library, name)), None)
+    if missing is not None:
+        raise ImportError(f"{path} has no {missing}, so it is of another version: set TURBOQUANT_LIBRARY to this version's")
+    return library
+
+
 def _load() -> types.SimpleNamespace:
-    library = ctypes.CDLL(_find())
+    library = _open()
     functions = types.SimpleNamespace()
     for name, arguments in _FALLIBLE.items():
         function = getattr(library, name)
@@ -382,5 +396,12 @@ def _load() -> types.SimpleNamespace:
     return functions
 
 
-lib = _load()
 FUNCTIONS = [*_FALLIBLE, *_OTHER]
+lib = _load()
+
+
+def describe_cuda() -> CudaInfo:
+    """The current CUDA device. Raises DeviceError where a device, its driver or libturboquant-cuda.so does not exist."""
+    info = CudaInfo()
+    lib.tq_cuda_describe(ctypes.byref(info))
+    return info
