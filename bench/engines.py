@@ -37,6 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python/tests")]
 from eval import arguments, llama, options, quality  # noqa: E402
+from turboquant._divergence import divergences, figures_of  # noqa: E402
 
 FLOOR = "floor"
 PRESETS = "TQ6,TQ4,TQ3,TQ2"
@@ -45,26 +46,6 @@ STANDS_OUT = 5  # floors
 COLUMNS = ["engine", "name", "model", "text", "n_ctx", "n_chunks", "tokens", "kld_mean", "kld_mean_error", "kld_99_9",
            "same_top_1", "seconds", "command", "machine", "commit", "versions"]
 KEY = COLUMNS[:6]
-
-
-def log_softmax(x):
-    x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-def divergences(wanted, found, rows=64):
-    """KL divergence of each row's distribution from that of wanted, both as logits [n, n_vocab]; in double precision."""
-    parts = []
-    for begin in range(0, len(wanted), rows):
-        p, q = (log_softmax(x[begin : begin + rows].astype(np.float64)) for x in (wanted, found))
-        parts.append((np.exp(p) * (p - q)).sum(axis=-1))
-    return np.concatenate(parts)
-
-
-def figures_of(kl, same):
-    """What llama-perplexity says of so many tokens, by its names in tools/eval."""
-    return {"kld_mean": kl.mean(), "kld_mean_error": kl.std() / max(1, len(kl) - 1) ** .5, "kld_99_9": np.quantile(kl, .999),
-            "same_top_1": 100 * same.mean()}
 
 
 def versions(*packages):
