@@ -356,6 +356,7 @@ def transformers_suites():
     files = *names, "interrupted"
     yield pytest("python/transformers", TORCH_VENV, *files, **needed)
     yield pytest("python/models", TORCH_VENV, "models", **needed)
+    yield pytest("python/commands", TORCH_VENV, "commands", **needed)
     yield pytest("python/all mlx models", PYTHON_VENV, "models_mlx")
     for name in ("real_model", "mlx_real_model", "examples"):
         yield pytest(f"python/{name}", TORCH_VENV, name, missing=absent(MODEL), **needed)

@@ -4,7 +4,15 @@ A language model's KV cache in 2 to 4 bits a value, with attention on the compre
 
 turboquant.Cache is the cache; turboquant.transformers and turboquant.mlx put it into Transformers and MLX-LM. docs/python.md.
 """
-from ._library import lib as _lib
+import sys as _sys
+
+try:
+    from ._library import lib as _lib
+except ImportError as _error:
+    # `python -m turboquant` begins here, too, and ends in one line.
+    if _sys.argv[:1] == ["-m"] and ("-m", "turboquant") in zip(_sys.orig_argv, _sys.orig_argv[1:]):
+        _sys.exit(f"turboquant: {_error}")
+    raise
 from .buffers import Pointer
 from .cache import Batch, Cache, Calibration, Snapshot, Stats, describe_snapshot
 from .errors import (ArgumentError, CacheFullError, DeviceError, OutOfMemoryError, RangeError, SnapshotError,
