@@ -49,6 +49,11 @@ bench: deps all  ## speed: kernels, attention beside ggml's, then llama-bench at
 	$(PYTHON) bench/speed.py --llama-bin $(TQ_DEPS_DIR)/llama-bin --plugin build/release/libggml-turboquant.so \
 	  --model $(TQ_DEPS_DIR)/models/SmolLM2-135M-Instruct.Q4_1.gguf --once q8_0,q4_0 --csv build/bench.csv
 
+.PHONY: evidence
+evidence: deps all  ## real models and texts: divergence against bits of presets and llama.cpp's types; hours, QUICK=1 minutes
+	@$(PYTHON) scripts/get_qwen.py
+	$(PYTHON) bench/evidence.py $(if $(QUICK),--quick)
+
 .PHONY: format
 format:  ## clang-format of all C files
 	python3 scripts/check_style.py --fix

@@ -287,6 +287,7 @@ def plugin_suites():
             yield plugin_suite(f"plug-in/{name} {variant}", f"test_{name}", *quick[name], part="plug-in",
                                llama_bin=DEPS / f"llama-{variant}/bin", cpu=variant, builds=("release", "llama variants"))
     yield plugin_suite("plug-in/4096 tokens", "test_quality", "Quality", part="quality")
+    yield plugin_suite("plug-in/evidence", "test_evidence", part="quality")
     yield plugin_suite("plug-in/tq eval", "test_eval", "RealRuns", part="quality")
     yield plugin_suite("plug-in/tq calibrate", "test_calibrate", part="quality")
 
