@@ -119,7 +119,7 @@ def memory_of(device: str) -> int:
         try:
             return _library.describe_cuda().memory_bytes
         except DeviceError as error:
-            raise CommandError(f"{error}; or give the card's size by --memory") from error
+            raise CommandError(f"{error}. Give the card's size by --memory") from error
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
@@ -196,5 +196,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"The model was made for {found['n_ctx_train']} tokens; what is more holds more sequences (--batch).")
     if found["n_recurrent"]:
         lines.append(f"Not counted: the recurrent states of {found['n_recurrent']} layers, which do not grow.")
+    if found["device"] == "cuda":
+        lines.append("Not counted: scratch of the kernels, up to 64 MiB, and room for a thirty-second more pages, which the "
+                     "option max_tokens does without.")
     lines.append("Where the weights ask for it, a layer's keys get a better format than the preset's: `eval` counts that.")
     return "\n".join(lines)
