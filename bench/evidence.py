@@ -16,6 +16,7 @@ import csv
 import datetime
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -65,7 +66,9 @@ class Step:
         stock = ",".join(name for name in names if name in self.stock.split(",")) or "f16"
         presets = ",".join(name for name in names if name in PRESETS.split(",")) or PRESETS
         text = texts / f"{TEXTS[0] if self.text == NEEDLES else self.text}.txt"
-        more = ["--needle", self.n_ctx, "--needle-depths", self.n_depth] if self.text == NEEDLES else ["--context", self.n_ctx]
+        more = ["--context", self.n_ctx]
+        if self.text == NEEDLES:
+            more = ["--context", "", "--needle", self.n_ctx, "--needle-depths", self.n_depth]
         return [models / MODELS[self.model][0], "--text", text, *more, "--baselines", stock, "--presets", presets]
 
 
@@ -121,7 +124,7 @@ def measure(step, names, args):
     result = json.loads(out.read_text(encoding="utf-8"))
     common = {"model": step.model, "text": step.text, "n_ctx": step.n_ctx, "n_chunks": 1, "machine": result["machine"],
               "commit": result["commit"], "llama_cpp": result["llama_cpp"], "model_sha256": args.hashes[step.model],
-              "command": "tq eval " + " ".join(map(str, words))}
+              "command": f"tq eval {shlex.join(map(str, words))}"}
     if step.text == NEEDLES:
         found = [{"name": row["name"], "kind": NEEDLES, **shares_of(row, result["needle"][0])} for row in result["needle"]]
     else:

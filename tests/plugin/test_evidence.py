@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import common
+from eval.arguments import parse_arguments
 
 sys.path.insert(0, str(common.ROOT / "bench"))
 import evidence  # noqa: E402
@@ -85,6 +86,11 @@ class Arithmetic(unittest.TestCase):
         self.assertEqual({(step.text, step.n_ctx) for step in full if step.model == "qwen2.5-0.5b"},
                          {(text, n_ctx) for text in evidence.TEXTS for n_ctx in (4096, 8192)} |
                          {("austen", 32768), (evidence.NEEDLES, 4096)})
+
+    def test_needles_measure_no_window(self):
+        words = evidence.Step("smollm2-135m", evidence.NEEDLES, 1024, "q4_0").words(Path("models"), Path("text"), ["TQ4", "q4_0"])
+        args = parse_arguments(list(map(str, words)))
+        self.assertEqual((args.context, args.needle, args.presets, args.baselines), ([], [1024], ["TQ4"], ["q4_0"]))
 
     def test_time_left(self):
         self.assertIn("not known", evidence.time_left([], 5))
