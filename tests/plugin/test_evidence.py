@@ -88,7 +88,8 @@ class Arithmetic(unittest.TestCase):
                          {("austen", 32768), (evidence.NEEDLES, 4096)})
 
     def test_needles_measure_no_window(self):
-        words = evidence.Step("smollm2-135m", evidence.NEEDLES, 1024, "q4_0").words(Path("models"), Path("text"), ["TQ4", "q4_0"])
+        step = evidence.Step("smollm2-135m", evidence.NEEDLES, 1024, "q4_0")
+        words = step.words(Path("models"), Path("text"), ["TQ4", "q4_0"])
         args = parse_arguments(list(map(str, words)))
         self.assertEqual((args.context, args.needle, args.presets, args.baselines), ([], [1024], ["TQ4"], ["q4_0"]))
 
