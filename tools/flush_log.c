@@ -11,6 +11,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <link.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -82,13 +83,31 @@ __attribute__((constructor)) static void install(void)
 
 #define EXPORTED __attribute__((visibility("default")))
 
+/* The function of that name that `own` stands in for. Where a host has loaded llama.cpp with local symbols, as Python's ctypes
+ * does, it is not the next one for the loader: then it is looked for in every library of the process. */
+static void *find_original(const char *name, void *own)
+{
+    void *found = dlsym(RTLD_NEXT, name);
+    struct link_map *library = NULL;
+    void *self = found ? NULL : dlopen(NULL, RTLD_LAZY);
+    if (self) dlinfo(self, RTLD_DI_LINKMAP, &library);
+    for (; library && !found; library = library->l_next) {
+        void *handle = library->l_name[0] ? dlopen(library->l_name, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+        void *candidate = handle ? dlsym(handle, name) : NULL;
+        if (candidate != own) found = candidate;
+        if (handle) dlclose(handle);
+    }
+    if (self) dlclose(self);
+    return found;
+}
+
 /* TQ_HOST_STEPS names a file that gets a byte for each graph that llama.cpp has computed, by which a bar moves. */
 typedef int compute_function(void *scheduler, void *graph);
 EXPORTED compute_function ggml_backend_sched_graph_compute_async;
 int ggml_backend_sched_graph_compute_async(void *scheduler, void *graph)
 {
-    compute_function *next;
-    *(void **)&next = dlsym(RTLD_NEXT, "ggml_backend_sched_graph_compute_async");
+    compute_function *next, *own = ggml_backend_sched_graph_compute_async;
+    *(void **)&next = find_original("ggml_backend_sched_graph_compute_async", *(void **)&own);
     int status = next(scheduler, graph);
     if (steps >= 0 && write(steps, "", 1) != 1) steps = -1;
     return status;
@@ -102,7 +121,7 @@ int32_t llama_tokenize(const void *vocab, const char *text, int32_t length, int3
                        bool parse_special)
 {
     bool reads_special = getenv("TQ_HOST_SPECIAL") != NULL;
-    tokenize_function *next;
-    *(void **)&next = dlsym(RTLD_NEXT, "llama_tokenize");
+    tokenize_function *next, *own = llama_tokenize;
+    *(void **)&next = find_original("llama_tokenize", *(void **)&own);
     return next(vocab, text, length, tokens, n_max, add_special && !reads_special, parse_special || reads_special);
 }
