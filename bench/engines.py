@@ -22,7 +22,6 @@ wheel for Linux multiplies with the reference BLAS; with OpenBLAS in LD_PRELOAD,
 time. Copies of the weights and logits wait in OUT.csv.work: 4 GB for a model of 0.5 billion parameters.
 """
 import argparse
-import csv
 import hashlib
 import importlib.metadata
 import multiprocessing
@@ -37,6 +36,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python/tests")]
 from eval import arguments, llama, options, quality  # noqa: E402
+
+from rows import append_rows, read_rows  # noqa: E402
 from turboquant._divergence import divergences, figures_of  # noqa: E402
 
 FLOOR = "floor"
@@ -287,20 +288,9 @@ ON_CPU = {"llama.cpp": Llama, "llama.cpp-float32": LlamaFloat32, "transformers":
 ENGINES = {**ON_CPU, "transformers-cuda": TransformersCuda, "transformers-cuda-bfloat16": TransformersBfloat16}
 
 
-def read_rows(path):
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def append_row(path, row):
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
+    row = {name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()}
+    append_rows(path, COLUMNS, [row])
 
 
 def run_engine(kind, args, command, names):

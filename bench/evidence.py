@@ -12,7 +12,6 @@ OUT.csv is bench/results/DATE-evidence.csv (DATE-evidence-quick.csv), and the pl
 that is not complete wait in build/OUT.csv.work. It needs what `make all deps` makes, and scripts/get_qwen.py.
 """
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -27,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "scripts")]
 from cache import deps_folder, sha256_of  # noqa: E402
 from eval import needle, report  # noqa: E402
+
+from rows import append_rows, read_rows  # noqa: E402
 
 MODELS = {"smollm2-135m": ("SmolLM2-135M-Instruct.Q4_1.gguf", 8192),
           "qwen2.5-0.5b": ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", 32768)}  # with the context that each was made for
@@ -79,22 +80,6 @@ def steps(quick, models):
     found = [Step(model, text, n_ctx, STOCK[n_ctx]) for model in models for text in TEXTS for n_ctx in (4096, 8192)]
     found += [Step(model, NEEDLES, 4096, "q4_0") for model in models]
     return found + [Step(model, TEXTS[0], 32768, STOCK[32768]) for model in models if MODELS[model][1] >= 32768]
-
-
-def read_rows(path):
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_rows(path, rows):
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def missing(step, rows):
@@ -221,7 +206,7 @@ def main():
             print(f"evidence.py: {step.model}, {step.text}, {step.n_ctx} tokens: {error}", file=sys.stderr)
             failed = True
             continue
-        append_rows(args.csv, rows)
+        append_rows(args.csv, COLUMNS, [{name: row[name] for name in COLUMNS if name in row} for row in rows])
         done.append((step.work, time.monotonic() - begin))
         failed |= len(rows) < len(names)
     rows = read_rows(args.csv)

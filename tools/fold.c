@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* tq fold is a Python package beside tq, tools/fold, which asks the library for factors. */
+/* tq fold is a Python package next to tq, tools/fold, which asks the library for factors. */
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>

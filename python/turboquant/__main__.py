@@ -25,7 +25,7 @@ examples:
 Ends with 1 if the library has no kernels for this machine, or the model is refused."""),
     "eval": (evaluate, "how far presets move a model's output on a text, at how many bits", """
 Reads the first tokens of the text with the model's own cache and with each preset, and compares the distributions of the
-next token: the smaller the KL divergence, the better; the row "own, another algorithm" is what rounding alone gives. Bits are
+next token: the smaller the KL divergence, the better; the row "own, another algorithm" is what only rounding gives. Bits are
 those of all that the compressed layers keep at that context. The figures are those of `tq eval` (docs/eval.md). Progress is on
 stderr.
 

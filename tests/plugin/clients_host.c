@@ -35,10 +35,7 @@ static void start(host *h, const char *model_path, const char *device, int n_cli
     cp.n_batch = cp.n_ubatch = N_BATCH;
     cp.n_seq_max = (uint32_t)n_clients;
     cp.kv_unified = true;
-    cp.n_threads = cp.n_threads_batch = n_threads;
-    cp.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    h->ctx = llama_init_from_model(h->model, cp);
-    if (!h->ctx) die("no context");
+    h->ctx = open_context(h->model, cp, n_threads);
     h->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(h->model));
 }
 

@@ -23,6 +23,16 @@ static inline void log_errors(enum ggml_log_level level, const char *message, vo
     if (level >= GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_CONT) fputs(message, stderr);
 }
 
+/* A context with flash attention. */
+static inline struct llama_context *open_context(struct llama_model *model, struct llama_context_params params, int n_threads)
+{
+    params.n_threads = params.n_threads_batch = n_threads;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    struct llama_context *context = llama_init_from_model(model, params);
+    if (!context) die("no context");
+    return context;
+}
+
 static inline void add(struct llama_batch *batch, llama_token token, llama_pos pos, llama_seq_id seq, bool logits)
 {
     int32_t i = batch->n_tokens++;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A host of the plug-in for docs/models.md: makes a small random model from hyperparameters alone, and compares its next-token
+ * A host of the plug-in for docs/models.md: makes a small random model from only hyperparameters, and compares its next-token
  * distributions with a device's cache with those of the stock FP16 cache.
  *
  *   models_host PLUGIN HYPERPARAMETERS.gguf DEVICE [--wrong-positions] [--threads N]
@@ -138,13 +138,10 @@ static void start(host *h, const char *path, ggml_backend_dev_t device, bool swa
     struct llama_context_params cp = llama_context_default_params();
     cp.n_ctx = N_CTX;
     cp.n_batch = cp.n_ubatch = N_BATCH;
-    cp.n_threads = cp.n_threads_batch = n_threads;
-    cp.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     cp.rope_freq_scale = position_scale;
     cp.cb_eval = swaps ? swap_pages : NULL;
     cp.cb_eval_user_data = &h->has_latents;
-    h->ctx = llama_init_from_model(h->model, cp);
-    if (!h->ctx) die("no context");
+    h->ctx = open_context(h->model, cp, n_threads);
     h->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(h->model));
 }
 

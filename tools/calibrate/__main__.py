@@ -20,7 +20,7 @@ except ImportError as error:
     sys.exit(f"tq calibrate: {error}. `make deps` installs what it needs; or: pip install numpy tqdm xxhash, and name that "
              "Python in TQ_PYTHON")
 from eval.llama import LlamaError, commit, describe_model, list_devices, machine, path_option, shown, version
-from eval.options import begin, end_with, make_setup
+from eval.options import make_setup, run_command
 from eval.outputs import check_outputs
 
 from .observe import EXACT, observe
@@ -133,15 +133,7 @@ def run(args):
 
 
 def main(argv=None):
-    args = begin(parse_arguments, argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print(f"\ntq calibrate: stopped; {args.output} was not written", file=sys.stderr)
-        return 130
-    except (LlamaError, OSError) as error:
-        end_with("tq calibrate", error)
-    return 0
+    return run_command("tq calibrate", parse_arguments, run, lambda args: f"{args.output} was not written", argv)
 
 
 if __name__ == "__main__":

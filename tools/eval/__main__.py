@@ -17,7 +17,7 @@ except ImportError as error:
 from .llama import (F16, F16_NO_FLASH, ROOT, STOCK_TYPES, Cache, LlamaError, commit, describe_model, list_devices, machine,
                     version)
 from .needle import Needles
-from .options import begin, end_with, make_setup
+from .options import make_setup, run_command
 from .outputs import check_outputs
 from .quality import Quality
 from .references import Reference, References
@@ -203,16 +203,12 @@ def run(args):
     return 1 if evaluation.failed else 0
 
 
+def what_is_left(args):
+    return f"what was measured is in {args.work}, and the same command goes on from there"
+
+
 def main(argv=None):
-    args = begin(parse_arguments, argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print(f"\ntq eval: stopped; what was measured is in {args.work}, and the same command goes on from there",
-              file=sys.stderr)
-        return 130
-    except (LlamaError, OSError) as error:
-        end_with("tq eval", error)
+    return run_command("tq eval", parse_arguments, run, what_is_left, argv)
 
 
 if __name__ == "__main__":

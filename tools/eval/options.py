@@ -21,6 +21,18 @@ def begin(parse_arguments, argv):
     return args
 
 
+def run_command(name, parse_arguments, run, left, argv=None):
+    """All of a command; returns its exit status. left(args): what there is when Ctrl-C or a signal has stopped it."""
+    args = begin(parse_arguments, argv)
+    try:
+        return run(args) or 0
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; {left(args)}", file=sys.stderr)
+        return 130
+    except (LlamaError, OSError) as error:
+        end_with(name, error)
+
+
 def end_with(name, error):
     """The end of a command with a LlamaError or an OSError."""
     drop_output()

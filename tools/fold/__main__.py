@@ -20,7 +20,7 @@ except ImportError as error:
     sys.exit(f"tq fold: {error}. `make deps` installs what it needs; or: pip install numpy gguf tqdm, and name that Python in "
              "TQ_PYTHON")
 from eval.llama import LlamaError, Setup
-from eval.options import begin, end_with, find_llama_bin
+from eval.options import find_llama_bin, run_command
 from eval.outputs import check_outputs
 
 SPARE_BYTES = 1 << 28  # for logits, of a large vocabulary
@@ -130,15 +130,7 @@ def run(args):
 
 
 def main(argv=None):
-    args = begin(parse_arguments, argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print(f"\ntq fold: stopped; {args.output} was not written", file=sys.stderr)
-        return 130
-    except (LlamaError, OSError) as error:
-        end_with("tq fold", error)
-    return 0
+    return run_command("tq fold", parse_arguments, run, lambda args: f"{args.output} was not written", argv)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,9 @@
 /* Decode's launches at TQ_HEAD_DIMS, for any pair and, but for Hopper, for those that have kernels of their own. */
 #include "kernels/cuda/decode_launch.cuh"
 
-#define TQ_LINE(HEAD_DIM, K, V)                                             \
-    if constexpr (D == HEAD_DIM) {                                          \
-        if (is_pair<K, V>(choice)) return if_known_fits<K, V, D, 1>(choice); \
-    }
-
 template <int D> attend_launch find_decode_own(const block_choice &choice)
 {
-    TQ_PAIRS(TQ_LINE)
-    return nullptr;
+    return find_known<D, 1>(choice);
 }
 
 template <int D, int DV, bool SMALL>

@@ -26,7 +26,7 @@
 
 /* F below is what is known of the formats when a kernel is compiled: all (known_formats) or nothing (any_formats). */
 
-/* Everything else about a kernel, which depends on units by their bytes alone. */
+/* Everything else about a kernel, which depends on units only by their bytes. */
 template <class F, int D, int N_WARPS> struct decode_shape {
     static constexpr int value_dim = F::value_dim, n_warps = N_WARPS, n_stages = F::n_stages;
     static constexpr int blocks_per_multiprocessor = D > 128 ? 1 : N_WARPS == F::fewer_warps ? 2 : 1;

@@ -72,4 +72,18 @@ template <class K, class V, int D, int R> static attend_launch if_known_fits(con
     }
 }
 
+/* The launch of a pair's own kernel, R records a unit; NULL: it does not exist, or does not fit. */
+#define TQ_LINE(HEAD_DIM, K, V)                                              \
+    if constexpr (D == HEAD_DIM) {                                           \
+        if (is_pair<K, V>(choice)) return if_known_fits<K, V, D, R>(choice); \
+    }
+
+template <int D, int R> static attend_launch find_known(const block_choice &choice)
+{
+    TQ_PAIRS(TQ_LINE)
+    return nullptr;
+}
+
+#undef TQ_LINE
+
 #endif
