@@ -65,7 +65,8 @@ class Runs(unittest.TestCase):
 
         self.assertEqual(self.run_evidence(), (0, out, []))
         self.csv.unlink()
-        evidence.append_rows(self.csv, evidence.COLUMNS, [row for row in rows if (row["text"], row["name"]) != ("austen", "TQ3")])
+        others = [row for row in rows if (row["text"], row["name"]) != ("austen", "TQ3")]
+        evidence.append_rows(self.csv, evidence.COLUMNS, others)
         status, _, (words,) = self.run_evidence()
         self.assertEqual((status, words[words.index("--presets") + 1]), (0, "TQ3"))
         self.assertEqual(len(evidence.read_rows(self.csv)), len(rows))

@@ -385,7 +385,7 @@ static void test_beyond_four_gib(void **state)
     p.n_layer = LAYERS;
     p.n_head_kv = HEADS;
     p.head_dim = WIDE;
-    p.page_size = PAGE;
+    p.page_size = p.checkpoint_stride = PAGE;
     p.n_pages = N_PAGES;
     p.k_format = p.v_format = TQ_FORMAT_F16;
     tq_cache *cache;
