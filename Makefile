@@ -39,6 +39,7 @@ test-full: test-deps  ## what `make test` leaves out: 1.5 hours, 12 GB for PyTor
 
 .PHONY: test-deps
 test-deps: deps
+	@scripts/get_llama.sh --bindings
 	@scripts/setup.sh test
 
 .PHONY: bench

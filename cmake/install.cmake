@@ -36,6 +36,9 @@ install(FILES $<TARGET_FILE:turboquant_shared> DESTINATION turboquant COMPONENT 
 if(TARGET turboquant_cuda)
     install(PROGRAMS ${tq_cuda_library} DESTINATION turboquant COMPONENT python EXCLUDE_FROM_ALL)
 endif()
+if(TARGET ggml-turboquant)
+    install(PROGRAMS $<TARGET_FILE:ggml-turboquant> DESTINATION turboquant COMPONENT python EXCLUDE_FROM_ALL)
+endif()
 # MLX compiles these when they are first used.
 install(DIRECTORY src/kernels/metal/ DESTINATION turboquant/metal COMPONENT python EXCLUDE_FROM_ALL FILES_MATCHING
         PATTERN "*.metal")

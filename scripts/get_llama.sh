@@ -1,10 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# Get an unpatched llama.cpp: build/deps/llama.cpp (a link to its sources) and build/deps/llama-bin (a link to the folder of
-# its programs).
+# Get an unpatched llama.cpp: build/deps/llama.cpp (a link to its sources), build/deps/llama-bin (a link to the folder of its
+# programs) and build/deps/llama-cpp-python (a link to Python's bindings, without a library: LLAMA_CPP_LIB_PATH names one).
 #
 #   scripts/get_llama.sh [PROGRAM...]     llama-completion, llama-server, llama-bench, llama-perplexity; all if none is named
 #   scripts/get_llama.sh --sources        only the sources
+#   scripts/get_llama.sh --bindings       only Python's bindings
 #   scripts/get_llama.sh --folder         print the folder of the build, and do nothing
 #
 # The sources come from the Python package llama-cpp-python, whose source distribution holds a copy of llama.cpp. They are
@@ -24,6 +25,7 @@ options="-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DCMAKE_BUILD_RPATH_U
 
 cache=$(python3 scripts/cache.py folder)
 sources=$cache/llama.cpp-$version
+bindings=$cache/llama-cpp-python-$version
 
 # What the programs' code depends on. The compiler's macros for -march=native tell its version and the processor's instructions,
 # so that machines with one cache never run each other's programs.
@@ -43,16 +45,21 @@ link() {
     ln -sfn "$1" "$2"
 }
 
-get_sources() {
-    if [ ! -f "$sources/CMakeLists.txt" ]; then
-        echo "Getting llama.cpp's sources (llama-cpp-python $version, 77 MB)"
+# unpack FOLDER FILE STRIP MEMBER: a part of the source distribution, which has this file, as a folder.
+unpack() {
+    if [ ! -f "$1/$2" ]; then
         archive=$(python3 scripts/cache.py fetch "llama-cpp-python==$version" $sha256 "llama_cpp_python-$version.tar.gz")
         new=$(mktemp -d "$cache/llama.cpp-XXXXXX")
-        tar -xzf "$archive" -C "$new" --strip-components 3 "llama_cpp_python-$version/vendor/llama.cpp"
+        tar -xzf "$archive" -C "$new" --strip-components "$3" "llama_cpp_python-$version/$4"
         chmod 755 "$new"
         # Another run may have been faster.
-        mv -T "$new" "$sources" 2>/dev/null || rm -rf "$new"
+        mv -T "$new" "$1" 2>/dev/null || rm -rf "$new"
     fi
+}
+
+get_sources() {
+    if [ ! -f "$sources/CMakeLists.txt" ]; then echo "Getting llama.cpp's sources (llama-cpp-python $version, 77 MB)"; fi
+    unpack "$sources" CMakeLists.txt 3 vendor/llama.cpp
     link "$sources" "$deps/llama.cpp"
 }
 
@@ -130,6 +137,11 @@ mkdir -p "$deps"
 deps=$(cd "$deps" && pwd)
 if [ "${1:-}" = --folder ]; then
     echo "$cache/llama.cpp-$version-$(key)"
+    exit 0
+fi
+if [ "${1:-}" = --bindings ]; then
+    unpack "$bindings" llama_cpp/__init__.py 1 llama_cpp
+    link "$bindings" "$deps/llama-cpp-python"
     exit 0
 fi
 get_sources

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 """Write the lists of Python packages that scripts/setup.sh installs, with the hashes of all files, from the .in files next to
 them. It needs uv (pip install uv) and a network; pip then installs only what was tested. What an environment gets from one list
-is not in its second one. Of a list LIST, LIST-overrides.in takes the place of what packages ask for.
+is not in its second one. Of a list LIST, LIST-overrides.in takes the place of what packages ask for;
+what it wants on the platform "never" is left out.
 """
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def main():
         if done.returncode:
             sys.exit(f"pin_requirements.py: {path} could not be resolved")
         known = packages((ROOT / f"{before}.txt").read_text()) if before else []
-        path.with_suffix(".txt").write_text(HEADER + "".join(entry for entry in packages(done.stdout) if entry not in known))
+        wanted = [entry for entry in packages(done.stdout) if entry not in known and "sys_platform == 'never'" not in entry]
+        path.with_suffix(".txt").write_text(HEADER + "".join(wanted))
 
 
 if __name__ == "__main__":

@@ -296,9 +296,14 @@ def package_suites():
     clean = BUILD / "python-clean"
     pip = [clean / "bin/pip", "install", "-q", "--disable-pip-version-check"]
     make = [sys.executable, "-I", "-m", "venv", "--clear", clean]
-    install = [(make, {}), ([*pip, "-C", f"build-dir={BUILD / 'wheel'}", ROOT], {})]
+    with_plugin = {"TQ_GGML_DIR": str(DEPS / "llama.cpp/ggml")}
+    install = [(make, {}), ([*pip, "-C", f"build-dir={BUILD / 'wheel'}", ROOT], with_plugin)]
     example = ([clean / "bin/python", ROOT / "examples/cache.py"], {})
-    yield Suite("wheel in a clean environment", counted([*install, example]), builds=(), timeout=1800)
+    # What llama-cpp-python needs is in the other environment; the wheel's files come first.
+    site = clean / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    plugin = ([PYTHON_VENV / "bin/python", ROOT / "examples/llama_cpp_generate.py", MODEL, "The capital of France is"],
+              bindings(site))
+    yield Suite("wheel in a clean environment", counted([*install, example, plugin]), builds=(), timeout=1800)
     large = {"TQ_TEST_LARGE": "1"}
     yield Suite("units/large", units("release", large, names=["test_cache"]))
     # Kernels against the specification, also under CUDA's checkers; and that they compile for all architectures.
@@ -339,11 +344,20 @@ def pytest(name, venv, *files, more=(), folder="", **options):
     return Suite(name, [(command, environment), *counted(more)], timeout=1800, rooms=("python",), **options)
 
 
+def bindings(*folders):
+    """llama-cpp-python's modules next to others, over the llama.cpp of the plug-in's tests."""
+    return {"PYTHONPATH": os.pathsep.join(str(folder) for folder in (*folders, DEPS / "llama-cpp-python")),
+            "LLAMA_CPP_LIB_PATH": str(DEPS / "llama-bin")}
+
+
 def python_suites():
     yield pytest("python/core", PYTHON_VENV, "buffers", "cache", "codec", "engines", "header", "weight_factors",
                  tier="test")
     yield pytest("python/mlx", PYTHON_VENV, "mlx", "mlx_factors", tier="test")
     yield pytest("python/mlx models", PYTHON_VENV, "models_mlx", environment={"TQ_TEST_QUICK": "1"}, tier="test")
+    plugin = {"GGML_BACKEND_PATH": str(BUILD / "release/libggml-turboquant.so")}
+    yield pytest("python/llama-cpp", PYTHON_VENV, "llama_cpp", environment=bindings(ROOT / "python") | plugin, tier="test",
+                 missing=absent(MODEL, DEPS / "llama-bin/libllama.so"))
 
 
 def metal_suites():
@@ -359,7 +373,7 @@ def transformers_suites():
     yield pytest("python/models", TORCH_VENV, "models", **needed)
     yield pytest("python/commands", TORCH_VENV, "commands", **needed)
     yield pytest("python/all mlx models", PYTHON_VENV, "models_mlx")
-    for name in ("real_model", "mlx_real_model", "examples"):
+    for name in ("real_model", "mlx_real_model", "lm_eval", "examples"):
         yield pytest(f"python/{name}", TORCH_VENV, name, missing=absent(MODEL), **needed)
     # TurboQuantCache as on a GPU, on a device in host memory, and the benchmark that drives whole models.
     emulated = {"TQ_TEST_BACKEND": "emulated",
