@@ -75,15 +75,16 @@ def compare_rows(old, new, exponents):
 def write_logits(setup, folder, path, out):
     """
     llama.cpp's logits of a model after the same words. Its cache has 32 bits, so that factors change no bit of a product, and
-    its attention is the one that takes such a cache.
+    its attention is the one that takes such a cache. Weights stay in the order of the file: in another one (AMX) this attention
+    makes llama.cpp overwrite the list of wanted rows of Gemma 3n, and abort.
     """
     text = folder / "words.txt"
     if not text.exists():
         chance = random.Random(1)
         text.write_text(" ".join(chance.choice(WORDS) for _ in range(N_WORDS)))
     command = [setup.llama_bin / "llama-perplexity", "-m", path, "-f", text, "-c", N_CONTEXT, "-b", N_CONTEXT, "--chunks", 1,
-               "-t", setup.threads, "-fa", "off", "-ctk", "f32", "-ctv", "f32", "-dev", "none", "--no-warmup",
-               "--kl-divergence-base", out]
+               "-t", setup.threads, "-fa", "off", "-ctk", "f32", "-ctv", "f32", "-dev", "none", "--no-repack",
+               "--no-warmup", "--kl-divergence-base", out]
     done = run_command(setup, command)
     if done.status or not out.exists() or out.stat().st_size <= MAGIC.size:
         raise done.fail(f"llama.cpp computes nothing with {path.name}, so that logits could not be compared; --check weights "
