@@ -77,7 +77,7 @@ def steps(quick, models):
     if quick:
         found = [Step(model, TEXTS[0], 1024, "q8_0,q4_0") for model in models]
         return [*found, *(Step(model, NEEDLES, 1024, "q4_0", 2) for model in models[:1])]
-    found = [Step(model, text, n_ctx, STOCK[n_ctx]) for model in models for text in TEXTS for n_ctx in (4096, 8192)]
+    found = [Step(model, text, n_ctx, STOCK[n_ctx]) for n_ctx in (4096, 8192) for model in models for text in TEXTS]
     found += [Step(model, NEEDLES, 4096, "q4_0") for model in models]
     return found + [Step(model, TEXTS[0], 32768, STOCK[32768]) for model in models if MODELS[model][1] >= 32768]
 
