@@ -2,7 +2,6 @@
 /* The allocator: aligned memory, and a switch by which tests make it fail. */
 #define _GNU_SOURCE /* MAP_ANONYMOUS, madvise */
 
-#include "base/align.h"
 #include "base/alloc.h"
 
 #include <stdint.h>
@@ -11,7 +10,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { ALIGNMENT = 64, MAP_FROM = 128 * 1024, LARGE_PAGE = 2 << 20 };
+enum { MAP_FROM = 128 * 1024, LARGE_PAGE = 2 << 20 };
 
 static long allocations_left = -1;
 
@@ -24,8 +23,10 @@ static bool may_allocate(void)
 
 void *tq_alloc(size_t bytes)
 {
-    if (bytes == 0 || bytes > SIZE_MAX - ALIGNMENT || !may_allocate()) return NULL;
-    return aligned_alloc(ALIGNMENT, tq_align_up(bytes, ALIGNMENT)); /* C11 wants a multiple of the alignment */
+    if (bytes == 0 || bytes > SIZE_MAX - 2 * TQ_ALLOC_ALIGN || !may_allocate()) return NULL;
+    /* Of such sizes blocks lie side by side, without gaps that nothing fits into. */
+    void *p = NULL;
+    return posix_memalign(&p, TQ_ALLOC_ALIGN, tq_alloc_bytes(bytes) - 2 * sizeof(void *)) == 0 ? p : NULL;
 }
 
 void *tq_alloc_zero(size_t bytes)

@@ -6,6 +6,15 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "base/align.h"
+
+#define TQ_ALLOC_ALIGN 64
+
+/* What a block of so many bytes takes of the heap: allocators keep two words with each. */
+static inline size_t tq_alloc_bytes(size_t bytes)
+{
+    return bytes == 0 ? 0 : tq_align_up(bytes + 2 * sizeof(void *), TQ_ALLOC_ALIGN);
+}
 /* NULL on failure or if bytes is 0. Aligned to 64 bytes. */
 void *tq_alloc(size_t bytes);
 void *tq_alloc_zero(size_t bytes);

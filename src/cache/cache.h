@@ -139,7 +139,7 @@ void tq_cache_count(const tq_cache *cache, tq_cache_stats *out);
 void tq_cache_poison(tq_cache *cache);
 
 /* exact_data.c; locked. */
-/* Bytes of the host's memory for one. */
+/* Bytes that one takes of the host's heap. */
 size_t tq_exact_record_bytes(const tq_cache *cache);
 /* What n more need. */
 void tq_need_exact(const tq_cache *cache, int32_t n, tq_need *need);

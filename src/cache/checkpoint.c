@@ -3,6 +3,7 @@
  */
 #include <string.h>
 
+#include "base/alloc.h"
 #include "cache/cache.h"
 
 static bool has_checkpoints(const tq_cache *cache)
@@ -57,9 +58,9 @@ void tq_need_checkpoints(const tq_cache *cache, const tq_sequence *sequence, int
     for (int64_t i = ahead.begin; i < ahead.end && i < sequence->n_checkpoints; i++)
         n -= sequence->checkpoints[i].exact != NULL;
     if (n <= 0) return;
-    size_t before = (size_t)sequence->n_checkpoints * sizeof(tq_checkpoint);
+    size_t before = tq_alloc_bytes((size_t)sequence->n_checkpoints * sizeof(tq_checkpoint));
     need->bytes += (size_t)n * tq_exact_record_bytes(cache);
-    need->bytes += (size_t)table_for(sequence, ahead.end) * sizeof(tq_checkpoint) - before;
+    need->bytes += tq_alloc_bytes((size_t)table_for(sequence, ahead.end) * sizeof(tq_checkpoint)) - before;
     if (before > need->transient_bytes) need->transient_bytes = before;
 }
 

@@ -9,9 +9,9 @@
 
 void *tq_budget_alloc_vectors(tq_budget *budget, size_t bytes, size_t head_bytes)
 {
-    if (bytes > budget->limit - budget->used) return NULL;
+    if (tq_alloc_bytes(bytes) > budget->limit - budget->used) return NULL;
     void *p = tq_alloc_zero(budget->is_dry ? head_bytes : bytes);
-    if (p) budget->used += bytes;
+    if (p) budget->used += tq_alloc_bytes(bytes);
     return p;
 }
 
@@ -22,14 +22,14 @@ void *tq_budget_alloc(tq_budget *budget, size_t bytes)
 
 tq_status tq_budget_failure(const tq_budget *budget, size_t bytes)
 {
-    return bytes > budget->limit - budget->used ? TQ_ERR_FULL : TQ_ERR_MEMORY;
+    return tq_alloc_bytes(bytes) > budget->limit - budget->used ? TQ_ERR_FULL : TQ_ERR_MEMORY;
 }
 
 void tq_budget_free(tq_budget *budget, void *p, size_t bytes)
 {
     if (!p) return;
     tq_free(p);
-    budget->used -= bytes;
+    budget->used -= tq_alloc_bytes(bytes);
 }
 
 static size_t region_bytes(const tq_page_pool *pool)
@@ -344,7 +344,7 @@ tq_status tq_page_pool_grow(tq_page_pool *pool, void *array, int64_t n_before, i
     size_t bytes = (size_t)n_after * item_bytes, bytes_before = (size_t)n_before * item_bytes;
     void *old, *new;
     memcpy(&old, array, sizeof old);
-    TQ_TRY(tq_page_pool_make_room(pool, bytes));
+    TQ_TRY(tq_page_pool_make_room(pool, tq_alloc_bytes(bytes)));
     new = tq_budget_alloc(pool->budget, bytes);
     if (!new) return TQ_ERR_MEMORY;
     if (bytes_before > 0) memcpy(new, old, bytes_before);

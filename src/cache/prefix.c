@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "base/alloc.h"
 #include "base/hash.h"
 
 /* Records in a bucket, if all pages are published: a look at one costs less than the memory of its bucket. */
@@ -45,9 +46,14 @@ tq_prefix *tq_prefix_find(const tq_prefix_index *index, uint64_t parent, const i
     return found;
 }
 
-size_t tq_prefix_bytes(const tq_prefix_index *index)
+static size_t record_bytes(const tq_prefix_index *index)
 {
     return sizeof(tq_prefix) + token_bytes(index);
+}
+
+size_t tq_prefix_bytes(const tq_prefix_index *index)
+{
+    return tq_alloc_bytes(record_bytes(index));
 }
 
 static void link_prefix(tq_prefix_index *index, tq_prefix *prefix, uint64_t parent)
@@ -68,7 +74,7 @@ static void unlink_prefix(tq_prefix_index *index, const tq_prefix *prefix)
 
 tq_prefix *tq_prefix_add(tq_prefix_index *index, uint64_t parent, const int32_t *tokens, int32_t page)
 {
-    tq_prefix *prefix = tq_budget_alloc(index->budget, tq_prefix_bytes(index));
+    tq_prefix *prefix = tq_budget_alloc(index->budget, record_bytes(index));
     if (!prefix) return NULL;
     prefix->page = page;
     prefix->tokens = (int32_t *)(void *)(prefix + 1);
@@ -96,6 +102,6 @@ struct tq_exact_data *tq_prefix_remove(tq_prefix_index *index, int32_t page)
     struct tq_exact_data *exact = prefix->exact;
     unlink_prefix(index, prefix);
     index->by_page[page] = NULL;
-    tq_budget_free(index->budget, prefix, tq_prefix_bytes(index));
+    tq_budget_free(index->budget, prefix, record_bytes(index));
     return exact;
 }

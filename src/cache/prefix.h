@@ -34,7 +34,7 @@ tq_status tq_prefix_index_init(tq_prefix_index *index, int32_t n_pages, int32_t 
 void tq_prefix_index_deinit(tq_prefix_index *index);
 /* NULL if there is none. */
 tq_prefix *tq_prefix_find(const tq_prefix_index *index, uint64_t parent, const int32_t *tokens);
-/* Bytes of one record. */
+/* Bytes that one record takes of the heap. */
 size_t tq_prefix_bytes(const tq_prefix_index *index);
 /* Publish a page that is not published yet under a name that is not taken. NULL: no memory, within the budget. */
 tq_prefix *tq_prefix_add(tq_prefix_index *index, uint64_t parent, const int32_t *tokens, int32_t page);

@@ -14,8 +14,9 @@ static size_t record_bytes(const tq_cache *cache)
 
 size_t tq_sequence_table_bytes(const tq_cache *cache, const tq_sequence *sequence)
 {
-    return record_bytes(cache) + (size_t)sequence->page_capacity * sizeof *sequence->page_table +
-           (size_t)sequence->n_checkpoints * sizeof *sequence->checkpoints;
+    return tq_alloc_bytes(record_bytes(cache)) +
+           tq_alloc_bytes((size_t)sequence->page_capacity * sizeof *sequence->page_table) +
+           tq_alloc_bytes((size_t)sequence->n_checkpoints * sizeof *sequence->checkpoints);
 }
 
 tq_status tq_cache_can(const tq_cache *cache, const tq_need *need)
@@ -25,7 +26,8 @@ tq_status tq_cache_can(const tq_cache *cache, const tq_need *need)
 
 static void need_growth(size_t before, size_t after, tq_need *need)
 {
-    need->bytes += after - before;
+    before = tq_alloc_bytes(before);
+    need->bytes += tq_alloc_bytes(after) - before;
     if (before > need->transient_bytes) need->transient_bytes = before;
 }
 
@@ -46,7 +48,7 @@ void tq_need_sequences(const tq_cache *cache, int32_t n, tq_need *need)
 {
     size_t entry = sizeof *cache->sequences;
     need_growth((size_t)cache->n_sequences * entry, (size_t)table_for(cache, n) * entry, need);
-    need->bytes += (size_t)n * record_bytes(cache);
+    need->bytes += (size_t)n * tq_alloc_bytes(record_bytes(cache));
 }
 
 /* A free id below n_sequences, after the table has grown if there was none. */
