@@ -348,6 +348,11 @@ typedef struct tq_cache_params {
     bool dry_run; /* no vectors: pages, bytes, prefixes and refusals are those of a cache with them, in next to no memory */
     tq_device_kind device;
     const tq_allocator *allocator; /* of a device's memory, read as long as the cache lives; NULL: the device's own */
+    /*
+     * Values are the first out_dim values of the keys (MLA attends to the latents that both come from): v_format, what is given
+     * as v and head_dim_v (0, or head_dim) mean nothing, and only keys take memory. On the CPU only.
+     */
+    bool values_in_keys;
 } tq_cache_params;
 /* Formats, sinks, ring and references as a preset has them. */
 TQ_API void tq_cache_params_set_preset(tq_cache_params *params, const tq_preset *preset);

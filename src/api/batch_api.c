@@ -130,6 +130,7 @@ tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *r
     TQ_TRY(check_batch(batch));
     TQ_PARAMS(tq_batch_rows, own, rows, WHO);
     const tq_shape *shape = &batch->cache->shape;
+    if (shape->values_in_keys) own.v = own.k, own.v_token_stride = own.k_token_stride;
     if (!batch->is_open) {
         tq_log(TQ_LOG_ERROR, WHO ": there is no pass: call tq_batch_begin first");
         return TQ_ERR_ARGUMENT;

@@ -107,6 +107,17 @@ static tq_status check_params(const tq_cache_params *params)
     }
     TQ_TRY(check_head_dim(params->head_dim));
     if (params->head_dim_v != 0) TQ_TRY(check_head_dim(params->head_dim_v));
+    if (params->values_in_keys && params->head_dim_v != 0 && params->head_dim_v != params->head_dim) {
+        tq_log(TQ_LOG_ERROR,
+               WHO ": values_in_keys: head_dim_v is %d and head_dim %d; leave head_dim_v at 0, and give out_dim to "
+                   "calls",
+               (int)params->head_dim_v, (int)params->head_dim);
+        return TQ_ERR_ARGUMENT;
+    }
+    if (params->values_in_keys && params->device != TQ_DEVICE_CPU) {
+        tq_log(TQ_LOG_ERROR, WHO ": values_in_keys: only the CPU reads values from the keys; leave device at 0");
+        return TQ_ERR_ARGUMENT;
+    }
     return check_formats(params);
 }
 
@@ -356,7 +367,7 @@ static tq_status begin_append(tq_cache *cache, tq_sequence *sequence, int32_t la
     tq_status status = n_tok > capacity - length ? TQ_ERR_FULL : TQ_OK;
     if (status == TQ_OK && !is_dry) {
         TQ_TRY(check_rows(cache, layer, length, n_tok, k, TQ_SIDE_K));
-        TQ_TRY(check_rows(cache, layer, length, n_tok, v, TQ_SIDE_V));
+        if (v != k) TQ_TRY(check_rows(cache, layer, length, n_tok, v, TQ_SIDE_V));
     }
     tq_cache_lock(cache);
     if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, layer, n_tok);
@@ -371,6 +382,7 @@ tq_status tq_cache_append(tq_cache *cache, int32_t seq, int32_t layer, int64_t n
     tq_sequence *sequence;
     TQ_TRY(check_host(cache));
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
+    if (cache->shape.values_in_keys) v = k;
     TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
     if (n_tok == 0) return TQ_OK;
     int64_t started = tq_now_ns();
@@ -390,6 +402,7 @@ tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t 
     TQ_TRY(find_layer(cache, seq, layer, &sequence));
     TQ_PARAMS(tq_attend_params, own, params, WHO);
     TQ_TRY(tq_check_attend(WHO, &own, n_tok, cache->shape.n_head_kv, value_dim(cache, layer)));
+    if (cache->shape.values_in_keys) v = k;
     TQ_TRY(begin_append(cache, sequence, layer, n_tok, k, v));
     if (n_tok == 0) return TQ_OK;
     own.n_query = n_tok;

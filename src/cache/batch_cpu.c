@@ -165,7 +165,8 @@ static void keep_all(const cpu_pass *pass)
 static tq_status run(cpu_pass *pass, const tq_executor *executor)
 {
     const int64_t started = tq_now_ns();
-    for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(check_finite(pass, side));
+    const int32_t n_written = tq_shape_n_written(&pass->batch->cache->shape);
+    for (int32_t side = 0; side < n_written; side++) TQ_TRY(check_finite(pass, side));
     attend_all(pass, executor);
     tq_status status = (tq_status)atomic_load(&pass->status);
     if (status == TQ_OK && !pass->rows->is_shared) keep_all(pass);
@@ -181,8 +182,9 @@ tq_status tq_batch_run_on_cpu(tq_batch *batch, int32_t layer, const tq_batch_row
     cpu_pass pass = pass_of(batch, layer, rows);
     int64_t n = 0;
     for (int32_t i = 0; i < batch->n_rows; i++) n += batch->n_tok[i];
+    const int32_t n_written = tq_shape_n_written(&batch->cache->shape);
     size_t bytes = 2 * ((size_t)batch->n_rows + 1) * sizeof *pass.first, copied[TQ_N_SIDES] = {0};
-    for (int32_t side = 0; side < TQ_N_SIDES; side++) {
+    for (int32_t side = 0; side < n_written; side++) {
         bool is_plain = rows->dtype == TQ_DTYPE_F32 && pass.strides[side] == pass.widths[side];
         if (!is_plain) copied[side] = (size_t)(n * pass.widths[side]);
     }
@@ -197,13 +199,14 @@ tq_status tq_batch_run_on_cpu(tq_batch *batch, int32_t layer, const tq_batch_row
     }
     pass.first = first, pass.first_query = first_query;
     float *copy = (float *)(void *)(first_query + batch->n_rows + 1);
-    for (int32_t side = 0; side < TQ_N_SIDES; copy += copied[side++]) {
+    for (int32_t side = 0; side < n_written; copy += copied[side++]) {
         pass.plain[side] = copied[side] > 0 ? copy : caller_rows(&pass, side);
         for (int64_t j = 0; copied[side] > 0 && j < n; j++) {
             tq_floats_read(rows->dtype, caller_rows(&pass, side), j * pass.strides[side], pass.widths[side],
                            copy + j * pass.widths[side]);
         }
     }
+    if (n_written == 1) pass.plain[TQ_SIDE_V] = pass.plain[TQ_SIDE_K];
     tq_status status = run(&pass, executor);
     tq_scratch_free(first, bytes);
     batch->has_run[layer] = status == TQ_OK && n > 0 && !rows->is_shared;

@@ -46,6 +46,10 @@ static tq_status side_init(tq_cache *cache, const tq_cache_params *params, int32
 {
     tq_side *side = &cache->shape.sides[(size_t)layer * TQ_N_SIDES + (size_t)i_side];
     bool is_k = i_side == TQ_SIDE_K;
+    if (!is_k && params->values_in_keys) {
+        *side = side[TQ_SIDE_K - TQ_SIDE_V];
+        return TQ_OK;
+    }
     int32_t head_dim = is_k || params->head_dim_v == 0 ? params->head_dim : params->head_dim_v;
     const tq_format *per_layer = is_k ? params->layer_k_formats : params->layer_v_formats;
     tq_format format = per_layer ? per_layer[layer] : is_k ? params->k_format : params->v_format;
@@ -135,6 +139,7 @@ tq_status tq_cache_build(tq_cache **out, const tq_cache_params *params, const tq
     cache->shape.n_layer = params->n_layer;
     cache->shape.n_head_kv = params->n_head_kv;
     cache->shape.page_size = params->page_size;
+    cache->shape.values_in_keys = params->values_in_keys;
     cache->n_sink = params->n_sink;
     cache->n_recent = params->n_recent;
     cache->k_ref_block = params->k_ref_block;
@@ -192,7 +197,7 @@ tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *fa
     if (has_factors(cache, layer, factors)) return TQ_OK;
     *out = NULL;
     if (!unless_zero(factors, n)) return TQ_OK;
-    TQ_TRY(tq_page_pool_make_room(&cache->pool, n));
+    TQ_TRY(tq_page_pool_make_room(&cache->pool, tq_alloc_bytes(n)));
     tq_status failure = tq_budget_failure(&cache->budget, n);
     *out = tq_budget_alloc(&cache->budget, n);
     if (!*out) return failure;
@@ -203,7 +208,7 @@ tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *fa
 void tq_cache_need_factors(const tq_cache *cache, int32_t layer, const int8_t *factors, tq_need *need)
 {
     size_t n = factors_bytes(cache);
-    if (!has_factors(cache, layer, factors) && unless_zero(factors, n)) need->bytes += n;
+    if (!has_factors(cache, layer, factors) && unless_zero(factors, n)) need->bytes += tq_alloc_bytes(n);
 }
 
 tq_status tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy)
@@ -214,6 +219,7 @@ tq_status tq_cache_put_factors(tq_cache *cache, int32_t layer, int8_t *copy)
     side->factors = copy;
     tq_status status = cache->device ? cache->device->put_factors(cache->memory, layer) : TQ_OK;
     if (status != TQ_OK) side->factors = before;
+    if (cache->shape.values_in_keys) side[TQ_SIDE_V - TQ_SIDE_K].factors = side->factors;
     tq_cache_drop_factors(cache, layer, status == TQ_OK ? before : copy);
     return status;
 }
@@ -293,7 +299,7 @@ void tq_cache_count(const tq_cache *cache, tq_cache_stats *out)
         .n_offloads = pool->n_offloads,
         .n_restores = pool->n_restores,
         .page_bytes = cache->shape.page_bytes,
-        .table_bytes = (size_t)cache->n_sequences * sizeof *cache->sequences,
+        .table_bytes = tq_alloc_bytes((size_t)cache->n_sequences * sizeof *cache->sequences),
         .allocated_bytes = cache->budget.used + (cache->calibration ? cache->calibration->bytes : 0),
         .n_evicted_pages = cache->n_evicted,
         .n_copied_pages = cache->n_copied,
@@ -311,7 +317,8 @@ void tq_cache_count(const tq_cache *cache, tq_cache_stats *out)
     for (int32_t i = 0; i < pool->n_pages; i++) stats.n_pages_shared += pool->pages[i].n_refs > 1;
     stats.exact_bytes = (size_t)(cache->n_exact - cache->n_checkpoints) * cache->shape.exact_bytes;
     stats.checkpoint_bytes = (size_t)cache->n_checkpoints * cache->shape.exact_bytes;
-    stats.table_bytes += (size_t)cache->n_exact * sizeof(tq_exact_data);
+    stats.table_bytes +=
+        (size_t)cache->n_exact * (tq_exact_record_bytes(cache) - (cache->device ? 0 : cache->shape.exact_bytes));
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         for (int32_t format = 0; format < TQ_FORMAT_COUNT; format++)
             stats.allocated_bytes += codec_bytes(cache->codecs[side][format]);

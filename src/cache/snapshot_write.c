@@ -35,7 +35,7 @@ void tq_snapshot_header_of(const tq_cache *cache, tq_snapshot_header *out)
     out->n_layer = cache->shape.n_layer;
     out->n_head_kv = cache->shape.n_head_kv;
     out->head_dim = tq_shape_side(&cache->shape, 0, TQ_SIDE_K)->codec->head_dim;
-    out->head_dim_v = tq_shape_side(&cache->shape, 0, TQ_SIDE_V)->codec->head_dim;
+    out->head_dim_v = cache->shape.values_in_keys ? 0 : tq_shape_side(&cache->shape, 0, TQ_SIDE_V)->codec->head_dim;
     out->page_size = cache->shape.page_size;
     out->n_sink = cache->n_sink;
     out->n_recent = cache->n_recent;

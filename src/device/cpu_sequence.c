@@ -186,14 +186,15 @@ static void keep_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t n
 void tq_cpu_append_coded(const tq_cpu_sequence *sequence, const int64_t *coded_end, const float *k, const float *v,
                          const tq_executor *executor)
 {
-    encode_side(sequence, TQ_SIDE_K, coded_end[TQ_SIDE_K], k, executor);
-    encode_side(sequence, TQ_SIDE_V, coded_end[TQ_SIDE_V], v, executor);
+    const float *rows[TQ_N_SIDES] = {k, v};
+    for (int32_t side = 0; side < tq_shape_n_written(sequence->shape); side++)
+        encode_side(sequence, side, coded_end[side], rows[side], executor);
 }
 
 void tq_cpu_append_exact(const tq_cpu_sequence *sequence, int64_t n_tok, const float *k, const float *v)
 {
-    keep_side(sequence, TQ_SIDE_K, n_tok, k);
-    keep_side(sequence, TQ_SIDE_V, n_tok, v);
+    const float *rows[TQ_N_SIDES] = {k, v};
+    for (int32_t side = 0; side < tq_shape_n_written(sequence->shape); side++) keep_side(sequence, side, n_tok, rows[side]);
 }
 
 /* Of each entry the vector, from the ring before the rows or from the rows, which then is at the entry's own place. */
@@ -245,15 +246,17 @@ tq_status tq_cpu_prefill_begin(tq_cpu_prefill *out, const tq_cpu_sequence *seque
                                const float *k, const float *v)
 {
     *out = (tq_cpu_prefill){0};
-    TQ_TRY(copy_side(sequence, TQ_SIDE_K, n_tok, n_query, k, &out->sides[TQ_SIDE_K]));
-    tq_status status = copy_side(sequence, TQ_SIDE_V, n_tok, n_query, v, &out->sides[TQ_SIDE_V]);
+    const float *rows[TQ_N_SIDES] = {k, v};
+    tq_status status = TQ_OK;
+    for (int32_t side = 0; status == TQ_OK && side < tq_shape_n_written(sequence->shape); side++)
+        status = copy_side(sequence, side, n_tok, n_query, rows[side], &out->sides[side]);
     if (status != TQ_OK) tq_cpu_prefill_end(out);
     return status;
 }
 
 static tq_kv_view view_of(const tq_cpu_prefill *prefill, const tq_cpu_sequence *sequence, int32_t side)
 {
-    const tq_cpu_exact *exact = &prefill->sides[side];
+    const tq_cpu_exact *exact = &prefill->sides[sequence->shape->values_in_keys ? TQ_SIDE_K : side];
     tq_kv_view view = view_with(sequence, side_of(sequence, side), exact->entries, exact->n);
     view.exact_data = exact->memory;
     view.exact_head_stride_bytes = exact->head_stride_bytes;

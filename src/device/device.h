@@ -28,6 +28,7 @@ typedef struct tq_side {
 typedef struct tq_shape {
     const tq_kernels *kernels;
     int32_t n_layer, n_head_kv, page_size;
+    bool values_in_keys; /* a layer's second side is its first one: nothing is written for values */
     uint64_t seed;
     tq_side *sides;                 /* [n_layer, TQ_N_SIDES] */
     size_t page_bytes, exact_bytes; /* of a page and of a sequence's exact data, in the formats' own arrangement */
@@ -36,6 +37,12 @@ typedef struct tq_shape {
 static inline const tq_side *tq_shape_side(const tq_shape *shape, int32_t layer, int32_t side)
 {
     return &shape->sides[(size_t)layer * TQ_N_SIDES + (size_t)side];
+}
+
+/* The sides that rows are written to. */
+static inline int32_t tq_shape_n_written(const tq_shape *shape)
+{
+    return shape->values_in_keys ? 1 : TQ_N_SIDES;
 }
 
 /* What a side keeps exact, and how many columns share a reference. A format that is exact anyway keeps nothing; references want

@@ -101,7 +101,9 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
     p->n_layer = kv_take(input, CACHE_MODEL_LAYERS) + 1;
     p->n_head_kv = kv_take(input, 2) + 1;
     p->head_dim = m->head_dim[0] = 64;
-    p->head_dim_v = m->head_dim[1] = kv_take(input, 2) ? 80 : 64;
+    int32_t values = kv_take(input, 3);
+    p->head_dim_v = m->head_dim[1] = values == 1 ? 80 : 64;
+    p->values_in_keys = values == 2;
     static const int32_t page_sizes[] = {16, 32, 64, 256};
     p->page_size = page_sizes[kv_take(input, 4)];
     p->n_pages = kv_take(input, 12) + 1;
@@ -118,6 +120,7 @@ static inline void cache_model_init(cache_model *m, kv_input *input, const tq_ex
     for (int32_t layer = 0; layer < p->n_layer; layer++) {
         for (int32_t side = 0; side < 2; side++) {
             m->formats[side][layer] = (tq_format)kv_take(input, TQ_FORMAT_COUNT);
+            if (side == 1 && p->values_in_keys) m->formats[1][layer] = m->formats[0][layer];
             KV_CHECK(tq_codec_create(&m->codecs[side][layer], m->formats[side][layer], m->head_dim[side], p->seed) == TQ_OK);
         }
     }
@@ -254,7 +257,7 @@ static inline void cache_model_encode(cache_model *m, cache_model_sequence *s, i
     tq_format format = m->formats[side][layer];
     const tq_codec *codec = m->codecs[side][layer];
     float *row = own->values + p * row_floats;
-    if (side == 1 || format <= TQ_FORMAT_BF16) {
+    if ((side == 1 && !m->params.values_in_keys) || format <= TQ_FORMAT_BF16) {
         kv_round_trip(codec, m->head_dim[side], row, m->params.n_head_kv, row);
         return;
     }
@@ -351,6 +354,13 @@ static inline void cache_model_fill(cache_model *m, int32_t layer, int64_t n)
 {
     for (int32_t side = 0; side < 2; side++) kv_fill(&m->random, m->rows[side], n * cache_model_row(m, side));
     cache_model_scale(m, layer, m->params.n_head_kv, n, 1, m->rows[0]);
+    if (m->params.values_in_keys) memcpy(m->rows[1], m->rows[0], (size_t)(n * cache_model_row(m, 0)) * sizeof *m->rows[0]);
+}
+
+/* What the cache gets as values: nothing, where it reads them from the keys. */
+static inline const float *cache_model_values(const cache_model *m)
+{
+    return m->params.values_in_keys ? NULL : m->rows[1];
 }
 
 static inline void cache_model_do_append(cache_model *m, cache_model_sequence *s, int32_t layer, int64_t n, int32_t fault)
@@ -365,11 +375,11 @@ static inline void cache_model_do_append(cache_model *m, cache_model_sequence *s
     /* Shared pages may have to be copied, at most all. */
     bool may_fill = m->is_tight || more + before > available, must_fill = more > available, bad = fault == 1 && n > 0;
     if (bad) {
-        int32_t side = (int32_t)kv_below(&m->random, 2);
+        int32_t side = m->params.values_in_keys ? 0 : (int32_t)kv_below(&m->random, 2);
         m->rows[side][kv_below(&m->random, n * cache_model_row(m, side))] = NAN;
     }
     if (fault == 2) tq_alloc_fail_after((long)kv_below(&m->random, 3));
-    tq_status status = tq_cache_append(m->cache, s->id, layer, n, m->rows[0], m->rows[1], m->executor);
+    tq_status status = tq_cache_append(m->cache, s->id, layer, n, m->rows[0], cache_model_values(m), m->executor);
     tq_alloc_fail_after(-1);
     KV_CHECK(status == TQ_OK || (status == TQ_ERR_FULL && may_fill) || (status == TQ_ERR_NOT_FINITE && bad) ||
              (status == TQ_ERR_MEMORY && fault == 2));
@@ -560,7 +570,7 @@ static inline void cache_model_do_reserve(cache_model *m, cache_model_sequence *
     KV_CHECK(n_pages * m->params.page_size >= cache_model_longest(m, s) + n);
     if (kv_below(&m->random, 2) == 0) return;
     cache_model_fill(m, layer, n);
-    if (cache_model_done(m, tq_cache_append(m->cache, s->id, layer, n, m->rows[0], m->rows[1], m->executor)))
+    if (cache_model_done(m, tq_cache_append(m->cache, s->id, layer, n, m->rows[0], cache_model_values(m), m->executor)))
         cache_model_append(m, s, layer, 0, n);
 }
 
@@ -583,7 +593,8 @@ static inline void cache_model_do_pass(cache_model *m, int32_t layer, int64_t mo
     if (status == TQ_OK) {
         cache_model_fill(m, layer, n);
         float *out = kv_calloc((size_t)(n * cache_model_row(m, 1)), sizeof *out);
-        tq_batch_rows rows = {.struct_size = sizeof rows, .q = m->rows[0], .k = m->rows[0], .v = m->rows[1], .out = out};
+        tq_batch_rows rows = {.struct_size = sizeof rows, .q = m->rows[0], .k = m->rows[0], .v = cache_model_values(m)};
+        rows.out = out;
         status = tq_batch_attend(batch, layer, &rows, m->executor);
         cache_model_done(m, status);
         free(out);

@@ -370,6 +370,37 @@ static void free_bytes(bytes_of *b)
 }
 
 /* A sequence that was exported and imported goes on as the one that was not; a part of its pages can be shared. */
+/* A file of a cache whose values are in its keys says so by a head_dim_v of 0, and fits no other. */
+static void test_values_in_keys(void **state)
+{
+    (void)state;
+    tq_cache_params p = params_of_test();
+    p.values_in_keys = true, p.v_format = p.k_format;
+    tq_cache *cache, *other;
+    int32_t seq, loaded[2], n_loaded;
+    assert_int_equal(tq_cache_create(&cache, &p), TQ_OK);
+    assert_int_equal(tq_cache_seq_create(cache, &seq), TQ_OK);
+    append(cache, seq, N_TOK);
+    assert_int_equal(tq_cache_save(cache, path, NULL, 0), TQ_OK);
+    tq_snapshot_info info;
+    assert_int_equal(tq_snapshot_describe(&info, path, true, NULL, 0), TQ_OK);
+    assert_int_equal(info.head_dim_v, 0);
+    assert_int_equal(tq_cache_create(&other, &p), TQ_OK);
+    assert_int_equal(tq_cache_load(other, path, loaded, 2, &n_loaded), TQ_OK);
+    static float was[N_TOK * ROW], is[N_TOK * ROW];
+    for (int32_t layer = 0; layer < 2; layer++) {
+        assert_int_equal(tq_cache_read(cache, seq, layer, 0, N_TOK, NULL, was), TQ_OK);
+        assert_int_equal(tq_cache_read(other, loaded[0], layer, 0, N_TOK, NULL, is), TQ_OK);
+        assert_memory_equal(was, is, sizeof was);
+    }
+    tq_cache_free(other);
+    p.values_in_keys = false;
+    assert_int_equal(tq_cache_create(&other, &p), TQ_OK);
+    assert_int_equal(tq_cache_load(other, path, loaded, 2, &n_loaded), TQ_ERR_MISMATCH);
+    tq_cache_free(other);
+    tq_cache_free(cache);
+}
+
 static void test_bytes_in_memory(void **state)
 {
     (void)state;
@@ -694,6 +725,7 @@ int main(void)
         IN_FOLDER(test_golden_snapshot),
         IN_FOLDER(test_a_prefix_whose_beginning_was_given_up),
         IN_FOLDER(test_factors_are_saved),
+        IN_FOLDER(test_values_in_keys),
         IN_FOLDER(test_damage_is_found),
         IN_FOLDER(test_other_shapes_are_refused),
         IN_FOLDER(test_refusals_give_up_nothing),
