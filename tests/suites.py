@@ -369,7 +369,7 @@ def transformers_suites():
     needed = {"builds": ("release", "torch")}
     names = "transformers", "transformers_factors", "transformers_fold", "transformers_install", "transformers_refusals"
     files = *names, "interrupted"
-    yield pytest("python/transformers", TORCH_VENV, *files, **needed)
+    yield pytest("python/transformers", TORCH_VENV, *files, "transformers_latent", **needed)
     yield pytest("python/models", TORCH_VENV, "models", **needed)
     yield pytest("python/commands", TORCH_VENV, "commands", **needed)
     yield pytest("python/all mlx models", PYTHON_VENV, "models_mlx")

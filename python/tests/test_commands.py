@@ -139,8 +139,8 @@ def test_doctor_says_what_the_cache_does(kind, tmp_path, found):
 
 
 def test_doctor_names_reasons(tmp_path, run, found):
-    status, out, _ = run("doctor", "deepseek_v3", "--json")
-    assert status == 1 and "latent attention" in json.loads(out)["model"]["refused"]
+    status, out, _ = run("doctor", "deepseek_v32", "--json")
+    assert status == 1 and "indexed_attention" in json.loads(out)["model"]["refused"]
     status, out, _ = run("doctor", "T5Config")
     assert status == 1 and "encoder" in out
     make_shared_model("gemma4").config.save_pretrained(tmp_path)
@@ -172,7 +172,8 @@ def test_plan_counts_what_caches_hold(kind):
     windows = sum(1 for kept in planned.kept if kept.window == 64)
     # DynamicCache leaves the next token's place free in a window.
     assert planned.bf16_bytes(n_tok) == 2 * (n_value + windows * 2 * 128)
-    n_factor = planned.n_compressed * planned.n_head_kv * planned.head_dim  # bytes of factors, whatever the context
+    of_layer = planned.n_head_kv * planned.head_dim  # bytes of factors, whatever the context: blocks of the heap
+    n_factor = planned.n_compressed * -(-(of_layer + 16) // 64) * 64
     assert planned.counted("TQ4", n_tok, 1, 128).allocated_bytes == cache.nbytes - n_factor
 
 
@@ -199,7 +200,7 @@ def test_plan_fills_the_memory_and_no_more(folder, found):
     (1, "no folder or file", ("plan", "no-such-model")),
     (1, "neither a folder", ("doctor", "{text}")),
     (1, "UTF-8", ("eval", "{folder}", "{folder}/model.safetensors", "--context", "256")),
-    (1, "latent attention", ("plan", "deepseek_v3", "--memory", "1")),
+    (1, "indexed_attention", ("plan", "deepseek_v32", "--memory", "1")),
     (1, "no language model", ("plan", "resnet", "--memory", "1")),
     (1, "no language model", ("doctor", "resnet")),
     (1, "--weights", ("plan", "{folder}", "--memory", "0.0001")),

@@ -44,7 +44,7 @@ def make_model(config, seed=1):
     model.eval().float()
     with torch.no_grad():
         for module in model.get_decoder().modules():
-            head_dim = getattr(module, "head_dim", 1)
+            head_dim = getattr(module, "qk_head_dim", getattr(module, "head_dim", 1))
             gain = PEAKED * (getattr(module, "scaling", head_dim ** -.5) * head_dim ** .5) ** -.5
             has_norms = any(hasattr(module, name) for name in _NORMS)
             for name, part in module.named_children():
@@ -53,6 +53,8 @@ def make_model(config, seed=1):
                 elif isinstance(part, torch.nn.Linear):
                     std = part.weight.shape[1] ** -.5
                     part.weight.normal_(std=gain * std if name in _QUERIES_AND_KEYS and not has_norms else std)
+                    if name == "q_b_proj":  # of latent attention, whose keys come from what values come from
+                        part.weight.mul_(gain ** 2)
         embedding = model.get_input_embeddings().weight
         embedding.normal_()
         output = model.get_output_embeddings().weight
@@ -92,6 +94,8 @@ def swapped_pages():
     def swapped(layer, keys, values, *args, **kwargs):
         if layer.n_columns == 0:
             values = torch.cat([values[:, :, begin:begin + 64] for begin in PAGES], dim=2)
+            if layer.is_latent:
+                keys = torch.cat([keys[:, :, begin:begin + 64] for begin in PAGES], dim=2)
         return update(layer, keys, values, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

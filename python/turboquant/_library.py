@@ -130,7 +130,7 @@ class CacheParams(_Struct):
         ("n_pages", c_int32), ("n_sink", c_int32), ("n_recent", c_int32), ("n_take_back", c_int32), ("k_ref_block", c_int32),
         ("checkpoint_stride", c_int32), ("budget_bytes", c_size_t), ("offload_folder", c_char_p), ("offload_bytes", c_size_t),
         ("calibration", c_void_p), ("seed", c_uint64), ("dry_run", c_bool), ("device", ctypes.c_int),
-        ("allocator", c_void_p),
+        ("allocator", c_void_p), ("values_in_keys", c_bool),
     ]
 
 

@@ -31,6 +31,14 @@ class Layers:
     head_dim: int
     head_dim_v: int
     kept: dict[int, str]
+    rank: int = 0
+    """Of latent attention: a layer's one head has so many values of latents, and behind them the channels that RoPE turns. Keys
+    and values are made from latents."""
+
+    @property
+    def n_values(self) -> int:
+        """What is kept of a token in a layer."""
+        return self.n_head_kv * (self.head_dim + (0 if self.rank else self.head_dim_v))
 
     def is_compressed(self, i: int) -> bool:
         return self.kinds[i] in COMPRESSED_TYPES and i not in self.kept
@@ -44,7 +52,7 @@ def sort_layers(config: Any) -> Layers:
             raise UnsupportedError(f"layer {i} of this model is of the kind {kind!r}, which this cache does not have. Use "
                                    "DynamicCache and model.set_attn_implementation('sdpa')")
     *shape, kept = served(config, [i for i, kind in enumerate(kinds) if kind in COMPRESSED_TYPES])
-    return Layers(kinds, options, *shape, kept)
+    return Layers(kinds, options, *shape, kept, getattr(config, "kv_lora_rank", None) or 0)
 
 
 def layers_of(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
@@ -67,8 +75,6 @@ def served(config: Any, numbers: Sequence[int]) -> tuple[int, int, int, dict[int
     cannot be compressed. A layer of another shape than its configuration says is refused when it comes."""
     if not numbers:
         raise UnsupportedError("no layer of this model has full attention: there is nothing to compress. Use DynamicCache")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise UnsupportedError("models with latent attention (kv_lora_rank) are not supported: use DynamicCache")
     of_layers, kept, shapes = getattr(config, "per_layer_config", None), {}, {}
     for i in numbers:
         shape = shape_of_layer(of_layers[i] if of_layers else config)
@@ -106,6 +112,9 @@ def last_readers(config: Any) -> dict[int, int]:
 
 
 def shape_of_layer(config: Any) -> tuple[int, int, int]:
+    rank = getattr(config, "kv_lora_rank", None)
+    if rank:
+        return 1, rank + config.qk_rope_head_dim, rank + config.qk_rope_head_dim
     n_head = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_head
     return getattr(config, "num_key_value_heads", None) or n_head, head_dim, getattr(config, "v_head_dim", None) or head_dim

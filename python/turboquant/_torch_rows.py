@@ -15,9 +15,10 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # tq_dtype
 
 def attend_rows(batch: _cache.Batch, number: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                 kept: np.ndarray | None, scaling: float, softcap: float | None, sinks: torch.Tensor | None,
-                is_shared: bool = False) -> torch.Tensor:
+                is_shared: bool = False, out_dim: int = 0) -> torch.Tensor:
     """query [n_batch, n_head, n_query, head_dim], of the last tokens; keys and values [n_batch, n_head_kv, n_tok, head_dim];
-    kept [n_batch, n_tok]: which are tokens, None: all. Returns [n_batch, n_query, n_head, head_dim]."""
+    kept [n_batch, n_tok]: which are tokens, None: all. Returns [n_batch, n_query, n_head, head_dim], or of each the first
+    out_dim values."""
     device, dtype = query.device, query.dtype
     # Torch converts on all threads. A device's kernels take what models compute in.
     if device.type == "cpu" and not is_device(device):
@@ -36,12 +37,13 @@ def attend_rows(batch: _cache.Batch, number: int, query: torch.Tensor, keys: tor
     (query, q_stride, rows.q_head_stride), (keys, k_stride, _), (values, v_stride, _) = (
         _token_rows(x, where, heads_together)
         for x, where, heads_together in ((query, q_places, False), (keys, places, True), (values, places, True)))
-    out = torch.empty(len(query), n_head, values.shape[2], dtype=query.dtype, device=device)
+    out = torch.empty(len(query), n_head, out_dim or values.shape[2], dtype=query.dtype, device=device)
     rows.dtype, rows.q, rows.k, rows.v, rows.out = (DTYPES[query.dtype], query.data_ptr(), keys.data_ptr(), values.data_ptr(),
                                                     out.data_ptr())
     rows.q_token_stride, rows.k_token_stride, rows.v_token_stride = q_stride, k_stride, v_stride
     rows.softmax_scale, rows.softcap = scaling, softcap or 0
     rows.sinks = None if sinks is None else sinks.data_ptr()
+    rows.out_dim = out_dim
     rows.is_shared, rows.n_query = is_shared, None if n_queries is None else n_queries.ctypes.data
     if len(keys):
         batch.attend(number, rows)

@@ -144,7 +144,8 @@ class Cache:
     """
     Keys and values of many sequences, encoded, in pages from one pool.
 
-    n_layer, n_head_kv, head_dim: the model's shape; head_dim_v if values differ.
+    n_layer, n_head_kv, head_dim: the model's shape; head_dim_v if values differ. values_in_keys: values are the first ones of
+    the keys, which take all memory then, and what is given as v means nothing (latent attention; on the CPU only).
     preset: formats, exact tokens and references; k_format, v_format, n_sink, n_recent and k_ref_block override parts of it,
     layer_k_formats and layer_v_formats [n_layer] single layers.
     n_take_back: so many newest tokens can be trimmed, drafts that were rejected, as if they had never come.
@@ -162,6 +163,7 @@ class Cache:
     """
 
     def __init__(self, n_layer: int, n_head_kv: int, head_dim: int, *, preset: str = "TQ4", head_dim_v: int = 0,
+                 values_in_keys: bool = False,
                  k_format: str | int | None = None, v_format: str | int | None = None, n_sink: int | None = None,
                  n_recent: int | None = None, n_take_back: int = 0, k_ref_block: int | None = None, checkpoint_stride: int = 0,
                  layer_k_formats: Sequence[str | int] | None = None, layer_v_formats: Sequence[str | int] | None = None,
@@ -173,6 +175,7 @@ class Cache:
         params = CacheParams()
         lib.tq_cache_params_set_preset(ctypes.byref(params), lib.tq_preset_get(find_preset(preset).index))
         params.n_layer, params.n_head_kv, params.head_dim, params.head_dim_v = n_layer, n_head_kv, head_dim, head_dim_v
+        params.values_in_keys = values_in_keys
         if k_format is not None:
             params.k_format = format_number(k_format)
         if v_format is not None:
@@ -212,12 +215,17 @@ class Cache:
             self._handle.calibration = self.calibration
         lib.tq_cache_create(ctypes.byref(self._handle), ctypes.byref(params))
         self.n_layer, self.n_head_kv, self.page_size = n_layer, n_head_kv, page_size
-        self.head_dim, self.head_dim_v = head_dim, head_dim_v or head_dim
+        self.head_dim, self.head_dim_v, self.values_in_keys = head_dim, head_dim_v or head_dim, values_in_keys
         self.k_format, self.v_format = params.k_format, params.v_format
         self.n_sink, self.n_recent = params.n_sink, params.n_recent
         if n_threads is not None:
             self._threads(n_threads)  # refuses now what the first tokens would be refused for
         self._n_threads = _threads.default_n_threads() if n_threads is None else n_threads
+
+    @property
+    def n_values(self) -> int:
+        """What is kept of a token, in all layers."""
+        return self.n_layer * self.n_head_kv * (self.head_dim + (0 if self.values_in_keys else self.head_dim_v))
 
     def close(self) -> None:
         """
@@ -322,6 +330,8 @@ class Cache:
 
     def _rows(self, k: Any, v: Any) -> tuple[np.ndarray, np.ndarray]:
         keys = floats(k, (None, self.n_head_kv, self.head_dim), "k")
+        if self.values_in_keys:
+            return keys, keys
         return keys, floats(v, (len(keys), self.n_head_kv, self.head_dim_v), "v")
 
     def _attention(self, q: Any, out: Any, softmax_scale: float | None, softcap: float, sinks: Any, lse: Any

@@ -96,7 +96,7 @@ def _load(path: Path, options: dict[str, Any]) -> tuple[_cache.Cache, list[int]]
 
 
 # What comes with the first keys, or is no matter of a model's cache.
-_NOT_OPTIONS = {"self", "n_layer", "n_head_kv", "head_dim", "head_dim_v", "dry_run"}
+_NOT_OPTIONS = {"self", "n_layer", "n_head_kv", "head_dim", "head_dim_v", "values_in_keys", "dry_run"}
 _OPTIONS = [name for name in inspect.signature(_cache.Cache.__init__).parameters if name not in _NOT_OPTIONS] + ["factors"]
 # Those that are no matter of the smallest cache: calibrations know shapes, and are read elsewhere.
 _CHECKED_ELSEWHERE = ("calibration", "layer", "factors")

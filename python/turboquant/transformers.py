@@ -26,7 +26,7 @@ import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -41,6 +41,7 @@ from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
 from ._shapes import last_readers, layers_of, sort_layers, told
 from ._torch_factors import factors_of
+from ._torch_latent import Latents, expand_latents, keep_latents, not_known, queries_of, values_of
 from ._torch_fold import fold as fold
 from ._torch_rows import attend_rows
 from ._torch_stores import DeviceStore, HostStore, is_device
@@ -64,22 +65,26 @@ _UNSUPPORTED = {
 }
 
 
-def _calling_model() -> PreTrainedModel | None:
-    """The innermost model whose forward pass has come here: keys and values do not know whose they are."""
+def _calling(is_wanted: Callable[[Any], bool]) -> Any:
+    """The innermost such object whose method has come here, or None: keys and values do not know whose they are."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if isinstance(owner, PreTrainedModel):
+        if owner is not None and is_wanted(owner):
             return owner
         frame = frame.f_back
     return None
+
+
+def _calling_model() -> PreTrainedModel | None:
+    return _calling(lambda owner: isinstance(owner, PreTrainedModel))
 
 
 def _can_set_attention(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
     return getattr(model, "_can_set_attn_implementation", lambda: True)()
 
 
-class _Handle:
+class _Handle(Latents):
     """What `update` returns in place of a tensor. Whoever takes it for one gets the reason, not a wrong result."""
 
     def _refuse(self, what: str) -> NoReturn:
@@ -149,6 +154,11 @@ class TurboQuantLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
                ) -> tuple[_Compressed, _Compressed]:
         """Handles of the rows. They are appended when the attention that follows brings the queries."""
+        if self.is_latent:
+            module = _calling(lambda owner: isinstance(owner, torch.nn.Module))
+            if not hasattr(module, "expand_kv"):
+                raise not_known(module)
+            keep_latents(module)
         return _Compressed(self, key_states), _Compressed(self, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -160,6 +170,10 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    @property
+    def is_latent(self) -> bool:
+        return self._cache()._rank > 0
 
     def _cache(self) -> TurboQuantCache:
         owner = self._owner()
@@ -223,7 +237,7 @@ class TurboQuantLayer(CacheLayerMixin):
             else:
                 kept = owner._continue(self)
             out = attend_rows(owner._batch, self._number, query, keys, values, kept, scaling, softcap, sinks,
-                               is_shared=reader != self.last_reader)
+                               is_shared=reader != self.last_reader, out_dim=owner._rank)
         except BaseException:
             if owner._pass is not None and not owner._pass.is_recurrent:
                 owner._take_back()
@@ -276,6 +290,7 @@ class TurboQuantCache(Cache):
         self._guard = guard
         self.config = config.get_text_config(decoder=True)
         found = sort_layers(self.config)
+        self._rank = found.rank
         n_head_kv, head_dim, head_dim_v, kept = found.n_head_kv, found.head_dim, found.head_dim_v, found.kept
         if kept and unserved == "refuse":
             raise UnsupportedError(f"{told(kept)}. unserved='keep' leaves them to Transformers")
@@ -301,6 +316,9 @@ class TurboQuantCache(Cache):
                           "model", UserWarning, stacklevel=2)
         of_model = {} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}
         self._options = {"preset": preset, "n_threads": torch.get_num_threads()} | of_model | options
+        if found.rank:
+            self._options |= weight_factors.of_latents(self._options, self._factors)
+            self._factors = "off"
         self._max_tokens = max_tokens
         # Of the CPU until a tensor on another device comes. Memory is taken when it is used.
         self.store: Any = HostStore(len(self._compressed), n_head_kv, head_dim, **self._options)
@@ -314,8 +332,8 @@ class TurboQuantCache(Cache):
         self._is_captured = False  # the pass, in a CUDA graph
 
     def __del__(self) -> None:
-        # When a cycle of references is collected, the store may have been first.
-        if getattr(self, "seqs", None) and not self.store.closed:
+        # When a cycle of references is collected, the store may have been first; when Python ends, modules.
+        if getattr(self, "seqs", None) and sys is not None and not sys.is_finalizing() and not self.store.closed:
             self._free(self.seqs)
 
     def __repr__(self) -> str:
@@ -479,6 +497,9 @@ class TurboQuantCache(Cache):
             raise UnsupportedError(f"this cache is on {self._device}, and a layer on {device}: it keeps to one device. Load "
                                    'the model on one, as with device_map={"": 0}, and make a new cache for it')
         if is_device(device):
+            if self._rank:
+                raise UnsupportedError("latent attention is only served on the CPU. Use model.to('cpu'), or DynamicCache and "
+                                       "model.set_attn_implementation('sdpa')")
             if any(layer.last_reader != layer.index for layer in self._compressed):
                 raise UnsupportedError("layers of this model share the keys and values of others, which this cache can only "
                                        "give them on the CPU. Use model.to('cpu'), or DynamicCache and "
@@ -807,8 +828,12 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, va
         raise UnsupportedError(f"{type(module).__name__} attends to keys and values that another layer has brought, which this "
                                "cache cannot give it. Use DynamicCache and model.set_attn_implementation('sdpa')")
     key.reader = reader
-    return key.layer.attend(reader, module, query, key.rows, value.rows, padding, scaling, kwargs.get("softcap"),
-                            kwargs.get("s_aux")), None
+    keys, values, n_turned = key.rows, value.rows, 0
+    if key.layer.is_latent:
+        n_turned, keys = values.shape[3], torch.cat([keys, values], dim=3)
+        values, query = keys, queries_of(module, query, keys.shape[3] - n_turned, n_turned)
+    out = key.layer.attend(reader, module, query, keys, values, padding, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+    return values_of(module, out, n_turned) if n_turned else out, None
 
 
 def _is_padding(mask: torch.Tensor) -> bool:
@@ -933,6 +958,7 @@ def uninstall(model: PreTrainedModel) -> PreTrainedModel:
     vars(model).pop("_prepare_cache_for_generation", None)
     for module in installed.decoder.modules():
         vars(module).pop(_INSTALLED, None)
+        expand_latents(module)
     set_attention(model, installed.before)
     return model
 

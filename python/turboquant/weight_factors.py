@@ -300,6 +300,16 @@ def is_exact(fmt: int) -> bool:
     return format_info(fmt).bits >= 16
 
 
+def of_latents(options: dict[str, Any], factors: str = "weights") -> dict[str, Any]:
+    """
+    What takes the place of options of a cache of latents (MLA), which have no factors, and which values are read from, too: a
+    preset's have 8 bits, as in llama.cpp. Formats that somebody else has chosen stay, as does a preset with factors="off".
+    """
+    few = any(format_info(fmt).bits < 8 for fmt in formats_of(options, 1, "k"))
+    is_presets = options.get("k_format") is None and options.get("layer_k_formats") is None
+    return {"values_in_keys": True} | ({"k_format": "sq8"} if few and is_presets and factors != "off" else {})
+
+
 def without(options: dict[str, Any], n_layer: int, module: Any) -> dict[str, Any]:
     """
     What takes the place of a cache's options where a module's projections are not known: keys of 8 bits, for fewer that a

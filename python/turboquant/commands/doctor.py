@@ -106,6 +106,8 @@ def describe_model(name: str, preset: str) -> dict[str, Any]:
         raise no_language_model(name, config, error) from error
     shape = f"{layers.n_head_kv} KV heads, head_dim {layers.head_dim}"
     shape += f" and {layers.head_dim_v} for values" if layers.head_dim_v != layers.head_dim else ""
+    if layers.rank:
+        shape = f"latents of {layers.rank} and {layers.head_dim - layers.rank} turned channels, of 8 bits at least"
     for i, of_layer in enumerate(layers.kinds):
         if layers.is_compressed(i):
             state, why = "compressed", f"{of_layer}, {shape}"

@@ -99,8 +99,7 @@ class Transformers:
 
         def bits() -> float:
             store = cache.store
-            n_value = store.n_layer * store.n_head_kv * (store.head_dim + store.head_dim_v)
-            return 8 * kept_bytes(store.stats()) / (n_value * n_ctx)
+            return 8 * kept_bytes(store.stats()) / (store.n_values * n_ctx)
 
         return Reader(name, forward, bits) if is_ours else Reader(name, forward)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import turboquant
-from turboquant import Cache, _library
+from turboquant import Cache, _library, weight_factors
 from turboquant.errors import DeviceError
 
 from . import CommandError, add_presets, at_least, kept_bytes, table
@@ -65,11 +65,8 @@ class Model:
     head_dim_v: int
     kept: tuple[Kept, ...]
     n_recurrent: int
-
-    @property
-    def n_value(self) -> int:
-        """Of a token, in the layers that are compressed."""
-        return self.n_compressed * self.n_head_kv * (self.head_dim + self.head_dim_v)
+    n_value: int  # of a token, in the layers that are compressed
+    is_latent: bool
 
     def kept_bytes(self, n_tok: int) -> int:
         return sum(kept.bytes(n_tok) for kept in self.kept)
@@ -81,8 +78,11 @@ class Model:
         """What the library's cache says of itself with so many tokens in each of so many sequences: in a dry run, which has
         pages, exact tokens and tables, and no vectors."""
         n_pages = batch * -(-n_tok // page_size)
-        cache = Cache(self.n_compressed, self.n_head_kv, self.head_dim, head_dim_v=self.head_dim_v, preset=preset,
-                      page_size=page_size, max_tok=n_pages * page_size, dry_run=True, n_threads=1)
+        options = {"preset": preset, "head_dim_v": self.head_dim_v}
+        if self.is_latent:
+            options |= weight_factors.of_latents(options)
+        cache = Cache(self.n_compressed, self.n_head_kv, self.head_dim, page_size=page_size, max_tok=n_pages * page_size,
+                      dry_run=True, n_threads=1, **options)
         for _ in range(batch):
             cache.reserve(cache.seq_create(), n_tok)
         return cache.stats()
@@ -97,10 +97,12 @@ def read_model(config: Any) -> Model:
         if layers.is_compressed(i) or kind in ("dummy", "linear_attention", "conv"):
             continue
         n_head_kv, *head_dims = shape_of_layer(of_layers[i] if of_layers else config)
-        kept.append(Kept(n_head_kv * sum(head_dims), layers.options[i].get("sliding_window") or math.inf))
+        n_values = n_head_kv * (head_dims[0] if layers.rank else sum(head_dims))
+        kept.append(Kept(n_values, layers.options[i].get("sliding_window") or math.inf))
     n_compressed = sum(map(layers.is_compressed, range(len(layers.kinds))))
     shape = layers.n_head_kv, layers.head_dim, layers.head_dim_v
-    return Model(len(layers.kinds), n_compressed, *shape, tuple(kept), n_recurrent)
+    return Model(len(layers.kinds), n_compressed, *shape, tuple(kept), n_recurrent, n_compressed * layers.n_values,
+                 layers.rank > 0)
 
 
 def longest(n_bytes: Callable[[int], int], room: int, batch: int) -> int:
