@@ -57,6 +57,29 @@ def test_log_sum_exp(rng):
     np.testing.assert_allclose(lse[0], np.log(np.exp(logits).sum(axis=1)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("options, middle", [
+    ({}, ("tt4", "tt4")), ({"k_format": "sq8"}, ("sq8", "tt4")), ({"layer_v_formats": ["sq2", "sq3", "sq2"]}, ("tt4", "sq3"))])
+def test_exact_layers(rng, options, middle):
+    """The first and the last one get what they are given, to half precision; the format of those between is the one chosen."""
+    cache, (k_format, v_format) = make(3, exact_layers=1, **options), middle
+    named = make(3, layer_k_formats=["f16", k_format, "f16"], layer_v_formats=["f16", v_format, "f16"])
+    k, v = vectors(rng, 300), vectors(rng, 300)
+    for layer in range(3):
+        read = []
+        for each in (cache, named):
+            seq = each.seq_create()
+            each.append(seq, layer, k, v)
+            read.append(each.read(seq, layer))
+        np.testing.assert_array_equal(*read)
+        assert (abs(read[0][1] - v).max() < 2e-3) == (layer != 1)
+
+
+@pytest.mark.parametrize("n_layer, exact_layers", [(3, 2), (4, 2), (1, 1), (3, -1), (3, "one")])
+def test_exact_layers_leave_some(n_layer, exact_layers):
+    with pytest.raises(turboquant.ArgumentError, match="exact_layers"):
+        make(n_layer, exact_layers=exact_layers)
+
+
 def test_prefill_is_token_by_token(rng):
     together, single = make(), make()
     a, b = together.seq_create(), single.seq_create()

@@ -45,6 +45,17 @@ def test_logits(model, formats, parts):
     assert divergence(wanted, found) < mean
 
 
+@pytest.mark.skipif(ON_DEVICE, reason="devices have no f16 format")
+@pytest.mark.parametrize("options", [{"exact_layers": 1}, {"k_format": "f16"}], ids=str)
+def test_exact_parts(llama, options):
+    """Layers at the ends, or all keys, that stay exact: what is left moves the output less."""
+    input_ids = ids(2, 300)
+    exact = logits(llama, stock(llama), input_ids)
+    some, coded = (divergence(exact, logits(llama, TurboQuantCache(config=llama.config, preset="TQ3", **each), input_ids))
+                   for each in (options, {}))
+    assert 1e-6 < some < .8 * coded
+
+
 @pytest.fixture(scope="module", params=["gemma2", "gpt_oss"])
 def odd_logits_model(request):
     """Layers with a window in turns with full attention, and logits that are capped, or have learned sinks, to an extent that

@@ -363,6 +363,25 @@ def test_the_guard_raises_a_layer(tmp_path):
     assert torch.equal(logits(model, again, ids(1, 3)), logits(model, raised, ids(1, 3)))
 
 
+@pytest.mark.skipif(ON_DEVICE, reason="devices have no f16 format")
+def test_exact_layers(tmp_path, unknown):
+    """They are no choice of formats: the guard, and 8 bits for projections that are not known, are for the layers between."""
+    model, options = make_model("llama"), {"preset": "TQ3", "k_format": None, "v_format": None, "exact_layers": 1}
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight *= 30
+    cache = compressed(model, **options)
+    with pytest.warns(UserWarning, match="would move the logits of 1 layers.*layer 2"):
+        logits(model, cache, ids(1, 150))
+    held = formats_held(cache, tmp_path)
+    assert held[0] == held[3] == "f16" and held[1] == "tt3" and held[2] in ("tt4", "sq8")
+    again = TurboQuantCache.load(tmp_path / "a.tqs", model.config)
+    assert torch.equal(logits(model, again, ids(1, 3)), logits(model, cache, ids(1, 3)))
+    cache = compressed(unknown, **options)
+    with pytest.warns(UserWarning, match="keys have 8 bits"):
+        logits(unknown, cache, ids(1, 30))
+    assert formats_held(cache, tmp_path) == ["f16", "sq8", "f16"]
+
+
 def test_every_layer_is_judged_behind_its_norm(tmp_path):
     """
     Norms far from one make up for large projections, as in real models. Layers that are judged before their turn are judged,

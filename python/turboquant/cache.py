@@ -16,7 +16,7 @@ from ._library import (Allocator, AttendParams, BatchRows, CacheParams, CacheSta
                        integer, lib)
 from .buffers import address, floats, integers, raw_bytes, writable
 from .errors import ArgumentError, RangeError
-from .formats import SEED_DEFAULT, format_number, preset as find_preset
+from .formats import SEED_DEFAULT, exact_ends, format_number, preset as find_preset
 
 MAX_TOK_DEFAULT = 1 << 22
 _DEVICES = ("cpu", "cuda")  # tq_device_kind
@@ -78,11 +78,14 @@ def _fields(struct: ctypes.Structure) -> dict[str, Any]:
     return {name: getattr(struct, name) for name, *_ in struct._fields_ if name != "struct_size"}
 
 
-def _formats_array(names: Sequence[str | int] | None, n_layer: int, what: str) -> ctypes.Array | None:
+def _formats_array(names: Sequence[str | int] | None, fmt: int, n_layer: int, exact_layers: int, what: str
+                   ) -> ctypes.Array | None:
+    """tq_format [n_layer] by names, or by fmt where there are none; None where one is for all."""
+    if names is not None and len(names) != n_layer:
+        raise ArgumentError(f"{what}: has {len(names)} formats; give one for each of {n_layer} layers")
+    names = exact_ends(names, fmt, n_layer, exact_layers)
     if names is None:
         return None
-    if len(names) != n_layer:
-        raise ArgumentError(f"{what}: has {len(names)} formats; give one for each of {n_layer} layers")
     return (ctypes.c_int * n_layer)(*(format_number(name) for name in names))
 
 
@@ -147,7 +150,8 @@ class Cache:
     n_layer, n_head_kv, head_dim: the model's shape; head_dim_v if values differ. values_in_keys: values are the first ones of
     the keys, which take all memory then, and what is given as v means nothing (latent attention; on the CPU only).
     preset: formats, exact tokens and references; k_format, v_format, n_sink, n_recent and k_ref_block override parts of it,
-    layer_k_formats and layer_v_formats [n_layer] single layers.
+    layer_k_formats and layer_v_formats [n_layer] single layers. exact_layers: so many layers at either end keep keys and values
+    in f16.
     n_take_back: so many newest tokens can be trimmed, drafts that were rejected, as if they had never come.
     checkpoint_stride: a multiple of page_size; others can begin with a sequence's first tokens where so many of them end
     (seq_publish, seq_match), which keeps a copy of its exact tokens there. 0: nowhere, and nothing is published.
@@ -167,7 +171,7 @@ class Cache:
                  k_format: str | int | None = None, v_format: str | int | None = None, n_sink: int | None = None,
                  n_recent: int | None = None, n_take_back: int = 0, k_ref_block: int | None = None, checkpoint_stride: int = 0,
                  layer_k_formats: Sequence[str | int] | None = None, layer_v_formats: Sequence[str | int] | None = None,
-                 page_size: int = 128, max_tok: int = MAX_TOK_DEFAULT, budget_bytes: int = 0,
+                 exact_layers: int = 0, page_size: int = 128, max_tok: int = MAX_TOK_DEFAULT, budget_bytes: int = 0,
                  offload_folder: str | os.PathLike | None = None, offload_bytes: int = 0,
                  calibration: str | os.PathLike | Calibration | None = None, seed: int = SEED_DEFAULT, dry_run: bool = False,
                  device: str = "cpu", allocator: Allocator | None = None, n_threads: int | None = None) -> None:
@@ -185,8 +189,8 @@ class Cache:
             if value is not None:
                 setattr(params, name, value)
         # ctypes keeps no reference to what a pointer field points to.
-        layer_k = _formats_array(layer_k_formats, n_layer, "layer_k_formats")
-        layer_v = _formats_array(layer_v_formats, n_layer, "layer_v_formats")
+        layer_k = _formats_array(layer_k_formats, params.k_format, n_layer, exact_layers, "layer_k_formats")
+        layer_v = _formats_array(layer_v_formats, params.v_format, n_layer, exact_layers, "layer_v_formats")
         if layer_k:
             params.layer_k_formats = layer_k
         if layer_v:

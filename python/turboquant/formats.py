@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,24 @@ def format_number(name: str | int) -> int:
     out = ctypes.c_int()
     lib.tq_format_from_name(ctypes.byref(out), name.encode(errors="replace"))
     return out.value
+
+
+def exact_ends(formats: Sequence[str | int | None] | None, fmt: str | int | None, n_layer: int, exact_layers: int
+               ) -> Sequence[str | int | None] | None:
+    """
+    The formats of keys, or of values, of a cache of n_layer layers: `formats` or else `fmt` for each, but "f16" for the first
+    and the last exact_layers of them; `formats` as it is where exact_layers is 0. Raises ArgumentError where no layer would be
+    left.
+    """
+    n = integer(exact_layers, ctypes.c_int32, "exact_layers")
+    if n < 0 or (n > 0 and 2 * n >= n_layer):
+        most = (n_layer - 1) // 2
+        raise ArgumentError(f"exact_layers is {n}, of {n_layer} layers: give the number of layers at each end that stay exact, "
+                            f"0 to {most} here")
+    if n == 0:
+        return formats
+    middle = ([fmt] * n_layer if formats is None else list(formats))[n : n_layer - n]
+    return ["f16"] * n + middle + ["f16"] * n
 
 
 def format_info(name: str | int, head_dim: int = 128) -> Format:

@@ -202,11 +202,16 @@ class TurboQuantLayer(CacheLayerMixin):
         owner = self._cache()
         if self is owner._compressed[0] and owner._guard == "raise" and owner._factors != "off":
             owner._raise_formats(module, query, keys, scaling)
-        if owner._factors == "off" or weight_factors.is_exact(owner._key_formats[self._number]):
+        is_exact = weight_factors.is_exact(owner._key_formats[self._number])
+        # The first one speaks for all: later ones could not change the formats any more.
+        is_first = self is owner._compressed[0] and not all(map(weight_factors.is_exact, owner._key_formats))
+        if owner._factors == "off" or (is_exact and not is_first):
             return None
         of_weights = factors_of(module, query, keys, weight_factors.references_of(owner._options))
         if of_weights is None:
             owner._do_without_factors(module, self)
+            return None
+        if is_exact:
             return None
         factors, spread = of_weights
         if owner._guard != "off":
@@ -267,7 +272,7 @@ class TurboQuantCache(Cache):
     and values of others. Kinds that are not known are refused.
 
     config: model.config. preset and options: those of turboquant.Cache, as k_format="sq8", v_format="sq8" or
-    layer_k_formats=[...], one for each layer of full attention.
+    layer_k_formats=[...], one for each layer of full attention, or exact_layers=1: the first and the last one stay exact.
     factors: "weights" (default) scales channels of keys by factors from the model's weights, so that outlier channels cost
     other channels no precision; "off" does not. With a calibration, which does what factors do, "off" is the default.
     guard: what happens to layers whose logits a preset's keys would move by more than 1, as the weights tell: "raise" (default)

@@ -22,7 +22,7 @@ import numpy as np
 
 from . import _library
 from .errors import ArgumentError
-from .formats import format_info, format_number, preset as find_preset
+from .formats import exact_ends, format_info, format_number, preset as find_preset
 
 CHOICES = ("weights", "off")
 
@@ -280,11 +280,10 @@ def warn_of_spread(fmt: int, spread: float, layer: str) -> None:
 
 def formats_of(options: dict[str, Any], n_layer: int, side: str) -> list[int]:
     """The format of each layer's keys, side "k", or values, "v", of a cache's options, a preset among them."""
-    of_layers = options.get(f"layer_{side}_formats")
-    if of_layers is not None:
-        return [format_number(fmt) for fmt in of_layers]
     one = options.get(f"{side}_format")
-    return [getattr(find_preset(options["preset"]), f"{side}_format") if one is None else format_number(one)] * n_layer
+    one = getattr(find_preset(options["preset"]), f"{side}_format") if one is None else one
+    of_layers = exact_ends(options.get(f"layer_{side}_formats"), one, n_layer, options.get("exact_layers", 0))
+    return [format_number(fmt) for fmt in ([one] * n_layer if of_layers is None else of_layers)]
 
 
 def references_of(options: dict[str, Any]) -> int:
