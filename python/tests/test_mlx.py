@@ -68,6 +68,30 @@ def test_formats_layer_by_layer(llama):
         make_prompt_cache(llama, layer_v_formats=["sq8", "sq4"])
 
 
+@pytest.mark.parametrize("options, named", [
+    ({"exact_layers": 1}, {"layer_k_formats": ["f16", "tt4", "f16"], "layer_v_formats": ["f16", "tt4", "f16"]}),
+    ({"exact_layers": 1, "k_format": "f16"}, {"k_format": "f16", "layer_v_formats": ["f16", "tt4", "f16"]})], ids=str)
+def test_exact_layers(llama, options, named):
+    """The first and the last one; and with exact keys. Each helps."""
+    tokens = ids(300)
+    wanted, found = (logits(llama, make_prompt_cache(llama, **each), tokens) for each in (named, options))
+    np.testing.assert_array_equal(found, wanted)
+    exact, coded = (logits(llama, cache, tokens) for cache in (stock.make_prompt_cache(llama), make_prompt_cache(llama)))
+    assert divergence(exact, found) < .9 * divergence(exact, coded)
+
+
+def test_values_only(llama):
+    """k_format="f16": attention weights are the model's own, to half precision."""
+    tokens, caches = ids(300), make_prompt_cache(llama, k_format="f16")
+    wanted = stock.make_prompt_cache(llama)
+    for cache in (caches, wanted):
+        logits(llama, cache, tokens)
+    store, seq = caches[0]._sequences[0].store, caches[0]._sequences[0].seq
+    k, v = (x.transpose(1, 0, 2) for x in store.read(seq, 0))
+    keys, values = (np.array(x[0]) for x in wanted[0].keys_and_values())
+    assert abs(k - keys).max() < 2e-3 * abs(keys).max() and abs(v - values).max() > .05 * abs(values).max()
+
+
 def test_pools(llama):
     """Each layer has one, which caches with the same options share; they have equal parts of tokens and bytes."""
     options = {"max_tok": 3 * 256, "budget_bytes": 3 << 20}
@@ -357,7 +381,8 @@ def test_refusals(llama):
 BAD_OPTIONS = [
     {"preset": "TQ5"}, {"preset": None}, {"k_fromat": "sq8"}, {"k_format": "tq9"}, {"v_format": 1 << 32}, {"n_sink": -1},
     {"n_recent": "many"}, {"page_size": 0}, {"max_tok": -1}, {"n_threads": 0}, {"n_layer": 3}, {"head_dim_v": 64},
-    {"dry_run": True}, {"seed": -1}, {"budget_bytes": -1}, {"k_ref_block": 3}, {"calibration_layer": 1},
+    {"dry_run": True}, {"seed": -1}, {"budget_bytes": -1}, {"k_ref_block": 3}, {"calibration_layer": 1}, {"exact_layers": 2},
+    {"exact_prefill": "yes"},
     {"layer_k_formats": ["sq8", "sq8", "tq9"]}, {"offload_folder": "/nowhere", "offload_bytes": 1 << 20}]
 
 
@@ -424,6 +449,65 @@ def test_from_kvcache_takes_other_caches_over():
     assert abs(logits(model, caches, more) - wanted).max() < TOLERANCES["f16"][0]
     with pytest.raises(turboquant.UnsupportedError, match="nothing to compress"):
         from_kvcache(model, caches)
+
+
+@pytest.mark.parametrize("step", [2048, 31])
+def test_exact_prefill(llama, step):
+    """The prompt's logits are MLX-LM's own, bit for bit; what is generated is what it is after from_kvcache."""
+    prompt, exact, caches = mx.array(ids(200)[0]), stock.make_prompt_cache(llama), make_prompt_cache(llama, exact_prefill=True)
+    wanted, found = (logits(llama, cache, ids(200), 3) for cache in (exact, caches))
+    np.testing.assert_array_equal(found, wanted)
+    assert caches[0].nbytes > 200 * 2 * 2 * 64 * 4  # of float32
+    more, coded = ids(1, seed=9), from_kvcache(llama, exact)
+    np.testing.assert_array_equal(logits(llama, caches, more), logits(llama, coded, more))
+    assert caches[0].nbytes == coded[0].nbytes and len(caches[0]._sequences[0].held) == 201
+    wanted, found = (next(generate_step(prompt, llama, prompt_cache=cache, prefill_step_size=step))
+                     for cache in (from_kvcache(llama, read_by(llama, prompt[:-1])),
+                                   make_prompt_cache(llama, exact_prefill=True)))
+    assert found[0] == wanted[0]
+
+
+def read_by(model, tokens):
+    """MLX-LM's own caches, which have read tokens."""
+    caches = stock.make_prompt_cache(model)
+    model(tokens[None], cache=caches)
+    return caches
+
+
+def test_exact_prefill_ends_with_what_is_kept(llama, tmp_path):
+    """Rows that a server keeps, files, and what drafts were taken back from are coded; copies of a prompt are not yet."""
+    caches, path, more = make_prompt_cache(llama, exact_prefill=True), str(tmp_path / "x.safetensors"), ids(9, seed=9)
+    logits(llama, caches, ids(200))
+    batch = [layer.merge([layer]) for layer in caches]
+    row, copied = [layer.extract(0) for layer in batch], copy.deepcopy(caches)
+    assert [each[0]._exact_bytes() > 0 for each in (caches, batch, row, copied)] == [True, True, False, True]
+    assert stock.trim_prompt_cache(copied, 0) == 0 and copied[0]._exact_bytes() == 0
+    stock.save_prompt_cache(path, caches)
+    loaded, coded = stock.load_prompt_cache(path), from_kvcache(llama, read_by(llama, mx.array(ids(200)[0])))
+    wanted = logits(llama, coded, more)
+    for each in (row, copied, loaded):
+        np.testing.assert_array_equal(logits(llama, each, more), wanted)
+
+
+def test_exact_prefill_in_batches(llama):
+    check_padding(llama, lambda model: make_prompt_cache(model, exact_prefill=True), [40, 64, 50], "left", OTHER_ORDER["f16"])
+    prompts = [ids(n, seed=n)[0].tolist() for n in (7, 60, 33, 90)]
+    options = {"exact_prefill": True, "n_recent": 16, **SQ8}
+    wanted = [greedy(llama, make_prompt_cache(llama, **options), np.array([prompt]), n=10) for prompt in prompts]
+    try:
+        assert generated_in_batches(install(llama, **options), prompts, 10) == wanted
+    finally:
+        del llama.make_cache
+
+
+def test_exact_prefill_is_interrupted(llama):
+    check_going_back(llama, lambda model: make_prompt_cache(model, exact_prefill=True), 50)
+
+
+def test_exact_prefill_with_shared_keys():
+    model, tokens = make_sharing_model("gemma4_text"), ids(120)
+    wanted = logits(model, stock.make_prompt_cache(model), tokens, 3)
+    np.testing.assert_array_equal(logits(model, make_prompt_cache(model, exact_prefill=True), tokens, 3), wanted)
 
 
 @pytest.fixture

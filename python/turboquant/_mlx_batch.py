@@ -16,6 +16,7 @@ import mlx_lm.models.cache as stock
 import numpy as np
 
 from . import weight_factors
+from ._mlx_exact import ExactPrompt
 from .errors import ArgumentError, UnsupportedError
 
 
@@ -110,6 +111,8 @@ class BatchCache(stock._BaseCache):
 
     def __init__(self, options: dict[str, Any]) -> None:
         weight_factors.chosen(options.get("factors"), options.get("calibration"))
+        if not isinstance(options.get("exact_prefill", False), bool):
+            raise ArgumentError(f"exact_prefill is {options['exact_prefill']!r}; give True or False")
         self._options = options
         self._factors = Factors()  # of the keys that it holds
         self._sequences: list[Held | None] = [None]  # None: empty
@@ -123,9 +126,32 @@ class BatchCache(stock._BaseCache):
         """An empty sequence. Raises for a shape that it cannot have."""
         raise NotImplementedError
 
-    def _rows(self, x: mx.array) -> Any:
+    @staticmethod
+    def _rows(x: mx.array) -> Any:
         """[n_batch, n_head, n_tok, head_dim] as sequences take parts of it."""
         return x
+
+    def _given(self, x: mx.array) -> Any:
+        """[n_batch, n_head, n_tok, head_dim] as self._sequences take parts of it."""
+        return x if self._options.get("exact_prefill") else self._rows(x)
+
+    def _wrapped(self, held: Held, exact: tuple[mx.array, ...] = ()) -> Held:
+        return ExactPrompt(held, self._rows, exact) if self._options.get("exact_prefill") else held
+
+    def _coded(self) -> list[Held]:
+        """The sequences, without what prompts that are still read exactly hold."""
+        held = [sequence for sequence in self._sequences if sequence is not None]
+        return [sequence.held if isinstance(sequence, ExactPrompt) else sequence for sequence in held]
+
+    def _exact_bytes(self) -> int:
+        """Of prompts that are still read exactly."""
+        return sum(sequence.exact_bytes for sequence in self._sequences if isinstance(sequence, ExactPrompt))
+
+    def _settle(self) -> None:
+        """Prompts that are read exactly are over."""
+        for sequence in self._sequences:
+            if isinstance(sequence, ExactPrompt):
+                sequence.settle()
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None = None
                ) -> mx.array:
@@ -135,7 +161,7 @@ class BatchCache(stock._BaseCache):
         """
         if queries.shape[1] % keys.shape[1] != 0:
             raise ArgumentError(f"{queries.shape[1]} query heads do not share {keys.shape[1]} KV heads evenly")
-        q, k, v = map(self._rows, (queries, keys, values))
+        q, k, v = map(self._given, (queries, keys, values))
         return self._attend(queries, self._take(queries.shape[2]), lambda sequence, part: sequence.attend(
             q[part], k[part], v[part], scale, sinks))
 
@@ -143,14 +169,14 @@ class BatchCache(stock._BaseCache):
         """Append rows [n_batch, n_head_kv, n_tok, head_dim], which have attended elsewhere; layer: of the model, theirs."""
         modules = [] if layer is None else layer.modules()
         self._expect(keys, values, next((each for each in modules if weight_factors.has_projections(each)), None), layer)
-        k, v = map(self._rows, (keys, values))
+        k, v = map(self._given, (keys, values))
         for i, sequence, begin, n in self._take(keys.shape[2]):
             sequence.attend(None, *(x[i : i + 1, :, begin : begin + n] for x in (k, v)))
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         """Attend with the queries of another layer, which shares the rows that were appended last. They see all of them coded
         that are by now, which in a long part of a prompt is more than those of the first layer saw."""
-        q = self._rows(queries)
+        q = self._given(queries)
         return self._attend(queries, self._take_again(), lambda sequence, part: sequence.attend_again(q[part], scale, sinks))
 
     def _attend(self, queries: mx.array, taken: Iterable[tuple[int, Held, int, int]],
@@ -193,7 +219,7 @@ class BatchCache(stock._BaseCache):
         elif any(sequence is not None and sequence.shape != shape for sequence in self._sequences):
             raise ArgumentError(f"a layer has {n_head_kv} KV heads of {head_dim}, but the cache holds others: it belongs to "
                                 "another model. Make a new one")
-        self._sequences = [self._make(shape) if sequence is None else sequence for sequence in self._sequences]
+        self._sequences = [self._wrapped(self._make(shape)) if sequence is None else sequence for sequence in self._sequences]
         self._pending = n_tok
 
     def keys_and_values(self) -> tuple[Rows, Rows]:
@@ -204,7 +230,8 @@ class BatchCache(stock._BaseCache):
 
     def _used_options(self) -> dict[str, Any]:
         """What sequences are made with."""
-        return {name: value for name, value in self._options.items() if name != "factors"} | self._factors.instead
+        not_theirs = ("factors", "exact_prefill")
+        return {name: value for name, value in self._options.items() if name not in not_theirs} | self._factors.instead
 
     def _take(self, n_tok: int) -> Iterator[tuple[int, Held, int, int]]:
         """
@@ -269,6 +296,7 @@ class BatchCache(stock._BaseCache):
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens of each row; how many that were."""
+        self._settle()  # drafts are rejected, so this is no prompt any more
         n = min(n, self.size())
         for sequence in self._sequences:
             if sequence is not None:
@@ -326,6 +354,7 @@ class BatchCache(stock._BaseCache):
         """One row as a cache of its own; its pages are shared."""
         other = self._like([self._sequences[idx]])
         other._batched = False
+        other._settle()  # such a cache is kept, by a server for example
         return other
 
     @classmethod

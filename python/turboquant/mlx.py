@@ -35,6 +35,7 @@ from ._library import AttendParams
 from ._mlx_batch import BatchCache, Factors, Rows, Shape, guard_passes
 from ._rows import attend_params
 from .errors import ArgumentError, SnapshotError, UnsupportedError
+from .formats import exact_ends
 from .mlx_metal import TurboQuantMetalKVCache
 
 # Of the pools of all layers. Memory is taken as it is used; the tables of so many pages take some MB.
@@ -97,9 +98,10 @@ def _load(path: Path, options: dict[str, Any]) -> tuple[_cache.Cache, list[int]]
 
 # What comes with the first keys, or is no matter of a model's cache.
 _NOT_OPTIONS = {"self", "n_layer", "n_head_kv", "head_dim", "head_dim_v", "values_in_keys", "dry_run"}
-_OPTIONS = [name for name in inspect.signature(_cache.Cache.__init__).parameters if name not in _NOT_OPTIONS] + ["factors"]
+_OPTIONS = [name for name in inspect.signature(_cache.Cache.__init__).parameters if name not in _NOT_OPTIONS]
+_OPTIONS += ["factors", "exact_prefill"]
 # Those that are no matter of the smallest cache: calibrations know shapes, and are read elsewhere.
-_CHECKED_ELSEWHERE = ("calibration", "layer", "factors")
+_CHECKED_ELSEWHERE = ("calibration", "layer", "factors", "exact_prefill")
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def _try(options: str) -> None:
 
 
 class _Sequence:
-    """A sequence of a pool, freed with this object. It computes at once, on rows as _host has them."""
+    """A sequence of a pool, freed with this object. It computes at once, on rows as TurboQuantKVCache._rows has them."""
 
     def __init__(self, store: _cache.Cache, seq: int | None = None) -> None:
         self.store, self.seq = store, store.seq_create() if seq is None else seq
@@ -204,8 +206,10 @@ class TurboQuantKVCache(BatchCache):
 
     _arrays = np
 
-    def _rows(self, x: mx.array) -> np.ndarray:
-        return _host(x)
+    @staticmethod
+    def _rows(x: mx.array) -> np.ndarray:
+        """In host memory, MLX's own: float32, where heads follow each other token by token."""
+        return np.array(mx.contiguous(x.transpose(0, 2, 1, 3).astype(mx.float32)), copy=False).transpose(0, 2, 1, 3)
 
     def _make(self, shape: Shape) -> _Sequence:
         return _Sequence(_store(shape, self._used_options(), self._factors.array))
@@ -213,12 +217,11 @@ class TurboQuantKVCache(BatchCache):
     @property
     def nbytes(self) -> int:
         """Bytes of pages and exact tokens. Pages that caches share count in each."""
-        total = 0
-        for sequence in self._sequences:
-            if sequence is not None:
-                stats = sequence.store.stats()
-                total += len(sequence.store.page_table(sequence.seq)) * stats.page_bytes
-                total += stats.exact_bytes // stats.n_sequences
+        total = self._exact_bytes()
+        for sequence in self._coded():
+            stats = sequence.store.stats()
+            total += len(sequence.store.page_table(sequence.seq)) * stats.page_bytes
+            total += stats.exact_bytes // stats.n_sequences
         return total
 
     # ---- what save_prompt_cache and load_prompt_cache call ----
@@ -246,12 +249,13 @@ class TurboQuantKVCache(BatchCache):
             path.write_bytes(np.array(value["snapshot"]).tobytes())
             store, seqs = _load(path, self._used_options())
         self._factors = Factors.of(store.key_factors(0), self._factors.instead)
-        self._sequences = [_Sequence(store, seq) for seq in seqs]
+        self._sequences = [self._wrapped(_Sequence(store, seq)) for seq in seqs]
         self._left = [0] * len(self._sequences)
 
     def _save(self) -> dict[str, Any]:
         found: dict[str, Any] = {"options": json.dumps(self._options), "batched": int(self._batched)}
-        sequences = [sequence for sequence in self._sequences if sequence is not None]
+        self._settle()
+        sequences = self._coded()
         if sequences and not self.empty():
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "cache.tqs"
@@ -259,11 +263,6 @@ class TurboQuantKVCache(BatchCache):
                 found["instead"] = json.dumps(self._factors.instead)
                 found["snapshot"] = mx.array(np.fromfile(path, np.uint8))
         return found
-
-
-def _host(x: mx.array) -> np.ndarray:
-    """[n_batch, n_head, n_tok, head_dim] in host memory, MLX's own: float32, where heads follow each other token by token."""
-    return np.array(mx.contiguous(x.transpose(0, 2, 1, 3).astype(mx.float32)), copy=False).transpose(0, 2, 1, 3)
 
 
 def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any,
@@ -294,10 +293,10 @@ def _reach_attention(model: Any) -> None:
 
 def _options_of_layers(options: dict[str, Any], compressed: Sequence[int], n_layer: int) -> list[dict[str, Any]]:
     """
-    Of the compressed ones of a model's n_layer layers: layer_k_formats and layer_v_formats become each layer's k_format and
-    v_format.
+    Of the compressed ones of a model's n_layer layers: layer_k_formats, layer_v_formats and exact_layers become each layer's
+    k_format and v_format.
     """
-    n, of_layers = len(compressed), ("layer_k_formats", "layer_v_formats", "calibration")
+    n, of_layers = len(compressed), ("layer_k_formats", "layer_v_formats", "exact_layers", "calibration")
     common = {name: value for name, value in options.items() if name not in of_layers}
     layers = [dict(common) for _ in compressed]
     calibration = options.get("calibration")
@@ -310,12 +309,14 @@ def _options_of_layers(options: dict[str, Any], compressed: Sequence[int], n_lay
         for layer in layers:
             layer["calibration"] = calibration.path
     for side in "kv":
-        formats = options.get(f"layer_{side}_formats") or []
-        if formats and len(formats) != n:
+        formats = options.get(f"layer_{side}_formats") or None
+        if formats is not None and len(formats) != n:
             raise ArgumentError(f"layer_{side}_formats has {len(formats)} formats, but {n} layers are compressed: give one for "
                                 "each of these")
-        for layer, name in zip(layers, formats):
-            layer[f"{side}_format"] = name
+        formats = exact_ends(formats, None, n, options.get("exact_layers", 0))
+        for layer, name in zip(layers, formats or []):
+            if name is not None:
+                layer[f"{side}_format"] = name
     return layers
 
 
@@ -334,10 +335,12 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     MLX-LM's make_prompt_cache, with a compressed cache in place of each plain KVCache; layers with a window or a recurrent
     state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="sq8"; on
     an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
-    for each compressed layer. A calibration, a path or a Calibration, is of the whole model. What was applied is printed once.
-    factors="off" leaves channels of keys as they are; by default factors from the model's weights keep outlier channels from
-    costing the others precision. On the CPU max_tok, budget_bytes and offload_bytes are of all layers together, which get equal
-    shares. Options are checked now. max_kv_size is MLX-LM's, and refused: there is no bound.
+    for each compressed layer, or exact_layers=1: the first and the last of them keep keys and values in f16; k_format="f16"
+    keeps all keys exact. exact_prefill=True reads prompts with exact keys and values, which are coded when the first token is
+    generated; until then they take their memory. A calibration, a path or a Calibration, is of the whole model. What was
+    applied is printed once. factors="off" leaves channels of keys as they are; by default factors from the model's weights keep
+    outlier channels from costing the others precision. On the CPU max_tok, budget_bytes and offload_bytes are of all layers
+    together, which get equal shares. Options are checked now. max_kv_size is MLX-LM's, and refused: there is no bound.
     """
     if max_kv_size is not None:
         raise UnsupportedError(f"max_kv_size is {max_kv_size}, but a compressed cache holds all tokens: leave it out, or use a "

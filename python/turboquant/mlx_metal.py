@@ -20,6 +20,7 @@ import numpy as np
 from . import cache as _cache, metal_kernels as kernels, weight_factors
 from ._library import integer
 from ._mlx_batch import BatchCache, Factors, Shape
+from ._mlx_exact import ExactPrompt
 from .errors import ArgumentError, UnsupportedError
 from .formats import SEED_DEFAULT, format_info
 
@@ -209,17 +210,24 @@ class TurboQuantMetalKVCache(BatchCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, with the room that they have for more. Arrays that copies share count in each."""
-        held = [sequence for sequence in self._sequences if sequence is not None]
-        return sum(x.nbytes for sequence in held for x in (*sequence.arrays, sequence.factors) if x is not None)
+        of_sequences = (x for sequence in self._coded() for x in (*sequence.arrays, sequence.factors) if x is not None)
+        return sum(x.nbytes for x in of_sequences) + self._exact_bytes()
 
     # ---- what save_prompt_cache and load_prompt_cache call ----
 
     @property
     def state(self) -> list[str | mx.array]:
         """What it is, in JSON, and the arrays of all sequences; MLX-LM evaluates them after each part of a prompt."""
-        held = [None if sequence is None else [sequence.length, sequence.coded, sequence.shape] for sequence in self._sequences]
-        said = json.dumps({"options": self._options, "batched": self._batched, "sequences": held, "key_factors": self._factors})
-        return [said, *(x for sequence in self._sequences if sequence is not None for x in sequence.arrays)]
+        held, arrays = [], []
+        for sequence in self._sequences:
+            if sequence is None:
+                held.append(None)
+                continue
+            coded, exact = (sequence.held, sequence.exact) if isinstance(sequence, ExactPrompt) else (sequence, ())
+            held.append([coded.length, coded.coded, coded.shape, len(exact)])
+            arrays += [*coded.arrays, *exact]
+        said = {"options": self._options, "batched": self._batched, "sequences": held, "key_factors": self._factors}
+        return [json.dumps(said), *arrays]
 
     @state.setter
     def state(self, value: Sequence[str | mx.array]) -> None:
@@ -229,9 +237,10 @@ class TurboQuantMetalKVCache(BatchCache):
         for held in said["sequences"]:
             sequence = None
             if held is not None:
-                length, coded, shape = held
+                length, coded, shape, *n_exact = held  # files from before 2026-12 do not have the last one
                 sequence = self._make(tuple(shape))
                 sequence.length, sequence.coded = length, coded
                 sequence.arrays = kernels.Arrays(*(next(arrays) for _ in kernels.Arrays._fields))
+                sequence = self._wrapped(sequence, tuple(next(arrays) for _ in range(sum(n_exact))))
             self._sequences.append(sequence)
         self._left = [0] * len(self._sequences)
