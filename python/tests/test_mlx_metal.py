@@ -270,6 +270,25 @@ def test_copies_and_files(llama, tmp_path):
     assert copied[0].offset == 100 and np.array_equal(logits(llama, copied, more), wanted)
 
 
+def test_exact_prefill(llama, tmp_path):
+    """Prompts have MLX-LM's own logits; a file of one that is not over goes on with it; then it is what one that was given the
+    same keys is."""
+    path, own = str(tmp_path / "x.safetensors"), stock.make_prompt_cache(llama)
+    caches = metal(llama, exact_prefill=True, **LIKE_CPU)
+    first, second = np.split(ids(100), [60], axis=1)
+    np.testing.assert_array_equal(logits(llama, caches, first), logits(llama, own, first))
+    stock.save_prompt_cache(path, caches)
+    caches = stock.load_prompt_cache(path)
+    np.testing.assert_array_equal(logits(llama, caches, second), logits(llama, own, second))
+    coded = metal(llama, **LIKE_CPU)
+    for ours, theirs, layer in zip(coded, own, llama.layers):
+        ours.append(*theirs.keys_and_values(), layer)
+    for i in range(2):
+        token = ids(1, seed=i)
+        np.testing.assert_allclose(logits(llama, caches, token), logits(llama, coded, token), atol=1e-5)
+    assert caches[0].nbytes == coded[0].nbytes
+
+
 def zeros(name, template, inputs, grid, threadgroup, shapes, dtypes):
     return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
 
