@@ -100,6 +100,12 @@ def _rope(module: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return partners, np.where(partners == channels, 0, np.arctan2(abs(turned[channels, partners]), turned[channels, channels]))
 
 
+def _attention_of(layer: Any) -> Any:
+    """The module of a model's layer that projects keys, by names that are known; None if there is none."""
+    modules = [] if layer is None else layer.modules()
+    return next((each for each in modules if weight_factors.has_projections(each)), None)
+
+
 class BatchCache(stock._BaseCache):
     """
     The cache of one layer for a batch of sequences, in the place of MLX-LM's KVCache and BatchKVCache. Padding is not stored.
@@ -167,8 +173,7 @@ class BatchCache(stock._BaseCache):
 
     def append(self, keys: mx.array, values: mx.array, layer: Any = None) -> None:
         """Append rows [n_batch, n_head_kv, n_tok, head_dim], which have attended elsewhere; layer: of the model, theirs."""
-        modules = [] if layer is None else layer.modules()
-        self._expect(keys, values, next((each for each in modules if weight_factors.has_projections(each)), None), layer)
+        self._expect(keys, values, _attention_of(layer), layer)
         k, v = map(self._given, (keys, values))
         for i, sequence, begin, n in self._take(keys.shape[2]):
             sequence.attend(None, *(x[i : i + 1, :, begin : begin + n] for x in (k, v)))
@@ -227,6 +232,11 @@ class BatchCache(stock._BaseCache):
         if self._pending or self._taken is None:
             raise ArgumentError("a layer shares keys and values that no layer has brought yet: make a new cache")
         return Rows(self, None), Rows(self, None)
+
+    def fits(self, layer: Any) -> bool:
+        """Would keys that this layer of a model brings have the factors of those that are held? layer: as of append."""
+        n_head_kv, head_dim, _ = self._coded()[0].shape
+        return _find_factors(self._options, _attention_of(layer), layer, n_head_kv, head_dim) == self._factors
 
     def _used_options(self) -> dict[str, Any]:
         """What sequences are made with."""
