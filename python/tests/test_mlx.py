@@ -170,17 +170,6 @@ def test_calibration_is_saved_by_name(llama, tmp_path):
         stock.load_prompt_cache(path)
 
 
-def test_server_takes_a_calibration(monkeypatch):
-    from turboquant import mlx_server
-    model = make_model()
-    monkeypatch.setattr(mlx_server.server, "load", lambda *args: (model, "tokenizer"))
-    monkeypatch.setattr(mlx_server.server, "main", lambda: mlx_server.server.load("model"))
-    monkeypatch.setattr(mlx_server.sys, "argv", ["server", "--kv-calibration", str(CALIBRATION), "--port", "1"])
-    mlx_server.main()
-    assert mlx_server.sys.argv == ["server", "--port", "1"]
-    assert [layer._options["layer"] for layer in model.make_cache()] == [[0, 3], [1, 3], [2, 3]]
-
-
 def test_few_bits_are_worse(llama):
     tokens = ids(300)
     wanted = logits(llama, stock.make_prompt_cache(llama), tokens)
@@ -532,34 +521,6 @@ def test_a_bound_is_refused_where_models_make_their_caches():
     install(install(model, **F16), **F16)
     with pytest.raises(turboquant.UnsupportedError, match="max_kv_size"):
         stock.make_prompt_cache(model, 64)
-
-
-@pytest.mark.parametrize("given, told", [
-    (["--kv-preset", "TQ5"], "there is no preset 'TQ5'; there are"), (["--kv-preset="], "there is no preset ''"),
-    (["--kv-calibration", "missing.tqcal"], "missing.tqcal"), (["--kv-calibration", __file__], "test_mlx.py"),
-    (["--kv-bits", "8"], "compressed already"), (["--kv-bit=8"], "compressed already"), (["--kv-prest", "TQ4"], "--kv-prest"),
-    (["--kv-group-size", "32"], "compressed already"), (["--quantized-kv-start=0"], "compressed already")])
-def test_server_refuses_before_it_loads(monkeypatch, capsys, given, told):
-    from turboquant import mlx_server
-    monkeypatch.setattr(mlx_server.server, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(mlx_server.server, "run", lambda *args: pytest.fail("the server was started"))
-    monkeypatch.setattr(mlx_server.sys, "argv", ["server", *given])
-    with pytest.raises(SystemExit) as end:
-        mlx_server.main()
-    assert end.value.code == 2 and told in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["-h", "--help"])
-def test_server_helps(monkeypatch, capsys, option):
-    """With both programs' options."""
-    from turboquant import mlx_server
-    monkeypatch.setattr(mlx_server.server, "load", mlx_server.server.load)
-    monkeypatch.setattr(mlx_server.sys, "argv", ["server", option])
-    with pytest.raises(SystemExit) as end:
-        mlx_server.main()
-    text = capsys.readouterr().out
-    assert end.value.code == 0
-    assert all(part in text for part in ("--kv-preset", "--kv-calibration", "TQ3", "--prompt-cache-size"))
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n"])

@@ -3,6 +3,7 @@
 SmolLM2-135M in MLX-LM, converted by its own converter: KL divergence from its own cache, greedy text, and a running
 mlx_lm.server with two clients at once.
 """
+import contextlib
 import json
 import os
 import socket
@@ -83,11 +84,13 @@ def test_example(folder):
 
 
 def ask(port, words, answers):
+    """The answer, and how many of the prompt's tokens were found in a cache."""
     body = {"messages": [{"role": "user", "content": words}], "max_tokens": 24, "temperature": 0}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=240) as response:
-        answers[words] = json.load(response)["choices"][0]["message"]["content"]
+        found = json.load(response)
+    answers[words] = found["choices"][0]["message"]["content"], found["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
 def ask_at_once(port, questions):
@@ -100,28 +103,59 @@ def ask_at_once(port, questions):
     return answers
 
 
-def test_server(folder, tmp_path):
-    """Two clients at once, twice: the second time the server finds the prompts' caches. The answers are the same."""
+@contextlib.contextmanager
+def running_server(folder, log, *options):
+    """The port of a server, which is terminated in the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = open(tmp_path / "server.log", "w+")
-    command = [sys.executable, "-m", "turboquant.mlx_server", "--kv-preset", "TQ6", "--model", str(folder), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        for _ in range(240):
-            assert server.poll() is None, (tmp_path / "server.log").read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(.5)
-        questions = ["What is the capital of France?", "Name three colours."]
+    command = [sys.executable, "-m", "turboquant", "mlx", "server", *options, "--model", str(folder), "--port", str(port)]
+    with open(log, "w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        try:
+            for _ in range(240):
+                assert server.poll() is None, log.read_text()
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(.5)
+            yield port
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def test_server(folder, tmp_path):
+    """
+    Two clients at once, twice: the second time the server finds the prompts' caches. A server that is started again finds them
+    in the folder. The answers are the same.
+    """
+    log, kept = tmp_path / "server.log", tmp_path / "prompts"
+    options = ["--kv-preset", "TQ6", "--kv-cache-folder", str(kept)]
+    questions = ["What is the capital of France?", "Name three colours."]
+    with running_server(folder, log, *options) as port:
         first, second = ask_at_once(port, questions), ask_at_once(port, questions)
-        assert set(first) == set(questions), (tmp_path / "server.log").read_text()
-        assert all(len(answer) > 5 for answer in first.values()) and "Paris" in first[questions[0]]
-        assert first == second
-    finally:
-        server.terminate()
-        server.wait(30)
-        log.close()
-    assert "30 of 30 layers compressed" in (tmp_path / "server.log").read_text()
+        assert set(first) == set(questions), log.read_text()
+        for _ in range(240):  # files are written behind the answers
+            if len(list(kept.glob("kv-" + "[0-9a-f]" * 32 + ".safetensors"))) == 2:
+                break
+            time.sleep(.5)
+    with running_server(folder, log, *options) as port:
+        third = ask_at_once(port, questions)
+    for words in questions:
+        (answer, _), (again, n_second), (later, n_third) = (found[words] for found in (first, second, third))
+        assert len(answer) > 5 and answer == again == later, log.read_text()
+        assert n_third == n_second > 20
+    assert "Paris" in first[questions[0]][0]
+    assert "30 of 30 layers compressed" in log.read_text() and "tokens are read from" in log.read_text()
+
+
+def test_commands(folder):
+    """generate, as a user types it, with most of our options: the stock command's text, as all tokens are in the window."""
+    words = ["generate", "--model", str(folder), "--prompt", "What is the capital of France?", "--max-tokens", "24", "--verbose",
+             "F"]
+    ours = ["--kv-preset", "TQ3", "--kv-k-format", "f16", "--kv-exact-layers", "2", "--kv-exact-prefill"]
+    done = [subprocess.run([sys.executable, "-m", *given], capture_output=True, text=True, check=True)
+            for given in (["mlx_lm", *words], ["turboquant", "mlx", *words, *ours])]
+    assert "Paris" in done[0].stdout and done[0].stdout == done[1].stdout
+    assert "30 of 30 layers compressed" in done[1].stderr

@@ -2,12 +2,16 @@
 """Small random models of MLX-LM."""
 import copy
 import importlib
+import json
 
 import mlx.core as mx
 import numpy as np
 from families import divergence
 from mlx.utils import tree_map
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.utils import save_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 192, "num_attention_heads": 4,
          "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 211}
@@ -169,3 +173,21 @@ def make_sharing_model(kind):
         "activation_sparsity_pattern": [0.0] * 9, "altup_num_inputs": 2, "altup_active_idx": 0, "altup_coef_clip": 120.0,
         "altup_correct_scale": True, "laurel_rank": 16, "rope_scaling": None}
     return module.Model(module.ModelArgs.from_dict({"model_type": "gemma3n", "text_config": text}))
+
+
+def save(model, folder):
+    """Write a model for mlx_lm.load, with a tokenizer of words: w5 is token 5, and 1 the end."""
+    save_model(folder, model)
+    config = {name: value for name, value in vars(model.args).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = {1: "</s>", 2: "?"}
+    tokenizer = Tokenizer(models.WordLevel({names.get(i, f"w{i}"): i for i in range(SIZES["vocab_size"])}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", eos_token="</s>", chat_template=template
+                            ).save_pretrained(folder)
+    return folder
+
+
+def words(tokens):
+    return " ".join(f"w{token}" for token in tokens)

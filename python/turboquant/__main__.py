@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """
-python -m turboquant doctor | eval | plan. docs/python.md.
+python -m turboquant doctor | eval | plan | mlx. docs/python.md.
 
 Exit codes: 0; 1, something is missing, refused or does not work, as one line on stderr says; 2, words that mean nothing; 130,
 stopped by Ctrl-C.
@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import NoReturn
 
-from .commands import CommandError, doctor, evaluate, plan
+from .commands import CommandError, Parser, doctor, evaluate, mlx, plan
 from .errors import TurboQuantError
 
 _COMMANDS = {
@@ -20,6 +19,7 @@ _COMMANDS = {
 examples:
   python -m turboquant doctor                     the library, its kernels, CUDA, and the packages that it works with
   python -m turboquant doctor ./Qwen2.5-0.5B      also each layer of a model: compressed, kept or refused, and why
+  python -m turboquant doctor ./Qwen3 --engine mlx    the same in MLX-LM
   python -m turboquant doctor gemma3_text         the same of a kind of models, with nothing downloaded
 
 Ends with 1 if the library has no kernels for this machine, or the model is refused."""),
@@ -41,13 +41,8 @@ examples:
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"turboquant: {message}; `{self.prog} --help` has all options\n")
-
-
-def parse(words: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = Parser(
         prog="python -m turboquant", description="A language model's KV cache in 2 to 4 bits a value: what works here, what it "
         "costs in quality, what it saves.", epilog="`COMMAND --help` has options and examples.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -56,13 +51,17 @@ def parse(words: list[str] | None) -> argparse.Namespace:
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print JSON, for programs")
+    commands.add_parser("mlx", help="MLX-LM's commands with compressed caches: " + ", ".join(mlx.COMMANDS))
     return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> int:
-    args = parse(words)
-    module = _COMMANDS[args.command][0]
+    words = sys.argv[1:] if words is None else words
     try:
+        if words[:1] == ["mlx"]:  # whose commands have options of their own
+            return mlx.run(words[1:])
+        args = parse(words)
+        module = _COMMANDS[args.command][0]
         found, status = module.run(args)
         print(json.dumps(found, indent=1) if args.json else module.text(found), flush=True)
         return status

@@ -320,7 +320,7 @@ def _options_of_layers(options: dict[str, Any], compressed: Sequence[int], n_lay
     return layers
 
 
-def _cache_class() -> type:
+def cache_class() -> type:
     """The cache for the device that MLX computes on."""
     if mx.default_device() == mx.cpu:
         return TurboQuantKVCache
@@ -356,7 +356,7 @@ def from_kvcache(model: Any, caches: Sequence[Any], preset: str = "TQ4", **optio
     exact keys and values, and what follows is read and generated with compressed ones. Each plain KVCache gets a copy of its
     own, which leaves it as it is; other caches are in both lists.
     """
-    kind = _cache_class()
+    kind = cache_class()
     if any("embed_q" in module for module in model.modules()):
         raise UnsupportedError("this model has latent attention (MLA): it keeps latents in place of keys and values, which are "
                                "not compressed. Use mlx_lm.models.cache.make_prompt_cache")

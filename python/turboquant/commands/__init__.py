@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import NoReturn
 
 import turboquant
 from turboquant.errors import ArgumentError
@@ -11,6 +12,13 @@ from turboquant.errors import ArgumentError
 
 class CommandError(Exception):
     """What ends a command with one line: what is wrong, and its cure."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line, with a cure."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"turboquant: {message}; `{self.prog} --help` has all options\n")
 
 
 def first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from turboquant._divergence import N_PART, divergences, figures_of, scored
 from turboquant.errors import TurboQuantError
 
 from . import CommandError, add_presets, at_least, first_line, kept_bytes, table
-from .models import WITH_WEIGHTS, faults_of, need_transformers, source_of
+from .models import WITH_WEIGHTS, faults_of, mlx_folder, need_mlx, need_transformers, source_of
 
 OWN, FLOOR = "own cache", "floor"
 _LEAST = 256  # tokens of a window, as for `tq eval`
@@ -108,18 +108,10 @@ class Mlx:
     floors: Sequence[str] = ()
 
     def __init__(self, args: argparse.Namespace) -> None:
-        try:
-            import mlx.core as mx
-            import mlx_lm
-        except ImportError as error:
-            raise CommandError(f"this needs MLX-LM, which cannot be imported ({first_line(error)}): pip install "
-                               "'turboquant[mlx]'") from error
-        if not (Path(args.model) / "config.json").is_file():
-            raise CommandError(f"{args.model} is no folder with config.json: give one, which MLX-LM takes")
-        if not mx.metal.is_available():
-            mx.set_default_device(mx.cpu)
+        mlx_lm, folder = need_mlx(), mlx_folder(args.model)
+        import mlx.core as mx
         with faults_of(args.model):
-            self.model, self.tokenizer = mlx_lm.load(args.model)
+            self.model, self.tokenizer = mlx_lm.load(str(folder))
         self.presets, self.mx, self.engine = args.presets, mx, f"MLX-LM {mlx_lm.__version__}"
         self.n_ctx_train = getattr(self.model.args, "max_position_embeddings", None)
 

@@ -29,6 +29,26 @@ def need_transformers() -> Any:
     return transformers
 
 
+def need_mlx() -> Any:
+    """The package mlx_lm, with MLX on a device that there are caches for: an Apple GPU, or the CPU."""
+    try:
+        import mlx.core as mx
+        if not mx.metal.is_available():
+            mx.set_default_device(mx.cpu)  # before MLX-LM makes a stream
+        import mlx_lm
+    except ImportError as error:
+        raise CommandError(f"this needs MLX-LM, which cannot be imported ({first_line(error)}): pip install "
+                           "'turboquant[mlx]'") from error
+    return mlx_lm
+
+
+def mlx_folder(name: str) -> Path:
+    """A model's folder, for MLX-LM."""
+    if not (Path(name) / "config.json").is_file():
+        raise CommandError(f"{name} is no folder with config.json: give one, which MLX-LM takes")
+    return Path(name)
+
+
 @contextlib.contextmanager
 def faults_of(name: str, known: str = WITH_WEIGHTS) -> Iterator[None]:
     """Errors of other packages about a model, in one line; known: what a model can be."""
