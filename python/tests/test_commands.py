@@ -149,6 +149,54 @@ def test_doctor_names_reasons(tmp_path, run, found):
                       ("none", "no keys and values of its own")}
 
 
+def mlx_caches(folder):
+    """What MLX-LM's model of this configuration gets from turboquant."""
+    from mlx_lm.utils import load_model
+    from turboquant.mlx import make_prompt_cache
+    return make_prompt_cache(load_model(folder, lazy=True, strict=False)[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3", "deepseek_v3"])
+def test_doctor_says_what_mlx_lm_does(kind, folder, tmp_path, run):
+    """By a configuration only, or with weights; layers and their shapes, or the reason for which a model is refused."""
+    mlx_lm = pytest.importorskip("mlx_lm")
+    path = folder if kind == "llama" else tmp_path
+    if kind != "llama":
+        transformers.AutoConfig.for_model(kind).save_pretrained(path)
+    status, out, _ = run("doctor", path, "--engine", "mlx", "--json")
+    model = json.loads(out)["model"]
+    assert model["engine"] == "mlx" and model["configuration"] == kind
+    if kind == "deepseek_v3":
+        assert status == 1 and "latent attention" in model["refused"]
+        return
+    caches, states = mlx_caches(path), [layer["state"] for layer in model["layers"]]
+    assert status == 0 and states == ["compressed" if "TurboQuant" in type(cache).__name__ else "kept" for cache in caches]
+    whys = {layer["why"] for layer in model["layers"]}
+    assert whys == {"llama": {"KVCache, 2 KV heads, head_dim 64"}, "qwen3": {"KVCache, 32 KV heads, head_dim 128"},
+                    "gemma3_text": {"KVCache, 4 KV heads, head_dim 256",
+                                    "RotatingKVCache of 4096 tokens, whose memory is bounded"}}[kind]
+    assert f"({kind} in MLX-LM) compresses" in run("doctor", path, "--engine", "mlx")[1] and mlx_lm
+
+
+def test_doctor_refuses_what_mlx_lm_would(tmp_path, run):
+    pytest.importorskip("mlx_lm")
+    transformers.LlamaConfig(hidden_size=480, num_attention_heads=4, num_hidden_layers=2).save_pretrained(tmp_path)
+    status, out, _ = run("doctor", tmp_path, "--engine", "mlx")
+    assert status == 1 and "is refused" in out and "head_dim 120 has no rotation" in out
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    status, out, err = run("doctor", tmp_path, "--engine", "mlx")
+    assert (status, out) == (1, "") and "Model type none not supported. Give a folder with a model that MLX-LM has" in err
+    status, out, err = run("doctor", "qwen2", "--engine", "mlx")
+    assert (status, out) == (1, "") and "no folder with config.json" in err
+
+
+def test_doctor_takes_mlx_lm_where_it_is_alone(folder, monkeypatch, found):
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "torch" else "1.0")
+    assert found("doctor", folder)["model"]["engine"] == "mlx"
+    monkeypatch.setattr(doctor, "_version", lambda package: "1.0")
+    assert found("doctor", folder)["model"]["engine"] == "transformers"
+
+
 def test_doctor_knows_what_the_tests_run_with():
     """The releases that it calls tested are those of the requirements."""
     pins = "".join((ROOT / "python/tests" / name).read_text() for name in (

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
+import io
 import itertools
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import turboquant
@@ -15,7 +18,7 @@ from turboquant import _library
 from turboquant.errors import DeviceError, TurboQuantError
 
 from . import first_line, presets
-from .models import HELP, class_of, config_of, no_language_model
+from .models import HELP, class_of, config_of, faults_of, mlx_folder, need_mlx, no_language_model
 
 # By module: the names of its packages, and the releases that the tests run with.
 HOSTS = {
@@ -31,6 +34,8 @@ _CUDA_LIBRARY = "libturboquant-cuda.so"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"say what install() would do with its layers: {HELP}")
+    parser.add_argument("--engine", choices=("transformers", "mlx"), help="what is to run the model; mlx is MLX-LM, which "
+                        "takes folders (transformers, or mlx if only that is installed)")
     parser.add_argument("--preset", type=_preset, default="TQ4", metavar="NAME",
                         help="the preset that install() would get (%(default)s)")
 
@@ -44,7 +49,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     library = describe_library()
     found: dict[str, Any] = {"library": library, "cuda": describe_cuda(), "hosts": [describe_host(name) for name in HOSTS]}
     if args.model is not None:
-        found["model"] = describe_model(args.model, args.preset)
+        engine = args.engine or ("mlx" if is_only_mlx(args.model) else "transformers")
+        found["model"] = {"transformers": describe_model, "mlx": describe_mlx_model}[engine](args.model, args.preset)
     return found, int(library["instruction_set"] is None or found.get("model", {}).get("refused") is not None)
 
 
@@ -87,7 +93,8 @@ def _version(package: str) -> str | None:
 def describe_model(name: str, preset: str) -> dict[str, Any]:
     """What install() would do, by the configuration and the class of the model. No weights are read."""
     config = config_of(name)
-    found = {"name": name, "configuration": type(config).__name__, "preset": preset, "layers": [], "refused": None, "notes": []}
+    found = {"name": name, "configuration": type(config).__name__, "engine": "transformers", "preset": preset, "layers": [],
+             "refused": None, "notes": []}
     from turboquant._shapes import sort_layers
     from turboquant.transformers import TurboQuantCache, check_kind
     from transformers import PreTrainedModel
@@ -104,8 +111,7 @@ def describe_model(name: str, preset: str) -> dict[str, Any]:
         return found | {"refused": str(error)}
     except AttributeError as error:
         raise no_language_model(name, config, error) from error
-    shape = f"{layers.n_head_kv} KV heads, head_dim {layers.head_dim}"
-    shape += f" and {layers.head_dim_v} for values" if layers.head_dim_v != layers.head_dim else ""
+    shape = _shape(layers.n_head_kv, layers.head_dim, layers.head_dim_v)
     if layers.rank:
         shape = f"latents of {layers.rank} and {layers.head_dim - layers.rank} turned channels, of 8 bits at least"
     for i, of_layer in enumerate(layers.kinds):
@@ -122,6 +128,61 @@ def describe_model(name: str, preset: str) -> dict[str, Any]:
     found["notes"].append("The weights, which are not read here, may ask for more bits for the keys of some layers; a warning "
                           "says so then")
     return found
+
+
+def is_only_mlx(name: str) -> bool:
+    """Is this a folder, and Transformers not installed here, but MLX-LM?"""
+    missing = [module for module in ("torch", "transformers", "mlx_lm") if describe_host(module)["version"] is None]
+    return Path(name).is_dir() and bool(missing) and "mlx_lm" not in missing
+
+
+def describe_mlx_model(name: str, preset: str) -> dict[str, Any]:
+    """What turboquant.mlx.install() would do. MLX is lazy: a forward pass that nobody evaluates says what keys there are, and
+    no weights are read."""
+    mlx_lm, folder = need_mlx(), mlx_folder(name)
+    import mlx.core as mx
+    from mlx_lm.models import cache as stock
+    from turboquant.mlx import make_prompt_cache
+    from turboquant._mlx_batch import BatchCache
+    with faults_of(name, "a folder with a model that MLX-LM has"):
+        model, config = mlx_lm.utils.load_model(folder, lazy=True, strict=False)
+    found = {"name": name, "configuration": config["model_type"], "engine": "mlx", "preset": preset, "layers": [],
+             "refused": None, "notes": []}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what it announces is told below
+            caches = make_prompt_cache(model, preset)
+    except TurboQuantError as error:
+        return found | {"refused": str(error)}
+
+    class Probe(stock.KVCache):
+        shape = None
+
+        def update_and_fetch(self, keys: Any, values: Any) -> Any:
+            self.shape = (keys.shape[1], keys.shape[3], values.shape[3])
+            return super().update_and_fetch(keys, values)
+
+    probes = [Probe() if isinstance(cache, BatchCache) else cache for cache in caches]
+    with faults_of(name, "a folder with a model that MLX-LM has"):
+        model(mx.zeros((1, 2), mx.int32), cache=probes)
+    for cache, probe in zip(caches, probes):
+        if isinstance(cache, BatchCache) and probe.shape is not None:
+            try:
+                cache._make(probe.shape)
+            except TurboQuantError as error:
+                return found | {"refused": str(error)}
+    for i in range(len(model.layers)):
+        state, why = "none", "no keys and values of its own"
+        if i < len(caches) and isinstance(caches[i], BatchCache):
+            state, why = "compressed", "KVCache" + ("" if probes[i].shape is None else f", {_shape(*probes[i].shape)}")
+        elif i < len(caches):
+            window = getattr(caches[i], "max_size", None)
+            state, why = "kept", type(caches[i]).__name__ + (f" of {window} tokens, whose memory is bounded" if window else "")
+        found["layers"].append({"layer": i, "state": state, "why": why})
+    return found
+
+
+def _shape(n_head_kv: int, head_dim: int, head_dim_v: int) -> str:
+    return f"{n_head_kv} KV heads, head_dim {head_dim}" + (f" and {head_dim_v} for values" if head_dim_v != head_dim else "")
 
 
 def text(found: dict[str, Any]) -> str:
@@ -143,7 +204,8 @@ def _line(name: str, what: str) -> str:
 
 
 def _model_lines(model: dict[str, Any]) -> list[str]:
-    title = f"install(model, preset=\"{model['preset']}\") of {model['name']} ({model['configuration']})"
+    where = " in MLX-LM" if model["engine"] == "mlx" else ""
+    title = f"install(model, preset=\"{model['preset']}\") of {model['name']} ({model['configuration']}{where})"
     notes = [f"  {note}" for note in model["notes"]]
     if model["refused"] is not None:
         return [f"{title} is refused", f"  {model['refused']}", *notes]
