@@ -353,7 +353,8 @@ def bindings(*folders):
 def python_suites():
     yield pytest("python/core", PYTHON_VENV, "buffers", "cache", "codec", "engines", "header", "weight_factors",
                  tier="test")
-    yield pytest("python/mlx", PYTHON_VENV, "mlx", "mlx_factors", tier="test")
+    yield pytest("python/mlx", PYTHON_VENV, "mlx", "mlx_factors", "mlx_prompt_cache", "mlx_folder", tier="test")
+    yield pytest("python/mlx commands", PYTHON_VENV, "mlx_commands", tier="test")
     yield pytest("python/mlx models", PYTHON_VENV, "models_mlx", environment={"TQ_TEST_QUICK": "1"}, tier="test")
     plugin = {"GGML_BACKEND_PATH": str(BUILD / "release/libggml-turboquant.so")}
     yield pytest("python/llama-cpp", PYTHON_VENV, "llama_cpp", environment=bindings(ROOT / "python") | plugin, tier="test",
