@@ -456,6 +456,16 @@ def test_exact_prefill(llama, step):
     assert found[0] == wanted[0]
 
 
+def test_exact_prefill_that_begins_with_one_token(llama):
+    """As in a row with padding before it."""
+    cache, tokens, found = make_prompt_cache(llama, exact_prefill=True), ids(80), []
+    for part in np.split(tokens, [1, 70], axis=1):
+        found.append(logits(llama, cache, part))
+    wanted = logits(llama, stock.make_prompt_cache(llama), tokens)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-5)
+    assert cache[0]._exact_bytes() > 0
+
+
 def read_by(model, tokens):
     """MLX-LM's own caches, which have read tokens."""
     caches = stock.make_prompt_cache(model)

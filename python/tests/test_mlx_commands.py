@@ -293,3 +293,7 @@ def test_server(run, folder, modules, monkeypatch, tmp_path, draft):
         status, _, err = run("server", *given, *extra)
         assert status == 0, err
         assert found.pop() == (1, draft is None, layers, n_rest)
+    assert (tmp_path / "new/prompts").stat().st_mode & 0o077 == 0  # prompts can be read in it
+    monkeypatch.setattr(mx.distributed, "init", lambda: types.SimpleNamespace(size=lambda: 2))
+    status, _, err = run("server", *given, *extra)
+    assert status == 1 and "--kv-cache-folder: a model on several machines" in err

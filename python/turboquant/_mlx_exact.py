@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 class ExactPrompt:
     """
-    Around a sequence: rows stay the model's own arrays, and attention is MLX's, until a pass brings a single token, the first
-    that was generated, or `settle` is called. Then the sequence gets all of them, and all that comes later. One that holds
-    tokens at first has settled. to_rows: of [1, n_head, n_tok, head_dim], what the sequence takes.
+    Around a sequence: rows stay the model's own arrays, and attention is MLX's, until a pass brings a single token after others,
+    the first that was generated, or `settle` is called. Then the sequence gets all of them, and all that comes later. One that
+    holds tokens at first has settled. to_rows: of [1, n_head, n_tok, head_dim], what the sequence takes.
     """
 
     def __init__(self, held: Held, to_rows: Callable[[mx.array], Any], exact: tuple[mx.array, ...] = ()) -> None:
@@ -50,7 +50,7 @@ class ExactPrompt:
 
     def attend(self, queries: mx.array | None, keys: mx.array, values: mx.array, scale: float = 1,
                sinks: mx.array | None = None) -> Any:
-        if queries is None or keys.shape[2] == 1 or len(self.held) > 0:
+        if queries is None or len(self.held) > 0 or (self.exact and keys.shape[2] == 1):
             self.settle()
             return self.held.attend(queries if queries is None else self._to_rows(queries), self._to_rows(keys),
                                     self._to_rows(values), scale, sinks)

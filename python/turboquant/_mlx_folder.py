@@ -69,11 +69,11 @@ class Entry(NamedTuple):
 
 
 class Folder:
-    """Files of at most max_bytes together, and the one that is being written. Those that were used longest ago go first."""
+    """Files in a folder that exists, of at most max_bytes together, and the one that is being written. Those that were used
+    longest ago go first."""
 
     def __init__(self, path: str | os.PathLike, max_bytes: int) -> None:
         self.path, self.max_bytes = Path(path), max_bytes
-        self.path.mkdir(parents=True, exist_ok=True)
         self.entries: dict[Path, Entry] = {}
         for file in self._files(_WHOLE):
             with self._ignoring(file):

@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
               "it out")
     if getattr(args, "kv_cache_folder", None) is not None:
         try:
-            Path(args.kv_cache_folder).mkdir(parents=True, exist_ok=True)
+            Path(args.kv_cache_folder).mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts are nobody else's business
         except OSError as fault:
             error(f"--kv-cache-folder {args.kv_cache_folder}: {fault.strerror}: give a folder that can be written to")
         if not os.access(args.kv_cache_folder, os.W_OK | os.X_OK):
@@ -231,8 +232,11 @@ def _change_perplexity(module: Any) -> None:
 
 def _change_server(module: Any, args: argparse.Namespace) -> None:
     """Keep its prompts in a folder, too."""
-    from functools import partial
+    import mlx.core as mx
     from turboquant._mlx_folder import Folder, FolderPromptCache, check, key_of
+    if mx.distributed.init().size() > 1:
+        raise UnsupportedError("--kv-cache-folder: a model on several machines needs the same prompts on all of them, which "
+                               "folders do not promise: leave it out")
     known: dict[Any, Any] = {}
 
     class ModelProvider(module.ModelProvider):
