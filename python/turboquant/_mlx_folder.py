@@ -14,6 +14,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +40,11 @@ def key_of(models: Sequence[Any], options: dict[str, Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     kinds = [(type(model).__module__, repr(getattr(model, "args", None))) for model in models]
     digest.update(json.dumps([kinds, options, __version__, mlx_lm.__version__], sort_keys=True, default=str).encode())
-    for model in models:
-        for name, x in tree_flatten(model.parameters()):
-            digest.update(f"{name} {x.dtype} {x.shape}".encode())
-            digest.update(np.array(x.reshape(-1).view(mx.uint8), copy=False))
+    parameters = [parameter for model in models for parameter in tree_flatten(model.parameters())]
+    rows = [np.array(x.reshape(-1).view(mx.uint8), copy=False) for _, x in parameters]  # the model's own memory
+    with ThreadPoolExecutor() as pool:
+        for (name, x), of_rows in zip(parameters, pool.map(lambda each: hashlib.blake2b(each).digest(), rows)):
+            digest.update(f"{name} {x.dtype} {x.shape}".encode() + of_rows)
     return digest.hexdigest()
 
 
