@@ -224,7 +224,7 @@ def test_padding(llama, side):
 
 def test_batch_generator(llama, monkeypatch):
     """Requests of different lengths, more than run at once."""
-    monkeypatch.setattr(turboquant.mlx, "_cache_class", lambda: TurboQuantMetalKVCache)
+    monkeypatch.setattr(turboquant.mlx, "cache_class", lambda: TurboQuantMetalKVCache)
     prompts = [ids(n, seed=n)[0].tolist() for n in (7, 30, 18)]
     install(llama, **LIKE_CPU)
     try:
