@@ -38,7 +38,7 @@ _REFUSED = {
     "--max-kv-size": ("--max-k", "a compressed cache holds all tokens and drops none: leave it out, or run `mlx_lm.{command}`, "
                       "whose cache has a bound"),
 }
-_WITHOUT_PROMPTS = ("perplexity", "evaluate")  # what they measure are prompts
+_ALL_PROMPTS = ("perplexity", "evaluate")  # what they measure are texts that are read, not generated
 _MODELS = "a folder with config.json, as mlx_lm.convert writes it, or a name on the Hugging Face Hub (owner/model)"
 _FOLDER_BYTES = "8GB"
 _PROG = "python -m turboquant mlx"
@@ -47,9 +47,9 @@ _PROG = "python -m turboquant mlx"
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the command's own. What is wrong with ours ends the program before a model is loaded."""
     if not words or words[0] in ("-h", "--help"):
-        _front(_PROG).parse_args(words)
+        _front().parse_args(words)
     if words[0] not in COMMANDS:
-        _front(_PROG).error(f"MLX-LM has no command {words[0]!r} that makes caches; there are {', '.join(COMMANDS)}")
+        _front().error(f"MLX-LM has no command {words[0]!r} that makes caches; there are {', '.join(COMMANDS)}")
     command, words = words[0], words[1:]
     parser = Parser(prog=f"{_PROG} {command}", add_help=False, allow_abbrev=False,
                     usage=f"{_PROG} {command} [options of turboquant] [options of mlx_lm.{command}]",
@@ -63,10 +63,10 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, rest
 
 
-def _front(prog: str) -> argparse.ArgumentParser:
-    """Of the help without a command."""
+def _front() -> argparse.ArgumentParser:
+    """The parser of words without a command that there is."""
     lines = "\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items())
-    parser = Parser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog=_PROG, formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="MLX-LM's commands with compressed caches.",
                     epilog=f"commands:\n{lines}\n\n`COMMAND --help` has our options, which begin with --kv-, and MLX-LM's own.")
     parser.add_argument("command", metavar="COMMAND", help="one of those below, and its options")
@@ -122,7 +122,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("k_format", "v_format", "exact_layers", "n_sink", "n_recent", "exact_prefill", "calibration", "factors")
     found = {name: getattr(args, f"kv_{name}") for name in names if getattr(args, f"kv_{name}") is not None}
     error = args.parser.error
-    if args.command in _WITHOUT_PROMPTS and "exact_prefill" in found:
+    if args.command in _ALL_PROMPTS and "exact_prefill" in found:
         error(f"--kv-exact-prefill: {args.command} reads its texts as prompts, so nothing compressed would be measured: leave "
               "it out")
     if getattr(args, "kv_cache_folder", None) is not None:
@@ -174,7 +174,10 @@ def _change(module: Any, command: str, args: argparse.Namespace) -> None:
         def load_and_install(*given: Any, **options: Any) -> Any:
             with faults_of(str(given[0]), _MODELS):
                 model, *others = load(*given, **options)
-            return install(model, **args.options), *others
+            try:
+                return install(model, **args.options), *others
+            except UnsupportedError as error:
+                raise CommandError(f"{error}; here run `mlx_lm.{command}`") from error
 
         return load_and_install
 
