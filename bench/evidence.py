@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 """`make evidence`: presets and llama.cpp's own types on real models and texts, by `tq eval`: CSV, tables and a plot.
 
-    evidence.py [--quick] [--csv OUT.csv] [--models NAME[,NAME...]] [--threads N]
+    evidence.py [--quick] [--csv OUT.csv] [--models NAME[,NAME...]] [--caches NAME[,NAME...]] [--threads N]
 
 Two models, three kinds of text, windows of 4096 and 8192 tokens, one of 32768, and needles. --quick takes minutes: one text,
 one short window, few types. Rows are written as soon as their window is measured, and those that OUT.csv has are not measured
@@ -162,9 +162,11 @@ def parse():
     parser.add_argument("--quick", action="store_true", help="a run of minutes")
     parser.add_argument("--csv", type=Path, metavar="OUT.csv", help="(bench/results/DATE-evidence.csv)")
     parser.add_argument("--models", default=",".join(MODELS), help="(%(default)s)")
+    parser.add_argument("--caches", metavar="NAME[,NAME...]", help="only these, as q8_0,TQ4; without it later, the rest (all)")
     parser.add_argument("--threads", type=int, metavar="N", help="(all)")
     args = parser.parse_args()
     args.models = args.models.split(",")
+    args.caches = args.caches and args.caches.split(",")
     for name in args.models:
         if name not in MODELS:
             parser.error(f"there is no model '{name}'; there are {', '.join(MODELS)}")
@@ -188,7 +190,7 @@ def main():
     todo, done, failed = [], [], False
     every = steps(args.quick, args.models)
     for step in every:
-        names = missing(step, read_rows(args.csv))
+        names = [name for name in missing(step, read_rows(args.csv)) if args.caches is None or name in args.caches]
         if names:
             todo.append((step, names))
     print(f"evidence.py: {len(todo)} of {len(every)} windows to measure, to {relative(args.csv)}", file=sys.stderr)

@@ -108,7 +108,7 @@ class Folder:
         return None
 
     def save(self, key: str, tokens: Sequence[int], caches: list[Any]) -> None:
-        """Write a file, whole or not at all, unless one holds as much. Those that hold a part of it go. Failing is a warning."""
+        """Write a file, whole or not at all, unless one holds as much. Those that hold a part go. A failure is a warning."""
         if not all(isinstance(token, int) for token in tokens):
             return  # images are no tokens
         entry = Entry(key, np.array(tokens), stock.can_trim_prompt_cache(caches))
