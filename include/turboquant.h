@@ -224,7 +224,7 @@ typedef struct tq_attend_params {
     /* Optional [n_head]. With a mask, the mask is multiplied by the slope (ggml's convention); without, the bias is
      * -slope * (position - column). */
     const float *alibi_slopes;
-    const float *sinks; /* optional [n_head]: learned sink logits (gpt-oss), part of the denominator alone */
+    const float *sinks; /* optional [n_head]: learned sink logits (gpt-oss), part of the denominator only */
 } tq_attend_params;
 
 /* ---- calibration --------------------------------------------------------------------------------------------------- */
@@ -239,14 +239,15 @@ typedef struct tq_calibration tq_calibration;
 TQ_API TQ_NODISCARD tq_status tq_calibration_load(tq_calibration **out, const char *path);
 TQ_API void tq_calibration_free(tq_calibration *calibration);
 /*
- * One layer of a calibration as a calibration of its own, for caches of single layers. It copies nothing: free it before the
- * one that it is of. Snapshots of caches with it fit no other layer's. Errors: ARGUMENT, RANGE (no such layer), MEMORY.
+ * One layer of a calibration as a calibration of its own, for caches of single layers. It copies nothing: free it before its
+ * parent. A snapshot taken with it loads only with the same layer's calibration. Errors: ARGUMENT, RANGE (no such layer),
+ * MEMORY.
  */
 TQ_API TQ_NODISCARD tq_status tq_calibration_take_layer(tq_calibration **out, const tq_calibration *calibration, int32_t layer);
 typedef struct tq_calibration_info {
     char model[64];  /* that it was learnt from */
     int32_t n_layer; /* those without transforms among them */
-    size_t bytes;    /* of memory that it takes, of a layer that was taken its part */
+    size_t bytes;    /* of memory in use; of a single layer, that layer's share */
 } tq_calibration_info;
 /* Errors: ARGUMENT. */
 TQ_API TQ_NODISCARD tq_status tq_calibration_describe(tq_calibration_info *out, const tq_calibration *calibration);
@@ -281,7 +282,7 @@ TQ_API TQ_NODISCARD tq_status tq_key_factors(int8_t *out, float *spread, const t
 /*
  * The guard: the smallest of `wanted`, tt2, tt3, tt4, sq8, f16, no smaller than `wanted`, that moves logits of such a spread
  * (softmax_scale included) by at most 1, root mean square. Beyond that attention's weights are off by a factor of e one time in
- * three. `wanted` if the spread is no positive, finite number.
+ * three. `wanted` if the spread is not a positive, finite number.
  */
 TQ_API tq_format tq_key_guard(tq_format wanted, float spread);
 
@@ -409,15 +410,15 @@ TQ_API TQ_NODISCARD tq_status tq_cache_attend(tq_cache *cache, int32_t seq, int3
                                               const tq_executor *executor);
 /*
  * tq_cache_append and tq_cache_attend in one: the queries are those of the tokens appended. A token is exact for all queries
- * for which it is among the last n_recent tokens, so a prompt in large batches gives what token by token would; appending and
- * attending one after the other, only the last queries see the ring. Sets n_query, causal and first_pos. Errors: those of both;
- * then nothing was appended. A mask has a column for each position of the sequence after the append.
+ * for which it is among the last n_recent tokens, so a prompt in large batches gives what token by token would. (After a
+ * separate append only the last queries see exact tokens.) Sets n_query, causal and first_pos. Errors: those of both; then
+ * nothing was appended. A mask has a column for each position of the sequence after the append.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_prefill(tq_cache *cache, int32_t seq, int32_t layer, int64_t n_tok, const float *k,
                                                const float *v, const tq_attend_params *params, const tq_executor *executor);
 /*
- * Make room for n_tok tokens more in every layer, and make the pages and exact tokens that they will write the sequence's own;
- * appending them cannot fail for want of memory then. Errors: ARGUMENT, RANGE, FULL, MEMORY; then nothing changed.
+ * Make room for n_tok more tokens in every layer, and give the sequence its own copy of the pages and exact tokens that they
+ * will write; appending them then cannot fail for lack of memory. Errors: ARGUMENT, RANGE, FULL, MEMORY; then nothing changed.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_reserve(tq_cache *cache, int32_t seq, int64_t n_tok);
 /*
@@ -528,7 +529,7 @@ TQ_API TQ_NODISCARD tq_status tq_cache_set_stream(tq_cache *cache, void *stream)
 
 /*
  * Write sequences to a file (docs/snapshot.md): seqs[n_seq], or with seqs NULL all of them and the published prefixes that are
- * kept. What sequences share is written once; what of it is published stays so. The file is written beside `path`, flushed and
+ * kept. What sequences share is written once; what of it is published stays so. The file is written next to `path`, flushed and
  * renamed: the path holds the old file or the new one, whole. Symbolic links are followed; a device, a FIFO or a folder is an
  * IO error. No thread may change those sequences meanwhile. Errors: ARGUMENT, RANGE, IO, MEMORY.
  */
@@ -570,7 +571,7 @@ TQ_API TQ_NODISCARD tq_status tq_snapshot_describe(tq_snapshot_info *out, const 
 /*
  * The instruction set that the kernels use: "scalar", "avx2", "avx512" or "amx", "neon", "dotprod" or "i8mm", after the cap by
  * the environment variable TQ_CPU. NULL with TQ_CPU set to an unknown or missing one; every create and open then fails with
- * TQ_ERR_CPU. On Linux, on a machine with AMX, the first use of kernels asks for leave to use it (arch_prctl), for the process.
+ * TQ_ERR_CPU. On Linux, on a machine with AMX, the first use of kernels requests permission (arch_prctl), for the process.
  */
 TQ_API const char *tq_cpu_name(void);
 
@@ -599,8 +600,8 @@ TQ_API TQ_NODISCARD tq_status tq_codec_decode(const tq_codec *codec, const void 
  * writes pages or exact slots that another one uses.
  *
  * TQ_DEVICE_CPU: pointers are the host's, streams are NULL, and a call is done when it returns. It runs on the executor that it
- * is given, and takes memory for its own duration: MEMORY can be its answer, and CPU if TQ_CPU is not valid here. There is
- * every format and every head_dim.
+ * is given, and takes memory for its own duration: it may answer MEMORY, and CPU if TQ_CPU is not valid here. All
+ * formats and head_dims are supported.
  *
  * TQ_DEVICE_CUDA (docs/cuda.md): pointers are device pointers unless stated; a stream is a cudaStream_t, NULL for the default
  * one; the device is the current one of the calling thread. Calls allocate nothing and never wait: each puts kernels on the

@@ -255,7 +255,7 @@ static int check(const request *r)
 {
     if (r->shape.n_head % r->shape.n_head_kv) return tool_error(EXIT_USAGE, "--n-head is a multiple of --n-head-kv");
     if (r->shape.n_query > r->shape.n_ctx) return tool_error(EXIT_USAGE, "--n-query is at most --context");
-    if (!tq_cpu_name()) return tool_error(1, "TQ_CPU names an instruction set that this machine has not");
+    if (!tq_cpu_name()) return tool_error(1, "TQ_CPU names an instruction set that this machine does not have");
     return 0;
 }
 

@@ -146,7 +146,7 @@ bool bench_parse_formats(tq_preset *out, const char *name)
     if (tq_format_from_name(&out->k_format, k_name) == TQ_OK &&
         tq_format_from_name(&out->v_format, slash ? slash + 1 : name) == TQ_OK)
         return true;
-    tool_error(EXIT_USAGE, "there is no format or preset '%s'; 'tq formats' and 'tq presets' list them", name);
+    tool_error(EXIT_USAGE, "unknown format or preset '%s'; 'tq formats' and 'tq presets' list them", name);
     return false;
 }
 

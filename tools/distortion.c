@@ -124,7 +124,7 @@ static int run(const char *name, int32_t head_dim, int64_t n, int64_t seed, bool
     tq_format format;
     tq_format_info info;
     if (tq_format_from_name(&format, name) != TQ_OK) {
-        return tool_error(1, "there is no format '%s'; 'tq formats' lists them", name);
+        return tool_error(1, "unknown format '%s'; 'tq formats' lists them", name);
     }
     tq_codec *codec = NULL;
     measurement m;

@@ -188,7 +188,7 @@ static int run(int argc, char **argv)
     for (int i = 0; i < N_COMMANDS; i++) {
         if (strcmp(argv[1], commands[i].name) == 0) return commands[i].run(argc - 1, argv + 1);
     }
-    return tool_error(EXIT_USAGE, "there is no command '%s'; see 'tq --help'", argv[1]);
+    return tool_error(EXIT_USAGE, "unknown command '%s'; see 'tq --help'", argv[1]);
 }
 
 int main(int argc, char **argv)

@@ -52,5 +52,5 @@ int tool_become_python(const char *package, int argc, char **argv)
     execvp(interpreter, words);
     free(words);
     perror(interpreter);
-    return tool_error(1, "there is no Python 3 for this; 'make deps' installs one, or name it in TQ_PYTHON");
+    return tool_error(1, "no Python 3 was found for this; 'make deps' installs one, or name it in TQ_PYTHON");
 }

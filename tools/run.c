@@ -105,8 +105,7 @@ static int run(const request *r)
     bool known = false;
     for (size_t i = 0; i < sizeof tools / sizeof tools[0]; i++) known |= strcmp(r->tool, tools[i]) == 0;
     if (!known) return tool_error(EXIT_USAGE, "--tool is completion, server, bench or perplexity, not '%s'", r->tool);
-    if (!tq_preset_find(r->preset))
-        return tool_error(EXIT_USAGE, "there is no preset '%s'; 'tq presets' lists them", r->preset);
+    if (!tq_preset_find(r->preset)) return tool_error(EXIT_USAGE, "unknown preset '%s'; 'tq presets' lists them", r->preset);
     if (access(r->model, R_OK) != 0) return tool_error(1, "cannot read the model '%s'", r->model);
     char plugin[PATH_MAX], tool[PATH_MAX];
     if (!find_plugin(plugin)) {

@@ -68,7 +68,7 @@ static bool parse_shape(options *o, const char *text)
         o->server.cache.head_dim = shapes[i].head_dim;
         return true;
     }
-    tool_error(EXIT_USAGE, "there is no shape '%s'; see 'tq cache simulate --help'", text);
+    tool_error(EXIT_USAGE, "unknown shape '%s'; see 'tq cache simulate --help'", text);
     return false;
 }
 
@@ -79,7 +79,7 @@ static bool parse_presets(options *o, char *text)
     for (char *name = strtok(text, ","); name; name = strtok(NULL, ",")) {
         const tq_preset *preset = tq_preset_find(name);
         if (strcmp(name, f16.name) == 0) continue;
-        if (!preset) return tool_error(EXIT_USAGE, "there is no preset '%s'; see 'tq presets'", name) == 0;
+        if (!preset) return tool_error(EXIT_USAGE, "unknown preset '%s'; see 'tq presets'", name) == 0;
         if (o->n_caches == CACHES_MAX) return tool_error(EXIT_USAGE, "too many presets") == 0;
         o->caches[o->n_caches++] = preset;
     }

@@ -117,7 +117,7 @@ static bool check_keys(const reader *r, const cJSON *object)
 static bool read_request(reader *r, const cJSON *object)
 {
     double arrival, prefix_tok, prompt_tok, output_tok;
-    if (!cJSON_IsObject(object)) return fail(r, "this is no JSON object", "");
+    if (!cJSON_IsObject(object)) return fail(r, "this is not a JSON object", "");
     if (!check_keys(r, object) || !read_number(r, object, "arrival", 0, -1, false, &arrival) ||
         !read_number(r, object, "prompt_tok", 1, -1, true, &prompt_tok) ||
         !read_number(r, object, "output_tok", 1, -1, true, &output_tok) ||
@@ -150,12 +150,12 @@ static bool read_lines(reader *r, FILE *file)
         const char *end;
         cJSON *object = cJSON_ParseWithOpts(text, &end, false);
         bool good = object && end[strspn(end, " \t\r\n")] == '\0';
-        good = good ? read_request(r, object) : fail(r, "this is no JSON object", "");
+        good = good ? read_request(r, object) : fail(r, "this is not a JSON object", "");
         cJSON_Delete(object);
         if (!good) return false;
     }
     if (ferror(file)) return fail(r, "cannot be read", "");
-    return r->trace->n > 0 || fail(r, "there are no requests in this file", "");
+    return r->trace->n > 0 || fail(r, "the file has no requests", "");
 }
 
 bool simulate_trace_read(simulate_trace *trace, const char *path)

@@ -265,7 +265,7 @@ static void do_without_factors(const tq_ggml_kv_tensor *kv, tq_store_params *par
     if (!is_chosen) params->format = TQ_FORMAT_SQ8;
     tq_ggml_log(TQ_LOG_WARNING,
                 "layer %d: how the model projects its queries and keys is not understood, so that there are no factors for "
-                "outlier channels, and few bits may ruin what it says: its keys have %s. TQ_GGML=k=FORMAT chooses another "
+                "outlier channels, and few bits may ruin its output: its keys have %s. TQ_GGML=k=FORMAT chooses another "
                 "format, factors=off the preset's",
                 (int)kv->layer, is_chosen ? "the format that k= gives" : "8 bits");
 }

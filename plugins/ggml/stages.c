@@ -37,7 +37,7 @@ static tq_status find_free(tq_ggml_stages *stages, tq_ggml_stage **out)
 tq_status tq_ggml_stage_rows(tq_ggml_stages *stages, tq_ggml_kv_tensor *kv, int64_t stream, const int64_t *slots, int64_t n,
                              const float *rows, int64_t row_stride, const tq_executor *executor)
 {
-    /* Two writes before an attention: the first has nobody left who sees its rows as they come in. */
+    /* Two writes before an attention: no attention will read the first one's rows before they are encoded. */
     tq_status status = tq_ggml_stage_settle(kv, stream, executor);
     tq_ggml_stage *s = kv->stages[stream];
     if (status == TQ_OK && !s) status = find_free(stages, &s);

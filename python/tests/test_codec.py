@@ -18,7 +18,7 @@ def test_presets():
     assert list(turboquant.presets()) == ["TQ6", "TQ4", "TQ3", "TQ2"]
     assert 4 < turboquant.preset("TQ4").bits_per_value(128, 8, 32768) < 4.4
     assert turboquant.preset("tq4").name == "TQ4"
-    with pytest.raises(turboquant.ArgumentError, match="there are TQ6, TQ4"):
+    with pytest.raises(turboquant.ArgumentError, match="the presets are TQ6, TQ4"):
         turboquant.preset("TQ9")
 
 

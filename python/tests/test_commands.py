@@ -239,7 +239,7 @@ def test_plan_fills_the_memory_and_no_more(folder, found):
 
 
 @pytest.mark.parametrize("status, says, words", [
-    (1, "no file", ("eval", "{folder}", "{empty}/text.txt")),
+    (1, "text.txt does not exist", ("eval", "{folder}", "{empty}/text.txt")),
     (1, "fewer than 1 x 4096", ("eval", "{folder}", "{text}")),
     (1, "made for 4096 tokens", ("eval", "{folder}", "{text}", "--context", "8192")),
     (1, "no config.json", ("eval", "{empty}", "{text}")),
@@ -249,12 +249,12 @@ def test_plan_fills_the_memory_and_no_more(folder, found):
     (1, "neither a folder", ("doctor", "{text}")),
     (1, "UTF-8", ("eval", "{folder}", "{folder}/model.safetensors", "--context", "256")),
     (1, "indexed_attention", ("plan", "deepseek_v32", "--memory", "1")),
-    (1, "no language model", ("plan", "resnet", "--memory", "1")),
-    (1, "no language model", ("doctor", "resnet")),
+    (1, "not a language model", ("plan", "resnet", "--memory", "1")),
+    (1, "not a language model", ("doctor", "resnet")),
     (1, "--weights", ("plan", "{folder}", "--memory", "0.0001")),
     (1, "--device", ("eval", "{folder}", "{text}", "--context", "256", "--device", "nonsense")),
-    (2, "there are TQ6, TQ4, TQ3, TQ2", ("plan", "{folder}", "--presets", "TQ9")),
-    (2, "there are TQ6, TQ4, TQ3, TQ2", ("eval", "{folder}", "{text}", "--presets", "TQ4,")),
+    (2, "the presets are TQ6, TQ4, TQ3, TQ2", ("plan", "{folder}", "--presets", "TQ9")),
+    (2, "the presets are TQ6, TQ4, TQ3, TQ2", ("eval", "{folder}", "{text}", "--presets", "TQ4,")),
     (2, "at least 256", ("eval", "{folder}", "{text}", "--context", "0")),
     (2, "size in GiB", ("plan", "{folder}", "--memory", "much")),
     (2, "COMMAND", ()),

@@ -375,7 +375,7 @@ def test_memory_grows_with_use(llama):
 def test_full_cache_changes_nothing(llama):
     cache = compressed(llama, max_tok=256)
     logits(llama, cache, ids(1, 150))
-    with pytest.raises(turboquant.CacheFullError, match="of 4 pages can be had"):
+    with pytest.raises(turboquant.CacheFullError, match="of 4 pages are available"):
         logits(llama, cache, ids(1, 150))
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 150
     assert logits(llama, cache, ids(1, 5)).isfinite().all()

@@ -360,7 +360,7 @@ def test_refusals(llama):
         logits(make_model(num_key_value_heads=4), cache, ids(20))
     with pytest.raises(turboquant.ArgumentError, match="do not go together"):
         make_prompt_cache(llama)[0].extend(make_prompt_cache(llama, preset="TQ3")[0])
-    with pytest.raises(turboquant.ArgumentError, match="there is no preset"):
+    with pytest.raises(turboquant.ArgumentError, match="unknown preset"):
         make_prompt_cache(llama, preset="TQ5")
     with pytest.raises(TypeError):
         keys, values = make_prompt_cache(llama)[0].update_and_fetch(mx.zeros((1, 2, 4, 64)), mx.zeros((1, 2, 4, 64)))

@@ -337,7 +337,7 @@ def test_refusals(llama):
                            ({"k_format": "f16"}, "no Metal kernels"),
                            ({"encode_batch": 48}, "divisor"), ({"k_ref_block": 32}, "blocks of 64"),
                            ({"n_sink": -1}, "counts from 0"), ({"seed": -1}, "seed"),
-                           ({"preset": "TQ5"}, "there is no preset")):
+                           ({"preset": "TQ5"}, "unknown preset")):
         with pytest.raises(turboquant.TurboQuantError, match=words):
             TurboQuantMetalKVCache(**options)
     cache = TurboQuantMetalKVCache()

@@ -104,7 +104,7 @@ def preset(name: str) -> Preset:
     known = presets()
     found = known.get(name.upper()) if isinstance(name, str) else None
     if found is None:
-        raise ArgumentError(f"there is no preset {name!r}; there are {', '.join(known)}")
+        raise ArgumentError(f"unknown preset {name!r}; the presets are {', '.join(known)}")
     return found
 
 

@@ -826,7 +826,7 @@ def attention_forward(module: torch.nn.Module, query: torch.Tensor, key: Any, va
     if dropout:
         raise UnsupportedError("there is no dropout in compressed attention: call model.eval()")
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise UnsupportedError("this attention is causal alone: use DynamicCache and another attention implementation")
+        raise UnsupportedError("this attention is only causal: use DynamicCache and another attention implementation")
     padding = _padding_of(attention_mask)
     reader = key.layer.index if key.reader < 0 else getattr(module, "layer_idx", -1)
     if not key.reader < reader <= key.layer.last_reader:

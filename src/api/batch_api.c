@@ -132,11 +132,11 @@ tq_status tq_batch_attend(tq_batch *batch, int32_t layer, const tq_batch_rows *r
     const tq_shape *shape = &batch->cache->shape;
     if (shape->values_in_keys) own.v = own.k, own.v_token_stride = own.k_token_stride;
     if (!batch->is_open) {
-        tq_log(TQ_LOG_ERROR, WHO ": there is no pass: call tq_batch_begin first");
+        tq_log(TQ_LOG_ERROR, WHO ": no pass has begun: call tq_batch_begin first");
         return TQ_ERR_ARGUMENT;
     }
     if (layer < 0 || layer >= shape->n_layer) {
-        tq_log(TQ_LOG_ERROR, WHO ": there is no layer %d; there are %d", (int)layer, (int)shape->n_layer);
+        tq_log(TQ_LOG_ERROR, WHO ": layer %d does not exist; there are %d", (int)layer, (int)shape->n_layer);
         return TQ_ERR_RANGE;
     }
     int32_t head_dim_v = tq_shape_side(shape, layer, TQ_SIDE_V)->codec->head_dim;
@@ -163,7 +163,7 @@ tq_status tq_batch_end(tq_batch *batch)
 {
     TQ_TRY(check_batch(batch));
     if (!batch->is_open) {
-        tq_log(TQ_LOG_ERROR, WHO ": there is no pass that could end");
+        tq_log(TQ_LOG_ERROR, WHO ": no pass has begun that could end");
         return TQ_ERR_ARGUMENT;
     }
     batch->is_open = false;
@@ -182,7 +182,7 @@ tq_status tq_batch_replayed(tq_batch *batch, const int32_t *seqs, const int64_t 
 {
     TQ_TRY(check_batch(batch));
     if (!batch->cache->device) {
-        tq_log(TQ_LOG_ERROR, WHO ": graphs are of CUDA devices");
+        tq_log(TQ_LOG_ERROR, WHO ": only CUDA devices have graphs");
         return TQ_ERR_ARGUMENT;
     }
     batch->is_open = false;
@@ -194,7 +194,7 @@ tq_status tq_cache_set_stream(tq_cache *cache, void *stream)
 {
     TQ_TRY(tq_check_cache(cache));
     if (!cache->device) {
-        tq_log(TQ_LOG_ERROR, "cache: streams are of devices");
+        tq_log(TQ_LOG_ERROR, "cache: only a device's cache has a stream");
         return TQ_ERR_ARGUMENT;
     }
     cache->device->set_stream(cache->memory, stream);

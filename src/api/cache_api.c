@@ -29,7 +29,7 @@ void tq_cache_params_set_preset(tq_cache_params *params, const tq_preset *preset
 static tq_status check_format(tq_format format, int32_t layer, const char *side)
 {
     if (tq_format_traits_get(format)) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, WHO ": layer %d %s: there is no format %d", (int)layer, side, (int)format);
+    tq_log(TQ_LOG_ERROR, WHO ": layer %d %s: format %d does not exist", (int)layer, side, (int)format);
     return TQ_ERR_FORMAT;
 }
 
@@ -58,7 +58,7 @@ static tq_status check_device(const tq_cache_params *params)
     }
     if (!params->dry_run && params->budget_bytes == 0 && !params->offload_folder) return TQ_OK;
     tq_log(TQ_LOG_ERROR,
-           WHO ": budget_bytes, an offload tier and dry runs are of caches in the CPU's memory: bound a device's by n_pages");
+           WHO ": budget_bytes, an offload tier and dry runs need a cache in the CPU's memory: limit a device's by n_pages");
     return TQ_ERR_ARGUMENT;
 }
 
@@ -169,7 +169,7 @@ static tq_status check_host(const tq_cache *cache)
 static tq_status check_layer(const tq_cache *cache, int32_t layer)
 {
     if (layer >= 0 && layer < cache->shape.n_layer) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, WHO ": there is no layer %d; there are %d", (int)layer, (int)cache->shape.n_layer);
+    tq_log(TQ_LOG_ERROR, WHO ": layer %d does not exist; there are %d", (int)layer, (int)cache->shape.n_layer);
     return TQ_ERR_RANGE;
 }
 
@@ -190,7 +190,7 @@ static tq_status find_layer(tq_cache *cache, int32_t seq, int32_t layer, tq_sequ
 static tq_status report(const tq_cache *cache, tq_status status, const char *action)
 {
     if (status == TQ_OK) return status;
-    tq_log(TQ_LOG_ERROR, WHO ": %s: %s; %d of %d pages can be had, %zu bytes are in use", action, tq_status_string(status),
+    tq_log(TQ_LOG_ERROR, WHO ": %s: %s; %d of %d pages are available, %zu bytes are in use", action, tq_status_string(status),
            (int)tq_page_pool_available(&cache->pool), (int)cache->pool.n_pages, cache->budget.used);
     return status;
 }
@@ -270,13 +270,14 @@ tq_status tq_cache_seq_publish(tq_cache *cache, int32_t seq, const int32_t *toke
     int64_t shortest = shortest_layer(cache, sequence);
     if (n_tok < 0 || n_tok > shortest || (n_tok > 0 && !tokens)) {
         tq_cache_unlock(cache);
-        tq_log(TQ_LOG_ERROR, WHO ": publish: %lld tokens, where every layer of sequence %d has %lld", (long long)n_tok,
-               (int)seq, (long long)shortest);
+        tq_log(TQ_LOG_ERROR, WHO ": publish: %lld tokens, but every layer of sequence %d has %lld", (long long)n_tok, (int)seq,
+               (long long)shortest);
         return TQ_ERR_ARGUMENT;
     }
     if (cache->checkpoint_stride == 0) {
         tq_cache_unlock(cache);
-        tq_log(TQ_LOG_ERROR, WHO ": publish: the cache keeps no places to begin: create it with a checkpoint_stride, as 1024");
+        tq_log(TQ_LOG_ERROR,
+               WHO ": publish: the cache keeps no places to begin: create it with a checkpoint_stride, such as 1024");
         return TQ_ERR_ARGUMENT;
     }
     tq_status status = report(cache, tq_sequence_publish(cache, sequence, tokens, n_tok), "publish");

@@ -131,7 +131,7 @@ tq_status tq_check_sequence(const char *who, tq_cache *cache, int32_t seq, tq_se
     *out = tq_cache_sequence(cache, seq);
     if (*out) return TQ_OK;
     tq_cache_unlock(cache);
-    tq_log(TQ_LOG_ERROR, "%s: there is no sequence %d", who, (int)seq);
+    tq_log(TQ_LOG_ERROR, "%s: sequence %d does not exist", who, (int)seq);
     return TQ_ERR_RANGE;
 }
 

@@ -27,7 +27,7 @@ tq_status tq_key_factors(int8_t *out, float *spread, const tq_key_factors_params
     for (int32_t j = 0; params->partners && j < params->head_dim; j++) {
         int32_t partner = params->partners[j];
         if (partner >= 0 && partner < params->head_dim && params->partners[partner] == j) continue;
-        tq_log(TQ_LOG_ERROR, "key factors: channel %d has %d as its partner, which has another one", (int)j, (int)partner);
+        tq_log(TQ_LOG_ERROR, "key factors: channel %d has %d as its partner, but that one has another", (int)j, (int)partner);
         return TQ_ERR_ARGUMENT;
     }
     tq_factors_find(out, spread, params);

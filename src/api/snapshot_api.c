@@ -15,7 +15,7 @@ static bool has_vectors(const tq_cache *cache)
 static bool has_exact_bytes(const tq_cache *cache, size_t exact_bytes)
 {
     if (exact_bytes == cache->shape.exact_bytes) return true;
-    tq_log(TQ_LOG_ERROR, "sequence: %zu bytes of exact data, where this cache has %zu", exact_bytes, cache->shape.exact_bytes);
+    tq_log(TQ_LOG_ERROR, "sequence: %zu bytes of exact data, but this cache has %zu", exact_bytes, cache->shape.exact_bytes);
     return false;
 }
 

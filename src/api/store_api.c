@@ -17,7 +17,7 @@ static tq_status check_params(const tq_store_params *params)
 {
     const char *label = label_of(params);
     if (!tq_format_traits_get(params->format)) {
-        tq_log(TQ_LOG_ERROR, "%s: there is no format %d", label, (int)params->format);
+        tq_log(TQ_LOG_ERROR, "%s: format %d does not exist", label, (int)params->format);
         return TQ_ERR_FORMAT;
     }
     if (!tq_head_dim_supported(params->head_dim)) {
@@ -221,7 +221,7 @@ tq_status tq_stage_keep(tq_stage *stage, const int64_t *rows, int64_t n, int64_t
         return TQ_ERR_ARGUMENT;
     }
     if (n > stage->n_rows) {
-        tq_log(TQ_LOG_ERROR, "stage: keep: %lld rows, where %lld are staged", (long long)n, (long long)stage->n_rows);
+        tq_log(TQ_LOG_ERROR, "stage: keep: %lld rows, but %lld are staged", (long long)n, (long long)stage->n_rows);
         return TQ_ERR_RANGE;
     }
     for (int64_t i = 0; i < n; i++) {

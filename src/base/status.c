@@ -34,7 +34,7 @@ const char *tq_status_string(tq_status status)
     case TQ_ERR_IO:
         return "a file could not be read or written";
     case TQ_ERR_CORRUPT:
-        return "the file is damaged or no snapshot";
+        return "the file is damaged or not a snapshot";
     case TQ_ERR_MISMATCH:
         return "the snapshot is of another version, or of a cache of another shape";
     case TQ_ERR_HEAD_DIM:

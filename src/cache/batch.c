@@ -55,12 +55,12 @@ static tq_status find_sequences(tq_batch *batch)
     for (int32_t i = 0; i < batch->n_rows; i++) {
         tq_sequence *sequence = tq_cache_sequence(cache, batch->seqs[i]);
         if (!sequence) {
-            tq_log(TQ_LOG_ERROR, WHO ": there is no sequence %d", (int)batch->seqs[i]);
+            tq_log(TQ_LOG_ERROR, WHO ": sequence %d does not exist", (int)batch->seqs[i]);
             return TQ_ERR_RANGE;
         }
         for (int32_t j = 0; j < i; j++) {
             if (batch->sequences[j] != sequence) continue;
-            tq_log(TQ_LOG_ERROR, WHO ": sequence %d stands in two rows", (int)batch->seqs[i]);
+            tq_log(TQ_LOG_ERROR, WHO ": sequence %d is in two rows", (int)batch->seqs[i]);
             return TQ_ERR_ARGUMENT;
         }
         for (int32_t layer = 1; cache->device && layer < cache->shape.n_layer; layer++) {
@@ -93,7 +93,7 @@ static tq_status reserve(tq_batch *batch)
         if (status == TQ_OK) status = tq_sequence_reserve(cache, sequence, -1, batch->n_tok[i]);
         tq_sequence_let_go(cache, sequence);
         if (status == TQ_OK) continue;
-        tq_log(TQ_LOG_ERROR, WHO ": %lld tokens for sequence %d: %s; %d of %d pages can be had, %zu bytes are in use",
+        tq_log(TQ_LOG_ERROR, WHO ": %lld tokens for sequence %d: %s; %d of %d pages are available, %zu bytes are in use",
                (long long)batch->n_tok[i], (int)batch->seqs[i], tq_status_string(status),
                (int)tq_page_pool_available(&cache->pool), (int)cache->pool.n_pages, cache->budget.used);
         return status;

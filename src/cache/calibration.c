@@ -145,7 +145,7 @@ tq_status tq_calibration_read(tq_calibration **out, const char *path)
         return TQ_OK;
     }
     if (status == TQ_ERR_CORRUPT) {
-        tq_log(TQ_LOG_ERROR, "%s is damaged, cut off, or no calibration; make it anew with tq calibrate", path);
+        tq_log(TQ_LOG_ERROR, "%s is damaged, cut off, or not a calibration; make it again with tq calibrate", path);
     } else if (status == TQ_ERR_MISMATCH) {
         tq_log(TQ_LOG_ERROR, "%s is a calibration of another version; this library reads version %d", path, VERSION);
     }
@@ -166,7 +166,7 @@ void tq_calibration_close(tq_calibration *calibration)
 tq_status tq_calibration_of_layer(tq_calibration **out, const tq_calibration *whole, int32_t layer)
 {
     if (layer < 0 || layer >= whole->n_layer) {
-        tq_log(TQ_LOG_ERROR, "tq_calibration_take_layer: the calibration (of %s) has %d layers and none of number %d",
+        tq_log(TQ_LOG_ERROR, "tq_calibration_take_layer: the calibration (of %s) has %d layers; layer %d does not exist",
                whole->model, (int)whole->n_layer, (int)layer);
         return TQ_ERR_RANGE;
     }
@@ -189,8 +189,8 @@ tq_status tq_calibration_find(const tq_calibration *calibration, int32_t layer, 
 {
     *out = NULL;
     if (layer < 0 || layer >= calibration->n_layer) {
-        tq_log(TQ_LOG_ERROR, "%s: the calibration (of %s) has %d layers and none of number %d: it is of another model", label,
-               calibration->model, (int)calibration->n_layer, (int)layer);
+        tq_log(TQ_LOG_ERROR, "%s: the calibration (of %s) has %d layers; layer %d does not exist: it is of another model",
+               label, calibration->model, (int)calibration->n_layer, (int)layer);
         return TQ_ERR_SHAPE;
     }
     const tq_calibration_layer *found = &calibration->layers[layer];

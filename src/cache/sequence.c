@@ -286,7 +286,7 @@ static tq_status acquire_pages(tq_cache *cache, tq_sequence *sequence, int64_t n
     return TQ_OK;
 }
 
-/* What reserving needs beside pages; the sequence's own pages among those to be written are held. */
+/* All that reserving needs except pages; the sequence's own pages among those to be written are held. */
 static tq_status prepare_reserve(tq_cache *cache, tq_sequence *sequence, int32_t layer, span written, int64_t n_tok,
                                  int64_t n_acquire, int64_t n_new)
 {

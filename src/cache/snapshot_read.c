@@ -27,7 +27,7 @@ typedef struct loader {
 
 static tq_status corrupt(const char *what)
 {
-    tq_log(TQ_LOG_ERROR, "snapshot: %s; the file is damaged or no snapshot", what);
+    tq_log(TQ_LOG_ERROR, "snapshot: %s; the file is damaged or not a snapshot", what);
     return TQ_ERR_CORRUPT;
 }
 
@@ -46,7 +46,7 @@ tq_status tq_snapshot_check_header(tq_snapshot_bytes file, tq_snapshot_header *o
     memcpy(&h, file.data, sizeof h);
     if (memcmp(h.magic, TQ_SNAPSHOT_MAGIC, sizeof h.magic) != 0) return corrupt("it does not begin as one");
     if (h.version < TQ_SNAPSHOT_PLAIN || h.version > TQ_SNAPSHOT_CHECKPOINTS) {
-        tq_log(TQ_LOG_ERROR, "snapshot: version %u, where this library reads %d to %d", (unsigned)h.version, TQ_SNAPSHOT_PLAIN,
+        tq_log(TQ_LOG_ERROR, "snapshot: version %u, but this library reads %d to %d", (unsigned)h.version, TQ_SNAPSHOT_PLAIN,
                TQ_SNAPSHOT_CHECKPOINTS);
         return TQ_ERR_MISMATCH;
     }
@@ -276,7 +276,7 @@ static tq_status check_factors(const loader *l, tq_need *need)
             has_factors |= factors[i] != 0;
         }
         if (has_factors && l->cache->calibration) {
-            tq_log(TQ_LOG_ERROR, "snapshot: its keys have factors, which a cache with a calibration has not");
+            tq_log(TQ_LOG_ERROR, "snapshot: its keys have factors, which a cache with a calibration does not have");
             return TQ_ERR_MISMATCH;
         }
         if (tq_cache_takes_factors(l->cache, layer, factors, false)) {
@@ -356,7 +356,7 @@ tq_status tq_snapshot_load(tq_cache *cache, tq_snapshot_bytes file, int32_t *seq
     l.n_meta = (size_t)l.header.meta_bytes;
     TQ_TRY(check_shape(&l));
     if (room < l.header.n_sequences) {
-        tq_log(TQ_LOG_ERROR, "snapshot: %d sequences, where there is room for the ids of %d", (int)l.header.n_sequences,
+        tq_log(TQ_LOG_ERROR, "snapshot: %d sequences, but there is room for the ids of %d", (int)l.header.n_sequences,
                (int)room);
         return TQ_ERR_SHAPE;
     }

@@ -68,7 +68,7 @@ static tq_status list_sequences(saver *s, const int32_t *seqs, int32_t n_seq)
     const tq_cache *cache = s->cache;
     int32_t n = seqs ? n_seq : cache->n_sequences;
     if (n > cache->n_sequences) {
-        tq_log(TQ_LOG_ERROR, "save: %d sequences, which are more than there are", (int)n);
+        tq_log(TQ_LOG_ERROR, "save: %d sequences are more than the cache has", (int)n);
         return TQ_ERR_RANGE;
     }
     s->sequences = tq_alloc_zero(((size_t)n + 1) * sizeof *s->sequences);
@@ -76,7 +76,7 @@ static tq_status list_sequences(saver *s, const int32_t *seqs, int32_t n_seq)
     for (int32_t i = 0; i < n; i++) {
         tq_sequence *sequence = tq_cache_sequence(cache, seqs ? seqs[i] : i);
         if (!sequence && seqs) {
-            tq_log(TQ_LOG_ERROR, "save: there is no sequence %d", (int)seqs[i]);
+            tq_log(TQ_LOG_ERROR, "save: sequence %d does not exist", (int)seqs[i]);
             return TQ_ERR_RANGE;
         }
         if (sequence) s->sequences[s->header.n_sequences++] = sequence;

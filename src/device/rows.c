@@ -168,7 +168,7 @@ void tq_window_mean(const tq_window *window, int32_t head, int32_t head_dim, flo
         window->read(window->context, i, head, x);
         for (int32_t j = 0; j < head_dim; j++) mean[j] += x[j];
     }
-    /* Only memory that somebody else wrote holds what is not finite. */
+    /* Non-finite values can come only from caller-owned memory. */
     for (int32_t j = 0; j < head_dim; j++) mean[j] = isfinite(mean[j]) ? mean[j] / (float)window->n : 0;
 }
 

@@ -136,7 +136,7 @@ class Install(unittest.TestCase):
         environment = {**os.environ, "TQ_PYTHON": str(python)}
         environment.pop("TURBOQUANT_LIBRARY", None)
         done = subprocess.run([tq, "fold", "absent.gguf", "-o", "out.gguf"], capture_output=True, text=True, env=environment)
-        self.assertEqual((done.returncode, done.stderr), (1, "tq fold: absent.gguf is no file; name a GGUF model\n"))
+        self.assertEqual((done.returncode, done.stderr), (1, "tq fold: absent.gguf is not a file; name a GGUF model\n"))
 
 
 class WithoutBuildSystem(unittest.TestCase):

@@ -246,7 +246,7 @@ class Errors(Trace):
 
     def test_lines(self):
         cases = [
-            ("nonsense", "no JSON object"), ("[1]", "no JSON object"), ("{} {}", "no JSON object"),
+            ("nonsense", "not a JSON object"), ("[1]", "not a JSON object"), ("{} {}", "not a JSON object"),
             ({**self.GOOD, "out_tok": 1}, "no key out_tok"), ('{"arrival": 1, "arrival": 2}', "twice the key arrival"),
             ({"arrival": 1, "prompt_tok": 10}, "there is no output_tok"), ({**self.GOOD, "arrival": -1}, "arrival must be"),
             ({**self.GOOD, "arrival": "now"}, "arrival must be"), ({**self.GOOD, "prompt_tok": 0}, "prompt_tok must be"),
@@ -272,8 +272,8 @@ class Errors(Trace):
         self.check(1, "cannot write", "--requests", 1, "--save-trace", self.folder / "absent/file")
 
     def test_options(self):
-        self.check(2, "no preset 'TQ9'", "--presets", "TQ9")
-        self.check(2, "no shape 'x'", "--shape", "x")
+        self.check(2, "unknown preset 'TQ9'", "--presets", "TQ9")
+        self.check(2, "unknown shape 'x'", "--shape", "x")
         self.check(2, "--budgets takes a number", "--budgets", "4,x")
         self.check(2, "--budgets takes", "--budgets", ",")
         self.check(2, "--decode-rate takes a number", "--decode-rate", "0")

@@ -154,7 +154,7 @@ class Errors(unittest.TestCase):
 
     def test_usage(self):
         self.check(2, "usage: tq")
-        self.check(2, "no command 'x'", "x")
+        self.check(2, "unknown command 'x'", "x")
         self.check(2, "unrecognized option", "formats", "--nope")
         self.check(2, "unexpected argument 'x'", "formats", "x")
         self.check(2, "--format and --head-dim are needed", "distortion")
@@ -162,12 +162,12 @@ class Errors(unittest.TestCase):
 
     def test_unsupported(self):
         self.check(1, "64, 72, 80", "formats", "--head-dim", "65")
-        self.check(1, "no format 'tq5'", "distortion", "--format", "tq5", "--head-dim", "64")
+        self.check(1, "unknown format 'tq5'", "distortion", "--format", "tq5", "--head-dim", "64")
         self.check(1, "sq4 at head_dim 64", "distortion", "--format", "sq4", "--head-dim", "64", TQ_CPU="none")
 
     def test_run(self):
         self.check(2, "which model", "run")
-        self.check(2, "no preset 'TQ9'", "run", "--preset", "TQ9", MODEL)
+        self.check(2, "unknown preset 'TQ9'", "run", "--preset", "TQ9", MODEL)
         self.check(2, "--tool is", "run", "--tool", "x", MODEL)
         self.check(1, "cannot read the model", "run", "no-such-model.gguf")
         self.check(1, "TQ_PLUGIN", "run", MODEL, TQ_PLUGIN="no-such-plugin.so")
@@ -180,8 +180,8 @@ class Errors(unittest.TestCase):
         self.check(2, "at most --context", "bench", "prefill", "--context", "10", "--n-query", "11")
         self.check(2, "whole number", "bench", "attention", "--threads", "0")
         self.check(2, "unexpected argument 'x'", "bench", "attention", "x")
-        self.check(1, "no format or preset 'tq5'", "bench", "attention", "--context", "16", "--formats", "tq5", "--baselines",
-                   "none")
+        self.check(1, "unknown format or preset 'tq5'", "bench", "attention", "--context", "16", "--formats", "tq5",
+                   "--baselines", "none")
         self.check(1, "TQ_CPU", "bench", "attention", TQ_CPU="none")
 
     def test_full_device(self):

@@ -341,7 +341,7 @@ class Runs(RunCase):
                                  ("cannot be written", ("--csv", existing / "out")),
                                  ("both name", ("--json", existing, "--csv", self.folder / "." / "out")),
                                  ("which is read", ("--markdown", self.model())), ("which is read", ("--json", TEXT)),
-                                 ("is no folder", ("--work", existing))):
+                                 ("is not a folder", ("--work", existing))):
             with self.subTest(words):
                 self.check_error(words, *arguments)
         self.assertEqual(existing.read_text(), "mine")
@@ -376,16 +376,16 @@ class Runs(RunCase):
         self.assertIn("guard", result["failed"][0]["error"])
 
     def test_errors(self):
-        self.check_error("no file", "--text", "no-such-text")
-        self.check_error("no file", "--chat", "no-such-chat")
+        self.check_error("does not exist", "--text", "no-such-text")
+        self.check_error("does not exist", "--chat", "no-such-chat")
         self.check_error("has no conversations; give JSON", "--chat", TEXT)
-        self.check_error("no preset 'TQ9'; there are TQ6", "--presets", "TQ9")
+        self.check_error("unknown preset 'TQ9'; the presets are TQ6", "--presets", "TQ9")
         self.check_error("v=tq9", "--presets", "TQ4:v=tq9")
-        self.check_error("no baseline 'q9'", "--baselines", "q9")
+        self.check_error("unknown baseline 'q9'", "--baselines", "q9")
         self.check_error("not a list of whole numbers", "--context", "1k")
         self.check_error("8192 tokens; 9000 are too many", "--context", "9000")
         self.check_error("llama-perplexity was not found", "--llama-bin", self.folder)
-        self.check_error("no plug-in", "--plugin", "no-such.so")
+        self.check_error("no-such.so does not exist", "--plugin", "no-such.so")
         short = self.folder / "short.txt"
         short.write_text("Too short.")
         self.check_error("too short for a window of 512 tokens", "--text", short, "--presets", "TQ4", "--baselines", "f16")

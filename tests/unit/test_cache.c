@@ -586,7 +586,7 @@ static void test_the_log_may_use_the_cache(void **state)
     } while (0)
     SAYS(append(cache, seq, 0, 1000), "append");
     SAYS(tq_cache_reserve(cache, seq, 1000), "reserve");
-    SAYS(tq_batch_begin(batch, (const int32_t[]){77}, &one, 2), "no sequence 77");
+    SAYS(tq_batch_begin(batch, (const int32_t[]){77}, &one, 2), "sequence 77 does not exist");
     SAYS(tq_cache_seq_publish(cache, seq, tokens, 64), "publish");
     SAYS(tq_cache_save(cache, "/nowhere/at/all", (const int32_t[]){77}, 1), "was not written");
     SAYS(tq_cache_seq_export(cache, 77, 0, 0, NULL, NULL, 0), "77");

@@ -270,7 +270,7 @@ static void test_single_layers(void **state)
     }
     tq_log_set(keep_message, NULL);
     assert_int_equal(tq_calibration_take_layer(&layers[0], c, 2), TQ_ERR_RANGE);
-    assert_non_null(strstr(last_message, "2 layers and none of number 2"));
+    assert_non_null(strstr(last_message, "2 layers; layer 2 does not exist"));
     assert_int_equal(tq_calibration_take_layer(&layers[0], c, -1), TQ_ERR_RANGE);
     assert_int_equal(tq_calibration_take_layer(&layers[0], NULL, 0), TQ_ERR_ARGUMENT);
     assert_int_equal(tq_calibration_take_layer(NULL, c, 0), TQ_ERR_ARGUMENT);

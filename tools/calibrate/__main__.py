@@ -86,7 +86,7 @@ def check(args, setup):
     check_outputs({"-o": args.output, "--json": args.json}, [args.model, *args.text])
     for path in filter(None, (args.output, args.json)):
         if path.exists() and not path.is_file():  # in whose place the new file would come
-            raise LlamaError(f"{path} is no regular file; name another one")
+            raise LlamaError(f"{path} is not a regular file; name another one")
     devices, why = list_devices(setup, EXACT)
     if EXACT.device not in devices:
         raise LlamaError(f"{setup.plugin} does not load into {setup.llama_bin}: {why}")

@@ -9,7 +9,7 @@ import numpy as np
 
 SLAB = 512  # queries at a time: bounds the memory of the weights, and with a causal mask saves most of the columns not visible
 LEAST_EIGENVALUE = 1e-6  # of the largest; smaller ones are what few tokens leave undetermined
-SHRINKAGE = 0.3  # of 0, 0.1 and 0.3 that with which other texts' worst tokens lost least
+SHRINKAGE = 0.3  # of 0, 0.1 and 0.3 the one with the least loss in the worst tokens of other texts
 
 
 def coded_columns(visible, n_sink, n_recent):

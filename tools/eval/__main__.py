@@ -33,14 +33,14 @@ def check(args, setup, model):
     """All that can be told before the first measurement."""
     for name in args.baselines:
         if not Cache(name).is_stock:
-            fail(f"there is no baseline '{name}'; give some of {', '.join(STOCK_TYPES)}, or KEYS/VALUES")
+            fail(f"unknown baseline '{name}'; give some of {', '.join(STOCK_TYPES)}, or KEYS/VALUES")
     known, _ = list_devices(setup, Cache("none"))
     if not known:
         fail(f"{setup.plugin} does not load into {setup.llama_bin}: {list_devices(setup, Cache('none'))[1]}")
     for name in args.presets:
         cache = Cache(name)
         if cache.device not in known:
-            fail(f"there is no preset '{cache.device}'; there are {', '.join(known)}")
+            fail(f"unknown preset '{cache.device}'; the presets are {', '.join(known)}")
         devices, why = list_devices(setup, cache)
         if cache.device not in devices:
             fail(f"{name}: {why or 'the plug-in does not take these options'}")

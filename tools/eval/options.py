@@ -72,7 +72,7 @@ def find_plugin(given):
         if Path(place).exists():
             return Path(place).resolve()
         if place in (given, os.environ.get("TQ_PLUGIN")):
-            raise LlamaError(f"there is no plug-in {place}")
+            raise LlamaError(f"the plug-in {place} does not exist")
     raise LlamaError("libggml-turboquant.so was not found; `make all` builds it, or name it by --plugin")
 
 
@@ -80,7 +80,7 @@ def make_setup(args, *files):
     """The Setup of arguments that name a model and texts, which must be there, as other files must."""
     for path in (args.model, *args.text, *files):
         if not path.is_file():
-            raise LlamaError(f"there is no file {path}")
+            raise LlamaError(f"the file {path} does not exist")
     return Setup(find_llama_bin(args.llama_bin), find_plugin(args.plugin), args.model, args.threads)
 
 

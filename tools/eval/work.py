@@ -51,7 +51,7 @@ class Work:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LlamaError(f"--work: {self.folder} is no folder and cannot be made one: {error.strerror}; name "
+            raise LlamaError(f"--work: {self.folder} is not a folder and cannot be made one: {error.strerror}; name "
                              "another") from error
 
     def hold(self):

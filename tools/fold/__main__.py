@@ -28,10 +28,10 @@ SPARE_BYTES = 1 << 28  # for logits, of a large vocabulary
 
 def check_paths(args):
     if not args.model.is_file():
-        raise LlamaError(f"{args.model} is no file; name a GGUF model")
+        raise LlamaError(f"{args.model} is not a file; name a GGUF model")
     check_outputs({"-o": args.output}, [args.model])
     if args.output.exists() and not args.output.is_file():
-        raise LlamaError(f"-o: {args.output} is no regular file; name another one")
+        raise LlamaError(f"-o: {args.output} is not a regular file; name another one")
     if args.output.exists() and not args.force:
         raise LlamaError(f"-o: {args.output} exists; name another file, or write over it by --force")
     needed = args.model.stat().st_size + SPARE_BYTES

@@ -23,7 +23,7 @@ def read(path):
     except OSError:
         raise
     except Exception as error:  # of many kinds, as it reads beyond the end, or what is no number
-        raise LlamaError(f"{path} is no GGUF file, or only a part of one ({error}): fetch it again") from error
+        raise LlamaError(f"{path} is not a GGUF file, or only a part of one ({error}): fetch it again") from error
     size = path.stat().st_size
     if any(tensor.data_offset + int(tensor.n_bytes) > size for tensor in reader.tensors) or not reader.tensors:
         raise LlamaError(f"{path} ends before its last tensor does: fetch it again")

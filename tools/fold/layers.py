@@ -104,7 +104,7 @@ class Model:
         if self.get("split.count", 1) > 1:
             self.refuse(f"this is one of {self.get('split.count')} files of a model", "join them by llama-gguf-split --merge")
         if self.get("general.type", "model") != "model":
-            self.refuse(f"this is no model but of type {self.get('general.type')}", "name the model's own file")
+            self.refuse(f"this is not a model but of type {self.get('general.type')}", "name the model's own file")
         if self.arch in REFUSED:
             self.refuse(f"architecture {self.arch} {REFUSED[self.arch]}", cure)
         if self.arch not in HALVES | NEIGHBOURS | NO_ROPE:

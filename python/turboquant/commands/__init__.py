@@ -56,7 +56,7 @@ def at_least(least: int) -> Callable[[str], int]:
     """The type of whole numbers."""
     def number(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) < 1 << 31:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
         return int(text)
 
     return number

@@ -160,7 +160,7 @@ def windows_of(host: Any, args: argparse.Namespace) -> np.ndarray:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if not args.text.is_file():
-        raise CommandError(f"there is no file {args.text}: give a text file in UTF-8")
+        raise CommandError(f"{args.text} does not exist: give a text file in UTF-8")
     begin = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

@@ -114,5 +114,5 @@ def class_of(config: Any) -> Any:
 
 
 def no_language_model(name: str, config: Any, error: AttributeError) -> CommandError:
-    return CommandError(f"{name}: {type(config).__name__} is no language model's configuration ({error}): give that of a model "
-                        "that generates text")
+    return CommandError(f"{name}: {type(config).__name__} is not a language model's configuration ({error}): give that of a "
+                        "model that generates text")

@@ -39,7 +39,7 @@ def _gib(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < 1 << 30:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size in GiB")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size in GiB")
     return value
 
 
