@@ -165,7 +165,7 @@ def fault_files(tree, page, text):
 
 def fault_make_targets(tree, page, text):
     for line, code in code_of(text):
-        for target in re.findall(r"(?:^|[;&(] ?)make ((?:[a-z][a-z-]*\b ?)+)", code):
+        for target in re.findall(r"(?:^(?:\$ )?|&& )make ((?:[a-z][a-z-]*\b ?)+)", code):
             for name in target.split():
                 if name not in tree.targets:
                     yield line, f"make {name}: the Makefile has no such target"

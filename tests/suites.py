@@ -156,8 +156,8 @@ def static_suites():
     yield Suite("style", [python("scripts/check_style.py")], "check", builds=(), rooms=("",))
     yield Suite("layers", [python("scripts/check_layers.py")], "check", builds=(), rooms=("",))
     yield Suite("circles", [python("scripts/check_circles.py", BUILD / "release")], "check", rooms=("",))
-    yield Suite("docs", [python("scripts/check_docs.py"), python("scripts/check_facts.py"), python("tests/api/test_docs.py")],
-                "check", rooms=("",))
+    yield Suite("docs", [python(f"scripts/check_{name}.py") for name in ("docs", "facts", "messages")]
+                + [python("tests/api/test_docs.py")], "check", rooms=("",))
     yield Suite("tables", counted([python("scripts/gen_tables.py", "--check")]), "check", builds=(),
                 rooms=("codec", "kernels", "scripts"))
     yield Suite("runner", [python("tests/api/test_runner.py")], "check", builds=(), rooms=("tests",))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""The pages: that scripts/check_docs.py and check_facts.py find what is wrong in a small tree of their own, and that the pages
-tell the bits of presets that `tq presets` computes."""
+"""The pages: that scripts/check_docs.py, check_facts.py and check_messages.py find what is wrong in small trees of their own,
+and that the pages tell the bits of presets that `tq presets` computes."""
 import dataclasses
 import json
 import re
@@ -17,6 +17,8 @@ from harness import BUILD, ROOT, main  # noqa: E402
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_docs  # noqa: E402
 import check_facts  # noqa: E402
+import check_messages  # noqa: E402
+import messages  # noqa: E402
 
 TREE = {
     "Makefile": "check:  ## all\nset-up:  ## more\n",
@@ -152,6 +154,98 @@ class FactsOfPages(unittest.TestCase):
         table = "| cache | a | b |\n| --- | --- | --- |\n| f16 | 1 | {} |\n"
         rule = check_facts.fault_tables
         self.assert_tells(rule, [table.format(2), table.format(2)], [table.format(2), table.format(3)])
+
+
+class Messages(unittest.TestCase):
+    C = """
+/* "a comment with four words" */
+#include "a/file with words.h"
+static void f(void)
+{
+    tq_log(TQ_LOG_ERROR, WHO ": slot %lld of %" PRId64 " does"
+                             " not exist; \\"%s\\"", 1, 2, is_key ? "the keys of it" : "values");
+    printf("this is a command's result");
+    _Static_assert(sizeof(x) == 4, "there are no gaps here");
+    fail("two words");
+}
+"""
+    PYTHON = '''
+"""The module does something."""
+def f(x):
+    """A function of one argument."""
+    warnings.warn("the cache is %d tokens %s" % (3, x))
+    raise ValueError(f"give {x!r} a number " "from 0 on" if x else "a number is needed")
+    parser.add_argument("--x", help="what x is for")
+    print("this is what it found")
+'''
+    PAGE = """# Page
+
+### First
+
+Cause: one.
+
+<!-- messages
+a.c: slot
+give … a number
+-->
+
+### Second
+
+<!-- messages, not listed
+python/turboquant/
+-->
+
+<!-- no messages
+the keys of it
+-->
+"""
+
+    def setUp(self):
+        place = tempfile.TemporaryDirectory()
+        self.addCleanup(place.cleanup)
+        self.root = Path(place.name)
+        self.write("src/a.c", self.C)
+        self.write("python/turboquant/a.py", self.PYTHON)
+        self.page = check_messages.PAGES[0]
+        self.write(self.page, self.PAGE)
+        check_messages.check(self.root, is_written=True)
+
+    def write(self, name, text):
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).write_text(text)
+
+    def faults(self):
+        return {rule: found for rule, found in check_messages.check(self.root).items() if found}
+
+    def test_what_is_found(self):
+        self.assertEqual([message.text for message in messages.collect(self.root)],
+                         ['slot … of … does not exist; "…"', "the keys of it", "the cache is … tokens …",
+                          "give … a number from 0 on", "a number is needed"])
+        self.assertEqual(messages.collect(self.root)[0].place, "src/a.c:6")
+
+    def test_lists(self):
+        self.assertEqual(self.faults(), {})
+        text = (self.root / self.page).read_text()
+        self.assertIn('-->\n\n- `slot … of … does not exist; "…"`\n- `give … a number from 0 on`\n<!-- end -->\n', text)
+        self.assertNotIn("`a number is needed`", text)
+        self.write(self.page, text.replace("does not exist", "is gone"))
+        self.assertEqual(list(self.faults()), ["lists"])
+
+    def test_a_new_message_needs_an_entry(self):
+        self.write("src/b.c", 'void g(void) { tq_log(0, "page %d is not known"); }\n')
+        self.assertEqual(list(self.faults()), ["entries"])
+        self.assertIn("src/b.c:1", self.faults()["entries"][0])
+
+    def test_a_message_that_is_gone(self):
+        self.write("src/a.c", self.C.replace("slot", "place"))
+        self.assertEqual(list(self.faults()), ["entries", "patterns", "lists"])
+        self.write("src/a.c", "")
+        self.assertEqual(list(self.faults()), ["patterns", "lists"])
+
+    def test_the_first_entry_has_it(self):
+        text = (self.root / self.page).read_text()
+        self.write(self.page, text.replace("python/turboquant/\n", "python/turboquant/\ngive\n"))
+        self.assertIn("give", self.faults()["patterns"][0])
 
 
 class Bits(unittest.TestCase):
