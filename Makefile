@@ -43,7 +43,7 @@ test-deps: deps
 	@scripts/setup.sh test
 
 .PHONY: bench
-bench: deps all  ## speed: kernels, attention beside ggml's, then llama-bench at depths 0 to 8192; an hour
+bench: deps all  ## speed: kernels, attention next to ggml's, then llama-bench at depths 0 to 8192; an hour
 	cmake --build --preset release -j $(JOBS) --target checkkern
 	build/release/tests/checkkern --bench --csv >build/bench-kernels.csv
 	$(PYTHON) bench/attention.py --csv build/bench-attention.csv --plot build/bench-attention.svg

@@ -499,7 +499,7 @@ typedef struct tq_batch_rows {
     const float *alibi_slopes;
     float *lse;      /* [n, n_head] */
     int32_t out_dim; /* 0: head_dim_v */
-    /* CPU: other layers of the model attend to these keys and values, too. Nothing is appended: the last of them, called with
+    /* CPU: other layers of the model also attend to these keys and values. Nothing is appended: the last of them, called with
      * the same k and v, does that. */
     bool is_shared;
     /* CPU, optional [n_rows]: how many queries each sequence has, which are its last tokens'; NULL: all tokens have one. q,
@@ -547,7 +547,7 @@ TQ_API TQ_NODISCARD tq_status tq_cache_load(tq_cache *cache, const char *path, i
  * page_bytes as in tq_cache_stats, exact_bytes of one sequence. Import makes a sequence one of n_tok tokens in each layer: it
  * keeps its first first_page pages, shared or not, and `pages` has those that follow. The sinks and the last n_recent tokens
  * are those in `exact`. Any bytes decode to something; whether they were meant is the caller's affair. Errors: ARGUMENT
- * (another number of exact_bytes, too), RANGE, FULL, MEMORY, IO; then nothing changed.
+ * (also another number of exact_bytes), RANGE, FULL, MEMORY, IO; then nothing changed.
  */
 TQ_API TQ_NODISCARD tq_status tq_cache_seq_export(tq_cache *cache, int32_t seq, int64_t first_page, int64_t n_pages,
                                                   void *pages, void *exact, size_t exact_bytes);

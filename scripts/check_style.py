@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """Check what all files have in common: licence line, no tabs, no trailing blanks, bounded lines and files, no paths of
-somebody's machine, and clang-format's opinion of the C files (version 14; others differ in details and are not asked).
+somebody's machine, no more words that CONTRIBUTING.md asks to avoid than there were, and clang-format's opinion of the C files
+(version 14; others differ in details and are not asked).
 
     check_style.py          the last line is 'N passed, M failed'
-    check_style.py --fix    run clang-format on the C files
+    check_style.py --fix    run clang-format on the C files, lower the counts of words
 """
 import os
 import re
@@ -12,6 +13,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import words
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = {".git", "build", "__pycache__", ".venv", ".pytest_cache", "node_modules"}
@@ -97,6 +100,7 @@ def check_format():
 
 def main():
     if sys.argv[1:] == ["--fix"]:
+        words.lower(ROOT, files())
         return clang_format("-i").returncode
     faults = {rule.__name__.removeprefix("fault_"): [] for rule in RULES}
     for path in files():
@@ -105,6 +109,7 @@ def main():
             fault = rule(path, lines)
             if fault:
                 faults[rule.__name__.removeprefix("fault_")].append(f"{path.relative_to(ROOT)}:{fault[0]}: {fault[1]}")
+    faults["words"] = words.faults(ROOT, files())
     formatted = check_format()
     if formatted is None:
         print(f"clang-format {CLANG_FORMAT} is not here; the format was not checked")

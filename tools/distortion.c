@@ -20,7 +20,7 @@ static const char help[] =
     "  --n N          vectors (16384)\n"
     "  --seed S       of the random vectors (1)\n"
     "  --json         an object: format, head_dim, n, seed, mse, mse_vector, lloyd_max, shannon\n\n"
-    "mse         of the codebook alone: each value to its nearest centroid, sum of squared errors by sum of squares.\n"
+    "mse         of the codebook only: each value to its nearest centroid, sum of squared errors by sum of squares.\n"
     "            (The rotation leaves such vectors as they are distributed, so it has no part in this figure.)\n"
     "            A format without a codebook has no such figure; mse is then mse_vector.\n"
     "mse_vector  of whole vectors through encode and decode: rotation, norm, its correction and its rounding to FP16\n"

@@ -21,7 +21,7 @@ static const struct {
     {"eval",       "measure what KV caches change in a model's output, and report", cmd_eval},
     {"calibrate",  "learn from texts how to code a model's keys",                cmd_calibrate},
     {"fold",       "write an equal model that loses less in any cache of few bits", cmd_fold},
-    {"bench",      "time attention and encoding, beside those of llama.cpp",     cmd_bench},
+    {"bench",      "time attention and encoding, next to those of llama.cpp",     cmd_bench},
     {"cache",      "look at saved caches, time paged ones, size a server",                  cmd_cache},
     {"run",        "run a stock llama.cpp tool with the compressed KV cache",   cmd_run},
 };

@@ -20,7 +20,7 @@ static const char help[] =
     "  --llama-bin DIR  where llama.cpp's programs are\n"
     "  --dry-run        print the command and stop\n\n"
     "llama.cpp's programs are looked for in --llama-bin, $TQ_LLAMA_BIN, the folder that this project built them in, and\n"
-    "$PATH; the plug-in, libggml-turboquant.so, in $TQ_PLUGIN (a file), beside tq, and where it was installed with tq.\n"
+    "$PATH; the plug-in, libggml-turboquant.so, in $TQ_PLUGIN (a file), next to tq, and where it was installed with tq.\n"
     "Finer control: the plug-in's environment variable TQ_GGML, see docs/llama-cpp.md.\n\n"
     "    tq run --preset TQ3 model.gguf -c 32768 -p 'Once upon a time' -n 200\n";
 

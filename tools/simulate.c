@@ -16,7 +16,7 @@ static const char help[] =
     "explains the model, the trace format and the figures.\n\n"
     "model:     --shape NAME        qwen2.5-7b, qwen2.5-0.5b, qwen2.5-32b, llama3.1-8b, llama3.1-70b, smollm2-135m\n"
     "           --n-layer N --n-head-kv N --head-dim D   (those of qwen2.5-7b: 28, 4, 128)\n"
-    "caches:    --presets A,B,...   beside f16 (TQ4,TQ2)\n"
+    "caches:    --presets A,B,...   next to f16 (TQ4,TQ2)\n"
     "           --budgets G,G,...   GiB for the cache (1,2,4,8,16)\n"
     "           --page-size N       tokens (64)\n"
     "           --checkpoint-stride N   tokens between places where others can begin, in pages; 0: nothing is shared (1024)\n"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""The pages: that scripts/check_docs.py, check_facts.py and check_messages.py find what is wrong in small trees of their own,
-and that the pages tell the bits of presets that `tq presets` computes."""
+"""The pages: that check_docs.py, check_facts.py, check_messages.py and words.py in scripts find what is wrong in small trees of
+their own, and that the pages tell the bits of presets that `tq presets` computes."""
 import dataclasses
 import json
 import re
@@ -19,6 +19,7 @@ import check_docs  # noqa: E402
 import check_facts  # noqa: E402
 import check_messages  # noqa: E402
 import messages  # noqa: E402
+import words  # noqa: E402
 
 TREE = {
     "Makefile": "check:  ## all\nset-up:  ## more\n",
@@ -246,6 +247,51 @@ the keys of it
         text = (self.root / self.page).read_text()
         self.write(self.page, text.replace("python/turboquant/\n", "python/turboquant/\ngive\n"))
         self.assertIn("give", self.faults()["patterns"][0])
+
+
+class Words(unittest.TestCase):
+    def setUp(self):
+        place = tempfile.TemporaryDirectory()
+        self.addCleanup(place.cleanup)
+        self.root = Path(place.name)
+        (self.root / "scripts").mkdir()
+        (self.root / words.LIST).write_text("# about\n1\t\\balone\\b\tonly\n")
+        self.page = self.root / "page.md"
+
+    def faults(self, text):
+        self.page.write_text(text)
+        return words.faults(self.root, [self.page])
+
+    def test_counts_may_only_fall(self):
+        self.assertEqual(self.faults("keys alone\n"), [])
+        self.assertEqual(self.faults("only keys\n"), [])
+        (fault,) = self.faults("Alone,\nalone\n")
+        self.assertIn("page.md:1, page.md:2: write 'only'", fault)
+        self.page.write_text("only keys\n")
+        words.lower(self.root, [self.page])
+        self.assertEqual(len(self.faults("keys alone\n")), 1)
+
+    def test_numbers_do_not_rise(self):
+        self.faults("alone alone alone\n")
+        words.lower(self.root, [self.page])
+        self.assertEqual(words.read_list(self.root)[0].n_allowed, 1)
+
+    def test_new_lines_are_named(self):
+        def git(*arguments):
+            subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=self.root, check=True,
+                           capture_output=True)
+        self.page.write_text("keys alone\n")
+        for arguments in (("init", "-q"), ("add", "."), ("commit", "-qm", "a"), ("commit", "-qm", "b", "--allow-empty")):
+            git(*arguments)
+        (fault,) = self.faults("keys alone\nvalues alone\n")
+        self.assertTrue(fault.startswith("page.md:2: "), fault)
+
+    def test_the_list_of_the_project(self):
+        """CONTRIBUTING.md quotes each."""
+        table = (ROOT / "CONTRIBUTING.md").read_text().split("| not | but |")[1].split("\n\n")[0]
+        for word in words.read_list(ROOT):
+            rows = [row for row in table.splitlines()[2:] if re.search(word.pattern, row.split("|")[1].strip() + ".")]
+            self.assertTrue(rows, word.pattern)
 
 
 class Bits(unittest.TestCase):
