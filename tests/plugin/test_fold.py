@@ -244,7 +244,7 @@ class Refusals(Case):
 
     def test_files(self):
         qwen2 = common.tiny_model("qwen2")
-        self.check_refused("no file", self.directory / "absent.gguf")
+        self.check_refused("not a file", self.directory / "absent.gguf")
         with self.assertRaisesRegex(SystemExit, "there is no folder"):
             self.fold(qwen2, out=self.directory / "absent/out.gguf")
         self.out.write_text("mine")
