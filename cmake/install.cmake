@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# What `make install` copies: one header, both libraries, package files, the plug-in and tq.
+# What `make install` copies: one header, both libraries, package files, the plug-in, tq with its manual page and completion.
 include(CMakePackageConfigHelpers)
 
 install(FILES include/turboquant.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
@@ -22,6 +22,8 @@ if(TARGET turboquant_cuda)
 endif()
 if(TARGET tq)
     install(TARGETS tq RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+    install(FILES docs/tq.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
+    install(FILES tools/tq.bash DESTINATION ${CMAKE_INSTALL_DATADIR}/bash-completion/completions RENAME tq)
 endif()
 if(TARGET ggml-turboquant)
     install(TARGETS ggml-turboquant LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/turboquant)

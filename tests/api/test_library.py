@@ -124,6 +124,8 @@ class Install(unittest.TestCase):
         if not tq.exists():
             self.skipTest("tq was not built")
         self.assertEqual(run(tq, "--version").strip(), "tq " + header_version())
+        for path in ("share/man/man1/tq.1", "share/bash-completion/completions/tq"):
+            self.assertTrue((self.prefix / path).exists(), path)
         if (BUILD / "libggml-turboquant.so").exists():
             shown = run(tq, "run", "--dry-run", "--llama-bin", CONSUMER, "--tool", "bench", HEADER)
             plugin = next(self.prefix.rglob("libggml-turboquant.so"))

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""The command tq: its figures in JSON, its errors, and what `tq run` would execute."""
+"""The command tq: its figures in JSON, its errors, what `tq run` would execute, its manual page and its completion."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -280,6 +281,60 @@ class Help(unittest.TestCase):
             self.assertEqual(done.returncode, 0)
             self.assertIn(f"usage: tq {command}", done.stdout)
             self.assertIn(command, tq("--help").stdout)
+
+
+class ManualPage(unittest.TestCase):
+    COMMANDS = ("formats", "distortion", "presets", "eval", "calibrate", "fold", "bench", "cache", "run", "cache bench",
+                "cache simulate")
+    PAGE = (ROOT / "docs/tq.1").read_text().replace("\\-", "-")
+
+    def sections(self):
+        return {part.split("\n", 1)[0]: part for part in self.PAGE.split(".SS tq ")[1:]}
+
+    def test_every_option_is_in_it(self):
+        """Each in its command's own section. scripts/gen_man.py writes the page."""
+        sections = self.sections()
+        for command in self.COMMANDS:
+            done = tq(*command.split(), "--help", TQ_PYTHON=sys.executable)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            for option in set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", done.stdout)):
+                self.assertRegex(sections[command], rf"(?<![\w-]){option}(?![\w-])", f"tq {command} {option}")
+
+    def test_every_command_is_in_it(self):
+        commands = set(re.findall(r"^  ([a-z]+)  ", tq("--help").stdout, re.MULTILINE))
+        self.assertEqual(commands, {name for name in self.sections() if " " not in name})
+        self.assertEqual(set(self.COMMANDS), set(self.sections()))
+
+    def test_its_version(self):
+        self.assertIn(f'"turboquant {tq("--version").stdout.split()[1]}"', self.PAGE)
+
+
+@unittest.skipUnless(shutil.which("bash"), "no bash")
+class Completion(unittest.TestCase):
+    def complete(self, *words):
+        script = 'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _tq; printf "%s\\n" "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-eu", "-c", script, "bash", ROOT / "tools/tq.bash", TQ, *words], capture_output=True,
+                              text=True, env={**os.environ, "TQ_PYTHON": sys.executable})
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        return done.stdout.split()
+
+    def test_commands(self):
+        self.assertEqual(self.complete("fo"), ["formats", "fold"])
+        self.assertLessEqual({"run", "eval", "cache", "--version"}, set(self.complete("")))
+        self.assertEqual(self.complete("cache", "s"), ["simulate"])
+        self.assertEqual(self.complete("bench", "p"), ["prefill"])
+
+    def test_options(self):
+        self.assertEqual(self.complete("distortion", "--h"), ["--head-dim"])
+        self.assertEqual(self.complete("cache", "simulate", "--bud"), ["--budgets"])
+        self.assertEqual(self.complete("eval", "--need"), ["--needle", "--needle-depths"])
+        self.assertEqual(self.complete("nonsense", "--x"), [])
+
+    def test_values(self):
+        self.assertEqual(self.complete("run", "--preset", "TQ"), ["TQ6", "TQ4", "TQ3", "TQ2"])
+        self.assertEqual(self.complete("run", "--tool", "s"), ["server"])
+        self.assertEqual(self.complete("distortion", "--format", "tt"), ["tt4", "tt3", "tt2"])
+        self.assertEqual(self.complete("eval", "model.g"), [])  # bash completes files itself
 
 
 if __name__ == "__main__":
