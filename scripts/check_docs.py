@@ -69,8 +69,9 @@ def read_tree(root=ROOT):
 
 
 def pages(root=ROOT):
-    found_pages = [*root.glob("*.md"), *(root / "docs").glob("*.md"), *(root / ".github").rglob("*.md")]
-    return sorted(found_pages)
+    """All pages, and what else names files and commands for people and for CI."""
+    return sorted([*root.glob("*.md"), *(root / "docs").glob("*.md"), *(root / ".github").rglob("*.md"),
+                   *(root / ".github").rglob("*.yml")])
 
 
 def slug(heading):
@@ -112,7 +113,7 @@ def code_of(text):
         if content.lstrip().startswith("```"):
             is_fenced = not is_fenced
         elif is_fenced or content.startswith("    "):
-            yield line, content.strip()
+            yield line, re.sub(r"^(?:- )?run: ", "", content.strip())  # as a step of CI
 
 
 def fault_links(tree, page, text):
@@ -163,6 +164,22 @@ def fault_files(tree, page, text):
                 yield line, f"{code} does not exist"
 
 
+def fault_index(tree, page, text):
+    """docs/README.md leads to every page."""
+    if page != tree.root / "docs/README.md":
+        return
+    for other in sorted((tree.root / "docs").glob("*.md")):
+        if other != page and f"]({other.name}" not in text:
+            yield 1, f"no link leads to {other.name}"
+
+
+def fault_actions(tree, page, text):
+    """Steps of CI that others wrote are pinned: by a commit, or by a major version of a well-known one."""
+    for line, match in lines_of(text, r"^\s*- uses: (\S+)"):
+        if page.suffix == ".yml" and not re.search(r"@(?:v\d+|[0-9a-f]{40}|release/v\d+)$", match.group(1)):
+            yield line, f"{match.group(1)} is not pinned"
+
+
 def fault_make_targets(tree, page, text):
     for line, code in code_of(text):
         for target in re.findall(r"(?:^(?:\$ )?|&& )make ((?:[a-z][a-z-]*\b ?)+)", code):
@@ -198,7 +215,7 @@ def fault_commands(tree, page, text):
             yield line, f"python -m turboquant {match.group(1)}: it has no such command"
 
 
-RULES = [fault_links, fault_files, fault_make_targets, fault_words, fault_commands]
+RULES = [fault_links, fault_files, fault_index, fault_actions, fault_make_targets, fault_words, fault_commands]
 
 
 def check(root=ROOT):

@@ -156,6 +156,15 @@ def fault_version(facts, page, text):
             yield 1, f"the header's version is {facts.version}"
 
 
+def fault_citation(facts, page, text):
+    """CITATION.cff is not a page, but also has the version; it is looked at once."""
+    if page.name != "CHANGELOG.md" or not (ROOT / "CITATION.cff").exists():
+        return
+    version = re.search(r"^version: (.*)$", read(ROOT / "CITATION.cff"), re.MULTILINE).group(1)
+    if version != facts.version:
+        yield 1, f"CITATION.cff has version {version}, the header {facts.version}"
+
+
 def fault_divergence(facts, page, text):
     """The table of README.md and docs/quality.md."""
     for header, rows in tables_of(text):
@@ -181,7 +190,8 @@ def fault_tables(facts, page, text):
                 yield line, f"{where} tells the row {cells[0]!r} differently"
 
 
-RULES = [fault_head_dims, fault_presets, fault_hosts, fault_python, fault_models, fault_version, fault_divergence, fault_tables]
+RULES = [fault_head_dims, fault_presets, fault_hosts, fault_python, fault_models, fault_version, fault_citation,
+         fault_divergence, fault_tables]
 
 
 def check(root=ROOT):

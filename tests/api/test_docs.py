@@ -84,6 +84,19 @@ class Names(unittest.TestCase):
         self.assert_fault("make_targets", "`make checks`\n", "make checks")
         self.assert_fault("make_targets", "```\nmake check none\n```\n", "make none")
 
+    def test_index(self):
+        self.assertEqual(self.faults("[a](other.md)\n", "docs/README.md"), {})
+        (self.root / "docs/new.md").write_text("")
+        self.assertEqual(self.faults("[a](other.md)\n", "docs/README.md"),
+                         {"index": ["docs/README.md:1: no link leads to new.md"]})
+
+    def test_workflows(self):
+        (self.root / ".github").mkdir()
+        step = "      - uses: actions/checkout@{}\n      - run: make {}\n"
+        self.assertEqual(self.faults(step.format("v4", "check"), ".github/ci.yml"), {})
+        self.assertEqual(list(self.faults(step.format("main", "check"), ".github/ci.yml")), ["actions"])
+        self.assertEqual(list(self.faults(step.format("v4", "cheque"), ".github/ci.yml")), ["make_targets"])
+
     def test_words(self):
         self.assert_clean("tq_cache_create, tq_cache_*, `TQ_VERSION_MAJOR`, -DTQ_VERSION_MAJOR=1\n")
         self.assert_fault("words", "`tq_cache_destroy`\n", "tq_cache_destroy")
