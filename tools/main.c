@@ -90,7 +90,7 @@ bool tool_parse_head_dim(int32_t *out, const char *text)
         size_t used = strlen(known);
         snprintf(known + used, sizeof known - used, "%s%d", i ? ", " : "", list[i]);
     }
-    tool_error(1, "there is no rotation for head_dim %lld; there is one for %s", (long long)value, known);
+    tool_error(1, "head_dim %lld is not supported; supported are %s", (long long)value, known);
     return false;
 }
 

@@ -83,7 +83,7 @@ static bool read_number(const reader *r, const cJSON *object, const char *key, d
     const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, key);
     *out = missing;
     if (!item && missing >= 0) return true;
-    if (!item) return fail(r, "there is no ", key);
+    if (!item) return fail(r, "the line lacks ", key);
     *out = item->valuedouble;
     if (cJSON_IsNumber(item) && *out >= low && *out <= (whole ? LENGTH_MAX : 1e12) && (!whole || *out == floor(*out)))
         return true;
@@ -108,8 +108,8 @@ static bool check_keys(const reader *r, const cJSON *object)
     for (const cJSON *item = object->child; item; item = item->next) {
         size_t i = 0, n = sizeof known / sizeof known[0];
         while (i < n && strcmp(item->string, known[i]) != 0) i++;
-        if (i == n) return fail(r, "there is no key ", item->string);
-        if (cJSON_GetObjectItemCaseSensitive(object, item->string) != item) return fail(r, "twice the key ", item->string);
+        if (i == n) return fail(r, "unknown key ", item->string);
+        if (cJSON_GetObjectItemCaseSensitive(object, item->string) != item) return fail(r, "the line has twice ", item->string);
     }
     return true;
 }

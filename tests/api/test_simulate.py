@@ -247,8 +247,9 @@ class Errors(Trace):
     def test_lines(self):
         cases = [
             ("nonsense", "not a JSON object"), ("[1]", "not a JSON object"), ("{} {}", "not a JSON object"),
-            ({**self.GOOD, "out_tok": 1}, "no key out_tok"), ('{"arrival": 1, "arrival": 2}', "twice the key arrival"),
-            ({"arrival": 1, "prompt_tok": 10}, "there is no output_tok"), ({**self.GOOD, "arrival": -1}, "arrival must be"),
+            ({**self.GOOD, "out_tok": 1}, "unknown key out_tok"),
+            ('{"arrival": 1, "arrival": 2}', "the line has twice arrival"),
+            ({"arrival": 1, "prompt_tok": 10}, "the line lacks output_tok"), ({**self.GOOD, "arrival": -1}, "arrival must be"),
             ({**self.GOOD, "arrival": "now"}, "arrival must be"), ({**self.GOOD, "prompt_tok": 0}, "prompt_tok must be"),
             ({**self.GOOD, "output_tok": 1.5}, "output_tok must be a whole number"), ({**self.GOOD, "arrival": 0.5}, "before"),
             ({**self.GOOD, "prompt_tok": 1 << 25}, "prompt_tok must be"), ({**self.GOOD, "chat": 1}, "chat must be a text"),
