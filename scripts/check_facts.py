@@ -20,6 +20,12 @@ from check_docs import HISTORY, lines_of, read
 ROOT = Path(__file__).resolve().parent.parent
 # Texts of the measurement that README.md and docs/quality.md quote.
 TEXTS = {"novel": "austen", "manual": "pydoc", "C code": "csource"}
+# Figures that several pages tell in a sentence: what stands in brackets is the same in all of them.
+SAYINGS = {
+    "what a calibration takes off": r"(\d+\s+to\s+\d+)\s+%\s+off\s+what",
+    "decoding after 4096 tokens": r"(\d\.\d)\s+times\s+as\s+fast\s+as\s+(?:with\s+)?f16\s+after\s+4096",
+    "families of models": r"\b(\d+)\s+families",
+}
 MEASURED = {"cache", "preset", "format", "engine", "model"}  # what rows are of in tables of figures
 KL_RESULTS = "bench/results/2026-11-24-eval-4096.csv"
 
@@ -36,6 +42,7 @@ class Facts:
     n_models: int
     divergence: dict  # of (cache, text): as ".0045"
     tables: dict = field(default_factory=dict)  # of (header, first cell): (row, page)
+    sayings: dict = field(default_factory=dict)  # of the name: (figure, page)
 
 
 def short(value):
@@ -190,8 +197,18 @@ def fault_tables(facts, page, text):
                 yield line, f"{where} tells the row {cells[0]!r} differently"
 
 
+def fault_sayings(facts, page, text):
+    """A figure in a sentence is the same in all pages."""
+    for name, pattern in SAYINGS.items():
+        for line, match in lines_of(text, pattern):
+            figure = " ".join(match.group(1).split())
+            other, where = facts.sayings.setdefault(name, (figure, page.name))
+            if other != figure:
+                yield line, f"{name}: {figure} here, {other} in {where}"
+
+
 RULES = [fault_head_dims, fault_presets, fault_hosts, fault_python, fault_models, fault_version, fault_citation,
-         fault_divergence, fault_tables]
+         fault_divergence, fault_tables, fault_sayings]
 
 
 def check(root=ROOT):

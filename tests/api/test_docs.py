@@ -119,7 +119,7 @@ class FactsOfPages(unittest.TestCase):
         cls.facts = check_facts.read_facts()
 
     def faults(self, rule, text, name="docs/page.md"):
-        facts = dataclasses.replace(self.facts, tables={})
+        facts = dataclasses.replace(self.facts, tables={}, sayings={})
         pages = [text] if isinstance(text, str) else text
         return [message for i, page in enumerate(pages)
                 for _, message in rule(facts, Path(name) if len(pages) == 1 else Path(f"{i}.md"), page)]
@@ -168,6 +168,12 @@ class FactsOfPages(unittest.TestCase):
         table = "| cache | a | b |\n| --- | --- | --- |\n| f16 | 1 | {} |\n"
         rule = check_facts.fault_tables
         self.assert_tells(rule, [table.format(2), table.format(2)], [table.format(2), table.format(3)])
+
+
+    def test_sayings(self):
+        told = "it takes {} to\n27 % off what a preset adds"
+        rule = check_facts.fault_sayings
+        self.assert_tells(rule, [told.format(6), told.format(6)], [told.format(6), told.format(7)])
 
 
 class Messages(unittest.TestCase):
@@ -325,6 +331,12 @@ class Bits(unittest.TestCase):
                 self.assertEqual(re.findall(r"\d\.\d+", match.group(1)), expected, page.name)
                 n_found += 1
         self.assertGreater(n_found, 0)
+
+    def test_questions(self):
+        """docs/faq.md tells what docs/llama-cpp.md does, which the next test compares."""
+        told = re.findall(r"(\d\.\d\d)(?: bits)? \((TQ\d)\)", (ROOT / "docs/faq.md").read_text().replace("\n", " "))
+        rows = [check_facts.cells_of(line) for line in (ROOT / "docs/llama-cpp.md").read_text().splitlines()]
+        self.assertEqual([(row[-1], row[0]) for row in rows if re.fullmatch(r"TQ\d", row[0])], told)
 
     def test_devices_of_the_plug_in(self):
         text = (ROOT / "docs/llama-cpp.md").read_text()
