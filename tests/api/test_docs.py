@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -304,6 +305,9 @@ class Words(unittest.TestCase):
             git(*arguments)
         (fault,) = self.faults("keys alone\nvalues alone\n")
         self.assertTrue(fault.startswith("page.md:2: "), fault)
+        with unittest.mock.patch.object(words.shutil, "which", return_value=None):
+            (fault,) = self.faults("keys alone\nvalues alone\n")
+        self.assertTrue(fault.startswith("page.md:1, page.md:2: "), fault)
 
     def test_the_list_of_the_project(self):
         """CONTRIBUTING.md quotes each."""
@@ -313,6 +317,7 @@ class Words(unittest.TestCase):
             self.assertTrue(rows, word.pattern)
 
 
+@unittest.skipUnless((BUILD / "tq").exists(), "tq was not built")
 class Bits(unittest.TestCase):
     """What several pages say of the presets' bits is what `tq presets` computes."""
     SEQUENCES, SINKS = 4, 4  # what the plug-in keeps places for in a cache of one stream, in FP16
