@@ -112,7 +112,8 @@ def test_refused_before_a_model_is_loaded(run, modules, monkeypatch, given, told
     assert re.search(told, err) and "--help` has all options" in err
 
 
-@pytest.mark.parametrize("name, told", [("{folder}/none", "Give a folder with config.json"), ("{other}", "latent attention.*run `mlx_lm.generate`")])
+@pytest.mark.parametrize("name, told", [("{folder}/none", "Give a folder with config.json"),
+                                        ("{other}", "latent attention.*run `mlx_lm.generate`")])
 def test_refused_models(run, folder, tmp_path, name, told):
     """One line, as of all commands."""
     sizes = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64,
@@ -195,7 +196,12 @@ def test_prompt_cache_files_of_mlx_lm(run, folder, tmp_path, given_caches):
 def test_chat(run, folder, monkeypatch, installed):
     """A conversation whose cache grows from question to question."""
     sizes, update = [], TurboQuantKVCache.update_and_fetch
-    monkeypatch.setattr(TurboQuantKVCache, "update_and_fetch", lambda self, *rows: sizes.append(self.offset) or update(self, *rows))
+
+    def counted(self, *rows):
+        sizes.append(self.offset)
+        return update(self, *rows)
+
+    monkeypatch.setattr(TurboQuantKVCache, "update_and_fetch", counted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6 w7\nw8 w9\nq\n"))
     status, out, err = run("chat", "--model", folder, "--max-tokens", "4", "--kv-preset", "TQ6")
     assert status == 0 and installed == [{"preset": "TQ6"}] and max(sizes) >= 3 + 4 + 2, err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What MLX-LM tests of its own caches, of compressed ones: generation that goes on, trimming, files, batches, masks, its LRU."""
+"""What MLX-LM tests of its own caches, of compressed ones: generation that goes on, trimming, files, batches, masks, LRU."""
 import copy
 
 import mlx.core as mx

@@ -152,8 +152,8 @@ def test_server(folder, tmp_path):
 
 def test_commands(folder):
     """generate, as a user types it, with most of our options: the stock command's text, as all tokens are in the window."""
-    words = ["generate", "--model", str(folder), "--prompt", "What is the capital of France?", "--max-tokens", "24", "--verbose",
-             "F"]
+    words = ["generate", "--model", str(folder), "--prompt", "What is the capital of France?", "--max-tokens", "24",
+             "--verbose", "F"]
     ours = ["--kv-preset", "TQ3", "--kv-k-format", "f16", "--kv-exact-layers", "2", "--kv-exact-prefill"]
     done = [subprocess.run([sys.executable, "-m", *given], capture_output=True, text=True, check=True)
             for given in (["mlx_lm", *words], ["turboquant", "mlx", *words, *ours])]

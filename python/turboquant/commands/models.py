@@ -45,7 +45,7 @@ def need_mlx() -> Any:
 def mlx_folder(name: str) -> Path:
     """A model's folder, for MLX-LM."""
     if not (Path(name) / "config.json").is_file():
-        raise CommandError(f"{name} is no folder with config.json: give one, which MLX-LM takes")
+        raise CommandError(f"{name} is not a folder with config.json: give one, which MLX-LM takes")
     return Path(name)
 
 
