@@ -180,7 +180,7 @@ def test_whole_or_not_at_all(tmp_path, caplog, monkeypatch, error):
 
 
 def test_windows(tmp_path):
-    """A full window cannot be trimmed, so such a prompt is found by those that begin with all of it. Its parts are also kept."""
+    """A full window cannot be trimmed, so such a prompt is found by those that begin with all of it. Its parts stay."""
     options = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 32}
     server = Server(tmp_path, make_model(**options))
     cache = stock.make_prompt_cache(server.model)
