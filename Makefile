@@ -27,7 +27,7 @@ run:  ## the answer of a real model with and without the plug-in, and a table of
 	@$(PYTHON) scripts/get_text.py
 	@$(PYTHON) scripts/report.py --only answers
 	@scripts/get_llama.sh llama-completion llama-bench llama-perplexity
-	@$(PYTHON) scripts/report.py --only table --csv build/report.csv
+	@$(PYTHON) scripts/report.py --only table --csv build/report.csv --plot build/report.svg
 
 .PHONY: test
 test: test-deps  ## all of check, a sanitizer, each instruction set, small models and the real one: 10 minutes once set up

@@ -4,6 +4,7 @@
 table of memory, speed and quality for stock caches and our presets. All figures come from stock, unpatched llama.cpp tools.
 
     report.py [--only answers|table] [--cases f16,TQ4,q4_0] [--preset TQ4] [--full] [--json FILE] [--csv FILE]
+              [--plot FILE]
 
 Environment: TQ_DEPS_DIR (build/deps), TQ_PLUGIN (build/release/libggml-turboquant.so).
 """
@@ -24,6 +25,7 @@ DEPS = Path(os.environ.get("TQ_DEPS_DIR", ROOT / "build" / "deps"))
 N_CTX = 4096
 TEXT_CHARACTERS = 12000  # some 3100 tokens
 QUESTION = "What is the name of the place that Mr. Bingley has taken?"
+PRESETS = "TQ6", "TQ4", "TQ3", "TQ2"
 START = time.monotonic()
 
 
@@ -173,6 +175,16 @@ def write_files(rows, args):
             writer.writerows(rows)
 
 
+def write_plot(rows, args):
+    """Divergence against bits of all rows but the reference's."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from eval import plots
+    shown_rows = [{**row, "name": row["case"], "kind": "ours" if row["case"] in PRESETS else "stock", "text": args.text.name,
+                   "n_ctx": N_CTX} for row in rows[1:]]
+    Path(args.plot).write_text(plots.curves(shown_rows))
+    print(f"\nPlot of divergence against bits: {args.plot}")
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Memory, speed and quality of KV caches on a real model.")
     parser.add_argument("--only", choices=("answers", "table"), help="one of the two parts")
@@ -190,6 +202,7 @@ def parse_arguments():
                                                         f"{FULL.repetitions})")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--csv", help="also write the figures to this file")
+    parser.add_argument("--plot", help="also draw divergence against bits to this file, SVG")
     args = parser.parse_args()
     args.effort = FULL if args.full else SHORT
     if args.repetitions:
@@ -207,6 +220,8 @@ def run(args, setup, cases, folder):
         print(format_table(rows, args.effort.depths))
         print_notes(rows, args)
         write_files(rows, args)
+        if args.plot:
+            write_plot(rows, args)
         print_next(setup)
 
 

@@ -39,6 +39,21 @@ class Parsing(unittest.TestCase):
         self.assertEqual((figures["same_top_1"], figures["same_top_1_error"]), (95.686, 0.901))
         self.assertEqual((figures["dp_rms"], figures["ppl_ratio"], figures["ppl"]), (1.629, 0.99162, 17.938247))
 
+    def test_plot_of_make_run(self):
+        """The last thing that `make run` writes: every row but the reference's is named in it."""
+        sys.path.insert(0, str(common.ROOT / "scripts"))
+        import report
+        rows = [{"case": name, "bits_per_value": bits, "kld_mean": kld} for name, bits, kld in (
+            ("f16", 16, 0), ("TQ4", 4.65, .0045), ("TQ2", 3.15, .0118), ("q4_0", 4.5, .0609))]
+        with tempfile.TemporaryDirectory() as folder, mock.patch("builtins.print") as said:
+            path = pathlib.Path(folder, "plot.svg")
+            report.write_plot(rows, mock.Mock(text=pathlib.Path("novel.txt"), plot=str(path)))
+            svg = path.read_text()
+        self.assertIn(str(path), said.call_args.args[0])
+        for word in ("TQ4", "TQ2", "q4_0", "novel.txt, 4096 tokens"):
+            self.assertIn(word, svg)
+        self.assertNotIn("f16", svg)
+
     def test_statistics_that_lack_a_line(self):
         for label in ("Mean    KLD", "99.9%   KLD", "RMS Δp"):
             self.assertIsNone(parse_statistics(PRINTED.replace(label, "Other")))
