@@ -157,7 +157,7 @@ def static_suites():
     yield Suite("layers", [python("scripts/check_layers.py")], "check", builds=(), rooms=("",))
     yield Suite("circles", [python("scripts/check_circles.py", BUILD / "release")], "check", rooms=("",))
     yield Suite("docs", [python(f"scripts/check_{name}.py") for name in ("docs", "facts", "messages")]
-                + [python("tests/api/test_docs.py")], "check", rooms=("",))
+                + [python("scripts/gen_reference.py", "--check"), python("tests/api/test_docs.py")], "check", rooms=("",))
     yield Suite("tables", counted([python("scripts/gen_tables.py", "--check")]), "check", builds=(),
                 rooms=("codec", "kernels", "scripts"))
     yield Suite("runner", [python("tests/api/test_runner.py")], "check", builds=(), rooms=("tests",))
