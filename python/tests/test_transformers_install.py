@@ -114,6 +114,18 @@ def test_uninstall(model):
     assert type(cache_of(found)) is DynamicCache and torch.equal(found.sequences, wanted)
 
 
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching(model, monkeypatch, name):
+    """Its cache cannot be replaced, which is said before anything runs; uninstall gives the methods back."""
+    if not hasattr(model, name):
+        pytest.skip("not in this release")
+    install(install(model))
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model was called"))
+    with pytest.raises(turboquant.UnsupportedError, match="paged cache of its own.*padded batch.*vLLM.*uninstall"):
+        getattr(model, name)(inputs=[[1, 2, 3]], generation_config=None)
+    assert getattr(uninstall(model), name).__func__ is getattr(type(model), name)
+
+
 def test_images():
     """The vision tower keeps its attention."""
     config = LlavaConfig(

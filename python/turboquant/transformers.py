@@ -58,6 +58,8 @@ _CACHE_NAMES = ("cache", "past_key_values")  # what models call the argument, th
 _GUARDS = ("raise", "warn", "off")
 _UNSERVED = ("keep", "refuse")
 _INSTALLED = "_turboquant_installed"  # of a model, and of its attention modules, which then take ordinary keys, too
+# Where Transformers' continuous batching begins.
+_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 # Options of attention functions, and what to do about them.
 _UNSUPPORTED = {
     "position_bias": "position biases",
@@ -921,6 +923,12 @@ class _Installed:
         return done
 
 
+def _refuse_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedError("Transformers' continuous batching (generate_batch) has a paged cache of its own, which cannot be "
+                           "replaced: call generate() with a padded batch, run vLLM for a server (docs/vllm.md), or call "
+                           "turboquant.transformers.uninstall(model) first")
+
+
 def check_kind(kind: type[PreTrainedModel], config: Any) -> None:
     """Refuse a class of models that install cannot switch, whatever its layers are."""
     if config.is_encoder_decoder:
@@ -935,7 +943,8 @@ def install(model: PreTrainedModel, preset: str = "TQ4", **options: Any) -> PreT
     Let a model compress its cache wherever it makes one itself: generate(), pipelines, chats, evaluations, servers. Options are
     those of TurboQuantCache, and are checked now. Caches that are passed are used as they are; passes with gradients, or
     without a cache, go through Transformers' own attention. Of a model with images or sound the text part is switched. A
-    second call replaces the first one's options. Returns the model. Raises UnsupportedError, ArgumentError.
+    second call replaces the first one's options. Continuous batching (generate_batch) is refused: its cache cannot be replaced.
+    Returns the model. Raises UnsupportedError, ArgumentError.
     """
     check_kind(type(model), model.config)
     TurboQuantCache(config=model.config, preset=preset, **options)
@@ -946,6 +955,9 @@ def install(model: PreTrainedModel, preset: str = "TQ4", **options: Any) -> PreT
     _installed.add(installed)
     if installed.prepare is not None:
         model._prepare_cache_for_generation = installed.prepare_cache
+    for name in _BATCHING:
+        if hasattr(model, name):
+            setattr(model, name, _refuse_batching)
     for module in installed.decoder.modules():
         if hasattr(module, "layer_idx"):
             setattr(module, _INSTALLED, True)
@@ -960,7 +972,8 @@ def uninstall(model: PreTrainedModel) -> PreTrainedModel:
         return model
     installed.hook.remove()
     _installed.discard(installed)
-    vars(model).pop("_prepare_cache_for_generation", None)
+    for name in ("_prepare_cache_for_generation", *_BATCHING):
+        vars(model).pop(name, None)
     for module in installed.decoder.modules():
         vars(module).pop(_INSTALLED, None)
         expand_latents(module)
