@@ -87,22 +87,25 @@ def test_help_names_the_commands(run, capsys):
 
 
 @pytest.mark.parametrize("given, told", [
-    ("server --kv-preset TQ5", "there is no preset 'TQ5'; there are"), ("server --kv-preset=", "there is no preset ''"),
+    ("server --kv-preset TQ5", "unknown preset 'TQ5'; the presets are TQ6"), ("server --kv-preset=", "unknown preset ''"),
     ("chat --kv-calibration missing.tqcal", "missing.tqcal"), (f"server --kv-calibration {__file__}", "test_mlx_commands.py"),
     ("generate --kv-bits 8", "compressed already.*leave it out, or run `mlx_lm.generate`"), ("server --kv-bit=8", "compressed"),
     ("cache_prompt --kv-group-size 32", "compressed already"), ("server --quantized-kv-start=0", "compressed already"),
     ("generate --max-kv-size 64", "holds all tokens.*leave it out"), ("chat --max-kv=64", "--max-kv-size: .*drops none"),
-    ("generate --kv-prest TQ4", "no option --kv-prest of generate; there are --kv-preset"),
-    ("generate --kv-cache-folder x", "no option --kv-cache-folder of generate"),
-    ("generate --kv-k-format sq9", "sq9.*must be one of f16"), ("generate --kv-exact-layers one", "'one' is no whole number"),
+    ("generate --kv-prest TQ4", "unknown option --kv-prest of generate; the options are --kv-preset"),
+    ("generate --kv-cache-folder x", "unknown option --kv-cache-folder of generate"),
+    ("generate --kv-k-format sq9", "sq9.*must be one of f16"),
+    ("generate --kv-exact-layers one", "'one' is not a whole number"),
     ("generate --kv-exact-layers -1", "at least 0"), ("generate --kv-n-recent -1", "at least 0"),
     ("generate --kv-factors maybe", "invalid choice"),
     (f"generate --kv-factors weights --kv-calibration {CALIBRATION}", "leave one of them out"),
     ("perplexity --model x --kv-exact-prefill", "nothing compressed would be measured"),
     ("evaluate --kv-exact-prefill", "nothing compressed would be measured"),
     (f"server --kv-cache-folder {__file__}", "give a folder that can be written to"),
-    ("server --kv-cache-folder-bytes much", "'much' is no size: give 500MB"), ("server --kv-cache-folder-bytes 0", "no size"),
-    ("convert", "no command 'convert' that makes caches; there are generate"), ("--kv-preset TQ4", "no command '--kv-preset'")])
+    ("server --kv-cache-folder-bytes much", "'much' is not a size: give 500MB"),
+    ("server --kv-cache-folder-bytes 0", "not a size"),
+    ("convert", "unknown command 'convert': the commands that make caches are generate"),
+    ("--kv-preset TQ4", "unknown command '--kv-preset'")])
 def test_refused_before_a_model_is_loaded(run, modules, monkeypatch, given, told):
     for module in modules.values():
         monkeypatch.setattr(module, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))

@@ -115,7 +115,7 @@ def test_bytes_grow_and_are_counted_by_row(llama):
 
 
 def test_batches_with_empty_caches(llama):
-    """One has read nothing yet: each row is what it is alone, whichever comes first."""
+    """One has read nothing yet: each row is what it is by itself, whichever comes first."""
     full, more = make_prompt_cache(llama, **F16), ids(6, seed=9)
     logits(llama, full, ids(50))
     wanted = np.concatenate([logits(llama, copy.deepcopy(cache), more) for cache in (full, make_prompt_cache(llama, **F16))])
@@ -159,6 +159,6 @@ def test_the_servers_prompts(llama):
     longer = make_prompt_cache(llama, **F16)
     logits(llama, longer, np.array([prompt + [5]]))
     lru.insert_cache("model", prompt + [5], longer)
-    assert len(lru) == 1  # the shorter one can be had by trimming
+    assert len(lru) == 1  # the shorter one is what trimming leaves
     lru.trim_to(n_bytes=1)
     assert len(lru) == 0 and lru.nbytes == 0

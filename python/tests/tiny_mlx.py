@@ -100,7 +100,7 @@ def check_like(found, wanted, exact):
 
 
 def check_batch(model, make_cache, lengths, n_more, atol):
-    """Three rows get in a batch what each gets alone, however they came together; filter, extract, merge, extend."""
+    """Three rows get in a batch what each gets by itself, however they came together; filter, extract, merge, extend."""
     caches = [make_cache(model) for _ in lengths]
     for i, n in enumerate(lengths):
         logits(model, caches[i], ids(n, seed=i))
@@ -120,7 +120,7 @@ def check_batch(model, make_cache, lengths, n_more, atol):
 
 
 def check_padding(model, make_cache, lengths, side, atol):
-    """Rows of a batch get with padding on that side what each gets alone."""
+    """Rows of a batch get with padding on that side what each gets by itself."""
     n = max(lengths)
     tokens, alone = np.zeros((len(lengths), n), np.int64), []
     for row, length in enumerate(lengths):

@@ -101,7 +101,7 @@ def _rope(module: Any, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _attention_of(layer: Any) -> Any:
-    """The module of a model's layer that projects keys, by names that are known; None if there is none."""
+    """The module of a model's layer that projects keys, by names that are known; None without one."""
     modules = [] if layer is None else layer.modules()
     return next((each for each in modules if weight_factors.has_projections(each)), None)
 

@@ -80,7 +80,7 @@ def _fields(struct: ctypes.Structure) -> dict[str, Any]:
 
 def _formats_array(names: Sequence[str | int] | None, fmt: int, n_layer: int, exact_layers: int, what: str
                    ) -> ctypes.Array | None:
-    """tq_format [n_layer] by names, or by fmt where there are none; None where one is for all."""
+    """tq_format [n_layer] by names, or by fmt where these are None; None where one is for all."""
     if names is not None and len(names) != n_layer:
         raise ArgumentError(f"{what}: has {len(names)} formats; give one for each of {n_layer} layers")
     names = exact_ends(names, fmt, n_layer, exact_layers)

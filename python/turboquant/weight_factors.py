@@ -301,7 +301,7 @@ def is_exact(fmt: int) -> bool:
 
 def of_latents(options: dict[str, Any], factors: str = "weights") -> dict[str, Any]:
     """
-    What takes the place of options of a cache of latents (MLA), which have no factors, and which values are read from, too: a
+    What takes the place of options of a cache of latents (MLA), which have no factors, and which values are also read from: a
     preset's have 8 bits, as in llama.cpp. Formats that somebody else has chosen stay, as does a preset with factors="off".
     """
     few = any(format_info(fmt).bits < 8 for fmt in formats_of(options, 1, "k"))

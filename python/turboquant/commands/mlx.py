@@ -49,7 +49,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if not words or words[0] in ("-h", "--help"):
         _front().parse_args(words)
     if words[0] not in COMMANDS:
-        _front().error(f"MLX-LM has no command {words[0]!r} that makes caches; there are {', '.join(COMMANDS)}")
+        _front().error(f"unknown command {words[0]!r}: the commands that make caches are {', '.join(COMMANDS)}")
     command, words = words[0], words[1:]
     parser = Parser(prog=f"{_PROG} {command}", add_help=False, allow_abbrev=False,
                     usage=f"{_PROG} {command} [options of turboquant] [options of mlx_lm.{command}]",
@@ -64,7 +64,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _front() -> argparse.ArgumentParser:
-    """The parser of words without a command that there is."""
+    """The parser of words that do not begin with a command."""
     lines = "\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items())
     parser = Parser(prog=_PROG, formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="MLX-LM's commands with compressed caches.",
@@ -92,7 +92,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     group.add_argument("--kv-factors", metavar="NAME", choices=CHOICES,
                        help="factors for channels of keys: weights, from the model's (default without a calibration), or off")
     if command == "server":
-        group.add_argument("--kv-cache-folder", metavar="DIR", help="keep the caches of prompts in files there, too, where a "
+        group.add_argument("--kv-cache-folder", metavar="DIR", help="also keep the caches of prompts in files there, where a "
                            "server that is started again finds them")
         group.add_argument("--kv-cache-folder-bytes", metavar="SIZE", type=_size, default=_FOLDER_BYTES, help="of all files "
                            "there; those used longest ago are removed (default: %(default)s; 500MB, 2GB, or bytes)")
@@ -102,7 +102,7 @@ def _size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([MG])B?)?", text.strip().upper())
     n = int(float(found[1]) * {"M": 10**6, "G": 10**9, None: 1}[found[2]]) if found else 0
     if n < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size: give 500MB, 2GB, or a number of bytes")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size: give 500MB, 2GB, or a number of bytes")
     return n
 
 
@@ -114,7 +114,7 @@ def _refuse(parser: argparse.ArgumentParser, command: str, words: list[str]) -> 
                 parser.error(f"{option}: {cure.format(command=command)}")
         if word.startswith("--kv-"):
             known = [option for action in parser._actions for option in action.option_strings]
-            parser.error(f"there is no option {word} of {command}; there are {', '.join(known)}")
+            parser.error(f"unknown option {word} of {command}; the options are {', '.join(known)}")
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _change_perplexity(module: Any) -> None:
 
 
 def _change_server(module: Any, args: argparse.Namespace) -> None:
-    """Keep its prompts in a folder, too."""
+    """Also keep its prompts in a folder."""
     import mlx.core as mx
     from turboquant._mlx_folder import Folder, FolderPromptCache, check, key_of
     if mx.distributed.init().size() > 1:
