@@ -2,7 +2,7 @@
 """Collect the messages of the library, the plug-in, `tq` and the Python package from their sources.
 
 A message is a text of three words or more that the sources hold as a string: those of calls that log, and those that are
-handed on to one. A value in it, `%d` or `{name}`, becomes an ellipsis.
+handed on to one. A value in it, `%d` or `{name}`, becomes an ellipsis. Texts of help are no messages.
 """
 import ast
 import re
@@ -16,7 +16,7 @@ C_FOLDERS = {"library": ("src", "*.[ch]"), "CUDA": ("src", "*.cu*"), "plug-in": 
 PYTHON_FOLDERS = {"Python": "python/turboquant", "tq eval, tq calibrate, tq fold": "tools"}
 # Whose strings are no messages: assembler, assertions, and what a command prints as its result.
 C_SILENT = {"asm", "static_assert", "_Static_assert", "printf", "puts", "pragma", "_Pragma"}
-PYTHON_SILENT = {"print", "add_argument", "add_parser", "ArgumentParser", "add_argument_group", "getLogger", "join"}
+PYTHON_SILENT = {"print", "add_argument", "add_parser", "ArgumentParser", "Parser", "add_argument_group", "getLogger", "join"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def remarks(tree):
 def text_of(node):
     """The text of an expression that makes a string, or None."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub("%[sd]", VALUE, node.value)  # as loggers take it
+        return re.sub(r"%[sd]|\{\w+\}", VALUE, node.value)  # as loggers take it, and str.format
     if isinstance(node, ast.JoinedStr):
         return "".join(part.value if isinstance(part, ast.Constant) else VALUE for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mod)):

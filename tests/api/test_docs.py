@@ -27,7 +27,9 @@ TREE = {
     "include/turboquant.h": "#define TQ_VERSION_MAJOR 0\nint tq_cache_create(void);\nint tq_cache_free(void);\n",
     "src/codec/lloyd.c": "",
     "tools/main.c": '    {"formats",    "list them", cmd_formats},\n};\n"  --head-dim D"\n',
-    "python/turboquant/__main__.py": '_COMMANDS = {\n    "doctor": (doctor, "what is here", """"""),\n}\n',
+    "python/turboquant/__main__.py": '_COMMANDS = {\n    "doctor": (doctor, "what is here", """"""),\n}\n'
+                                     '    commands.add_parser("mlx", help="more")\n',
+    "python/turboquant/commands/mlx.py": 'COMMANDS = {\n    "cache_prompt": "a file",\n}\n',
     "tests/suites.py": 'Suite("python/core")\npytest("python/mlx models")\n',
     "docs/other.md": "# Other\n\n## The `tq` way: two, three\n\n## Twice\n\n## Twice\n\n```\n## no heading\n```\n",
 }
@@ -106,9 +108,11 @@ class Names(unittest.TestCase):
 
     def test_commands(self):
         self.assert_clean("`tq formats --head-dim 64`, `python -m turboquant doctor`\n")
+        self.assert_clean("`python -m turboquant mlx`, `python -m turboquant mlx cache_prompt --kv-preset TQ4`\n")
         self.assert_fault("commands", "`tq sing`\n", "tq sing")
         self.assert_fault("commands", "    build/release/tq formats --head 64\n", "--head")
         self.assert_fault("commands", "`python -m turboquant nurse`\n", "nurse")
+        self.assert_fault("commands", "`python -m turboquant mlx nurse`\n", "mlx nurse")
 
     def test_history_may_name_what_is_gone(self):
         self.assertEqual(self.faults("tq_cache_destroy, `tq sing`\n", "CHANGELOG.md"), {})
@@ -197,6 +201,8 @@ def f(x):
     warnings.warn("the cache is %d tokens %s" % (3, x))
     raise ValueError(f"give {x!r} a number " "from 0 on" if x else "a number is needed")
     parser.add_argument("--x", help="what x is for")
+    Parser(description="what the command does", epilog="more of the command")
+    why = "the option {option} is for others".format(option=x)
     print("this is what it found")
 '''
     PAGE = """# Page
@@ -241,7 +247,7 @@ the keys of it
     def test_what_is_found(self):
         self.assertEqual([message.text for message in messages.collect(self.root)],
                          ['slot … of … does not exist; "…"', "the keys of it", "the cache is … tokens …",
-                          "give … a number from 0 on", "a number is needed"])
+                          "give … a number from 0 on", "a number is needed", "the option … is for others"])
         self.assertEqual(messages.collect(self.root)[0].place, "src/a.c:6")
 
     def test_lists(self):
