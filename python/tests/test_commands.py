@@ -187,7 +187,7 @@ def test_doctor_refuses_what_mlx_lm_would(tmp_path, run):
     status, out, err = run("doctor", tmp_path, "--engine", "mlx")
     assert (status, out) == (1, "") and "Model type none not supported. Give a folder with a model that MLX-LM has" in err
     status, out, err = run("doctor", "qwen2", "--engine", "mlx")
-    assert (status, out) == (1, "") and "no folder with config.json" in err
+    assert (status, out) == (1, "") and "not a folder with config.json" in err
 
 
 def test_doctor_takes_mlx_lm_where_it_is_alone(folder, monkeypatch, found):

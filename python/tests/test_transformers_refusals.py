@@ -204,8 +204,8 @@ def test_unserved_layers(llama):
         TurboQuantCache(config=config, unserved="refuse")
     with pytest.raises(turboquant.ArgumentError, match="unserved"):
         TurboQuantCache(config=config, unserved="maybe")
-    with pytest.raises(turboquant.UnsupportedError, match="latent attention"):
-        TurboQuantCache(config=transformers.DeepseekV3Config(num_hidden_layers=2))
+    latent = TurboQuantCache(config=transformers.DeepseekV3Config(num_hidden_layers=2), unserved="refuse")
+    assert all(layer.is_latent for layer in latent.layers)  # which is served: test_transformers_latent.py
 
 
 def test_keys_of_another_layer(llama):
