@@ -229,8 +229,8 @@ class TurboQuantKVCache(BatchCache):
     @property
     def state(self) -> _State:
         """
-        {"options": JSON, "batched": 0 or 1, "instead": JSON, "snapshot": uint8 of docs/snapshot.md}, the last two if anything
-        is held; made when read.
+        {"options": JSON, "batched": 0 or 1, "instead": JSON, "snapshot": uint8, a file of docs/snapshot.md }, the last two if
+        anything is held; made when read.
         """
         return _State(self._save)
 
