@@ -64,7 +64,7 @@ def open_transformers(args):
     from smollm import load
     from transformers import DynamicCache
 
-    from turboquant.transformers import TurboQuantCache
+    from libturboquant.transformers import TurboQuantCache
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     model, tokenizer = load()
@@ -97,7 +97,7 @@ def open_mlx(args):
     import mlx_lm
     import mlx_lm.models.cache as stock
 
-    import turboquant.mlx
+    import libturboquant.mlx
     mx.set_default_device(mx.cpu)
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own: PyTorch's threads shall not be here.
@@ -109,7 +109,7 @@ def open_mlx(args):
 
     def open_cache(kind):
         cache = (stock.make_prompt_cache(model) if kind == "stock" else
-                 turboquant.mlx.make_prompt_cache(model, preset=kind, n_threads=args.threads))
+                 libturboquant.mlx.make_prompt_cache(model, preset=kind, n_threads=args.threads))
         token = mx.argmax(model(prompt, cache=cache)[:, -1:], axis=-1)
         mx.eval(token)
 

@@ -21,7 +21,7 @@ class Library:
     def __init__(self, path):
         os.environ["TURBOQUANT_LIBRARY"] = os.path.abspath(path)
         sys.path.insert(0, os.environ.get("TQ_PYTHON_SOURCE", str(Path(__file__).resolve().parent.parent / "python")))
-        from turboquant import _library, formats
+        from libturboquant import _library, formats
         self.types, self.loaded, self._formats = _library, _library.lib, formats
 
     def format_number(self, name):

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python/tests")]
 from eval import arguments, llama, options, quality  # noqa: E402
 
 from rows import append_rows, read_rows  # noqa: E402
-from turboquant._divergence import divergences, figures_of  # noqa: E402
+from libturboquant._divergence import divergences, figures_of  # noqa: E402
 
 FLOOR = "floor"
 PRESETS = "TQ6,TQ4,TQ3,TQ2"
@@ -178,7 +178,7 @@ class Transformers(InPython):
         self.half_cache = HalfCache
 
     def begin(self, name):
-        from turboquant.transformers import TurboQuantCache
+        from libturboquant.transformers import TurboQuantCache
         is_ours = name not in (None, FLOOR)
         self.model.set_attn_implementation("turboquant" if is_ours else "eager" if name == FLOOR else "sdpa")
         config = self.model.config
@@ -262,7 +262,7 @@ class MlxLm(InPython):
         return super().step(name) // (2 if name == FLOOR else 1)
 
     def begin(self, name):
-        from turboquant.mlx import make_prompt_cache
+        from libturboquant.mlx import make_prompt_cache
         is_ours = name not in (None, FLOOR)
         cache = make_prompt_cache(self.model, name) if is_ours else [self.half_cache() for _ in self.model.layers]
 

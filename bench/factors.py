@@ -58,7 +58,7 @@ class Transformers:
     def read(self, tokens, preset, factors):
         """Log probabilities after each token of the second half."""
         from transformers import DynamicCache
-        from turboquant.transformers import TurboQuantCache
+        from libturboquant.transformers import TurboQuantCache
         stock = "sdpa" if self.model._supports_sdpa else "eager"
         self.model.set_attn_implementation("turboquant" if preset else stock)
         config, found = self.model.config, []
@@ -82,7 +82,7 @@ class Mlx:
 
     def read(self, tokens, preset, factors):
         import mlx_lm.models.cache as stock
-        from turboquant.mlx import make_prompt_cache
+        from libturboquant.mlx import make_prompt_cache
         cache, found = stock.make_prompt_cache(self.model), []
         if preset:
             cache = make_prompt_cache(self.model, preset, factors=factors)

@@ -39,10 +39,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-import turboquant.transformers
-from turboquant.cache import Batch
-from turboquant._torch_rows import attend_rows
-from turboquant.transformers import TurboQuantCache
+import libturboquant.transformers
+from libturboquant.cache import Batch
+from libturboquant._torch_rows import attend_rows
+from libturboquant.transformers import TurboQuantCache
 
 COMMON = {"max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
           "use_sliding_window": False, "vocab_size": 152064}
@@ -77,7 +77,7 @@ class Machine:
         self.tiny = tiny
         self.device = torch.device("cpu") if tiny else torch.device("cuda", torch.cuda.current_device())
         if tiny:
-            turboquant._torch_stores.DEVICE_TYPES.add("cpu")
+            libturboquant._torch_stores.DEVICE_TYPES.add("cpu")
 
     @property
     def name(self):

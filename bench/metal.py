@@ -21,7 +21,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from turboquant import SEED_DEFAULT, metal_kernels as kernels
+from libturboquant import SEED_DEFAULT, metal_kernels as kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 N_HEAD, N_HEAD_KV, HEAD_DIM, N_PROMPT = 32, 8, 128, 512

@@ -33,7 +33,7 @@ COLUMNS = ["model", "device", "dtype", "preset", "n_tok", "layer", "differing_by
 def dump(args):
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from turboquant.transformers import TurboQuantCache
+    from libturboquant.transformers import TurboQuantCache
     file = {"gguf_file": args.model.name} if args.model.suffix == ".gguf" else {}
     folder = args.model.parent if file else args.model
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
@@ -66,9 +66,9 @@ def dump(args):
 
 def through_cpu(layers, options):
     """Of layers (q, k, v, factors): the cache, its sequence, and outputs, each float32 [N_PROMPT + 1, n_head, head_dim]."""
-    import turboquant
+    import libturboquant
     n_head_kv, _, head_dim = layers[0][1].shape
-    cache = turboquant.Cache(len(layers), n_head_kv, head_dim, **options)
+    cache = libturboquant.Cache(len(layers), n_head_kv, head_dim, **options)
     seq, outs = cache.seq_create(), []
     for number, (q, k, v, factors) in enumerate(layers):
         q, k, v = (np.ascontiguousarray(rows.swapaxes(0, 1), np.float32) for rows in (q, k, v))
@@ -82,14 +82,14 @@ def through_cpu(layers, options):
 
 def through_device(layers, options, device, dtype):
     """As through_cpu, of which the cache is that of the device's file."""
-    import turboquant
-    from turboquant._torch_stores import DeviceStore
-    from turboquant._torch_rows import attend_rows
+    import libturboquant
+    from libturboquant._torch_stores import DeviceStore
+    from libturboquant._torch_rows import attend_rows
     n_head_kv, n_tok, head_dim = layers[0][1].shape
     store = DeviceStore(device, len(layers), n_head_kv, head_dim, **options)
     for number, (_, _, _, factors) in enumerate(layers):
         store.set_key_factors(number, factors)
-    seqs, batch, outs = [store.seq_create()], turboquant.Batch(store, 1), [[] for _ in layers]
+    seqs, batch, outs = [store.seq_create()], libturboquant.Batch(store, 1), [[] for _ in layers]
     n_head, begin = layers[0][0].shape[0], n_tok - N_PROMPT - 1
     rows = [[torch.from_numpy(np.ascontiguousarray(x)).to(device, dtype)[None] for x in layer[:3]] for layer in layers]
     for first, last in ((0, begin), (begin, n_tok - 1), (n_tok - 1, n_tok)):
@@ -100,7 +100,7 @@ def through_device(layers, options, device, dtype):
             if first > 0:
                 outs[number].append(out)
         batch.end()
-    host = turboquant.Cache(len(layers), n_head_kv, head_dim, **options)
+    host = libturboquant.Cache(len(layers), n_head_kv, head_dim, **options)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "sequence.tqs")
         store.save(path, seqs)

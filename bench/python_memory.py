@@ -28,7 +28,7 @@ def measure(kind, n_tok, dtype):
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-    from turboquant.transformers import TurboQuantCache
+    from libturboquant.transformers import TurboQuantCache
     torch.set_grad_enabled(False)
     torch.manual_seed(1)
     config = LlamaConfig(vocab_size=1000, hidden_size=256, intermediate_size=256, num_hidden_layers=N_LAYER,

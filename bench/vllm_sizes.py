@@ -3,9 +3,9 @@
 """How many times BF16's tokens vLLM's blocks hold with each preset, by the arithmetic of pages: docs/vllm.md, Sizing."""
 import argparse
 
-from turboquant import presets
-from turboquant.vllm import options
-from turboquant.vllm.pages import PageFormat
+from libturboquant import presets
+from libturboquant.vllm import options
+from libturboquant.vllm.pages import PageFormat
 
 
 def main():

@@ -33,14 +33,14 @@ if(TARGET tq-flush-log)
 endif()
 
 # The wheel of pyproject.toml: the shared libraries beside the Python files. ctypes loads by path, so links are not needed.
-install(FILES $<TARGET_FILE:turboquant_shared> DESTINATION turboquant COMPONENT python RENAME libturboquant.so
+install(FILES $<TARGET_FILE:turboquant_shared> DESTINATION libturboquant COMPONENT python RENAME libturboquant.so
         EXCLUDE_FROM_ALL)
 if(TARGET turboquant_cuda)
-    install(PROGRAMS ${tq_cuda_library} DESTINATION turboquant COMPONENT python EXCLUDE_FROM_ALL)
+    install(PROGRAMS ${tq_cuda_library} DESTINATION libturboquant COMPONENT python EXCLUDE_FROM_ALL)
 endif()
 if(TARGET ggml-turboquant)
-    install(PROGRAMS $<TARGET_FILE:ggml-turboquant> DESTINATION turboquant COMPONENT python EXCLUDE_FROM_ALL)
+    install(PROGRAMS $<TARGET_FILE:ggml-turboquant> DESTINATION libturboquant COMPONENT python EXCLUDE_FROM_ALL)
 endif()
 # MLX compiles these when they are first used.
-install(DIRECTORY src/kernels/metal/ DESTINATION turboquant/metal COMPONENT python EXCLUDE_FROM_ALL FILES_MATCHING
+install(DIRECTORY src/kernels/metal/ DESTINATION libturboquant/metal COMPONENT python EXCLUDE_FROM_ALL FILES_MATCHING
         PATTERN "*.metal")

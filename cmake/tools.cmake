@@ -23,7 +23,7 @@ target_compile_definitions(tq PRIVATE _XOPEN_SOURCE=700 TQ_PLUGIN_FROM_BIN="${tq
                                       TQ_PACKAGES_FROM_BIN="${tq_packages_from_bin}"
                                       TQ_LIBRARY_FROM_BIN="${tq_library_from_bin}")
 # tq fold takes the arithmetic of factors from the Python package.
-install(DIRECTORY tools/calibrate tools/eval tools/fold tools/simulate python/turboquant
+install(DIRECTORY tools/calibrate tools/eval tools/fold tools/simulate python/libturboquant
         DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant
         FILES_MATCHING PATTERN "*.py" PATTERN "*.html")
 install(FILES tools/start_package.py DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/turboquant)

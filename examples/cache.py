@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-import turboquant
+import libturboquant
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 2, 8, 2, 128
 rng = np.random.default_rng(1)
@@ -15,7 +15,7 @@ def draw(n_tok, n_head):
     return rng.standard_normal((n_tok, n_head, HEAD_DIM), np.float32)
 
 
-cache = turboquant.Cache(N_LAYER, N_HEAD_KV, HEAD_DIM, preset="TQ4")
+cache = libturboquant.Cache(N_LAYER, N_HEAD_KV, HEAD_DIM, preset="TQ4")
 seq = cache.seq_create()
 
 # A prompt: append its keys and values, and attend with its queries, in one call for each layer.
@@ -40,10 +40,10 @@ print(f"after a fork: {cache.stats().n_pages_shared} pages are shared")
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "conversation.tqs"
     cache.save(path, [seq])
-    (loaded,) = turboquant.Cache(N_LAYER, N_HEAD_KV, HEAD_DIM, preset="TQ4").load(path)
-    print(f"saved {turboquant.describe_snapshot(path).file_bytes} bytes, loaded as sequence {loaded}")
+    (loaded,) = libturboquant.Cache(N_LAYER, N_HEAD_KV, HEAD_DIM, preset="TQ4").load(path)
+    print(f"saved {libturboquant.describe_snapshot(path).file_bytes} bytes, loaded as sequence {loaded}")
 
 try:
     cache.append(seq, 0, draw(1, N_HEAD), draw(1, N_HEAD))
-except turboquant.ArgumentError as error:
+except libturboquant.ArgumentError as error:
     print(f"refused: {error}")

@@ -6,7 +6,7 @@ Generate with a GGUF model in llama-cpp-python and a compressed cache.
 """
 import argparse
 
-from turboquant.llama_cpp import Llama
+from libturboquant.llama_cpp import Llama
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")

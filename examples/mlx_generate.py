@@ -9,7 +9,7 @@ import argparse
 import mlx.core as mx
 import mlx_lm
 
-from turboquant.mlx import make_prompt_cache
+from libturboquant.mlx import make_prompt_cache
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")

@@ -12,8 +12,8 @@ import matplotlib
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig
 
-import turboquant
-from turboquant.transformers import TurboQuantCache
+import libturboquant
+from libturboquant.transformers import TurboQuantCache
 
 torch.manual_seed(1)
 torch.set_grad_enabled(False)
@@ -44,7 +44,7 @@ print(f"The stock cache takes {n_bytes / 2**20:.1f} MiB for {tokens.shape[1]} to
 # %% The same with each preset. The KL divergence says how far the predictions move: .003 is what FP16 arithmetic itself moves
 # when additions are ordered otherwise (docs/quality.md).
 rows = []
-for name, preset in turboquant.presets().items():
+for name, preset in libturboquant.presets().items():
     cache = TurboQuantCache(preset=name, config=model.config)
     found = next_token_logits(cache)
     divergence = float((reference.exp() * (reference - found)).sum(-1).mean())
@@ -72,6 +72,6 @@ model.set_attn_implementation("turboquant")
 prompt = TurboQuantCache(preset="TQ4", config=model.config)
 model(tokens, cache=prompt)
 prompt.save("prompt.tqs")
-print(f"prompt.tqs holds {turboquant.describe_snapshot('prompt.tqs').file_bytes / 2**20:.1f} MiB.")
+print(f"prompt.tqs holds {libturboquant.describe_snapshot('prompt.tqs').file_bytes / 2**20:.1f} MiB.")
 loaded = TurboQuantCache.load("prompt.tqs", model.config, preset="TQ4")
 print(f"Loaded: {loaded.get_seq_length()} tokens.")

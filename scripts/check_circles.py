@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("src", "plugins/ggml")
 TARGETS = ("turboquant_objects", "turboquant_simd", "ggml-turboquant")
 HEADERS = ("include", "src", "plugins/ggml")
-PACKAGES = ("python/turboquant", "tools/eval", "tools/calibrate")
+PACKAGES = ("python/libturboquant", "tools/eval", "tools/calibrate")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 

@@ -32,7 +32,7 @@ class Tree:
     tq_commands: set = field(default_factory=set)
     tq_options: set = field(default_factory=set)
     python_commands: set = field(default_factory=set)
-    mlx_commands: set = field(default_factory=set)  # of `python -m turboquant mlx`
+    mlx_commands: set = field(default_factory=set)  # of `python -m libturboquant mlx`
     suites: set = field(default_factory=set)  # of tests, whose names look like folders, up to their first blank
 
     @property
@@ -64,9 +64,9 @@ def read_tree(root=ROOT):
     tree.targets = found(r"^([a-z][a-z-]*):", root / "Makefile")
     tree.tq_commands = found(r'^ *\{"(\w+)", .*cmd_\w+\},$', root / "tools/main.c")
     # Those of a table, and those with parsers of their own.
-    tree.python_commands = found(r'^    "(\w+)": \(', root / "python/turboquant/__main__.py")
-    tree.python_commands |= found(r'\.add_parser\("(\w+)"', root / "python/turboquant/__main__.py")
-    tree.mlx_commands = found(r'^    "(\w+)": "', root / "python/turboquant/commands/mlx.py")
+    tree.python_commands = found(r'^    "(\w+)": \(', root / "python/libturboquant/__main__.py")
+    tree.python_commands |= found(r'\.add_parser\("(\w+)"', root / "python/libturboquant/__main__.py")
+    tree.mlx_commands = found(r'^    "(\w+)": "', root / "python/libturboquant/commands/mlx.py")
     tree.suites = found(r'"([a-z-]+/[\w-]+)', root / "tests/suites.py")
     tree.suites |= {f"python/{name}" for name in found(r'"(\w+)"', root / "tests/suites.py")}
     return tree
@@ -214,12 +214,12 @@ def fault_commands(tree, page, text):
             for option in re.findall(r"(?<=[ \[|])--[a-z][a-z0-9-]+", match.group(2)):
                 if option not in tree.tq_options:
                     yield line, f"tq {match.group(1)} {option}: tools/ has no such option"
-        match = re.search(r"python3? -m turboquant ([a-z]+)", code)
+        match = re.search(r"python3? -m libturboquant ([a-z]+)", code)
         if match and match.group(1) not in tree.python_commands:
-            yield line, f"python -m turboquant {match.group(1)}: it has no such command"
-        match = re.search(r"python3? -m turboquant mlx ([a-z_]+)", code)
+            yield line, f"python -m libturboquant {match.group(1)}: it has no such command"
+        match = re.search(r"python3? -m libturboquant mlx ([a-z_]+)", code)
         if match and match.group(1) not in tree.mlx_commands:
-            yield line, f"python -m turboquant mlx {match.group(1)}: it has no such command"
+            yield line, f"python -m libturboquant mlx {match.group(1)}: it has no such command"
 
 
 RULES = [fault_links, fault_files, fault_index, fault_actions, fault_make_targets, fault_words, fault_commands]

@@ -55,7 +55,7 @@ def read_facts(root=ROOT):
                          read(root / "src/api/presets.c"), re.MULTILINE)
     head_dims = re.search(r"head_dims\[\] = \{([\d, ]+)\}", read(root / "src/codec/rotation.c")).group(1)
     version = re.findall(r"^#define TQ_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", read(root / "include/turboquant.h"), re.MULTILINE)
-    doctor = read(root / "python/turboquant/commands/doctor.py")
+    doctor = read(root / "python/libturboquant/commands/doctor.py")
     hosts = {name: re.findall(r'"([\d.]+)"', versions)
              for name, versions in re.findall(r'^    "(\w+)": \(\([^)]*\), \(([^)]*)\)\),', doctor, re.MULTILINE)}
     names = {"Transformers": "transformers", "PyTorch": "torch", "MLX": "mlx", "MLX-LM": "mlx_lm", "vLLM": "vllm"}
@@ -141,7 +141,7 @@ def fault_hosts(facts, page, text):
         for line, match in lines_of(text, r"\b(Transformers|PyTorch|MLX-LM|MLX|vLLM) (\d+\.\d+)"):
             name, version = match.groups()
             if version not in facts.tested[name]:
-                yield line, f"{name} {' and '.join(facts.tested[name])}: tested (python/turboquant/commands/doctor.py)"
+                yield line, f"{name} {' and '.join(facts.tested[name])}: tested (python/libturboquant/commands/doctor.py)"
 
 
 def fault_python(facts, page, text):

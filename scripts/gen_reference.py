@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "include/turboquant.h"
-PACKAGE = ROOT / "python/turboquant"
+PACKAGE = ROOT / "python/libturboquant"
 SECTION = re.compile(r"/\* -{4} (.+?) -+ \*/\n")
 COMMENT = re.compile(r"^/\*(.*?)\*/\n", re.M | re.S)
 # Of a declaration: a function, or what a typedef or an enum names.

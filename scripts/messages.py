@@ -13,7 +13,7 @@ VALUE = "…"
 MIN_WORDS = 3  # a text of fewer words is a part of a message, or none
 C_FOLDERS = {"library": ("src", "*.[ch]"), "CUDA": ("src", "*.cu*"), "plug-in": ("plugins/ggml", "*.[ch]"),
              "tq": ("tools", "*.[ch]")}
-PYTHON_FOLDERS = {"Python": "python/turboquant", "tq eval, tq calibrate, tq fold": "tools"}
+PYTHON_FOLDERS = {"Python": "python/libturboquant", "tq eval, tq calibrate, tq fold": "tools"}
 # Whose strings are no messages: assembler, assertions, and what a command prints as its result.
 C_SILENT = {"asm", "static_assert", "_Static_assert", "printf", "puts", "pragma", "_Pragma"}
 PYTHON_SILENT = {"print", "add_argument", "add_parser", "ArgumentParser", "Parser", "add_argument_group", "getLogger", "join"}

@@ -37,7 +37,7 @@ PART_FILES = {
     "plug-in": ("plugins", "src/cache", "src/attention", "tests/plugin", "scripts/get_llama", "scripts/make_"),
     "quality": ("src/codec", "src/cache", "tools", "tests/plugin", "scripts"),
     "transformers": ("python", "src/api", "src/cache", "tests/cuda", "bench/headline"),
-    "vllm": ("python/turboquant/vllm", "python/tests/vllm", "src/device", "src/api/paged"),
+    "vllm": ("python/libturboquant/vllm", "python/tests/vllm", "src/device", "src/api/paged"),
 }
 TIERS = ("check", "test", "full")  # `make check`, `make test`, `make test-full`
 

@@ -44,7 +44,7 @@ def in_transformers(folder, kind):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-    from turboquant.transformers import TurboQuantCache
+    from libturboquant.transformers import TurboQuantCache
     torch.set_grad_enabled(False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_attn_implementation("sdpa" if kind == "stock" else "turboquant")
@@ -70,7 +70,7 @@ def in_mlx(folder, kind, context):
     import mlx_lm.models.cache as stock
     import numpy as np
 
-    import turboquant.mlx
+    import libturboquant.mlx
     mx.set_cache_limit(0)  # nothing that was freed stays
     model, tokenizer = mlx_lm.load(folder)
     n_head_kv, head_dim = model.args.num_key_value_heads, model.args.hidden_size // model.args.num_attention_heads
@@ -81,7 +81,7 @@ def in_mlx(folder, kind, context):
             return stock.make_prompt_cache(model)
         # Keys come without the modules that made them. The tables of pools for a million tokens a layer, the default, take more
         # than these few tokens; what the warm-up gives back of its own would hide them.
-        return turboquant.mlx.make_prompt_cache(model, kind, factors="off", max_tok=4 * N_TOK * len(model.layers))
+        return libturboquant.mlx.make_prompt_cache(model, kind, factors="off", max_tok=4 * N_TOK * len(model.layers))
 
     def following(token, cache):
         return int(mx.argmax(model(mx.array([[token]]), cache=cache)))
@@ -94,7 +94,7 @@ def in_mlx(folder, kind, context):
                     keys, values = layer.update_and_fetch(k, v)
                     if kind != "stock":  # which appends when queries come
                         queries = mx.zeros(k.shape)
-                        turboquant.mlx.scaled_dot_product_attention(queries, keys, values, layer, 1.0, "causal")
+                        libturboquant.mlx.scaled_dot_product_attention(queries, keys, values, layer, 1.0, "causal")
                     else:
                         mx.eval(layer.state)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from turboquant import metal_kernels
+from libturboquant import metal_kernels
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHIM, FOLDER = ROOT / "tests/metal/shim.h", ROOT / "build/metal"

@@ -2,11 +2,11 @@
 """A layer's arrays for the Metal kernels, made token by token in Python, and attention over them in float64."""
 import mlx.core as mx
 import numpy as np
-import turboquant
-from turboquant import metal_kernels as kernels
-from turboquant.weight_factors import channel_factors
+import libturboquant
+from libturboquant import metal_kernels as kernels
+from libturboquant.weight_factors import channel_factors
 
-SEED = turboquant.SEED_DEFAULT
+SEED = libturboquant.SEED_DEFAULT
 NUMBERS = {"sq8": 2, "sq4": 3, "sq3": 4, "sq2": 5, "tt4": 9, "tt3": 10, "tt2": 11}
 
 
@@ -55,18 +55,18 @@ class Layer:
                 mean = np.zeros_like(window[:, 0])
                 for i in range(self.n_recent):
                     mean += window[:, i]
-                ref_bytes[:, block] = turboquant.encode(mean / np.float32(self.n_recent) * divided[:, 0], "sq8")
-                reference = turboquant.decode(ref_bytes[:, block], "sq8", self.head_dim)
+                ref_bytes[:, block] = libturboquant.encode(mean / np.float32(self.n_recent) * divided[:, 0], "sq8")
+                reference = libturboquant.decode(ref_bytes[:, block], "sq8", self.head_dim)
                 k_reference[:, block * kernels.BLOCK : (block + 1) * kernels.BLOCK] = reference[:, None]
         parts = []
         for rows, fmt in ((k_coded - k_reference, self.formats[0]), (self.v.astype(np.float32), self.formats[1])):
-            width = turboquant.format_info(fmt, self.head_dim).bytes_per_vector
+            width = libturboquant.format_info(fmt, self.head_dim).bytes_per_vector
             found, decoded = np.zeros((n_head_kv, capacity, width), np.uint8), np.zeros_like(rows)
             for head in range(n_head_kv):
                 if len(span):
                     part = slice(span.start, span.stop)
-                    found[head, part] = turboquant.encode(rows[head, part], fmt)
-                    decoded[head, part] = turboquant.decode(found[head, part], fmt, self.head_dim)
+                    found[head, part] = libturboquant.encode(rows[head, part], fmt)
+                    decoded[head, part] = libturboquant.decode(found[head, part], fmt, self.head_dim)
             parts.append((found, decoded))
         part = slice(span.start, max(span.stop, span.start))
         self.k_decoded[:, part] = ((parts[0][1] + k_reference) * multiplied)[:, part]

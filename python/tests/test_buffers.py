@@ -4,15 +4,15 @@ import array
 
 import numpy as np
 import pytest
-import turboquant
-from turboquant.buffers import floats, integers, writable
+import libturboquant
+from libturboquant.buffers import floats, integers, writable
 
 
 def test_float32_is_not_copied(rng):
     x = rng.standard_normal((3, 2, 64), np.float32)
     assert np.shares_memory(floats(x, (None, 2, 64), "x"), x)
     assert np.shares_memory(floats(memoryview(x), (3, 2, 64), "x"), x)
-    pointer = turboquant.Pointer(x.ctypes.data, x.shape)
+    pointer = libturboquant.Pointer(x.ctypes.data, x.shape)
     assert np.shares_memory(floats(pointer, (3, 2, 64), "x"), x)
 
 
@@ -26,14 +26,14 @@ def test_others_are_converted(rng):
 
 def test_refusals(rng):
     x = rng.standard_normal((4, 64), np.float32)
-    with pytest.raises(turboquant.ArgumentError, match=r"x: has shape \[4, 64\]; give \[any, 32\]"):
+    with pytest.raises(libturboquant.ArgumentError, match=r"x: has shape \[4, 64\]; give \[any, 32\]"):
         floats(x, (None, 32), "x")
-    with pytest.raises(turboquant.ArgumentError, match="ids: a value does not fit in 32 bits"):
+    with pytest.raises(libturboquant.ArgumentError, match="ids: a value does not fit in 32 bits"):
         integers([1 << 40], np.int32, "ids")
-    with pytest.raises(turboquant.ArgumentError, match="give contiguous float32"):
+    with pytest.raises(libturboquant.ArgumentError, match="give contiguous float32"):
         writable(np.zeros((4, 64)), (4, 64), "out")
     x.flags.writeable = False
-    with pytest.raises(turboquant.ArgumentError, match="read-only"):
+    with pytest.raises(libturboquant.ArgumentError, match="read-only"):
         writable(x, (4, 64), "out")
 
 
@@ -42,15 +42,15 @@ def test_dlpack_of_torch(rng):
     x = torch.arange(128, dtype=torch.float32).reshape(2, 64)
     assert floats(x, (2, 64), "x").ctypes.data == x.data_ptr()
     out = torch.zeros(2, 64)
-    turboquant.Codec("f16", 64).decode(turboquant.encode(x, "f16"), out)
+    libturboquant.Codec("f16", 64).decode(libturboquant.encode(x, "f16"), out)
     assert torch.equal(out, x)
-    with pytest.raises(turboquant.ArgumentError, match="without gradient"):
+    with pytest.raises(libturboquant.ArgumentError, match="without gradient"):
         floats(x.requires_grad_(), (2, 64), "x")
-    with pytest.raises(turboquant.ArgumentError, match="float32"):
+    with pytest.raises(libturboquant.ArgumentError, match="float32"):
         floats(torch.zeros(2, 64, dtype=torch.bfloat16), (2, 64), "x")
 
 
 def test_dlpack_of_mlx():
     mx = pytest.importorskip("mlx.core")
     x = mx.arange(128, dtype=mx.float32).reshape(2, 64)
-    assert np.array_equal(turboquant.decode(turboquant.encode(x, "f16"), "f16", 64), np.arange(128).reshape(2, 64))
+    assert np.array_equal(libturboquant.decode(libturboquant.encode(x, "f16"), "f16", 64), np.arange(128).reshape(2, 64))

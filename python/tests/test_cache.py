@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""turboquant.Cache against attention computed in double precision over what the cache says that it holds."""
+"""libturboquant.Cache against attention computed in double precision over what the cache says that it holds."""
 import copy
 import gc
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import turboquant
-from turboquant._library import BatchRows
+import libturboquant
+from libturboquant._library import BatchRows
 
 N_HEAD, N_HEAD_KV, HEAD_DIM = 6, 2, 64
 CALIBRATION = Path(__file__).parents[2] / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
 
 
 def make(n_layer=2, **options):
-    return turboquant.Cache(n_layer, N_HEAD_KV, HEAD_DIM, **({"max_tok": 4096} | options))
+    return libturboquant.Cache(n_layer, N_HEAD_KV, HEAD_DIM, **({"max_tok": 4096} | options))
 
 
 def vectors(rng, n, n_head=N_HEAD_KV):
@@ -76,7 +76,7 @@ def test_exact_layers(rng, options, middle):
 
 @pytest.mark.parametrize("n_layer, exact_layers", [(3, 2), (4, 2), (1, 1), (3, -1), (3, "one")])
 def test_exact_layers_leave_some(n_layer, exact_layers):
-    with pytest.raises(turboquant.ArgumentError, match="exact_layers"):
+    with pytest.raises(libturboquant.ArgumentError, match="exact_layers"):
         make(n_layer, exact_layers=exact_layers)
 
 
@@ -135,9 +135,9 @@ def test_without_checkpoints_nothing_is_published(rng):
     cache = make(1)
     seq = cache.seq_create()
     cache.append(seq, 0, vectors(rng, 200), vectors(rng, 200))
-    with pytest.raises(turboquant.ArgumentError, match="create it with a checkpoint_stride"):
+    with pytest.raises(libturboquant.ArgumentError, match="create it with a checkpoint_stride"):
         cache.seq_publish(seq, range(200))
-    with pytest.raises(turboquant.ArgumentError, match="multiple of page_size 128"):
+    with pytest.raises(libturboquant.ArgumentError, match="multiple of page_size 128"):
         make(1, checkpoint_stride=100)
 
 
@@ -149,7 +149,7 @@ def test_batches_are_prefills(rng):
         cache.append(seq, 0, vectors(rng, n), vectors(rng, n))
     forks = [cache.seq_fork(seq) for seq in seqs]
     q, k, v = vectors(rng, sum(n_tok), N_HEAD), vectors(rng, sum(n_tok)), vectors(rng, sum(n_tok))
-    out, batch = np.zeros_like(q), turboquant.Batch(cache, len(seqs))
+    out, batch = np.zeros_like(q), libturboquant.Batch(cache, len(seqs))
     rows = BatchRows()
     rows.q, rows.k, rows.v, rows.out = (x.ctypes.data for x in (q, k, v, out))
     batch.begin(seqs, n_tok, N_HEAD)
@@ -169,18 +169,18 @@ def test_save_and_load(rng, tmp_path):
     for layer in range(2):
         cache.append(seq, layer, vectors(rng, 300), vectors(rng, 300))
     cache.save(path, [seq])
-    info = turboquant.describe_snapshot(path, verify=True)
+    info = libturboquant.describe_snapshot(path, verify=True)
     assert (info.n_layer, info.n_sequences, info.n_head_kv) == (2, 1, N_HEAD_KV)
-    assert info.k_formats == [turboquant.format_info("tt4").number] * 2
+    assert info.k_formats == [libturboquant.format_info("tt4").number] * 2
     other = make()
     (loaded,) = other.load(path)
     assert np.array_equal(other.read(loaded, 1)[1], cache.read(seq, 1)[1])
     q = vectors(rng, 1, N_HEAD)
     assert np.array_equal(other.attend(loaded, 1, q), cache.attend(seq, 1, q))
-    with pytest.raises(turboquant.SnapshotError, match="TQ4|format|layer|shape"):
+    with pytest.raises(libturboquant.SnapshotError, match="TQ4|format|layer|shape"):
         make(preset="TQ3").load(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(turboquant.SnapshotError):
+    with pytest.raises(libturboquant.SnapshotError):
         make().load(path)
 
 
@@ -196,7 +196,7 @@ def test_formats_of_layers(rng):
 
 
 def test_calibration(rng, tmp_path):
-    calibration = turboquant.Calibration(CALIBRATION)
+    calibration = libturboquant.Calibration(CALIBRATION)
     assert calibration.model == "golden" and calibration.nbytes > CALIBRATION.stat().st_size
     plain, by_path, shared = make(3), make(3, calibration=CALIBRATION), make(3, calibration=calibration)
     del calibration  # caches hold it
@@ -212,15 +212,15 @@ def test_calibration(rng, tmp_path):
         np.testing.assert_allclose(shared.attend(0, layer, q), attention(q, *shared.read(0, layer)), atol=1e-4)
     shared.save(tmp_path / "x.tqs")
     assert by_path.load(tmp_path / "x.tqs") == [1]
-    with pytest.raises(turboquant.SnapshotError, match="another shape"):
+    with pytest.raises(libturboquant.SnapshotError, match="another shape"):
         plain.load(tmp_path / "x.tqs")
 
 
 def test_calibration_of_one_layer(rng):
-    whole = turboquant.Calibration(CALIBRATION)
+    whole = libturboquant.Calibration(CALIBRATION)
     layers = [whole.layer(i) for i in range(3)]
     assert (whole.n_layer, layers[0].n_layer) == (3, 1) and sum(layer.nbytes for layer in layers) < 1.1 * whole.nbytes
-    with pytest.raises(turboquant.RangeError, match="3 layers; layer 3 does not exist"):
+    with pytest.raises(libturboquant.RangeError, match="3 layers; layer 3 does not exist"):
         whole.layer(3)
     all_layers = make(3, calibration=whole)
     del whole  # layers hold it
@@ -233,13 +233,13 @@ def test_calibration_of_one_layer(rng):
 
 
 def test_calibration_refusals(tmp_path):
-    with pytest.raises(turboquant.ArgumentError, match="golden.*3 layers, not 2: it is of another model"):
+    with pytest.raises(libturboquant.ArgumentError, match="golden.*3 layers, not 2: it is of another model"):
         make(2, calibration=CALIBRATION)
     with pytest.raises(OSError):
         make(3, calibration=tmp_path / "missing.tqcal")
     (tmp_path / "cut.tqcal").write_bytes(CALIBRATION.read_bytes()[:-1])
-    with pytest.raises(turboquant.TurboQuantError, match="damaged, cut off"):
-        turboquant.Calibration(tmp_path / "cut.tqcal")
+    with pytest.raises(libturboquant.TurboQuantError, match="damaged, cut off"):
+        libturboquant.Calibration(tmp_path / "cut.tqcal")
 
 
 def test_dry_run():
@@ -252,29 +252,29 @@ def test_dry_run():
 def test_refusals(rng):
     cache = make(max_tok=256)
     seq, k = cache.seq_create(), vectors(rng, 10)
-    with pytest.raises(turboquant.ArgumentError, match=r"give \[any, 2, 64\]"):
+    with pytest.raises(libturboquant.ArgumentError, match=r"give \[any, 2, 64\]"):
         cache.append(seq, 0, k[:, :1], k)
-    with pytest.raises(turboquant.RangeError):
+    with pytest.raises(libturboquant.RangeError):
         cache.append(seq, 2, k, k)
     bad = k.copy()
     bad[3, 1, 5] = np.inf
-    with pytest.raises(turboquant.ArgumentError, match="layer 0.*position 3|position 3.*layer 0"):
+    with pytest.raises(libturboquant.ArgumentError, match="layer 0.*position 3|position 3.*layer 0"):
         cache.append(seq, 0, bad, k)
     assert cache.length(seq) == 0
-    with pytest.raises(turboquant.CacheFullError):
+    with pytest.raises(libturboquant.CacheFullError):
         cache.append(seq, 0, vectors(rng, 300), vectors(rng, 300))
-    with pytest.raises(turboquant.ArgumentError, match="multiple of n_head_kv"):
+    with pytest.raises(libturboquant.ArgumentError, match="multiple of n_head_kv"):
         cache.attend(seq, 0, vectors(rng, 1, 3))
-    with pytest.raises(turboquant.ArgumentError, match="give a query for each"):
+    with pytest.raises(libturboquant.ArgumentError, match="give a query for each"):
         cache.prefill(seq, 0, vectors(rng, 1, N_HEAD), k, k)
-    with pytest.raises(turboquant.ArgumentError, match="layer_k_formats"):
+    with pytest.raises(libturboquant.ArgumentError, match="layer_k_formats"):
         make(layer_k_formats=["sq4"])
-    with pytest.raises(turboquant.UnsupportedError):
-        turboquant.Cache(1, 1, 100)
+    with pytest.raises(libturboquant.UnsupportedError):
+        libturboquant.Cache(1, 1, 100)
     with pytest.raises(TypeError, match="seq_fork"):
         copy.deepcopy(cache)
     cache.close()
-    with pytest.raises(turboquant.ArgumentError):
+    with pytest.raises(libturboquant.ArgumentError):
         cache.seq_create()
 
 
@@ -306,13 +306,13 @@ def test_closed_while_another_thread_is_in_a_call(rng):
             while True:
                 call(cache, seq)
                 started.set()
-        except turboquant.TurboQuantError as error:
+        except libturboquant.TurboQuantError as error:
             ends.append(error)
 
     calls = [lambda cache, seq: cache.attend(seq, 0, q), lambda cache, seq: cache.read(seq, 0),
              lambda cache, seq: cache.append(cache.seq_create(), 0, k, k), lambda cache, seq: cache.stats()]
     for call in calls:
-        cache = make(1, max_tok=1 << 22, calibration=turboquant.Calibration(CALIBRATION).layer(0))
+        cache = make(1, max_tok=1 << 22, calibration=libturboquant.Calibration(CALIBRATION).layer(0))
         started, ends = threading.Event(), []
         seq = cache.seq_create()
         cache.append(seq, 0, k, k)
@@ -324,7 +324,7 @@ def test_closed_while_another_thread_is_in_a_call(rng):
         del cache
         for thread in threads:
             thread.join()
-        assert len(ends) == 2 and all(isinstance(error, turboquant.ArgumentError) for error in ends)
+        assert len(ends) == 2 and all(isinstance(error, libturboquant.ArgumentError) for error in ends)
 
 
 def test_after_fork(rng):
@@ -352,8 +352,9 @@ def integer_arguments():
         "prefill seq": lambda c, x: c.prefill(x, 0, q, zeros, zeros), "prefill": lambda c, x: c.prefill(0, x, q, zeros, zeros),
         "read seq": lambda c, x: c.read(x, 0), "read layer": lambda c, x: c.read(0, x),
         "reserve": lambda c, x: c.reserve(x, 1), "page_table": lambda c, x: c.page_table(x),
-        "Batch": lambda c, x: turboquant.Batch(c, x), "batch seqs": lambda c, x: turboquant.Batch(c, 1).begin([x], [1], N_HEAD),
-        "batch n_head": lambda c, x: turboquant.Batch(c, 1).begin([0], [1], x),
+        "Batch": lambda c, x: libturboquant.Batch(c, x),
+        "batch seqs": lambda c, x: libturboquant.Batch(c, 1).begin([x], [1], N_HEAD),
+        "batch n_head": lambda c, x: libturboquant.Batch(c, 1).begin([0], [1], x),
         "seq_export": lambda c, x: c.seq_export(x), "save": lambda c, x: c.save("unused.tqs", [x]),
     }
     wide = {
@@ -361,17 +362,17 @@ def integer_arguments():
         "first_pos": lambda c, x: c.attend(0, 0, q, causal=True, first_pos=x),
         "window": lambda c, x: c.attend(0, 0, q, window=x), "read first": lambda c, x: c.read(0, 0, x, 1),
         "read n": lambda c, x: c.read(0, 0, 0, x), "reserve n_tok": lambda c, x: c.reserve(0, x),
-        "batch n_tok": lambda c, x: turboquant.Batch(c, 1).begin([0], [x], N_HEAD),
+        "batch n_tok": lambda c, x: libturboquant.Batch(c, 1).begin([0], [x], N_HEAD),
         "first_page": lambda c, x: c.seq_export(0, x), "seed": lambda c, x: make(seed=x),
-        "Codec": lambda c, x: turboquant.Codec("sq4", 64, x), "budget_bytes": lambda c, x: make(budget_bytes=x),
+        "Codec": lambda c, x: libturboquant.Codec("sq4", 64, x), "budget_bytes": lambda c, x: make(budget_bytes=x),
         "offload_bytes": lambda c, x: make(offload_folder=".", offload_bytes=x), "max_tok": lambda c, x: make(max_tok=x),
     }
     shapes = {
-        "n_layer": lambda c, x: turboquant.Cache(x, 1, 64), "n_head_kv": lambda c, x: turboquant.Cache(1, x, 64),
-        "head_dim": lambda c, x: turboquant.Cache(1, 1, x), "codec": lambda c, x: turboquant.Codec("sq4", x),
-        "format_info": lambda c, x: turboquant.format_info(x), "info": lambda c, x: turboquant.format_info("sq4", x),
-        "bits": lambda c, x: turboquant.preset("TQ4").bits_per_value(x, 2, 100),
-        "layer": lambda c, x: turboquant.Calibration(CALIBRATION).layer(x),
+        "n_layer": lambda c, x: libturboquant.Cache(x, 1, 64), "n_head_kv": lambda c, x: libturboquant.Cache(1, x, 64),
+        "head_dim": lambda c, x: libturboquant.Cache(1, 1, x), "codec": lambda c, x: libturboquant.Codec("sq4", x),
+        "format_info": lambda c, x: libturboquant.format_info(x), "info": lambda c, x: libturboquant.format_info("sq4", x),
+        "bits": lambda c, x: libturboquant.preset("TQ4").bits_per_value(x, 2, 100),
+        "layer": lambda c, x: libturboquant.Calibration(CALIBRATION).layer(x),
         "formats": lambda c, x: make(layer_k_formats=[x, 1]),
         **{name: lambda c, x, name=name: make(**{name: x})
            for name in ("head_dim_v", "k_format", "v_format", "n_sink", "n_recent", "k_ref_block", "checkpoint_stride",
@@ -389,7 +390,7 @@ def test_integers_are_not_cut(rng, call, period):
     cache.append(seq, 0, vectors(rng, 5), vectors(rng, 5))
     before = cache.stats()
     for value in (period, period + 1, period + 64, -period, 1.5):
-        with pytest.raises(turboquant.TurboQuantError):
+        with pytest.raises(libturboquant.TurboQuantError):
             call(cache, value)
     assert cache.length(seq) == 5 and cache.stats() == before
 
@@ -402,8 +403,8 @@ def test_integers_of_numpy_are_taken(rng):
 
 
 @pytest.mark.parametrize("of", [
-    lambda c, path: c.save(path), lambda c, path: c.load(path), lambda c, path: turboquant.describe_snapshot(path),
-    lambda c, path: turboquant.Calibration(path), lambda c, path: make(3, calibration=path),
+    lambda c, path: c.save(path), lambda c, path: c.load(path), lambda c, path: libturboquant.describe_snapshot(path),
+    lambda c, path: libturboquant.Calibration(path), lambda c, path: make(3, calibration=path),
     lambda c, path: make(offload_folder=path, offload_bytes=1 << 20, budget_bytes=1 << 22)],
     ids=["save", "load", "describe_snapshot", "Calibration", "calibration", "offload_folder"])
 @pytest.mark.parametrize("kind", [str, Path, os.fsencode])
@@ -416,14 +417,14 @@ def test_paths_are_not_cut(rng, tmp_path, monkeypatch, of, kind):
         cache.save(name) if name == "file" else (tmp_path / name).write_bytes(CALIBRATION.read_bytes())
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for begin in ("file", "calibration", "new", "."):
-        with pytest.raises(turboquant.ArgumentError, match="NUL"):
+        with pytest.raises(libturboquant.ArgumentError, match="NUL"):
             of(cache, kind(begin + "\0b"))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_format_names_are_not_cut():
-    with pytest.raises(turboquant.ArgumentError, match="NUL"):
-        turboquant.format_info("sq4\0x")
+    with pytest.raises(libturboquant.ArgumentError, match="NUL"):
+        libturboquant.format_info("sq4\0x")
 
 
 def exported(rng):
@@ -463,19 +464,19 @@ def test_arrays_of_another_size(rng, side):
     before = cache.stats()
     for name, array in wrong.items():
         for call in (lambda arrays: cache.seq_export(seq, 0, **arrays), lambda arrays: cache.seq_import(seq, 300, 0, **arrays)):
-            with pytest.raises(turboquant.ArgumentError):
+            with pytest.raises(libturboquant.ArgumentError):
                 call(given | {side: array})
                 pytest.fail(name)
     frozen = given[side].copy()
     frozen.flags.writeable = False
-    with pytest.raises(turboquant.ArgumentError, match=f"{side}: is read-only"):
+    with pytest.raises(libturboquant.ArgumentError, match=f"{side}: is read-only"):
         cache.seq_export(seq, 0, **given | {side: frozen})
     for n in (2, 4):
-        with pytest.raises(turboquant.ArgumentError, match="pages"):
+        with pytest.raises(libturboquant.ArgumentError, match="pages"):
             cache.seq_import(seq, 300, 0, np.zeros((n, pages.shape[1]), np.uint8), exact)
-    with pytest.raises(turboquant.ArgumentError, match="pages: give 3"):
+    with pytest.raises(libturboquant.ArgumentError, match="pages: give 3"):
         cache.seq_import(seq, 300, 0, None, exact)
-    with pytest.raises(turboquant.RangeError):
+    with pytest.raises(libturboquant.RangeError):
         cache.seq_import(seq, 100, 2, None, exact)
     assert cache.length(seq) == 300 and cache.stats() == before
 
@@ -492,7 +493,7 @@ def test_collected_before_its_users():
         def __del__(self):
             self.handle.__del__()
             found.append(self.cache.closed)
-            with pytest.raises(turboquant.ArgumentError):
+            with pytest.raises(libturboquant.ArgumentError):
                 self.cache.seq_create()
             found.append("refused")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m turboquant doctor, eval, plan, with small random models: figures against what they are defined by, and faults."""
+"""python -m libturboquant doctor, eval, plan, with small random models: figures against their definitions, and faults."""
 import json
 import os
 import subprocess
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import turboquant
+import libturboquant
 from conftest import ROOT
 from tiny import CONFIGS, SIZES, ids, logits, make_model, make_shared_model, stock
 from tokenizers import Tokenizer, models, pre_tokenizers
-from turboquant.__main__ import main
-from turboquant._divergence import scored
-from turboquant.commands import doctor, evaluate, kept_bytes, plan
-from turboquant.transformers import TurboQuantCache, TurboQuantLayer
+from libturboquant.__main__ import main
+from libturboquant._divergence import scored
+from libturboquant.commands import doctor, evaluate, kept_bytes, plan
+from libturboquant.transformers import TurboQuantCache, TurboQuantLayer
 
 N_CTX = 1024
 WORDS = np.random.default_rng(1).integers(3, SIZES["vocab_size"], 2 * N_CTX + 10)
@@ -86,7 +86,7 @@ def test_eval_by_its_definition(folder, text, found):
         assert row["kld_mean_error"] == pytest.approx(float(kl.std()) / len(kl) ** .5, rel=.02)
         assert row["same_top_1"] == pytest.approx(100 * float(same.mean()), abs=.5)
         assert row["bits_per_value"] == pytest.approx(8 * kept_bytes(caches[0].store.stats()) / (4 * 2 * 128 * N_CTX))
-        assert row["bits_per_value"] == pytest.approx(turboquant.preset(row["name"]).bits_per_value(64, 2, N_CTX), rel=.1)
+        assert row["bits_per_value"] == pytest.approx(libturboquant.preset(row["name"]).bits_per_value(64, 2, N_CTX), rel=.1)
     assert result["rows"][2]["kld_mean"] > 2 * result["rows"][1]["kld_mean"] > 1e-4
 
 
@@ -150,9 +150,9 @@ def test_doctor_names_reasons(tmp_path, run, found):
 
 
 def mlx_caches(folder):
-    """What MLX-LM's model of this configuration gets from turboquant."""
+    """What MLX-LM's model of this configuration gets from libturboquant."""
     from mlx_lm.utils import load_model
-    from turboquant.mlx import make_prompt_cache
+    from libturboquant.mlx import make_prompt_cache
     return make_prompt_cache(load_model(folder, lazy=True, strict=False)[0])
 
 
@@ -270,19 +270,21 @@ def test_faults_are_one_line_with_a_cure(status, says, words, folder, text, tmp_
 def test_without_torch(words, folder, text, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     status, out, err = run(*(word.format(folder=folder, text=text) for word in words))
-    assert (status, out, err.count("\n")) == (1, "", 1) and "pip install 'turboquant[transformers]'" in err
+    assert (status, out, err.count("\n")) == (1, "", 1) and "pip install 'libturboquant[transformers]'" in err
 
 
 def test_without_a_library(tmp_path):
     """Or with one of another kind: one line, from the command."""
     for library in (tmp_path / "none.so", "libm.so.6"):
         environment = os.environ | {"TURBOQUANT_LIBRARY": str(library)}
-        done = subprocess.run([sys.executable, "-m", "turboquant", "doctor"], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "libturboquant", "doctor"], env=environment,
+                              capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert done.stderr.startswith("turboquant: ") and "set TURBOQUANT_LIBRARY" in done.stderr.replace("Set", "set")
 
 
 def test_without_kernels():
     environment = os.environ | {"TQ_CPU": "nonsense"}
-    done = subprocess.run([sys.executable, "-m", "turboquant", "doctor"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "libturboquant", "doctor"], env=environment,
+                              capture_output=True, text=True)
     assert done.returncode == 1 and "TQ_CPU" in done.stdout and done.stderr == ""

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import turboquant
+import libturboquant
 import tiny
 from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, captured, compressed, generated, ids, logits, make_model, same_tokens, stock
 from transformers import LlamaConfig
-from turboquant._torch_stores import DeviceStore
-from turboquant.transformers import TurboQuantCache, attention_forward
-from turboquant.weight_factors import formats_of
+from libturboquant._torch_stores import DeviceStore
+from libturboquant.transformers import TurboQuantCache, attention_forward
+from libturboquant.weight_factors import formats_of
 
 if not ON_DEVICE:
     pytest.skip("TQ_TEST_BACKEND is neither emulated nor cuda", allow_module_level=True)
@@ -82,13 +82,13 @@ class Rows:
 
 
 def ref_block(cache):
-    chosen = turboquant.preset(cache._options["preset"]).k_ref_block
+    chosen = libturboquant.preset(cache._options["preset"]).k_ref_block
     return cache._options.get("k_ref_block", chosen) if cache.store.n_recent else 0
 
 
 def decoded(format_, x):
     """Rows [..., head_dim] as they are after coding."""
-    codec = turboquant.Codec(format_, HEAD_DIM)
+    codec = libturboquant.Codec(format_, HEAD_DIM)
     return codec.decode(codec.encode(x.reshape(-1, HEAD_DIM))).reshape(x.shape)
 
 
@@ -375,7 +375,7 @@ def test_memory_grows_with_use(llama):
 def test_full_cache_changes_nothing(llama):
     cache = compressed(llama, max_tok=256)
     logits(llama, cache, ids(1, 150))
-    with pytest.raises(turboquant.CacheFullError, match="of 4 pages are available"):
+    with pytest.raises(libturboquant.CacheFullError, match="of 4 pages are available"):
         logits(llama, cache, ids(1, 150))
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 150
     assert logits(llama, cache, ids(1, 5)).isfinite().all()
@@ -416,19 +416,19 @@ def test_pairs_without_a_kernel_of_their_own(head_dim, options):
 
 
 def test_presets_at_another_head_dim():
-    with pytest.raises(turboquant.TurboQuantError):
+    with pytest.raises(libturboquant.TurboQuantError):
         run_rows(96, preset="TQ3")
     assert run_rows(96, k_format="sq4", v_format="sq4").get_seq_length() == 40
 
 
 def test_formats_without_a_layout(llama):
-    with pytest.raises(turboquant.UnsupportedError, match="no device layout: sq8, sq4"):
+    with pytest.raises(libturboquant.UnsupportedError, match="no device layout: sq8, sq4"):
         logits(llama, TurboQuantCache(config=llama.config, k_format="f16", v_format="f16"), ids(1, 10))
 
 
 @pytest.mark.parametrize("options", [{"page_size": 32}, {"k_ref_block": 32}])
 def test_options_that_references_refuse(options):
-    with pytest.raises(turboquant.ArgumentError, match="k_ref_block"):
+    with pytest.raises(libturboquant.ArgumentError, match="k_ref_block"):
         run_rows(64, **options)
 
 
@@ -438,16 +438,17 @@ def test_no_references_without_a_ring():
 
 @pytest.mark.parametrize("options", [{"budget_bytes": 1 << 30}, {"dry_run": True}])
 def test_refused_options(llama, options):
-    with pytest.raises(turboquant.ArgumentError, match="budget_bytes, an offload tier and dry runs are of caches in the CPU's"):
+    why = "budget_bytes, an offload tier and dry runs are of caches in the CPU's"
+    with pytest.raises(libturboquant.ArgumentError, match=why):
         logits(llama, TurboQuantCache(config=llama.config, **options), ids(1, 10))
 
 
 def test_one_device(llama):
     cache = compressed(llama)
     logits(llama, cache, ids(1, 10))
-    with pytest.raises(turboquant.UnsupportedError, match="keeps to one device"):
+    with pytest.raises(libturboquant.UnsupportedError, match="keeps to one device"):
         cache._use(torch.device("meta"))
-    with pytest.raises(turboquant.UnsupportedError, match="on meta"):
+    with pytest.raises(libturboquant.UnsupportedError, match="on meta"):
         compressed(llama)._use(torch.device("meta"))
 
 
@@ -465,7 +466,7 @@ def test_numbers_that_are_not_finite():
     logits(model, compressed(model), ids(1, 5))  # another cache is not concerned
     with torch.no_grad():
         weight.copy_(kept)
-    with pytest.raises(turboquant.ArgumentError, match="NaN.*free its sequences"):
+    with pytest.raises(libturboquant.ArgumentError, match="NaN.*free its sequences"):
         for _ in range(2):  # what the first has asked for is there at the second
             logits(model, cache, ids(1, 5))
             if DEVICE == "cuda":
@@ -508,7 +509,7 @@ def test_failure_within_a_layer(llama, short_of_scratch, n_calls):
     for each in (cache, fresh):
         logits(llama, each, ids(2, 70), attention_mask=mask[:, :70])
     tiny.emulated.tq_emulated_fail_after(n_calls)
-    with pytest.raises(turboquant.TurboQuantError, match="as tests want it"):
+    with pytest.raises(libturboquant.TurboQuantError, match="as tests want it"):
         logits(llama, cache, ids(2, 30, seed=8), attention_mask=mask)
     tiny.emulated.tq_emulated_fail_after(-1)
     assert [cache.store.length(seq) for seq in cache.seqs] == [40, 70]
@@ -559,7 +560,7 @@ def test_replays(llama):
     assert cache.get_seq_length() == cache.store.length(cache.seqs[0]) == 92
     assert torch.equal(found, logits(llama, plain, ids(2, 1, seed=2)))
     assert torch.equal(logits(llama, cache, ids(2, 3, seed=4)), logits(llama, plain, ids(2, 3, seed=4)))
-    with pytest.raises(turboquant.ArgumentError, match="more tokens than are reserved"):
+    with pytest.raises(libturboquant.ArgumentError, match="more tokens than are reserved"):
         cache.replayed(200)
 
 
@@ -579,7 +580,7 @@ def test_crop_after_replays(llama):
         assert cache.get_seq_length() == 161
         cache.crop(-3)
         if is_captured:
-            with pytest.raises(turboquant.ArgumentError, match="capture +again"):
+            with pytest.raises(libturboquant.ArgumentError, match="capture +again"):
                 cache.replayed()
         found.append(logits(llama, cache, steps[:, -3:]))
         assert [cache.store.length(seq) for seq in cache.seqs] == [161, 161]
@@ -598,7 +599,7 @@ def test_reset_between_replays(llama):
             logits(llama, cache, ids(2, 1, seed=2))
         cache.replayed()
         cache.reset()
-        with pytest.raises(turboquant.TurboQuantError):
+        with pytest.raises(libturboquant.TurboQuantError):
             cache.replayed()
     assert cache._batch is batch
 
@@ -613,7 +614,7 @@ def test_replay_after_memory_has_moved(llama):
         logits(llama, cache, ids(1, 1, seed=2))
     cache.replayed()
     logits(llama, copy.deepcopy(cache), ids(1, 3000, seed=3))
-    with pytest.raises(turboquant.ArgumentError, match="memory grew"):
+    with pytest.raises(libturboquant.ArgumentError, match="memory grew"):
         cache.replayed()
     logits(llama, cache, ids(1, 1, seed=4))
     with captured():
@@ -652,7 +653,7 @@ def test_capture_after_padding(llama):
     mask[1, :40] = 0
     cache = compressed(llama, max_tokens=200)
     logits(llama, cache, input_ids, attention_mask=mask)
-    with pytest.raises(turboquant.ArgumentError, match="pass the whole mask"):
+    with pytest.raises(libturboquant.ArgumentError, match="pass the whole mask"):
         logits(llama, cache, ids(2, 1))
     more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long, device=DEVICE)], dim=1)
     logits(llama, cache, ids(2, 1), attention_mask=more)
@@ -666,13 +667,13 @@ def test_capture_after_padding(llama):
 def test_capture_needs_what_is_reserved(llama):
     cache = compressed(llama)
     logits(llama, cache, ids(1, 128))
-    with captured(), pytest.raises(turboquant.ArgumentError, match="reserve all tokens.*before it"):
+    with captured(), pytest.raises(libturboquant.ArgumentError, match="reserve all tokens.*before it"):
         logits(llama, cache, ids(1, 100))
     assert cache.get_seq_length() == 128
 
 
 def test_replayed_without_a_graph(llama):
-    with pytest.raises(turboquant.ArgumentError, match="replayed"):
+    with pytest.raises(libturboquant.ArgumentError, match="replayed"):
         compressed(llama).replayed()
 
 

@@ -2,7 +2,7 @@
 """A step of decoding in a CUDA graph, on a real device: TQ_TEST_BACKEND=cuda (tiny.py)."""
 import pytest
 import torch
-import turboquant
+import libturboquant
 from tiny import BACKEND, CACHE, SQ8, compressed, ids, logits, make_model, same_tokens, use_attention_of
 
 if BACKEND != "cuda":
@@ -98,7 +98,7 @@ def test_captured_steps_after_padding(llama):
 def test_capture_without_room(llama):
     cache = compressed(llama)
     decoder = Decoder(llama, cache, ids(1, 128))  # a page's worth beyond the ring
-    with pytest.raises(turboquant.ArgumentError, match="reserve all tokens"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(libturboquant.ArgumentError, match="reserve all tokens"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         decoder.step()
 
 

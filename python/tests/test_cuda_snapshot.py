@@ -12,11 +12,11 @@ import types
 import numpy as np
 import pytest
 import torch
-import turboquant
+import libturboquant
 from tiny import BACKEND, DEVICE, ON_DEVICE, SQ8, compressed, generated, ids, logits, make_model, same_tokens
 from transformers import LlamaConfig
-from turboquant import _torch_stores as stores
-from turboquant.transformers import TurboQuantCache, attention_forward
+from libturboquant import _torch_stores as stores
+from libturboquant.transformers import TurboQuantCache, attention_forward
 
 if not ON_DEVICE:
     pytest.skip("TQ_TEST_BACKEND is neither emulated nor cuda", allow_module_level=True)
@@ -94,7 +94,7 @@ def test_there_and_back(tmp_path, n_tok, options):
     cache = new(**options)
     run(cache, 1, n_tok, 2, padding=[0, n_tok // 3])
     before = saved(cache, tmp_path / "a.tqs")
-    assert turboquant.describe_snapshot(tmp_path / "a.tqs", verify=True).page_size == cache.store.page_size
+    assert libturboquant.describe_snapshot(tmp_path / "a.tqs", verify=True).page_size == cache.store.page_size
     loaded = load(tmp_path / "a.tqs", **options)
     assert loaded._columns == cache._columns and loaded.get_seq_length() == n_tok
     assert loaded.store.page_size == cache.store.page_size
@@ -163,7 +163,7 @@ def test_on_the_cpu(tmp_path, n_tok, options):
         tolerance = 5e-3 if BACKEND == "emulated" else 5e-2
         assert_same_attention(go_on(loaded, 2, [5, 0], device="cpu")[:40], go_on(cache, 2, [5, 0])[:40], tolerance)
         assert saved(loaded, tmp_path / "b.tqs") == saved(cache, tmp_path / "c.tqs")
-        assert turboquant.describe_snapshot(tmp_path / "b.tqs", verify=True).n_sequences == 2
+        assert libturboquant.describe_snapshot(tmp_path / "b.tqs", verify=True).n_sequences == 2
 
 
 @pytest.mark.parametrize("options", [PLAIN, MIXED], ids=["plain", "references"])
@@ -235,7 +235,7 @@ def test_max_tokens(tmp_path):
     assert_same_attention([run(loaded, 2, 100, 2)], [run(cache, 2, 100, 2)])
     before = saved(loaded, tmp_path / "b.tqs")
     assert before == saved(cache, tmp_path / "c.tqs")
-    with pytest.raises(turboquant.CacheFullError):
+    with pytest.raises(libturboquant.CacheFullError):
         load(tmp_path / "a.tqs", max_tok=64, **MIXED)
 
 
@@ -257,14 +257,14 @@ def test_files_that_are_refused(tmp_path):
     path = tmp_path / "bad.tqs"
     for bad in (good[:-1], good[:50], b"", good[:-500] + bytes([good[-500] ^ 1]) + good[-499:], b"x" + good[1:]):
         path.write_bytes(bad)
-        with pytest.raises(turboquant.SnapshotError):
+        with pytest.raises(libturboquant.SnapshotError):
             load(path, **MIXED)
-    with pytest.raises(turboquant.SnapshotError):
+    with pytest.raises(libturboquant.SnapshotError):
         load(tmp_path / "absent.tqs", **MIXED)
     for wrong in ({"n_recent": 32}, {"k_ref_block": 0}, {"layer_v_formats": ["sq4", "sq4"]}, {"seed": 5}, {"page_size": 128}):
-        with pytest.raises(turboquant.SnapshotError, match="another shape"):
+        with pytest.raises(libturboquant.SnapshotError, match="another shape"):
             load(tmp_path / "a.tqs", **MIXED | wrong)
-    with pytest.raises(turboquant.ArgumentError, match="budget_bytes"):
+    with pytest.raises(libturboquant.ArgumentError, match="budget_bytes"):
         load(tmp_path / "a.tqs", budget_bytes=1 << 30, **MIXED)
 
 
@@ -277,7 +277,7 @@ def test_full_disk(tmp_path):
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with pytest.raises(turboquant.SnapshotError, match="was not written"):
+        with pytest.raises(libturboquant.SnapshotError, match="was not written"):
             cache.save(tmp_path / "a.tqs")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -299,18 +299,18 @@ def test_interrupted_pass_is_not_in_the_file(tmp_path):
 
 def test_caches_that_are_refused(tmp_path):
     path = tmp_path / "unused.tqs"
-    with pytest.raises(turboquant.UnsupportedError, match="holds tokens"):
+    with pytest.raises(libturboquant.UnsupportedError, match="holds tokens"):
         new(**MIXED).save(path)
     padded = new(**MIXED)
     run(padded, 1, 40, 2, padding=[3, 3])
-    with pytest.raises(turboquant.UnsupportedError, match="on the left"):
+    with pytest.raises(libturboquant.UnsupportedError, match="on the left"):
         padded.save(path)
     spoiled = new(**MIXED)
     run(spoiled, 1, 40)
     for layer in range(N_LAYER):
         rows = torch.full((1, N_HEAD_KV, 1, HEAD_DIM), float("inf"), device=DEVICE)
         attention_forward(MODULE, rows.repeat(1, N_HEAD // N_HEAD_KV, 1, 1), *spoiled.update(rows, rows, layer), None)
-    with pytest.raises(turboquant.ArgumentError, match="8 keys or values"):
+    with pytest.raises(libturboquant.ArgumentError, match="8 keys or values"):
         spoiled.save(path)
     assert not path.exists()
 

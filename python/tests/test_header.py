@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from turboquant import _library
+from libturboquant import _library
 
 HEADER = ROOT / "include" / "turboquant.h"
 

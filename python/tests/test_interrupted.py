@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-import turboquant
+import libturboquant
 from tiny import BACKEND, DEVICE, EXACT, F16, ON_DEVICE, SQ8, compressed, generated, ids, logits, make_model
 
 # What the failed pass pushed out of the ring is coded: a part of what coding moves these models' logits by (.7 with sq4).
@@ -224,7 +224,7 @@ def test_recurrent_states_cannot_go_back(llama):
     with pytest.raises(Interrupted):
         logits(llama, cache, ids(1, 8))
     cache._come_recurrent(1)  # as a layer of linear attention does
-    with pytest.raises(turboquant.ArgumentError, match="recurrent state.*reset"):
+    with pytest.raises(libturboquant.ArgumentError, match="recurrent state.*reset"):
         logits(llama, cache, ids(1, 8))
     cache.reset()
     logits(llama, cache, ids(1, 8))
@@ -235,7 +235,7 @@ def test_a_model_with_fewer_layers_than_it_says():
     model = make_model("llama")
     cache = compressed(model)
     del model.model.layers[3]
-    with pytest.raises(turboquant.ArgumentError, match="after layer 2 of 4.*num_hidden_layers"):
+    with pytest.raises(libturboquant.ArgumentError, match="after layer 2 of 4.*num_hidden_layers"):
         for _ in range(3):
             logits(model, cache, ids(1, 10))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""turboquant.llama_cpp in stock llama-cpp-python, next to llama_cpp.Llama with its FP16 cache."""
+"""libturboquant.llama_cpp in stock llama-cpp-python, next to llama_cpp.Llama with its FP16 cache."""
 import os
 import pickle
 import subprocess
@@ -11,8 +11,8 @@ from conftest import DEPS, ROOT
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from turboquant.errors import ArgumentError, UnsupportedError  # noqa: E402
-from turboquant.llama_cpp import Llama, plugin_path  # noqa: E402
+from libturboquant.errors import ArgumentError, UnsupportedError  # noqa: E402
+from libturboquant.llama_cpp import Llama, plugin_path  # noqa: E402
 
 MODEL = str(DEPS / "models/SmolLM2-135M-Instruct.Q4_1.gguf")
 N_TOK = 256
@@ -88,7 +88,7 @@ def test_stock_errors_stay():
 
 def run(script, **environment):
     """A process of its own: the plug-in is loaded once."""
-    script = f"import sys; from turboquant.llama_cpp import Llama; from turboquant.errors import *; {script}"
+    script = f"import sys; from libturboquant.llama_cpp import Llama; from libturboquant.errors import *; {script}"
     done = subprocess.run([sys.executable, "-c", script, MODEL], env={**os.environ, **environment}, capture_output=True,
                           text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr

@@ -8,7 +8,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from smollm import load, novel
-from turboquant.transformers import TurboQuantCache, install, uninstall
+from libturboquant.transformers import TurboQuantCache, install, uninstall
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "Russia": "Moscow",
             "Egypt": "Cairo", "Greece": "Athens", "Portugal": "Lisbon", "Austria": "Vienna", "Cuba": "Havana", "Peru": "Lima"}

@@ -9,10 +9,10 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-import turboquant
+import libturboquant
 from metal_store import NUMBERS, SEED, Layer
-from turboquant import metal_kernels as kernels
-from turboquant.weight_factors import channel_factors
+from libturboquant import metal_kernels as kernels
+from libturboquant.weight_factors import channel_factors
 
 ON_GPU = os.environ.get("TQ_METAL_DEVICE") == "1"
 if not ON_GPU:
@@ -57,20 +57,20 @@ ENCODERS = [(f, 128) for f in NUMBERS] + [("tt4", d) for d in (64, 96, 192, 256)
 def test_encoded_bytes(rng, name, head_dim):
     x = vectors(rng, head_dim)
     codes, scales = kernels.encode(NUMBERS[name], mx.array(x)[None, None], 1, len(x) - 1, SEED)
-    np.testing.assert_array_equal(records(codes, scales), turboquant.encode(x[1:].astype(np.float32), name))
+    np.testing.assert_array_equal(records(codes, scales), libturboquant.encode(x[1:].astype(np.float32), name))
 
 
 def test_encoding_twice(rng):
     """Decoded vectors give their bytes again: the encoder's later rounds."""
     for name in ("sq4", "tt4"):
-        first = turboquant.encode(rng.standard_normal((8, 128)).astype(np.float32), name)
-        again = turboquant.decode(first, name, 128).astype(np.float16)
+        first = libturboquant.encode(rng.standard_normal((8, 128)).astype(np.float32), name)
+        again = libturboquant.decode(first, name, 128).astype(np.float16)
         codes, scales = kernels.encode(NUMBERS[name], mx.array(again)[None, None], 0, 8, SEED)
         np.testing.assert_array_equal(records(codes, scales), first)
 
 
 def steps(rng, n_head_kv, head_dim, largest=32):
-    """Factors as turboquant.Cache.set_key_factors takes them, all residues and both ends among them."""
+    """Factors as libturboquant.Cache.set_key_factors takes them, all residues and both ends among them."""
     found = rng.integers(-largest, largest + 1, (n_head_kv, head_dim)).astype(np.int8)
     found[:, :6] = -largest, largest, -3, -2, -1, 0
     return found
@@ -86,7 +86,7 @@ def test_encoded_bytes_by_factors(rng, name, head_dim):
     for i in range(2):
         for head in range(2):
             np.testing.assert_array_equal(records(codes[i:, head:], scales[i:, head:]),
-                                          turboquant.encode(wanted[i, head], name))
+                                          libturboquant.encode(wanted[i, head], name))
 
 
 def test_bits_of_factors():

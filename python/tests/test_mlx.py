@@ -8,12 +8,12 @@ import mlx.core as mx
 import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
-import turboquant
+import libturboquant
 from conftest import ROOT
 from mlx_lm.generate import generate_step, speculative_generate_step
 from tiny_mlx import (F16, OTHER_ORDER, SQ8, check_batch, check_padding, divergence, generated_in_batches, ids, logits,
                       make_model, make_sharing_model)
-from turboquant.mlx import TurboQuantKVCache, from_kvcache, install, make_prompt_cache
+from libturboquant.mlx import TurboQuantKVCache, from_kvcache, install, make_prompt_cache
 
 CALIBRATION = ROOT / "tests/golden/calibration_1.tqcal"  # of 3 layers, the second has none
 
@@ -64,7 +64,7 @@ def test_formats_layer_by_layer(llama):
     # A key takes 128, 66 and 34 bytes of 2 heads.
     page_bytes = [store.stats().page_bytes for store in stores]
     assert page_bytes[0] > page_bytes[1] > page_bytes[2]
-    with pytest.raises(turboquant.ArgumentError, match="2 formats, but 3 layers"):
+    with pytest.raises(libturboquant.ArgumentError, match="2 formats, but 3 layers"):
         make_prompt_cache(llama, layer_v_formats=["sq8", "sq4"])
 
 
@@ -100,9 +100,9 @@ def test_pools(llama):
         logits(llama, cache, ids(100))
     stores = [[layer._sequences[0].store for layer in cache] for cache in caches]
     assert len(set(map(id, stores[0]))) == 3 and stores[0] == stores[1]
-    with pytest.raises(turboquant.CacheFullError, match="pages"):
+    with pytest.raises(libturboquant.CacheFullError, match="pages"):
         logits(llama, caches[0], ids(200))
-    with pytest.raises(turboquant.CacheFullError, match="budget"):
+    with pytest.raises(libturboquant.CacheFullError, match="budget"):
         logits(llama, make_prompt_cache(llama, budget_bytes=3 << 10), ids(100))
 
 
@@ -112,7 +112,7 @@ def calibrated(model, **options):
 
 def test_calibration(llama):
     """Each layer takes its own: attention is that of one cache of all layers, and the second layer has no transforms."""
-    rng, whole = np.random.default_rng(4), turboquant.Cache(3, 2, 64, calibration=CALIBRATION)
+    rng, whole = np.random.default_rng(4), libturboquant.Cache(3, 2, 64, calibration=CALIBRATION)
     seq, plain = whole.seq_create(), make_prompt_cache(llama, factors="off")
     for i, (layer, other) in enumerate(zip(calibrated(llama), plain)):
         k, v, q = (rng.standard_normal((300, n, 64), np.float32) for n in (2, 2, 4))
@@ -124,23 +124,23 @@ def test_calibration(llama):
 def attended(cache, q, k, v):
     """The attention of [n_tok, n_head, head_dim] as a layer of a model asks for it."""
     queries, keys, values = (mx.array(x[None]).transpose(0, 2, 1, 3) for x in (q, k, v))
-    out = turboquant.mlx.scaled_dot_product_attention(queries, *cache.update_and_fetch(keys, values), cache, .125, "causal")
+    out = libturboquant.mlx.scaled_dot_product_attention(queries, *cache.update_and_fetch(keys, values), cache, .125, "causal")
     return np.array(out.transpose(0, 2, 1, 3))[0]
 
 
 def test_calibration_in_batches(llama):
     check_batch(llama, lambda model: calibrated(model, **SQ8), [40, 150, 97], 8, OTHER_ORDER["sq8"])
     first, second, _ = calibrated(llama)
-    with pytest.raises(turboquant.ArgumentError, match="do not go together"):
+    with pytest.raises(libturboquant.ArgumentError, match="do not go together"):
         first.extend(second)
 
 
 def test_calibration_of_another_model(llama):
-    with pytest.raises(turboquant.ArgumentError, match="golden.*3 layers, not 2: it is of another model"):
+    with pytest.raises(libturboquant.ArgumentError, match="golden.*3 layers, not 2: it is of another model"):
         calibrated(make_model(num_hidden_layers=2))
-    with pytest.raises(turboquant.ArgumentError, match="3 layers, not 2"):
-        install(make_model(num_hidden_layers=2), calibration=turboquant.Calibration(CALIBRATION))
-    with pytest.raises(turboquant.ArgumentError, match="2 KV heads of 64 there, not 4 of 64"):
+    with pytest.raises(libturboquant.ArgumentError, match="3 layers, not 2"):
+        install(make_model(num_hidden_layers=2), calibration=libturboquant.Calibration(CALIBRATION))
+    with pytest.raises(libturboquant.ArgumentError, match="2 KV heads of 64 there, not 4 of 64"):
         other = make_model(num_key_value_heads=4)
         logits(other, calibrated(other), ids(20))
 
@@ -159,7 +159,7 @@ def test_calibration_is_saved_by_name(llama, tmp_path):
     logits(llama, cache, tokens)
     stock.save_prompt_cache(path, cache)
     other = TurboQuantKVCache()
-    with pytest.raises(turboquant.SnapshotError, match="another calibration"):
+    with pytest.raises(libturboquant.SnapshotError, match="another calibration"):
         other.state = dict(cache[0].state.items()) | {"options": json.dumps(cache[2]._options)}
     wanted = logits(llama, cache, ids(10, seed=9))
     del cache
@@ -326,7 +326,7 @@ def test_interrupted_pass_with_windows(n_before):
         logits(model, each, ids(n_before))
     interrupt(model, cache, 2, "mlp", ids(5, seed=4))
     if n_before > 64:
-        with pytest.raises(turboquant.ArgumentError, match="interrupted.*new cache"):
+        with pytest.raises(libturboquant.ArgumentError, match="interrupted.*new cache"):
             logits(model, cache, ids(5, seed=5))
         return
     np.testing.assert_array_equal(logits(model, cache, ids(9, seed=5)), logits(model, fresh, ids(9, seed=5)))
@@ -336,7 +336,7 @@ def test_bytes(llama):
     cache = make_prompt_cache(llama)
     logits(llama, cache, ids(2000), parts=4)
     values = 2000 * 2 * 2 * 64
-    assert 8 * cache[0].nbytes / values < 1.1 * turboquant.preset("TQ4").bits_per_value(64, 2, 2048)
+    assert 8 * cache[0].nbytes / values < 1.1 * libturboquant.preset("TQ4").bits_per_value(64, 2, 2048)
     assert not hasattr(cache[0], "bits")
 
 
@@ -351,16 +351,16 @@ def test_memory_is_given_back(llama):
 
 def test_refusals(llama):
     cache = make_prompt_cache(llama)
-    with pytest.raises(turboquant.UnsupportedError, match="window"):
+    with pytest.raises(libturboquant.UnsupportedError, match="window"):
         cache[0].make_mask(5, window_size=3)
     logits(llama, cache, ids(20))
-    with pytest.raises(turboquant.ArgumentError, match="batch of 1"):
+    with pytest.raises(libturboquant.ArgumentError, match="batch of 1"):
         logits(llama, cache, ids(20, n_batch=2))
-    with pytest.raises(turboquant.ArgumentError, match="another model"):
+    with pytest.raises(libturboquant.ArgumentError, match="another model"):
         logits(make_model(num_key_value_heads=4), cache, ids(20))
-    with pytest.raises(turboquant.ArgumentError, match="do not go together"):
+    with pytest.raises(libturboquant.ArgumentError, match="do not go together"):
         make_prompt_cache(llama)[0].extend(make_prompt_cache(llama, preset="TQ3")[0])
-    with pytest.raises(turboquant.ArgumentError, match="unknown preset"):
+    with pytest.raises(libturboquant.ArgumentError, match="unknown preset"):
         make_prompt_cache(llama, preset="TQ5")
     with pytest.raises(TypeError):
         keys, values = make_prompt_cache(llama)[0].update_and_fetch(mx.zeros((1, 2, 4, 64)), mx.zeros((1, 2, 4, 64)))
@@ -379,11 +379,11 @@ BAD_OPTIONS = [
 def test_options_are_checked_when_given(llama, capsys, options):
     """Not when the first tokens come, which in a server is when a client waits; and none is announced as applied."""
     for call in (make_prompt_cache, install):
-        with pytest.raises(turboquant.TurboQuantError):
+        with pytest.raises(libturboquant.TurboQuantError):
             call(llama, **options)
     assert capsys.readouterr().err == "" and not hasattr(llama.make_cache, "is_turboquant")
     if "layer_k_formats" not in options:
-        with pytest.raises(turboquant.TurboQuantError):
+        with pytest.raises(libturboquant.TurboQuantError):
             TurboQuantKVCache(**options)
 
 
@@ -401,7 +401,7 @@ def test_kv_bits_are_refused(llama, generate, start):
     models = [llama] * (2 if generate is speculative_generate_step else 1)
     cache = [layer for _ in models for layer in make_prompt_cache(llama)]
     options = {"prompt_cache": cache, "max_tokens": 3, "quantized_kv_start": start}
-    with pytest.raises(turboquant.UnsupportedError, match="compressed already.*Leave kv_bits"):
+    with pytest.raises(libturboquant.UnsupportedError, match="compressed already.*Leave kv_bits"):
         next(generate(mx.array(ids(20)[0]), *models, kv_bits=8, **options))
     cache = [layer for _ in models for layer in make_prompt_cache(llama)]
     assert len(list(generate(mx.array(ids(20)[0]), *models, **(options | {"prompt_cache": cache})))) == 3
@@ -436,7 +436,7 @@ def test_from_kvcache_takes_other_caches_over():
     assert [ours is theirs for ours, theirs in zip(caches, exact)] == [True, False, True]
     wanted = logits(model, copy.deepcopy(exact), more)
     assert abs(logits(model, caches, more) - wanted).max() < TOLERANCES["f16"][0]
-    with pytest.raises(turboquant.UnsupportedError, match="nothing to compress"):
+    with pytest.raises(libturboquant.UnsupportedError, match="nothing to compress"):
         from_kvcache(model, caches)
 
 
@@ -521,7 +521,7 @@ def installed():
     ids=["positional", "keyword", "own", "generate_step"])
 def test_a_bound_is_refused(installed, make):
     """MLX-LM drops the oldest tokens behind max_kv_size; a compressed cache would hold all without a word."""
-    with pytest.raises(turboquant.UnsupportedError, match="max_kv_size is 64.*leave it out"):
+    with pytest.raises(libturboquant.UnsupportedError, match="max_kv_size is 64.*leave it out"):
         make(installed, 64)
     make(installed, None)
 
@@ -529,7 +529,7 @@ def test_a_bound_is_refused(installed, make):
 def test_a_bound_is_refused_where_models_make_their_caches():
     model = make_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=32)
     install(install(model, **F16), **F16)
-    with pytest.raises(turboquant.UnsupportedError, match="max_kv_size"):
+    with pytest.raises(libturboquant.UnsupportedError, match="max_kv_size"):
         stock.make_prompt_cache(model, 64)
 
 
@@ -556,5 +556,5 @@ def test_shared_keys_in_batches(kind):
 
 
 def test_shared_keys_before_they_are_there(llama):
-    with pytest.raises(turboquant.ArgumentError, match="no layer has brought yet"):
+    with pytest.raises(libturboquant.ArgumentError, match="no layer has brought yet"):
         make_prompt_cache(llama)[0].keys_and_values()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m turboquant mlx: MLX-LM's commands on a small random model, with what they are told to keep in their caches."""
+"""python -m libturboquant mlx: MLX-LM's commands on a small random model, with what they are told to keep in their caches."""
 import importlib
 import io
 import re
@@ -11,12 +11,12 @@ import mlx_lm
 import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
-import turboquant.mlx
+import libturboquant.mlx
 from conftest import ROOT
 from tiny_mlx import F16, SIZES, ids, logits, make_model, save, words
-from turboquant.__main__ import main
-from turboquant.commands.mlx import COMMANDS
-from turboquant.mlx import TurboQuantKVCache
+from libturboquant.__main__ import main
+from libturboquant.commands.mlx import COMMANDS
+from libturboquant.mlx import TurboQuantKVCache
 
 CALIBRATION = str(ROOT / "tests/golden/calibration_1.tqcal")  # of 3 layers
 HERE = [name for name in COMMANDS if name != "evaluate"]  # which needs lm_eval
@@ -57,8 +57,13 @@ def run(modules, capsys):
 @pytest.fixture
 def installed(monkeypatch):
     """The options of install(), each time it is called."""
-    found, install = [], turboquant.mlx.install
-    monkeypatch.setattr(turboquant.mlx, "install", lambda model, **options: found.append(options) or install(model, **options))
+    found, install = [], libturboquant.mlx.install
+
+    def noted(model, **options):
+        found.append(options)
+        return install(model, **options)
+
+    monkeypatch.setattr(libturboquant.mlx, "install", noted)
     return found
 
 
@@ -273,7 +278,7 @@ def test_evaluate_needs_its_package(run, monkeypatch):
 def test_without_mlx_lm(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     status, out, err = run("generate", "--prompt", "x")
-    assert (status, out, err.count("\n")) == (1, "", 1) and "pip install 'turboquant[mlx]'" in err
+    assert (status, out, err.count("\n")) == (1, "", 1) and "pip install 'libturboquant[mlx]'" in err
 
 
 @pytest.mark.parametrize("draft", [None, "draft"])

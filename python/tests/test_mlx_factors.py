@@ -9,12 +9,12 @@ import mlx.nn as nn
 import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
-import turboquant
+import libturboquant
 from conftest import ROOT
 from mlx_lm.generate import generate_step
 from tiny_mlx import (F16, HALVES, SQ8, attentions, check_batch, divergence, ids, logits, make_model, make_sharing_model,
                       with_outliers)
-from turboquant.mlx import TurboQuantKVCache, from_kvcache, install, make_prompt_cache
+from libturboquant.mlx import TurboQuantKVCache, from_kvcache, install, make_prompt_cache
 
 # Options of small models, and which channels RoPE turns together: those with the same number.
 KINDS = {
@@ -53,7 +53,7 @@ def test_outliers(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_angles(kind):
-    partners, angles = turboquant._mlx_batch._rope(attentions(make(kind))[0], 64)
+    partners, angles = libturboquant._mlx_batch._rope(attentions(make(kind))[0], 64)
     numbers = KINDS[kind][1]
     n = 16 if kind == "gpt_neox" else 64
     assert (numbers[partners] == numbers).all() and (partners != np.arange(64)).sum() == n
@@ -106,11 +106,11 @@ def test_batches(model):
     logits(model, cache, ids(30))
     merged = cache[0].merge([empty[0], cache[0]])
     assert merged._factors == cache[0]._factors and copy.deepcopy(merged)._factors == cache[0]._factors
-    with pytest.raises(turboquant.ArgumentError, match="do not go together"):
+    with pytest.raises(libturboquant.ArgumentError, match="do not go together"):
         cache[0].extend(cache[1])
     others = make_prompt_cache(make("qwen2"))
     logits(make("qwen2"), others, ids(30))
-    with pytest.raises(turboquant.ArgumentError, match="different factors"):
+    with pytest.raises(libturboquant.ArgumentError, match="different factors"):
         cache[0].extend(others[0])
 
 
@@ -161,7 +161,7 @@ def test_files_from_before(model):
     for factors in ({}, {"factors": "[null, {}]"}):
         other.state = said | factors
         assert other.offset == 4 and other._factors.quarters is None
-    with pytest.raises(turboquant.SnapshotError, match="run the prompt again"):
+    with pytest.raises(libturboquant.SnapshotError, match="run the prompt again"):
         other.state = said | {"factors": "[[[1, -1]], {}]"}
 
 
@@ -177,7 +177,7 @@ def test_prompts_that_were_read_exactly(kind, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         read = from_kvcache(model, exact)
-    monkeypatch.setattr(turboquant.weight_factors, "_known", turboquant.weight_factors.Known())
+    monkeypatch.setattr(libturboquant.weight_factors, "_known", libturboquant.weight_factors.Known())
     logits(model, cache, tokens)
     assert None not in factors(read) and factors(read) == factors(cache)
 
@@ -186,7 +186,7 @@ def test_prompts_that_were_read_exactly(kind, monkeypatch):
 def test_layers_that_share_keys(kind, monkeypatch):
     """Queries of all of them get the factors of the keys that they share."""
     rng = np.random.default_rng(5)
-    monkeypatch.setattr(turboquant.weight_factors, "of_module",
+    monkeypatch.setattr(libturboquant.weight_factors, "of_module",
                         lambda *_, **__: (4 * rng.integers(-3, 4, (2, 64), np.int8), 1.0))
     model, tokens = make_sharing_model(kind), ids(120, n_batch=2)
     wanted = logits(model, stock.make_prompt_cache(model), tokens)
@@ -226,9 +226,9 @@ def test_formats_that_were_chosen(unknown):
 def test_choices(model):
     calibration = ROOT / "tests/golden/calibration_1.tqcal"
     for call in (make_prompt_cache, install):
-        with pytest.raises(turboquant.ArgumentError, match="'weights', 'off'"):
+        with pytest.raises(libturboquant.ArgumentError, match="'weights', 'off'"):
             call(model, factors="on")
-        with pytest.raises(turboquant.ArgumentError, match="calibration"):
+        with pytest.raises(libturboquant.ArgumentError, match="calibration"):
             call(model, factors="weights", calibration=calibration)
     cache = make_prompt_cache(model, calibration=calibration)
     logits(model, cache, ids(20))

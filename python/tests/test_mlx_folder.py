@@ -10,9 +10,9 @@ import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
 from tiny_mlx import SQ8, ids, logits, make_model, with_outliers
-from turboquant import _mlx_folder
-from turboquant._mlx_folder import Folder, FolderPromptCache, check, key_of
-from turboquant.mlx import TurboQuantKVCache, install
+from libturboquant import _mlx_folder
+from libturboquant._mlx_folder import Folder, FolderPromptCache, check, key_of
+from libturboquant.mlx import TurboQuantKVCache, install
 
 N_MANY = 1 << 30
 

@@ -10,14 +10,14 @@ import mlx.core as mx
 import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
-import turboquant
-import turboquant.mlx
+import libturboquant
+import libturboquant.mlx
 from mlx_lm.generate import generate_step, speculative_generate_step
 from tiny_mlx import (SQ8, check_batch, check_like, check_padding, divergence, generated_in_batches, ids, logits, make_model,
                       make_sharing_model, with_outliers)
-from turboquant import metal_kernels
-from turboquant._mlx_batch import Factors
-from turboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, install, make_prompt_cache
+from libturboquant import metal_kernels
+from libturboquant._mlx_batch import Factors
+from libturboquant.mlx import TurboQuantKVCache, TurboQuantMetalKVCache, install, make_prompt_cache
 
 ON_GPU = os.environ.get("TQ_METAL_DEVICE") == "1"
 if not ON_GPU:
@@ -41,12 +41,12 @@ def llama():
 
 
 def metal(model, **options):
-    turboquant.mlx._reach_attention(model)
+    libturboquant.mlx._reach_attention(model)
     return [TurboQuantMetalKVCache(**options) for _ in model.layers]
 
 
 def cpu(model, **options):
-    turboquant.mlx._reach_attention(model)
+    libturboquant.mlx._reach_attention(model)
     return [TurboQuantKVCache(**options) for _ in model.layers]
 
 
@@ -71,7 +71,7 @@ def test_learned_sinks():
         layer.self_attn.sinks = 2 + mx.random.normal((4,), key=mx.random.key(i))
     found = [logits(model, stock.make_prompt_cache(model), tokens, 3)]
     for kind in (TurboQuantKVCache, TurboQuantMetalKVCache):
-        turboquant.mlx._reach_attention(model)
+        libturboquant.mlx._reach_attention(model)
         options = {"n_recent": 16} if kind is TurboQuantKVCache else LIKE_CPU
         cache = [kind(**options) if type(layer) is stock.KVCache else layer for layer in stock.make_prompt_cache(model)]
         found.append(logits(model, cache, tokens, 3))
@@ -82,7 +82,7 @@ def test_learned_sinks():
 def test_layers_that_share_keys(kind):
     """Rows are appended once, and attended to by each of them. Parts are short, so that little is coded meanwhile."""
     model, tokens, found = make_sharing_model(kind), ids(60), []
-    turboquant.mlx._reach_attention(model)
+    libturboquant.mlx._reach_attention(model)
     for of_device in (TurboQuantKVCache, TurboQuantMetalKVCache):
         options = {"n_recent": 16} if of_device is TurboQuantKVCache else LIKE_CPU
         cache = [of_device(**options) if type(layer) is stock.KVCache else layer for layer in stock.make_prompt_cache(model)]
@@ -151,7 +151,7 @@ def sides_of_pages(cache, n_tok):
     for fmt, n_ref in ((store.k_format, store.page_size // cache._options["k_ref_block"]), (store.v_format, 0)):
         parts = [[], [], [], []]
         for _ in range(store.n_head_kv):
-            code_bytes = turboquant.format_info(fmt, store.head_dim).bytes_per_vector - 2
+            code_bytes = libturboquant.format_info(fmt, store.head_dim).bytes_per_vector - 2
             for part, (n, width) in zip(parts, ((store.page_size, code_bytes), (store.page_size, 2), (n_ref, store.head_dim),
                                                 (n_ref, 2))):
                 part.append(pages[:, at : at + n * width].reshape(-1, width))
@@ -175,7 +175,7 @@ def test_codes_of_real_keys(monkeypatch, preset, head_dim, options, has_factors)
     """
     rng = np.random.default_rng(7)
     k, v, steps = rows_with_outliers(rng, 2, 206, head_dim)
-    monkeypatch.setattr(turboquant._mlx_batch, "_find_factors", lambda *_: Factors.of(steps if has_factors else None))
+    monkeypatch.setattr(libturboquant._mlx_batch, "_find_factors", lambda *_: Factors.of(steps if has_factors else None))
     common = {"preset": preset, "n_recent": 16, "k_ref_block": 64} | options
     encode_batch = common.pop("encode_batch", 1)
     caches = TurboQuantKVCache(**common, page_size=64), TurboQuantMetalKVCache(**common, encode_batch=encode_batch)
@@ -224,7 +224,7 @@ def test_padding(llama, side):
 
 def test_batch_generator(llama, monkeypatch):
     """Requests of different lengths, more than run at once."""
-    monkeypatch.setattr(turboquant.mlx, "cache_class", lambda: TurboQuantMetalKVCache)
+    monkeypatch.setattr(libturboquant.mlx, "cache_class", lambda: TurboQuantMetalKVCache)
     prompts = [ids(n, seed=n)[0].tolist() for n in (7, 30, 18)]
     install(llama, **LIKE_CPU)
     try:
@@ -306,7 +306,7 @@ def test_bytes(llama, monkeypatch):
     room = arrays.k_codes.shape[2]
     assert layer.nbytes - exact < 1.1 * room * 2 * 2 * 34 and room <= 1200 + metal_kernels.BLOCK + 1024
     assert not hasattr(layer, "bits")
-    with pytest.raises(turboquant.UnsupportedError, match="kv_bits"):
+    with pytest.raises(libturboquant.UnsupportedError, match="kv_bits"):
         layer.to_quantized
 
 
@@ -323,7 +323,7 @@ def test_nothing_is_evaluated(llama, monkeypatch):
 @pytest.mark.skipif(ON_GPU, reason="pretends to have one")
 def test_chosen_on_a_gpu(llama, monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    with pytest.raises(turboquant.UnsupportedError, match="Apple GPUs"):
+    with pytest.raises(libturboquant.UnsupportedError, match="Apple GPUs"):
         make_prompt_cache(llama)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert {type(layer) for layer in make_prompt_cache(llama, n_recent=32)} == {TurboQuantMetalKVCache}
@@ -338,18 +338,18 @@ def test_refusals(llama):
                            ({"encode_batch": 48}, "divisor"), ({"k_ref_block": 32}, "blocks of 64"),
                            ({"n_sink": -1}, "counts from 0"), ({"seed": -1}, "seed"),
                            ({"preset": "TQ5"}, "unknown preset")):
-        with pytest.raises(turboquant.TurboQuantError, match=words):
+        with pytest.raises(libturboquant.TurboQuantError, match=words):
             TurboQuantMetalKVCache(**options)
     cache = TurboQuantMetalKVCache()
-    with pytest.raises(turboquant.UnsupportedError, match="head_dims"):
+    with pytest.raises(libturboquant.UnsupportedError, match="head_dims"):
         cache.update_and_fetch(mx.zeros((1, 2, 4, 80)), mx.zeros((1, 2, 4, 80)))
-    with pytest.raises(turboquant.UnsupportedError, match="window"):
+    with pytest.raises(libturboquant.UnsupportedError, match="window"):
         cache.make_mask(5, window_size=3)
     cache.update_and_fetch(keys, keys)
-    with pytest.raises(turboquant.ArgumentError, match="interrupted"):
+    with pytest.raises(libturboquant.ArgumentError, match="interrupted"):
         cache.update_and_fetch(keys, keys)
     cache.attend(mx.zeros((1, 4, 4, 64)), keys, keys, 1.0)
-    with pytest.raises(turboquant.ArgumentError, match="batch of 1"):
+    with pytest.raises(libturboquant.ArgumentError, match="batch of 1"):
         cache.update_and_fetch(mx.zeros((2, 2, 4, 64)), mx.zeros((2, 2, 4, 64)))
 
 

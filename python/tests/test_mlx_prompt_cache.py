@@ -6,11 +6,11 @@ import mlx.core as mx
 import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
-import turboquant
+import libturboquant
 from mlx_lm.generate import generate_step
 from mlx_lm.models.base import create_attention_mask
 from tiny_mlx import F16, OTHER_ORDER, SQ8, ids, logits, make_model
-from turboquant.mlx import TurboQuantKVCache, make_prompt_cache
+from libturboquant.mlx import TurboQuantKVCache, make_prompt_cache
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_masks(llama):
     for n_tok in (16, 1):
         assert create_attention_mask(mx.zeros((1, 1, 8)), caches[0]) is None
         assert create_attention_mask(mx.zeros((1, 4, 8)), caches[0]) == "causal"
-        with pytest.raises(turboquant.UnsupportedError, match="mask as an array"):
+        with pytest.raises(libturboquant.UnsupportedError, match="mask as an array"):
             create_attention_mask(mx.zeros((1, 4, 8)), caches[0], return_array=True)
         logits(llama, caches, ids(n_tok))
 

@@ -21,7 +21,7 @@ import smollm
 from conftest import ROOT
 from mlx_lm.models import cache as stock
 from tiny_mlx import SQ8, divergence, logits
-from turboquant.mlx import make_prompt_cache
+from libturboquant.mlx import make_prompt_cache
 
 N_TOK = 96  # MLX multiplies slowly on the CPU
 
@@ -109,7 +109,7 @@ def running_server(folder, log, *options):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "turboquant", "mlx", "server", *options, "--model", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "libturboquant", "mlx", "server", *options, "--model", str(folder), "--port", str(port)]
     with open(log, "w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         try:
@@ -156,6 +156,6 @@ def test_commands(folder):
              "--verbose", "F"]
     ours = ["--kv-preset", "TQ3", "--kv-k-format", "f16", "--kv-exact-layers", "2", "--kv-exact-prefill"]
     done = [subprocess.run([sys.executable, "-m", *given], capture_output=True, text=True, check=True)
-            for given in (["mlx_lm", *words], ["turboquant", "mlx", *words, *ours])]
+            for given in (["mlx_lm", *words], ["libturboquant", "mlx", *words, *ours])]
     assert "Paris" in done[0].stdout and done[0].stdout == done[1].stdout
     assert "30 of 30 layers compressed" in done[1].stderr

@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 import transformers
-import turboquant
+import libturboquant
 from conftest import ROOT
 from families import FAMILIES, N_SKIPPED, N_TOK, PAGES, PARTS, PEAKED, SQ8, SQ8_MAX, TQ4_MAX, Comparison, settings
 from tiny import CACHE, ids
 from transformers.cache_utils import DummyLayer
-from turboquant.transformers import TurboQuantCache, TurboQuantLayer, install, uninstall
+from libturboquant.transformers import TurboQuantCache, TurboQuantLayer, install, uninstall
 
 sys.path.insert(0, str(ROOT / "tests"))
 import models_page  # noqa: E402
@@ -128,7 +128,7 @@ def test_family(family):
     model = make_model(config)
     try:
         install(model)
-    except turboquant.UnsupportedError as error:
+    except libturboquant.UnsupportedError as error:
         assert config._attn_implementation != "turboquant"
         models_page.check("Transformers", {family: f"refused: {error} (`{name}`)"})
         return

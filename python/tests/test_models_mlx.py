@@ -13,12 +13,12 @@ import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
 import transformers
-import turboquant
+import libturboquant
 from conftest import ROOT
 from families import FAMILIES, N_SKIPPED, N_TOK, PAGES, PARTS, PEAKED, Comparison, settings
 from mlx_lm.utils import _get_classes
 from tiny_mlx import ids
-from turboquant.mlx import TurboQuantKVCache, make_prompt_cache
+from libturboquant.mlx import TurboQuantKVCache, make_prompt_cache
 
 sys.path.insert(0, str(ROOT / "tests"))
 import models_page  # noqa: E402
@@ -154,7 +154,7 @@ def test_family(family):
     name = type(model).__module__.rpartition(".")[2]
     try:
         make_prompt_cache(model)
-    except turboquant.UnsupportedError as error:
+    except libturboquant.UnsupportedError as error:
         models_page.check("MLX-LM", {family: f"refused: {error} (`{name}`)"})
         return
     run = Run(model)

@@ -6,7 +6,7 @@ import memory
 import pytest
 import smollm
 import torch
-import turboquant
+import libturboquant
 from tiny import SQ8, compressed, divergence, generated, logits, stock
 
 N_TOK = 1024
@@ -84,5 +84,5 @@ def test_memory(model_and_tokenizer, tmp_path):
     smollm.export(model, tokenizer, tmp_path)
     plain, compressed = (memory.measure("transformers", tmp_path, kind) for kind in ("stock", "TQ4"))
     memory.check(plain, compressed, copies=memory.N_TOK * 2 * 9 * 64 * 4 / 2**20)
-    bits = turboquant.preset("TQ4").bits_per_value(model.config.head_dim, model.config.num_key_value_heads, memory.N_TOK)
+    bits = libturboquant.preset("TQ4").bits_per_value(model.config.head_dim, model.config.num_key_value_heads, memory.N_TOK)
     assert compressed["held"] < plain["held"] * bits / 32 * 1.1 + 3  # MiB of the pool's tables

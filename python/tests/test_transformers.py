@@ -7,10 +7,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-import turboquant
+import libturboquant
 from tiny import (BACKEND, CACHE, DEVICE, F16, ON_DEVICE, RECURRENT, SHARED, SIZES, SQ8, compressed, divergence, generated, ids,
                   logits, make_model, make_recurrent_model, make_shared_model, same_tokens, stock)
-from turboquant.transformers import TurboQuantCache
+from libturboquant.transformers import TurboQuantCache
 
 # Of these models' logits, whose standard deviation is some 0.9: the largest difference, and the mean KL divergence. sq4 gives
 # .7 and .003, sq2 2.6 and .04. On devices a prompt's queries see tokens coded that were recent when those came, and GPUs
@@ -256,7 +256,7 @@ def test_save_and_load(llama, tmp_path):
     next_ids = ids(2, 5, seed=9)
     torch.testing.assert_close(logits(llama, loaded, next_ids, **more), logits(llama, cache, next_ids, **more), rtol=0,
                                atol=2e-3 if BACKEND == "cuda" else 0)
-    with pytest.raises(turboquant.SnapshotError):
+    with pytest.raises(libturboquant.SnapshotError):
         TurboQuantCache.load(path, llama.config, preset="TQ3")
 
 
@@ -284,7 +284,7 @@ def test_windows_are_left_to_transformers():
     found, wanted = generated(model, cache, input_ids), generated(model, stock(model), input_ids)
     assert same_tokens(model, found, wanted)
     assert cache.layers[0].keys.shape[2] == 31 and cache.layers[1].get_seq_length() == found.shape[1] - 1
-    with pytest.raises(turboquant.UnsupportedError, match="left to Transformers"):
+    with pytest.raises(libturboquant.UnsupportedError, match="left to Transformers"):
         cache.save("unused.tqs")
 
 
@@ -299,7 +299,7 @@ def test_a_window_that_no_token_leaves():
     assert divergence(wanted[0, 30:], found[0, 30:]) < 1e-3 and divergence(wanted[1], found[1]) < 1e-3
     assert cache.store.n_layer == 4
     model.config.sliding_window = 150  # it moves with the next token
-    with pytest.raises(turboquant.UnsupportedError, match="than a sliding window of 150"):
+    with pytest.raises(libturboquant.UnsupportedError, match="than a sliding window of 150"):
         logits(model, cache, input_ids[:, :1])
 
 
@@ -320,7 +320,7 @@ def test_memory(llama):
     stats = cache.store.stats()
     bits = 8 * (stats.n_pages_used * stats.page_bytes + stats.exact_bytes) / values
     # The last page is not full.
-    assert bits < turboquant.preset("TQ4").bits_per_value(64, 2, n_tok) * (1 + 128 / n_tok) + .1
+    assert bits < libturboquant.preset("TQ4").bits_per_value(64, 2, n_tok) * (1 + 128 / n_tok) + .1
 
 
 @pytest.fixture(scope="module", params=RECURRENT)
@@ -337,9 +337,9 @@ def test_recurrent_states(recurrent):
     twin, wanted = copy.deepcopy(cache), logits(recurrent, reference, more)
     for each in (cache, twin):  # neither has changed the other's state
         assert abs(logits(recurrent, each, more) - wanted).max() < .01 * abs(wanted).max()
-    with pytest.raises(turboquant.UnsupportedError, match="a state of all tokens before.*deepcopy"):
+    with pytest.raises(libturboquant.UnsupportedError, match="a state of all tokens before.*deepcopy"):
         cache.crop(-2)
-    with pytest.raises(turboquant.UnsupportedError, match="left to Transformers"):
+    with pytest.raises(libturboquant.UnsupportedError, match="left to Transformers"):
         cache.save("unused.tqs")
     assert cache.get_seq_length() == 63
     cache.reset()
@@ -494,7 +494,7 @@ def test_a_file_knows_its_formats(llama, tmp_path, options):
     assert torch.equal(logits(llama, loaded, more), logits(llama, cache, more))
     loaded.save(tmp_path / "again.tqs")
     assert TurboQuantCache.load(tmp_path / "again.tqs", llama.config, **options).get_seq_length() == 205
-    with pytest.raises(turboquant.SnapshotError, match="load it into a cache created like it"):
+    with pytest.raises(libturboquant.SnapshotError, match="load it into a cache created like it"):
         TurboQuantCache.load(path, llama.config, "TQ6")
-    with pytest.raises(turboquant.SnapshotError, match="holds 4 layers, and this model has 3.*another model"):
+    with pytest.raises(libturboquant.SnapshotError, match="holds 4 layers, and this model has 3.*another model"):
         TurboQuantCache.load(path, type(llama.config)(**llama.config.to_dict() | {"num_hidden_layers": 3, "layer_types": None}))

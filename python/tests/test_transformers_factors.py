@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import turboquant
+import libturboquant
 from tiny import (BACKEND, CACHE, DEVICE, F16, ON_DEVICE, SIZES, compressed, divergence, generated, ids, logits,
                   make_model, stock, use_attention_of)
-from turboquant import _torch_stores as stores
-from turboquant.transformers import TurboQuantCache
+from libturboquant import _torch_stores as stores
+from libturboquant.transformers import TurboQuantCache
 
 HALVES, QUARTER = np.arange(64) % 32, np.where(np.arange(64) < 16, np.arange(64) % 8, np.arange(64))
 # Options of small models, and which channels RoPE turns together: those with the same number.
@@ -116,7 +116,7 @@ def test_key_biases(preset, limit):
 def test_angles(kind):
     """Of pairs, from token to token: those of the model's rotary embedding."""
     model, numbers = make(kind), KINDS[kind][1]
-    partners, angles = turboquant._torch_factors.rope(attentions(model)[0], 64)
+    partners, angles = libturboquant._torch_factors.rope(attentions(model)[0], 64)
     ropes = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq") and "visual" not in name}
     wanted = next((found for name, found in ropes.items() if "full" in name and "original" not in name), None)
     wanted = next(iter(ropes.values())) if wanted is None else wanted
@@ -276,7 +276,7 @@ def unknown():
 
 
 def key_formats(cache):
-    return {turboquant.format_info(fmt).name for fmt in cache._key_formats}
+    return {libturboquant.format_info(fmt).name for fmt in cache._key_formats}
 
 
 def test_unknown_projections(unknown):
@@ -314,7 +314,7 @@ def test_unknown_projections_in_a_later_layer():
     model = make_model("llama")
     model.model.layers[2].self_attn.q_proj.register_forward_pre_hook(_refuse_few)
     cache = compressed(model, **PRESET)
-    with pytest.raises(turboquant.UnsupportedError, match='LlamaAttention.*layer 2.*k_format="sq8", factors="off"'):
+    with pytest.raises(libturboquant.UnsupportedError, match='LlamaAttention.*layer 2.*k_format="sq8", factors="off"'):
         logits(model, cache, ids(1, 20))
     assert logits(model, compressed(model, factors="off"), ids(1, 20)).isfinite().all()
 
@@ -326,9 +326,9 @@ def _refuse_few(module, given):
 
 def test_choices(model):
     for factors in ("on", True, 1):
-        with pytest.raises(turboquant.ArgumentError, match="'weights', 'off'"):
+        with pytest.raises(libturboquant.ArgumentError, match="'weights', 'off'"):
             compressed(model, factors=factors)
-    with pytest.raises(turboquant.ArgumentError, match="calibration"):
+    with pytest.raises(libturboquant.ArgumentError, match="calibration"):
         compressed(model, factors="weights", calibration="x.tqcal")
 
 
@@ -343,7 +343,7 @@ def test_compiled_model(model):
 
 def formats_held(cache, tmp_path):
     cache.save(tmp_path / "a.tqs")
-    return [turboquant.format_info(number).name for number in turboquant.describe_snapshot(tmp_path / "a.tqs").k_formats]
+    return [libturboquant.format_info(number).name for number in libturboquant.describe_snapshot(tmp_path / "a.tqs").k_formats]
 
 
 def test_the_guard_raises_a_layer(tmp_path):
@@ -420,5 +420,5 @@ def test_the_guard_leaves_formats(tmp_path, guard, chosen, recwarn):
 
 
 def test_guards_that_do_not_exist():
-    with pytest.raises(turboquant.ArgumentError, match="'raise', 'warn', 'off'"):
+    with pytest.raises(libturboquant.ArgumentError, match="'raise', 'warn', 'off'"):
         compressed(make_model("llama"), guard="on")

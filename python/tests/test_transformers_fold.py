@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""turboquant.transformers.fold: models with outlier keys compute the same without them; others stay as they were."""
+"""libturboquant.transformers.fold: models with outlier keys compute the same without them; others stay as they were."""
 import numpy as np
 import pytest
 import torch
-import turboquant
+import libturboquant
 from test_transformers_factors import KINDS, kl, make, make_with_outliers
 from tiny import divergence, ids, logits, make_model, make_shared_model, stock, use_attention_of
 from transformers import AutoModelForCausalLM
-from turboquant import UnsupportedError
-from turboquant.transformers import fold
+from libturboquant import UnsupportedError
+from libturboquant.transformers import fold
 
 FOLDED = [kind for kind in KINDS if kind != "gpt_neox"]
 
@@ -71,7 +71,7 @@ def test_channels_that_do_not_turn_together(monkeypatch):
     """Logits tell, and the weights are put back."""
     model = make_with_outliers("llama")
     before = weights(model)
-    monkeypatch.setattr(turboquant._torch_fold, "rope", lambda module, n: (np.arange(n, dtype=np.int32) ^ 1, None))
+    monkeypatch.setattr(libturboquant._torch_fold, "rope", lambda module, n: (np.arange(n, dtype=np.int32) ^ 1, None))
     with pytest.raises(UnsupportedError, match="logits of LlamaForCausalLM moved by .*what they were"):
         fold(model)
     assert_same_weights(model, before)

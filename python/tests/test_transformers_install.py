@@ -2,11 +2,11 @@
 """install(model): every place where a model makes a cache itself gets a compressed one, all others go on as before."""
 import pytest
 import torch
-import turboquant
+import libturboquant
 from tiny import CACHE, DEVICE, F16, ON_DEVICE, SIZES, SQ8, divergence, generated, ids, logits, make_model, same_tokens, stock
 from transformers import (AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BloomConfig, CLIPVisionConfig,
                           DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration)
-from turboquant.transformers import TurboQuantCache, install, uninstall
+from libturboquant.transformers import TurboQuantCache, install, uninstall
 
 FORMATS = SQ8 | {"n_recent": 508} if ON_DEVICE else F16
 
@@ -121,7 +121,7 @@ def test_continuous_batching(model, monkeypatch, name):
         pytest.skip("not in this release")
     install(install(model))
     monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model was called"))
-    with pytest.raises(turboquant.UnsupportedError, match="paged cache of its own.*padded batch.*vLLM.*uninstall"):
+    with pytest.raises(libturboquant.UnsupportedError, match="paged cache of its own.*padded batch.*vLLM.*uninstall"):
         getattr(model, name)(inputs=[[1, 2, 3]], generation_config=None)
     assert getattr(uninstall(model), name).__func__ is getattr(type(model), name)
 
@@ -141,18 +141,18 @@ def test_images():
 
 
 def test_refusals(model):
-    with pytest.raises(turboquant.ArgumentError, match="guard"):
+    with pytest.raises(libturboquant.ArgumentError, match="guard"):
         install(model, guard="maybe")
-    with pytest.raises(turboquant.ArgumentError, match="TQ9"):
+    with pytest.raises(libturboquant.ArgumentError, match="TQ9"):
         install(model, "TQ9")
     assert model.config._attn_implementation != "turboquant"
     install(model, "TQ2", **SQ8)
-    with pytest.raises(turboquant.ArgumentError, match="TQ9"):
+    with pytest.raises(libturboquant.ArgumentError, match="TQ9"):
         install(model, "TQ9")  # the model stays as it was
     assert type(cache_of(model.generate(ids(1, 9), max_new_tokens=2, return_dict_in_generate=True))) is TurboQuantCache
     bart = BartForConditionalGeneration(BartConfig(vocab_size=211, d_model=128, encoder_layers=1, decoder_layers=1))
-    with pytest.raises(turboquant.UnsupportedError, match="encoder"):
+    with pytest.raises(libturboquant.UnsupportedError, match="encoder"):
         install(bart)
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=211, hidden_size=256, n_head=4, n_layer=2)).eval()
-    with pytest.raises(turboquant.UnsupportedError, match="Bloom.* computes its attention itself"):
+    with pytest.raises(libturboquant.UnsupportedError, match="Bloom.* computes its attention itself"):
         install(bloom)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import SIZES, divergence, generated, ids, logits, same_tokens, stock
 from transformers import AutoModelForCausalLM, DeepseekV3Config
-from turboquant import UnsupportedError, format_info
-from turboquant.__main__ import main
-from turboquant.commands import plan
-from turboquant.transformers import TurboQuantCache, install, uninstall
+from libturboquant import UnsupportedError, format_info
+from libturboquant.__main__ import main
+from libturboquant.commands import plan
+from libturboquant.transformers import TurboQuantCache, install, uninstall
 
 RANK, TURNED = 256, 64
 _SHAPE = {"kv_lora_rank": RANK, "q_lora_rank": 64, "qk_rope_head_dim": TURNED, "qk_nope_head_dim": 48, "v_head_dim": 32,
@@ -137,7 +137,7 @@ def test_unknown_ways_are_refused(model, monkeypatch):
 
 
 def test_devices_refuse(model, monkeypatch):
-    import turboquant.transformers
-    monkeypatch.setattr(turboquant.transformers, "is_device", lambda device: True)
+    import libturboquant.transformers
+    monkeypatch.setattr(libturboquant.transformers, "is_device", lambda device: True)
     with pytest.raises(UnsupportedError, match="only served on the CPU"):
         logits(model, TurboQuantCache(model.config), ids(1, 20))

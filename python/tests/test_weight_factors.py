@@ -4,8 +4,8 @@ import warnings
 
 import numpy as np
 import pytest
-import turboquant
-from turboquant import weight_factors
+import libturboquant
+from libturboquant import weight_factors
 
 
 def from_energies(*energies):
@@ -207,9 +207,9 @@ def test_the_norm_before_counts(weights):
 
 def test_the_guard_tells():
     with pytest.warns(UserWarning, match="k_format='sq8'"):
-        weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 20, "layer 3")
+        weight_factors.warn_of_spread(libturboquant.format_info("tt3").number, 20, "layer 3")
     with warnings.catch_warnings(action="error"):
-        weight_factors.warn_of_spread(turboquant.format_info("tt3").number, 6, "layer 3")
+        weight_factors.warn_of_spread(libturboquant.format_info("tt3").number, 6, "layer 3")
 
 
 def test_what_is_not_known(weights):
@@ -222,9 +222,9 @@ def test_what_is_not_known(weights):
 
 def test_choices():
     assert weight_factors.chosen(None, None) == "weights" and weight_factors.chosen(None, "x.tqcal") == "off"
-    with pytest.raises(turboquant.ArgumentError, match="give one of 'weights', 'off'"):
+    with pytest.raises(libturboquant.ArgumentError, match="give one of 'weights', 'off'"):
         weight_factors.chosen("on", None)
-    with pytest.raises(turboquant.ArgumentError, match="learnt from keys without factors"):
+    with pytest.raises(libturboquant.ArgumentError, match="learnt from keys without factors"):
         weight_factors.chosen("weights", "x.tqcal")
 
 def test_channel_factors():

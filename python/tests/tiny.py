@@ -13,14 +13,14 @@ import transformers
 from transformers import (AutoModelForCausalLM, CohereConfig, DynamicCache, Gemma2Config, Gemma3TextConfig, GlmConfig,
                           GPT2Config, GPTNeoXConfig, GptOssConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen2Config,
                           Qwen3Config)
-import turboquant.transformers
-from turboquant.transformers import TurboQuantCache
+import libturboquant.transformers
+from libturboquant.transformers import TurboQuantCache
 
 BACKEND = os.environ.get("TQ_TEST_BACKEND", "cpu")
 ON_DEVICE = BACKEND != "cpu"
 DEVICE = "cuda" if BACKEND == "cuda" else "cpu"
 if BACKEND == "emulated":
-    turboquant._torch_stores.DEVICE_TYPES.add("cpu")
+    libturboquant._torch_stores.DEVICE_TYPES.add("cpu")
     emulated = ctypes.CDLL(os.environ["TQ_CUDA_LIBRARY"])  # with functions for tests: tests/cuda/emulated_device.c
 # What models of this version of Transformers call the argument.
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17) else "past_key_values"

@@ -27,9 +27,9 @@ TREE = {
     "include/turboquant.h": "#define TQ_VERSION_MAJOR 0\nint tq_cache_create(void);\nint tq_cache_free(void);\n",
     "src/codec/lloyd.c": "",
     "tools/main.c": '    {"formats",    "list them", cmd_formats},\n};\n"  --head-dim D"\n',
-    "python/turboquant/__main__.py": '_COMMANDS = {\n    "doctor": (doctor, "what is here", """"""),\n}\n'
+    "python/libturboquant/__main__.py": '_COMMANDS = {\n    "doctor": (doctor, "what is here", """"""),\n}\n'
                                      '    commands.add_parser("mlx", help="more")\n',
-    "python/turboquant/commands/mlx.py": 'COMMANDS = {\n    "cache_prompt": "a file",\n}\n',
+    "python/libturboquant/commands/mlx.py": 'COMMANDS = {\n    "cache_prompt": "a file",\n}\n',
     "tests/suites.py": 'Suite("python/core")\npytest("python/mlx models")\n',
     "docs/other.md": "# Other\n\n## The `tq` way: two, three\n\n## Twice\n\n## Twice\n\n```\n## no heading\n```\n",
 }
@@ -107,12 +107,12 @@ class Names(unittest.TestCase):
         self.assert_fault("words", "-DTQ_NONE=ON\n", "TQ_NONE")
 
     def test_commands(self):
-        self.assert_clean("`tq formats --head-dim 64`, `python -m turboquant doctor`\n")
-        self.assert_clean("`python -m turboquant mlx`, `python -m turboquant mlx cache_prompt --kv-preset TQ4`\n")
+        self.assert_clean("`tq formats --head-dim 64`, `python -m libturboquant doctor`\n")
+        self.assert_clean("`python -m libturboquant mlx`, `python -m libturboquant mlx cache_prompt --kv-preset TQ4`\n")
         self.assert_fault("commands", "`tq sing`\n", "tq sing")
         self.assert_fault("commands", "    build/release/tq formats --head 64\n", "--head")
-        self.assert_fault("commands", "`python -m turboquant nurse`\n", "nurse")
-        self.assert_fault("commands", "`python -m turboquant mlx nurse`\n", "mlx nurse")
+        self.assert_fault("commands", "`python -m libturboquant nurse`\n", "nurse")
+        self.assert_fault("commands", "`python -m libturboquant mlx nurse`\n", "mlx nurse")
 
     def test_history_may_name_what_is_gone(self):
         self.assertEqual(self.faults("tq_cache_destroy, `tq sing`\n", "CHANGELOG.md"), {})
@@ -219,7 +219,7 @@ give … a number
 ### Second
 
 <!-- messages, not listed
-python/turboquant/
+python/libturboquant/
 -->
 
 <!-- no messages
@@ -232,7 +232,7 @@ the keys of it
         self.addCleanup(place.cleanup)
         self.root = Path(place.name)
         self.write("src/a.c", self.C)
-        self.write("python/turboquant/a.py", self.PYTHON)
+        self.write("python/libturboquant/a.py", self.PYTHON)
         self.page = check_messages.PAGES[0]
         self.write(self.page, self.PAGE)
         check_messages.check(self.root, is_written=True)
@@ -271,7 +271,7 @@ the keys of it
 
     def test_the_first_entry_has_it(self):
         text = (self.root / self.page).read_text()
-        self.write(self.page, text.replace("python/turboquant/\n", "python/turboquant/\ngive\n"))
+        self.write(self.page, text.replace("python/libturboquant/\n", "python/libturboquant/\ngive\n"))
         self.assertIn("give", self.faults()["patterns"][0])
 
 

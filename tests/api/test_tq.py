@@ -214,7 +214,7 @@ class Run(unittest.TestCase):
 
 class Python(unittest.TestCase):
     """Neither the current folder nor PYTHONPATH decides which of our modules, or of the standard library's, run."""
-    OURS = ("eval", "calibrate", "fold", "simulate", "turboquant", "json", "argparse", "re", "runpy", "sitecustomize",
+    OURS = ("eval", "calibrate", "fold", "simulate", "libturboquant", "json", "argparse", "re", "runpy", "sitecustomize",
             "usercustomize")
     INSTALLED = ("numpy", "tqdm", "gguf", "matplotlib", "jinja2", "xxhash")
 

@@ -13,7 +13,7 @@ from .blocks import CURE, bounds
 PACKAGE = Path(__file__).resolve().parents[2] / "python"  # in the sources; installed, it lies next to this one
 if PACKAGE.is_dir():
     sys.path.insert(0, str(PACKAGE))
-from turboquant.weight_factors import octaves_from_energies  # noqa: E402
+from libturboquant.weight_factors import octaves_from_energies  # noqa: E402
 
 ROWS_AT_ONCE = 1024  # of a matrix, as floats
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import turboquant.vllm as plug_in
-from turboquant import ArgumentError, UnsupportedError
-from turboquant.vllm import options
+import libturboquant.vllm as plug_in
+from libturboquant import ArgumentError, UnsupportedError
+from libturboquant.vllm import options
 
 MODEL = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "block_size": 64, "skip_tokenizer_init": True}
 
@@ -84,7 +84,7 @@ def config(**changes):
     ({"block_size": 40}, "not 40"),
 ])
 def test_configurations(changes, text):
-    from turboquant.vllm import engine
+    from libturboquant.vllm import engine
 
     assert engine.asked(config()) is not None
     with pytest.raises(UnsupportedError, match=text):
@@ -100,7 +100,7 @@ def test_configurations(changes, text):
     ({"head_size": 56}, "no head_dim 56; it has 32"),
 ])
 def test_layers(arguments, text):
-    from turboquant.vllm import engine
+    from libturboquant.vllm import engine
 
     with pytest.raises(UnsupportedError, match=text):
         engine.Attention(**{"num_heads": 2, "head_size": 64, "scale": 1.0, "num_kv_heads": 2} | arguments)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
- * What all kernels share. The files of this folder are MSL, joined in the order that python/turboquant/metal_kernels.py gives
- * and compiled by MLX in safe math mode; the tests compile the same text as C++ (tests/metal/shim.h). So they keep to what both
- * languages have: no lambdas, no `if constexpr`, no static data members.
+ * What all kernels share. The files of this folder are MSL, joined in the order that python/libturboquant/metal_kernels.py
+ * gives and compiled by MLX in safe math mode; the tests compile the same text as C++ (tests/metal/shim.h). So they keep to
+ * what both languages have: no lambdas, no `if constexpr`, no static data members.
  *
  * Encoding is bit-exact (docs/formats.md): each product and sum is rounded on its own, in the order of src/codec. The pragma
  * forbids the compiler to fuse them, which safe mode alone does not.

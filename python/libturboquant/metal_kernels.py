@@ -129,7 +129,7 @@ def encode_references(rows: mx.array, starts: Sequence[int], window: int, seed: 
                       ) -> mx.array:
     """
     The means of rows [start, start + window) of float16 [n_batch, n_head_kv, n_rows, head_dim], coded: uint32 [n_batch,
-    n_head_kv, n_starts, reference_words]. factors, int8 [n_head_kv, head_dim], as of turboquant.Cache.set_key_factors.
+    n_head_kv, n_starts, reference_words]. factors, int8 [n_head_kv, head_dim], as of libturboquant.Cache.set_key_factors.
     """
     n_batch, n_head_kv, n_rows, head_dim = rows.shape
     n = len(starts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m turboquant plan: what context a memory holds, with a BF16 cache and with presets."""
+"""python -m libturboquant plan: what context a memory holds, with a BF16 cache and with presets."""
 from __future__ import annotations
 
 import argparse
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import turboquant
-from turboquant import Cache, _library, weight_factors
-from turboquant.errors import DeviceError
+import libturboquant
+from libturboquant import Cache, _library, weight_factors
+from libturboquant.errors import DeviceError
 
 from . import CommandError, add_presets, at_least, kept_bytes, table
 from .models import HELP, config_of, no_language_model, weight_bytes
@@ -74,7 +74,7 @@ class Model:
     def bf16_bytes(self, n_tok: int) -> int:
         return _BYTES * self.n_value * n_tok + self.kept_bytes(n_tok)
 
-    def counted(self, preset: str, n_tok: int, batch: int, page_size: int) -> turboquant.Stats:
+    def counted(self, preset: str, n_tok: int, batch: int, page_size: int) -> libturboquant.Stats:
         """What the library's cache says of itself with so many tokens in each of so many sequences: in a dry run, which has
         pages, exact tokens and tables, and no vectors."""
         n_pages = batch * -(-n_tok // page_size)
@@ -89,7 +89,7 @@ class Model:
 
 
 def read_model(config: Any) -> Model:
-    from turboquant._shapes import shape_of_layer, sort_layers
+    from libturboquant._shapes import shape_of_layer, sort_layers
     layers = sort_layers(config)
     of_layers, kept, n_recurrent = getattr(config, "per_layer_config", None), [], 0
     for i, kind in enumerate(layers.kinds):
@@ -167,7 +167,7 @@ def _of_preset(model: Model, preset: str, batch: int, room: int, page_size: int)
         return model.counted(preset, n_tok, batch, page_size).allocated_bytes + batch * model.kept_bytes(n_tok)
 
     n_tok = longest(n_bytes, room, batch)
-    stats, of_preset = model.counted(preset, max(n_tok, 1), batch, page_size), turboquant.preset(preset)
+    stats, of_preset = model.counted(preset, max(n_tok, 1), batch, page_size), libturboquant.preset(preset)
     return {"cache": preset, "n_tok": n_tok,
             "bits_per_value": 8 * kept_bytes(stats) / (model.n_value * n_tok * batch) if n_tok else None,
             "bytes_per_token": _bytes_per_token(model, stats.page_bytes / page_size),

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The commands of `python -m turboquant`. docs/python.md."""
+"""The commands of `python -m libturboquant`. docs/python.md."""
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
-import turboquant
-from turboquant.errors import ArgumentError
+import libturboquant
+from libturboquant.errors import ArgumentError
 
 
 class CommandError(Exception):
@@ -34,20 +34,20 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
 
 
-def kept_bytes(stats: turboquant.Stats) -> int:
+def kept_bytes(stats: libturboquant.Stats) -> int:
     """What a cache keeps of its tokens, as `tq eval` counts it: pages and exact tokens, and no tables that do not grow."""
     return stats.n_pages_used * stats.page_bytes + stats.exact_bytes
 
 
 def add_presets(parser: argparse.ArgumentParser) -> None:
-    names = ",".join(turboquant.presets())
+    names = ",".join(libturboquant.presets())
     parser.add_argument("--presets", type=presets, default=names, metavar="P[,P...]", help="(%(default)s)")
 
 
 def presets(text: str) -> list[str]:
     """The type of --presets: names as the library has them."""
     try:
-        return [turboquant.preset(name).name for name in text.split(",")]
+        return [libturboquant.preset(name).name for name in text.split(",")]
     except ArgumentError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -23,7 +23,7 @@ def need_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise CommandError(f"this needs torch and transformers, and one of them cannot be imported ({first_line(error)}): pip "
-                           "install 'turboquant[transformers]'") from error
+                           "install 'libturboquant[transformers]'") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -38,7 +38,7 @@ def need_mlx() -> Any:
         import mlx_lm
     except ImportError as error:
         raise CommandError(f"this needs MLX-LM, which cannot be imported ({first_line(error)}): pip install "
-                           "'turboquant[mlx]'") from error
+                           "'libturboquant[mlx]'") from error
     return mlx_lm
 
 

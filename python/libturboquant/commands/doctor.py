@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m turboquant doctor: what is here, what is tested, and what install() would do with a model."""
+"""python -m libturboquant doctor: what is here, what is tested, and what install() would do with a model."""
 from __future__ import annotations
 
 import argparse
@@ -13,9 +13,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import turboquant
-from turboquant import _library
-from turboquant.errors import DeviceError, TurboQuantError
+import libturboquant
+from libturboquant import _library
+from libturboquant.errors import DeviceError, TurboQuantError
 
 from . import first_line, presets
 from .models import HELP, class_of, config_of, faults_of, mlx_folder, need_mlx, no_language_model
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def describe_library() -> dict[str, Any]:
-    return {"version": turboquant.__version__, "path": _library.find(), "instruction_set": turboquant.cpu_name()}
+    return {"version": libturboquant.__version__, "path": _library.find(), "instruction_set": libturboquant.cpu_name()}
 
 
 def describe_cuda() -> dict[str, Any]:
@@ -95,8 +95,8 @@ def describe_model(name: str, preset: str) -> dict[str, Any]:
     config = config_of(name)
     found = {"name": name, "configuration": type(config).__name__, "engine": "transformers", "preset": preset, "layers": [],
              "refused": None, "notes": []}
-    from turboquant._shapes import sort_layers
-    from turboquant.transformers import TurboQuantCache, check_kind
+    from libturboquant._shapes import sort_layers
+    from libturboquant.transformers import TurboQuantCache, check_kind
     from transformers import PreTrainedModel
     kind = class_of(config)
     if kind is None:
@@ -137,13 +137,13 @@ def is_only_mlx(name: str) -> bool:
 
 
 def describe_mlx_model(name: str, preset: str) -> dict[str, Any]:
-    """What turboquant.mlx.install() would do. MLX is lazy: a forward pass that nobody evaluates says what keys there are, and
-    no weights are read."""
+    """What libturboquant.mlx.install() would do. MLX is lazy: a forward pass that nobody evaluates says what keys there are,
+    and no weights are read."""
     mlx_lm, folder = need_mlx(), mlx_folder(name)
     import mlx.core as mx
     from mlx_lm.models import cache as stock
-    from turboquant.mlx import make_prompt_cache
-    from turboquant._mlx_batch import BatchCache
+    from libturboquant.mlx import make_prompt_cache
+    from libturboquant._mlx_batch import BatchCache
     with faults_of(name, "a folder with a model that MLX-LM has"):
         model, config = mlx_lm.utils.load_model(folder, lazy=True, strict=False)
     found = {"name": name, "configuration": config["model_type"], "engine": "mlx", "preset": preset, "layers": [],

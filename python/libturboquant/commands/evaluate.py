@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """
-python -m turboquant eval: how far presets move a model's output from that with its own cache, at how many bits.
+python -m libturboquant eval: how far presets move a model's output from that with its own cache, at how many bits.
 
 All caches read the text side by side, a part at a time, so that the reference's logits are computed once and never kept.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from turboquant._divergence import N_PART, divergences, figures_of, scored
-from turboquant.errors import TurboQuantError
+from libturboquant._divergence import N_PART, divergences, figures_of, scored
+from libturboquant.errors import TurboQuantError
 
 from . import CommandError, add_presets, at_least, first_line, kept_bytes, table
 from .models import WITH_WEIGHTS, faults_of, mlx_folder, need_mlx, need_transformers, source_of
@@ -64,7 +64,7 @@ class Transformers:
     def load(self) -> None:
         import torch
         import transformers
-        from turboquant.transformers import install, uninstall
+        from libturboquant.transformers import install, uninstall
         args, dtype = self.args, self.args.dtype or ("float32" if self.args.device == "cpu" else "auto")
         torch.set_grad_enabled(False)
         with faults_of(args.model):
@@ -84,7 +84,7 @@ class Transformers:
     def reader(self, name: str, n_ctx: int) -> Reader:
         import torch
         from transformers import DynamicCache
-        from turboquant.transformers import NAME, TurboQuantCache, set_attention
+        from libturboquant.transformers import NAME, TurboQuantCache, set_attention
         config = self.model.config
         is_ours = name not in (OWN, FLOOR)
         cache = TurboQuantCache(config=config, preset=name, max_tok=n_ctx) if is_ours else DynamicCache(config=config)
@@ -116,14 +116,14 @@ class Mlx:
         self.n_ctx_train = getattr(self.model.args, "max_position_embeddings", None)
 
     def load(self) -> None:
-        from turboquant.mlx import make_prompt_cache
+        from libturboquant.mlx import make_prompt_cache
         for preset in self.presets:  # refuses now what cannot be served
             make_prompt_cache(self.model, preset)
 
     def reader(self, name: str, n_ctx: int) -> Reader:
         import mlx_lm.models.cache as stock
-        from turboquant._mlx_batch import BatchCache
-        from turboquant.mlx import make_prompt_cache
+        from libturboquant._mlx_batch import BatchCache
+        from libturboquant.mlx import make_prompt_cache
         cache = stock.make_prompt_cache(self.model) if name == OWN else make_prompt_cache(self.model, name)
 
         def forward(part: np.ndarray, rows: slice) -> np.ndarray:

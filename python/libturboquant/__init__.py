@@ -2,15 +2,16 @@
 """
 A language model's KV cache in 2 to 4 bits a value, with attention on the compressed bytes.
 
-turboquant.Cache is the cache; turboquant.transformers and turboquant.mlx put it into Transformers and MLX-LM. docs/python.md.
+libturboquant.Cache is the cache; libturboquant.transformers and libturboquant.mlx put it into Transformers and MLX-LM.
+docs/python.md.
 """
 import sys as _sys
 
 try:
     from ._library import lib as _lib
 except ImportError as _error:
-    # `python -m turboquant` begins here, too, and ends in one line.
-    if _sys.argv[:1] == ["-m"] and ("-m", "turboquant") in zip(_sys.orig_argv, _sys.orig_argv[1:]):
+    # `python -m libturboquant` begins here, too, and ends in one line.
+    if _sys.argv[:1] == ["-m"] and ("-m", "libturboquant") in zip(_sys.orig_argv, _sys.orig_argv[1:]):
         _sys.exit(f"turboquant: {_error}")
     raise
 from .buffers import Pointer

@@ -161,8 +161,8 @@ class Cache:
     device: "cpu", or "cuda": the current CUDA device, where a Batch is the way in and out; allocator: of its memory.
     n_threads: for encoding and attention; by default the processors that this process may use.
 
-    Arrays may be anything with the buffer protocol or DLPack, or a turboquant.Pointer; float32 is not copied.
-    Threads: any number may use one cache, each sequence one at a time. Errors are turboquant.TurboQuantError and its kinds;
+    Arrays may be anything with the buffer protocol or DLPack, or a libturboquant.Pointer; float32 is not copied.
+    Threads: any number may use one cache, each sequence one at a time. Errors are libturboquant.TurboQuantError and its kinds;
     a call that fails has changed nothing.
     """
 

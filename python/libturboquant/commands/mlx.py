@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """
-python -m turboquant mlx COMMAND: the commands of MLX-LM that make prompts' caches, with compressed ones. They take our options,
-which begin with --kv-, and all of their own but those for caches of MLX-LM.
+python -m libturboquant mlx COMMAND: the commands of MLX-LM that make prompts' caches, with compressed ones. They take our
+options, which begin with --kv-, and all of their own but those for caches of MLX-LM.
 """
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import turboquant
-from turboquant.errors import TurboQuantError, UnsupportedError
-from turboquant.weight_factors import CHOICES, chosen
+import libturboquant
+from libturboquant.errors import TurboQuantError, UnsupportedError
+from libturboquant.weight_factors import CHOICES, chosen
 
 from . import CommandError, Parser, at_least, first_line
 from .models import faults_of, need_mlx
@@ -41,7 +41,7 @@ _REFUSED = {
 _ALL_PROMPTS = ("perplexity", "evaluate")  # what they measure are texts that are read, not generated
 _MODELS = "a folder with config.json, as mlx_lm.convert writes it, or a name on the Hugging Face Hub (owner/model)"
 _FOLDER_BYTES = "8GB"
-_PROG = "python -m turboquant mlx"
+_PROG = "python -m libturboquant mlx"
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -76,7 +76,7 @@ def _front() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     group = parser.add_argument_group("options of turboquant")
     group.add_argument("--kv-preset", metavar="NAME", default="TQ4",
-                       help=f"formats of keys and values: {', '.join(turboquant.presets())} (default: %(default)s)")
+                       help=f"formats of keys and values: {', '.join(libturboquant.presets())} (default: %(default)s)")
     group.add_argument("--kv-k-format", metavar="NAME", help="keys' format in place of the preset's, as sq8; f16 keeps keys "
                        "exact and compresses values only")
     group.add_argument("--kv-v-format", metavar="NAME", help="values' format in place of the preset's")
@@ -118,7 +118,7 @@ def _refuse(parser: argparse.ArgumentParser, command: str, words: list[str]) -> 
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of turboquant.mlx.install that were given, checked as far as that can be done without a model."""
+    """Those of libturboquant.mlx.install that were given, checked as far as that can be done without a model."""
     names = ("k_format", "v_format", "exact_layers", "n_sink", "n_recent", "exact_prefill", "calibration", "factors")
     found = {name: getattr(args, f"kv_{name}") for name in names if getattr(args, f"kv_{name}") is not None}
     error = args.parser.error
@@ -133,11 +133,11 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         if not os.access(args.kv_cache_folder, os.W_OK | os.X_OK):
             error(f"--kv-cache-folder {args.kv_cache_folder} cannot be written to: give another folder")
     need_mlx()
-    from turboquant.mlx import cache_class
+    from libturboquant.mlx import cache_class
     of_layers = {"exact_layers", "calibration"}  # what a single layer does not have
     try:
         if "calibration" in found:
-            found["calibration"] = turboquant.Calibration(found["calibration"]).path
+            found["calibration"] = libturboquant.Calibration(found["calibration"]).path
         chosen(found.get("factors"), found.get("calibration"))
         of_each = {name: value for name, value in found.items() if name not in of_layers}
         cache_class()(args.kv_preset, **of_each)
@@ -168,7 +168,7 @@ def run(words: list[str]) -> int:
 
 def _change(module: Any, command: str, args: argparse.Namespace) -> None:
     """Let the command compress what the models that it loads keep."""
-    from turboquant.mlx import install
+    from libturboquant.mlx import install
 
     def installing(load: Any) -> Any:
         def load_and_install(*given: Any, **options: Any) -> Any:
@@ -195,8 +195,8 @@ def _change(module: Any, command: str, args: argparse.Namespace) -> None:
 def _change_generate(module: Any, args: argparse.Namespace) -> None:
     """Compress a file of MLX-LM's own cache; refuse options that are not those of a file of a compressed one."""
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
-    from turboquant._mlx_batch import BatchCache
-    from turboquant.mlx import from_kvcache
+    from libturboquant._mlx_batch import BatchCache
+    from libturboquant.mlx import from_kvcache
     generate = module.generate
 
     def generate_on(model: Any, *given: Any, prompt_cache: Any = None, **options: Any) -> Any:
@@ -236,7 +236,7 @@ def _change_perplexity(module: Any) -> None:
 def _change_server(module: Any, args: argparse.Namespace) -> None:
     """Also keep its prompts in a folder."""
     import mlx.core as mx
-    from turboquant._mlx_folder import Folder, FolderPromptCache, check, key_of
+    from libturboquant._mlx_folder import Folder, FolderPromptCache, check, key_of
     if mx.distributed.init().size() > 1:
         raise UnsupportedError("--kv-cache-folder: a model on several machines needs the same prompts on all of them, which "
                                "folders do not promise: leave it out")

@@ -52,7 +52,7 @@ class Rows:
         if name.startswith("__"):  # what copy and inspect look for
             raise AttributeError(name)
         raise ArgumentError(f"`{name}` was asked of keys or values that are compressed: this model has an attention of its "
-                            "own, which turboquant.mlx does not reach. Use mlx_lm.models.cache.make_prompt_cache")
+                            "own, which libturboquant.mlx does not reach. Use mlx_lm.models.cache.make_prompt_cache")
 
 
 class Factors(NamedTuple):

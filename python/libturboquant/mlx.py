@@ -3,11 +3,11 @@
 The cache in MLX-LM: attention of its models over compressed keys and values. docs/python.md. This module has the CPU's cache,
 mlx_metal.py that of Apple GPUs.
 
-    cache = turboquant.mlx.make_prompt_cache(model, preset="TQ4")
+    cache = libturboquant.mlx.make_prompt_cache(model, preset="TQ4")
     mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
 
-or turboquant.mlx.install(model) once, after which MLX-LM makes such caches itself. A cache's update_and_fetch returns handles
-of the compressed keys, which MLX's own attention does not take; make_prompt_cache puts a dispatcher before the
+or libturboquant.mlx.install(model) once, after which MLX-LM makes such caches itself. A cache's update_and_fetch returns
+handles of the compressed keys, which MLX's own attention does not take; make_prompt_cache puts a dispatcher before the
 scaled_dot_product_attention of the model's module, which sends them to the library and all else to MLX-LM.
 
 A layer's caches with one set of options share a pool, so that batches are made of sequences without a copy.
@@ -57,8 +57,8 @@ def _calibration(path: str) -> _cache.Calibration:
 
 def _new_store(shape: Shape, options: dict[str, Any], factors: np.ndarray | None = None) -> _cache.Cache:
     """
-    A pool with options of turboquant.Cache, but that a calibration is a path, and that `layer` may say [i, n]: it is for layer
-    i of a model, and one of n pools, which have tokens and bytes together.
+    A pool with options of libturboquant.Cache, but that a calibration is a path, and that `layer` may say [i, n]: it is for
+    layer i of a model, and one of n pools, which have tokens and bytes together.
     """
     options = dict(options)
     if "layer" in options:
@@ -197,7 +197,7 @@ class _State(dict):
 
 class TurboQuantKVCache(BatchCache):
     """
-    The cache of one layer on the CPU. Options are those of turboquant.Cache, without the shape, which comes with the first
+    The cache of one layer on the CPU. Options are those of libturboquant.Cache, without the shape, which comes with the first
     keys.
     """
 
@@ -287,7 +287,7 @@ def _reach_attention(model: Any) -> None:
         if module.scaled_dot_product_attention is _stock_attention:
             module.scaled_dot_product_attention = scaled_dot_product_attention
     if reached == [base]:
-        raise UnsupportedError(f"{type(model).__module__} has an attention of its own, which turboquant.mlx does not reach: "
+        raise UnsupportedError(f"{type(model).__module__} has an attention of its own, which libturboquant.mlx does not reach: "
                                "use mlx_lm.models.cache.make_prompt_cache")
 
 
@@ -326,15 +326,15 @@ def cache_class() -> type:
         return TurboQuantKVCache
     if mx.metal.is_available():
         return TurboQuantMetalKVCache
-    raise UnsupportedError("turboquant.mlx computes on the CPU and on Apple GPUs. Call mx.set_default_device(mx.cpu), or use "
-                           "mlx_lm.models.cache.make_prompt_cache")
+    raise UnsupportedError("libturboquant.mlx computes on the CPU and on Apple GPUs. Call mx.set_default_device(mx.cpu), or "
+                           "use mlx_lm.models.cache.make_prompt_cache")
 
 
 def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None = None, **options: Any) -> list[Any]:
     """
     MLX-LM's make_prompt_cache, with a compressed cache in place of each plain KVCache; layers with a window or a recurrent
-    state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of turboquant.Cache, as k_format="sq8"; on
-    an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
+    state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of libturboquant.Cache, as k_format="sq8";
+    on an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
     for each compressed layer, or exact_layers=1: the first and the last of them keep keys and values in f16; k_format="f16"
     keeps all keys exact. exact_prefill=True reads prompts with exact keys and values, which are coded when the first token is
     generated; until then they take their memory. A calibration, a path or a Calibration, is of the whole model. What was
@@ -344,7 +344,8 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     """
     if max_kv_size is not None:
         raise UnsupportedError(f"max_kv_size is {max_kv_size}, but a compressed cache holds all tokens: leave it out, or use a "
-                               "model that turboquant.mlx.install has not changed, with mlx_lm.models.cache.make_prompt_cache")
+                               "model that libturboquant.mlx.install has not changed, with "
+                               "mlx_lm.models.cache.make_prompt_cache")
     make = getattr(model, "make_cache", None)
     caches = make.stock() if getattr(make, "is_turboquant", False) else stock.make_prompt_cache(model)
     return from_kvcache(model, caches, preset, **options)

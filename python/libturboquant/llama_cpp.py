@@ -2,7 +2,7 @@
 """
 llama-cpp-python with a compressed KV cache. docs/python.md.
 
-    from turboquant.llama_cpp import Llama
+    from libturboquant.llama_cpp import Llama
 
     llama = Llama("model.gguf", preset="TQ4", n_ctx=32768)
     llama.create_chat_completion([{"role": "user", "content": "Hello"}])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """
-python -m turboquant doctor | eval | plan | mlx. docs/python.md.
+python -m libturboquant doctor | eval | plan | mlx. docs/python.md.
 
 Exit codes: 0; 1, something is missing, refused or does not work, as one line on stderr says; 2, words that mean nothing; 130,
 stopped by Ctrl-C.
@@ -17,10 +17,10 @@ from .errors import TurboQuantError
 _COMMANDS = {
     "doctor": (doctor, "what is installed and tested here, and what install() would do with a model", """
 examples:
-  python -m turboquant doctor                     the library, its kernels, CUDA, and the packages that it works with
-  python -m turboquant doctor ./Qwen2.5-0.5B      also each layer of a model: compressed, kept or refused, and why
-  python -m turboquant doctor ./Qwen3 --engine mlx    the same in MLX-LM
-  python -m turboquant doctor gemma3_text         the same of a kind of models, with nothing downloaded
+  python -m libturboquant doctor                     the library, its kernels, CUDA, and the packages that it works with
+  python -m libturboquant doctor ./Qwen2.5-0.5B      also each layer of a model: compressed, kept or refused, and why
+  python -m libturboquant doctor ./Qwen3 --engine mlx    the same in MLX-LM
+  python -m libturboquant doctor gemma3_text         the same of a kind of models, with nothing downloaded
 
 Ends with 1 if the library has no kernels for this machine, or the model is refused."""),
     "eval": (evaluate, "how far presets move a model's output on a text, at how many bits", """
@@ -30,21 +30,21 @@ those of all that the compressed layers keep at that context. The figures are th
 stderr.
 
 example:
-  python -m turboquant eval ./Qwen2.5-0.5B book.txt --context 4096 --presets TQ4,TQ3"""),
+  python -m libturboquant eval ./Qwen2.5-0.5B book.txt --context 4096 --presets TQ4,TQ3"""),
     "plan": (plan, "what context a machine or a card holds, with a BF16 cache and with presets", """
 Counts pages, the exact window and first tokens, and tables as the library does, in a dry run of its cache. Layers that are not
 compressed count in BF16.
 
 examples:
-  python -m turboquant plan ./Qwen2.5-7B --memory 24                     a card of 24 GiB, with the weights of the folder
-  python -m turboquant plan qwen2 --memory 80 --weights 15 --batch 16    default sizes, 16 sequences"""),
+  python -m libturboquant plan ./Qwen2.5-7B --memory 24                     a card of 24 GiB, with the weights of the folder
+  python -m libturboquant plan qwen2 --memory 80 --weights 15 --batch 16    default sizes, 16 sequences"""),
 }
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m turboquant", description="A language model's KV cache in 2 to 4 bits a value: what works here, what it "
-        "costs in quality, what it saves.", epilog="`COMMAND --help` has options and examples.")
+        prog="python -m libturboquant", description="A language model's KV cache in 2 to 4 bits a value: what works here, what "
+        "it costs in quality, what it saves.", epilog="`COMMAND --help` has options and examples.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary, epilog) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=epilog,

@@ -273,7 +273,7 @@ class TurboQuantCache(Cache):
     what Transformers has for them; of hybrid ones, which have both, keys and values are compressed. Layers may share the keys
     and values of others. Kinds that are not known are refused.
 
-    config: model.config. preset and options: those of turboquant.Cache, as k_format="sq8", v_format="sq8" or
+    config: model.config. preset and options: those of libturboquant.Cache, as k_format="sq8", v_format="sq8" or
     layer_k_formats=[...], one for each layer of full attention, or exact_layers=1: the first and the last one stay exact.
     factors: "weights" (default) scales channels of keys by factors from the model's weights, so that outlier channels cost
     other channels no precision; "off" does not. With a calibration, which does what factors do, "off" is the default.
@@ -696,8 +696,8 @@ class TurboQuantCache(Cache):
 
     def save(self, path: str | os.PathLike) -> None:
         """
-        Write the cache to a file (docs/snapshot.md), which turboquant.describe_snapshot looks at. Raises UnsupportedError where
-        the file cannot hold everything: layers left to Transformers, and padding that is not on the left.
+        Write the cache to a file (docs/snapshot.md), which libturboquant.describe_snapshot looks at. Raises UnsupportedError
+        where the file cannot hold everything: layers left to Transformers, and padding that is not on the left.
         """
         if self._of_transformers():
             raise UnsupportedError("this model has layers or states that are left to Transformers, and a snapshot holds "
@@ -926,7 +926,7 @@ class _Installed:
 def _refuse_batching(*args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedError("Transformers' continuous batching (generate_batch) has a paged cache of its own, which cannot be "
                            "replaced: call generate() with a padded batch, run vLLM for a server (docs/vllm.md), or call "
-                           "turboquant.transformers.uninstall(model) first")
+                           "libturboquant.transformers.uninstall(model) first")
 
 
 def check_kind(kind: type[PreTrainedModel], config: Any) -> None:
