@@ -10,13 +10,13 @@
 #include "emulated_spec.h"
 
 enum { N_HEAD_KV = 2, GROUP = 3, N_HEAD = N_HEAD_KV * GROUP, N_SEQ = 2, SPLITS = 3 };
-enum { PAGES_OF_SEQ = 8, N_PAGES = 17 };
+enum { PAGES_OF_SEQ = 27, N_PAGES = 56 };
 static int32_t lens[N_SEQ]; /* of the running test */
 
 struct test_setup {
     const char *kernel;
     tq_format formats[2];
-    int32_t head_dim, head_dim_v, page, n_query, n_sink, n_recent, n_ring, window;
+    int32_t head_dim, head_dim_v, page, n_query, n_sink, n_recent, n_ring, window, splits;
     size_t page_gap, exact_gap; /* between pages, and exact slots; in bytes, and in numbers */
     float softcap;
     bool references, factors, sinks, deterministic, descending;
@@ -271,7 +271,7 @@ static attend_args args_of(test_data &d)
     args.out_token_stride = (int64_t)N_HEAD * s.head_dim_v, args.out_head_stride = s.head_dim_v;
     args.page_table = d.page_table, args.page_table_stride = PAGES_OF_SEQ, args.seq_lens = lens;
     args.n_query = s.n_query, args.n_head = N_HEAD, args.group = GROUP;
-    args.splits_allowed = SPLITS, args.split_records_min = 1;
+    args.splits_allowed = s.splits, args.split_records_min = 1;
     args.n_row_tiles = (uint32_t)tq_ceil_div(s.n_query * GROUP, TQ_TILE_ROWS), args.deterministic = s.deterministic;
     const size_t n_tiles = (size_t)N_SEQ * N_HEAD_KV * args.n_row_tiles;
     d.counters.assign(n_tiles * TQ_COUNTER_STRIDE, 0);
@@ -359,7 +359,7 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     const bool is_hopper = strstr(kernel, "Hopper") != nullptr;
     lens[0] = is_hopper ? 450 : 115, lens[1] = is_hopper ? 150 : 39;
     s.kernel = kernel, s.formats[0] = k, s.formats[1] = v, s.head_dim = head_dim;
-    s.head_dim_v = head_dim_v ? head_dim_v : head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4;
+    s.head_dim_v = head_dim_v ? head_dim_v : head_dim, s.n_query = is_prefill ? 25 : 1 + i % 4, s.splits = SPLITS;
     s.n_sink = 4, s.n_recent = 21, s.descending = i % 2 == 1, s.deterministic = i % 2 == 1;
     if (i % 3 == 1) s.window = 60;
     if (i % 3 == 2) s.softcap = 3.0f, s.sinks = true;
@@ -375,6 +375,17 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     if (strcmp(kernel, "own decode") != 0) s.bias = draw_kind(&random);
     s.out_dim = tq_random_next(&random) % 3 ? s.head_dim_v : 1 + (int32_t)(tq_random_next(&random) % (uint32_t)s.head_dim_v);
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
+    else n_failed++;
+}
+
+/* A context of which each warp has more units than it adds up before it takes the bias off (settle): 8, and then some. */
+static void test_long(const char *kernel, runner run, tq_format format, int32_t head_dim, uint64_t seed)
+{
+    test_setup s = {};
+    lens[0] = 3400, lens[1] = 39;
+    s.kernel = kernel, s.formats[0] = s.formats[1] = format, s.head_dim = s.head_dim_v = s.out_dim = head_dim, s.page = 128;
+    s.n_query = s.splits = 1, s.n_sink = 4, s.n_recent = s.n_ring = 21, s.deterministic = true;
+    if (check(s, run, seed)) n_passed++;
     else n_failed++;
 }
 
@@ -428,6 +439,9 @@ int main()
 #define TQ_TEST_HOPPER(D, K, V) \
     test("own Hopper's prefill", run_hopper<hopper_pair<K, V, D>, D>, format_of(#K), format_of(#V), D, true, i++);
     TQ_PAIRS(TQ_TEST_HOPPER)
+    using two_at_a_time = known_formats<sq4, sq4, 64, 2>; /* of 6 warps each has 9 units of 64 tokens */
+    test_long("long own decode", run_decode<two_at_a_time, 64, two_at_a_time::fewer_warps>, TQ_FORMAT_SQ4, 64, 3);
+    test_long("long decode", run_decode<any_formats<64, 16>, 64, 8>, TQ_FORMAT_SQ4, 64, 4);
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed > 0;
 }
