@@ -84,9 +84,10 @@ if(tq_cuda_architectures MATCHES "90a")
     tq_cuda_groups(prefill_hopper -gencode=arch=compute_90a,code=sm_90a)
 endif()
 tq_cuda_object(prefill prefill.cu ${tq_cuda_targets})
+tq_cuda_object(plain_attend plain_attend.cu ${tq_cuda_targets})
 tq_cuda_object(entry entry.cu ${tq_cuda_targets} ${tq_cuda_hopper})
 # Encoders round after each operation, as the specification does.
-foreach(name trellis encode_many append pages pass)
+foreach(name trellis encode_many append plain_append pages pass)
     tq_cuda_object(${name} ${name}.cu ${tq_cuda_targets} -fmad=false)
 endforeach()
 

@@ -627,11 +627,11 @@ TQ_API TQ_NODISCARD tq_status tq_cuda_describe(tq_cuda_info *out);
 typedef struct tq_paged_store {
     size_t struct_size;
     tq_device_kind device;
-    tq_format k_format, v_format; /* CUDA: sq8, sq4, sq3, sq2; tt4, tt3, tt2 except at head_dim 96. docs/cuda.md: fast pairs */
-    int32_t head_dim, n_head_kv;  /* CUDA: 64, 96, 128, 192 or 256 */
-    int32_t head_dim_v;           /* 0: the same. CUDA: other pairs than equal ones: 192 with 128 */
-    int32_t page_size;            /* tokens, 16 to 256, a multiple of 16; CUDA: of 32 */
-    int32_t n_sink, n_recent;     /* at most 1024 together; CUDA: 512 */
+    tq_format k_format, v_format; /* CUDA: sq8, sq4, sq3, sq2; tt4, tt3, tt2. docs/cuda.md: fast pairs, and fast head_dims */
+    int32_t head_dim, n_head_kv;
+    int32_t head_dim_v;       /* 0: the same */
+    int32_t page_size;        /* tokens, 16 to 256, a multiple of 16; CUDA: of 32 */
+    int32_t n_sink, n_recent; /* at most 1024 together; CUDA: 512 */
     /* Keys are coded against references, one for each so many positions of a page and KV head, as a cache's with this
      * k_ref_block. Wants n_recent > 0. CUDA: 64, and page_size must be a multiple of it. 0: none. */
     int32_t k_ref_block;

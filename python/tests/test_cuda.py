@@ -415,10 +415,10 @@ def test_pairs_without_a_kernel_of_their_own(head_dim, options):
     assert run_rows(head_dim, **options).get_seq_length() == 40
 
 
-def test_presets_at_another_head_dim():
-    with pytest.raises(libturboquant.TurboQuantError):
-        run_rows(96, preset="TQ3")
-    assert run_rows(96, k_format="sq4", v_format="sq4").get_seq_length() == 40
+@pytest.mark.parametrize("head_dim", libturboquant.head_dims())
+def test_presets_at_all_head_dims(head_dim):
+    assert run_rows(head_dim, preset="TQ3").get_seq_length() == 40
+    assert run_rows(head_dim, k_format="sq4", v_format="sq3").get_seq_length() == 40
 
 
 def test_formats_without_a_layout(llama):

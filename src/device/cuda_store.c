@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Paged stores on CUDA: checks, what kernels need to know of the codecs, and the way to libturboquant-cuda.so. */
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
@@ -10,16 +11,25 @@
 #include "kernels/cuda/pairs.h"
 #include "kernels/cuda/split.h"
 
+static_assert(TQ_DEVICE_HEAD_DIM_MAX == TQ_HEAD_DIM_MAX, "devices have all head_dims");
+
 static tq_status bad(const char *what)
 {
     tq_log(TQ_LOG_ERROR, "CUDA: %s", what);
     return TQ_ERR_ARGUMENT;
 }
 
+/* But for whether it is plain, which depends on both sides. */
 static tq_plane plane_of_format(tq_format format, int32_t head_dim, bool is_value)
 {
     const tq_format_traits *traits = tq_format_traits_get(format);
-    return (tq_plane){traits->bits, head_dim, is_value, traits->family == TQ_FAMILY_TRELLIS};
+    return (tq_plane){traits->bits, head_dim, is_value, traits->family == TQ_FAMILY_TRELLIS, false};
+}
+
+static bool is_plain(const tq_paged_store *store)
+{
+    return tq_is_plain(plane_of_format(store->k_format, store->head_dim, false),
+                       plane_of_format(store->v_format, store->head_dim_v, true));
 }
 
 /* By number: a format that comes later has none, whatever its family. */
@@ -31,39 +41,16 @@ static bool has_layout(tq_format format)
 static tq_status check_format(tq_format format, int32_t head_dim)
 {
     TQ_TRY(tq_codec_check(format, head_dim));
-    const tq_format_traits *traits = tq_format_traits_get(format);
-    if (!has_layout(format)) {
-        tq_log(TQ_LOG_ERROR, "CUDA: format %s has no device layout: sq8, sq4, sq3, sq2, tt4, tt3 and tt2 have", traits->name);
-        return TQ_ERR_FORMAT;
-    }
-    bool has_head_dim = head_dim <= TQ_DEVICE_HEAD_DIM_MAX && head_dim % 32 == 0;
-    if (has_head_dim && tq_plane_exists(plane_of_format(format, head_dim, false))) return TQ_OK;
-    tq_log(TQ_LOG_ERROR, "CUDA: format %s has no device layout at head_dim %d (docs/cuda.md has a list)", traits->name,
-           (int)head_dim);
-    return has_head_dim ? TQ_ERR_FORMAT : TQ_ERR_HEAD_DIM;
-}
-
-static tq_status check_head_dims(int32_t head_dim, int32_t head_dim_v)
-{
-    if (head_dim == head_dim_v) return TQ_OK;
-#define IS_PAIR(K, V) \
-    if (head_dim == K && head_dim_v == V) return TQ_OK;
-    TQ_HEAD_DIM_PAIRS(IS_PAIR)
-#undef IS_PAIR
-#define NAME(K, V) " " #K "/" #V
-    tq_log(
-        TQ_LOG_ERROR,
-        "CUDA: keys of head_dim %d with values of %d: there are kernels for the same head_dim, and for" TQ_HEAD_DIM_PAIRS(NAME),
-        (int)head_dim, (int)head_dim_v);
-#undef NAME
-    return TQ_ERR_ARGUMENT;
+    if (has_layout(format)) return TQ_OK;
+    tq_log(TQ_LOG_ERROR, "CUDA: format %s has no device layout: sq8, sq4, sq3, sq2, tt4, tt3 and tt2 have",
+           tq_format_traits_get(format)->name);
+    return TQ_ERR_FORMAT;
 }
 
 static tq_status check_shape(const tq_paged_store *store)
 {
     TQ_TRY(check_format(store->k_format, store->head_dim));
     TQ_TRY(check_format(store->v_format, store->head_dim_v));
-    TQ_TRY(check_head_dims(store->head_dim, store->head_dim_v));
     if (store->n_head_kv < 1 || store->n_head_kv > 65535) return bad("n_head_kv must be 1 to 65535");
     if (store->page_size < 32 || store->page_size > 256 || store->page_size % 32 != 0) {
         return bad("page_size must be 32 to 256 and a multiple of 32");
@@ -123,6 +110,7 @@ static void fill_rotation(tq_device_rotation *out, const tq_rotation *rotation)
     *out = (tq_device_rotation){
         .m = rotation->m, .pow2 = rotation->pow2, .n_rounds = rotation->n_rounds, .scale = rotation->scale};
     if (rotation->m == 3) memcpy(out->hartley, rotation->hartley, sizeof out->hartley);
+    if (rotation->m > 1) memcpy(out->cas, rotation->hartley + rotation->m, (size_t)rotation->m * sizeof *out->cas);
     for (int32_t round = 0; round < rotation->n_rounds; round++) {
         for (int32_t i = 0; i < rotation->head_dim; i++) {
             if (rotation->signs[round][i] < 0) out->signs[round][i / 32] |= 1u << i % 32;
@@ -155,6 +143,7 @@ tq_status tq_cuda_shape_store(tq_device_store *out, const tq_paged_store *store)
                              .n_recent = store->n_recent,
                              .n_ring = store->n_ring,
                              .k_ref_block = store->k_ref_block,
+                             .is_plain = is_plain(store),
                              .page_stride = (int64_t)page_stride,
                              .exact_stride = (int64_t)(exact_stride / sizeof(uint16_t))};
     TQ_TRY(fill_side(out, store, false));
@@ -234,6 +223,7 @@ static tq_status workspace_bytes(size_t *out, const tq_paged_store *store, const
                               .head_dim = store->head_dim,
                               .head_dim_v = store->head_dim_v,
                               .k_ref_block = store->k_ref_block,
+                              .is_plain = is_plain(store),
                               .k_transforms = store->k_transforms};
     return TQ_CUDA_CALL(table, workspace_bytes, out, &device, params);
 }

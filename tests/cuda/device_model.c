@@ -15,7 +15,7 @@
 #include "make_calibration.h"
 #include "vectors.h"
 
-enum { VECTOR_BYTES_MAX = 2 + 256 }; /* of sq8 at the largest head_dim of a device */
+enum { VECTOR_BYTES_MAX = 2 + TQ_HEAD_DIM_MAX }; /* of sq8 at the largest head_dim of a device */
 
 static int n_passed, n_failed;
 static bool is_running, has_failed;
@@ -113,7 +113,7 @@ static void key_to_basis(const model *m, int32_t head, float *x)
     int32_t d = m->s.head_dim;
     if (m->s.factors) tq_scale_channels(m->factors + head * d, -1, d, 1, x);
     if (!m->transforms) return;
-    float plain[256];
+    float plain[TQ_HEAD_DIM_MAX];
     memcpy(plain, x, (size_t)d * sizeof *plain);
     tq_transform_key(tq_transform_of_head(m->transforms, head, d), d, plain, x);
 }

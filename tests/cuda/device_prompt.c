@@ -214,7 +214,8 @@ void test_prompt(void)
         int32_t head_dim;
     } pairs[] = {{TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 128}, {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT3, TQ_FORMAT_TT3, 128},
                  {TQ_FORMAT_TT3, TQ_FORMAT_TT2, 256}, {TQ_FORMAT_SQ4, TQ_FORMAT_SQ4, 128}, {TQ_FORMAT_SQ3, TQ_FORMAT_SQ3, 128},
-                 {TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 96},  {TQ_FORMAT_SQ4, TQ_FORMAT_SQ4, 192}};
+                 {TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 96},  {TQ_FORMAT_SQ4, TQ_FORMAT_SQ4, 192}, {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 512},
+                 {TQ_FORMAT_SQ8, TQ_FORMAT_TT3, 80}};
     for (int i = 0; i < (int)(sizeof pairs / sizeof pairs[0]); i++) {
         setup s = {.k_format = pairs[i].k, .v_format = pairs[i].v, .head_dim = pairs[i].head_dim, .n_head_kv = 2, .n_query = 1};
         s.group = 1 + i % 5, s.page_size = i % 2 ? 128 : 64, s.n_sink = i % 3 ? 4 : 0, s.n_recent = i % 2 ? 64 : 37;

@@ -50,6 +50,7 @@ static void must(tq_status status, int line)
 static void append_at(const test_data &d, const tq_paged_append_params &p, int32_t n_tokens)
 {
     const append_how how = {d.s.many, d.s.descending, n_tokens};
+    if (d.store.is_plain) return append_plain(d.store, p, how);
 #define TQ_APPEND_PAIR(D, DV) \
     if (d.s.head_dim == D && d.s.head_dim_v == DV) return append<D, DV>(d.store, p, how);
     TQ_HEAD_DIM_PAIRS(TQ_APPEND_PAIR)
@@ -76,6 +77,7 @@ static void open_data(test_data &d)
     d.store.value_rotation = emulated_rotation(d.codec[1]->rotation);
     d.store.head_dim = s.head_dim, d.store.head_dim_v = s.head_dim_v;
     d.store.n_head_kv = N_HEAD_KV, d.store.page_size = s.page;
+    d.store.is_plain = tq_is_plain(plane_of(d.store, false), plane_of(d.store, true));
     d.store.n_sink = s.n_sink, d.store.n_recent = s.n_recent, d.store.k_ref_block = s.k_ref_block;
     d.store.n_ring = s.n_recent + s.n_take_back;
     d.store.n_pages = N_PAGES, d.store.n_exact_slots = N_SEQ;
@@ -265,23 +267,47 @@ static void test(const test_setup &s, uint64_t seed)
     else n_failed++;
 }
 
+/* Formats of keys and values at their head_dims. */
+struct test_pair {
+    tq_format k, v;
+    int32_t head_dim, head_dim_v; /* 0: the same */
+};
+
+/* The library's head_dims that have plain planes with all formats, and some pairs of them. */
+static void add_plain_pairs(std::vector<test_pair> &pairs)
+{
+    static const tq_format scalar[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2},
+                           trellis[] = {TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+    int32_t n;
+    const int32_t *head_dims = tq_head_dim_list(&n);
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t d = head_dims[i];
+        if (tq_has_kernels_at(d)) continue;
+        pairs.push_back({scalar[i % 4], scalar[(i + 1 + i / 4) % 4], d, 0});
+        pairs.push_back({trellis[i % 3], i % 2 ? trellis[(i + 1) % 3] : scalar[i / 2 % 4], d, 0});
+    }
+    for (tq_format format : trellis) pairs.push_back({format, format, 512, 0});
+    for (tq_format format : scalar) pairs.push_back({format, format, 512, 0});
+    pairs.push_back({TQ_FORMAT_SQ4, TQ_FORMAT_TT3, 96, 0}), pairs.push_back({TQ_FORMAT_TT4, TQ_FORMAT_SQ3, 128, 192});
+    pairs.push_back({TQ_FORMAT_SQ3, TQ_FORMAT_TT2, 40, 64}), pairs.push_back({TQ_FORMAT_SQ2, TQ_FORMAT_SQ8, 320, 72});
+}
+
 int main()
 {
     /* The presets, and scalar formats, at head_dims of one chunk and three, of one round and two. */
-    static const struct {
-        tq_format k, v;
-        int32_t head_dim, head_dim_v; /* 0: the same */
-    } pairs[] = {{TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT3, TQ_FORMAT_TT3, 64},
-                 {TQ_FORMAT_TT3, TQ_FORMAT_TT2, 64},  {TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 128}, {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 128},
-                 {TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 64},  {TQ_FORMAT_SQ3, TQ_FORMAT_SQ4, 96},  {TQ_FORMAT_SQ8, TQ_FORMAT_SQ2, 96},
-                 {TQ_FORMAT_SQ4, TQ_FORMAT_SQ8, 128}, {TQ_FORMAT_SQ2, TQ_FORMAT_SQ3, 128}, {TQ_FORMAT_SQ4, TQ_FORMAT_SQ2, 192},
-                 {TQ_FORMAT_SQ3, TQ_FORMAT_SQ3, 256}, {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, 256},
+    std::vector<test_pair> pairs = {
+        {TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 64},  {TQ_FORMAT_TT3, TQ_FORMAT_TT3, 64},
+        {TQ_FORMAT_TT3, TQ_FORMAT_TT2, 64},  {TQ_FORMAT_SQ8, TQ_FORMAT_TT4, 128}, {TQ_FORMAT_TT4, TQ_FORMAT_TT4, 128},
+        {TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 64},  {TQ_FORMAT_SQ3, TQ_FORMAT_SQ4, 96},  {TQ_FORMAT_SQ8, TQ_FORMAT_SQ2, 96},
+        {TQ_FORMAT_SQ4, TQ_FORMAT_SQ8, 128}, {TQ_FORMAT_SQ2, TQ_FORMAT_SQ3, 128}, {TQ_FORMAT_SQ4, TQ_FORMAT_SQ2, 192},
+        {TQ_FORMAT_SQ3, TQ_FORMAT_SQ3, 256}, {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, 256},
 #define TQ_TEST_PAIR(D, DV) \
     {TQ_FORMAT_TT4, TQ_FORMAT_TT4, D, DV}, {TQ_FORMAT_SQ3, TQ_FORMAT_SQ2, D, DV}, {TQ_FORMAT_SQ8, TQ_FORMAT_TT3, D, DV},
-                 TQ_HEAD_DIM_PAIRS(TQ_TEST_PAIR)};
+        TQ_HEAD_DIM_PAIRS(TQ_TEST_PAIR)};
+    add_plain_pairs(pairs);
     static const int32_t sinks[] = {4, 0, 64, 30}, rings[] = {17, 64, 1, 40};
     uint64_t seed = 1;
-    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+    for (size_t i = 0; i < pairs.size(); i++) {
         for (int32_t k = 0; k < 4; k++, seed++) {
             const bool is_trellis = pairs[i].k >= TQ_FORMAT_TT4 || pairs[i].v >= TQ_FORMAT_TT4;
             if (is_trellis && k > 1) continue; /* whose search takes long here */

@@ -22,6 +22,7 @@ struct test_setup {
     bool references, factors, sinks, deterministic, descending;
     tq_dtype dtype;
     bool transforms; /* in place of factors */
+    bool is_plain;   /* the store */
     bool new_rows; /* of the queries' own tokens, which the ring has not yet */
     bool ragged;   /* sequences have different numbers of queries */
     bias_kind bias;
@@ -69,7 +70,7 @@ struct test_data {
     tq_plane plane(bool is_value) const
     {
         const tq_format_traits *traits = codec[is_value]->traits;
-        return {traits->bits, s.dim(is_value), is_value, traits->family == TQ_FAMILY_TRELLIS};
+        return {traits->bits, s.dim(is_value), is_value, traits->family == TQ_FAMILY_TRELLIS, s.is_plain};
     }
     int32_t record_bytes() const
     {
@@ -118,6 +119,11 @@ static void key_from_basis(const test_data &d, int32_t head, float *x)
 /* Codes of a vector as the format packs them (src/codec/packing.c), to their places by layout.h's definitions. */
 static void store_codes(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *bytes)
 {
+    if (shape.is_plain) {
+        const int32_t n_bytes = tq_plane_string_bytes(shape);
+        memcpy(plane + token * n_bytes, bytes, (size_t)n_bytes);
+        return;
+    }
     if (shape.is_trellis) {
         for (int32_t i = 0; i < shape.head_dim * shape.bits / 8; i++) plane[tq_circle_offset(shape, token, i)] = bytes[i];
         return;
@@ -196,7 +202,7 @@ static void fill_data(test_data &d, uint64_t seed)
                 };
                 draw(x);
                 const bool is_hidden = s.bias.hides(position); /* from all: nothing is written */
-                if (is_hidden) std::fill(x, x + s.head_dim, NAN);
+                if (is_hidden) std::fill(x, x + n, NAN);
                 if (position >= s.stored_end(seq)) {
                     const size_t row = (size_t)(s.first_query(seq) + position - s.stored_end(seq)) * N_HEAD_KV + head;
                     memcpy(&new_rows[row * n], x, n * sizeof *x);
@@ -235,7 +241,8 @@ static void fill_data(test_data &d, uint64_t seed)
         const float factor = tq_channel_factor((int8_t)-d.factors[head * s.head_dim + i % s.head_dim]);
         d.q[i] = as_type(__half2float(__float2half_rn((float)random_gaussian(&random) * 1.5f * factor)), s.dtype);
     }
-    d.typed_q = typed(d.q, s.dtype), d.out.assign(d.typed_q.size(), 0xff), d.lse.assign(n_queries * N_HEAD, NAN);
+    d.typed_q = typed(d.q, s.dtype), d.lse.assign(n_queries * N_HEAD, NAN);
+    d.out.assign(n_queries * N_HEAD * s.head_dim_v * 4 + 16, 0xff);
     for (int32_t i = 0; i < N_HEAD; i++) d.sinks[i] = (float)(i % 5) - 1.0f;
     std::vector<int32_t> positions;
     for (int32_t seq = 0; seq < N_SEQ; seq++) {
@@ -255,7 +262,7 @@ static attend_args args_of(test_data &d)
     args.key_kind = codes_kind(d.plane(false).bits, d.plane(false).is_trellis);
     args.value_kind = codes_kind(d.plane(true).bits, d.plane(true).is_trellis);
     args.records_per_page = s.page / TQ_RECORD_TOKENS;
-    args.reference_bytes = d.reference_bytes();
+    args.reference_bytes = d.reference_bytes(), args.head_dim = s.head_dim, args.head_dim_v = s.head_dim_v;
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.rotation = emulated_rotation(d.codec[0]->rotation), args.value_rotation = emulated_rotation(d.codec[1]->rotation);
     args.key_factors = s.factors ? d.factors : nullptr, args.key_transforms = d.transforms;
@@ -275,7 +282,7 @@ static attend_args args_of(test_data &d)
     args.n_row_tiles = (uint32_t)tq_ceil_div(s.n_query * GROUP, TQ_TILE_ROWS), args.deterministic = s.deterministic;
     const size_t n_tiles = (size_t)N_SEQ * N_HEAD_KV * args.n_row_tiles;
     d.counters.assign(n_tiles * TQ_COUNTER_STRIDE, 0);
-    d.partials.assign(n_tiles * (SPLITS + 1) * TQ_TILE_ROWS * (s.head_dim_v + 2), NAN);
+    d.partials.assign(n_tiles * (SPLITS + 1) * TQ_PLAIN_TILE_ROWS * (s.head_dim_v + 2), NAN);
     args.counters = d.counters.data(), args.partials = d.partials.data();
     args.scale_log2 = log2_e / sqrtf((float)s.head_dim);
     args.cap_log2 = s.softcap * log2_e, args.cap_inverse = s.softcap > 0 ? 1.0f / args.cap_log2 : 0.0f;
@@ -322,7 +329,7 @@ static bool check(const test_setup &s, runner run, uint64_t seed)
     run(args, {N_SEQ, s.descending});
     spec_errors errors;
     bool kept = true;
-    double wanted[256], narrow[256];
+    double wanted[TQ_DEVICE_HEAD_DIM_MAX], narrow[TQ_DEVICE_HEAD_DIM_MAX];
     for (int32_t seq = 0; seq < N_SEQ; seq++) {
         for (int32_t i = 0; i < s.n_query_of(seq) * N_HEAD; i++) {
             const size_t row = (size_t)s.first_query(seq) * N_HEAD + i;
@@ -372,6 +379,7 @@ static void test(const char *kernel, runner run, tq_format k, tq_format v, int32
     if (i % 4 > 1 && s.n_recent > 0) s.n_ring += i % 6 * 9;
     s.dtype = (tq_dtype)(i % 3), s.new_rows = s.n_recent > 0 && i % 2, s.ragged = i % 5 == 1 || i % 5 == 4;
     tq_random random = tq_random_stream(1000 * (uint64_t)head_dim + (uint64_t)i, 3);
+    s.is_plain = strncmp(kernel, "plain", 5) == 0;
     if (strcmp(kernel, "own decode") != 0) s.bias = draw_kind(&random);
     s.out_dim = tq_random_next(&random) % 3 ? s.head_dim_v : 1 + (int32_t)(tq_random_next(&random) % (uint32_t)s.head_dim_v);
     if (check(s, run, 100 * (uint64_t)head_dim + (uint64_t)i)) n_passed++;
@@ -425,8 +433,30 @@ template <int D, int DV> static void test_head_dims()
     }
 }
 
+/* Plain planes: of 49 pairs of formats each `step`-th. */
+static void test_plain(int32_t head_dim, int32_t head_dim_v, int step)
+{
+    for (int i = (head_dim / 8 + 1) % step; i < 49; i += step) {
+        const tq_format k = formats[i / 7].format, v = formats[i % 7].format;
+        test("plain decode", i % 2 ? run_plain<1, 1> : run_plain<2, 1>, k, v, head_dim, false, i, head_dim_v);
+        test("plain prefill", i % 3 ? run_plain<2, 4> : run_plain<1, 2>, k, v, head_dim, true, i, head_dim_v);
+    }
+}
+
+static void test_all_plain()
+{
+    int32_t n;
+    const int32_t *head_dims = tq_head_dim_list(&n);
+    for (int32_t i = 0; i < n; i++) {
+        if (!tq_has_kernels_at(head_dims[i])) test_plain(head_dims[i], head_dims[i], head_dims[i] == 512 ? 1 : 4);
+    }
+    test_plain(96, 96, 5);
+    test_plain(128, 192, 10), test_plain(40, 512, 10), test_plain(576, 72, 10), test_plain(64, 32, 10);
+}
+
 int main()
 {
+    test_all_plain();
 #define TQ_TEST_HEAD_DIMS(D, DV) test_head_dims<D, DV>();
     TQ_HEAD_DIM_PAIRS(TQ_TEST_HEAD_DIMS)
     test_head_dim<64>(), test_head_dim<96>(), test_head_dim<128>(), test_head_dim<192>(), test_head_dim<256>();

@@ -450,7 +450,7 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *s, const tq
     size_t n_tiles = (size_t)p->n_seq * (size_t)s->n_head_kv * ((n_rows + 7) / 8);
     /* Prompts are cut as on a device without a prefill kernel. */
     size_t n_partials = p->n_query == 1 ? 3 : hooks.n_partials ? (size_t)hooks.n_partials : 5;
-    *out = n_tiles * n_partials * 8 * (size_t)(s->head_dim + 2) * 4;
+    *out = n_tiles * n_partials * 8 * (size_t)(s->head_dim_v + 2) * 4;
     /* Queries, transformed. */
     if (s->k_transforms) *out += (size_t)p->n_seq * (size_t)p->n_query * (size_t)p->n_head * (size_t)s->head_dim * 4;
     return TQ_OK;

@@ -19,6 +19,8 @@ extern "C" {
 #include "kernels/cuda/encode_many.cuh"
 #include "kernels/cuda/pages.cuh"
 #include "kernels/cuda/pairs.h"
+#include "kernels/cuda/plain_append.cuh"
+#include "kernels/cuda/plain_attend.cuh"
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/prefill_hopper.cuh"
 #include "kernels/cuda/queries.cuh"
@@ -39,6 +41,7 @@ static inline tq_device_rotation emulated_rotation(const tq_rotation &from)
     tq_device_rotation rotation = {};
     rotation.m = from.m, rotation.pow2 = from.pow2, rotation.n_rounds = from.n_rounds, rotation.scale = from.scale;
     if (from.m == 3) memcpy(rotation.hartley, from.hartley, sizeof rotation.hartley);
+    if (from.m > 1) memcpy(rotation.cas, from.hartley + from.m, (size_t)from.m * sizeof *rotation.cas);
     for (int32_t round = 0; round < from.n_rounds; round++) {
         for (int32_t i = 0; i < from.head_dim; i++) {
             if (from.signs[round][i] < 0) rotation.signs[round][i / 32] |= 1u << i % 32;
@@ -125,7 +128,40 @@ static void encode_side(const tq_device_store &store, const tq_paged_append_para
     }
 }
 
-/* What append.cu launches. D, DV: head_dims of keys and of values. */
+template <int BITS>
+static void encode_trellis_plain(const tq_device_store &store, const tq_paged_append_params &p, bool descending, int side)
+{
+    const int n_warps = descending ? 1 : 2; /* as devices have room for */
+    launch(descending, {blocks_of(p.n_tok * store.n_head_kv, n_warps), 1, 1}, 32 * n_warps,
+           [&] { encode_trellis_plain_kernel<BITS>(store, p, side); });
+}
+
+static void encode_side_plain(const tq_device_store &store, const tq_paged_append_params &p, bool descending, int side)
+{
+    const tq_device_format &format = side ? store.value : store.key;
+    if (format.is_trellis && format.bits == 4) return encode_trellis_plain<4>(store, p, descending, side);
+    if (format.is_trellis && format.bits == 3) return encode_trellis_plain<3>(store, p, descending, side);
+    if (format.is_trellis) return encode_trellis_plain<2>(store, p, descending, side);
+    launch(descending, {blocks_of(p.n_tok * store.n_head_kv, plain_append_warps), 1, 1}, plain_append_threads,
+           [&] { encode_scalar_plain_kernel(store, p, side); });
+}
+
+/* What append.cu launches for plain planes. */
+static void append_plain(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how)
+{
+    const uint32_t n_heads = (uint32_t)store.n_head_kv;
+    if (p.half != TQ_APPEND_STORE) {
+        if (store.k_ref_block) {
+            launch(how.descending, {blocks_of(p.n_tok, how.n_tokens), n_heads, 1}, plain_append_threads,
+                   [&] { set_references_plain_kernel(store, p, how.n_tokens); });
+        }
+        for (int side = 0; side < 2; side++) encode_side_plain(store, p, how.descending, side);
+    }
+    if (p.half == TQ_APPEND_ENCODE || store.n_sink + store.n_recent == 0) return;
+    launch(how.descending, {(uint32_t)p.n_tok * n_heads, 2, 1}, 64, [&] { store_exact_kernel(store, p); });
+}
+
+/* What append.cu launches for others. D, DV: head_dims of keys and of values. */
 template <int D, int DV = D>
 static void append(const tq_device_store &store, const tq_paged_append_params &p, const append_how &how)
 {
@@ -185,6 +221,17 @@ static void run_kernel(const attend_args &args, dim3 grid, int n_threads, bool d
     for (size_t i = n_bytes; i < N; i++) {
         if (shared[i] != 0x5a) emulation::fail("wrote behind its shared memory", __LINE__);
     }
+}
+
+/* With N_STAGES records on their way and 16 N_GROUPS rows of a block, as a device may have room for; decode has 16. */
+template <int N_STAGES, int N_GROUPS> static void run_plain(attend_args args, const attend_how &how)
+{
+    const plain_pair pair(args.key_kind, args.value_kind, args.head_dim, args.head_dim_v);
+    const plain_shape shape = plain_shape_of(pair, args.head_dim, args.head_dim_v, args.reference_bytes, N_STAGES, N_GROUPS);
+    args.n_stages = N_STAGES, args.n_row_tiles = blocks_of(args.n_query * args.group, shape.n_rows);
+    if (N_GROUPS > 1) args.splits_allowed = 1;
+    const dim3 grid = {args.n_row_tiles * (uint32_t)args.n_head_kv, how.n_seq, (uint32_t)args.splits_allowed};
+    run_kernel<plain_kernel>(args, grid, plain_row_threads * N_GROUPS, how.descending, memory, shape.total);
 }
 
 template <int D, int DV = D> static void run_prefill(attend_args args, const attend_how &how)

@@ -138,6 +138,7 @@ static void open_data(test_data &d, uint64_t seed)
     d.store.rotation = emulated_rotation(d.codec[0]->rotation);
     d.store.value_rotation = emulated_rotation(d.codec[1]->rotation), d.store.head_dim_v = s.head_dim_v;
     d.store.head_dim = s.head_dim, d.store.n_head_kv = N_HEAD_KV, d.store.page_size = s.page, d.store.n_sink = s.n_sink;
+    d.store.is_plain = tq_is_plain(plane_of(d.store, false), plane_of(d.store, true));
     d.store.n_recent = s.n_recent, d.store.n_ring = s.n_ring, d.store.k_ref_block = s.k_ref_block;
     d.store.n_pages = N_PAGES, d.store.n_exact_slots = N_SEQ;
     d.store.page_stride = (int64_t)head_page_bytes_of(d.store) * N_HEAD_KV + 32;
@@ -213,7 +214,7 @@ static attend_args args_of(const test_data &d, const piece &p)
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
     args.key_kind = codes_kind(d.store.key.bits, d.store.key.is_trellis);
     args.value_kind = codes_kind(d.store.value.bits, d.store.value.is_trellis);
-    args.reference_bytes = reference_bytes_of(d.store);
+    args.reference_bytes = reference_bytes_of(d.store), args.head_dim = s.head_dim, args.head_dim_v = s.head_dim_v;
     args.page_stride = d.store.page_stride, args.exact_stride = d.store.exact_stride;
     args.rotation = d.store.rotation, args.value_rotation = d.store.value_rotation;
     args.key_factors = d.store.k_factors, args.key_transforms = d.store.k_transforms;
@@ -257,7 +258,7 @@ static void run_prompts(test_data &d, int32_t cut, tq_random *random, spec_error
         attend_args args = args_of(d, p);
         const size_t n_rows = p.q.size() / s.head_dim, n_tiles = (size_t)N_SEQ * N_HEAD_KV * args.n_row_tiles;
         std::vector<uint8_t> out(n_rows * s.head_dim_v * 4 + 16, 0xff);
-        std::vector<float> lse(n_rows, NAN), partials(n_tiles * (SPLITS + 1) * TQ_TILE_ROWS * (s.head_dim_v + 2), NAN);
+        std::vector<float> lse(n_rows, NAN), partials(n_tiles * (SPLITS + 1) * TQ_PLAIN_TILE_ROWS * (s.head_dim_v + 2), NAN);
         std::vector<uint32_t> counters(n_tiles * TQ_COUNTER_STRIDE);
         args.q = q.data(), args.new_k = k.data(), args.new_v = v.data(), args.out = out.data(), args.lse = lse.data();
         args.partials = partials.data(), args.counters = counters.data();
@@ -376,8 +377,19 @@ template <int D, int DV> static void test_head_dims(tq_format k, tq_format v, in
     test("general and portable kernels,", s, 60 + (uint64_t)i);
 }
 
+static void test_plain(tq_format k, tq_format v, int32_t head_dim, int32_t head_dim_v, int i)
+{
+    test_setup s = setup_of(k, v, head_dim, head_dim_v, i);
+    s.append = append_plain, s.decode = run_plain<2, 1>, s.prefill = i % 2 ? run_plain<1, 2> : run_plain<1, 4>;
+    s.transforms = !s.factors, s.bias = {i == 3, false, false, i == 2};
+    test("plain kernels,", s, 80 + (uint64_t)i);
+}
+
 int main()
 {
+    test_plain(TQ_FORMAT_TT4, TQ_FORMAT_TT4, 512, 512, 1);
+    test_plain(TQ_FORMAT_SQ8, TQ_FORMAT_TT3, 80, 80, 2);
+    test_plain(TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 40, 128, 3);
 #define TQ_TEST_HEAD_DIMS(D, DV) \
     test_head_dims<D, DV>(TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, 1), test_head_dims<D, DV>(TQ_FORMAT_TT3, TQ_FORMAT_TT3, 2);
     TQ_HEAD_DIM_PAIRS(TQ_TEST_HEAD_DIMS)

@@ -139,17 +139,51 @@ static void test_pairs(void)
     unsetenv("TQ_CUDA_GENERAL");
 }
 
-/* Values of another head_dim than keys: each format on each side, decode and prefill. */
+static const tq_format all_formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
+                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
+
+/* Decode with few rows and many, in one split and several, and prefill: by the kernel for any head_dim. */
+static void test_plain_of(int32_t head_dim, int32_t head_dim_v, int i)
+{
+    static const int64_t lens[] = {90, 611, 333}, long_lens[] = {9000, 70};
+    setup s = plain(all_formats[i % 7], all_formats[(i + i / 7) % 7], head_dim);
+    s.head_dim_v = head_dim_v;
+    if (i % 2) s = embedded(s, i);
+    s = i % 3 == 0 ? s : i % 3 == 1 ? referring(s) : transformed(s);
+    run("plain", s, 1100 + (uint64_t)i);
+    run("plain", biased(s, i), 1150 + (uint64_t)i);
+    setup prompt = s;
+    prompt.lens = lens, prompt.n_seq = 3, prompt.n_query = 40 + 43 * (i % 2), prompt.group = 2 + i % 4, prompt.n_ring = 0;
+    run("plain, prefill", i % 2 ? prompt : biased(prompt, i), 1200 + (uint64_t)i);
+    if (i % 4 != 0) return;
+    s.lens = long_lens, s.n_seq = 2, s.group = 1 + i % 12, s.n_query = 1 + i % 3;
+    run("plain, long", s, 1250 + (uint64_t)i);
+}
+
+/* The head_dims that no kernels are compiled for, with all formats; and pairs of them. */
+static void test_plain(void)
+{
+    static const int32_t pairs_of_dims[][2] = {{192, 160}, {512, 256}, {576, 40}, {72, 32}};
+    int32_t n;
+    const int32_t *head_dims = tq_head_dim_list(&n);
+    for (int32_t i = 0; i < n; i++) {
+        if (tq_has_kernels_at(head_dims[i])) continue;
+        const int n_cases = quick ? 1 : head_dims[i] == 512 ? 49 : 7;
+        for (int k = 0; k < n_cases; k++) test_plain_of(head_dims[i], head_dims[i], quick ? i : k);
+    }
+    for (int i = 0; i < 8; i++) test_plain_of(pairs_of_dims[i % 4][0], pairs_of_dims[i % 4][1], 3 * i);
+    test_plain_of(96, 96, 4), test_plain_of(96, 96, 19); /* trellises */
+}
+
+/* Values of another head_dim than keys: each format on each side, decode and prefill; then all other head_dims. */
 static void test_head_dims(void)
 {
     static const int32_t dims[][2] = {TQ_HEAD_DIM_PAIRS(DIMS)};
-    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
-                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     for (size_t d = 0; d < sizeof dims / sizeof dims[0]; d++) {
         for (int i = 0; i < 14; i++) {
             if (quick && i % 5 != 0) continue;
             static const int64_t lens[] = {90, 611, 333};
-            setup s = plain(formats[i % 7], formats[(i < 7 ? i : i * 3) % 7], dims[d][0]);
+            setup s = plain(all_formats[i % 7], all_formats[(i < 7 ? i : i * 3) % 7], dims[d][0]);
             s.head_dim_v = dims[d][1];
             if (i % 2) s = embedded(s, i);
             s = i % 3 == 0 ? s : i % 3 == 1 ? referring(s) : transformed(s);
@@ -158,17 +192,16 @@ static void test_head_dims(void)
             run("head_dims, prefill", s, 1050 + (uint64_t)i);
         }
     }
+    test_plain();
 }
 
 /* Vectors that are hard for a quantizer must still give the CPU's bytes. */
 static void test_outliers(void)
 {
-    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
-                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
-    for (size_t i = 0; i < sizeof formats / sizeof formats[0]; i++) {
-        setup s = referring(plain(formats[i], formats[i], 128));
+    for (size_t i = 0; i < 14; i++) {
+        setup s = referring(plain(all_formats[i % 7], all_formats[i % 7], i < 7 ? 128 : 512));
         s.outliers = true;
-        device_test("outliers: %s", name_of(formats[i]));
+        device_test("outliers: %s, head_dim %d", name_of(s.k_format), s.head_dim);
         model m;
         model_open(&m, &s, 200 + i);
         model_append(&m);
@@ -328,15 +361,13 @@ static void test_deterministic(void)
 /* Bytes to pages and back, and copies. */
 static void test_pages_of(int32_t head_dim, int n_formats, int32_t k_ref_block)
 {
-    static const tq_format formats[] = {TQ_FORMAT_SQ8, TQ_FORMAT_SQ4, TQ_FORMAT_SQ3, TQ_FORMAT_SQ2,
-                                        TQ_FORMAT_TT4, TQ_FORMAT_TT3, TQ_FORMAT_TT2};
     for (int i = 0; i < n_formats; i++) {
-        device_test("pages: import, copy, export of %s, head_dim %d, references of %d", name_of(formats[i]), head_dim,
+        device_test("pages: import, copy, export of %s, head_dim %d, references of %d", name_of(all_formats[i]), head_dim,
                     k_ref_block);
         tq_paged_store store;
         tq_paged_sizes sizes;
         store = kv_paged_store();
-        store.k_format = formats[i], store.v_format = formats[(i + 1) % n_formats], store.head_dim = head_dim;
+        store.k_format = all_formats[i], store.v_format = all_formats[(i + 1) % n_formats], store.head_dim = head_dim;
         store.n_head_kv = 3, store.page_size = 96, store.n_pages = 6;
         uint16_t exact[1]; /* no call here looks at it */
         if (k_ref_block) store.page_size = 192, store.n_recent = 1, store.k_ref_block = k_ref_block, store.exact = exact;
@@ -365,7 +396,8 @@ static void test_pages(void)
     for (int32_t k_ref_block = 0; k_ref_block <= 64; k_ref_block += 64) {
         test_pages_of(64, 7, k_ref_block), test_pages_of(128, 7, k_ref_block), test_pages_of(192, 7, k_ref_block);
         test_pages_of(256, 7, k_ref_block);
-        test_pages_of(96, 4, k_ref_block); /* trellises have no layout there */
+        test_pages_of(96, 4, k_ref_block);
+        test_pages_of(96, 7, k_ref_block), test_pages_of(40, 7, k_ref_block), test_pages_of(512, 7, k_ref_block); /* plain */
     }
 }
 

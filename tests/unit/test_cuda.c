@@ -69,15 +69,75 @@ static void test_layout(void **state)
     for (size_t d = 0; d < sizeof head_dims / sizeof head_dims[0]; d++) {
         for (size_t b = 0; b < sizeof all_bits / sizeof all_bits[0]; b++) {
             for (int side = 0; side < 2; side++) {
-                tq_plane scalar = {all_bits[b], head_dims[d], side == 1, false},
-                         trellis = {all_bits[b], head_dims[d], side == 1, true};
-                if (tq_plane_exists(scalar)) check_plane(scalar), n_planes++;
-                if (all_bits[b] != 8 && tq_plane_exists(trellis)) check_circles(trellis), n_planes++;
+                tq_plane scalar = {all_bits[b], head_dims[d], side == 1, false, false},
+                         trellis = {all_bits[b], head_dims[d], side == 1, true, false};
+                if (tq_plane_has_strings(scalar)) check_plane(scalar), n_planes++;
+                if (all_bits[b] != 8 && tq_plane_has_strings(trellis)) check_circles(trellis), n_planes++;
                 assert_int_equal(tq_record_bytes(scalar, scalar) % 128, 0);
             }
         }
     }
     assert_int_equal(n_planes, 2 * (20 + 12));
+}
+
+/* Which stores have plain planes, at all pairs of the library's head_dims: those that docs/cuda.md does not list. Their records
+ * come by copies of 16 bytes. */
+static void test_plain_stores(void **state)
+{
+    (void)state;
+    int32_t n, n_plain = 0;
+    const int32_t *all = tq_head_dim_list(&n);
+    for (int32_t i = 0; i < n * n * 4; i++) {
+        const int32_t d = all[i / 4 / n], d_v = all[i / 4 % n];
+        const bool k_trellis = i & 1, v_trellis = i & 2;
+        const tq_plane key = {3, d, false, k_trellis, false}, value = {4, d_v, true, v_trellis, false};
+        bool has_strings = d == 192 && d_v == 128;
+        for (size_t k = 0; k < sizeof head_dims / sizeof head_dims[0]; k++) has_strings |= d == head_dims[k] && d == d_v;
+        if (d == 96 && (k_trellis || v_trellis)) has_strings = false;
+        assert_int_equal(tq_is_plain(key, value), !has_strings);
+        n_plain += !has_strings;
+        assert_int_equal(tq_record_bytes(key, value) % 16, 0);
+        assert_true(tq_reference_bytes(d) >= d + 2 && tq_reference_bytes(d) % 16 == 0 && tq_reference_bytes(d) < d + 18);
+        tq_paged_store store = kv_paged_store();
+        store.k_format = k_trellis ? TQ_FORMAT_TT3 : TQ_FORMAT_SQ3, store.v_format = v_trellis ? TQ_FORMAT_TT4 : TQ_FORMAT_SQ4;
+        store.head_dim = d, store.head_dim_v = d_v, store.n_head_kv = 3, store.n_recent = 8, store.k_ref_block = 64;
+        tq_paged_sizes sizes;
+        tq_device_store device;
+        assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
+        assert_int_equal(tq_cuda_shape_store(&device, &store), TQ_OK);
+        assert_int_equal(device.is_plain, !has_strings);
+        const size_t of_head = sizes.page_bytes / (size_t)store.n_head_kv, tokens = (size_t)store.page_size;
+        const size_t vectors = tokens * (size_t)(d * 3 / 8 + d_v * 4 / 8 + 4);
+        assert_int_equal(of_head, vectors + tokens / 64 * (size_t)tq_reference_bytes(d));
+    }
+    assert_int_equal(n_plain, 4 * n * n - 5 * 4 - 4 + 3);
+}
+
+/* Kernels for any head_dim take the Hartley matrix by one of its rows. */
+static void test_rotations(void **state)
+{
+    (void)state;
+    int32_t n;
+    const int32_t *all = tq_head_dim_list(&n);
+    for (int32_t i = 0; i < n; i++) {
+        tq_paged_store store = kv_paged_store();
+        tq_device_store device;
+        tq_rotation rotation;
+        store.k_format = store.v_format = TQ_FORMAT_SQ4, store.head_dim = store.head_dim_v = all[i], store.n_head_kv = 1;
+        assert_int_equal(tq_cuda_shape_store(&device, &store), TQ_OK);
+        tq_rotation_init(&rotation, all[i], store.seed);
+        const int32_t m = device.rotation.m;
+        assert_int_equal(m * device.rotation.pow2, all[i]);
+        assert_int_equal(device.rotation.n_rounds, rotation.n_rounds);
+        for (int32_t k = 0; m > 1 && k < m * m; k++) {
+            assert_true(device.rotation.cas[k / m * (k % m) % m] == rotation.hartley[k]);
+            if (m == 3) assert_true(device.rotation.hartley[k] == rotation.hartley[k]);
+        }
+        for (int32_t k = 0; k < rotation.n_rounds * all[i]; k++) {
+            const uint32_t word = device.rotation.signs[k / all[i]][k % all[i] / 32];
+            assert_true((word >> k % all[i] % 32 & 1u) == (rotation.signs[k / all[i]][k % all[i]] < 0));
+        }
+    }
 }
 
 /* A page has as many bytes on the device as in the format's own arrangement: nothing is padded but references, of which each
@@ -131,7 +191,7 @@ static void test_references(void **state)
 {
     (void)state;
     for (size_t d = 0; d < sizeof head_dims / sizeof head_dims[0]; d++) {
-        tq_plane key = {8, head_dims[d], false, false}, value = {2, head_dims[d], true, false};
+        tq_plane key = {8, head_dims[d], false, false, false}, value = {2, head_dims[d], true, false, false};
         int32_t record = tq_record_bytes(key, value), reference = tq_reference_bytes(head_dims[d]), end = 0;
         assert_true(reference >= head_dims[d] + 2 && reference % 16 == 0);
         for (int32_t i = 0; i < 8; i++) {
@@ -267,13 +327,7 @@ static void test_store_is_checked(void **state)
     store.k_format = TQ_FORMAT_F16;
     assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
     assert_non_null(strstr(last_message, "f16"));
-    store.k_format = TQ_FORMAT_TT3, store.head_dim = 96;
-    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_FORMAT);
-    store.k_format = store.v_format = TQ_FORMAT_SQ3;
-    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
-    store.head_dim = 576;
-    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
-    store.head_dim = 80;
+    store.k_format = TQ_FORMAT_TT3, store.head_dim = 24;
     assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_HEAD_DIM);
     store = usable_store(NULL);
     store.n_sink = 100, store.n_recent = 500;
@@ -299,10 +353,7 @@ static void test_store_is_checked(void **state)
     assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "n_recent must be more than 0"));
     store = usable_store(NULL);
-    store.head_dim = 192, store.head_dim_v = 64;
-    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
-    assert_non_null(strstr(last_message, "192/128"));
-    store.head_dim_v = 128, store.n_sink = 4, store.n_recent = 10;
+    store.head_dim = 192, store.head_dim_v = 128, store.n_sink = 4, store.n_recent = 10;
     assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
     assert_int_equal(sizes.exact_bytes, 8 * 14 * (192 + 128) * 2);
     assert_int_equal(sizes.page_bytes, 8 * 64 * (192 / 2 + 128 / 2 + 2 * 2)); /* sq4 */
@@ -392,7 +443,7 @@ static void test_calls_are_checked(void **state)
 /* ---- which kernel a call goes to ------------------------------------------------------------------------------------- */
 
 static const tq_attend_room ample = {.decode_own = true, .decode_any = true, .prefill_any = true},
-                            hopper = {true, true, true, true, true};
+                            hopper = {true, true, true, true, true, false};
 
 static tq_attend_kernel kernel_of(const tq_paged_store *from, const tq_paged_attend_params *params, const tq_attend_room *room,
                                   bool general)
@@ -435,7 +486,7 @@ static void test_kernels_of_pairs(void **state)
     for (int32_t i = 0; i < 5 * 7 * 7; i++) {
         int32_t d = head_dims[i / 49];
         tq_format k = formats[i / 7 % 7], v = formats[i % 7];
-        if (d == 96 && (i / 7 % 7 > 3 || i % 7 > 3)) continue; /* no trellis */
+        if (d == 96 && (i / 7 % 7 > 3 || i % 7 > 3)) continue; /* plain */
         tq_paged_store store = chosen_store(k, v, d);
         bool own = has_own(k, v, d);
         n_own += own;
@@ -495,7 +546,33 @@ static void test_kernels_of_devices(void **state)
     assert_int_equal(kernel_of(&store, &prompt, &hopper, false), TQ_ATTEND_PREFILL_ANY);
     assert_int_equal(kernel_of(&store, &one, &hopper, false), TQ_ATTEND_DECODE_ANY);
     for (tq_attend_kernel kernel = TQ_ATTEND_NONE; kernel <= TQ_ATTEND_HOPPER_ANY; kernel++)
-        assert_int_equal(tq_attend_is_prefill(kernel), kernel > TQ_ATTEND_DECODE_ANY);
+        assert_int_equal(tq_attend_is_prefill(kernel), kernel > TQ_ATTEND_DECODE_PLAIN);
+}
+
+/* Plain planes have one kernel, whatever is asked for. */
+static void test_kernels_of_plain_stores(void **state)
+{
+    (void)state;
+    static const int32_t dims[][2] = {{512, 512}, {512, 256}, {80, 80}, {40, 40}, {128, 64}};
+    const float number = 0;
+    tq_attend_room room = hopper;
+    for (int32_t i = 0; i < 5 * 8; i++) {
+        tq_paged_store store = chosen_store(TQ_FORMAT_TT4, TQ_FORMAT_TT4, dims[i / 8][0]);
+        store.head_dim_v = dims[i / 8][1];
+        tq_paged_attend_params one = {.n_query = 8, .n_head = 16, .max_seq_len = 9999}, prompt = one;
+        if (i & 1) one.mask = prompt.mask = &number;
+        if (i & 2) store.n_recent = TQ_DEVICE_EXACT_MAX, store.n_sink = 0; /* more than others decode with */
+        if (i & 4) store.k_transforms = (const uint16_t *)(const void *)"";
+        prompt.n_query = 9; /* 72 rows of a KV head */
+        for (int general = 0; general < 2; general++) {
+            room.plain = true;
+            assert_int_equal(kernel_of(&store, &one, &room, general), TQ_ATTEND_DECODE_PLAIN);
+            assert_int_equal(kernel_of(&store, &prompt, &room, general), TQ_ATTEND_PREFILL_PLAIN);
+            room.plain = false; /* and no other */
+            assert_int_equal(kernel_of(&store, &one, &room, general), TQ_ATTEND_NONE);
+            assert_int_equal(kernel_of(&store, &prompt, &room, general), TQ_ATTEND_NONE);
+        }
+    }
 }
 
 static void test_missing_library(void **state)
@@ -517,6 +594,8 @@ int main(void)
     setenv("TQ_CUDA_LIBRARY", "missing/libturboquant-cuda.so", 1); /* the same on every machine */
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_layout),
+        cmocka_unit_test(test_plain_stores),
+        cmocka_unit_test(test_rotations),
         cmocka_unit_test(test_sizes),
         cmocka_unit_test(test_formats_without_a_layout),
         cmocka_unit_test(test_references),
@@ -527,6 +606,7 @@ int main(void)
         cmocka_unit_test(test_calls_are_checked),
         cmocka_unit_test(test_kernels_of_pairs),
         cmocka_unit_test(test_kernels_of_devices),
+        cmocka_unit_test(test_kernels_of_plain_stores),
         cmocka_unit_test(test_missing_library),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -12,6 +12,10 @@ cudaError_t append_rows(const tq_device_store &store, const tq_paged_append_para
  * one head_dim. */
 bool encode_many_has(const tq_device_store &store, const tq_paged_append_params &p);
 cudaError_t encode_many(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream);
+/* Plain planes: both sides; and references, by blocks that look at n_tokens tokens each. */
+cudaError_t encode_plain(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream);
+cudaError_t set_references_plain(const tq_device_store &store, const tq_paged_append_params &p, dim3 grid, int32_t n_tokens,
+                                 cudaStream_t stream);
 /* The sides whose format is a trellis; nothing for others. */
 cudaError_t encode_trellis_rows(const tq_device_store &store, const tq_paged_append_params &p, cudaStream_t stream);
 cudaError_t copy_pages(const tq_device_store &store, const int32_t *from, const int32_t *to, int64_t n, cudaStream_t stream);

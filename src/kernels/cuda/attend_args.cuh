@@ -70,6 +70,8 @@ struct attend_args {
     bool deterministic, small_blocks, follows_append, can_begin_early;
     float *partials;
     uint32_t *counters;
+    int32_t head_dim, head_dim_v; /* for kernels that are not compiled for them (plain_attend.cuh) */
+    int32_t n_stages;             /* records on their way, of these */
 };
 
 /* What a thread block works on. Positions and lengths fit 32 bits, addresses need 64. */
@@ -199,7 +201,7 @@ __device__ __forceinline__ void find_rows(tile_id &tile, const attend_args &args
 }
 
 /* The tile alone: what needs no sequence length. */
-__device__ __forceinline__ tile_id tile_of(const attend_args &args)
+__device__ __forceinline__ tile_id tile_of(const attend_args &args, int n_rows_max = TQ_TILE_ROWS)
 {
     tile_id tile;
     /* Blocks of one split follow each other, so that the blocks that share pages (row tiles) run together. Divisions are slow,
@@ -210,9 +212,9 @@ __device__ __forceinline__ tile_id tile_of(const attend_args &args)
     tile.head = (int32_t)blockIdx.x, tile.first_row = 0;
     if (args.n_row_tiles > 1) {
         tile.head = (int32_t)(blockIdx.x / args.n_row_tiles);
-        tile.first_row = (int32_t)(blockIdx.x - tile.head * args.n_row_tiles) * TQ_TILE_ROWS;
+        tile.first_row = (int32_t)(blockIdx.x - tile.head * args.n_row_tiles) * n_rows_max;
     }
-    find_rows(tile, args, TQ_TILE_ROWS);
+    find_rows(tile, args, n_rows_max);
     return tile;
 }
 

@@ -14,7 +14,7 @@ typedef cudaError_t (*attend_launch)(const attend_args &args, uint32_t n_seq, cu
 
 /* A block of the kernel must fit the device. */
 struct block_choice {
-    int key_kind, value_kind, head_dim_v;
+    int key_kind, value_kind, head_dim, head_dim_v;
     int reference_bytes; /* of a block; 0: no references */
     int shared_bytes;    /* that a block of the device can have */
 };
@@ -28,6 +28,8 @@ template <int D> attend_launch find_decode_hopper(const block_choice &choice);
 template <int D> attend_launch find_hopper_own(const block_choice &choice);
 template <int D> attend_launch find_hopper_any();
 template <int D> attend_launch find_prefill_any(const block_choice &choice);
+/* Of stores with plain planes, whatever their head_dims. */
+attend_launch find_plain(const block_choice &choice, bool is_prefill);
 
 /* use() of the values' head_dim, as std::integral_constant: the keys' D, or another that goes with it. */
 template <int D, typename Use> attend_launch at_value_dim(int head_dim_v, const Use &use)

@@ -24,12 +24,14 @@ enum {
 #define TQ_SHORT_SPLIT_RECORDS 8
 #define TQ_SHORT_SPLIT_RECORDS_WIDE 64
 
-/* For one pair of formats (own, those for Hopper own_hopper), or for any. */
+/* For one pair of formats (own, those for Hopper own_hopper), or for any; or for any at any head_dim, in plain planes. */
 typedef enum tq_attend_kernel {
     TQ_ATTEND_NONE,
     TQ_ATTEND_DECODE_OWN_HOPPER,
     TQ_ATTEND_DECODE_OWN,
     TQ_ATTEND_DECODE_ANY,
+    TQ_ATTEND_DECODE_PLAIN,
+    TQ_ATTEND_PREFILL_PLAIN,
     TQ_ATTEND_PREFILL_ANY,
     TQ_ATTEND_HOPPER_OWN,
     TQ_ATTEND_HOPPER_ANY
@@ -38,6 +40,7 @@ typedef enum tq_attend_kernel {
 /* What a kernel is chosen by. */
 typedef struct tq_attend_choice {
     int32_t head_dim, head_dim_v, key_kind, value_kind;
+    bool is_plain;         /* the store */
     bool has_own;          /* the pair has kernels of its own */
     bool has_whole_blocks; /* a page's records are pairs, which Hopper's decode reads as one */
     bool has_transforms;   /* of keys, which Hopper's prefill does not know */
@@ -49,7 +52,7 @@ typedef struct tq_attend_choice {
 
 /* What a device has: Hopper's prefill, and shared memory for a block of the others. */
 typedef struct tq_attend_room {
-    bool is_hopper, decode_own_hopper, decode_own, decode_any, prefill_any;
+    bool is_hopper, decode_own_hopper, decode_own, decode_any, prefill_any, plain;
 } tq_attend_room;
 
 /* cut: of a decode call. general: the kernels for any pair, also where this one has its own. */
@@ -73,6 +76,7 @@ static inline tq_attend_choice tq_attend_choice_of(const tq_device_store *store,
 #define TQ_LINE(D, K, V) choice.has_own |= d == D && k == TQ_KIND_##K && v == TQ_KIND_##V;
     TQ_PAIRS(TQ_LINE)
 #undef TQ_LINE
+    choice.is_plain = store->is_plain;
     choice.has_own = choice.has_own && choice.head_dim_v == d && !general;
     choice.has_whole_blocks = store->page_size % (2 * TQ_RECORD_TOKENS) == 0;
     return choice;
@@ -82,6 +86,10 @@ static inline tq_attend_choice tq_attend_choice_of(const tq_device_store *store,
  * is also there where decode's blocks do not fit the device. */
 static inline tq_attend_kernel tq_attend_kernel_of(const tq_attend_choice *choice, const tq_attend_room *room)
 {
+    if (choice->is_plain) { /* one kernel, which has room for all exact tokens */
+        if (!room->plain) return TQ_ATTEND_NONE;
+        return choice->n_rows > TQ_PREFILL_ROWS_MIN ? TQ_ATTEND_PREFILL_PLAIN : TQ_ATTEND_DECODE_PLAIN;
+    }
     const bool can_decode = choice->n_exact <= TQ_DEVICE_EXACT_MAX;
     const bool wants_prefill = choice->n_rows > TQ_PREFILL_ROWS_MIN || !can_decode;
     const bool hopper_can = room->is_hopper && choice->head_dim_v == choice->head_dim && !choice->has_transforms;
@@ -99,7 +107,7 @@ static inline tq_attend_kernel tq_attend_kernel_of(const tq_attend_choice *choic
 
 static inline bool tq_attend_is_prefill(tq_attend_kernel kernel)
 {
-    return kernel >= TQ_ATTEND_PREFILL_ANY;
+    return kernel >= TQ_ATTEND_PREFILL_PLAIN;
 }
 
 #endif

@@ -9,8 +9,8 @@
 
 #include "turboquant.h"
 
-#define TQ_DEVICE_ABI 6
-#define TQ_DEVICE_HEAD_DIM_MAX 256
+#define TQ_DEVICE_ABI 7
+#define TQ_DEVICE_HEAD_DIM_MAX 576
 #define TQ_DEVICE_EXACT_MAX 512 /* exact tokens that a query sees: decode keeps their scores in shared memory */
 #define TQ_DEVICE_MESSAGE 256
 
@@ -23,11 +23,12 @@ typedef struct tq_device_format {
     int8_t windows[256];
 } tq_device_format;
 
-/* head_dim = m * pow2; bit i of signs[round] negates element i. */
+/* head_dim = m * pow2; bit i of signs[round] negates element i. Element (i, j) of the Hartley matrix is cas[i j mod m]; that of
+ * m = 3 is there as a whole, too. */
 typedef struct tq_device_rotation {
     int32_t m, pow2, n_rounds;
-    float scale, hartley[9];
-    uint32_t signs[2][TQ_DEVICE_HEAD_DIM_MAX / 32];
+    float scale, hartley[9], cas[9];
+    uint32_t signs[3][TQ_DEVICE_HEAD_DIM_MAX / 32];
 } tq_device_rotation;
 
 /* A store with all that kernels need; goes by value into a launch. */
@@ -36,6 +37,7 @@ typedef struct tq_device_store {
     int32_t head_dim, head_dim_v; /* of keys and queries; of values and results */
     int32_t n_head_kv, page_size, n_sink, n_recent, n_ring;
     int32_t k_ref_block; /* 0, or layout.h's TQ_REF_BLOCK */
+    bool is_plain;       /* its planes are, and so are its kernels */
     tq_device_rotation rotation, value_rotation;
     const int8_t *k_factors;      /* [n_head_kv, head_dim], or NULL */
     const uint16_t *k_transforms; /* in place of factors, or NULL: codec/transform.h's matrices [n_head_kv] */

@@ -30,11 +30,11 @@ struct codebook {
 };
 
 /* The number of boundaries less than z, by halving. */
-template <int BITS> __device__ __forceinline__ int nearest_code(float z, const codebook &book)
+__device__ __forceinline__ int nearest_code(int bits, float z, const codebook &book)
 {
     int code = 0;
 #pragma unroll
-    for (int half = 1 << (BITS - 1); half > 0; half /= 2) {
+    for (int half = 1 << (bits - 1); half > 0; half /= 2) {
         if (book.boundaries[code + half - 1] < z) code += half;
     }
     return code;
@@ -59,13 +59,13 @@ __device__ __forceinline__ __half encode_lloyd(int (&code)[D / 16], const float 
 {
     float ss = sum_squares<D>(x), factor = unit_factor(ss, D);
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) code[k] = nearest_code<BITS>(__fmul_rn(x[k], factor), book);
+    for (int k = 0; k < D / 16; k++) code[k] = nearest_code(BITS, __fmul_rn(x[k], factor), book);
     float energy = centroid_energy<D>(code, book);
     for (int round = 0; round < 8; round++) { /* settling: lloyd.c */
         if (energy >= format.settled_min && energy <= format.settled_max) break;
         factor = unit_factor(energy, D);
 #pragma unroll
-        for (int k = 0; k < D / 16; k++) code[k] = nearest_code<BITS>(__fmul_rn(book.centroids[code[k]], factor), book);
+        for (int k = 0; k < D / 16; k++) code[k] = nearest_code(BITS, __fmul_rn(book.centroids[code[k]], factor), book);
         float next = centroid_energy<D>(code, book);
         if (next == energy) break;
         energy = next;

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(encode_threads) encode_scalar_kernel(const __g
     __syncwarp(half_mask());
     slot_place place = place_of_slot(store, task.page, task.offset, head);
     tq_plane shape = plane_of(store, is_value);
-    shape.head_dim = D;
+    shape.head_dim = D, shape.is_plain = false;
     store_row(codes_of(store, place, is_value), shape, place.token, codes[half], lane16);
     if (lane16 == 0) *scale_of(store, place, is_value) = scale;
 }

@@ -63,9 +63,20 @@ static tq_status append(const tq_device_store *store, const tq_paged_append_para
     return done(message, "append", append_rows(*store, *params, (cudaStream_t)stream));
 }
 
+static int32_t tile_rows_of(const tq_device_store *store)
+{
+    return store->is_plain ? TQ_PLAIN_TILE_ROWS : TQ_TILE_ROWS;
+}
+
 static int32_t row_tiles_of(const tq_device_store *store, const tq_paged_attend_params *params)
 {
-    return tq_ceil_div((int64_t)params->n_query * (params->n_head / store->n_head_kv), TQ_TILE_ROWS);
+    return tq_ceil_div((int64_t)params->n_query * (params->n_head / store->n_head_kv), tile_rows_of(store));
+}
+
+/* By which calls are cut (split.h). A multiprocessor has several blocks of the plain kernel, as it has at head_dim 64. */
+static int32_t cut_head_dim_of(const tq_device_store *store)
+{
+    return store->is_plain ? 64 : store->head_dim;
 }
 
 static int64_t records_most(const tq_paged_attend_params *params)
@@ -124,12 +135,22 @@ template <int D> static found_kernel find_at(const tq_attend_choice &choice, con
     return {kernel, launches[kernel]};
 }
 
+static found_kernel find_plain_at(const tq_attend_choice &choice, const block_choice &block)
+{
+    tq_attend_room room = {};
+    room.plain = find_plain(block, false);
+    const tq_attend_kernel kernel = tq_attend_kernel_of(&choice, &room);
+    return {kernel, room.plain ? find_plain(block, tq_attend_is_prefill(kernel)) : nullptr};
+}
+
 /* With TQ_CUDA_GENERAL in the environment no pair has kernels of its own: so the others are tested and timed with all pairs. */
 static found_kernel find_kernel(const tq_device_store &store, const tq_paged_attend_params &params, tq_decode_cut cut)
 {
     const tq_attend_choice choice = tq_attend_choice_of(&store, &params, cut, getenv("TQ_CUDA_GENERAL") != nullptr);
-    block_choice block = {choice.key_kind, choice.value_kind, choice.head_dim_v, reference_bytes_of(store), 0};
+    block_choice block = {choice.key_kind,   choice.value_kind,         choice.head_dim,
+                          choice.head_dim_v, reference_bytes_of(store), 0};
     if (!get_attribute(&block.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return {};
+    if (choice.is_plain) return find_plain_at(choice, block);
     return at_head_dim(choice.head_dim, [&](auto d) { return find_at<d>(choice, block); });
 }
 
@@ -146,13 +167,14 @@ static bool can_overlap()
 static size_t counters_bytes(size_t workspace_bytes)
 {
     constexpr size_t of_tile = sizeof(uint32_t) * TQ_COUNTER_STRIDE;
+    static_assert(3 * TQ_PLAIN_TILE_ROWS * (32 + 2) >= TQ_PAGED_WORKSPACE_COUNTERS * TQ_COUNTER_STRIDE, "");
     static_assert(3 * TQ_TILE_ROWS * (64 + 2) >= TQ_PAGED_WORKSPACE_COUNTERS * TQ_COUNTER_STRIDE, "");
     return workspace_bytes / TQ_PAGED_WORKSPACE_COUNTERS / of_tile * of_tile;
 }
 
 static size_t partial_bytes(const tq_device_store *store)
 {
-    return TQ_TILE_ROWS * (size_t)(store->head_dim_v + 2) * sizeof(float);
+    return (size_t)tile_rows_of(store) * (size_t)(store->head_dim_v + 2) * sizeof(float);
 }
 
 static size_t queries_bytes(const tq_device_store *store, const tq_paged_attend_params *params)
@@ -172,9 +194,10 @@ static tq_status workspace_bytes(size_t *out, const tq_device_store *store, cons
     const int64_t n_lists = (int64_t)params->n_seq * store->n_head_kv;
     int64_t n_rows = (int64_t)params->n_query * group;
     if (is_prefill && n_rows > TQ_PREFILL_ROWS_MIN) n_rows = group > TQ_PREFILL_ROWS_MIN ? 0 : TQ_PREFILL_ROWS_MIN;
-    const int64_t n_of_one = n_rows < group ? 0 : n_lists * tq_ceil_div(group, TQ_TILE_ROWS);
-    const int64_t n_partials = tq_partials_most(n_lists * tq_ceil_div(n_rows, TQ_TILE_ROWS), n_of_one, records_most(params),
-                                                store->head_dim, n_multiprocessors, params->deterministic);
+    const int32_t tile_rows = tile_rows_of(store);
+    const int64_t n_of_one = n_rows < group ? 0 : n_lists * tq_ceil_div(group, tile_rows);
+    const int64_t n_partials = tq_partials_most(n_lists * tq_ceil_div(n_rows, tile_rows), n_of_one, records_most(params),
+                                                cut_head_dim_of(store), n_multiprocessors, params->deterministic);
     size_t bytes = (size_t)n_partials * partial_bytes(store) + queries_bytes(store, params);
     bytes += bytes / (TQ_PAGED_WORKSPACE_COUNTERS - 1) + 1;
     *out = (bytes + 127) / 128 * 128;
@@ -191,7 +214,7 @@ static void fill_store(attend_args &args, const tq_device_store &store)
     args.value_kind = codes_kind(store.value.bits, store.value.is_trellis);
     args.records_per_page = store.page_size / TQ_RECORD_TOKENS;
     args.page_magic = (uint32_t)(((uint64_t)1 << 32) / args.records_per_page + 1);
-    args.reference_bytes = reference_bytes_of(store);
+    args.reference_bytes = reference_bytes_of(store), args.head_dim = store.head_dim, args.head_dim_v = store.head_dim_v;
     args.page_stride = store.page_stride, args.exact_stride = store.exact_stride;
     args.rotation = store.rotation, args.value_rotation = store.value_rotation;
     args.key_factors = store.k_factors, args.key_transforms = store.k_transforms;
@@ -221,7 +244,7 @@ static tq_status attend(const tq_device_store *store, const tq_paged_attend_para
     const int32_t n_row_tiles = row_tiles_of(store, params);
     const int64_t n_tiles = (int64_t)params->n_seq * store->n_head_kv * n_row_tiles;
     const tq_decode_cut cut =
-        tq_decode_cut_of(n_tiles, records_most(params), store->head_dim, n_multiprocessors, params->deterministic);
+        tq_decode_cut_of(n_tiles, records_most(params), cut_head_dim_of(store), n_multiprocessors, params->deterministic);
     const found_kernel found = find_kernel(*store, *params, cut);
     const bool is_prefill = tq_attend_is_prefill(found.kernel);
     if (!found.launch) {
@@ -301,8 +324,9 @@ static tq_status supports(const tq_device_store *store, char *message)
     int32_t device;
     tq_status status = check_device(&device, message);
     if (status != TQ_OK || find_kernel(*store, params, tq_decode_cut{1}).launch) return status;
-    snprintf(message, TQ_DEVICE_MESSAGE, "no kernel at head_dim %d for these formats fits this device's shared memory",
-             store->head_dim);
+    snprintf(message, TQ_DEVICE_MESSAGE,
+             "no kernel at head_dim %d (values %d) for these formats fits this device's shared memory", store->head_dim,
+             store->head_dim_v);
     return TQ_ERR_FORMAT;
 }
 

@@ -32,12 +32,15 @@
  * In a trellis plane a string is a row of *chunks*, bits of the circle in order: keys, for each j, the chunk of dimensions
  * t * head_dim / 4 on of the token above; values, for each i < 8, dimensions g * head_dim / 8 on of token 8 t + i.
  *
+ * A *plain* plane has no strings: 32 rows, a token's codes each, as the format packs them. Stores have such planes where
+ * pairs.h says so: at head_dims that strings do not suit, or that no kernels are compiled for.
+ *
  * With references (docs/formats.md), a block of 64 tokens has one, for its two records, and stands between them, so that one
  * copy of contiguous bytes brings it with either:
  *
  *     [record 2 b] [reference of block b] [record 2 b + 1]
  *
- * A reference is its codes of 8 bits in the order of dimensions, an FP16 scale, and zeros or anything up to 16 bytes more.
+ * A reference is its codes of 8 bits in the order of dimensions, an FP16 scale, and zeros or anything up to a multiple of 16.
  *
  * Codes are the format's codes (docs/formats.md): a device page is a private copy that converts bit for bit.
  */
@@ -61,11 +64,11 @@
 /* The codes of one side (keys or values) of a record. */
 typedef struct tq_plane {
     int32_t bits, head_dim;
-    bool is_value, is_trellis;
+    bool is_value, is_trellis, is_plain;
 } tq_plane;
 
-/* Is there a layout for it? Where octets share words, they must be one token's. */
-TQ_HD bool tq_plane_exists(tq_plane plane)
+/* Can it have strings? Where octets share words, they must be one token's. */
+TQ_HD bool tq_plane_has_strings(tq_plane plane)
 {
     int32_t n_octets = plane.head_dim / 32; /* of a token or pair */
     if (plane.head_dim % 32 != 0) return false;
@@ -73,6 +76,7 @@ TQ_HD bool tq_plane_exists(tq_plane plane)
     return plane.bits >= 4 || n_octets % 2 == 0 || n_octets % 3 == 0;
 }
 
+/* Of a string; or of a token's row in a plain plane. */
 TQ_HD int32_t tq_plane_string_bytes(tq_plane plane)
 {
     return plane.head_dim * plane.bits / 8;
@@ -180,7 +184,7 @@ TQ_HD int32_t tq_circle_offset(tq_plane plane, int32_t token, int32_t byte)
     return tq_plane_offset(plane, 4 * g + byte / chunk, token / 2 % 4 * chunk + byte % chunk);
 }
 
-/* The bytes of a record, a multiple of 128. */
+/* The bytes of a record, a multiple of 128, or of 32 where planes are plain. */
 TQ_HD int32_t tq_record_bytes(tq_plane key, tq_plane value)
 {
     return tq_plane_bytes(key) + tq_plane_bytes(value) + 2 * TQ_RECORD_SCALE_BYTES;
@@ -189,7 +193,7 @@ TQ_HD int32_t tq_record_bytes(tq_plane key, tq_plane value)
 /* The bytes of a reference, a multiple of 16, as bulk copies want. */
 TQ_HD int32_t tq_reference_bytes(int32_t head_dim)
 {
-    return head_dim + 16;
+    return (head_dim + 2 + 15) / 16 * 16;
 }
 
 /* Where the bytes of record i of a head's page begin, its reference's among them; reference_bytes 0: it has no references. */

@@ -18,44 +18,6 @@ __global__ void copy_pages_kernel(const __grid_constant__ tq_device_store store,
     for (int64_t i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x; i < page_bytes / 16; i += stride) out[i] = in[i];
 }
 
-/* Scalar codes, a byte each, to the format's planes of bits (src/codec/packing.c). */
-__device__ __forceinline__ void pack_bits(uint8_t *bytes, const uint8_t *codes, int head_dim, int first, int bits, int lane16)
-{
-    int per_byte = 8 / bits;
-    uint32_t mask = (1u << bits) - 1u;
-    for (int i = lane16; i < head_dim / per_byte; i += 16) {
-        uint32_t byte = 0;
-        for (int j = 0; j < per_byte; j++) byte |= ((uint32_t)codes[i * per_byte + j] >> first & mask) << bits * j;
-        bytes[i] = (uint8_t)byte;
-    }
-}
-
-__device__ __forceinline__ void pack_row(uint8_t *bytes, const uint8_t *codes, tq_plane shape, int lane16)
-{
-    if (shape.is_trellis || shape.bits == 8) {
-        for (int i = lane16; i < shape.head_dim * shape.bits / 8; i += 16) bytes[i] = codes[i];
-    } else if (shape.bits == 3) {
-        pack_bits(bytes, codes, shape.head_dim, 0, 2, lane16);
-        pack_bits(bytes + shape.head_dim / 4, codes, shape.head_dim, 2, 1, lane16);
-    } else {
-        pack_bits(bytes, codes, shape.head_dim, 0, shape.bits, lane16);
-    }
-}
-
-__device__ __forceinline__ void unpack_row(uint8_t *codes, const uint8_t *bytes, tq_plane shape, int lane16)
-{
-    if (shape.is_trellis || shape.bits == 8) {
-        for (int i = lane16; i < shape.head_dim * shape.bits / 8; i += 16) codes[i] = bytes[i];
-        return;
-    }
-    int bits = shape.bits == 3 ? 2 : shape.bits;
-    for (int i = lane16; i < shape.head_dim; i += 16) {
-        uint32_t code = bytes[i * bits / 8] >> i * bits % 8 & ((1u << bits) - 1u);
-        if (shape.bits == 3) code |= (bytes[shape.head_dim / 4 + i / 8] >> i % 8 & 1u) << 2;
-        codes[i] = (uint8_t)code;
-    }
-}
-
 /* IMPORT: bytes to pages, else pages to bytes. blockIdx.y: keys or values. */
 template <bool IMPORT>
 __global__ void __launch_bounds__(page_threads) convert_pages_kernel(const __grid_constant__ tq_device_store store,

@@ -167,14 +167,11 @@ template <int N> __device__ __forceinline__ void pack_weights(uint32_t (&p)[4], 
     }
 }
 
-/* What row `row` of the tile (half 0 or 1 of the warp's lane) multiplies its sum of values by; writes its lse. */
-__device__ __forceinline__ float finish_row(const prefill_rows &rows, int half, int row, const tile_id &id,
-                                            const attend_args &args, int lane)
+/* What row `row` of the tile multiplies its sum of values by, given its maximum and the sum of its weights; with_lse: writes
+ * its lse. */
+__device__ __forceinline__ float finish_sums(float max, float sum, int row, const tile_id &id, const attend_args &args,
+                                             bool with_lse)
 {
-    float sum = rows.sum[half], max = rows.max[half];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (row >= id.n_rows) return 0.0f;
     row_place place = place_of(id, args, row);
     float share = sum > 0.0f ? 1.0f : 0.0f;
     if (args.sinks) {
@@ -183,11 +180,21 @@ __device__ __forceinline__ float finish_row(const prefill_rows &rows, int half, 
         sum = sum * exp2f(max - larger) + exp2f(sink - larger);
         max = larger;
     }
-    if (args.lse && (lane & 3) == 0) {
+    if (args.lse && with_lse) {
         float lse = sum > 0.0f ? (max + log2f(sum)) / 1.4426950408889634f : -INFINITY;
         args.lse[place.token * args.n_head + place.head] = lse;
     }
     return share > 0.0f ? share / sum : 0.0f;
+}
+
+/* The same of half 0 or 1 of the warp's lane. */
+__device__ __forceinline__ float finish_row(const prefill_rows &rows, int half, int row, const tile_id &id,
+                                            const attend_args &args, int lane)
+{
+    float sum = rows.sum[half];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    return row < id.n_rows ? finish_sums(rows.max[half], sum, row, id, args, (lane & 3) == 0) : 0.0f;
 }
 
 #endif

@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(transform_threads) transform_queries_kernel(co
     const int64_t first = token * args.token_stride + head * args.head_stride;
     float *to = args.to + item * args.head_dim;
     for (int begin = 0; begin < args.head_dim; begin += 16) {
-        const int i = begin + lane16;
+        /* Lanes behind the last element do what its lane does, and keep it to themselves. */
+        const int i = min(begin + lane16, args.head_dim - 1);
         const uint16_t *row = matrix + transform_row(i);
         float x[1], numbers[16];
         load_strided(x, args.q, args.dtype, first + i);
@@ -59,9 +60,9 @@ __global__ void __launch_bounds__(transform_threads) transform_queries_kernel(co
 #pragma unroll
         for (int c = 0; c < 15; c++) {
             const float y = __shfl_sync(half_mask(), x[0] * inverse, first_lane + c);
-            if (lane16 > c) x[0] = fmaf(-numbers[c], y, x[0]);
+            if (i - begin > c) x[0] = fmaf(-numbers[c], y, x[0]);
         }
-        solved[half][i] = to[i] = x[0] * inverse;
+        if (begin + lane16 == i) solved[half][i] = to[i] = x[0] * inverse;
         __syncwarp(half_mask());
     }
 }

@@ -51,31 +51,35 @@ template <int D> struct reference_shared {
     int32_t n_rows;                               /* of the batch, before that token */
 };
 
-/* The mean of the n_recent tokens before `token`, to shared.mean by a thread a dimension; false: the batch does not say. */
+/* Tokens of the block's n_tokens that push out the first of a block, to shared.found. The whole block. */
 template <int D>
-__device__ __forceinline__ bool mean_of_ring(reference_shared<D> &shared, const tq_device_store &store,
-                                             const tq_paged_append_params &p, int64_t token, int32_t head)
+__device__ __forceinline__ void find_beginnings(reference_shared<D> &shared, const tq_device_store &store,
+                                                const tq_paged_append_params &p, int64_t first, int32_t n_tokens)
 {
-    const int32_t seq = p.seq_ids[token], d = (int32_t)threadIdx.x;
-    const int64_t end = p.positions[token], slot = p.exact_slots ? p.exact_slots[seq] : seq;
-    if (threadIdx.x == 0) shared.n_rows = 0;
+    if (threadIdx.x == 0) shared.n_found = 0;
     __syncthreads();
-    for (int i = (int)threadIdx.x + 1; i <= store.n_recent; i += D) {
-        if (row_is(p, token - i, seq, end - i)) atomicMax(&shared.n_rows, i);
+    if ((int32_t)threadIdx.x < n_tokens && begins_block(store, p, first + threadIdx.x)) {
+        shared.found[atomicAdd(&shared.n_found, 1)] = (int32_t)threadIdx.x;
     }
     __syncthreads();
-    const int32_t n_rows = shared.n_rows, n_stored = store.n_recent - n_rows;
-    if ((n_rows > 0 && !p.k) || (n_stored > 0 && (slot < 0 || slot >= store.n_exact_slots))) return false;
+}
+
+/* Dimension d of the mean of the n_recent tokens before `token`, the last n_rows of them rows of the batch. */
+__device__ __forceinline__ float mean_of_ring(const tq_device_store &store, const tq_paged_append_params &p, int64_t token,
+                                              int32_t head, int32_t n_rows, int64_t slot, int head_dim, int d)
+{
+    const int64_t end = p.positions[token];
+    const int32_t n_stored = store.n_recent - n_rows;
     float sum = 0.0f;
     const int64_t ring_index = exact_index(store, slot, false, head, store.n_sink) + d;
     const __half *ring = reinterpret_cast<const __half *>(store.exact) + ring_index;
     int32_t entry = (int32_t)((end - store.n_recent) % store.n_ring); /* of the oldest */
 #pragma unroll 8
     for (int32_t i = 0; i < n_stored; i++) {
-        sum = __fadd_rn(sum, __half2float(ring[entry * D]));
+        sum = __fadd_rn(sum, __half2float(ring[entry * head_dim]));
         entry = entry + 1 == store.n_ring ? 0 : entry + 1;
     }
-    const int64_t first = (token - n_rows) * p.row_stride + head * D + d;
+    const int64_t first = (token - n_rows) * p.row_stride + head * head_dim + d;
     bool bad = false; /* is counted where the row is stored */
 #pragma unroll 8
     for (int32_t i = 0; i < n_rows; i++) {
@@ -83,7 +87,27 @@ __device__ __forceinline__ bool mean_of_ring(reference_shared<D> &shared, const 
         load_strided(x, p.k, p.dtype, first + i * p.row_stride);
         sum = __fadd_rn(sum, __half2float(to_half(x[0], bad)));
     }
-    shared.mean[d] = fabsf(sum) < INFINITY ? __fdiv_rn(sum, (float)store.n_recent) : 0.0f; /* as for a ring that was imported */
+    return fabsf(sum) < INFINITY ? __fdiv_rn(sum, (float)store.n_recent) : 0.0f; /* as for a ring that was imported */
+}
+
+/* The mean of these tokens, to shared.mean; false: the batch does not say. Block of N_THREADS threads. */
+template <int N_THREADS, int D>
+__device__ __forceinline__ bool find_mean(reference_shared<D> &shared, const tq_device_store &store,
+                                          const tq_paged_append_params &p, int64_t token, int32_t head, int head_dim)
+{
+    const int32_t seq = p.seq_ids[token];
+    const int64_t end = p.positions[token], slot = p.exact_slots ? p.exact_slots[seq] : seq;
+    if (threadIdx.x == 0) shared.n_rows = 0;
+    __syncthreads();
+    for (int i = (int)threadIdx.x + 1; i <= store.n_recent; i += N_THREADS) {
+        if (row_is(p, token - i, seq, end - i)) atomicMax(&shared.n_rows, i);
+    }
+    __syncthreads();
+    const int32_t n_rows = shared.n_rows, n_stored = store.n_recent - n_rows;
+    if ((n_rows > 0 && !p.k) || (n_stored > 0 && (slot < 0 || slot >= store.n_exact_slots))) return false;
+    for (int d = (int)threadIdx.x; d < head_dim; d += N_THREADS) {
+        shared.mean[d] = mean_of_ring(store, p, token, head, n_rows, slot, head_dim, d);
+    }
     __syncthreads();
     return true;
 }
@@ -96,17 +120,12 @@ __global__ void __launch_bounds__(D) set_references_kernel(const __grid_constant
     __shared__ reference_shared<D> shared;
     const int32_t head = (int32_t)blockIdx.y;
     const int64_t first = (int64_t)blockIdx.x * n_tokens;
-    if (threadIdx.x == 0) shared.n_found = 0;
-    __syncthreads();
-    if ((int32_t)threadIdx.x < n_tokens && begins_block(store, p, first + threadIdx.x)) {
-        shared.found[atomicAdd(&shared.n_found, 1)] = (int32_t)threadIdx.x;
-    }
-    __syncthreads();
+    find_beginnings(shared, store, p, first, n_tokens);
     for (int32_t i = 0; i < shared.n_found; i++) {
         const int64_t token = first + shared.found[i];
         const encode_task task = encode_task_of(store, p, token);
         if (!task.exists) continue;
-        const bool has_mean = mean_of_ring(shared, store, p, token, head);
+        const bool has_mean = find_mean<D>(shared, store, p, token, head, D);
         if (has_mean && threadIdx.x < 16) {
             const int lane16 = (int)threadIdx.x;
             uint8_t *reference = reference_of_slot(store, task.page, task.offset, head);

@@ -25,7 +25,7 @@ TQ_HD int32_t head_dim_of(const tq_device_store &store, bool is_value)
 TQ_HD tq_plane plane_of(const tq_device_store &store, bool is_value)
 {
     const tq_device_format &format = is_value ? store.value : store.key;
-    return {format.bits, head_dim_of(store, is_value), is_value, format.is_trellis};
+    return {format.bits, head_dim_of(store, is_value), is_value, format.is_trellis, store.is_plain};
 }
 
 TQ_HD int32_t record_bytes_of(const tq_device_store &store)
@@ -174,9 +174,48 @@ __device__ __forceinline__ void store_codes(uint8_t *plane, tq_plane shape, int3
     else store_key_codes<BITS>(plane, shape, token, codes, lane16);
 }
 
+/* Scalar codes, a byte each, to the format's planes of bits (src/codec/packing.c). */
+__device__ __forceinline__ void pack_bits(uint8_t *bytes, const uint8_t *codes, int head_dim, int first, int bits, int lane16)
+{
+    int per_byte = 8 / bits;
+    uint32_t mask = (1u << bits) - 1u;
+    for (int i = lane16; i < head_dim / per_byte; i += 16) {
+        uint32_t byte = 0;
+        for (int j = 0; j < per_byte; j++) byte |= ((uint32_t)codes[i * per_byte + j] >> first & mask) << bits * j;
+        bytes[i] = (uint8_t)byte;
+    }
+}
+
+__device__ __forceinline__ void pack_row(uint8_t *bytes, const uint8_t *codes, tq_plane shape, int lane16)
+{
+    if (shape.is_trellis || shape.bits == 8) {
+        for (int i = lane16; i < shape.head_dim * shape.bits / 8; i += 16) bytes[i] = codes[i];
+    } else if (shape.bits == 3) {
+        pack_bits(bytes, codes, shape.head_dim, 0, 2, lane16);
+        pack_bits(bytes + shape.head_dim / 4, codes, shape.head_dim, 2, 1, lane16);
+    } else {
+        pack_bits(bytes, codes, shape.head_dim, 0, shape.bits, lane16);
+    }
+}
+
+__device__ __forceinline__ void unpack_row(uint8_t *codes, const uint8_t *bytes, tq_plane shape, int lane16)
+{
+    if (shape.is_trellis || shape.bits == 8) {
+        for (int i = lane16; i < shape.head_dim * shape.bits / 8; i += 16) codes[i] = bytes[i];
+        return;
+    }
+    int bits = shape.bits == 3 ? 2 : shape.bits;
+    for (int i = lane16; i < shape.head_dim; i += 16) {
+        uint32_t code = bytes[i * bits / 8] >> i * bits % 8 & ((1u << bits) - 1u);
+        if (shape.bits == 3) code |= (bytes[shape.head_dim / 4 + i / 8] >> i % 8 & 1u) << 2;
+        codes[i] = (uint8_t)code;
+    }
+}
+
 /* Any scalar format, or a trellis circle. */
 __device__ __forceinline__ void store_row(uint8_t *plane, tq_plane shape, int32_t token, const uint8_t *codes, int lane16)
 {
+    if (shape.is_plain) return pack_row(plane + token * tq_plane_string_bytes(shape), codes, shape, lane16);
     if (shape.is_trellis) {
         int n_bytes = shape.head_dim * shape.bits / 8;
         for (int i = lane16; i < n_bytes; i += 16) plane[tq_circle_offset(shape, token, i)] = codes[i];
@@ -200,6 +239,7 @@ __device__ __forceinline__ void store_row(uint8_t *plane, tq_plane shape, int32_
 /* The inverse, by layout.h's definition of a code's place. */
 __device__ __forceinline__ void load_row(uint8_t *codes, const uint8_t *plane, tq_plane shape, int32_t token, int lane16)
 {
+    if (shape.is_plain) return unpack_row(codes, plane + token * tq_plane_string_bytes(shape), shape, lane16);
     if (shape.is_trellis) {
         int n_bytes = shape.head_dim * shape.bits / 8;
         for (int i = lane16; i < n_bytes; i += 16) codes[i] = plane[tq_circle_offset(shape, token, i)];

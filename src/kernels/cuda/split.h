@@ -9,6 +9,8 @@
 #include "kernels/cuda/layout.h"
 
 #define TQ_TILE_ROWS 8
+/* Of stores with plain planes, whose kernel multiplies 16 rows at a time. */
+#define TQ_PLAIN_TILE_ROWS 16
 /* More make the combine of the last block long: 16 partials load in one round trip. */
 #define TQ_SPLITS_MAX 16
 /* Rows of a KV head (query tokens x heads of a group) from which on a call is prefill. */

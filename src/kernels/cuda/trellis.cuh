@@ -117,39 +117,41 @@ template <int BITS, typename T> __device__ __forceinline__ int follow(const T &s
     return window;
 }
 
-/* The codes of least error for x * factor in shared.codes; returns their energy and the error as trellis.c does. */
-template <int D, int BITS, typename T>
-__device__ __forceinline__ float search(T &shared, const lane_windows<BITS> &windows, const int8_t *values,
-                                        const float (&x)[D / 16], float factor, float *error, int lane)
+/* What the search takes for x. */
+__device__ __forceinline__ int16_t trellis_target(float x, float factor)
+{
+    float fine = __fmul_rn(__fmul_rn(x, factor), 256.0f);
+    fine = fminf(fmaxf(fine, -32767.0f), 32767.0f);
+    return (int16_t)__fadd_rn(fine, copysignf(0.5f, fine));
+}
+
+/* The codes of least error for x * factor in shared.codes; returns their energy and the error as trellis.c does. set_targets
+ * puts trellis_target of all elements to shared.z. */
+template <int BITS, typename T, typename F>
+__device__ __forceinline__ float search(T &shared, const lane_windows<BITS> &windows, const int8_t *values, int head_dim,
+                                        const F &set_targets, float factor, float *error, int lane)
 {
     constexpr int n_rest = 256 >> BITS, warm_up = 8 + 48 / BITS;
     __syncwarp(); /* the search before has been measured */
-    if (lane < 16) {
-#pragma unroll
-        for (int k = 0; k < D / 16; k++) {
-            float fine = __fmul_rn(__fmul_rn(x[k], factor), 256.0f);
-            fine = fminf(fmaxf(fine, -32767.0f), 32767.0f);
-            shared.z[16 * k + lane] = (int16_t)__fadd_rn(fine, copysignf(0.5f, fine));
-        }
-    }
+    set_targets(factor);
     set_metrics<BITS>(shared, -1, lane);
     run_steps<BITS>(shared, windows, shared.z, warm_up, lane);
-    run_steps<BITS>(shared, windows, shared.z + D - warm_up, warm_up, lane);
+    run_steps<BITS>(shared, windows, shared.z + head_dim - warm_up, warm_up, lane);
     int closing = follow<BITS>(shared, best_window(shared, 0, 1, lane), warm_up, nullptr) & (n_rest - 1);
     __syncwarp();
     set_metrics<BITS>(shared, closing, lane);
-    run_steps<BITS>(shared, windows, shared.z, D, lane);
+    run_steps<BITS>(shared, windows, shared.z, head_dim, lane);
     int first = best_window(shared, closing, n_rest, lane);
     __syncwarp();
-    if (lane == 0) follow<BITS>(shared, first, D, shared.codes);
+    if (lane == 0) follow<BITS>(shared, first, head_dim, shared.codes);
     __syncwarp();
 
     int32_t energy = 0;
     int64_t squares = 0;
-    for (int i = lane; i < D; i += 32) {
+    for (int i = lane; i < head_dim; i += 32) {
         int window = 0;
 #pragma unroll
-        for (int c = 0; BITS * c < 8; c++) window |= shared.codes[(i + c) % D] << BITS * c;
+        for (int c = 0; BITS * c < 8; c++) window |= shared.codes[(i + c) % head_dim] << BITS * c;
         int value = values[window & 255], distance = shared.z[i] - value * 256;
         energy += value * value;
         squares += (int64_t)distance * distance;
@@ -161,6 +163,38 @@ __device__ __forceinline__ float search(T &shared, const lane_windows<BITS> &win
     }
     *error = __fdiv_rn((float)squares, 65536.0f);
     return (float)energy;
+}
+
+/* The circle of a vector whose sum of squares is ss, to shared.circle; returns its scale. */
+template <int BITS, typename T, typename F>
+__device__ __forceinline__ __half encode_circle(T &shared, const int8_t *values, int head_dim, float ss, const F &set_targets,
+                                                int lane)
+{
+    lane_windows<BITS> windows;
+    windows.oldest = (uint32_t)(8 * lane) >> (8 - BITS);
+#pragma unroll
+    for (int c = 0; c < 8; c++) windows.target[c] = values[8 * lane + c] * 256 * (BITS > 2 ? 4 : 2);
+    float factor = __fmul_rn(unit_factor(ss, head_dim), 36.0f), energy = 0.0f, error;
+    const float least_share = 0.3f / (float)(1 << 2 * BITS);
+    for (int round = 0; round < 3; round++) {
+        float last = energy;
+        energy = search<BITS>(shared, windows, values, head_dim, set_targets, factor, &error, lane);
+        if (energy == last || error > __fmul_rn(least_share, energy)) break;
+        factor = __fdiv_rn(__fsqrt_rn(energy), __fsqrt_rn(ss));
+    }
+    for (int i = lane; i < head_dim * BITS / 8; i += 32) {
+        uint32_t bits = 0;
+        int first = 8 * i / BITS;
+#pragma unroll
+        for (int c = 0; c < 8 / BITS + 2; c++) {
+            int at = BITS * (first + c) - 8 * i;
+            if (first + c >= head_dim || at >= 8) continue;
+            bits |= at < 0 ? (uint32_t)shared.codes[first + c] >> -at : (uint32_t)shared.codes[first + c] << at;
+        }
+        shared.circle[i] = (uint8_t)bits;
+    }
+    __syncwarp();
+    return energy == 0.0f ? __float2half_rn(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy)));
 }
 
 template <int D, int BITS>
@@ -183,43 +217,23 @@ __global__ void __launch_bounds__(32 * trellis_warps) encode_trellis_kernel(cons
     const encode_task task = encode_task_of(store, p, token);
     if (!task.exists) return;
 
-    lane_windows<BITS> windows;
-    windows.oldest = (uint32_t)(8 * lane) >> (8 - BITS);
-#pragma unroll
-    for (int c = 0; c < 8; c++) windows.target[c] = values[8 * lane + c] * 256 * (BITS > 2 ? 4 : 2);
-
     float x[D / 16]; /* both halves of the warp hold the vector */
     tq_paged_append_params quiet = p;
     if (lane >= 16) quiet.n_not_finite = nullptr;
     load_vector<D>(x, store, quiet, task, is_value, head, lane & 15);
     if (!is_value) key_to_coded<D>(x, store, task, head, lane & 15);
     rotate<D>(x, is_value ? store.value_rotation : store.rotation, lane & 15);
-    float ss = sum_squares<D>(x), factor = __fmul_rn(unit_factor(ss, D), 36.0f), energy = 0.0f, error;
-    const float least_share = 0.3f / (float)(1 << 2 * BITS);
-    for (int round = 0; round < 3; round++) {
-        float last = energy;
-        energy = search<D, BITS>(shared, windows, values, x, factor, &error, lane);
-        if (energy == last || error > __fmul_rn(least_share, energy)) break;
-        factor = __fdiv_rn(__fsqrt_rn(energy), __fsqrt_rn(ss));
-    }
-    for (int i = lane; i < D * BITS / 8; i += 32) {
-        uint32_t bits = 0;
-        int first = 8 * i / BITS;
+    auto set_targets = [&](float factor) {
+        if (lane >= 16) return;
 #pragma unroll
-        for (int c = 0; c < 8 / BITS + 2; c++) {
-            int at = BITS * (first + c) - 8 * i;
-            if (first + c >= D || at >= 8) continue;
-            bits |= at < 0 ? (uint32_t)shared.codes[first + c] >> -at : (uint32_t)shared.codes[first + c] << at;
-        }
-        shared.circle[i] = (uint8_t)bits;
-    }
-    __syncwarp();
+        for (int k = 0; k < D / 16; k++) shared.z[16 * k + lane] = trellis_target(x[k], factor);
+    };
+    const __half scale = encode_circle<BITS>(shared, values, D, sum_squares<D>(x), set_targets, lane);
     slot_place place = place_of_slot(store, task.page, task.offset, head);
-    if (lane < 16) store_row(codes_of(store, place, is_value), plane_of(store, is_value), place.token, shared.circle, lane);
-    if (lane == 0) {
-        __half scale = energy == 0.0f ? __float2half_rn(0.0f) : scale_from_float(__fdiv_rn(__fsqrt_rn(ss), __fsqrt_rn(energy)));
-        *scale_of(store, place, is_value) = scale;
-    }
+    tq_plane shape = plane_of(store, is_value);
+    shape.is_plain = false;
+    if (lane < 16) store_row(codes_of(store, place, is_value), shape, place.token, shared.circle, lane);
+    if (lane == 0) *scale_of(store, place, is_value) = scale;
 }
 
 #endif
