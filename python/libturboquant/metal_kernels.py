@@ -18,7 +18,7 @@ import numpy as np
 
 SQ8, SQ4, SQ3, SQ2, TT4, TT3, TT2 = 2, 3, 4, 5, 9, 10, 11  # tq_format
 BITS = {SQ8: 8, SQ4: 4, SQ3: 3, SQ2: 2, TT4: 4, TT3: 3, TT2: 2}
-HEAD_DIMS = (64, 96, 128, 192, 256)
+HEAD_DIMS = (32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320, 512, 576)
 BLOCK = 64  # tokens that share a reference, and the unit in which attention is cut
 SIMD, GROUP = 32, 256  # threads of a SIMD group, and of a threadgroup of attention
 PREFILL_ROWS = 32  # query rows of a threadgroup of prefill
@@ -86,13 +86,14 @@ launcher: Callable = launch_on_gpu
 
 
 def words(fmt: int, head_dim: int) -> int:
-    """uint32 of a vector's codes."""
-    return head_dim * BITS[fmt] // 32
+    """uint32 of a vector's codes; the last may have bits left over, which are 0."""
+    return -(-head_dim * BITS[fmt] // 32)
 
 
 @functools.cache
 def signs(head_dim: int, seed: int) -> mx.array:
-    """The rotation's signs, uint32 [rounds * head_dim / 32] and padding: bit i of a round's word k negates element 32 k + i."""
+    """The rotation's signs, uint32 [rounds, head_dim / 32 rounded up] and padding: bit i of a round's word k negates element
+    32 k + i."""
     mask, found = (1 << 64) - 1, []
 
     def following(state: int) -> tuple[int, int]:
@@ -101,12 +102,12 @@ def signs(head_dim: int, seed: int) -> mx.array:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         return state, z ^ (z >> 31)
 
-    for stream in range(2 if head_dim < 128 else 1):
+    for stream in range(3 if head_dim < 64 else 2 if head_dim < 128 else 1):
         state, drawn = following(seed ^ (head_dim << 32 | stream))[1], []
         for _ in range(-(-head_dim // 64)):
             state, bits = following(state)
             drawn += [bits & 0xFFFFFFFF, bits >> 32]
-        found += drawn[: head_dim // 32]
+        found += drawn[: -(-head_dim // 32)]
     return mx.array(np.array(found + [0] * 16, np.uint32))
 
 
@@ -197,7 +198,7 @@ def attend(q: mx.array, arrays: Arrays, k_format: int, v_format: int, has_refs: 
     n_head_kv = arrays.k_exact.shape[1]
     group, n_rows = n_head // n_head_kv, n_query * (n_head // n_head_kv)
     n_heads = n_batch * n_head_kv
-    rows_max = 8 if head_dim <= 128 else 4  # of a threadgroup of decode, which has the registers for so many
+    rows_max = 8 if head_dim <= 128 else 4 if head_dim <= 320 else 2  # of a threadgroup of decode, for which it has registers
     n_tiles = -(-n_rows // rows_max)
     end = max(extent.coded, max(extent.length - extent.n_recent, 0) // extent.n_batch * extent.n_batch, extent.n_sink)
     n_blocks = -(-end // BLOCK) if end > extent.n_sink else 0
@@ -211,7 +212,7 @@ def attend(q: mx.array, arrays: Arrays, k_format: int, v_format: int, has_refs: 
     inputs, of_heads = [q, *arrays, _factors_or_none(factors), rotation, params], _sinks_of_heads(sinks, n_batch, n_head)
     template = [("D", head_dim), ("KF", k_format), ("VF", v_format), ("HAS_REF", int(has_refs)),
                 ("HAS_FACTORS", int(factors is not None))]
-    if n_rows > 2 * rows_max:
+    if n_rows > (16 if head_dim <= 128 else 8):
         grid = (GROUP, -(-n_rows // PREFILL_ROWS), n_heads)
         return launcher("prefill", template, [*inputs, of_heads], grid, (GROUP, 1, 1), [q.shape], [q.dtype])[0]
     rows = -(-n_rows // n_tiles)

@@ -73,7 +73,8 @@ class Layer:
         self.v_decoded[:, part] = parts[1][1][:, part]
 
         def plane(records):
-            codes = np.ascontiguousarray(records[..., 2:]).view(np.uint32)
+            codes = records[..., 2:]
+            codes = np.pad(codes, [(0, 0)] * 2 + [(0, -codes.shape[2] % 4)]).view(np.uint32)  # words, the last not always full
             scales = np.ascontiguousarray(records[..., :2]).view(np.float16)[..., 0]
             return mx.array(codes)[None], mx.array(scales)[None]
 

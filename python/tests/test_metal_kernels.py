@@ -42,22 +42,30 @@ def vectors(rng, head_dim):
     return x.astype(np.float16)
 
 
-def records(codes, scales):
-    """Of one head, as tq_codec_encode writes them."""
+def records(codes, scales, name, head_dim):
+    """Of one head, as tq_codec_encode writes them: words have no more than their bytes."""
     parts = [np.array(scales[0, 0]).view(np.uint8).reshape(len(scales[0, 0]), 2), np.array(codes[0, 0]).view(np.uint8)]
-    return np.concatenate(parts, axis=1)
+    found = np.concatenate(parts, axis=1)
+    n_bytes = turboquant.format_info(name, head_dim).bytes_per_vector
+    assert not found[:, n_bytes:].any()
+    return found[:, :n_bytes]
 
 
 # All formats and all head_dims, not all pairs: each is compiled, which takes a second.
-ENCODERS = [(f, 128) for f in NUMBERS] + [("tt4", d) for d in (64, 96, 192, 256)] + [("sq4", 64), ("sq3", 96), ("sq8", 256),
-                                                                                     ("tt3", 96), ("tt2", 64), ("tt2", 256)]
+NAMES = list(NUMBERS)
+ENCODERS = [(f, d) for d in (128, 512) for f in NAMES] + [("sq3", 96), ("sq8", 256), ("tt2", 64), ("tt3", 40), ("sq2", 72)]
+ENCODERS += [(NAMES[(3 * k + i) % 7], d) for i, d in enumerate(kernels.HEAD_DIMS) if d not in (128, 512) for k in range(3)]
+
+
+def test_head_dims():
+    assert kernels.HEAD_DIMS == tuple(turboquant.head_dims())
 
 
 @pytest.mark.parametrize("name,head_dim", ENCODERS)
 def test_encoded_bytes(rng, name, head_dim):
     x = vectors(rng, head_dim)
     codes, scales = kernels.encode(NUMBERS[name], mx.array(x)[None, None], 1, len(x) - 1, SEED)
-    np.testing.assert_array_equal(records(codes, scales), libturboquant.encode(x[1:].astype(np.float32), name))
+    np.testing.assert_array_equal(records(codes, scales, name, head_dim), libturboquant.encode(x[1:].astype(np.float32), name))
 
 
 def test_encoding_twice(rng):
@@ -66,7 +74,7 @@ def test_encoding_twice(rng):
         first = libturboquant.encode(rng.standard_normal((8, 128)).astype(np.float32), name)
         again = libturboquant.decode(first, name, 128).astype(np.float16)
         codes, scales = kernels.encode(NUMBERS[name], mx.array(again)[None, None], 0, 8, SEED)
-        np.testing.assert_array_equal(records(codes, scales), first)
+        np.testing.assert_array_equal(records(codes, scales, name, 128), first)
 
 
 def steps(rng, n_head_kv, head_dim, largest=32):
@@ -76,7 +84,8 @@ def steps(rng, n_head_kv, head_dim, largest=32):
     return found
 
 
-@pytest.mark.parametrize("name,head_dim", [("sq8", 64), ("sq4", 128), ("sq3", 96), ("tt4", 256), ("tt3", 192), ("tt2", 64)])
+@pytest.mark.parametrize("name,head_dim", [("sq8", 64), ("sq4", 128), ("sq3", 96), ("tt4", 256), ("tt3", 192), ("tt2", 64),
+                                           ("sq8", 48), ("tt4", 512), ("tt3", 80)])
 def test_encoded_bytes_by_factors(rng, name, head_dim):
     """Of two KV heads in each of two sequences."""
     x = rng.standard_normal((2, 2, 5, head_dim)).astype(np.float16)
@@ -85,7 +94,7 @@ def test_encoded_bytes_by_factors(rng, name, head_dim):
     codes, scales = kernels.encode(NUMBERS[name], mx.array(x), 0, 5, SEED, factors=mx.array(factors))
     for i in range(2):
         for head in range(2):
-            np.testing.assert_array_equal(records(codes[i:, head:], scales[i:, head:]),
+            np.testing.assert_array_equal(records(codes[i:, head:], scales[i:, head:], name, head_dim),
                                           libturboquant.encode(wanted[i, head], name))
 
 
@@ -131,9 +140,15 @@ def test_decode_formats(rng, formats):
     check(Layer(rng, *formats, 128, 300, 1, has_refs=formats[0] != "sq4"), rng, 2)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 192, 256])
-def test_decode_head_dims(rng, head_dim):
-    check(Layer(rng, "tt3", "sq3", head_dim, 300, 2, n_recent=32), rng, 1)
+@pytest.mark.parametrize("i", range(len(kernels.HEAD_DIMS)))
+def test_decode_head_dims(rng, i):
+    check(Layer(rng, "tt3", "sq3", kernels.HEAD_DIMS[i], 300, 2, n_recent=32), rng, 1)
+    check(Layer(rng, NAMES[i % 7], NAMES[(i + 4) % 7], kernels.HEAD_DIMS[i], 140, 1, n_recent=16), rng, 3)
+
+
+@pytest.mark.parametrize("formats", [("sq8", "tt4"), ("tt4", "tt4"), ("tt3", "tt2"), ("tt2", "sq4"), ("sq4", "sq2")])
+def test_decode_formats_at_512(rng, formats):
+    check(Layer(rng, *formats, 512, 150, 1, n_recent=16), rng, 7)
 
 
 @pytest.mark.parametrize("group,n_query", [(1, 1), (1, 4), (3, 1), (4, 2), (5, 1), (5, 3), (6, 1), (7, 1), (8, 1), (2, 8)])
@@ -159,19 +174,22 @@ def test_decode_with_many_splits(rng):
 
 
 @pytest.mark.parametrize("head_dim,length,n_query,group", [(64, 100, 100, 2), (64, 300, 70, 3), (64, 65, 33, 1),
-                                                           (128, 260, 40, 2), (96, 200, 30, 2), (256, 150, 20, 2)])
+                                                           (128, 260, 40, 2), (96, 200, 30, 2), (256, 150, 20, 2),
+                                                           *((d, 140, 20, 2) for d in kernels.HEAD_DIMS if d % 64)])
 def test_prefill(rng, head_dim, length, n_query, group):
     check(Layer(rng, "tt4", "tt4", head_dim, length, n_query, n_recent=32), rng, group)
 
 
+@pytest.mark.parametrize("head_dim", [64, 512])
 @pytest.mark.parametrize("formats", [("sq8", "tt4"), ("tt3", "tt2"), ("sq3", "sq2")])
-def test_prefill_formats(rng, formats):
-    check(Layer(rng, *formats, 64, 200, 40, n_sink=0, n_recent=16, n_batch=1, has_refs=formats[0] == "sq8"), rng, 1)
+def test_prefill_formats(rng, formats, head_dim):
+    check(Layer(rng, *formats, head_dim, 200, 40, n_sink=0, n_recent=16, n_batch=1, has_refs=formats[0] == "sq8"), rng, 1)
 
 
 @pytest.mark.parametrize("n_query", [1, 3, 40])
 @pytest.mark.parametrize("formats,head_dim,has_refs", [(("tt4", "sq4"), 64, True), (("sq4", "sq4"), 128, False),
-                                                       (("tt3", "sq2"), 96, True)])
+                                                       (("tt3", "sq2"), 96, True), (("sq3", "tt4"), 40, True),
+                                                       (("tt2", "tt4"), 512, True)])
 def test_factors(rng, formats, head_dim, has_refs, n_query):
     """Queries meet encoded keys by their factors, exact ones as they came."""
     factors = steps(rng, 2, head_dim, 12)

@@ -342,7 +342,7 @@ def test_refusals(llama):
             TurboQuantMetalKVCache(**options)
     cache = TurboQuantMetalKVCache()
     with pytest.raises(libturboquant.UnsupportedError, match="head_dims"):
-        cache.update_and_fetch(mx.zeros((1, 2, 4, 80)), mx.zeros((1, 2, 4, 80)))
+        cache.update_and_fetch(mx.zeros((1, 2, 4, 80)), mx.zeros((1, 2, 4, 64)))
     with pytest.raises(libturboquant.UnsupportedError, match="window"):
         cache.make_mask(5, window_size=3)
     cache.update_and_fetch(keys, keys)

@@ -305,9 +305,10 @@ template <typename T> struct exchange {
 
 } // namespace shim
 
-#define TQ_SHARED(name, ...) \
-    static __VA_ARGS__ name; \
-    static uint name##_seen; \
+#define TQ_SHARED(name, ...)                                                         \
+    static_assert(sizeof(__VA_ARGS__) <= 32768, "threadgroup memory of Apple GPUs"); \
+    static __VA_ARGS__ name;                                                         \
+    static uint name##_seen;                                                         \
     shim::poison(&name, sizeof(name), name##_seen)
 
 #define threadgroup_position_in_grid (shim::the()->group)

@@ -90,7 +90,7 @@ inline ulong row_offset(thread const attend_params &p, int head, int row, int he
 
 /* A query, strided, to the basis of encoded keys. */
 template <int D, int HAS_FACTORS>
-inline void to_coded_basis(thread float (&x)[D / 32], thread const attend_params &p, thread const kv_arrays &kv, int head,
+inline void to_coded_basis(thread float (&x)[lane_elements(D)], thread const attend_params &p, thread const kv_arrays &kv, int head,
                            int lane)
 {
     if (HAS_FACTORS) scale_channels<D>(x, kv.factors, p.n_head_kv, head, 1, lane);
@@ -99,8 +99,8 @@ inline void to_coded_basis(thread float (&x)[D / 32], thread const attend_params
 
 /* ROWS rows of one SIMD group; elements consecutive. */
 template <int D, int ROWS> struct row_state {
-    float q[ROWS][D / 32]; /* times softmax scale and log2(e) */
-    float acc[ROWS][D / 32];
+    float q[ROWS][lane_elements(D)]; /* times softmax scale and log2(e) */
+    float acc[ROWS][lane_elements(D)];
     float max[ROWS], sum[ROWS]; /* the sum is of this lane's tokens alone */
 };
 
@@ -120,7 +120,7 @@ template <int D, int ROWS> inline void clear_rows(thread row_state<D, ROWS> &sta
     for (int r = 0; r < ROWS; r++) {
         state.max[r] = lowest_score();
         state.sum[r] = 0.0f;
-        for (int k = 0; k < D / 32; k++) state.acc[r][k] = 0.0f;
+        for (int k = 0; k < lane_elements(D); k++) state.acc[r][k] = 0.0f;
     }
 }
 
@@ -135,7 +135,7 @@ template <int D, int ROWS> inline float weigh(thread row_state<D, ROWS> &state, 
         float factor = exp2(state.max[r] - largest);
         state.max[r] = largest;
         state.sum[r] *= factor;
-        for (int k = 0; k < D / 32; k++) state.acc[r][k] *= factor;
+        for (int k = 0; k < lane_elements(D); k++) state.acc[r][k] *= factor;
     }
     float weight = sees ? exp2(score - state.max[r]) : 0.0f;
     state.sum[r] += weight;
@@ -143,9 +143,9 @@ template <int D, int ROWS> inline float weigh(thread row_state<D, ROWS> &state, 
 }
 
 template <int D, int ROWS>
-inline void add_value(thread row_state<D, ROWS> &state, int r, float weight, thread const float (&v)[D / 32])
+inline void add_value(thread row_state<D, ROWS> &state, int r, float weight, thread const float (&v)[lane_elements(D)])
 {
-    for (int k = 0; k < D / 32; k++) state.acc[r][k] += weight * v[k];
+    for (int k = 0; k < lane_elements(D); k++) state.acc[r][k] += weight * v[k];
 }
 
 } // namespace tq

@@ -7,9 +7,10 @@
  * Encoding is bit-exact (docs/formats.md): each product and sum is rounded on its own, in the order of src/codec. The pragma
  * forbids the compiler to fuse them, which safe mode alone does not.
  *
- * One SIMD group of 32 lanes works on one vector, head_dim D a multiple of 32. A lane holds D / 32 elements, in one of two
- * ways: *strided*, elements lane, lane + 32, ..., where the rotation is at home; or *consecutive*, elements D / 32 * lane on,
- * whose codes lie together.
+ * One SIMD group of 32 lanes works on one vector of head_dim D. A lane holds lane_elements(D) elements, in one of two ways:
+ * *strided*, elements lane, lane + 32, ..., where the rotation is at home; or *consecutive*, elements lane_elements(D) * lane
+ * on, whose codes lie together. Where D is no multiple of 32, elements from D on are 0, in registers and threadgroup memory;
+ * device memory has none.
  */
 #pragma METAL fp contract(off)
 
@@ -33,10 +34,27 @@ constexpr int bits_of(int format)
     return format == SQ8 ? 8 : format == SQ4 || format == TT4 ? 4 : format == SQ3 || format == TT3 ? 3 : 2;
 }
 
-/* Words of 32 bits that the codes of a vector take. */
+constexpr int lane_elements(int head_dim)
+{
+    return (head_dim + 31) / 32;
+}
+
+/* Elements of all lanes. */
+constexpr int padded(int head_dim)
+{
+    return 32 * lane_elements(head_dim);
+}
+
+/* Has a vector an element i of those of all lanes? */
+template <int D> inline bool exists(int i)
+{
+    return D % 32 == 0 || i < D;
+}
+
+/* Words of 32 bits that the codes of a vector take; the last may have bits left over, which are 0. */
 constexpr int words_of(int format, int head_dim)
 {
-    return head_dim * bits_of(format) / 32;
+    return (head_dim * bits_of(format) + 31) / 32;
 }
 
 /* Words of a reference: sq8 codes, then a word with the scale. */
@@ -56,12 +74,14 @@ constexpr int block_tokens()
     return 64;
 }
 
-/* At least 33 bits of a vector's codes from `bit` on. The words are a circle, as a trellis needs it. */
-inline ulong bits_at(const device uint *words, int n_words, int bit)
+/* At least 33 bits of a vector's n_bits bits of codes from `bit` on. They are a circle, as a trellis needs it. */
+inline ulong bits_at(const device uint *words, int n_bits, int bit)
 {
-    int word = bit / 32;
-    ulong low = words[word], high = words[word + 1 < n_words ? word + 1 : 0];
-    return (low | high << 32) >> (bit % 32);
+    int word = bit / 32, n_words = (n_bits + 31) / 32, rest = n_bits - bit;
+    ulong low = words[word], high = words[word + 1 < n_words ? word + 1 : 0], bits = (low | high << 32) >> (bit % 32);
+    if (n_bits % 32 == 0 || rest >= 33) return bits;
+    ulong first = words[0], second = words[1]; /* the circle begins again within a word */
+    return (bits & ((ulong(1) << rest) - 1)) | (first | second << 32) << rest;
 }
 
 /* FP16 bits of a float, to the nearest, ties to even; 0 <= x <= 65472. */

@@ -16,7 +16,7 @@ constexpr int decode_simdgroups()
 
 template <int D, int ROWS> struct decode_memory {
     level_table k_levels, v_levels;
-    float rows[ROWS][D]; /* queries first, then the sum of the SIMD groups' accumulators */
+    float rows[ROWS][padded(D)]; /* queries first, then the sum of the SIMD groups' accumulators */
     float max[8][ROWS], sum[8][ROWS];
 };
 
@@ -27,7 +27,7 @@ inline void attend_tokens(thread row_state<D, ROWS> &state, thread const attend_
                           int first, int n, thread const row_limits<ROWS> &limits, thread const float (&ref_score)[ROWS],
                           threadgroup const decode_memory<D, ROWS> &shared, int lane)
 {
-    float x[D / 32], score[ROWS];
+    float x[lane_elements(D)], score[ROWS];
     ulong at = ulong(head) * p.capacity + first;
     const device uint *codes = kv.k_codes + at * words_of(KF, D);
     for (int r = 0; r < ROWS; r++) score[r] = 0.0f;
@@ -59,7 +59,7 @@ inline void attend_block(thread row_state<D, ROWS> &state, thread const attend_p
     float ref_score[ROWS];
     for (int r = 0; r < ROWS; r++) ref_score[r] = 0.0f;
     if (HAS_REF) {
-        float x[D / 32];
+        float x[lane_elements(D)];
         const device uint *reference = reference_of(p, kv, head, block * block_tokens(), D);
         expand<D, SQ8>(x, reference, shared.k_levels, lane);
         float scale = reference_scale(reference, D);
@@ -78,7 +78,7 @@ inline void attend_exact(thread row_state<D, ROWS> &state, thread const attend_p
 {
     int run = min((p.n_exact + decode_simdgroups() - 1) / decode_simdgroups(), 32);
     for (int first = simd * run; first < p.n_exact; first += decode_simdgroups() * run) {
-        float x[D / 32], score[ROWS];
+        float x[lane_elements(D)], score[ROWS];
         int n = min(run, p.n_exact - first), position = exact_position(p, first + lane);
         ulong at = (ulong(head) * p.exact_capacity + first) * D;
         for (int r = 0; r < ROWS; r++) score[r] = 0.0f;
@@ -121,8 +121,8 @@ inline void merge_simdgroups(thread row_state<D, ROWS> &state, threadgroup decod
         if (simd == turn) {
             for (int r = 0; r < ROWS; r++) {
                 float factor = exp2(state.max[r] - largest[r]);
-                for (int k = 0; k < D / 32; k++) {
-                    int at = D / 32 * lane + k;
+                for (int k = 0; k < lane_elements(D); k++) {
+                    int at = lane_elements(D) * lane + k;
                     shared.rows[r][at] = (turn == 0 ? 0.0f : shared.rows[r][at]) + factor * state.acc[r][k];
                 }
             }
@@ -131,7 +131,9 @@ inline void merge_simdgroups(thread row_state<D, ROWS> &state, threadgroup decod
     }
     for (int r = simd; r < n_rows; r += decode_simdgroups()) {
         device float *to = out + r * partial_floats(D);
-        for (int k = 0; k < D / 32; k++) to[32 * k + lane] = shared.rows[r][32 * k + lane];
+        for (int k = 0; k < lane_elements(D); k++) {
+            if (exists<D>(32 * k + lane)) to[32 * k + lane] = shared.rows[r][32 * k + lane];
+        }
         if (lane == 0) {
             float sum = 0.0f, of_all = lowest_score();
             for (int s = 0; s < decode_simdgroups(); s++) of_all = fmax(of_all, shared.max[s][r]);
@@ -156,16 +158,16 @@ inline void decode(const device T *q, kv_arrays kv, attend_params p, device floa
     fill_levels<KF>(shared.k_levels, 32 * simd + lane, 32 * decode_simdgroups());
     fill_levels<VF>(shared.v_levels, 32 * simd + lane, 32 * decode_simdgroups());
     for (int r = simd; r < ROWS; r += decode_simdgroups()) { /* rows beyond the last are copies of it */
-        float x[D / 32];
+        float x[lane_elements(D)];
         load_strided<D>(x, q + row_offset(p, head, min(first_row + r, all_rows - 1), D), lane);
         if (!is_exact) to_coded_basis<D, HAS_FACTORS>(x, p, kv, head, lane);
-        for (int k = 0; k < D / 32; k++) shared.rows[r][32 * k + lane] = x[k] * p.scale_log2;
+        for (int k = 0; k < lane_elements(D); k++) shared.rows[r][32 * k + lane] = x[k] * p.scale_log2;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     row_state<D, ROWS> state;
     clear_rows(state);
     for (int r = 0; r < ROWS; r++) {
-        for (int k = 0; k < D / 32; k++) state.q[r][k] = shared.rows[r][D / 32 * lane + k];
+        for (int k = 0; k < lane_elements(D); k++) state.q[r][k] = shared.rows[r][lane_elements(D) * lane + k];
     }
     row_limits<ROWS> limits = limits_of<ROWS>(p, first_row);
     if (is_exact) {

@@ -24,25 +24,26 @@ template <int FORMAT> inline int nearest_code(float z)
     return code;
 }
 
-template <int D, int FORMAT> inline float centroid_energy(thread const int (&code)[D / 32])
+template <int D, int FORMAT> inline float centroid_energy(thread const int (&code)[lane_elements(D)], int lane)
 {
-    float c[D / 32];
-    for (int k = 0; k < D / 32; k++) c[k] = centroid<FORMAT>(code[k]);
+    float c[lane_elements(D)];
+    for (int k = 0; k < lane_elements(D); k++) c[k] = exists<D>(32 * k + lane) ? centroid<FORMAT>(code[k]) : 0.0f;
     return sum_squares<D>(c);
 }
 
 /* Lloyd-Max codes of x; returns the scale. */
-template <int D, int FORMAT> inline half encode_lloyd(thread int (&code)[D / 32], thread const float (&x)[D / 32])
+template <int D, int FORMAT>
+inline half encode_lloyd(thread int (&code)[lane_elements(D)], thread const float (&x)[lane_elements(D)], int lane)
 {
-    constexpr int n = D / 32, bits = bits_of(FORMAT);
+    constexpr int n = lane_elements(D), bits = bits_of(FORMAT);
     float ss = sum_squares<D>(x), factor = unit_factor(ss, D);
     for (int k = 0; k < n; k++) code[k] = nearest_code<FORMAT>(x[k] * factor);
-    float energy = centroid_energy<D, FORMAT>(code);
+    float energy = centroid_energy<D, FORMAT>(code, lane);
     for (int round = 0; round < 8; round++) { /* settling: lloyd.c */
         if (energy >= settled_min(bits, D) && energy <= settled_max(bits, D)) break;
         factor = unit_factor(energy, D);
         for (int k = 0; k < n; k++) code[k] = nearest_code<FORMAT>(centroid<FORMAT>(code[k]) * factor);
-        float next = centroid_energy<D, FORMAT>(code);
+        float next = centroid_energy<D, FORMAT>(code, lane);
         if (next == energy) break;
         energy = next;
     }
@@ -50,9 +51,9 @@ template <int D, int FORMAT> inline half encode_lloyd(thread int (&code)[D / 32]
 }
 
 /* 8-bit uniform codes. */
-template <int D> inline half encode_uniform(thread int (&code)[D / 32], thread const float (&x)[D / 32])
+template <int D> inline half encode_uniform(thread int (&code)[lane_elements(D)], thread const float (&x)[lane_elements(D)])
 {
-    constexpr int n = D / 32;
+    constexpr int n = lane_elements(D);
     float ss = sum_squares<D>(x), largest = 0.0f, rounded[n];
     bool is_zero = unit_factor(ss, D) == 0.0f;
     for (int k = 0; k < n; k++) largest = fmax(largest, fabs(x[k]));
@@ -66,12 +67,13 @@ template <int D> inline half encode_uniform(thread int (&code)[D / 32], thread c
     return is_zero ? half(0.0f) : scale_from_float(precise::divide(precise::sqrt(ss), precise::sqrt(energy)));
 }
 
-/* Word `word` of a stream of codes: bits [first, first + bits) of each, code i at bit bits * i. */
-inline uint packed_word(threadgroup const uchar *code, int n, int first, int bits, int word)
+/* 32 bits from `begin` on, which may be negative, of a stream of codes: bits [first, first + bits) of each, code i at bit
+ * bits * i. */
+inline uint packed_word(threadgroup const uchar *code, int n, int first, int bits, int begin)
 {
     uint packed = 0;
-    for (int i = 32 * word / bits; i < n && bits * i < 32 * word + 32; i++) {
-        int at = bits * i - 32 * word; /* negative where a trellis code straddles words */
+    for (int i = max(begin, 0) / bits; i < n && bits * i < begin + 32; i++) {
+        int at = bits * i - begin; /* negative where a trellis code straddles words */
         uint value = uint(code[i]) >> first & ((1u << bits) - 1u);
         packed |= at < 0 ? value >> -at : value << at;
     }
@@ -83,20 +85,22 @@ template <int D, int FORMAT> inline void store_codes(device uint *to, threadgrou
 {
     for (int word = lane; word < words_of(FORMAT, D); word += 32) {
         if (FORMAT == SQ3) {
-            to[word] = word < D / 16 ? packed_word(code, D, 0, 2, word) : packed_word(code, D, 2, 1, word - D / 16);
+            to[word] = packed_word(code, D, 0, 2, 32 * word) | packed_word(code, D, 2, 1, 32 * word - 2 * D);
         } else {
-            to[word] = packed_word(code, D, 0, bits_of(FORMAT), word);
+            to[word] = packed_word(code, D, 0, bits_of(FORMAT), 32 * word);
         }
     }
 }
 
 /* A reference [D] in the plain basis, strided, to y. */
 template <int D>
-inline void read_reference(thread float (&y)[D / 32], const device uint *reference, const device uint *signs, int lane)
+inline void read_reference(thread float (&y)[lane_elements(D)], const device uint *reference, const device uint *signs, int lane)
 {
     const device int8_t *codes = (const device int8_t *)reference;
     float scale = reference_scale(reference, D);
-    for (int k = 0; k < D / 32; k++) y[k] = scale * float(codes[32 * k + lane]);
+    for (int k = 0; k < lane_elements(D); k++) {
+        y[k] = exists<D>(32 * k + lane) ? scale * float(codes[32 * k + lane]) : 0.0f;
+    }
     rotate_back<D>(y, signs, lane);
 }
 
@@ -122,22 +126,22 @@ struct encode_task {
 
 /* What is coded of row `i`: the vector by its factors, less its reference, rotated, strided. */
 template <int D, int HAS_REF, int HAS_FACTORS>
-inline void load_vector(thread float (&x)[D / 32], thread const encode_task &task, int head, int i, int lane)
+inline void load_vector(thread float (&x)[lane_elements(D)], thread const encode_task &task, int head, int i, int lane)
 {
     encode_params p = task.params;
     load_strided<D>(x, task.rows + (ulong(head) * p.n_rows + p.first_row + i) * D, lane);
     if (HAS_FACTORS) scale_channels<D>(x, task.factors, p.n_head_kv, head, -1, lane);
     if (HAS_REF) {
         ulong block = ulong(head) * p.n_blocks + (p.first_position + i) / block_tokens();
-        float reference[D / 32];
+        float reference[lane_elements(D)];
         read_reference<D>(reference, task.refs + block * reference_words(D), task.signs, lane);
-        for (int k = 0; k < D / 32; k++) x[k] -= reference[k];
+        for (int k = 0; k < lane_elements(D); k++) x[k] -= reference[k];
     }
     rotate<D>(x, task.signs, lane);
 }
 
 template <int D> struct code_memory {
-    uchar code[D];
+    uchar code[padded(D)];
 };
 
 /* One threadgroup of 32 threads a vector: grid [32, n_encoded, n_heads]. */
@@ -145,11 +149,11 @@ template <int D, int FORMAT, int HAS_REF, int HAS_FACTORS>
 inline void encode_scalar(encode_task task, threadgroup code_memory<D> &shared, uint3 group, int lane)
 {
     constexpr int lloyd_format = FORMAT == SQ8 ? SQ4 : FORMAT; /* the branch that is not taken must compile, too */
-    int head = int(group.z), i = int(group.y), code[D / 32];
-    float x[D / 32];
+    int head = int(group.z), i = int(group.y), code[lane_elements(D)];
+    float x[lane_elements(D)];
     load_vector<D, HAS_REF, HAS_FACTORS>(x, task, head, i, lane);
-    half scale = FORMAT == SQ8 ? encode_uniform<D>(code, x) : encode_lloyd<D, lloyd_format>(code, x);
-    for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
+    half scale = FORMAT == SQ8 ? encode_uniform<D>(code, x) : encode_lloyd<D, lloyd_format>(code, x, lane);
+    for (int k = 0; k < lane_elements(D); k++) shared.code[32 * k + lane] = uchar(code[k]);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     ulong vector = ulong(head) * task.params.n_encoded + i;
     store_codes<D, FORMAT>(task.codes + vector * words_of(FORMAT, D), shared.code, lane);
@@ -172,18 +176,18 @@ inline void encode_reference(const device half *rows, const device int *starts, 
                              const device uint *signs, reference_params p, device uint *refs,
                              threadgroup code_memory<D> &shared, uint3 group, int lane)
 {
-    int head = int(group.z), i = int(group.y), code[D / 32];
-    float x[D / 32];
-    for (int k = 0; k < D / 32; k++) x[k] = 0.0f;
+    int head = int(group.z), i = int(group.y), code[lane_elements(D)];
+    float x[lane_elements(D)];
+    for (int k = 0; k < lane_elements(D); k++) x[k] = 0.0f;
     for (int row = 0; row < p.n_window; row++) {
         const device half *from = rows + (ulong(head) * p.n_rows + starts[i] + row) * D;
-        for (int k = 0; k < D / 32; k++) x[k] += float(from[32 * k + lane]);
+        for (int k = 0; k < lane_elements(D); k++) x[k] += exists<D>(32 * k + lane) ? float(from[32 * k + lane]) : 0.0f;
     }
-    for (int k = 0; k < D / 32; k++) x[k] = isfinite(x[k]) ? precise::divide(x[k], float(p.n_window)) : 0.0f;
+    for (int k = 0; k < lane_elements(D); k++) x[k] = isfinite(x[k]) ? precise::divide(x[k], float(p.n_window)) : 0.0f;
     if (HAS_FACTORS) scale_channels<D>(x, factors, p.n_head_kv, head, -1, lane);
     rotate<D>(x, signs, lane);
     half scale = encode_uniform<D>(code, x);
-    for (int k = 0; k < D / 32; k++) shared.code[32 * k + lane] = uchar(code[k]);
+    for (int k = 0; k < lane_elements(D); k++) shared.code[32 * k + lane] = uchar(code[k]);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     device uint *to = refs + (ulong(head) * p.n_encoded + i) * reference_words(D);
     store_codes<D, SQ8>(to, shared.code, lane);

@@ -19,10 +19,13 @@ inline float channel_factor(int step)
  * sign: 1 for queries, -1 for keys.
  */
 template <int D>
-inline void scale_channels(thread float (&x)[D / 32], const device int8_t *factors, int n_head_kv, int head, int sign, int lane)
+inline void scale_channels(thread float (&x)[lane_elements(D)], const device int8_t *factors, int n_head_kv, int head, int sign,
+                           int lane)
 {
     factors += head % n_head_kv * D + lane;
-    for (int k = 0; k < D / 32; k++) x[k] *= channel_factor(sign * int(factors[32 * k]));
+    for (int k = 0; k < lane_elements(D); k++) {
+        if (exists<D>(32 * k + lane)) x[k] *= channel_factor(sign * int(factors[32 * k]));
+    }
 }
 
 } // namespace tq

@@ -2,7 +2,7 @@
 /*
  * The trellis encoder: Viterbi's search of src/codec/trellis.c by one SIMD group a vector, in the same integers, so the codes
  * are the same. Lane l owns windows 8 l to 8 l + 7 of the 256. What is kept of each step is the oldest code of each rest's best
- * window, a byte each. Expected bound: arithmetic and the latency of some 1.3 D steps.
+ * window. Expected bound: arithmetic and the latency of some 1.3 D steps.
  */
 namespace tq
 {
@@ -12,10 +12,16 @@ constexpr uint worst_metric()
     return 0xffffu;
 }
 
+/* Of a step: a byte a rest; at 2 bits, where rests are many, a byte has those of four. */
+constexpr int oldest_bytes(int bits)
+{
+    return bits == 2 ? 16 : 256 >> bits;
+}
+
 template <int D, int BITS> struct trellis_memory {
     ushort metric[256];
-    uchar oldest[D * (256 >> BITS)];
-    short z[D];
+    uchar oldest[D * oldest_bytes(BITS)];
+    short z[padded(D)];
     uchar code[D];
 };
 
@@ -33,8 +39,9 @@ inline void best_of_rests(thread uint (&least)[2], threadgroup const ushort *met
         for (int c = 0; c < 2; c++) {
             least[c] = metric[2 * lane + c];
             for (int o = 1; o < 4; o++) least[c] = min(least[c], uint(metric[2 * lane + c + n_rest * o]));
-            oldest[2 * lane + c] = uchar(least[c] & mask);
         }
+        uint two = (least[0] & mask) | (least[1] & mask) << 2, next = simd_shuffle_xor(two, ushort(1));
+        if ((lane & 1) == 0) oldest[lane / 2] = uchar(two | next << 4);
         return;
     }
     /* At 4 bits two lanes share a rest and look at 8 of its 16 windows each. */
@@ -51,12 +58,12 @@ template <int BITS>
 inline void run_steps(threadgroup ushort *metric, threadgroup uchar *oldest, threadgroup const short *z, int n,
                       thread const int (&target)[8], int lane)
 {
-    constexpr int n_rest = 256 >> BITS, cost_scale = BITS > 2 ? 4 : 2;
+    constexpr int cost_scale = BITS > 2 ? 4 : 2;
     constexpr uint mask = (1u << BITS) - 1u;
     uint base = 0, own_oldest = uint(8 * lane) >> (8 - BITS);
     for (int i = n - 1; i >= 0; i--) {
         uint least[2];
-        best_of_rests<BITS>(least, metric, oldest + i * n_rest, lane);
+        best_of_rests<BITS>(least, metric, oldest + i * oldest_bytes(BITS), lane);
         least[0] -= base;
         least[1] -= base;
         base = simd_min(min(least[0], least[1])) & ~mask;
@@ -93,18 +100,18 @@ inline int best_window(threadgroup const ushort *metric, int first, int step, in
 
 template <int BITS> inline int next_window(int window, threadgroup const uchar *oldest)
 {
-    int rest = window >> BITS;
-    return rest + (int(oldest[rest]) << (8 - BITS));
+    int rest = window >> BITS, found = BITS == 2 ? oldest[rest / 4] >> rest % 4 * 2 & 3 : oldest[rest];
+    return rest + (found << (8 - BITS));
 }
 
 /* The codes of least error for x * factor in shared.code; returns their energy and the error as trellis.c does. */
 template <int D, int BITS>
-inline float search(threadgroup trellis_memory<D, BITS> &shared, thread const float (&x)[D / 32], float factor,
+inline float search(threadgroup trellis_memory<D, BITS> &shared, thread const float (&x)[lane_elements(D)], float factor,
                     thread const int (&target)[8], thread float &error, int lane)
 {
     constexpr int n_rest = 256 >> BITS, warm_up = 8 + 48 / BITS, mask = (1 << BITS) - 1;
     simdgroup_barrier(mem_flags::mem_threadgroup); /* the search before has been measured */
-    for (int k = 0; k < D / 32; k++) {
+    for (int k = 0; k < lane_elements(D); k++) {
         float fine = x[k] * factor * 256.0f;
         fine = fmin(fmax(fine, -32767.0f), 32767.0f);
         shared.z[32 * k + lane] = short(fine + copysign(0.5f, fine));
@@ -113,7 +120,7 @@ inline float search(threadgroup trellis_memory<D, BITS> &shared, thread const fl
     run_steps<BITS>(shared.metric, shared.oldest, shared.z, warm_up, target, lane);
     run_steps<BITS>(shared.metric, shared.oldest, shared.z + (D - warm_up), warm_up, target, lane);
     int window = best_window(shared.metric, 0, 1, lane);
-    for (int i = 0; i < warm_up; i++) window = next_window<BITS>(window, shared.oldest + i * n_rest);
+    for (int i = 0; i < warm_up; i++) window = next_window<BITS>(window, shared.oldest + i * oldest_bytes(BITS));
     int closing = window & (n_rest - 1);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     set_metrics<BITS>(shared.metric, closing, lane);
@@ -121,7 +128,7 @@ inline float search(threadgroup trellis_memory<D, BITS> &shared, thread const fl
     window = best_window(shared.metric, closing, n_rest, lane);
     for (int i = 0; i < D; i++) { /* all lanes go the same way */
         if (lane == i % 32) shared.code[i] = uchar(window & mask);
-        window = next_window<BITS>(window, shared.oldest + i * n_rest);
+        window = next_window<BITS>(window, shared.oldest + i * oldest_bytes(BITS));
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -148,7 +155,7 @@ inline void encode_trellis(encode_task task, threadgroup trellis_memory<D, bits_
     constexpr int bits = bits_of(FORMAT);
     int head = int(group.z), i = int(group.y), target[8];
     for (int c = 0; c < 8; c++) target[c] = window_value<bits>(8 * lane + c) * 256 * (bits > 2 ? 4 : 2);
-    float x[D / 32];
+    float x[lane_elements(D)];
     load_vector<D, HAS_REF, HAS_FACTORS>(x, task, head, i, lane);
     float ss = sum_squares<D>(x), factor = unit_factor(ss, D) * 36.0f, energy = 0.0f, error = 0.0f;
     const float least_share = 0.3f / float(1 << 2 * bits);
