@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ARCHITECTURES = ["75", "80", "86", "89", "90", "90a", "100", "120"]
-SOURCES = ["tests/cuda/compile_check.cu"] + [f"src/kernels/cuda/{name}.cu" for name in ("append", "pages", "entry")]
+WHOLE = "append", "plain_append", "plain_attend", "pages", "entry"
+SOURCES = ["tests/cuda/compile_check.cu"] + [f"src/kernels/cuda/{name}.cu" for name in WHOLE]
 NVCC = os.environ.get("TQ_NVCC", "nvcc")
 
 

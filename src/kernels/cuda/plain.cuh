@@ -44,7 +44,9 @@ __device__ __forceinline__ void mix_chunks(float *x, const tq_device_rotation &r
 __device__ __forceinline__ void transform_plain(float *x, const tq_device_rotation &rotation, int lane)
 {
     const int n_pairs = rotation.m * rotation.pow2 / 2;
+#pragma unroll 1
     for (int stride = 1; stride < rotation.pow2; stride *= 2) {
+#pragma unroll 2
         for (int i = lane; i < n_pairs; i += 32) {
             float *pair = x + 2 * i - (i & (stride - 1));
             const float a = pair[0], b = pair[stride];
@@ -52,6 +54,7 @@ __device__ __forceinline__ void transform_plain(float *x, const tq_device_rotati
         }
         __syncwarp();
     }
+#pragma unroll 1
     for (int t = lane; t < rotation.pow2; t += 32) {
         if (rotation.m > 1) mix_chunks(x, rotation, t);
         else x[t] = __fmul_rn(x[t], rotation.scale);
@@ -89,9 +92,11 @@ __device__ __forceinline__ float sum_squares_plain(const float *x, int head_dim,
 __device__ __forceinline__ void transform_key_plain(float *x, const uint16_t *transforms, int head_dim, int head, int lane)
 {
     const uint16_t *matrix = transforms + (int64_t)head * transform_row(head_dim);
+#pragma unroll 1
     for (int first = 0; first < head_dim; first += 32) {
         const int at = first + lane;
         float y = 0.0f;
+#pragma unroll 4
         for (int i = at / 16 * 16; at < head_dim && i < head_dim; i++) {
             y = __fadd_rn(y, __fmul_rn(x[i], to_float(__ldg(matrix + transform_row(i) + at))));
         }
