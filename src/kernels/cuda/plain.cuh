@@ -41,41 +41,83 @@ __device__ __forceinline__ void mix_chunks(float *x, const tq_device_rotation &r
     }
 }
 
-__device__ __forceinline__ void transform_plain(float *x, const tq_device_rotation &rotation, int lane)
+/* Signs flipped, if there are any; Walsh-Hadamard of each chunk, where these are 32 * 2^k long: in registers, of which a lane has
+ * elements lane, lane + 32, ...; scale, if no chunks are mixed. */
+__device__ __forceinline__ void transform_long_chunks(float *x, const tq_device_rotation &rotation, const uint32_t *signs,
+                                                      int lane)
 {
-    const int n_pairs = rotation.m * rotation.pow2 / 2;
+    constexpr int most = TQ_DEVICE_HEAD_DIM_MAX / 32;
+    const int n = rotation.m * rotation.pow2 / 32, chunk = rotation.pow2 / 32;
+    const float scale = rotation.m > 1 ? 1.0f : rotation.scale;
+    float e[most];
+#pragma unroll
+    for (int k = 0; k < most; k++) {
+        const uint32_t flip = k < n && signs ? (signs[k] >> lane & 1u) << 31 : 0;
+        e[k] = k < n ? __uint_as_float(__float_as_uint(x[32 * k + lane]) ^ flip) : 0.0f;
+    }
+#pragma unroll 1
+    for (int stride = 1; stride < 32; stride *= 2) {
+        const float sign = lane & stride ? -1.0f : 1.0f; /* a product with it is exact, so this is one rounding */
+#pragma unroll
+        for (int k = 0; k < most; k++) {
+            if (k >= n) break;
+            e[k] = __fmaf_rn(e[k], sign, __shfl_xor_sync(~0u, e[k], stride));
+        }
+    }
+#pragma unroll
+    for (int stride = 1; stride < 16; stride *= 2) {
+        if (stride >= chunk) break;
+#pragma unroll
+        for (int k = 0; k < most; k++) {
+            if (k & stride || k + stride >= most) continue;
+            const float a = e[k], b = e[k + stride];
+            e[k] = __fadd_rn(a, b), e[k + stride] = __fsub_rn(a, b);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < most; k++) {
+        if (k < n) x[32 * k + lane] = __fmul_rn(e[k], scale);
+    }
+    __syncwarp();
+}
+
+/* The same where chunks are shorter, in shared memory; they are always mixed. */
+__device__ __forceinline__ void transform_short_chunks(float *x, const tq_device_rotation &rotation, const uint32_t *signs,
+                                                       int lane)
+{
+    if (signs) flip_plain(x, signs, rotation.m * rotation.pow2, lane);
 #pragma unroll 1
     for (int stride = 1; stride < rotation.pow2; stride *= 2) {
-#pragma unroll 2
-        for (int i = lane; i < n_pairs; i += 32) {
+        for (int i = lane; i < rotation.m * rotation.pow2 / 2; i += 32) {
             float *pair = x + 2 * i - (i & (stride - 1));
             const float a = pair[0], b = pair[stride];
             pair[0] = __fadd_rn(a, b), pair[stride] = __fsub_rn(a, b);
         }
         __syncwarp();
     }
+}
+
+/* A round; signs: flipped before it, or NULL. */
+__device__ __forceinline__ void transform_plain(float *x, const tq_device_rotation &rotation, const uint32_t *signs, int lane)
+{
+    if (rotation.pow2 >= 32) transform_long_chunks(x, rotation, signs, lane);
+    else transform_short_chunks(x, rotation, signs, lane);
 #pragma unroll 1
-    for (int t = lane; t < rotation.pow2; t += 32) {
-        if (rotation.m > 1) mix_chunks(x, rotation, t);
-        else x[t] = __fmul_rn(x[t], rotation.scale);
-    }
+    for (int t = lane; rotation.m > 1 && t < rotation.pow2; t += 32) mix_chunks(x, rotation, t);
     __syncwarp();
 }
 
 __device__ __forceinline__ void rotate_plain(float *x, const tq_device_rotation &rotation, int lane)
 {
 #pragma unroll 1
-    for (int round = 0; round < rotation.n_rounds; round++) {
-        flip_plain(x, rotation.signs[round], rotation.m * rotation.pow2, lane);
-        transform_plain(x, rotation, lane);
-    }
+    for (int round = 0; round < rotation.n_rounds; round++) transform_plain(x, rotation, rotation.signs[round], lane);
 }
 
 __device__ __forceinline__ void rotate_back_plain(float *x, const tq_device_rotation &rotation, int lane)
 {
 #pragma unroll 1
     for (int round = rotation.n_rounds - 1; round >= 0; round--) {
-        transform_plain(x, rotation, lane);
+        transform_plain(x, rotation, nullptr, lane);
         flip_plain(x, rotation.signs[round], rotation.m * rotation.pow2, lane);
     }
 }
