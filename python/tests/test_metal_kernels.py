@@ -46,7 +46,7 @@ def records(codes, scales, name, head_dim):
     """Of one head, as tq_codec_encode writes them: words have no more than their bytes."""
     parts = [np.array(scales[0, 0]).view(np.uint8).reshape(len(scales[0, 0]), 2), np.array(codes[0, 0]).view(np.uint8)]
     found = np.concatenate(parts, axis=1)
-    n_bytes = turboquant.format_info(name, head_dim).bytes_per_vector
+    n_bytes = libturboquant.format_info(name, head_dim).bytes_per_vector
     assert not found[:, n_bytes:].any()
     return found[:, :n_bytes]
 
@@ -58,7 +58,7 @@ ENCODERS += [(NAMES[(3 * k + i) % 7], d) for i, d in enumerate(kernels.HEAD_DIMS
 
 
 def test_head_dims():
-    assert kernels.HEAD_DIMS == tuple(turboquant.head_dims())
+    assert kernels.HEAD_DIMS == tuple(libturboquant.head_dims())
 
 
 @pytest.mark.parametrize("name,head_dim", ENCODERS)

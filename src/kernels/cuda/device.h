@@ -24,7 +24,7 @@ typedef struct tq_device_format {
 } tq_device_format;
 
 /* head_dim = m * pow2; bit i of signs[round] negates element i. Element (i, j) of the Hartley matrix is cas[i j mod m]; that of
- * m = 3 is there as a whole, too. */
+ * m = 3 also is there as a whole. */
 typedef struct tq_device_rotation {
     int32_t m, pow2, n_rounds;
     float scale, hartley[9], cas[9];

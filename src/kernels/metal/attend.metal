@@ -90,8 +90,8 @@ inline ulong row_offset(thread const attend_params &p, int head, int row, int he
 
 /* A query, strided, to the basis of encoded keys. */
 template <int D, int HAS_FACTORS>
-inline void to_coded_basis(thread float (&x)[lane_elements(D)], thread const attend_params &p, thread const kv_arrays &kv, int head,
-                           int lane)
+inline void to_coded_basis(thread float (&x)[lane_elements(D)], thread const attend_params &p, thread const kv_arrays &kv,
+                           int head, int lane)
 {
     if (HAS_FACTORS) scale_channels<D>(x, kv.factors, p.n_head_kv, head, 1, lane);
     rotate<D>(x, kv.signs, lane);

@@ -94,7 +94,8 @@ template <int D, int FORMAT> inline void store_codes(device uint *to, threadgrou
 
 /* A reference [D] in the plain basis, strided, to y. */
 template <int D>
-inline void read_reference(thread float (&y)[lane_elements(D)], const device uint *reference, const device uint *signs, int lane)
+inline void read_reference(thread float (&y)[lane_elements(D)], const device uint *reference, const device uint *signs,
+                           int lane)
 {
     const device int8_t *codes = (const device int8_t *)reference;
     float scale = reference_scale(reference, D);
