@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(transform_threads) transform_queries_kernel(co
     const int64_t first = token * args.token_stride + head * args.head_stride;
     float *to = args.to + item * args.head_dim;
     for (int begin = 0; begin < args.head_dim; begin += 16) {
-        /* Lanes behind the last element do what its lane does, and keep it to themselves. */
+        /* Lanes behind the last element do what its lane does. */
         const int i = min(begin + lane16, args.head_dim - 1);
         const uint16_t *row = matrix + transform_row(i);
         float x[1], numbers[16];
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(transform_threads) transform_queries_kernel(co
             const float y = __shfl_sync(half_mask(), x[0] * inverse, first_lane + c);
             if (i - begin > c) x[0] = fmaf(-numbers[c], y, x[0]);
         }
-        if (begin + lane16 == i) solved[half][i] = to[i] = x[0] * inverse;
+        solved[half][i] = to[i] = x[0] * inverse;
         __syncwarp(half_mask());
     }
 }
