@@ -42,7 +42,7 @@ __device__ __forceinline__ void mix_chunks(float *x, const tq_device_rotation &r
 }
 
 /* Signs flipped, if there are any; Walsh-Hadamard of each chunk, where these are 32 * 2^k long: in registers, of which a lane
- * has * elements lane, lane + 32, ...; scale, if no chunks are mixed. */
+ * has elements lane, lane + 32, ...; scale, if no chunks are mixed. */
 __device__ __forceinline__ void transform_long_chunks(float *x, const tq_device_rotation &rotation, const uint32_t *signs,
                                                       int lane)
 {
