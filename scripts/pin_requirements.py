@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADER = "# All packages with the hashes of all their files. Made by scripts/pin_requirements.py.\n"
 LISTS = [  # (the list, the least Python, the list that the environment has already)
     ("scripts/requirements-run", "3.10", None),
+    ("scripts/requirements-release", "3.10", None),
     ("python/tests/requirements", "3.11", None),
     ("python/tests/requirements-torch", "3.11", "python/tests/requirements"),
     ("python/tests/requirements-vllm", "3.11", None),

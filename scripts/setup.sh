@@ -11,6 +11,7 @@
 #   clang    libFuzzer and Clang's sanitizers
 #   torch    PyTorch and Transformers: 6 GB where pip finds only the build for CUDA
 #   vllm     vLLM for CPUs, and a PyTorch of its own: 6 GB likewise
+#   release  what `make release` builds with: .4 GB
 #
 # build, run and test include those before them. --check installs nothing and says what is missing. Running it again takes no
 # time.
@@ -43,12 +44,12 @@ for what; do
         # Where the sanitizer and libFuzzer runtimes are a package of their own.
         if apt-cache show libclang-rt-dev >/dev/null 2>&1; then packages="$packages libclang-rt-dev"; fi
         ;;
-    torch | vllm)
+    torch | vllm | release)
         packages="$packages python3-venv"
         environments="$environments $what"
         ;;
     *)
-        echo "setup.sh: unknown '$what'; there are build, run, test, cross, clang, torch and vllm" >&2
+        echo "setup.sh: unknown '$what'; there are build, run, test, cross, clang, torch, vllm and release" >&2
         exit 2
         ;;
     esac
@@ -120,5 +121,6 @@ for name in $environments; do
         install_pinned torch-venv python/tests/requirements-torch.txt direct
         ;;
     vllm) install_pinned vllm-venv python/tests/requirements-vllm.txt direct ;;
+    release) install_pinned release-venv scripts/requirements-release.txt ;;
     esac
 done
