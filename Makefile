@@ -55,6 +55,18 @@ evidence: deps all  ## real models and texts: divergence against bits of presets
 	@$(PYTHON) scripts/get_qwen.py
 	$(PYTHON) bench/evidence.py $(if $(QUICK),--quick)
 
+.PHONY: release
+release:  ## wheels, source distribution and tarball in dist/, for glibc 2.28; CUDA=release: also the wheel turboquant-cuda
+	@scripts/setup.sh run release
+	@scripts/get_llama.sh --sources
+	$(TQ_DEPS_DIR)/release-venv/bin/python scripts/release.py $(if $(CUDA),--cuda "$(CUDA)")
+
+.PHONY: release-test
+release-test:  ## what `make release` has made, in clean environments, under qemu and in a bare root; 2 minutes
+	@scripts/setup.sh cross
+	@$(MAKE) --no-print-directory test-deps
+	$(PYTHON) tests/release/test_release.py
+
 .PHONY: format
 format:  ## clang-format of all C files
 	python3 scripts/check_style.py --fix
@@ -66,7 +78,7 @@ install: all  ## to PREFIX (/usr/local)
 .PHONY: clean
 clean:  ## delete the builds; keep build/deps and the cache of downloads and llama.cpp (docs/dependencies.md)
 	rm -rf build/release build/asan build/asan-simd build/tsan build/fuzz build/aarch64 build/wheel build/python-clean \
-	  build/metal
+	  build/metal build/release-artefacts
 
 .PHONY: deps
 deps:  ## packages, an unpatched llama.cpp, the model and the texts: links in build/deps
