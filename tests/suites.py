@@ -21,7 +21,7 @@ PARTS = {
     "sanitizers": "thread sanitizer; the kernels of instruction sets and long runs of the fuzz targets under address sanitizer",
     "fuzzing": "Clang's sanitizers and libFuzzer",
     "emulated": "AArch64 and x86-64 without AVX-512 under qemu, CUDA's prefill on an emulated device",
-    "package": "installed library, wheel in a clean environment, beyond 4 GiB, CUDA compiled for all architectures",
+    "package": "installed library, wheels and a tarball as released, beyond 4 GiB, CUDA compiled for all architectures",
     "metal": "the Metal kernels on an emulation, and in MLX-LM",
     "plug-in": "all shapes and options in stock llama.cpp, also with its AVX2 and AVX-512 code",
     "quality": "4096 tokens of the real model against FP16, whole runs of `tq eval` and `tq calibrate`",
@@ -32,7 +32,8 @@ PART_FILES = {
     "sanitizers": ("src/base", "src/cache", "src/kernels", "src/attention", "src/api", "fuzz", "tests/unit", "tests/kernels"),
     "fuzzing": ("src/cache", "src/api", "src/codec", "plugins", "fuzz", "tests/unit"),
     "emulated": ("src/kernels", "src/codec", "src/attention", "src/base", "tests/kernels", "tests/cross", "tests/cuda"),
-    "package": ("include", "cmake", "CMake", "pyproject", "src/kernels/cuda", "tests/api", "tests/cuda", "scripts/setup"),
+    "package": ("include", "cmake", "CMake", "pyproject", "src/kernels/cuda", "tests/api", "tests/cuda", "tests/release",
+                "scripts/setup", "scripts/release"),
     "metal": ("src/kernels/metal", "python", "tests/metal"),
     "plug-in": ("plugins", "src/cache", "src/attention", "tests/plugin", "scripts/get_llama", "scripts/make_"),
     "quality": ("src/codec", "src/cache", "tools", "tests/plugin", "scripts"),
@@ -123,6 +124,8 @@ def builds():
         Build("qemu", [["true"]], setup=("cross",), programs=("qemu-x86_64",)),
         Build("torch", [["true"]], setup=("torch",)),
         Build("vllm", [["true"]], setup=("vllm",)),
+        Build("artefacts", [[DEPS / "release-venv/bin/python", ROOT / "scripts/release.py", "--output", BUILD / "dist"]],
+              setup=("run", "release", "cross")),
         Build("llama variants", variants if "avx512_vnni" in cpu_flags() else variants[:1] if "avx2" in cpu_flags() else []),
     ]
     return {build.name: build for build in found}
@@ -306,6 +309,8 @@ def package_suites():
     plugin = ([PYTHON_VENV / "bin/python", ROOT / "examples/llama_cpp_generate.py", MODEL, "The capital of France is"],
               bindings(site))
     yield Suite("wheel in a clean environment", counted([*install, example, plugin]), builds=(), timeout=1800)
+    yield Suite("release artefacts", [python("tests/release/test_release.py", TQ_DIST=str(BUILD / "dist"))],
+                builds=("artefacts",), missing=absent(DEPS / "llama.cpp/ggml", MODEL))
     large = {"TQ_TEST_LARGE": "1"}
     yield Suite("units/large", units("release", large, names=["test_cache"]))
     # Kernels against the specification, also under CUDA's checkers; and that they compile for all architectures.
