@@ -33,6 +33,7 @@ GGML = DEPS / "llama.cpp/ggml"
 GLIBC = "2.28"
 MACHINES = "x86_64", "aarch64"
 TARBALL_MACHINE = "x86_64"
+LICENCES = "LICENSE", "LICENSE-third-party"
 SCRIPTS = Path(sys.executable).parent  # of the environment
 # auditwheel reads wheels of any machine, but knows only the platforms of the one that it believes to be on.
 AUDITWHEEL = """
@@ -130,7 +131,8 @@ def build_native(work, machine, cjson=None, rpath=""):
     given = defines(work, machine) | {"TQ_BUILD_TESTS": "ON", "TQ_BUILD_PLUGIN": "ON",
                                       "TQ_BUILD_TOOLS": "ON" if cjson else "OFF", "CMAKE_INSTALL_RPATH": rpath}
     environment = {"PKG_CONFIG_LIBDIR": cjson} if cjson else {}
-    run("cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in given.items()), **environment)
+    run("cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in given.items()),
+        **environment)
     run("cmake", "--build", folder, "-j", os.environ.get("JOBS") or os.cpu_count(), "--target", "product", "checkkern")
     return folder
 
@@ -164,7 +166,7 @@ def build_tarball(work, folder, cjson_library, dist):
     tree = work / name
     shutil.rmtree(tree, ignore_errors=True)
     run("cmake", "--install", folder, "--prefix", tree)
-    for file in ("LICENSE", "LICENSE-third-party", "README.md", "CHANGELOG.md"):
+    for file in (*LICENCES, "README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / file, tree / file)
     if cjson_library:
         shutil.copy(cjson_library, tree / "lib/libcjson.so.1")
@@ -195,8 +197,8 @@ def build_cuda(work, architectures, dist):
     library.parent.mkdir(exist_ok=True)
     exported = folder / "release/exported.map"
     exported.write_text("{ global: tq_device_table_get; local: *; };\n")
-    run(compiler(work, machine, "c++"), "-shared", "-s", f"-Wl,--version-script={exported}",
-        *sorted((folder / "cuda").glob("*.o")), toolkit / "lib64/libcudart_static.a", "-lpthread", "-ldl", "-lrt", "-lm", "-o", library)
+    run(compiler(work, machine, "c++"), "-shared", "-s", f"-Wl,--version-script={exported}", "-o", library,
+        *sorted((folder / "cuda").glob("*.o")), toolkit / "lib64/libcudart_static.a", "-lpthread", "-ldl", "-lrt", "-lm")
     tag = f"py3-none-manylinux_{GLIBC.replace('.', '_')}_{machine}"
     info = f"turboquant_cuda-{version()}.dist-info"
     contents = {
@@ -205,7 +207,7 @@ def build_cuda(work, architectures, dist):
                              "Summary: The kernels of turboquant for NVIDIA GPUs\nLicense: MIT\nRequires-Python: >=3.10\n"
                              f"Requires-Dist: turboquant=={version()}\n").encode(),
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: release.py\nRoot-Is-Purelib: false\nTag: {tag}\n".encode(),
-        **{f"{info}/licenses/{name}": (ROOT / name).read_bytes() for name in ("LICENSE", "LICENSE-third-party")},
+        **{f"{info}/licenses/{name}": (ROOT / name).read_bytes() for name in LICENCES},
     }
     rows = []
     for name, data in contents.items():
@@ -221,7 +223,7 @@ def build_cuda(work, architectures, dist):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Build what a release consists of: wheels, the source distribution, a tarball.")
+    parser = argparse.ArgumentParser(description="Build the wheels, the source distribution and the tarball of a release.")
     parser.add_argument("--output", type=Path, default=ROOT / "dist", metavar="DIR", help="the folder of the artefacts (dist)")
     parser.add_argument("--cuda", metavar="ARCHITECTURES",
                         help="also the wheel turboquant-cuda, for release, or a list as 90a-real (docs/cuda.md); it needs nvcc")
