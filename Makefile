@@ -56,7 +56,7 @@ evidence: deps all  ## real models and texts: divergence against bits of presets
 	$(PYTHON) bench/evidence.py $(if $(QUICK),--quick)
 
 .PHONY: release
-release:  ## wheels, source distribution and tarball in dist/, for glibc 2.28; CUDA=release: also the wheel turboquant-cuda
+release:  ## wheels, source distribution and tarball in dist/, for glibc 2.28; CUDA=release: also the wheel libturboquant-cuda
 	@scripts/setup.sh run release
 	@scripts/get_llama.sh --sources
 	$(TQ_DEPS_DIR)/release-venv/bin/python scripts/release.py $(if $(CUDA),--cuda "$(CUDA)")

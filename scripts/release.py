@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: MIT
 """Build what a release consists of, for Linux with glibc 2.28 or newer: `make release` calls it. Into the folder dist go
 
-    turboquant-VERSION-py3-none-manylinux_2_28_x86_64.whl      the Python package, with the plug-in for llama.cpp
-    turboquant-VERSION-py3-none-manylinux_2_28_aarch64.whl
-    turboquant-VERSION.tar.gz                                  the source distribution
-    turboquant-VERSION-linux-x86_64.tar.gz                     tq, the plug-in, the library
-    turboquant_cuda-VERSION-py3-none-manylinux_...whl          with --cuda only: libturboquant-cuda.so, on x86-64 with nvcc
+    libturboquant-VERSION-py3-none-manylinux_2_28_x86_64.whl      the Python package, with the plug-in for llama.cpp
+    libturboquant-VERSION-py3-none-manylinux_2_28_aarch64.whl
+    libturboquant-VERSION.tar.gz                                  the source distribution
+    turboquant-VERSION-linux-x86_64.tar.gz                        tq, the plug-in, the library
+    libturboquant_cuda-VERSION-py3-none-manylinux_...whl          with --cuda only: libturboquant-cuda.so, on x86-64 with nvcc
     SHA256SUMS
 
 The compiler is Zig's clang, from the package ziglang: it links against the symbols of an older C library than this machine's,
@@ -200,12 +200,12 @@ def build_cuda(work, architectures, dist):
     run(compiler(work, machine, "c++"), "-shared", "-s", f"-Wl,--version-script={exported}", "-o", library,
         *sorted((folder / "cuda").glob("*.o")), toolkit / "lib64/libcudart_static.a", "-lpthread", "-ldl", "-lrt", "-lm")
     tag = f"py3-none-manylinux_{GLIBC.replace('.', '_')}_{machine}"
-    info = f"turboquant_cuda-{version()}.dist-info"
+    info = f"libturboquant_cuda-{version()}.dist-info"
     contents = {
-        "turboquant/libturboquant-cuda.so": library.read_bytes(),
-        f"{info}/METADATA": (f"Metadata-Version: 2.1\nName: turboquant-cuda\nVersion: {version()}\n"
+        "libturboquant/libturboquant-cuda.so": library.read_bytes(),
+        f"{info}/METADATA": (f"Metadata-Version: 2.1\nName: libturboquant-cuda\nVersion: {version()}\n"
                              "Summary: The kernels of turboquant for NVIDIA GPUs\nLicense: MIT\nRequires-Python: >=3.10\n"
-                             f"Requires-Dist: turboquant=={version()}\n").encode(),
+                             f"Requires-Dist: libturboquant=={version()}\n").encode(),
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: release.py\nRoot-Is-Purelib: false\nTag: {tag}\n".encode(),
         **{f"{info}/licenses/{name}": (ROOT / name).read_bytes() for name in LICENCES},
     }
@@ -214,7 +214,7 @@ def build_cuda(work, architectures, dist):
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         rows.append(f"{name},sha256={digest},{len(data)}\n")
     contents[f"{info}/RECORD"] = "".join([*rows, f"{info}/RECORD,,\n"]).encode()
-    with zipfile.ZipFile(dist / f"turboquant_cuda-{version()}-{tag}.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+    with zipfile.ZipFile(dist / f"libturboquant_cuda-{version()}-{tag}.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
         for name, data in contents.items():
             entry = zipfile.ZipInfo(name)
             entry.compress_type = zipfile.ZIP_DEFLATED
@@ -226,12 +226,12 @@ def main():
     parser = argparse.ArgumentParser(description="Build the wheels, the source distribution and the tarball of a release.")
     parser.add_argument("--output", type=Path, default=ROOT / "dist", metavar="DIR", help="the folder of the artefacts (dist)")
     parser.add_argument("--cuda", metavar="ARCHITECTURES",
-                        help="also the wheel turboquant-cuda, for release, or a list as 90a-real (docs/cuda.md); it needs nvcc")
+                        help="also the wheel libturboquant-cuda, for release, or a list as 90a-real (docs/cuda.md); needs nvcc")
     args = parser.parse_args()
     check_tools()
     dist, work = args.output.absolute(), ROOT / "build/release-artefacts"
     dist.mkdir(parents=True, exist_ok=True)
-    for path in (*dist.glob("turboquant*.whl"), *dist.glob("turboquant-*.tar.gz"), *dist.glob("SHA256SUMS")):
+    for path in (*dist.glob("libturboquant*"), *dist.glob("turboquant-*.tar.gz"), *dist.glob("SHA256SUMS")):
         path.unlink()
     work.mkdir(parents=True, exist_ok=True)
     os.environ["ZIG_GLOBAL_CACHE_DIR"] = os.environ["ZIG_LOCAL_CACHE_DIR"] = str(work / "zig-cache")
@@ -250,7 +250,7 @@ def main():
     if args.cuda:
         print(f"compiling CUDA for {args.cuda}", flush=True)
         build_cuda(work, args.cuda, dist)
-    artefacts = sorted(path for path in dist.iterdir() if path.name.startswith("turboquant"))
+    artefacts = sorted(path for path in dist.iterdir() if path.name.startswith(("libturboquant", "turboquant")))
     (dist / "SHA256SUMS").write_text("".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
                                              for path in artefacts))
     for path in artefacts:

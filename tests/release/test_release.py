@@ -89,7 +89,7 @@ class Unpacked(unittest.TestCase):
         cls.wheels = {}
         for machine in NAMES:
             cls.wheels[machine] = cls.folder / machine
-            with zipfile.ZipFile(artefact(f"turboquant-*-manylinux_2_28_{machine}.whl")) as wheel:
+            with zipfile.ZipFile(artefact(f"libturboquant-*-manylinux_2_28_{machine}.whl")) as wheel:
                 wheel.extractall(cls.wheels[machine])
         with tarfile.open(artefact("turboquant-*-linux-x86_64.tar.gz")) as archive:
             archive.extractall(cls.folder / "tarball")
@@ -99,7 +99,7 @@ class Unpacked(unittest.TestCase):
 class Contents(Unpacked):
     def test_symbols_are_of_the_promised_c_library(self):
         folders = [*self.wheels.values(), self.tarball]
-        for cuda in DIST.glob("turboquant_cuda-*.whl"):
+        for cuda in DIST.glob("libturboquant_cuda-*.whl"):
             folders.append(self.folder / "cuda")
             with zipfile.ZipFile(cuda) as wheel:
                 wheel.extractall(folders[-1])
@@ -114,7 +114,7 @@ class Contents(Unpacked):
     def test_each_library_is_of_its_machine(self):
         for machine, folder in self.wheels.items():
             for name in ("libturboquant.so", "libggml-turboquant.so"):
-                header = run("readelf", "-h", folder / "turboquant" / name)
+                header = run("readelf", "-h", folder / "libturboquant" / name)
                 self.assertIn(NAMES[machine], header.replace("X86-64", "x86-64"), name)
 
     def test_auditwheel_has_no_complaint(self):
@@ -133,7 +133,7 @@ class Contents(Unpacked):
     def test_wheels_name_vllms_entry_point_and_the_licences(self):
         for folder in self.wheels.values():
             (info,) = folder.glob("*.dist-info")
-            self.assertIn("turboquant = turboquant.vllm:register", (info / "entry_points.txt").read_text())
+            self.assertIn("turboquant = libturboquant.vllm:register", (info / "entry_points.txt").read_text())
             metadata = email.message_from_string((info / "METADATA").read_text())
             self.assertEqual(metadata.get_all("License-File"), ["LICENSE", "LICENSE-third-party"])
             for name in metadata.get_all("License-File"):
@@ -146,17 +146,17 @@ class Contents(Unpacked):
             self.assertTrue((self.tarball / name).is_file(), name)
 
     def test_the_source_distribution_has_what_a_reader_looks_for(self):
-        with tarfile.open(artefact(f"turboquant-{VERSION}.tar.gz")) as archive:
+        with tarfile.open(artefact(f"libturboquant-{VERSION}.tar.gz")) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
         for name in ("LICENSE", "LICENSE-third-party", "CHANGELOG.md", "README.md", "CMakeLists.txt", "include/turboquant.h",
                      "src/CMakeLists.txt", "plugins/ggml/entry.c", "tools/flush_log.c", "docs/python.md", "docs/tq.1",
-                     "examples/cache.py", "examples/attend.c", "python/turboquant/__init__.py"):
+                     "examples/cache.py", "examples/attend.c", "python/libturboquant/__init__.py"):
             self.assertIn(name, names)
         self.assertFalse([name for name in names if name.startswith(("build", "dist", ".git/"))])
 
     def test_sums_are_of_the_files(self):
         listed = {line.split()[1] for line in (DIST / "SHA256SUMS").read_text().splitlines()}
-        self.assertEqual(listed, {path.name for path in DIST.glob("turboquant*")})
+        self.assertEqual(listed, {path.name for path in DIST.glob("*turboquant*")})
         run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=DIST)
 
 
@@ -172,15 +172,15 @@ class Python(Unpacked):
         print("Python", ", ".join(f"{major}.{minor}" for major, minor in sorted(found)))
         for key, interpreter in sorted(found.items()):
             with self.subTest(key):
-                python = self.install(interpreter, f"python{key[0]}.{key[1]}", artefact("turboquant-*_x86_64.whl"))
+                python = self.install(interpreter, f"python{key[0]}.{key[1]}", artefact("libturboquant-*_x86_64.whl"))
                 self.assertIn("after a fork", run(python, ROOT / "examples/cache.py", cwd=self.folder, env=clean()))
-                shown = run(python, "-c", "import turboquant; print(turboquant.__file__)", cwd=self.folder, env=clean())
+                shown = run(python, "-c", "import libturboquant; print(libturboquant.__file__)", cwd=self.folder, env=clean())
                 package = Path(shown.strip()).parent
                 self.assertTrue(package.is_relative_to(self.folder), package)
                 self.assertTrue((package / "libggml-turboquant.so").is_file())
 
     def test_the_source_distribution(self):
-        python = self.install(sys.executable, "from-source", artefact(f"turboquant-{VERSION}.tar.gz"))
+        python = self.install(sys.executable, "from-source", artefact(f"libturboquant-{VERSION}.tar.gz"))
         self.assertIn("after a fork", run(python, ROOT / "examples/cache.py", cwd=self.folder, env=clean()))
 
     @unittest.skipIf(reason := absent(MODEL, PYTHON_VENV, DEPS / "llama-cpp-python", DEPS / "llama-bin"), reason)
@@ -190,13 +190,13 @@ class Python(Unpacked):
                     "--n-tok", "16", cwd=self.folder, env=environment)
         self.assertIn("Paris", shown)
 
-    @unittest.skipIf(not list(DIST.glob("turboquant_cuda-*.whl")), "no wheel of CUDA's library: release.py --cuda makes it")
+    @unittest.skipIf(not list(DIST.glob("libturboquant_cuda-*.whl")), "no wheel of CUDA's library: release.py --cuda makes it")
     def test_cudas_wheel_is_found_by_the_library(self):
-        python = self.install(sys.executable, "cuda", artefact("turboquant-*_x86_64.whl"))
-        doctor = [python, "-m", "turboquant", "doctor"]
+        python = self.install(sys.executable, "cuda", artefact("libturboquant-*_x86_64.whl"))
+        doctor = [python, "-m", "libturboquant", "doctor"]
         before = subprocess.run(doctor, capture_output=True, text=True, cwd=self.folder, env=clean()).stdout
         run(python.parent / "pip", "install", "-q", "--disable-pip-version-check", "--no-deps",
-            artefact("turboquant_cuda-*.whl"), env=clean())
+            artefact("libturboquant_cuda-*.whl"), env=clean())
         after = subprocess.run(doctor, capture_output=True, text=True, cwd=self.folder, env=clean()).stdout
         missing = "libturboquant-cuda.so: cannot open"
         self.assertIn(missing, before)
@@ -220,7 +220,7 @@ class AArch64(Unpacked):
         return self.folder / name
 
     def test_a_program_with_the_wheels_library(self):
-        library = self.wheels["aarch64"] / "turboquant"
+        library = self.wheels["aarch64"] / "libturboquant"
         program = self.compile("attend", ROOT / "examples/attend.c", library / "libturboquant.so", f"-Wl,-rpath,{library}",
                                "-lm", "-pthread")
         (library / "libturboquant.so.0").symlink_to("libturboquant.so")  # the name that programs ask for
@@ -235,7 +235,7 @@ class AArch64(Unpacked):
         return program
 
     def test_libraries_load(self):
-        library = self.wheels["aarch64"] / "turboquant"
+        library = self.wheels["aarch64"] / "libturboquant"
         program = self.compile("load", ROOT / "tests/release/load.c", "-ldl")
         shown = self.emulate(program, library / "libturboquant.so", library / "libggml-turboquant.so")
         self.assertEqual(shown.count("loaded "), 2)
