@@ -62,7 +62,7 @@ release:  ## wheels, source distribution and tarball in dist/, for glibc 2.28; C
 	$(TQ_DEPS_DIR)/release-venv/bin/python scripts/release.py $(if $(CUDA),--cuda "$(CUDA)")
 
 .PHONY: release-test
-release-test:  ## what `make release` has made, in clean environments, under qemu and in a bare root; 2 minutes
+release-test:  ## what `make release` has made, in clean environments, under qemu and in a bare root; 3 minutes
 	@scripts/setup.sh cross
 	@$(MAKE) --no-print-directory test-deps
 	$(PYTHON) tests/release/test_release.py

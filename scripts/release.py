@@ -95,7 +95,8 @@ def compiler(work, machine, language="cc"):
 def defines(work, machine):
     found = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_C_COMPILER": compiler(work, machine), "TQ_GGML_DIR": GGML,
              "TQ_BUILD_CUDA": "OFF", "CMAKE_INSTALL_LIBDIR": "lib"}
-    # -s leaves out what only debuggers read. This machine's strip does not know the other's files.
+    # Without what only debuggers read, which names this checkout. This machine's strip does not know the other's files.
+    found["CMAKE_C_FLAGS"] = "-g0"
     found |= {f"CMAKE_{kind}_LINKER_FLAGS": "-s" for kind in ("EXE", "SHARED", "MODULE")}
     if machine != os.uname().machine:
         found |= {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": machine}
