@@ -111,6 +111,12 @@ class Contents(Unpacked):
                 print(f"{path.relative_to(self.folder)}: GLIBC_{newest[0]}.{newest[1]}, {path.stat().st_size} bytes")
                 self.assertLessEqual(newest, GLIBC)
 
+    def test_no_file_names_this_checkout(self):
+        for folder in (*self.wheels.values(), self.tarball):
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    self.assertNotIn(os.fsencode(ROOT) + b"/", path.read_bytes(), path.relative_to(self.folder))
+
     def test_each_library_is_of_its_machine(self):
         for machine, folder in self.wheels.items():
             for name in ("libturboquant.so", "libggml-turboquant.so"):
