@@ -37,6 +37,7 @@ static tq_status check_formats(const tq_cache_params *params)
 {
     for (int32_t layer = 0; layer < params->n_layer; layer++) {
         TQ_TRY(check_format(params->layer_k_formats ? params->layer_k_formats[layer] : params->k_format, layer, "keys"));
+        if (params->values_in_keys) continue; /* v_format means nothing */
         TQ_TRY(check_format(params->layer_v_formats ? params->layer_v_formats[layer] : params->v_format, layer, "values"));
     }
     return TQ_OK;

@@ -108,7 +108,7 @@ static tq_status cache_init(tq_cache *cache, const tq_cache_params *params)
 {
     size_t page_bytes = 0;
     cache->shape.sides = tq_budget_alloc(&cache->budget, sides_bytes(params->n_layer));
-    if (!cache->shape.sides) return tq_budget_failure(&cache->budget, sides_bytes(params->n_layer));
+    if (!cache->shape.sides) return tq_budget_failure(&cache->budget, tq_alloc_bytes(sides_bytes(params->n_layer)));
     for (int32_t layer = 0; layer < params->n_layer; layer++) {
         for (int32_t side = 0; side < TQ_N_SIDES; side++) TQ_TRY(side_init(cache, params, layer, side, &page_bytes));
     }
@@ -198,7 +198,7 @@ tq_status tq_cache_copy_factors(tq_cache *cache, int32_t layer, const int8_t *fa
     *out = NULL;
     if (!unless_zero(factors, n)) return TQ_OK;
     TQ_TRY(tq_page_pool_make_room(&cache->pool, tq_alloc_bytes(n)));
-    tq_status failure = tq_budget_failure(&cache->budget, n);
+    tq_status failure = tq_budget_failure(&cache->budget, tq_alloc_bytes(n));
     *out = tq_budget_alloc(&cache->budget, n);
     if (!*out) return failure;
     memcpy(*out, factors, n);

@@ -22,7 +22,7 @@ void *tq_budget_alloc(tq_budget *budget, size_t bytes)
 
 tq_status tq_budget_failure(const tq_budget *budget, size_t bytes)
 {
-    return tq_alloc_bytes(bytes) > budget->limit - budget->used ? TQ_ERR_FULL : TQ_ERR_MEMORY;
+    return bytes > budget->limit - budget->used ? TQ_ERR_FULL : TQ_ERR_MEMORY;
 }
 
 void tq_budget_free(tq_budget *budget, void *p, size_t bytes)
@@ -52,7 +52,9 @@ tq_status tq_page_pool_init(tq_page_pool *pool, int32_t n_pages, int32_t n_frame
                            .device = device,
                            .memory = memory};
     if (offload) budget->used += tq_offload_bytes(offload->n_slots);
-    size_t tables = (size_t)n_pages * (sizeof *pool->data + sizeof *pool->pages) + (size_t)n_frames * sizeof *pool->spare;
+    size_t tables = tq_alloc_bytes((size_t)n_pages * sizeof *pool->data) +
+                    tq_alloc_bytes((size_t)n_pages * sizeof *pool->pages) +
+                    tq_alloc_bytes((size_t)n_frames * sizeof *pool->spare);
     tq_status failure = tq_budget_failure(budget, tables);
     pool->data = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->data);
     pool->pages = tq_budget_alloc(budget, (size_t)n_pages * sizeof *pool->pages);

@@ -26,7 +26,7 @@ typedef struct tq_budget {
 
 /* NULL on failure or beyond the limit. */
 void *tq_budget_alloc(tq_budget *budget, size_t bytes);
-/* Why an allocation of so many bytes failed: FULL, beyond the limit, or MEMORY. */
+/* Why allocations that take so many bytes of the heap (tq_alloc_bytes) failed: FULL, beyond the limit, or MEMORY. */
 tq_status tq_budget_failure(const tq_budget *budget, size_t bytes);
 /* As tq_budget_alloc, for memory that holds vectors behind its first head_bytes; in a dry run only those are there. */
 void *tq_budget_alloc_vectors(tq_budget *budget, size_t bytes, size_t head_bytes);

@@ -15,7 +15,9 @@ tq_status tq_prefix_index_init(tq_prefix_index *index, int32_t n_pages, int32_t 
     *index = (tq_prefix_index){.budget = budget, .page_size = page_size, .n_pages = n_pages, .key = tq_hash_key()};
     index->n_buckets = 1;
     while (index->n_buckets * PER_BUCKET < (size_t)n_pages) index->n_buckets *= 2;
-    tq_status failure = tq_budget_failure(budget, (index->n_buckets + (size_t)n_pages) * sizeof(tq_prefix *));
+    size_t tables =
+        tq_alloc_bytes(index->n_buckets * sizeof(tq_prefix *)) + tq_alloc_bytes((size_t)n_pages * sizeof(tq_prefix *));
+    tq_status failure = tq_budget_failure(budget, tables);
     index->buckets = tq_budget_alloc(budget, index->n_buckets * sizeof(tq_prefix *));
     index->by_page = tq_budget_alloc(budget, (size_t)n_pages * sizeof(tq_prefix *));
     return index->buckets && index->by_page ? TQ_OK : failure;
