@@ -13,10 +13,12 @@ device, and turns flash attention on. All else is llama_cpp.Llama's.
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,20 @@ def _function(name: str, result: Any, *arguments: Any) -> Any:
     return function
 
 
+@contextlib.contextmanager
+def _environment(options: str) -> Iterator[None]:
+    """The plug-in reads its options there, once. What is refused must not be there for the next Llama."""
+    before = os.environ.get("TQ_GGML")
+    if options:
+        os.environ["TQ_GGML"] = options
+    try:
+        yield
+    finally:
+        if options:
+            os.environ.pop("TQ_GGML")
+            os.environ |= {} if before is None else {"TQ_GGML": before}
+
+
 def _device(name: str, options: str, verbose: bool) -> int:
     """The plug-in's device of this name; loads the plug-in if no Llama before has. With _lock only."""
     global _options
@@ -100,9 +116,7 @@ def _device(name: str, options: str, verbose: bool) -> int:
         load = _function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)
         path = plugin_path()
         bindings.llama_backend_init()
-        if options:
-            os.environ["TQ_GGML"] = options
-        with _Messages(verbose) as messages:
+        with _environment(options), _Messages(verbose) as messages:
             loaded = load(os.fsencode(path))
         device = by_name(name.encode()) if loaded else None
         if device is None:
@@ -122,8 +136,8 @@ def _refuse(arguments: dict[str, Any]) -> None:
                             "llama_cpp.Llama")
     if not arguments.get("offload_kqv", True):
         raise ArgumentError("offload_kqv=False: keys and values would stay with the CPU; leave it out, or use llama_cpp.Llama")
-    if arguments.get("n_gpu_layers", -1) == 0:
-        raise ArgumentError("n_gpu_layers=0: no layer's keys and values would be compressed; leave it out for all of them")
+    if (n := arguments.get("n_gpu_layers", -1)) in (0, 1):  # the first one is the output, which has no keys and values
+        raise ArgumentError(f"n_gpu_layers={n}: no layer's keys and values would be compressed; leave it out for all of them")
     if arguments.get("split_mode", llama_cpp.LLAMA_SPLIT_MODE_LAYER) not in (llama_cpp.LLAMA_SPLIT_MODE_LAYER,
                                                                              llama_cpp.LLAMA_SPLIT_MODE_NONE):
         raise ArgumentError("split_mode: one device has all keys and values; leave it out")

@@ -72,7 +72,8 @@ def test_states_and_pickles():
 
 @pytest.mark.parametrize("wrong, words", [
     ({"preset": "TQ5"}, "TQ5"), ({"flash_attn": False}, "flash attention only"), ({"offload_kqv": False}, "offload_kqv"),
-    ({"n_gpu_layers": 0}, "n_gpu_layers"), ({"type_k": llama_cpp.GGML_TYPE_Q8_0}, "type_k"),
+    ({"n_gpu_layers": 0}, "n_gpu_layers"), ({"n_gpu_layers": 1}, "n_gpu_layers=1"),
+    ({"type_k": llama_cpp.GGML_TYPE_Q8_0}, "type_k"),
     ({"split_mode": llama_cpp.LLAMA_SPLIT_MODE_ROW}, "split_mode"), ({"kv_options": "recent=128"}, "whole process"),
 ])
 def test_refused_arguments(wrong, words):
@@ -107,6 +108,13 @@ def test_refused_by_the_plugin(options, words):
                          "\nexcept UnsupportedError as error: print('refused:', error)")
     assert code == 0 and out.startswith("refused:") and words in out, err
     assert "Exception ignored" not in err
+
+
+def test_refused_options_are_gone():
+    code, out, err = run("\ntry: Llama(sys.argv[1], verbose=False, kv_options='recnt=1')\nexcept UnsupportedError: pass"
+                         "\nimport os; assert 'TQ_GGML' not in os.environ"
+                         "\nprint(Llama(sys.argv[1], n_ctx=256, verbose=False).kv_cache, os.environ.get('TQ_GGML'))")
+    assert code == 0 and out.startswith("TQ4 holds") and out.endswith("None\n"), err
 
 
 def test_plugin_that_is_not_there():
