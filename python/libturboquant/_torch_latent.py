@@ -14,6 +14,7 @@ import torch
 
 from .errors import UnsupportedError
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _N_VALUE = "_turboquant_n_value"  # of an attention module whose weight has been looked at: what a head's values have
 
 
@@ -37,44 +38,60 @@ def keep_latents(module: torch.nn.Module) -> None:
 
 
 def expand_latents(module: torch.nn.Module) -> None:
-    """Undo keep_latents."""
-    vars(module).pop("expand_kv", None)
+    """Undo keep_latents, and nothing that somebody else has put there."""
+    if getattr(vars(module).get("expand_kv"), "__func__", None) is expand_kv:
+        del vars(module)["expand_kv"]
     vars(module).pop(_N_VALUE, None)
+
+
+def _plain_weight(projection: Any) -> torch.Tensor | None:
+    """The weight of a layer that multiplies by it and does nothing else: adapters (LoRA) have one that is not all they do,
+    quantized layers one that is not what they multiply by, and those in a file none at all."""
+    if not isinstance(projection, torch.nn.Linear) or projection.bias is not None:
+        return None
+    forward = getattr(projection, "_old_forward", projection.forward)  # behind the hooks of accelerate
+    weight = projection.weight
+    is_plain = (getattr(forward, "__func__", None) is torch.nn.Linear.forward and weight.dtype in _DTYPES and not weight.is_meta
+                and type(weight) in (torch.Tensor, torch.nn.Parameter))
+    return weight if is_plain else None
 
 
 def _maps(module: torch.nn.Module, n_head: int, rank: int, n_turned: int) -> tuple[torch.Tensor, torch.Tensor]:
     """How a latent becomes the first part of a head's key and its value: views of the module's weight, [n_head, n_key, rank]
     and [n_head, n_value, rank]. Raises UnsupportedError."""
-    weight = getattr(getattr(module, "kv_b_proj", None), "weight", None)
-    is_plain = weight is not None and weight.is_floating_point() and weight.ndim == 2
-    if not is_plain or weight.shape[0] % n_head or weight.shape[1] != rank:
-        raise UnsupportedError(f"{type(module).__name__} has no plain weight that makes keys and values from latents "
-                               "(kv_b_proj): use DynamicCache")
-    of_heads = weight.detach().view(n_head, -1, rank)
+    weight = _plain_weight(getattr(module, "kv_b_proj", None))
+    if weight is None or weight.shape[0] % n_head or weight.shape[1] != rank:
+        raise UnsupportedError(f"{type(module).__name__} has no plain weight in memory that makes keys and values from latents "
+                               "(kv_b_proj): merge its adapters, load it without quantization and offloading, or use "
+                               "DynamicCache")
+    of_heads = weight.view(n_head, -1, rank)
     if _N_VALUE not in vars(module):
         vars(module)[_N_VALUE] = _look_at(module, of_heads, n_turned)
     return of_heads[:, :-vars(module)[_N_VALUE]], of_heads[:, -vars(module)[_N_VALUE]:]
 
 
+@torch.no_grad()
 def _look_at(module: torch.nn.Module, of_heads: torch.Tensor, n_turned: int) -> int:
     """What a head's values have, if expand_kv makes of random latents what the weight makes of them. Else UnsupportedError."""
     n_head, _, rank = of_heads.shape
     latents = torch.randn(1, 1, 3, rank + n_turned, generator=torch.Generator().manual_seed(1))
     latents, turned = latents.to(of_heads.device, of_heads.dtype).split([rank, n_turned], dim=-1)
-    keys, values = type(module).expand_kv(module, latents, turned)
-    n_value = values.shape[-1]
-    own_keys = torch.cat([latents @ of_heads[:, :-n_value].mT, turned.expand(1, n_head, -1, -1)], dim=-1)
+    with torch.autocast(of_heads.device.type, enabled=False):
+        keys, values = type(module).expand_kv(module, latents, turned)
+        n_value = values.shape[-1]
+        own_keys = torch.cat([latents @ of_heads[:, :-n_value].mT, turned.expand(1, n_head, -1, -1)], dim=-1)
+        own_values = latents @ of_heads[:, -n_value:].mT
     bound = 1e-4 if of_heads.dtype == torch.float32 else 3e-2
-    for wanted, own in ((keys, own_keys), (values, latents @ of_heads[:, -n_value:].mT)):
+    for wanted, own in ((keys, own_keys), (values, own_values)):
         if wanted.shape != own.shape or (wanted - own).abs().max() > bound * wanted.abs().max():
             raise not_known(module)
     return n_value
 
 
-@torch.no_grad()
 def queries_of(module: torch.nn.Module, query: torch.Tensor, rank: int, n_turned: int) -> torch.Tensor:
     """query [n_batch, n_head, n_tok, n_key + n_turned] as [n_batch, n_head, n_tok, rank + n_turned]: the same products with
-    latents as with the keys that are made of them."""
+    latents as with the keys that are made of them. They want gradients where the query or the weight does, as attention looks
+    for, which has none."""
     keys, _ = _maps(module, query.shape[1], rank, n_turned)
     own, turned = query.split([query.shape[3] - n_turned, n_turned], dim=-1)
     return torch.cat([own @ keys, turned], dim=-1)

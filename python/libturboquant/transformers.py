@@ -324,7 +324,7 @@ class TurboQuantCache(Cache):
         of_model = {} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}
         self._options = {"preset": preset, "n_threads": torch.get_num_threads()} | of_model | options
         if found.rank:
-            self._options |= weight_factors.of_latents(self._options, self._factors)
+            self._options |= weight_factors.of_latents(self._options, len(self._compressed), self._factors)
             self._factors = "off"
         self._max_tokens = max_tokens
         # Of the CPU until a tensor on another device comes. Memory is taken when it is used.

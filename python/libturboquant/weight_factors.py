@@ -299,12 +299,12 @@ def is_exact(fmt: int) -> bool:
     return format_info(fmt).bits >= 16
 
 
-def of_latents(options: dict[str, Any], factors: str = "weights") -> dict[str, Any]:
+def of_latents(options: dict[str, Any], n_layer: int, factors: str = "weights") -> dict[str, Any]:
     """
     What takes the place of options of a cache of latents (MLA), which have no factors, and which values are also read from: a
     preset's have 8 bits, as in llama.cpp. Formats that somebody else has chosen stay, as does a preset with factors="off".
     """
-    few = any(format_info(fmt).bits < 8 for fmt in formats_of(options, 1, "k"))
+    few = any(format_info(fmt).bits < 8 for fmt in formats_of(options, n_layer, "k"))
     is_presets = options.get("k_format") is None and options.get("layer_k_formats") is None
     return {"values_in_keys": True} | ({"k_format": "sq8"} if few and is_presets and factors != "off" else {})
 

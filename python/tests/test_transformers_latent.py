@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Latent attention (MLA): latents are kept once, and attended to without making keys and values of them."""
 import copy
+import types
 
 import pytest
 import torch
-from tiny import SIZES, divergence, generated, ids, logits, same_tokens, stock
+from tiny import CACHE, SIZES, divergence, generated, ids, logits, same_tokens, stock
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 from libturboquant import UnsupportedError, format_info
 from libturboquant.__main__ import main
 from libturboquant.commands import plan
-from libturboquant.transformers import TurboQuantCache, install, uninstall
+from libturboquant.transformers import NAME, TurboQuantCache, install, uninstall
 
 RANK, TURNED = 256, 64
 _SHAPE = {"kv_lora_rank": RANK, "q_lora_rank": 64, "qk_rope_head_dim": TURNED, "qk_nope_head_dim": 48, "v_head_dim": 32,
@@ -130,10 +131,73 @@ def test_unknown_ways_are_refused(model, monkeypatch):
     with pytest.raises(UnsupportedError, match="DeepseekV3Attention makes keys and values from latents in a way"):
         logits(model, TurboQuantCache(model.config), ids(1, 20))
     monkeypatch.undo()
-    for layer in model.model.layers:
-        layer.self_attn.kv_b_proj = torch.nn.Sequential(layer.self_attn.kv_b_proj)
-    with pytest.raises(UnsupportedError, match="no plain weight"):
-        logits(model, TurboQuantCache(model.config), ids(1, 20))
+    logits(model, TurboQuantCache(model.config), ids(1, 20))
+    plain = [layer.self_attn.kv_b_proj for layer in model.model.layers]
+    for other in (torch.nn.Sequential, Adapted, Quantized, lambda linear: linear.to("meta"),
+                  lambda linear: linear.to(torch.float8_e4m3fn)):
+        for layer, linear in zip(model.model.layers, plain):
+            layer.self_attn.kv_b_proj = other(copy.deepcopy(linear))
+        with pytest.raises(UnsupportedError, match="no plain weight in memory"):
+            logits(model, TurboQuantCache(model.config), ids(1, 20))
+
+
+class Adapted(torch.nn.Module):
+    """As PEFT's LoRA: the weight of what is adapted, which is not all that it does."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer, self.more = linear, torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.more(x)
+
+
+class Quantized(torch.nn.Module):
+    """As PyTorch's dynamically quantized layers: weight is a method."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_gradients_are_refused(model):
+    model.set_attn_implementation(NAME)
+    with pytest.raises(UnsupportedError, match="no gradients"):
+        model(input_ids=ids(1, 20), **{CACHE: TurboQuantCache(model.config)})
+    model.requires_grad_(False)
+    model.model.layers[1].self_attn.kv_b_proj.weight.requires_grad_()
+    with pytest.raises(UnsupportedError, match="no gradients"):
+        model(input_ids=ids(1, 20), **{CACHE: TurboQuantCache(model.config)})
+
+
+def test_autocast(model):
+    input_ids = ids(1, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model, TurboQuantCache(model.config, **F16), input_ids)
+        assert divergence(logits(model, stock(model), input_ids).float(), found.float()) < 1e-3
+
+
+def test_exact_layers(model):
+    cache = TurboQuantCache(model.config, exact_layers=1)
+    logits(model, cache, ids(1, 40))
+    assert [format_info(number).name for number in cache._key_formats] == ["f16", "sq8", "sq8", "f16"]
+
+
+def test_what_others_have_put_there_stays(model):
+    attention = model.model.layers[0].self_attn
+    attention.expand_kv = other = types.MethodType(type(attention).expand_kv, attention)
+    uninstall(install(model))
+    assert attention.expand_kv is other
 
 
 def test_devices_refuse(model, monkeypatch):

@@ -80,7 +80,7 @@ class Model:
         n_pages = batch * -(-n_tok // page_size)
         options = {"preset": preset, "head_dim_v": self.head_dim_v}
         if self.is_latent:
-            options |= weight_factors.of_latents(options)
+            options |= weight_factors.of_latents(options, self.n_compressed)
         cache = Cache(self.n_compressed, self.n_head_kv, self.head_dim, page_size=page_size, max_tok=n_pages * page_size,
                       dry_run=True, n_threads=1, **options)
         for _ in range(batch):
