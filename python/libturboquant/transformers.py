@@ -186,7 +186,7 @@ class TurboQuantLayer(CacheLayerMixin):
     def _check(self, config: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._model_config is not None and self._model_config is not config:
             raise ArgumentError("this cache belongs to another model: make a TurboQuantCache for each, or reset() it first")
-        if torch.is_grad_enabled() and query.requires_grad:
+        if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad):
             raise UnsupportedError("there are no gradients through compressed attention: call the model under "
                                    "torch.no_grad()")
         self._cache()._use(query.device)

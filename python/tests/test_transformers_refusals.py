@@ -40,6 +40,16 @@ def test_gradients(llama):
         llama(ids(1, 20), **{CACHE: cache})
 
 
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_gradients_of_what_is_kept(name):
+    """Also where no query needs any, as with adapters of keys or values only."""
+    model = make_model("llama").requires_grad_(False)
+    use_attention_of(model, compressed(model))
+    getattr(model.model.layers[0].self_attn, name).weight.requires_grad_()
+    with pytest.raises(libturboquant.UnsupportedError, match="no_grad"):
+        model(ids(1, 20), **{CACHE: compressed(model)})
+
+
 def test_dropout():
     model = make_model("llama", attention_dropout=.1).train()
     with pytest.raises(libturboquant.UnsupportedError, match="dropout.*eval"):
