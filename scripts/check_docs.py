@@ -222,7 +222,20 @@ def fault_commands(tree, page, text):
             yield line, f"python -m libturboquant mlx {match.group(1)}: it has no such command"
 
 
-RULES = [fault_links, fault_files, fault_index, fault_actions, fault_make_targets, fault_words, fault_commands]
+def fault_package(tree, page, text):
+    """The Python package has one name, and the modules that are imported from it."""
+    if page.name in HISTORY:
+        return
+    for line, code in code_of(text):
+        for match in re.finditer(r"(?:\bpython3? -m |\bfrom |\bimport )((?:lib)?turboquant)\b((?:\.\w+)*)", code):
+            path = "python/" + "/".join([match[1], *match[2].split(".")[1:]])
+            if match[1] != "libturboquant":
+                yield line, f"{match[0]}: the package is called libturboquant"
+            elif not {path, path + ".py"} & tree.paths:
+                yield line, f"{match[0]}: the package has no such module"
+
+
+RULES = [fault_links, fault_files, fault_index, fault_actions, fault_make_targets, fault_words, fault_commands, fault_package]
 
 
 def check(root=ROOT):

@@ -100,6 +100,12 @@ class Names(unittest.TestCase):
         self.assertEqual(list(self.faults(step.format("main", "check"), ".github/ci.yml")), ["actions"])
         self.assertEqual(list(self.faults(step.format("v4", "cheque"), ".github/ci.yml")), ["make_targets"])
 
+    def test_package(self):
+        self.assert_clean("    from libturboquant.commands import mlx\n    import libturboquant\n")
+        self.assert_fault("package", "    from turboquant.commands import mlx\n", "the package is called libturboquant")
+        self.assert_fault("package", "`python -m turboquant doctor X`\n", "the package is called libturboquant")
+        self.assert_fault("package", "    import libturboquant.comands\n", "no such module")
+
     def test_words(self):
         self.assert_clean("tq_cache_create, tq_cache_*, `TQ_VERSION_MAJOR`, -DTQ_VERSION_MAJOR=1\n")
         self.assert_fault("words", "`tq_cache_destroy`\n", "tq_cache_destroy")
