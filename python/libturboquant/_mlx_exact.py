@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class ExactPrompt:
     """
     Around a sequence: rows stay the model's own arrays, and attention is MLX's, until a pass brings a single token after
-    others, the first that was generated, or `settle` is called. Then the sequence gets all of them, and all that comes later.
+    others, a prompt's last in MLX-LM, or `settle` is called. Then the sequence gets all of them, and all that comes later.
     One that holds tokens at first has settled. to_rows: of [1, n_head, n_tok, head_dim], what the sequence takes.
     """
 

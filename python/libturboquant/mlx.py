@@ -336,11 +336,12 @@ def make_prompt_cache(model: Any, preset: str = "TQ4", max_kv_size: int | None =
     state keep what they have. On the CPU it is a TurboQuantKVCache, with the options of libturboquant.Cache, as k_format="sq8";
     on an Apple GPU a TurboQuantMetalKVCache, with those of that. Both take layer_k_formats=[...] and layer_v_formats=[...], one
     for each compressed layer, or exact_layers=1: the first and the last of them keep keys and values in f16; k_format="f16"
-    keeps all keys exact. exact_prefill=True reads prompts with exact keys and values, which are coded when the first token is
-    generated; until then they take their memory. A calibration, a path or a Calibration, is of the whole model. What was
-    applied is printed once. factors="off" leaves channels of keys as they are; by default factors from the model's weights keep
-    outlier channels from costing the others precision. On the CPU max_tok, budget_bytes and offload_bytes are of all layers
-    together, which get equal shares. Options are checked now. max_kv_size is MLX-LM's, and refused: there is no bound.
+    keeps all keys exact. exact_prefill=True reads prompts with exact keys and values, which are coded when a single token comes
+    after others (MLX-LM: a prompt's last); until then they take their memory. A calibration, a path or a Calibration, is of the
+    whole model. What was applied is printed once. factors="off" leaves channels of keys as they are; by default factors from
+    the model's weights keep outlier channels from costing the others precision. On the CPU max_tok, budget_bytes and
+    offload_bytes are of all layers together, which get equal shares. Options are checked now. max_kv_size is MLX-LM's, and
+    refused: there is no bound.
     """
     if max_kv_size is not None:
         raise UnsupportedError(f"max_kv_size is {max_kv_size}, but a compressed cache holds all tokens: leave it out, or use a "

@@ -87,7 +87,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     group.add_argument("--kv-n-recent", metavar="N", type=at_least(0), help="keep the last N tokens exact, in place of the "
                        "preset's number")
     group.add_argument("--kv-exact-prefill", action="store_true", default=None, help="read prompts with exact keys and values, "
-                       "and compress these when the first token is generated; until then they take their memory")
+                       "and compress these before a prompt's last token is read; until then they take their memory")
     group.add_argument("--kv-calibration", metavar="FILE", help="what `tq calibrate` learnt of the model")
     group.add_argument("--kv-factors", metavar="NAME", choices=CHOICES,
                        help="factors for channels of keys: weights, from the model's (default without a calibration), or off")
