@@ -25,6 +25,12 @@ static const char *format_name(tq_format format, int32_t head_dim)
     return tq_format_describe(&info, format, head_dim) == TQ_OK ? info.name : "unknown";
 }
 
+/* Of a file that has none for values, which its cache reads from the keys, the keys'. */
+static int32_t value_dim(const tq_snapshot_info *info)
+{
+    return info->head_dim_v > 0 ? info->head_dim_v : info->head_dim;
+}
+
 static int print_json(const tq_snapshot_info *info, const tq_format *formats)
 {
     cJSON *object = cJSON_CreateObject(), *k = cJSON_CreateArray(), *v = cJSON_CreateArray();
@@ -51,7 +57,7 @@ static int print_json(const tq_snapshot_info *info, const tq_format *formats)
         cJSON_AddNumberToObject(object, numbers[i].name, numbers[i].value);
     for (int32_t i = 0; i < info->n_layer; i++) {
         cJSON_AddItemToArray(k, cJSON_CreateString(format_name(formats[2 * i], info->head_dim)));
-        cJSON_AddItemToArray(v, cJSON_CreateString(format_name(formats[2 * i + 1], info->head_dim_v)));
+        cJSON_AddItemToArray(v, cJSON_CreateString(format_name(formats[2 * i + 1], value_dim(info))));
     }
     cJSON_AddItemToObject(object, "k_formats", k);
     cJSON_AddItemToObject(object, "v_formats", v);
@@ -61,8 +67,8 @@ static int print_json(const tq_snapshot_info *info, const tq_format *formats)
 static void print_text(const tq_snapshot_info *info, const tq_format *formats)
 {
     printf("snapshot of version %d, %.1f MiB\n", info->version, (double)info->file_bytes / 1048576);
-    printf("  shape      %d layers, %d KV heads, head_dim %d and %d\n", info->n_layer, info->n_head_kv, info->head_dim,
-           info->head_dim_v);
+    printf("  shape      %d layers, %d KV heads, head_dim %d and %d%s\n", info->n_layer, info->n_head_kv, info->head_dim,
+           value_dim(info), info->head_dim_v > 0 ? "" : "; values are read from the keys");
     printf("  exact      %d sinks, %d recent tokens; %.1f KiB a sequence\n", info->n_sink, info->n_recent,
            (double)info->exact_bytes / 1024);
     printf("  pages      %d of %d tokens, %.1f KiB each\n", info->n_pages, info->page_size, (double)info->page_bytes / 1024);
@@ -70,7 +76,7 @@ static void print_text(const tq_snapshot_info *info, const tq_format *formats)
     for (int32_t i = 0, end; i < info->n_layer; i = end) {
         for (end = i; end < info->n_layer && memcmp(formats + 2 * i, formats + 2 * end, 2 * sizeof *formats) == 0;) end++;
         printf("  layers     %d to %d: keys %s, values %s\n", i, end - 1, format_name(formats[2 * i], info->head_dim),
-               format_name(formats[2 * i + 1], info->head_dim_v));
+               format_name(formats[2 * i + 1], value_dim(info)));
     }
 }
 

@@ -126,6 +126,14 @@ class Cache(unittest.TestCase):
         self.assertEqual(info["file_bytes"], self.SNAPSHOT.stat().st_size)
         self.assertIn("layers     0 to 1: keys tt4, values sq3", tq("cache", "inspect", self.SNAPSHOT).stdout)
 
+    def test_inspect_values_in_keys(self):
+        done = tq("cache", "inspect", ROOT / "tests/golden/snapshot_values_in_keys.tqs")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("head_dim 32 and 32; values are read from the keys", done.stdout)
+        self.assertIn("keys sq8, values sq8", done.stdout)
+        info = tq_json("cache", "inspect", ROOT / "tests/golden/snapshot_values_in_keys.tqs")
+        self.assertEqual((info["head_dim_v"], info["v_formats"]), (0, ["sq8"]))
+
     def test_verify(self):
         self.assertIn("whole", tq("cache", "verify", self.SNAPSHOT).stdout)
         with tempfile.NamedTemporaryFile() as damaged:
