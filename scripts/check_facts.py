@@ -27,7 +27,7 @@ SAYINGS = {
     "families of models": r"\b(\d+)\s+families",
 }
 MEASURED = {"cache", "preset", "format", "engine", "model"}  # what rows are of in tables of figures
-KL_RESULTS = "bench/results/2026-11-24-eval-4096.csv"
+RESULTS = re.compile(r"bench/results/[\w.-]+\.csv")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Facts:
     tested: dict  # of what pages call a host: its tested versions, as "5.24"
     python: str
     n_models: int
-    divergence: dict  # of (cache, text): as ".0045"
+    divergence: dict  # of a file of results: {(cache, text): ".0045"}
     tables: dict = field(default_factory=dict)  # of (header, first cell): (row, page)
     sayings: dict = field(default_factory=dict)  # of the name: (figure, page)
 
@@ -64,8 +64,6 @@ def read_facts(root=ROOT):
     for path in (root / "python/tests").glob("requirements*.in"):
         for name, version_of in re.findall(r"^([\w.-]+)==([\w.]+)", read(path), re.MULTILINE):
             pins.setdefault(name.replace("_", "-"), set()).add(version_of)
-    with open(root / KL_RESULTS) as file:
-        rows = list(csv.DictReader(file))
     models = read(root / "docs/models.md").split("<!-- begin: written by tests -->")[1].split("\n## ")[0]
     return Facts(
         head_dims=[int(n) for n in head_dims.split(",")],
@@ -76,8 +74,18 @@ def read_facts(root=ROOT):
         tested={name: hosts[module] for name, module in names.items()},
         python=re.search(r'^requires-python = ">=([\d.]+)"', read(root / "pyproject.toml"), re.MULTILINE).group(1),
         n_models=len(re.findall(r"^\| \w", models, re.MULTILINE)),
-        divergence={(row["name"], row["text"]): short(row["kld_mean"]) for row in rows},
+        divergence={path.relative_to(root).as_posix(): divergence_of(path) for path in root.glob("bench/results/*.csv")},
     )
+
+
+def divergence_of(path):
+    """{(cache, text): mean divergence} of a file of results, where it has these and one figure for each."""
+    with open(path) as file:
+        rows = [row for row in csv.DictReader(file) if {"name", "text", "kld_mean"} <= row.keys() and row["kld_mean"]]
+    found = {}
+    for row in rows:
+        found.setdefault((row["name"], row["text"]), set()).add(short(row["kld_mean"]))
+    return {key: figures.pop() for key, figures in found.items() if len(figures) == 1}
 
 
 def cells_of(line):
@@ -173,16 +181,21 @@ def fault_citation(facts, page, text):
 
 
 def fault_divergence(facts, page, text):
-    """The table of README.md and docs/quality.md."""
+    """A table of caches and texts has the figures of the results that are named last before it."""
+    lines = text.split("\n")
     for header, rows in tables_of(text):
         names = [TEXTS.get(name, name) for name in header]
-        if header[0] != "cache" or not set(TEXTS.values()) <= set(names):
+        if header[0] != "cache" or not set(TEXTS.values()) <= set(names) or not rows:
+            continue
+        named = RESULTS.findall("\n".join(lines[:rows[0][0]]))
+        if not named or named[-1] not in facts.divergence:
+            yield rows[0][0], "a table of caches and texts names no file of results before it"
             continue
         for line, cells in rows:
             for name, cell in zip(names[1:], cells[1:]):
-                expected = facts.divergence.get((cells[0], name))
+                expected = facts.divergence[named[-1]].get((cells[0], name))
                 if expected and cell != expected:
-                    yield line, f"{cells[0]}, {name}: {cell} here, {expected} in {KL_RESULTS}"
+                    yield line, f"{cells[0]}, {name}: {cell} here, {expected} in {named[-1]}"
 
 
 def fault_tables(facts, page, text):

@@ -173,7 +173,11 @@ class FactsOfPages(unittest.TestCase):
 
     def test_divergence(self):
         table = "| cache | novel | manual | C code |\n| --- | --- | --- | --- |\n| **TQ4** | {} | .0058 | .0046 |\n"
-        self.assert_tells(check_facts.fault_divergence, table.format(".0045"), table.format(".0040"))
+        rule, old, new = check_facts.fault_divergence, "2026-11-24-eval-4096.csv", "2026-12-01-evidence.csv"
+        from_results = f"\nbench/results/{{}}\n\n{table}"
+        self.assert_tells(rule, from_results.format(old, ".0045"), from_results.format(old, ".0040"))
+        self.assertEqual(len(self.faults(rule, from_results.format(new, ".0045"), "docs/page.md")), 3)
+        self.assert_tells(rule, from_results.format(old, ".0045"), table.format(".0045"))
 
     def test_tables(self):
         table = "| cache | a | b |\n| --- | --- | --- |\n| f16 | 1 | {} |\n"
