@@ -8,6 +8,7 @@ attention returns of them to the values'.
 from __future__ import annotations
 
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ import torch
 from .errors import UnsupportedError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_N_VALUE = "_turboquant_n_value"  # of an attention module whose weight has been looked at: what a head's values have
+# Of attention modules whose weight has been looked at: what a head's values have.
+_n_values: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 class Latents:
@@ -23,7 +25,9 @@ class Latents:
 
 
 def expand_kv(module: torch.nn.Module, latents: Any, turned: Any) -> tuple[Any, Any]:
-    return (latents, turned) if isinstance(latents, Latents) else type(module).expand_kv(module, latents, turned)
+    """In the place of a module's own, for one call."""
+    del vars(module)["expand_kv"]
+    return (latents, turned) if isinstance(latents, Latents) else module.expand_kv(latents, turned)
 
 
 def not_known(module: torch.nn.Module) -> UnsupportedError:
@@ -32,16 +36,9 @@ def not_known(module: torch.nn.Module) -> UnsupportedError:
 
 
 def keep_latents(module: torch.nn.Module) -> None:
-    """Let a module's expand_kv give Latents back. Its class stays as it is."""
+    """Let a module's next expand_kv give Latents back. Its class stays as it is."""
     if "expand_kv" not in vars(module):
         vars(module)["expand_kv"] = types.MethodType(expand_kv, module)  # which deepcopy binds to the copy
-
-
-def expand_latents(module: torch.nn.Module) -> None:
-    """Undo keep_latents, and nothing that somebody else has put there."""
-    if getattr(vars(module).get("expand_kv"), "__func__", None) is expand_kv:
-        del vars(module)["expand_kv"]
-    vars(module).pop(_N_VALUE, None)
 
 
 def _plain_weight(projection: Any) -> torch.Tensor | None:
@@ -65,9 +62,9 @@ def _maps(module: torch.nn.Module, n_head: int, rank: int, n_turned: int) -> tup
                                "(kv_b_proj): merge its adapters, load it without quantization and offloading, or use "
                                "DynamicCache")
     of_heads = weight.view(n_head, -1, rank)
-    if _N_VALUE not in vars(module):
-        vars(module)[_N_VALUE] = _look_at(module, of_heads, n_turned)
-    return of_heads[:, :-vars(module)[_N_VALUE]], of_heads[:, -vars(module)[_N_VALUE]:]
+    if module not in _n_values:
+        _n_values[module] = _look_at(module, of_heads, n_turned)
+    return of_heads[:, :-_n_values[module]], of_heads[:, -_n_values[module]:]
 
 
 @torch.no_grad()

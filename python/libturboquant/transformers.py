@@ -41,7 +41,7 @@ from . import _threads, cache as _cache, weight_factors
 from ._columns import Columns
 from ._shapes import last_readers, layers_of, sort_layers, told
 from ._torch_factors import factors_of
-from ._torch_latent import Latents, expand_latents, keep_latents, not_known, queries_of, values_of
+from ._torch_latent import Latents, keep_latents, not_known, queries_of, values_of
 from ._torch_fold import fold as fold
 from ._torch_rows import attend_rows
 from ._torch_stores import DeviceStore, HostStore, is_device
@@ -976,7 +976,6 @@ def uninstall(model: PreTrainedModel) -> PreTrainedModel:
         vars(model).pop(name, None)
     for module in installed.decoder.modules():
         vars(module).pop(_INSTALLED, None)
-        expand_latents(module)
     set_attention(model, installed.before)
     return model
 

@@ -39,6 +39,7 @@ def test_exact_latents_give_what_expanded_ones_give(model):
         found = logits(model, TurboQuantCache(model.config, **F16), input_ids, 3, **more)
         first = 40 if more else 0
         assert divergence(wanted[:, first:], found[:, first:]) < ROUNDED
+    assert not any("turboquant" in name or name == "expand_kv" for part in model.modules() for name in vars(part))
     cache = TurboQuantCache(model.config, n_recent=508)
     assert same_tokens(model, generated(model, cache, input_ids), generated(model, stock(model), input_ids))
 
