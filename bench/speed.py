@@ -22,7 +22,10 @@ from measure import commit, machine  # noqa: E402
 FIELDS = ["config", "test", "depth", "tokens_per_s", "min", "max", "rounds", "ratio_vs_f16", "command", "commit", "machine"]
 
 
-def configurations(names):
+OLD = " old"  # of a device, behind its name: that of the other build
+
+
+def configurations(names, has_old):
     """name -> extra arguments of llama-bench."""
     out = {}
     for name in names:
@@ -30,11 +33,13 @@ def configurations(names):
             out[name] = ["-ctk", name, "-ctv", name]
         else:
             out[name] = ["-dev", name, "-ngl", "99"]
+            if has_old:
+                out[name + OLD] = out[name]
     return out
 
 
 def run_once(bench, args, plugin):
-    """One run of llama-bench. The plug-in is loaded for our devices alone, so that it can't serve a stock configuration."""
+    """One run of llama-bench. The plug-in is loaded only for our devices, so that it can't serve a stock configuration."""
     env = {k: v for k, v in os.environ.items() if k != "GGML_BACKEND_PATH"}
     if "-dev" in args:
         env["GGML_BACKEND_PATH"] = plugin
@@ -48,6 +53,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--llama-bin", required=True, help="folder of the stock llama.cpp tools")
     p.add_argument("--plugin", required=True, help="libggml-turboquant.so")
+    p.add_argument("--old-plugin", help="of another build, measured in turns with it: its devices are 'TQ4 old' and so on")
     p.add_argument("--model", required=True, help="a GGUF file")
     p.add_argument("--configs", default="f16,q8_0,q4_0,TQ6,TQ4,TQ3,TQ2")
     p.add_argument("--depths", default="0,1024,4096,8192")
@@ -60,14 +66,14 @@ def main():
     a = p.parse_args()
 
     bench = os.path.join(a.llama_bin, "llama-bench")
-    configs = configurations(a.configs.split(","))
+    configs = configurations(a.configs.split(","), a.old_plugin)
     samples, commands = {}, {}
     start = time.time()
     turns = [name for i_round in range(a.rounds) for name in configs if i_round == 0 or name not in a.once.split(",")]
     for done, name in enumerate(turns, 1):
         args = ["-m", a.model, "-t", str(a.threads), "-fa", "1", "-p", str(a.n_prompt), "-n", str(a.n_gen), "-d", a.depths,
                 "-r", "1", "-o", "json"] + configs[name]
-        for row in run_once(bench, args, a.plugin):
+        for row in run_once(bench, args, a.old_plugin if name.endswith(OLD) else a.plugin):
             key = (name, "prefill" if row["n_prompt"] else "decode", row["n_depth"])
             samples.setdefault(key, []).append(row["avg_ts"])
         shown = ["-m", os.path.basename(a.model)] + args[2:]
