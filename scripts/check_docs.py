@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from faults import report
+
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = {".git", "build", "__pycache__", ".pytest_cache", "node_modules"}
 SOURCES = {".c", ".h", ".cu", ".cuh", ".metal", ".py", ".sh", ".cmake", ".in", ".json", ".toml", ".map", ".yml"}
@@ -248,15 +250,6 @@ def check(root=ROOT):
             for line, message in rule(tree, page, text):
                 faults[rule.__name__.removeprefix("fault_")].append(f"{page.relative_to(root)}:{line}: {message}")
     return faults
-
-
-def report(faults):
-    for messages in faults.values():
-        for message in sorted(set(messages)):
-            print(message)
-    n_failed = sum(1 for messages in faults.values() if messages)
-    print(f"{len(faults) - n_failed} passed, {n_failed} failed")
-    return n_failed > 0
 
 
 if __name__ == "__main__":

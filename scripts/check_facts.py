@@ -16,6 +16,7 @@ from pathlib import Path
 
 import check_docs
 from check_docs import HISTORY, lines_of, read
+from faults import report
 
 ROOT = Path(__file__).resolve().parent.parent
 # Texts of the measurement that README.md and docs/quality.md quote.
@@ -236,4 +237,4 @@ def check(root=ROOT):
 
 
 if __name__ == "__main__":
-    sys.exit(check_docs.report(check()))
+    sys.exit(report(check()))

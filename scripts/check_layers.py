@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from faults import report
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["base", "codec", "kernels", "attention", "device", "cache", "api"]
 PUBLIC = "turboquant.h"
@@ -107,12 +109,7 @@ def main():
         checks["src/" + room] = list(check_folder(ROOT / "src" / room, lambda *a, r=room: fault_in_room(r, *a)))
     for folder in OUTSIDE:
         checks[folder] = list(check_folder(ROOT / folder, lambda *a, f=folder: fault_outside(f, *a)))
-    for messages in checks.values():
-        for message in messages:
-            print(message)
-    n_failed = sum(1 for messages in checks.values() if messages)
-    print(f"{len(checks) - n_failed} passed, {n_failed} failed")
-    return n_failed > 0
+    return report(checks)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import messages
+from faults import report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = "docs/troubleshooting.md", "docs/tq.md", "docs/errors.md"
@@ -100,13 +101,7 @@ def check(root=ROOT, is_written=False):
 
 
 def main():
-    faults = check(is_written=sys.argv[1:] == ["--write"])
-    for found in faults.values():
-        for fault in found:
-            print(fault)
-    n_failed = sum(1 for found in faults.values() if found)
-    print(f"{len(faults) - n_failed} passed, {n_failed} failed")
-    return n_failed > 0
+    return report(check(is_written=sys.argv[1:] == ["--write"]))
 
 
 if __name__ == "__main__":

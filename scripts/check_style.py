@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import words
+from faults import report
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = {".git", "build", "__pycache__", ".venv", ".pytest_cache", "node_modules"}
@@ -115,12 +116,7 @@ def main():
         print(f"clang-format {CLANG_FORMAT} is not here; the format was not checked")
     else:
         faults["format"] = formatted
-    for messages in faults.values():
-        for message in messages[:20]:
-            print(message)
-    n_failed = sum(1 for messages in faults.values() if messages)
-    print(f"{len(faults) - n_failed} passed, {n_failed} failed")
-    return n_failed > 0
+    return report(faults, 20)
 
 
 if __name__ == "__main__":
