@@ -163,7 +163,7 @@ typedef struct tq_format_info {
     double ratio_to_f16;     /* 16 / bits_per_value */
     const float *codebook;   /* ascending centroids for N(0,1), or NULL where the format has none; static storage */
     int32_t n_codebook;
-    double lloyd_max; /* distortion of that codebook on N(0,1) in theory, 0 where there is none */
+    double lloyd_max; /* distortion of that codebook on N(0,1) in theory, 0 where it has none */
 } tq_format_info;
 
 /* Fills *out. Errors: ARGUMENT, FORMAT, HEAD_DIM. Thread-safe. */
@@ -297,8 +297,8 @@ TQ_API tq_format tq_key_guard(tq_format wanted, float spread);
  * Results are those of one thread.
  *
  * fork(): a child has a cache of its own with what the parent's holds, whatever the parent's threads are doing; of a sequence
- * that one of them was changing it can only free its copy. With an offload file, which the two would share, there is no such
- * copy: every call in the child but tq_cache_free is an ARGUMENT error, and the parent's file stays as it is.
+ * that one of them was changing it can only free its copy. With an offload file, which the two would share, a child gets
+ * no copy: every call in the child but tq_cache_free is an ARGUMENT error, and the parent's file stays as it is.
  */
 typedef struct tq_cache tq_cache;
 /*

@@ -324,7 +324,7 @@ class Cache:
         lib.tq_cache_trim(self._handle, seq, n_tok)
 
     def length(self, seq: int, layer: int = 0) -> int:
-        """Tokens in one layer of a sequence, or -1 if there is no such sequence or layer."""
+        """Tokens in one layer of a sequence, or -1 if one of them does not exist."""
         try:
             return lib.tq_cache_length(self._handle, seq, layer)
         except RangeError:  # more than 32 bits
@@ -362,8 +362,8 @@ class Cache:
 
     def append(self, seq: int, layer: int, k: Any = None, v: Any = None, *, n_tok: int | None = None) -> None:
         """
-        Append tokens to one layer: k [n_tok, n_head_kv, head_dim], v [n_tok, n_head_kv, head_dim_v]. A dry run takes n_tok
-        alone. Raises ArgumentError (NaN, infinity or above 65504: the text names layer, head and position), CacheFullError.
+        Append tokens to one layer: k [n_tok, n_head_kv, head_dim], v [n_tok, n_head_kv, head_dim_v]. A dry run takes only
+        n_tok. Raises ArgumentError (NaN, infinity or above 65504: the text names layer, head and position), CacheFullError.
         """
         if k is None and v is None and n_tok is not None:
             lib.tq_cache_append(self._handle, seq, layer, n_tok, None, None, None)

@@ -228,7 +228,7 @@ class TurboQuantLayer(CacheLayerMixin):
         Attend with queries of the last of the rows' tokens [n_batch, n_head, n_query, head_dim]: [n_batch, n_query, n_head,
         head_dim]; and append the rows, if `reader`, the model's layer that the queries are of, is the last one.
         mask: None, or bool [n_batch, n_columns + n_tok], where False is padding. A row of padding gives zeros.
-        softcap: logits become softcap * tanh(logit / softcap). sinks [n_head]: logits of the denominator alone.
+        softcap: logits become softcap * tanh(logit / softcap). sinks [n_head]: logits of the denominator only.
         """
         owner = self._cache()
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
