@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Make a small GGUF with random weights, to test shapes that the real test model does not have.
+"""Make a GGUF with random weights: a small one, to test shapes that the real test model does not have, or a large one, to measure
+speed and memory, which do not depend on the values.
 
 Needs the packages gguf and numpy (scripts/setup.sh puts them into build/deps/venv). The same arguments give the same bytes.
-The vocabulary is one token per byte, so every text can be tokenized and the output layer is small.
+A small one's vocabulary is one token per byte, so every text can be tokenized and the output layer is small; --n-vocab adds
+tokens that no text has.
 
     make_tiny_gguf.py --arch qwen2 out.gguf
     make_tiny_gguf.py --arch llama --head-dim 80 --n-head-kv 1 out.gguf
+    make_tiny_gguf.py --arch llama --large out.gguf                     Llama 3 8B's sizes, Q4_0: 4.5 GB, in seconds
 """
 import argparse
 import sys
@@ -30,6 +33,7 @@ class Shape:
     head_dim: int
     n_ff: int = 512
     n_ctx: int = 8192
+    n_vocab: int = 0  # 0: as many as there must be
     window: int = 0
     head_dim_swa: int = 0  # of gemma4's layers with a window
     n_shared: int = 0  # so many of gemma4's last layers attend to earlier ones' keys and values; gemma3n's beyond 20 do
@@ -49,6 +53,7 @@ ARCHS = {
     "mpt": Shape(3, 256, 4, 4, 64),
     "deepseek2": Shape(3, 256, 4, 1, 576),
 }
+LARGE = Shape(32, 4096, 32, 8, 128, n_ff=14336, n_ctx=131072, n_vocab=128256)
 N_EXPERT = 4
 GEMMA3N_ALTUP, GEMMA3N_LAUREL, GEMMA3N_PER_LAYER = 4, 64, 256
 MLA_LATENT, MLA_ROPE, MLA_NOPE, MLA_VALUE, MLA_Q_LORA = 512, 64, 128, 128, 128
@@ -61,9 +66,10 @@ def byte_tokens():
     return [chr(b if b in printable else 256 + others.index(b)) for b in range(256)]
 
 
-def add_vocabulary(writer):
+def add_vocabulary(writer, n_vocab):
     tokens = ["<unk>", "<s>", "</s>"] + byte_tokens() + ["th"]
-    types = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 257
+    tokens += [f"[{i}]" for i in range(len(tokens), n_vocab)]
+    types = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokens) - 3)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -78,6 +84,8 @@ def add_vocabulary(writer):
 
 class Weights:
     """Random tensors under ggml's names. Shapes are given as [out, in]; ggml prints them reversed."""
+
+    file_type = gguf.LlamaFileType.MOSTLY_F16
 
     def __init__(self, writer, seed):
         self.writer = writer
@@ -94,6 +102,40 @@ class Weights:
     def bias(self, name, *shape, std=0.1, suffix=".bias"):
         x = np.float32(std) * self.rng.standard_normal(shape, dtype=np.float32)
         self.writer.add_tensor(name + suffix, x)
+
+
+Q4_0 = np.dtype([("scale", "<f2"), ("codes", "u1", 16)])  # of 32 values, each of them scale * (code - 8)
+CODES_STD = np.sqrt(np.mean((np.arange(16) - 8) ** 2))
+
+
+class LargeWeights(Weights):
+    """
+    Matrices in Q4_0. Random numbers for each of them would take minutes, so a matrix is a part of a pool of blocks, which all of
+    the same scale share: it begins anywhere in it, and takes no memory of its own.
+    """
+
+    file_type = gguf.LlamaFileType.MOSTLY_Q4_0
+
+    def __init__(self, writer, seed, s, n_vocab):
+        super().__init__(writer, seed)
+        self.pool_blocks = s.n_embd * max(n_vocab, s.n_ff, s.n_head * s.head_dim) // 32 + 4096
+        self.pools = {}
+
+    def pool(self, scale):
+        if scale not in self.pools:
+            blocks = np.frombuffer(self.rng.bytes(self.pool_blocks * Q4_0.itemsize), Q4_0).copy()
+            # Codes have a mean of -.5, so the sign changes.
+            blocks["scale"] = np.where(blocks["codes"][:, 0] & 1, np.float16(scale), np.float16(-scale))
+            self.pools[scale] = blocks
+        return self.pools[scale]
+
+    def matrix(self, name, *shape, gain=1.0):
+        *n_out, n_in = shape
+        n = int(np.prod(n_out)) * n_in // 32
+        pool = self.pool(float(gain / np.sqrt(n_in) / CODES_STD))
+        at = self.rng.integers(len(pool) - n)
+        rows = pool[at:at + n].view(np.uint8).reshape(*n_out, n_in // 32 * Q4_0.itemsize)
+        self.writer.add_tensor(name + ".weight", rows, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
 
 
 def has_window(i):
@@ -218,7 +260,7 @@ def add_tensors(w, arch, s, n_vocab):
         add_feed_forward(w, arch, s, i)
 
 
-def add_hyperparameters(writer, arch, s, n_vocab):
+def add_hyperparameters(writer, arch, s, n_vocab, file_type):
     writer.add_name("tiny random weights")  # a name with "phi3" in it would make llama.cpp want Phi-3's special tokens
     writer.add_block_count(s.n_layer)
     writer.add_context_length(s.n_ctx)
@@ -227,7 +269,7 @@ def add_hyperparameters(writer, arch, s, n_vocab):
     writer.add_head_count(s.n_head)
     writer.add_head_count_kv(s.n_head_kv)
     writer.add_vocab_size(n_vocab)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(file_type)
     if arch == "mpt":
         writer.add_layer_norm_eps(1e-5)
         writer.add_max_alibi_bias(8.0)
@@ -274,28 +316,34 @@ def add_hyperparameters(writer, arch, s, n_vocab):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Make a small GGUF with random weights.")
+    parser = argparse.ArgumentParser(description="Make a GGUF with random weights.")
     parser.add_argument("--arch", required=True, choices=sorted(ARCHS))
+    parser.add_argument("--large", action="store_true", help="the sizes of Llama 3 8B, and matrices in Q4_0")
     parser.add_argument("--seed", type=int, default=1)
     for name in (field.name.replace("_", "-") for field in fields(Shape)):
-        parser.add_argument("--" + name, type=int, help="default: the architecture's")
+        parser.add_argument("--" + name, type=int, help="default: the architecture's, or the large model's")
     parser.add_argument("out")
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
-    shape = ARCHS[args.arch]
+    if args.large and args.arch != "llama":
+        sys.exit("make_tiny_gguf.py: --large is for --arch llama")
+    shape = LARGE if args.large else ARCHS[args.arch]
     given = {name: getattr(args, name) for name in vars(shape) if getattr(args, name) is not None}
     shape = Shape(**{**vars(shape), **given})
     if args.arch == "deepseek2" and ("head_dim" in given or "n_head_kv" in given):
         sys.exit("make_tiny_gguf.py: deepseek2 has one latent of fixed size; --head-dim and --n-head-kv do not apply")
     if args.arch in ("qwen2", "qwen2vl", "phi3", "mpt") and shape.n_embd != shape.n_head * shape.head_dim:
         sys.exit(f"make_tiny_gguf.py: {args.arch} needs --n-embd = --n-head * --head-dim")
+    if args.large and any(n % 32 for n in (shape.n_embd, shape.n_ff, shape.n_head * shape.head_dim)):
+        sys.exit("make_tiny_gguf.py: Q4_0 needs multiples of 32 for --n-embd, --n-ff and --n-head * --head-dim")
     writer = gguf.GGUFWriter(args.out, args.arch)
-    n_vocab = add_vocabulary(writer)
-    add_hyperparameters(writer, args.arch, shape, n_vocab)
-    add_tensors(Weights(writer, args.seed), args.arch, shape, n_vocab)
+    n_vocab = add_vocabulary(writer, shape.n_vocab)
+    weights = LargeWeights(writer, args.seed, shape, n_vocab) if args.large else Weights(writer, args.seed)
+    add_hyperparameters(writer, args.arch, shape, n_vocab, weights.file_type)
+    add_tensors(weights, args.arch, shape, n_vocab)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
