@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Make a GGUF with random weights: a small one, to test shapes that the real test model does not have, or a large one, to measure
-speed and memory, which do not depend on the values.
+"""Make a GGUF with random weights: a small one, to test shapes that the real test model does not have, or a large one, to
+measure speed and memory, which do not depend on the values.
 
 Needs the packages gguf and numpy (scripts/setup.sh puts them into build/deps/venv). The same arguments give the same bytes.
 A small one's vocabulary is one token per byte, so every text can be tokenized and the output layer is small; --n-vocab adds
@@ -110,8 +110,8 @@ CODES_STD = np.sqrt(np.mean((np.arange(16) - 8) ** 2))
 
 class LargeWeights(Weights):
     """
-    Matrices in Q4_0. Random numbers for each of them would take minutes, so a matrix is a part of a pool of blocks, which all of
-    the same scale share: it begins anywhere in it, and takes no memory of its own.
+    Matrices in Q4_0. Random numbers for each of them would take minutes, so a matrix is a part of a pool of blocks, which all
+    of the same scale share: it begins anywhere in it, and takes no memory of its own.
     """
 
     file_type = gguf.LlamaFileType.MOSTLY_Q4_0
