@@ -32,6 +32,7 @@ class Setup:
     plugin: Path  # None: without, for stock caches
     model: Path
     threads: int
+    stock_device: str = "none"  # that computes with stock caches, by its name in llama.cpp; none: the CPU
 
 
 def path_option(name, path):
@@ -78,7 +79,8 @@ class Cache:
         common = ["-fa", "off" if self.name.endswith(NO_FLASH) else "on", "-t", str(setup.threads)]
         if self.is_stock:
             keys, values = self.types
-            return ["-ctk", keys, "-ctv", values, "-dev", "none", *common]
+            layers = [] if setup.stock_device == "none" else ["-ngl", "999"]
+            return ["-ctk", keys, "-ctv", values, "-dev", setup.stock_device, *layers, *common]
         return ["-dev", self.device, "-ngl", "999", *common]
 
     def variables(self, setup, *more_options):
@@ -209,9 +211,13 @@ def run_command(setup, command, variables=None, meanwhile=None, on_step=None, re
                         usage.ru_maxrss * 1024, time.monotonic() - begin, shown(command, variables))
 
 
+def tool_command(setup, cache, tool, arguments):
+    return [setup.llama_bin / f"llama-{tool}", "-m", setup.model, *arguments, *cache.options(setup)]
+
+
 def run_tool(setup, cache, tool, arguments, *plugin_options, **more):
     """Run a llama.cpp tool on the model with this cache; more: run_command's."""
-    command = [setup.llama_bin / f"llama-{tool}", "-m", setup.model, *arguments, *cache.options(setup)]
+    command = tool_command(setup, cache, tool, arguments)
     done = run_command(setup, command, cache.variables(setup, *plugin_options), **more)
     if done.status:
         raise done.fail(f"ended with {done.status}")
@@ -268,8 +274,9 @@ def kv_memory(done):
 class Server:
     """A running llama-server, with its HTTP API."""
 
-    def __init__(self, port, command, log):
-        self.port, self.command, self.log = port, command, log
+    def __init__(self, pid, command, log):
+        self.pid, self.command, self.log = pid, command, log
+        self.port = None
 
     def post(self, path, **body):
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(),
@@ -287,18 +294,21 @@ class Server:
         return self.log.read().decode(errors="replace")
 
 
+def server_command(setup, cache, arguments):
+    return tool_command(setup, cache, "server", [*arguments, "--host", "127.0.0.1", "--port", "0", "--no-webui"])
+
+
 @contextlib.contextmanager
 def running_server(setup, cache, arguments):
     """llama-server, ready; it ends with the block. It chooses its port, which nobody can take before it does, and tells it."""
-    command = [setup.llama_bin / "llama-server", "-m", setup.model, *arguments, "--host", "127.0.0.1", "--port", "0",
-               "--no-webui", *cache.options(setup)]
+    command = server_command(setup, cache, arguments)
     variables = cache.variables(setup)
     shown_command = shown(command, variables).replace("--port 0 ", "")
     begin = time.monotonic()
     # The server's end of the log has a place of its own to write at, wherever ours reads.
     with tempfile.NamedTemporaryFile() as output, open(output.name, "rb") as log, \
             started(setup, command, variables, output, output) as process:
-        server = Server(None, shown_command, log)
+        server = Server(process.pid, shown_command, log)
         while not server.port:
             has_ended = process.poll() is not None
             listening = re.search(r"listening on http://127\.0\.0\.1:(\d+)\n", server.read_log())

@@ -18,6 +18,7 @@ class Quality:
     n_ctx: int
     n_chunks: int
     is_chat: bool = False  # rendered by chat.py
+    most_at_once: int = BATCH  # tokens of a batch; 1: each is decoded by itself
 
     @property
     def name(self):
@@ -26,6 +27,10 @@ class Quality:
     @property
     def tokens(self):
         return self.n_ctx * self.n_chunks
+
+    @property
+    def batch(self):
+        return min(self.most_at_once, self.n_ctx)
 
 
 LABELS = {  # of the lines that have one figure, or one with its error
@@ -53,18 +58,26 @@ def parse_statistics(log):
 
 
 def options(quality):
-    return ["-f", quality.text, "-c", quality.n_ctx, "--chunks", quality.n_chunks, "-b", min(BATCH, quality.n_ctx), "-lv", "4"]
+    return ["-f", quality.text, "-c", quality.n_ctx, "--chunks", quality.n_chunks, "-b", quality.batch, "-lv", "4"]
+
+
+def base_arguments(quality, base):
+    return [*options(quality), "--kl-divergence-base", base]
+
+
+def measure_arguments(quality, base):
+    return [*base_arguments(quality, base), "--kl-divergence"]
 
 
 def counted(quality, on_tokens):
     """run_command's on_step, which tells of tokens: of a batch in each step but the first, which warms up."""
-    return on_tokens and (lambda n: on_tokens(min(max(n - 1, 0) * min(BATCH, quality.n_ctx), quality.tokens)))
+    return on_tokens and (lambda n: on_tokens(min(max(n - 1, 0) * quality.batch, quality.tokens)))
 
 
 def write_base(setup, quality, base, on_tokens=None):
     """Keep the FP16 cache's logits in the file `base`. on_tokens(how many tokens so far) is called meanwhile."""
-    done = run_tool(setup, F16, "perplexity", [*options(quality), "--kl-divergence-base", base],
-                    on_step=counted(quality, on_tokens), reads_special=quality.is_chat)
+    done = run_tool(setup, F16, "perplexity", base_arguments(quality, base), on_step=counted(quality, on_tokens),
+                    reads_special=quality.is_chat)
     if not base.exists() or base.stat().st_size < quality.n_ctx * 256:  # no vocabulary is so small
         raise done.fail(f"wrote no logits: {quality.text.name} may be too short for a window of {quality.n_ctx} tokens")
 
@@ -83,7 +96,7 @@ def base_bytes(quality, n_vocab):
 
 def measure(setup, quality, base, *plugin_options, on_tokens=None):
     """The figures of one cache against `base`, and what it costs. on_tokens: as write_base's."""
-    arguments = [*options(quality), "--kl-divergence-base", base, "--kl-divergence"]
+    arguments = measure_arguments(quality, base)
     done = with_last_words(LAST_WORDS, lambda: run_tool(setup, quality.cache, "perplexity", arguments, *plugin_options,
                                                     on_step=counted(quality, on_tokens)))
     figures = parse_statistics(done.log)
