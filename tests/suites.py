@@ -274,9 +274,10 @@ def absent(*paths):
 
 def plugin_suites():
     """The plug-in in stock llama.cpp. tests/plugin/common.py explains the environment."""
-    quick = {"abi": (), "ctypes": (), "factors": (), "fold": (), "log": (), "options": (), "refusals": (), "shared_layers": (),
-             "tools": (), "models": ("Models",), "hosts": ("Hosts",), "server": ("Server", "CodedServer", "DamagedServer"),
-             "quality": ("ShortQuality",), "eval": ("Parsing", "Needles", "Waiting", "KeptReferences", "Runs")}
+    quick = {"abi": (), "ctypes": (), "factors": (), "fold": (), "llama_cuda": (), "log": (), "options": (), "refusals": (),
+             "shared_layers": (), "tools": (), "models": ("Models",), "hosts": ("Hosts",),
+             "server": ("Server", "CodedServer", "DamagedServer"), "quality": ("ShortQuality",),
+             "eval": ("Parsing", "Needles", "Waiting", "KeptReferences", "Runs")}
     for name, classes in quick.items():
         yield plugin_suite(f"plug-in/{name}", f"test_{name}", *classes, tier="test", rooms=("plugins",))
     yield plugin_suite("plug-in/all hosts", "test_hosts", "AllHosts", part="plug-in")
