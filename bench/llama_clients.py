@@ -37,7 +37,10 @@ def make_prompts(text, n, most_characters, seed):
 
 
 def ask_all(server, prompts, n_clients, n_predict):
-    """(replies in the order of prompts, seconds). The reply to a request that failed is the exception."""
+    """
+    (replies in the order of prompts, seconds). The reply to a request that failed is the exception; it is raised if all failed,
+    or the server died.
+    """
     def ask(prompt):
         try:
             return server.post("/completion", prompt=prompt.text, n_predict=n_predict, temperature=0, cache_prompt=True)
@@ -47,7 +50,15 @@ def ask_all(server, prompts, n_clients, n_predict):
     begin = time.monotonic()
     with ThreadPoolExecutor(n_clients) as pool:
         replies = list(pool.map(ask, prompts))
+    failures = failures_of(replies)
+    fatal = failures if len(failures) == len(replies) else [error for error in failures if "died" in str(error)]
+    if fatal:
+        raise fatal[0]
     return replies, time.monotonic() - begin
+
+
+def failures_of(replies):
+    return [reply for reply in replies if not isinstance(reply, dict)]
 
 
 def answers(replies):
@@ -57,15 +68,12 @@ def answers(replies):
 
 def traffic(prompts, replies, seconds):
     """What can be said of replies without others to compare them with."""
-    failures = [reply for reply in replies if not isinstance(reply, dict)]
-    if len(failures) == len(replies):
-        raise failures[0]
     texts = answers(replies)
     n_tok = sum(reply["tokens_predicted"] for reply in replies if isinstance(reply, dict))
     of_others = sum(other.canary in text for prompt, text in zip(prompts, texts) if text for other in prompts
                     if other is not prompt)
     own = sum(prompt.canary in text for prompt, text in zip(prompts, texts) if text)
-    return {"requests": len(replies), "failed_requests": len(failures), "tokens_per_s": n_tok / seconds,
+    return {"requests": len(replies), "failed_requests": len(failures_of(replies)), "tokens_per_s": n_tok / seconds,
             "passwords_of_others": of_others, "own_passwords": own}
 
 

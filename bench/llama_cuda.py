@@ -53,7 +53,7 @@ COLUMNS = ["part", "model", "cache", "size", "figure", "value", "min", "max", "r
 KL_FIGURES = ("kld_mean", "kld_mean_error", "kld_99_9", "same_top_1", "ppl_ratio", "kv_mib", "bits_per_value")
 FAILED = "failed"
 SIZES = {"decode": "n_depth", "prefill": "n_prompt"}  # what llama-bench calls the size of a part
-# Lines of a log that tell why: neither information (" I ") nor a backtrace.
+# Lines of a log that tell why, and are no information (" I ").
 REASON = re.compile(r"^(?!.* I ).*(?:error|turboquant: |assert|abort|failed|unable|out of memory)", re.IGNORECASE)
 
 
@@ -163,7 +163,7 @@ class Bench:
             return
         gpu = smi("name,driver_version", args.gpu)
         setup = Setup(args.llama, args.plugin, args.model[0], args.threads)
-        version = llama.version(setup).partition(" built with")[0]
+        version = llama.version(setup).removeprefix("version: ").partition(" built with")[0]
         machine = "; ".join(filter(None, [gpu and gpu.replace(", ", ", driver "), llama.machine(), f"llama.cpp {version}"]))
         self.table = Table(args.csv, {"commit": args.commit or llama.commit(), "machine": machine})
 
@@ -241,7 +241,9 @@ def speed_rows(samples):
 
 def measure_speed(bench, part):
     args = bench.args
-    what = {"decode": ["-p", "0", "-n", args.n_gen, "-d", args.depths], "prefill": ["-p", args.prompts, "-n", "0"]}[part]
+    # A short prompt takes less time than loading the model: so it is repeated.
+    what = {"decode": ["-p", "0", "-n", args.n_gen, "-d", args.depths, "-r", "1"],
+            "prefill": ["-p", args.prompts, "-n", "0", "-r", "5"]}[part]
     samples = {cache.name: {} for cache in bench.caches}
     commands, broken = {}, set()
     for i in range(args.rounds):
@@ -249,7 +251,7 @@ def measure_speed(bench, part):
         for cache in bench.caches[::-1] if i % 2 else bench.caches:
             if cache in broken:
                 continue
-            command = tool_command(bench.setup, cache, "bench", [*what, "-r", "1", "-o", "jsonl"])
+            command = tool_command(bench.setup, cache, "bench", [*what, "-o", "jsonl"])
             commands[cache.name] = bench.shown(command, cache)
 
             def measure():
@@ -311,7 +313,11 @@ def measure_memory(bench, part):
 
 
 def server_arguments(args):
-    return ["-c", args.server_context, "-np", args.slots, "-kvu"]
+    return ["-c", args.server_context, "-np", args.slots, "--no-kv-unified" if args.own_cells else "-kvu"]
+
+
+def server_size(args, n_clients):
+    return f"{n_clients} client{'s' * (n_clients > 1)}{', own cells' if args.own_cells else ''}"
 
 
 @contextlib.contextmanager
@@ -322,6 +328,10 @@ def serving(bench, cache):
         timer.start()
         try:
             yield server
+        except LlamaError as error:
+            if timer.finished.is_set():
+                raise LlamaError(f"took longer than {bench.args.timeout:.0f} s") from error
+            raise LlamaError(f"{error}\n{server.read_log()[-5000:]}") from error
         finally:
             timer.cancel()
 
@@ -334,7 +344,7 @@ def server_prompts(args, n, seed):
 def measure_server(bench, part):
     args = bench.args
     prompts = server_prompts(args, args.requests, seed=1)
-    size, reference = f"{args.clients} clients", []
+    reference = []
 
     def measure(cache, n_clients):
         with serving(bench, cache) as server:
@@ -345,13 +355,12 @@ def measure_server(bench, part):
     def command(cache):
         return bench.shown(llama.server_command(bench.setup, cache, server_arguments(args)), cache)
 
-    for cache, n_clients, its_size in [(F16, 1, "1 client"), *((cache, args.clients, size) for cache in bench.caches)]:
-        step = bench.step(part, cache, its_size)
-        texts, figures = bench.attempt(step, command(cache), lambda: measure(cache, n_clients)) or (None, {})
-        if n_clients == 1:
-            reference = texts or []
-        elif texts:
-            figures = {**figures, **agreement(texts, reference)}
+    for i, (cache, n_clients) in enumerate([(F16, 1), *((cache, args.clients) for cache in bench.caches)]):
+        step = bench.step(part, cache, server_size(args, n_clients))
+        texts, figures = bench.attempt(step, command(cache), lambda: measure(cache, n_clients)) or ([], {})
+        if i == 0:
+            reference = texts
+        figures = {**figures, **agreement(texts, reference)}
         bench.put_all(step, figures, command(cache))
 
 
@@ -372,7 +381,7 @@ def measure_soak(bench, part):
             return {**figures, **memory(server, "last"), "errors_logged": server.read_log().count("E turboquant")}
 
     for cache in (cache for cache in bench.caches if cache == F16 or not cache.is_stock):
-        step = bench.step(part, cache, f"{args.clients} clients")
+        step = bench.step(part, cache, server_size(args, args.clients))
         command = bench.shown(llama.server_command(bench.setup, cache, server_arguments(args)), cache)
         bench.put_all(step, bench.attempt(step, command, lambda: measure(cache)) or {}, command)
 
@@ -412,6 +421,7 @@ def parse_arguments(words=None):
     parser.add_argument("--memory-contexts", default="32768")
     parser.add_argument("--server-context", type=int, default=32768)
     parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--own-cells", action="store_true", help="each slot has cells of its own, --server-context / --slots")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--n-predict", type=int, default=48)
@@ -429,6 +439,7 @@ def parse_arguments(words=None):
 
 def main():
     args = parse_arguments()
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # which is longer than the part of a log that errors have
     bench = Bench(args)
     for path in args.model:
         bench.load(path)
