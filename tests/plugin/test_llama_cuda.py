@@ -67,8 +67,16 @@ class Parsing(unittest.TestCase):
         figures = llama_clients.traffic(prompts, [*replies, LlamaError("refused")], 2.0)
         self.assertEqual(figures, {"requests": 3, "failed_requests": 1, "tokens_per_s": 5.0, "passwords_of_others": 1,
                                    "own_passwords": 1})
-        with self.assertRaises(LlamaError):
-            llama_clients.traffic(prompts[:1], [LlamaError("refused")], 2.0)
+
+    def test_failed_requests(self):
+        prompts = llama_clients.make_prompts("x" * 500, 3, 300, seed=1)
+        reply, refused, died = {"content": ""}, LlamaError("refused"), LlamaError("llama-server died at /completion")
+        for replies, is_fatal in (([reply, refused, reply], False), ([refused] * 3, True), ([reply, reply, died], True)):
+            server = mock.Mock(post=mock.Mock(side_effect=replies))
+            if is_fatal:
+                self.assertRaises(LlamaError, llama_clients.ask_all, server, prompts, 1, 4)
+            else:
+                self.assertEqual(llama_clients.ask_all(server, prompts, 1, 4)[0], replies)
 
     def test_agreement(self):
         self.assertEqual(llama_clients.agreement(["abcd", "abxy", None], ["abcd", "abcd", "abcd"]),
@@ -86,6 +94,7 @@ class Parsing(unittest.TestCase):
         for tool in ("bench", "perplexity", "server"):
             self.assertTrue(any(f"llama-{tool}" in line for line in ours), tool)
         self.assertNotIn(str(common.ROOT), out)
+        self.assertEqual(out.count("-np 2 -kvu "), run_bench("--dry-run", "--own-cells")[1].count("-np 2 --no-kv-unified "))
 
 
 class Runs(unittest.TestCase):
@@ -153,10 +162,11 @@ class Runs(unittest.TestCase):
         # The same file goes on: what was found stays, and nothing begins when the time is over.
         n_rows = len(read_rows(self.csv))
         self.assertEqual(run_bench(csv=self.csv, only="prefill,kl", budget=0), (0, ""))
-        status, _ = run_bench(csv=self.csv, only="prefill", stock="f16", devices="none", timeout=0)
-        self.assertEqual(status, 1)
-        self.assertEqual(len(read_rows(self.csv)), n_rows + 1)
-        self.assertIn("took longer", self.figures(part="prefill")["f16", "", "failed"]["error"])
+        small = {"stock": "f16", "devices": "none", "timeout": 0}
+        self.assertEqual(run_bench("--own-cells", csv=self.csv, only="prefill,server", **small)[0], 1)
+        self.assertEqual(len(read_rows(self.csv)), n_rows + 3)
+        for part, size in (("prefill", ""), ("server", "1 client, own cells"), ("server", "3 clients, own cells")):
+            self.assertIn("took longer", self.figures(part=part)["f16", size, "failed"]["error"])
 
 
 if __name__ == "__main__":
