@@ -36,26 +36,23 @@ static void backend_free(ggml_backend_t backend)
     free(backend);
 }
 
+/* Nothing is to be computed for these. */
+static bool is_only_view(const struct ggml_tensor *t)
+{
+    const tq_ggml_op_numbers *ops = &tq_ggml_ops;
+    return t->op == ops->none || t->op == ops->view || t->op == ops->reshape || t->op == ops->permute ||
+           t->op == ops->transpose;
+}
+
 static enum ggml_status run_node(tq_ggml_worker *worker, const struct ggml_tensor *node)
 {
-    switch (node->op) {
-    case GGML_OP_NONE:
-    case GGML_OP_VIEW:
-    case GGML_OP_RESHAPE:
-    case GGML_OP_PERMUTE:
-    case GGML_OP_TRANSPOSE:
-        return GGML_STATUS_SUCCESS;
-    case GGML_OP_SET_ROWS:
-        return tq_ggml_set_rows(worker, node);
-    case GGML_OP_FLASH_ATTN_EXT:
-        return tq_ggml_flash_attn(worker, node);
-    case GGML_OP_ROPE:
-        return tq_ggml_rope(worker, node);
-    default:
-        tq_ggml_log(TQ_LOG_ERROR, "%s can't run %s (%s)", worker->device->preset.name, tq_ggml_host.ggml_op_name(node->op),
-                    node->name);
-        return GGML_STATUS_FAILED;
-    }
+    if (is_only_view(node)) return GGML_STATUS_SUCCESS;
+    if (node->op == tq_ggml_ops.set_rows) return tq_ggml_set_rows(worker, node);
+    if (node->op == tq_ggml_ops.flash_attn) return tq_ggml_flash_attn(worker, node);
+    if (node->op == tq_ggml_ops.rope) return tq_ggml_rope(worker, node);
+    tq_ggml_log(TQ_LOG_ERROR, "%s can't run %s (%s)", worker->device->preset.name, tq_ggml_host.ggml_op_name(node->op),
+                node->name);
+    return GGML_STATUS_FAILED;
 }
 
 static enum ggml_status backend_graph_compute(ggml_backend_t backend, struct ggml_cgraph *graph)
@@ -135,6 +132,13 @@ static enum ggml_backend_dev_type device_type(ggml_backend_dev_t dev)
     return GGML_BACKEND_DEVICE_TYPE_IGPU;
 }
 
+/*
+ * Where caps.mmap_support is: behind caps.events. The headers of ggml 0.16 and before do not name it, and their hosts have
+ * nothing there, so that a plug-in which was compiled with any headers may write it in any host.
+ */
+enum { MMAP_SUPPORT = offsetof(struct ggml_backend_dev_props, caps.events) + sizeof(bool) };
+_Static_assert(MMAP_SUPPORT < sizeof(struct ggml_backend_dev_props), "the host keeps this byte");
+
 static void device_props(ggml_backend_dev_t dev, struct ggml_backend_dev_props *props)
 {
     memset(props, 0, sizeof *props);
@@ -142,7 +146,7 @@ static void device_props(ggml_backend_dev_t dev, struct ggml_backend_dev_props *
     props->description = device_description(dev);
     props->type = device_type(dev);
     device_memory(dev, &props->memory_free, &props->memory_total);
-    props->caps.mmap_support = true; /* weights stay with the CPU, which reads them where the file is mapped */
+    ((unsigned char *)props)[MMAP_SUPPORT] = true; /* weights stay with the CPU, which reads them where the file is mapped */
 }
 
 static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t dev)
@@ -162,7 +166,7 @@ static bool refuse_reader(const tq_ggml_device *device, const struct ggml_tensor
         char why[256];
         if (!kv) continue;
         if (atomic_load(&device->n_refused) > 0) return true; /* it has been said for another layer */
-        bool is_off = op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_CONT;
+        bool is_off = op->op == tq_ggml_ops.mul_mat || op->op == tq_ggml_ops.cont;
         snprintf(why, sizeof why,
                  is_off ? "flash attention is off, so that %s reads it. Give -fa on: auto turns it off for all layers if one "
                           "layer's is not on the layer's device. If it is on, run this model without the device"
@@ -186,22 +190,11 @@ static ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t dev
 static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor *op)
 {
     tq_ggml_device *device = dev->context;
-    switch (op->op) {
-    case GGML_OP_NONE:
-    case GGML_OP_VIEW:
-    case GGML_OP_RESHAPE:
-    case GGML_OP_PERMUTE:
-    case GGML_OP_TRANSPOSE:
-        return true; /* views of the cache are assigned to the device that holds it */
-    case GGML_OP_SET_ROWS:
-        return tq_ggml_set_rows_supported(device, op);
-    case GGML_OP_FLASH_ATTN_EXT:
-        return tq_ggml_flash_attn_supported(device, op);
-    case GGML_OP_ROPE:
-        return tq_ggml_rope_supported(device, op);
-    default:
-        return refuse_reader(device, op);
-    }
+    if (is_only_view(op)) return true; /* views of the cache are assigned to the device that holds it */
+    if (op->op == tq_ggml_ops.set_rows) return tq_ggml_set_rows_supported(device, op);
+    if (op->op == tq_ggml_ops.flash_attn) return tq_ggml_flash_attn_supported(device, op);
+    if (op->op == tq_ggml_ops.rope) return tq_ggml_rope_supported(device, op);
+    return refuse_reader(device, op);
 }
 
 static bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft)

@@ -12,9 +12,12 @@
 #include "device.h"
 #include "log.h"
 
-/* ggml's versions: of this major version any is tried, a minor version outside of these with a warning. */
+/*
+ * ggml's versions: of this major version any is tried, a minor version outside of these with a warning. The layouts of these
+ * are compared by tests/plugin/test_versions.py.
+ */
 #define GGML_MAJOR 0
-#define GGML_MINOR_MIN 25
+#define GGML_MINOR_MIN 10
 #define GGML_MINOR_MAX 25
 
 static tq_ggml_options options;
@@ -24,9 +27,10 @@ static tq_calibration *calibration; /* NULL: none */
 
 static bool refuse(const char *what)
 {
-    tq_ggml_log_refusal("not loaded: %s (this is turboquant %s, made for ggml %d.%d to %d.%d; the host's ggml is %s)", what,
-                        tq_version_string(), GGML_MAJOR, GGML_MINOR_MIN, GGML_MAJOR, GGML_MINOR_MAX,
-                        tq_ggml_host.ggml_version());
+    tq_ggml_log_refusal(
+        "not loaded: %s. The host's ggml is %s, and turboquant %s is made for %d.%d to %d.%d: take an unchanged "
+        "llama.cpp with one of these, or compile the plug-in with the headers of this one (TQ_GGML_DIR)",
+        what, tq_ggml_host.ggml_version(), tq_version_string(), GGML_MAJOR, GGML_MINOR_MIN, GGML_MAJOR, GGML_MINOR_MAX);
     return false;
 }
 
@@ -38,29 +42,24 @@ static bool check_version(void)
         return refuse("the host's ggml has no version that we understand");
     if (major != GGML_MAJOR) return refuse("the host's ggml has another major version");
     if (minor < GGML_MINOR_MIN || minor > GGML_MINOR_MAX) {
-        tq_ggml_log(TQ_LOG_WARNING, "the host's ggml is %s; turboquant %s was tested with %d.%d to %d.%d", version,
+        tq_ggml_log(TQ_LOG_WARNING, "the host's ggml is %s; turboquant %s was made for %d.%d to %d.%d", version,
                     tq_version_string(), GGML_MAJOR, GGML_MINOR_MIN, GGML_MAJOR, GGML_MINOR_MAX);
     }
     return true;
 }
 
-/* Numbers move when ggml gets new operations; the names tell. */
+/* Operations go by their names; types' numbers are in model files and never move, but that is cheap to know. */
 static bool check_numbers(void)
 {
-    static const struct {
-        enum ggml_op op;
-        const char *name;
-    } ops[] = {{GGML_OP_NONE, "NONE"},           {GGML_OP_RESHAPE, "RESHAPE"},
-               {GGML_OP_VIEW, "VIEW"},           {GGML_OP_PERMUTE, "PERMUTE"},
-               {GGML_OP_TRANSPOSE, "TRANSPOSE"}, {GGML_OP_SET_ROWS, "SET_ROWS"},
-               {GGML_OP_ROPE, "ROPE"},           {GGML_OP_FLASH_ATTN_EXT, "FLASH_ATTN_EXT"}};
     static const struct {
         enum ggml_type type;
         const char *name;
     } types[] = {{GGML_TYPE_F32, "f32"}, {GGML_TYPE_F16, "f16"}, {GGML_TYPE_I32, "i32"}, {GGML_TYPE_I64, "i64"}};
-    for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++) {
-        if (strcmp(tq_ggml_host.ggml_op_name(ops[i].op), ops[i].name) != 0)
-            return refuse("the host's ggml numbers its operations in another way");
+    const char *missing;
+    if (!tq_ggml_host_resolve_ops(&missing)) {
+        char why[96];
+        snprintf(why, sizeof why, "the host's ggml does not have the operation %s", missing);
+        return refuse(why);
     }
     for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
         if (strcmp(tq_ggml_host.ggml_type_name(types[i].type), types[i].name) != 0)
@@ -79,8 +78,8 @@ static bool check_tensor_layout(void)
     struct ggml_tensor *v = tq_ggml_host.ggml_view_2d(context, t, 4, 5, 20, 46);
     tq_ggml_host.ggml_set_name(t, "probe");
     bool ok = t->type == GGML_TYPE_F16 && t->ne[0] == 10 && t->ne[1] == 7 && t->ne[2] == 3 && t->ne[3] == 1 && t->nb[0] == 2 &&
-              t->nb[1] == 20 && t->nb[2] == 140 && t->nb[3] == 420 && t->op == GGML_OP_NONE && !t->buffer && !t->view_src &&
-              !t->data && !t->extra && !t->src[0] && strcmp(t->name, "probe") == 0 && v->op == GGML_OP_VIEW &&
+              t->nb[1] == 20 && t->nb[2] == 140 && t->nb[3] == 420 && t->op == tq_ggml_ops.none && !t->buffer && !t->view_src &&
+              !t->data && !t->extra && !t->src[0] && strcmp(t->name, "probe") == 0 && v->op == tq_ggml_ops.view &&
               v->view_src == t && v->view_offs == 46 && v->src[0] == t && tq_ggml_host.ggml_nbytes(t) == 420;
     size_t offset = 46;
     ok = ok && memcmp(v->op_params, &offset, sizeof offset) == 0; /* where ggml_view puts it */
@@ -103,10 +102,10 @@ static bool check_buffer_layout(void)
 
 static bool check_host(void)
 {
-    if (!check_version() || !check_numbers()) return false;
-    /* Since April 2026 the tables have functions for 2d copies; ours have their places. */
+    if (!check_version()) return false;
+    /* Since April 2026, ggml 0.10, the tables have functions for 2d copies; ours have their places. */
     if (!tq_ggml_host.has_tensor_set_2d) return refuse("the host's ggml is from before April 2026, with other function tables");
-    return check_tensor_layout() && check_buffer_layout();
+    return check_numbers() && check_tensor_layout() && check_buffer_layout();
 }
 
 /* ---- devices ---- */

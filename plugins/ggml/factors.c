@@ -30,7 +30,7 @@ typedef struct chain {
 
 static bool is_leaf(const struct ggml_tensor *t)
 {
-    return t && t->op == GGML_OP_NONE;
+    return t && t->op == tq_ggml_ops.none;
 }
 
 static bool is_known_rope(const struct ggml_tensor *t)
@@ -43,29 +43,19 @@ static bool is_known_rope(const struct ggml_tensor *t)
 
 static bool is_known_op(const struct ggml_tensor *t)
 {
-    switch (t->op) {
-    case GGML_OP_RESHAPE:
-    case GGML_OP_VIEW:
-    case GGML_OP_CONT:
-    case GGML_OP_PERMUTE:
-    case GGML_OP_CPY:
-    case GGML_OP_SCALE:
-    case GGML_OP_CLAMP:
-    case GGML_OP_ADD:
-    case GGML_OP_MUL:
-    case GGML_OP_NORM:
-    case GGML_OP_RMS_NORM:
-    case GGML_OP_L2_NORM:
-        return true;
-    default:
-        return false;
+    const tq_ggml_op_numbers *ops = &tq_ggml_ops;
+    const enum ggml_op known[] = {ops->reshape, ops->view, ops->cont, ops->permute, ops->cpy,      ops->scale,
+                                  ops->clamp,   ops->add,  ops->mul,  ops->norm,    ops->rms_norm, ops->l2_norm};
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        if (t->op == known[i]) return true;
     }
+    return false;
 }
 
 static float scale_of(const struct ggml_tensor *t)
 {
     float scale = 1;
-    if (t->op == GGML_OP_SCALE) memcpy(&scale, t->op_params, sizeof scale);
+    if (t->op == tq_ggml_ops.scale) memcpy(&scale, t->op_params, sizeof scale);
     return scale;
 }
 
@@ -73,8 +63,8 @@ static float scale_of(const struct ggml_tensor *t)
 static bool follow(chain *out, const struct ggml_tensor *t)
 {
     chain c = {.scale = 1};
-    for (; t && t->op != GGML_OP_MUL_MAT; t = t->src[0]) {
-        if (t->op == GGML_OP_ROPE && !c.rope && is_known_rope(t)) {
+    for (; t && t->op != tq_ggml_ops.mul_mat; t = t->src[0]) {
+        if (t->op == tq_ggml_ops.rope && !c.rope && is_known_rope(t)) {
             c.rope = t;
             for (int32_t i = 0; i < c.n; i++) c.scale *= scale_of(c.op[i]);
             c.n = 0; /* but for scales, what comes behind it changes all channels alike, or hardly */
@@ -143,9 +133,9 @@ static void fill_input(rows *r, const struct ggml_tensor *input)
     uint64_t state = 1;
     for (int64_t i = 0; i < N_PROBE * r->width; i++) r->x[i] = next_random(&state) >> 63 ? 1.0f : -1.0f;
     int64_t n = 0, n_bias = 0;
-    const float *bias = input->op == GGML_OP_ADD ? read_weight(input->src[1], &n_bias) : NULL;
+    const float *bias = input->op == tq_ggml_ops.add ? read_weight(input->src[1], &n_bias) : NULL;
     if (bias && n_bias == r->width) input = input->src[0];
-    const float *weight = input->op == GGML_OP_MUL ? read_weight(input->src[1], &n) : NULL;
+    const float *weight = input->op == tq_ggml_ops.mul ? read_weight(input->src[1], &n) : NULL;
     if (weight && n == r->width) multiply_by(r, weight, n);
     if (bias && n_bias == r->width) add_to(r, bias, n_bias);
 }
@@ -156,12 +146,12 @@ static void normalize(rows *r, const struct ggml_tensor *t)
     int64_t n = t->ne[0];
     for (float *x = r->x; x < r->x + N_PROBE * r->width; x += n) {
         double mean = 0, square = 0;
-        for (int64_t j = 0; t->op == GGML_OP_NORM && j < n; j++) mean += (double)x[j] / (double)n;
+        for (int64_t j = 0; t->op == tq_ggml_ops.norm && j < n; j++) mean += (double)x[j] / (double)n;
         for (int64_t j = 0; j < n; j++) {
             x[j] -= (float)mean;
             square += (double)x[j] * (double)x[j];
         }
-        double factor = square > 0 ? 1 / sqrt(t->op == GGML_OP_L2_NORM ? square : square / (double)n) : 0;
+        double factor = square > 0 ? 1 / sqrt(t->op == tq_ggml_ops.l2_norm ? square : square / (double)n) : 0;
         for (int64_t j = 0; j < n; j++) x[j] *= (float)factor;
     }
 }
@@ -183,7 +173,7 @@ static bool select_part(rows *r, const struct ggml_tensor *view, int64_t n_token
 
 static bool is_view(const struct ggml_tensor *t)
 {
-    return t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE;
+    return t->op == tq_ggml_ops.reshape || t->op == tq_ggml_ops.view || t->op == tq_ggml_ops.permute;
 }
 
 /*
@@ -203,14 +193,14 @@ static bool apply(rows *r, const chain *c)
         }
         is_part = false;
         int64_t n = 0;
-        bool has_weight = (t->op == GGML_OP_ADD || t->op == GGML_OP_MUL) && is_leaf(t->src[1]) && !is_input(t->src[1]);
+        bool has_weight = (t->op == tq_ggml_ops.add || t->op == tq_ggml_ops.mul) && is_leaf(t->src[1]) && !is_input(t->src[1]);
         const float *weight = has_weight ? read_weight(t->src[1], &n) : NULL;
         if (has_weight && (!weight || r->width % n != 0)) return false;
-        if (weight && t->op == GGML_OP_ADD) add_to(r, weight, n);
-        if (weight && t->op == GGML_OP_MUL) multiply_by(r, weight, n);
+        if (weight && t->op == tq_ggml_ops.add) add_to(r, weight, n);
+        if (weight && t->op == tq_ggml_ops.mul) multiply_by(r, weight, n);
         float scale = scale_of(t);
         if (scale != 1) multiply_by(r, &scale, 1);
-        if (t->op == GGML_OP_NORM || t->op == GGML_OP_RMS_NORM || t->op == GGML_OP_L2_NORM) {
+        if (t->op == tq_ggml_ops.norm || t->op == tq_ggml_ops.rms_norm || t->op == tq_ggml_ops.l2_norm) {
             if (r->width % t->ne[0] != 0) return false;
             normalize(r, t);
         }

@@ -5,8 +5,13 @@
 #include "host.h"
 
 #include <dlfcn.h>
+#include <string.h>
+
+/* ggml 0.10 has so many operations, and later versions more: ggml_op_name looks into an array without looking at its end. */
+#define N_OPS 96
 
 tq_ggml_host_table tq_ggml_host;
+tq_ggml_op_numbers tq_ggml_ops;
 
 /* The loaded library that holds an address; the program itself (and so the global scope) if it is no library. */
 static void *open_library_of(const void *address)
@@ -54,4 +59,24 @@ bool tq_ggml_host_resolve(const void *caller, const char **missing)
     if (*missing) return false;
     tq_ggml_host = table;
     return true;
+}
+
+/* The number of an operation, or N_OPS. */
+static int find_op(const char *name)
+{
+    for (int i = 0; i < N_OPS; i++) {
+        if (strcmp(tq_ggml_host.ggml_op_name((enum ggml_op)i), name) == 0) return i;
+    }
+    return N_OPS;
+}
+
+bool tq_ggml_host_resolve_ops(const char **missing)
+{
+    *missing = NULL;
+#define X(field, name)                               \
+    tq_ggml_ops.field = (enum ggml_op)find_op(name); \
+    if (tq_ggml_ops.field == (enum ggml_op)N_OPS && !*missing) *missing = name;
+    TQ_GGML_HOST_OPS(X)
+#undef X
+    return !*missing;
 }

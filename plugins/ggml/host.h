@@ -50,6 +50,39 @@
     X(ggml_backend_supports_op)          \
     X(ggml_backend_graph_compute)
 
+/* The operations that the plug-in knows: its name for each, and ggml's. */
+#define TQ_GGML_HOST_OPS(X)   \
+    X(none, "NONE")           \
+    X(add, "ADD")             \
+    X(mul, "MUL")             \
+    X(norm, "NORM")           \
+    X(rms_norm, "RMS_NORM")   \
+    X(l2_norm, "L2_NORM")     \
+    X(mul_mat, "MUL_MAT")     \
+    X(scale, "SCALE")         \
+    X(cpy, "CPY")             \
+    X(cont, "CONT")           \
+    X(reshape, "RESHAPE")     \
+    X(view, "VIEW")           \
+    X(permute, "PERMUTE")     \
+    X(transpose, "TRANSPOSE") \
+    X(set_rows, "SET_ROWS")   \
+    X(rope, "ROPE")           \
+    X(clamp, "CLAMP")         \
+    X(flash_attn, "FLASH_ATTN_EXT")
+
+/*
+ * Their numbers in this host, in place of the enumeration's: those move when ggml gets an operation, and one plug-in serves
+ * hosts of many versions.
+ */
+typedef struct tq_ggml_op_numbers {
+#define X(field, name) enum ggml_op field;
+    TQ_GGML_HOST_OPS(X)
+#undef X
+} tq_ggml_op_numbers;
+
+extern tq_ggml_op_numbers tq_ggml_ops;
+
 typedef struct tq_ggml_host_table {
 #define X(name) __typeof__(name) *name;
     TQ_GGML_HOST_FUNCTIONS(X)
@@ -67,6 +100,12 @@ extern tq_ggml_host_table tq_ggml_host;
  * returns false and *missing names the function that was not found.
  */
 bool tq_ggml_host_resolve(const void *caller, const char **missing);
+
+/*
+ * Fill tq_ggml_ops by the names that the host gives its operations. The host has the functions that ggml 0.10 has, or it may
+ * have fewer operations than are looked through. On failure returns false and *missing is the name that was not found.
+ */
+bool tq_ggml_host_resolve_ops(const char **missing);
 
 /* A symbol that the library holding the code address `address`, or one that it depends on, has; or NULL. */
 void *tq_ggml_host_symbol_near(const void *address, const char *name);

@@ -3,7 +3,10 @@
  * A host with a ggml that is not the one the plug-in was made for: the program's own functions stand before libggml-base's in
  * the global scope, and one of them lies.
  *
- *   abi_host PLUGIN LIE   where LIE is none, version=TEXT, op, type, tensor, view, buffer, or loader (ggml's own loads it)
+ *   abi_host PLUGIN LIE   where LIE is none, version=TEXT, moved (operations have other numbers), gone (one is missing), type,
+ *                         tensor, view, buffer, or loader (ggml's own loads it)
+ *
+ * Of a plug-in that was accepted it says which of three numbers its first device takes for an operation that is only a view.
  *
  * Compiled with -DBARE there is no ggml and nothing is exported; with -DBARE -DOLD the functions of before April 2026 are.
  */
@@ -14,12 +17,23 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml.h"
 
 typedef ggml_backend_reg_t (*init_fn)(void);
 
 static const char *lie = "none";
+
+static void print_views(ggml_backend_dev_t dev)
+{
+    printf("views:");
+    for (int op = GGML_OP_PERMUTE; op <= GGML_OP_GET_ROWS; op++) {
+        struct ggml_tensor t = {.op = (enum ggml_op)op};
+        if (dev->iface.supports_op(dev, &t)) printf(" %d", op - GGML_OP_PERMUTE);
+    }
+    putchar('\n');
+}
 
 static int load(const char *plugin)
 {
@@ -32,6 +46,7 @@ static int load(const char *plugin)
     *(void **)(void *)&init = dlsym(handle, "ggml_backend_init");
     /* Called from here, so that the plug-in sees this program as its host. */
     ggml_backend_reg_t reg = init ? init() : NULL;
+    if (reg) print_views(reg->iface.get_device(reg, 0));
     printf("%s\n", reg ? "accepted" : "refused");
     return 0;
 }
@@ -56,8 +71,9 @@ const char *ggml_op_name(enum ggml_op op)
 {
     const char *(*next)(enum ggml_op);
     *(void **)(void *)&next = real("ggml_op_name");
-    /* As if one operation had been inserted before SET_ROWS. */
-    return next(strcmp(lie, "op") == 0 && op >= GGML_OP_SET_ROWS ? (enum ggml_op)(op - 1) : op);
+    if (strcmp(lie, "gone") == 0 && op == GGML_OP_SET_ROWS) return "SET_LINES";
+    /* As if one operation had been inserted before TRANSPOSE. */
+    return next(strcmp(lie, "moved") == 0 && op >= GGML_OP_TRANSPOSE ? (enum ggml_op)(op - 1) : op);
 }
 
 const char *ggml_type_name(enum ggml_type type)
@@ -113,16 +129,7 @@ const char *ggml_version(void)
 }
 const char *ggml_op_name(enum ggml_op op)
 {
-    static const struct {
-        enum ggml_op op;
-        const char *name;
-    } ops[] = {{GGML_OP_NONE, "NONE"},           {GGML_OP_RESHAPE, "RESHAPE"},
-               {GGML_OP_VIEW, "VIEW"},           {GGML_OP_PERMUTE, "PERMUTE"},
-               {GGML_OP_TRANSPOSE, "TRANSPOSE"}, {GGML_OP_SET_ROWS, "SET_ROWS"},
-               {GGML_OP_ROPE, "ROPE"},           {GGML_OP_FLASH_ATTN_EXT, "FLASH_ATTN_EXT"}};
-    for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++) {
-        if (ops[i].op == op) return ops[i].name;
-    }
+    (void)op;
     return "?";
 }
 const char *ggml_type_name(enum ggml_type type)
