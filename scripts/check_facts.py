@@ -36,7 +36,7 @@ class Facts:
     head_dims: list
     presets: dict  # of name: (keys, values, sinks, recent)
     version: str
-    ggml: list  # tested versions, as "0.25"
+    ggml: list  # what the plug-in is made for, from the first to the last, as "0.25"
     pins: dict  # of package: versions in the tests' environments
     tested: dict  # of what pages call a host: its tested versions, as "5.24"
     python: str
@@ -70,13 +70,19 @@ def read_facts(root=ROOT):
         head_dims=[int(n) for n in head_dims.split(",")],
         presets={name: (k, v, int(sinks), int(recent)) for name, k, v, sinks, recent in presets},
         version=".".join(version),
-        ggml=[re.search(r"^ggml_tested='(\d+)\\\.(\d+)", llama, re.MULTILINE).expand(r"\1.\2")],
+        ggml=ggml_of(read(root / "plugins/ggml/entry.c")),
         pins=pins,
         tested={name: hosts[module] for name, module in names.items()},
         python=re.search(r'^requires-python = ">=([\d.]+)"', read(root / "pyproject.toml"), re.MULTILINE).group(1),
         n_models=len(re.findall(r"^\| \w", models, re.MULTILINE)),
         divergence={path.relative_to(root).as_posix(): divergence_of(path) for path in root.glob("bench/results/*.csv")},
     )
+
+
+def ggml_of(entry):
+    major, first, last = (int(re.search(rf"^#define GGML_{name} (\d+)$", entry, re.MULTILINE).group(1))
+                          for name in ("MAJOR", "MINOR_MIN", "MINOR_MAX"))
+    return [f"{major}.{minor}" for minor in range(first, last + 1)]
 
 
 def divergence_of(path):
@@ -137,9 +143,10 @@ def fault_hosts(facts, page, text):
     """Tested versions. Pages about speed and quality also name what was compared with; history names what was."""
     if page.name in HISTORY:
         return
-    for line, match in lines_of(text, r"\bggml (\d+\.\d+)"):
-        if match.group(1) not in facts.ggml:
-            yield line, f"ggml {' and '.join(facts.ggml)} is tested (scripts/get_llama.sh)"
+    for line, match in lines_of(text, r"\bggml (\d+\.\d+)(?: to (\d+\.\d+))?"):
+        first, last = match.groups()
+        if first not in facts.ggml or last and [first, last] != [facts.ggml[0], facts.ggml[-1]]:
+            yield line, f"the plug-in is made for ggml {facts.ggml[0]} to {facts.ggml[-1]} (plugins/ggml/entry.c)"
     for header, rows in tables_of(text):
         for line, cells in rows if "version" in header else ():
             for name, version in zip(cells[0].split(", "), cells[header.index("version")].split(", ")):

@@ -160,7 +160,8 @@ class FactsOfPages(unittest.TestCase):
 
     def test_hosts(self):
         rule = check_facts.fault_hosts
-        self.assert_tells(rule, "with ggml 0.25 on Linux", "with ggml 0.24 on Linux")
+        self.assert_tells(rule, "with ggml 0.25 on Linux", "with ggml 0.9 on Linux")
+        self.assert_tells(rule, "for ggml 0.10 to 0.25", "for ggml 0.10 to 0.24")
         self.assert_tells(rule, "Transformers 5.24 with MLX 0.32", "Transformers 5.20 with MLX 0.32", "docs/python.md")
         table = "| what | version |\n| --- | --- |\n| mlx, mlx-lm | {} |\n"
         pin = {name: next(iter(self.facts.pins[name])) for name in ("mlx", "mlx-lm")}
