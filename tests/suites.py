@@ -35,7 +35,8 @@ PART_FILES = {
     "package": ("include", "cmake", "CMake", "pyproject", "src/kernels/cuda", "tests/api", "tests/cuda", "tests/release",
                 "scripts/setup", "scripts/release"),
     "metal": ("src/kernels/metal", "python", "tests/metal"),
-    "plug-in": ("plugins", "src/cache", "src/attention", "tests/plugin", "scripts/get_llama", "scripts/make_"),
+    "plug-in": ("plugins", "src/cache", "src/attention", "tests/plugin", "scripts/get_llama", "scripts/get_ggml",
+                "scripts/make_"),
     "quality": ("src/codec", "src/cache", "tools", "tests/plugin", "scripts"),
     "transformers": ("python", "src/api", "src/cache", "tests/cuda", "bench/headline"),
     "vllm": ("python/libturboquant/vllm", "python/tests/vllm", "src/device", "src/api/paged"),
@@ -126,6 +127,7 @@ def builds():
         Build("vllm", [["true"]], setup=("vllm",)),
         Build("artefacts", [[DEPS / "release-venv/bin/python", ROOT / "scripts/release.py", "--output", BUILD / "dist"]],
               setup=("run", "release", "cross")),
+        Build("ggml headers", [[sys.executable, ROOT / "scripts/get_ggml_headers.py"]], setup=("run",)),
         Build("llama variants", variants if "avx512_vnni" in cpu_flags() else variants[:1] if "avx2" in cpu_flags() else []),
     ]
     return {build.name: build for build in found}
@@ -284,6 +286,8 @@ def plugin_suites():
     yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "FirstTokens", "DamagedUnifiedServer",
                        "FirstRequest", part="plug-in")
     yield plugin_suite("plug-in/all models", "test_models", "AllModels", part="plug-in")
+    yield Suite("plug-in/versions", [python("tests/plugin/test_versions.py")], part="plug-in", builds=("ggml headers",),
+                missing=absent(DEPS / "llama.cpp/ggml"))
     yield plugin_suite("plug-in/clients", "test_hosts", "Clients", part="plug-in")
     yield plugin_suite("plug-in/chaos", "test_chaos", part="plug-in")
     # Other processors' sums in llama.cpp, and their kernels here.
