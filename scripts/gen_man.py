@@ -29,12 +29,15 @@ tq \- a language model's KV cache in 2 to 8 bits a value
 .SH DESCRIPTION
 .B tq
 lists formats and presets, measures what a compressed KV cache changes in a model's output, times attention, looks at saved
-caches, and runs stock llama.cpp tools with the compressed cache.
+caches, says which llama.cpp fits, and runs stock llama.cpp tools with the compressed cache.
 """
 TAIL = r""".SH ENVIRONMENT
 .TP
 .B TQ_CPU
 Caps the instruction set: scalar, avx2, avx512, amx, neon, dotprod or i8mm.
+.TP
+.B TQ_CUDA_LIBRARY
+The library libturboquant\-cuda.so.
 .TP
 .B TQ_LLAMA_BIN
 The folder with llama.cpp's programs.

@@ -24,6 +24,7 @@ static const struct {
     {"bench",      "time attention and encoding, next to those of llama.cpp",     cmd_bench},
     {"cache",      "look at saved caches, time paged ones, size a server",                  cmd_cache},
     {"run",        "run a stock llama.cpp tool with the compressed KV cache",   cmd_run},
+    {"doctor",     "say which llama.cpp, plug-in and GPU fit together here",    cmd_doctor},
 };
 // clang-format on
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
@@ -117,7 +118,7 @@ static bool has_program(const char *folder, const char *name)
     return *name ? tool_join(path, folder, "", name) && access(path, X_OK) == 0 : access(folder, X_OK) == 0;
 }
 
-static bool find_in_path(char *out, const char *name)
+bool tool_find_in_path(char *out, const char *name)
 {
     const char *path = getenv("PATH");
     while (path && *path) {
@@ -140,7 +141,7 @@ bool tool_find_llama(char *out, const char *given, const char *name)
         return has_program(out, name);
     }
     if (tool_own_folder(own) && tool_join(out, own, "", "../deps/llama-bin") && has_program(out, name)) return true;
-    return find_in_path(out, *name ? name : "llama-bench");
+    return tool_find_in_path(out, *name ? name : "llama-bench");
 }
 
 int32_t tool_n_cpus(void)

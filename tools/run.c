@@ -37,7 +37,7 @@ typedef struct request {
     int n_options;
 } request;
 
-static bool find_plugin(char out[PATH_MAX])
+bool tool_find_plugin(char *out)
 {
     char folder[PATH_MAX];
     const char *given = getenv("TQ_PLUGIN");
@@ -108,7 +108,7 @@ static int run(const request *r)
     if (!tq_preset_find(r->preset)) return tool_error(EXIT_USAGE, "unknown preset '%s'; 'tq presets' lists them", r->preset);
     if (access(r->model, R_OK) != 0) return tool_error(1, "cannot read the model '%s'", r->model);
     char plugin[PATH_MAX], tool[PATH_MAX];
-    if (!find_plugin(plugin)) {
+    if (!tool_find_plugin(plugin)) {
         return tool_error(
             1, "the plug-in " PLUGIN_NAME " was not found%s; build it with 'make run', or give its path in TQ_PLUGIN",
             getenv("TQ_PLUGIN") ? " where TQ_PLUGIN says" : "");

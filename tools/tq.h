@@ -15,6 +15,7 @@ int cmd_formats(int argc, char **argv);
 int cmd_distortion(int argc, char **argv);
 int cmd_presets(int argc, char **argv);
 int cmd_run(int argc, char **argv);
+int cmd_doctor(int argc, char **argv);
 int cmd_eval(int argc, char **argv);
 int cmd_calibrate(int argc, char **argv);
 int cmd_fold(int argc, char **argv);
@@ -34,6 +35,23 @@ bool tool_join(char *out, const char *folder, const char *middle, const char *na
  * them in, or one of $PATH. False if it has no program `name` ("": any).
  */
 bool tool_find_llama(char *out, const char *given, const char *name);
+/* The first folder of $PATH that has the program, to out, of PATH_MAX bytes. */
+bool tool_find_in_path(char *out, const char *name);
+/* The plug-in for llama.cpp, to out, of PATH_MAX bytes: $TQ_PLUGIN, or the one that was built or installed with tq. */
+bool tool_find_plugin(char *out);
+
+/* What a process printed on both its streams, and how it ended. */
+typedef struct tool_output {
+    char *text; /* of malloc, with a zero at its end */
+    int exit_code, signal;
+    bool is_late; /* it did not end in time, and was killed */
+} tool_output;
+/*
+ * Run child(user) in a process of its own, which becomes another program or exits, with an empty standard input. Waits for at
+ * most so many seconds, and kills what it has started then. Returns false if no process could be made.
+ */
+bool tool_capture(tool_output *out, void (*child)(const void *user), const void *user, int seconds);
+
 /* Become Python with a package beside tq, of the given name, and its arguments argv[1] on. Returns only with an error. */
 int tool_become_python(const char *package, int argc, char **argv);
 /* Processors that are online. */

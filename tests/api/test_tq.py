@@ -220,6 +220,137 @@ class Run(unittest.TestCase):
         self.assertEqual(tq("run", "--tool", "bench", "--llama-bin", str(TOOLS), MODEL, TQ_PLUGIN=MODEL).returncode, 0)
 
 
+class Doctor(unittest.TestCase):
+    """What it says of programs, most of them scripts that do what a llama.cpp may do."""
+    DEVICES = ("Available devices:", "  CUDA0: NVIDIA A (of 80 GB) (81920 MiB, 500 MiB free)",
+               "  TQ4: KV cache with keys tt4, values tt4: 4.35 bits per value (100 MiB, 50 MiB free)")
+    PLUGIN = BUILD / "libggml-turboquant.so"
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name).resolve()
+
+    def program(self, listed, name="llama-server"):
+        """A program whose --list-devices is these shell commands."""
+        path = self.folder / name
+        path.write_text(f"#!/bin/sh\ncase $1 in --version) echo 'version: 7 (abc)' >&2 ;; *) {listed} ;; esac\n")
+        path.chmod(0o755)
+        return path
+
+    def lists(self, *lines):
+        return "; ".join(f"echo '{line}'" for line in lines)
+
+    def doctor(self, *arguments, **environment):
+        """Its JSON, and that its exit code says the same."""
+        done = tq("doctor", "--json", *arguments, **{"TQ_PLUGIN": __file__, **environment})
+        self.assertEqual(done.stderr, "")
+        found = json.loads(done.stdout)
+        self.assertEqual(done.returncode, 0 if found["usable"] else 1)
+        self.assertEqual(found["verdict"].split(":")[0], "run" if found["usable"] else "wrong")
+        return found
+
+    def assert_wrong(self, *words, why=True, given=(), **environment):
+        found = self.doctor("--llama", self.folder, *given, **environment)
+        for word in words:
+            self.assertIn(word, found["verdict"])
+        if why:  # it is the program's fault
+            self.assertEqual(found["verdict"], "wrong: " + found["llama"][0]["why"])
+        return found
+
+    def test_one_that_fits(self):
+        self.program(self.lists(*self.DEVICES))
+        self.program(":", "llama-bench")
+        found = self.doctor("--llama", self.folder)
+        llama = found["llama"][0]
+        self.assertEqual((llama["folder"], llama["programs"]), (str(self.folder), ["llama-server", "llama-bench"]))
+        self.assertEqual((llama["version"], llama["ggml"], llama["why"]), ("7 (abc)", None, None))
+        self.assertEqual([(d["name"], d["description"], d["is_ours"]) for d in llama["devices"]],
+                         [("CUDA0", "NVIDIA A (of 80 GB)", False),
+                          ("TQ4", "KV cache with keys tt4, values tt4: 4.35 bits per value", True)])
+        self.assertEqual(found["verdict"], f"run: tq run --llama-bin {self.folder} --tool server MODEL.gguf")
+        self.assertEqual(found["plugin"], str(Path(__file__).resolve()))
+        text = tq("doctor", "--llama", self.folder, TQ_PLUGIN=__file__).stdout
+        self.assertEqual(text.splitlines()[-1], found["verdict"])
+        for word in ("version       7 (abc)", "CUDA0         NVIDIA A (of 80 GB)   (not ours)", "TQ4           KV cache"):
+            self.assertIn(word, text)
+
+    def test_it_gets_the_plug_in(self):
+        self.program('echo "failed to load $GGML_BACKEND_PATH: no"')
+        self.assert_wrong("llama.cpp could not load " + str(Path(__file__).resolve()))
+
+    def test_a_program_or_a_folder_above(self):
+        program = self.program(self.lists(*self.DEVICES), "main")
+        found = self.doctor("--llama", program)
+        self.assertEqual(found["verdict"], f"run: GGML_BACKEND_PATH={Path(__file__).resolve()} {program} -m MODEL.gguf "
+                                           "--device TQ4")
+        (self.folder / "build/bin").mkdir(parents=True)
+        self.program(self.lists(*self.DEVICES), "build/bin/llama-cli")
+        self.assertEqual(self.doctor("--llama", self.folder)["llama"][0]["folder"], str(self.folder / "build/bin"))
+
+    def test_what_is_found_by_itself(self):
+        self.program(self.lists(*self.DEVICES), "llama-completion")
+        for variables in ({"TQ_LLAMA_BIN": str(self.folder)}, {"PATH": f"{self.folder}:{os.environ['PATH']}"}):
+            found = self.doctor(**variables)
+            self.assertIn(str(self.folder), [llama["folder"] for llama in found["llama"]], variables)
+        self.assertEqual(self.doctor(TQ_LLAMA_BIN=str(self.folder))["verdict"], "run: tq run --tool completion MODEL.gguf")
+        (self.folder / "empty").mkdir()
+        nowhere = {"TQ_LLAMA_BIN": "/nowhere", "PATH": str(self.folder / "empty")}
+        self.assertIn("no llama.cpp was found", self.doctor(**nowhere)["verdict"])
+
+    def test_programs_that_do_not_fit(self):
+        refusal = "turboquant: not loaded: the host has another layout. Take another llama.cpp"
+        for listed, words in ((self.lists(refusal, *self.DEVICES[:2]), (refusal.removeprefix("turboquant: not loaded: "),)),
+                              (self.lists(*self.DEVICES[:2]), ("has not looked at GGML_BACKEND_PATH",)),
+                              ("echo unknown option; exit 3", ("does not list devices", "'unknown option'")),
+                              ("kill -ILL $$", ("signal 4", "another processor")),
+                              ("echo x: error while loading shared libraries: liba.so", ("does not start: liba.so",))):
+            with self.subTest(listed):
+                self.program(listed)
+                self.assert_wrong(*words)
+
+    def test_a_program_that_hangs(self):
+        # It also leaves a process behind that keeps its output open.
+        self.program("sleep 1000 & sleep 1000")
+        self.assert_wrong("within 1 s and was stopped", given=("--timeout", "1"))
+
+    def test_a_program_of_another_machine(self):
+        path = self.folder / "llama-server"
+        path.write_bytes(b"\x7fELF" + bytes(100))
+        path.chmod(0o755)
+        self.assert_wrong("Exec format error")
+
+    def test_what_tq_lacks(self):
+        self.program(self.lists(*self.DEVICES))
+        self.assert_wrong("libggml-turboquant.so was not found where TQ_PLUGIN says", why=False, TQ_PLUGIN="/nowhere")
+        found = self.assert_wrong("TQ_CPU is 'none'", why=False, TQ_CPU="none")
+        self.assertIsNone(found["instruction_set"])
+        cuda = self.doctor("--llama", self.folder, TQ_CUDA_LIBRARY="/nowhere.so")["cuda"]
+        self.assertEqual((cuda["library"], cuda["device"]), (None, None))
+        self.assertIn("is not next to the plug-in", cuda["why"])
+        cuda = self.doctor("--llama", self.folder, TQ_CUDA_LIBRARY=__file__)["cuda"]
+        self.assertEqual((cuda["library"], cuda["device"]), (__file__, None))
+        self.assertIn("invalid ELF header", cuda["why"])
+
+    def test_usage(self):
+        for path, words in (("/nowhere", "does not exist"), (ROOT / "README.md", "is not a program"),
+                            (self.folder, "has no llama-server")):
+            done = tq("doctor", "--llama", path)
+            self.assertEqual((done.returncode, done.stdout), (1, ""))
+            self.assertIn(words, done.stderr)
+        self.assertEqual(tq("doctor", "--timeout", "0").returncode, 2)
+        self.assertEqual(tq("doctor", "x").returncode, 2)
+
+    @unittest.skipUnless(PLUGIN.exists() and (DEPS / "llama-bin").exists(), "no plug-in or llama.cpp here")
+    def test_the_real_one(self):
+        found = self.doctor("--llama", DEPS / "llama-bin", TQ_PLUGIN=str(self.PLUGIN))
+        llama = found["llama"][0]
+        names = [device["name"] for device in llama["devices"] if device["is_ours"]]
+        self.assertEqual(names, [preset["name"] for preset in tq_json("presets")])
+        self.assertTrue(llama["ggml_library"].endswith(".so." + llama["ggml"]), llama)
+        self.assertTrue(llama["version"])
+
+
 class Python(unittest.TestCase):
     """Neither the current folder nor PYTHONPATH decides which of our modules, or of the standard library's, run."""
     OURS = ("eval", "calibrate", "fold", "simulate", "libturboquant", "json", "argparse", "re", "runpy", "sitecustomize",
@@ -284,7 +415,7 @@ class Python(unittest.TestCase):
 
 class Help(unittest.TestCase):
     def test_help_everywhere(self):
-        for command in ("formats", "distortion", "presets", "bench", "run"):
+        for command in ("formats", "distortion", "presets", "bench", "run", "doctor"):
             done = tq(command, "--help")
             self.assertEqual(done.returncode, 0)
             self.assertIn(f"usage: tq {command}", done.stdout)
@@ -292,8 +423,8 @@ class Help(unittest.TestCase):
 
 
 class ManualPage(unittest.TestCase):
-    COMMANDS = ("formats", "distortion", "presets", "eval", "calibrate", "fold", "bench", "cache", "run", "cache bench",
-                "cache simulate")
+    COMMANDS = ("formats", "distortion", "presets", "eval", "calibrate", "fold", "bench", "cache", "run", "doctor",
+                "cache bench", "cache simulate")
     PAGE = (ROOT / "docs/tq.1").read_text().replace("\\-", "-")
 
     def sections(self):
@@ -334,6 +465,7 @@ class Completion(unittest.TestCase):
 
     def test_options(self):
         self.assertEqual(self.complete("distortion", "--h"), ["--head-dim"])
+        self.assertEqual(self.complete("doctor", "--l"), ["--llama"])
         self.assertEqual(self.complete("cache", "simulate", "--bud"), ["--budgets"])
         self.assertEqual(self.complete("eval", "--need"), ["--needle", "--needle-depths"])
         self.assertEqual(self.complete("nonsense", "--x"), [])
