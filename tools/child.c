@@ -30,22 +30,30 @@ static void start(int output, void (*child)(const void *), const void *user)
     _exit(127);
 }
 
-/* Read until the end of the output or of the process; true if that has come, with its status. */
+/* Take what comes within so many milliseconds; false if nothing does, or nothing more will (then *is_open is false). */
+static bool take(char *text, size_t *n, int input, bool *is_open, int ms)
+{
+    struct pollfd ready = {input, POLLIN, 0};
+    if (!*is_open || poll(&ready, 1, ms) <= 0) return false;
+    if (*n == N_BYTES_MAX) *n /= 2; /* of an endless text its beginning is enough */
+    ssize_t got = read(input, text + *n, N_BYTES_MAX - *n);
+    *is_open = got > 0;
+    if (got > 0) *n += (size_t)got;
+    return *is_open;
+}
+
+/* Read until the process ends; false if it has not by then. Others may hold its output open for longer. */
 static bool follow(char *text, int input, pid_t pid, int *status, double end)
 {
+    enum { WAIT_MS = 20 };
     size_t n = 0;
     bool is_open = true, has_ended = false;
-    while (!has_ended && now() < end && n < N_BYTES_MAX) {
-        struct pollfd ready = {input, POLLIN, 0};
-        if (is_open && poll(&ready, 1, 20) > 0) {
-            ssize_t got = read(input, text + n, N_BYTES_MAX - n);
-            is_open = got > 0;
-            n += is_open ? (size_t)got : 0;
-        } else {
-            if (!is_open) nanosleep(&(struct timespec){0, 20000000}, NULL);
-            has_ended = waitpid(pid, status, WNOHANG) == pid;
-        }
+    while (!has_ended && now() < end) {
+        if (take(text, &n, input, &is_open, WAIT_MS)) continue;
+        if (!is_open) nanosleep(&(struct timespec){0, WAIT_MS * 1000000}, NULL);
+        has_ended = waitpid(pid, status, WNOHANG) == pid;
     }
+    while (has_ended && now() < end && take(text, &n, input, &is_open, 0)) continue; /* what it wrote last */
     text[n] = '\0';
     return has_ended;
 }

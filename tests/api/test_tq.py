@@ -310,9 +310,10 @@ class Doctor(unittest.TestCase):
                 self.assert_wrong(*words)
 
     def test_a_program_that_hangs(self):
-        # It also leaves a process behind that keeps its output open.
-        self.program("sleep 1000 & sleep 1000")
-        self.assert_wrong("within 1 s and was stopped", given=("--timeout", "1"))
+        # One also leaves a process behind that keeps its output open, one never stops talking.
+        for listed in ("sleep 1000 & sleep 1000", "while :; do echo and so on; done"):
+            self.program(listed)
+            self.assert_wrong("within 1 s and was stopped", given=("--timeout", "1"))
 
     def test_a_program_of_another_machine(self):
         path = self.folder / "llama-server"
@@ -331,6 +332,12 @@ class Doctor(unittest.TestCase):
         cuda = self.doctor("--llama", self.folder, TQ_CUDA_LIBRARY=__file__)["cuda"]
         self.assertEqual((cuda["library"], cuda["device"]), (__file__, None))
         self.assertIn("invalid ELF header", cuda["why"])
+
+    def test_a_device(self):
+        library = str(BUILD / "tests/cuda/libturboquant-cuda-emulated.so")
+        cuda = self.doctor("--llama", self.program(self.lists(*self.DEVICES)), TQ_CUDA_LIBRARY=library)["cuda"]
+        self.assertEqual((cuda["library"], cuda["device"], cuda["why"]), (library, "emulated", None))
+        self.assertLessEqual({"compute", "memory_bytes", "driver", "runtime"}, set(cuda))
 
     def test_usage(self):
         for path, words in (("/nowhere", "does not exist"), (ROOT / "README.md", "is not a program"),
