@@ -633,7 +633,7 @@ typedef struct tq_paged_store {
     int32_t page_size;        /* tokens, 16 to 256, a multiple of 16; CUDA: of 32 */
     int32_t n_sink, n_recent; /* at most 1024 together; CUDA: 512 */
     /* Keys are coded against references, one for each so many positions of a page and KV head, as a cache's with this
-     * k_ref_block. Wants n_recent > 0. CUDA: 64, and page_size must be a multiple of it. 0: none. */
+     * k_ref_block. Appends want n_recent > 0. CUDA: 64, and page_size must be a multiple of it. 0: none. */
     int32_t k_ref_block;
     const int8_t *k_factors; /* optional [n_head_kv, head_dim]: as tq_cache_set_key_factors; the same in all calls */
     /* Optional, in place of factors: a layer's transforms of keys as tq_calibration_transforms gives them; CUDA: copied to the
@@ -644,7 +644,7 @@ typedef struct tq_paged_store {
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
     void *pages;           /* n_pages * page_bytes, aligned to 64 bytes, CUDA: 128; contents do not matter at first */
     /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_ring, head_dim], of values head_dim_v; NULL if there are
-     * neither sinks nor a ring. Sink i is entry i, ring position p entry n_sink + p % n_ring. Keys or values in an exact format
+     * neither sinks nor a ring; CUDA: aligned to 16 bytes. Sink i is entry i, ring position p entry n_sink + p % n_ring. Keys or values in an exact format
      * (f16, bf16) have none. */
     void *exact;
     /* Vectors that the ring holds: at least n_recent, at most 65536; 0: n_recent. Tokens are encoded when they leave the last
@@ -671,8 +671,8 @@ TQ_API TQ_NODISCARD tq_status tq_paged_sizes_get(tq_paged_sizes *out, const tq_p
  */
 typedef enum tq_append_half {
     TQ_APPEND_BOTH = 0,
-    /* k and v may be NULL where no sequence gets more than n_recent tokens, with references more than one, and no format is
-     * exact. */
+    /* k and v may be NULL where no sequence gets more than n_recent tokens, no format is exact and, with references, none but
+     * a sequence's first token makes a block begin to be coded. */
     TQ_APPEND_ENCODE = 1,
     TQ_APPEND_STORE = 2, /* writes the exact tokens; the other half must be done with the same tokens */
 } tq_append_half;
@@ -702,6 +702,11 @@ typedef struct tq_paged_append_params {
     tq_append_half half;         /* other than BOTH: only with a ring */
     int64_t v_row_stride;        /* of v; 0: row_stride, or contiguous if that is 0 */
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
+    /* What is encoded is coded against the references that its blocks have: for positions that are written again while others
+     * of their block stay coded. */
+    bool keep_references;
+    /* With a ring: what is pushed out of positions before it stays as its page has it. */
+    int64_t encode_from;
 } tq_paged_append_params;
 /* Errors: ARGUMENT, FORMAT, HEAD_DIM, MEMORY, CPU: RANGE; then nothing was written. */
 TQ_API TQ_NODISCARD tq_status tq_paged_append(const tq_paged_store *store, const tq_paged_append_params *params, void *stream);

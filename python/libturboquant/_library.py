@@ -203,6 +203,7 @@ class CudaAppendParams(_Struct):
         ("row_stride", c_int64), ("slot_mapping", c_void_p), ("seq_ids", c_void_p), ("positions", c_void_p),
         ("page_table", c_void_p), ("page_table_stride", c_int64), ("exact_slots", c_void_p), ("n_not_finite", c_void_p),
         ("half", ctypes.c_int), ("v_row_stride", c_int64), ("executor", POINTER(Executor)),
+        ("keep_references", c_bool), ("encode_from", c_int64),
     ]
 
 

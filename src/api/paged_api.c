@@ -76,8 +76,7 @@ static tq_status check_ring(const tq_paged_store *store)
     int32_t recent = store->n_recent;
     if (store->n_ring != recent && (recent == 0 || store->n_ring < recent || store->n_ring > RING_MAX))
         return bad("n_ring must be 0 for n_recent, or n_recent to 65536 where n_recent is more than 0");
-    if (store->k_ref_block == 0 || recent > 0) return TQ_OK;
-    return bad("with references (k_ref_block) n_recent must be more than 0: they are means of the ring");
+    return TQ_OK;
 }
 
 static tq_status sizes_of(tq_paged_sizes *out, const tq_paged_store *store)
@@ -154,6 +153,9 @@ static tq_status check_append(const tq_paged_store *store, tq_paged_append_param
     if (!params->slot_mapping) return bad("append: slot_mapping is NULL");
     if (params->half != TQ_APPEND_BOTH && params->half != TQ_APPEND_ENCODE && params->half != TQ_APPEND_STORE) {
         return bad("append: unknown half");
+    }
+    if (store->k_ref_block > 0 && store->n_recent == 0) {
+        return bad("append: with references (k_ref_block) n_recent must be more than 0: they are means of the ring");
     }
     if (params->half != TQ_APPEND_BOTH && store->n_recent == 0) return bad("append: halves exist only with a ring");
     if (params->half != TQ_APPEND_ENCODE && (!params->k || !params->v)) return bad("append: k or v is NULL");

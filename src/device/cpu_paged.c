@@ -53,6 +53,9 @@ static layout layout_of(const tq_paged_store *store)
         int32_t head_dim = dim_of(store, i);
         tq_side_keep(side, traits->family, store->n_sink, store->n_recent, store->n_ring,
                      i == TQ_SIDE_K ? store->k_ref_block : 0);
+        /* Pages of a store with a ring, which are read as those of one without, have their references all the same. */
+        bool has_references = traits->family != TQ_FAMILY_EXACT && traits->family != TQ_FAMILY_PROD;
+        if (i == TQ_SIDE_K && store->n_recent == 0 && has_references) side->ref_block = store->k_ref_block;
         size_t ref_bytes = side->ref_block ? tq_format_vector_bytes(tq_format_traits_get(TQ_FORMAT_SQ8), head_dim) : 0;
         l.head_page_bytes[i] =
             tq_head_page_bytes(tq_format_vector_bytes(traits, head_dim), store->page_size, ref_bytes, side->ref_block);
@@ -322,6 +325,7 @@ static bool next_run(const tq_paged_store *store, const layout *l, const tq_page
     for (int32_t side = 0; side < TQ_N_SIDES; side++) {
         const tq_side *s = &l->sides[side];
         int64_t ring = out->position - s->n_recent, first = ring > s->n_sink ? ring : s->n_sink;
+        if (s->n_recent > 0 && first < p->encode_from) first = p->encode_from;
         int64_t last = out->position + out->n - s->n_recent;
         out->coded_begin[side] = first;
         out->coded_end[side] = last > first ? last : first;
@@ -337,11 +341,15 @@ static bool needs_rows(const tq_paged_store *store, const tq_paged_append_params
 {
     if (p->k && p->v) return false;
     layout l = layout_of(store);
-    int64_t n_most = l.sides[TQ_SIDE_K].ref_block ? 1 : store->n_recent;
+    int64_t n_most = store->n_recent, ref_block = p->keep_references ? 0 : l.sides[TQ_SIDE_K].ref_block;
     if (l.sides[TQ_SIDE_K].n_recent == 0 || l.sides[TQ_SIDE_V].n_recent == 0) n_most = 0;
     run r;
     for (int64_t at = 0; next_run(store, &l, p, &at, &r);) {
         if (r.n > n_most) return true;
+        int64_t begin = r.coded_begin[TQ_SIDE_K], end = r.coded_end[TQ_SIDE_K];
+        bool begins_with_first = begin == r.position - store->n_recent;
+        if (ref_block == 0 || begin >= end) continue;
+        if (!begins_with_first || (end - 1) / ref_block != begin / ref_block) return true;
     }
     return false;
 }
@@ -377,7 +385,8 @@ static void append_run(const append_call *call, const run *r, const tq_executor 
     const float *rows[TQ_N_SIDES];
     for (int32_t side = 0; side < TQ_N_SIDES; side++)
         rows[side] = call->rows[side] ? call->rows[side] + r->first * width_of(store, side) : NULL;
-    tq_cpu_sequence sequence = {.shape = &call->o.shape, .pages = r->pages, .length = r->position};
+    tq_cpu_sequence sequence = {
+        .shape = &call->o.shape, .pages = r->pages, .length = r->position, .keeps_references = call->params->keep_references};
     if (!is_by_slots(store)) sequence.exact = exact_of(store, call->o.layout.exact_bytes, call->params->exact_slots, r->origin);
     if (call->params->half != TQ_APPEND_STORE) encode_run(call, r, sequence, rows[TQ_SIDE_K], rows[TQ_SIDE_V], executor);
     if (call->params->half != TQ_APPEND_ENCODE) tq_cpu_append_exact(&sequence, r->n, rows[TQ_SIDE_K], rows[TQ_SIDE_V]);

@@ -168,7 +168,7 @@ static void encode_side(const tq_cpu_sequence *sequence, int32_t i_side, int64_t
     const tq_side *side = side_of(sequence, i_side);
     int64_t coded_begin = sequence->ring_begin[i_side];
     tq_rows_in in = rows_in(sequence, side, rows);
-    if (side->ref_codec) set_references(&in, side, coded_begin, coded_end, sequence->length);
+    if (side->ref_codec && !sequence->keeps_references) set_references(&in, side, coded_begin, coded_end, sequence->length);
     encode_positions(&in, side, coded_begin, coded_end, sequence->length, executor);
 }
 

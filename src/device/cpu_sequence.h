@@ -14,6 +14,7 @@ typedef struct tq_cpu_sequence {
     const int32_t *page_table; /* NULL: 0, 1, ... */
     uint8_t *exact;            /* NULL if no side has any */
     bool is_unwritten;         /* positions that masks hide may hold any bytes */
+    bool keeps_references;     /* an append sets none */
     int64_t length;
     const int64_t *ring_begin, *exact_begin; /* [TQ_N_SIDES]: positions that queries see exact, and that the ring still has */
 } tq_cpu_sequence;

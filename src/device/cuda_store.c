@@ -155,6 +155,7 @@ static tq_status prepare(tq_device_store *out, const tq_paged_store *store)
 {
     TQ_TRY(tq_cuda_shape_store(out, store));
     if ((uintptr_t)store->pages % 128 != 0) return bad("pages must be aligned to 128 bytes");
+    if ((uintptr_t)store->exact % 16 != 0) return bad("exact must be aligned to 16 bytes");
     if ((uintptr_t)store->k_factors % 8 != 0) return bad("k_factors must be aligned to 8 bytes");
     if ((uintptr_t)store->k_transforms % 16 != 0) return bad("k_transforms must be aligned to 16 bytes");
     out->k_factors = store->k_factors;

@@ -60,7 +60,7 @@ cudaError_t append_rows(const tq_device_store &store, const tq_paged_append_para
 {
     if (p.half != TQ_APPEND_STORE) {
         cudaError_t error = cudaSuccess;
-        if (store.k_ref_block) error = launch_references(store, p, stream);
+        if (store.k_ref_block && !p.keep_references) error = launch_references(store, p, stream);
         if (error == cudaSuccess) error = encode(store, p, stream);
         if (error != cudaSuccess) return error;
     }

@@ -39,7 +39,7 @@ __device__ __forceinline__ bool begins_block(const tq_device_store &store, const
 {
     if (token >= p.n_tok || p.slot_mapping[token] < 0) return false;
     const int64_t position = p.positions[token] - store.n_recent;
-    return position >= store.n_sink && (position == store.n_sink || position % TQ_REF_BLOCK == 0);
+    return position >= store.n_sink && position >= p.encode_from && (position == store.n_sink || position % TQ_REF_BLOCK == 0);
 }
 
 /* Tokens that a block of threads looks at, at most. */
