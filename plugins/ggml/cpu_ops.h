@@ -10,6 +10,12 @@ ggml_backend_t tq_ggml_cpu_start(int n_threads);
 
 #define TQ_GGML_ROPE_AXES 4 /* of M-RoPE: time, height, width, and one more */
 
+/*
+ * The bytes of a tensor that has its values: its own where the host can read them, else a copy, which *copy gets and the caller
+ * frees. NULL: out of memory, or they can't be had.
+ */
+const void *tq_ggml_host_bytes(const struct ggml_tensor *t, void **copy);
+
 /* How many positions a row has in a ROPE operation; it has them as [axis, row]. */
 int64_t tq_ggml_rope_n_axes(const struct ggml_tensor *op);
 /*

@@ -91,14 +91,19 @@ static bool is_input(const struct ggml_tensor *t)
     return (t->flags & GGML_TENSOR_FLAG_INPUT) != 0;
 }
 
-/* A weight's n floats, or NULL if it is no weight, or stands where it can't be read. */
-static const float *read_weight(const struct ggml_tensor *t, int64_t *n)
+/* Copies of weights that a device holds, until the probe that reads them has ended. */
+typedef struct weight_copies {
+    void *list[4 * OPS_MAX];
+    int32_t n;
+} weight_copies;
+
+/* A weight's n floats, or NULL if it is no weight, or can't be read. */
+static const float *read_weight(const struct ggml_tensor *t, weight_copies *copies, int64_t *n)
 {
-    if (!is_leaf(t) || is_input(t) || t->type != GGML_TYPE_F32 || !t->data || !t->buffer || t->view_src ||
-        !tq_ggml_host.ggml_backend_buft_is_host(t->buffer->buft))
-        return NULL;
+    if (!is_leaf(t) || is_input(t) || t->type != GGML_TYPE_F32 || !t->data || !t->buffer || t->view_src) return NULL;
+    if (copies->n == (int32_t)(sizeof copies->list / sizeof copies->list[0])) return NULL;
     *n = tq_ggml_host.ggml_nelements(t);
-    return t->data;
+    return tq_ggml_host_bytes(t, &copies->list[copies->n++]);
 }
 
 /* ---- probes ---- */
@@ -128,14 +133,14 @@ static void add_to(rows *r, const float *weight, int64_t n)
 }
 
 /* The input of a product as a norm makes it: random signs, times the norm's weight and plus its bias. */
-static void fill_input(rows *r, const struct ggml_tensor *input)
+static void fill_input(rows *r, const struct ggml_tensor *input, weight_copies *copies)
 {
     uint64_t state = 1;
     for (int64_t i = 0; i < N_PROBE * r->width; i++) r->x[i] = next_random(&state) >> 63 ? 1.0f : -1.0f;
     int64_t n = 0, n_bias = 0;
-    const float *bias = input->op == tq_ggml_ops.add ? read_weight(input->src[1], &n_bias) : NULL;
+    const float *bias = input->op == tq_ggml_ops.add ? read_weight(input->src[1], copies, &n_bias) : NULL;
     if (bias && n_bias == r->width) input = input->src[0];
-    const float *weight = input->op == tq_ggml_ops.mul ? read_weight(input->src[1], &n) : NULL;
+    const float *weight = input->op == tq_ggml_ops.mul ? read_weight(input->src[1], copies, &n) : NULL;
     if (weight && n == r->width) multiply_by(r, weight, n);
     if (bias && n_bias == r->width) add_to(r, bias, n_bias);
 }
@@ -180,7 +185,7 @@ static bool is_view(const struct ggml_tensor *t)
  * What the graph does to a product before RoPE. Sums with what is computed are adapters', which are left out. False where a
  * weight can't be read: without it factors would be of another model.
  */
-static bool apply(rows *r, const chain *c)
+static bool apply(rows *r, const chain *c, weight_copies *copies)
 {
     bool is_part = false; /* of what was computed last */
     for (int32_t i = 0; i < c->n; i++) {
@@ -194,7 +199,7 @@ static bool apply(rows *r, const chain *c)
         is_part = false;
         int64_t n = 0;
         bool has_weight = (t->op == tq_ggml_ops.add || t->op == tq_ggml_ops.mul) && is_leaf(t->src[1]) && !is_input(t->src[1]);
-        const float *weight = has_weight ? read_weight(t->src[1], &n) : NULL;
+        const float *weight = has_weight ? read_weight(t->src[1], copies, &n) : NULL;
         if (has_weight && (!weight || r->width % n != 0)) return false;
         if (weight && t->op == tq_ggml_ops.add) add_to(r, weight, n);
         if (weight && t->op == tq_ggml_ops.mul) multiply_by(r, weight, n);
@@ -224,8 +229,9 @@ static bool probe(const chain *c, int64_t width, float *squares, float *means)
     out.x = malloc((size_t)(N_PROBE * out.width) * sizeof *out.x);
     ggml_backend_t cpu = in.x && out.x ? tq_ggml_cpu_start(n_threads()) : NULL;
     bool ok = cpu != NULL;
-    if (ok) fill_input(&in, c->product->src[1]);
-    ok = ok && tq_ggml_cpu_multiply(cpu, weight, in.x, N_PROBE, out.x) && apply(&out, c) && out.width == width;
+    weight_copies copies = {.n = 0};
+    if (ok) fill_input(&in, c->product->src[1], &copies);
+    ok = ok && tq_ggml_cpu_multiply(cpu, weight, in.x, N_PROBE, out.x) && apply(&out, c, &copies) && out.width == width;
     for (int64_t j = 0; ok && j < width; j++) {
         double square = 0, mean = 0;
         for (int64_t i = 0; i < N_PROBE; i++) {
@@ -236,6 +242,7 @@ static bool probe(const chain *c, int64_t width, float *squares, float *means)
         squares[j] = (float)square;
         if (means) means[j] = (float)mean;
     }
+    for (int32_t i = 0; i < copies.n; i++) free(copies.list[i]);
     if (cpu) tq_ggml_host.ggml_backend_free(cpu);
     free(in.x);
     free(out.x);
