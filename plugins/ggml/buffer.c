@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #include "damage.h"
+#include "gpu_layer.h"
 #include "log.h"
 #include "pages.h"
 #include "threads.h"
@@ -26,6 +27,7 @@ typedef struct kv_buffer {
     tq_ggml_kv_tensor **tensors;
     size_t n, capacity;
     tq_ggml_threads threads;
+    tq_gpu_tables tables; /* of a GPU's layers */
 } kv_buffer;
 
 /* What is mapped for a buffer. ggml before 0.25 asks for buffers of 0 bytes, and wants a base that is not NULL from them. */
@@ -41,12 +43,14 @@ static void kv_free(ggml_backend_buffer_t buffer)
     kv_buffer *kvs = buffer->context;
     for (size_t i = 0; i < kvs->n; i++) {
         if (kvs->tensors[i]->is_refused) atomic_fetch_sub(&kvs->device->n_refused, 1);
+        if (!kvs->tensors[i]->is_value) tq_gpu_layer_close(kvs->tensors[i]->on_gpu);
         tq_ggml_kv_release(kvs->tensors[i]);
         tq_ggml_damage_close(kvs->tensors[i]);
         free(kvs->tensors[i]);
     }
     free(kvs->tensors);
     tq_ggml_threads_free(&kvs->threads);
+    if (kvs->device->gpu) tq_gpu_free(kvs->device->gpu, kvs->tables.ids);
     munmap(kvs->reserved, kvs->reserved_bytes);
     free(kvs);
 }
@@ -101,12 +105,12 @@ static enum ggml_status kv_init_tensor(ggml_backend_buffer_t buffer, struct ggml
     bool is_value;
     if (t->view_src) return GGML_STATUS_SUCCESS;
     if (!tq_ggml_kv_name(t->name, &layer, &is_value)) {
-        tq_ggml_log(TQ_LOG_ERROR, "%s can't hold the tensor '%s' in a KV cache", kvs->device->preset.name, t->name);
+        tq_ggml_log(TQ_LOG_ERROR, "%s can't hold the tensor '%s' in a KV cache", kvs->device->name, t->name);
         return GGML_STATUS_FAILED;
     }
     const char *fault = find_fault(kvs->device, t);
     if (fault) {
-        tq_ggml_log_refusal("%s refuses the KV cache: %s (%s, rows of %lld): %s", kvs->device->preset.name, t->name,
+        tq_ggml_log_refusal("%s refuses the KV cache: %s (%s, rows of %lld): %s", kvs->device->name, t->name,
                             tq_ggml_host.ggml_type_name(t->type), (long long)t->ne[0], fault);
         return GGML_STATUS_FAILED;
     }
@@ -157,7 +161,7 @@ static bool kv_cpy_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor
     const tq_ggml_device *device = ((kv_buffer *)buffer->context)->device;
     tq_ggml_kv_tensor *from = tq_ggml_kv_of(device, src, &is_dummy);
     tq_ggml_kv_tensor *to = tq_ggml_kv_of(device, dst, &is_dummy);
-    if (!from || !to || !from->stores || !to->stores) return false;
+    if (!from || !to || (!from->stores && !from->on_gpu) || (!to->stores && !to->on_gpu)) return false;
     size_t stream_bytes = (size_t)to->n_embd * sizeof(ggml_fp16_t) * (size_t)to->n_slots;
     bool same_shape = from->n_embd == to->n_embd && from->n_slots == to->n_slots && from->head_dim == to->head_dim &&
                       from->store_bytes == to->store_bytes;
@@ -176,10 +180,12 @@ static bool kv_cpy_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor
 static void kv_clear(ggml_backend_buffer_t buffer, uint8_t value)
 {
     kv_buffer *kvs = buffer->context;
-    for (size_t i = 0; i < kvs->n; i++) tq_ggml_kv_clear(kvs->tensors[i]);
+    for (size_t i = 0; i < kvs->n; i++) {
+        tq_ggml_kv_clear(kvs->tensors[i]);
+        if (kvs->tensors[i]->on_gpu && !kvs->tensors[i]->is_value) tq_gpu_layer_clear(kvs->tensors[i]->on_gpu);
+    }
     if (value != 0) {
-        tq_ggml_log(TQ_LOG_ERROR, "%s: a KV cache can be cleared with zeros only; it now holds zeros",
-                    kvs->device->preset.name);
+        tq_ggml_log(TQ_LOG_ERROR, "%s: a KV cache can be cleared with zeros only; it now holds zeros", kvs->device->name);
     }
 }
 
@@ -193,6 +199,33 @@ static const struct ggml_backend_buffer_i kv_interface = {
     .cpy_tensor = kv_cpy_tensor,
     .clear = kv_clear,
 };
+
+ggml_backend_buffer_t tq_ggml_kv_buffer_new(tq_ggml_device *device, size_t size)
+{
+    kv_buffer *kvs = calloc(1, sizeof *kvs);
+    void *reserved = kvs ? mmap(NULL, mapped_bytes(size), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) : MAP_FAILED;
+    if (reserved == MAP_FAILED) {
+        free(kvs);
+        return NULL;
+    }
+    *kvs = (kv_buffer){.device = device, .reserved = reserved, .reserved_bytes = mapped_bytes(size)};
+    atomic_store(&device->has_kv_tensor, true);
+    return tq_ggml_host.ggml_backend_buffer_init(&device->kv_buft, kv_interface, kvs, size);
+}
+
+bool tq_ggml_kv_buffer_open_layer(tq_ggml_kv_tensor *keys, tq_ggml_kv_tensor *values, char *why, size_t why_bytes)
+{
+    if (keys->on_gpu && keys->on_gpu == values->on_gpu) return true;
+    kv_buffer *kvs = keys->buffer->context;
+    tq_gpu_layer *layer = tq_gpu_layer_open(&kvs->tables, keys, values, why, why_bytes);
+    if (!layer) return false;
+    keys->on_gpu = values->on_gpu = layer;
+    keys->bytes = tq_gpu_layer_bytes(layer);
+    values->bytes = 0;
+    tq_ggml_kv_buffer_count(keys);
+    tq_ggml_kv_buffer_count(values);
+    return true;
+}
 
 /* Make a host buffer, which nothing was written to, that of a KV cache. */
 static bool become_kv_buffer(ggml_backend_buffer_t buffer)
@@ -264,7 +297,7 @@ static void log_binding(kv_buffer *kvs, size_t bytes)
         TQ_LOG_INFO,
         "%s holds the KV cache: keys %s, values %s, first %d and last %d tokens exact, %d layers exact; head_dim %d, %lld "
         "cells, %lld streams; %.2f MiB, %.3f bits per value with everything counted",
-        preset->name, k.name, v.name, (int)preset->n_sink, (int)preset->n_recent, n_exact, (int)first->head_dim,
+        kvs->device->name, k.name, v.name, (int)preset->n_sink, (int)preset->n_recent, n_exact, (int)first->head_dim,
         (long long)first->n_slots, (long long)first->n_stream, (double)bytes / 1048576, 8 * (double)bytes / n_values);
     warn_of_effects(kvs->device->options, n_value_tensors > 0, n_exact > 0 && n_exact + n_value_tensors == (int)kvs->n);
     if (atomic_load(&kvs->device->n_refused) == 0) tq_ggml_log_forget_refusal();
@@ -278,7 +311,7 @@ void tq_ggml_kv_buffer_count(tq_ggml_kv_tensor *kv)
     size_t bytes = 0, n_bound = 0;
     for (size_t i = 0; i < kvs->n; i++) {
         bytes += tq_ggml_align_up(kvs->tensors[i]->bytes, ALIGNMENT);
-        n_bound += kvs->tensors[i]->stores != NULL;
+        n_bound += kvs->tensors[i]->stores || kvs->tensors[i]->on_gpu;
     }
     kv->buffer->size = bytes;
     if (n_bound == kvs->n) log_binding(kvs, bytes);
@@ -353,7 +386,7 @@ static const struct ggml_backend_buffer_i host_interface = {
 static const char *buft_name(ggml_backend_buffer_type_t buft)
 {
     const tq_ggml_device *device = buft->context;
-    return buft == &device->kv_buft ? device->kv_buft_name : device->preset.name;
+    return buft == &device->kv_buft ? device->kv_buft_name : device->name;
 }
 
 tq_ggml_device *tq_ggml_buft_device(ggml_backend_buffer_type_t buft)
@@ -361,14 +394,18 @@ tq_ggml_device *tq_ggml_buft_device(ggml_backend_buffer_type_t buft)
     return buft->iface.get_name == buft_name ? buft->context : NULL;
 }
 
-static size_t buft_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml_tensor *t)
+size_t tq_ggml_kv_alloc_size(const tq_ggml_device *device, const struct ggml_tensor *t)
 {
-    const tq_ggml_device *device = buft->context;
     int32_t layer;
     bool is_value;
-    if (t->view_src || !tq_ggml_kv_name(t->name, &layer, &is_value) || find_fault(device, t))
-        return tq_ggml_host.ggml_nbytes(t);
-    return tq_ggml_kv_estimate(device, t);
+    bool is_kv = !t->view_src && tq_ggml_kv_name(t->name, &layer, &is_value) && !find_fault(device, t);
+    return is_kv ? tq_ggml_kv_estimate(device, t) : 0;
+}
+
+static size_t buft_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml_tensor *t)
+{
+    size_t bytes = tq_ggml_kv_alloc_size(buft->context, t);
+    return bytes ? bytes : tq_ggml_host.ggml_nbytes(t);
 }
 
 static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)

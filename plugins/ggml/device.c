@@ -20,7 +20,7 @@
 
 static const char *backend_name(ggml_backend_t backend)
 {
-    return ((const tq_ggml_worker *)backend->context)->device->preset.name;
+    return ((const tq_ggml_worker *)backend->context)->device->name;
 }
 
 static void backend_free(ggml_backend_t backend)
@@ -36,21 +36,13 @@ static void backend_free(ggml_backend_t backend)
     free(backend);
 }
 
-/* Nothing is to be computed for these. */
-static bool is_only_view(const struct ggml_tensor *t)
-{
-    const tq_ggml_op_numbers *ops = &tq_ggml_ops;
-    return t->op == ops->none || t->op == ops->view || t->op == ops->reshape || t->op == ops->permute ||
-           t->op == ops->transpose;
-}
-
 static enum ggml_status run_node(tq_ggml_worker *worker, const struct ggml_tensor *node)
 {
-    if (is_only_view(node)) return GGML_STATUS_SUCCESS;
+    if (tq_ggml_is_only_view(node)) return GGML_STATUS_SUCCESS;
     if (node->op == tq_ggml_ops.set_rows) return tq_ggml_set_rows(worker, node);
     if (node->op == tq_ggml_ops.flash_attn) return tq_ggml_flash_attn(worker, node);
     if (node->op == tq_ggml_ops.rope) return tq_ggml_rope(worker, node);
-    tq_ggml_log(TQ_LOG_ERROR, "%s can't run %s (%s)", worker->device->preset.name, tq_ggml_host.ggml_op_name(node->op),
+    tq_ggml_log(TQ_LOG_ERROR, "%s can't run %s (%s)", worker->device->name, tq_ggml_host.ggml_op_name(node->op),
                 node->name);
     return GGML_STATUS_FAILED;
 }
@@ -82,7 +74,7 @@ static void backend_set_n_threads(ggml_backend_t backend, int n_threads)
     worker->has_checked_use = true;
     if (!atomic_load(&worker->device->has_kv_tensor)) {
         tq_ggml_log(TQ_LOG_WARNING, "%s was chosen, but no KV cache was put on it: are -ngl 0 or --no-kv-offload given?",
-                    worker->device->preset.name);
+                    worker->device->name);
     }
 }
 
@@ -109,7 +101,7 @@ static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *pa
 
 static const char *device_name(ggml_backend_dev_t dev)
 {
-    return ((const tq_ggml_device *)dev->context)->preset.name;
+    return ((const tq_ggml_device *)dev->context)->name;
 }
 
 static const char *device_description(ggml_backend_dev_t dev)
@@ -158,7 +150,7 @@ static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t dev)
  * Other operations than flash attention read the cache on the CPU, which would need a decoded copy of it for every layer:
  * products, with the values transposed, where flash attention is off; others in models that choose the tokens that they see.
  */
-static bool refuse_reader(const tq_ggml_device *device, const struct ggml_tensor *op)
+bool tq_ggml_device_refuses(const tq_ggml_device *device, const struct ggml_tensor *op)
 {
     bool is_dummy;
     for (int i = 0; i < GGML_MAX_SRC; i++) {
@@ -190,11 +182,11 @@ static ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t dev
 static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor *op)
 {
     tq_ggml_device *device = dev->context;
-    if (is_only_view(op)) return true; /* views of the cache are assigned to the device that holds it */
+    if (tq_ggml_is_only_view(op)) return true; /* views of the cache are assigned to the device that holds it */
     if (op->op == tq_ggml_ops.set_rows) return tq_ggml_set_rows_supported(device, op);
     if (op->op == tq_ggml_ops.flash_attn) return tq_ggml_flash_attn_supported(device, op);
     if (op->op == tq_ggml_ops.rope) return tq_ggml_rope_supported(device, op);
-    return refuse_reader(device, op);
+    return tq_ggml_device_refuses(device, op);
 }
 
 static bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft)
@@ -217,6 +209,16 @@ size_t tq_ggml_device_count(void)
 tq_ggml_device *tq_ggml_device_get(size_t i)
 {
     return &devices[i];
+}
+
+tq_ggml_device *tq_ggml_device_next(void)
+{
+    return n_devices < TQ_GGML_DEVICES_MAX ? &devices[n_devices] : NULL;
+}
+
+void tq_ggml_device_keep(void)
+{
+    n_devices++;
 }
 
 void tq_ggml_devices_clear(void)
@@ -271,9 +273,10 @@ static tq_status describe(tq_ggml_device *device)
     return TQ_OK;
 }
 
-tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options,
-                              const tq_calibration *calibration)
+tq_status tq_ggml_device_describe(tq_ggml_device *out, const char *name, const tq_preset *preset,
+                                  const tq_ggml_options *options, const tq_calibration *calibration)
 {
+    snprintf(out->name, sizeof out->name, "%s", name);
     out->preset = *preset;
     out->options = options;
     out->calibration = calibration;
@@ -283,9 +286,15 @@ tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, cons
     if (options->has_n_recent) out->preset.n_recent = options->n_recent;
     if (options->has_ref_block) out->preset.k_ref_block = options->ref_block;
     out->n_keep = tq_ggml_options_n_keep(options, out->preset.n_sink, out->preset.n_recent);
-    tq_status status = describe(out);
+    snprintf(out->kv_buft_name, sizeof out->kv_buft_name, "%s_KV", name);
+    return describe(out);
+}
+
+tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, const tq_ggml_options *options,
+                              const tq_calibration *calibration)
+{
+    tq_status status = tq_ggml_device_describe(out, preset->name, preset, options, calibration);
     if (status != TQ_OK) return status;
-    snprintf(out->kv_buft_name, sizeof out->kv_buft_name, "%s_KV", preset->name);
     out->reg = (struct ggml_backend_reg){.api_version = GGML_BACKEND_API_VERSION,
                                          .iface = {.get_name = reg_name,
                                                    .get_device_count = reg_device_count,
@@ -309,8 +318,8 @@ tq_status tq_ggml_device_init(tq_ggml_device *out, const tq_preset *preset, cons
 
 tq_status tq_ggml_device_add(const tq_preset *preset, const tq_ggml_options *options, const tq_calibration *calibration)
 {
-    if (n_devices == TQ_GGML_DEVICES_MAX) return TQ_ERR_RANGE;
-    tq_status status = tq_ggml_device_init(&devices[n_devices], preset, options, calibration);
-    if (status == TQ_OK) n_devices++;
+    tq_ggml_device *device = tq_ggml_device_next();
+    tq_status status = device ? tq_ggml_device_init(device, preset, options, calibration) : TQ_ERR_RANGE;
+    if (status == TQ_OK) tq_ggml_device_keep();
     return status;
 }

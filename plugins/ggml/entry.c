@@ -10,6 +10,7 @@
 
 #include "buffer.h"
 #include "device.h"
+#include "gpu_device.h"
 #include "log.h"
 
 /*
@@ -159,5 +160,6 @@ TQ_API ggml_backend_reg_t ggml_backend_init(void)
         calibration = NULL;
         return NULL;
     }
+    tq_gpu_devices_add(&options, calibration);
     return &tq_ggml_device_get(0)->reg;
 }

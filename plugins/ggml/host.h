@@ -37,11 +37,31 @@
     X(ggml_build_forward_expand)         \
     X(ggml_graph_n_nodes)                \
     X(ggml_graph_node)                   \
+    X(ggml_graph_nodes)                  \
     X(ggml_backend_buffer_init)          \
     X(ggml_backend_buffer_free)          \
     X(ggml_backend_buffer_get_size)      \
+    X(ggml_backend_buffer_clear)         \
     X(ggml_backend_buft_is_host)         \
+    X(ggml_backend_buft_alloc_buffer)    \
+    X(ggml_backend_buft_get_alignment)   \
+    X(ggml_backend_buft_get_max_size)    \
+    X(ggml_backend_buft_get_alloc_size)  \
+    X(ggml_backend_tensor_get)           \
     X(ggml_backend_dev_backend_reg)      \
+    X(ggml_backend_dev_count)            \
+    X(ggml_backend_dev_get)              \
+    X(ggml_backend_dev_name)             \
+    X(ggml_backend_dev_description)      \
+    X(ggml_backend_dev_get_props)        \
+    X(ggml_backend_dev_buffer_type)      \
+    X(ggml_backend_dev_host_buffer_type) \
+    X(ggml_backend_dev_supports_op)      \
+    X(ggml_backend_dev_supports_buft)    \
+    X(ggml_backend_dev_offload_op)       \
+    X(ggml_backend_event_new)            \
+    X(ggml_backend_event_free)           \
+    X(ggml_backend_event_synchronize)    \
     X(ggml_backend_dev_by_type)          \
     X(ggml_backend_dev_init)             \
     X(ggml_backend_dev_memory)           \
@@ -59,6 +79,7 @@
     X(rms_norm, "RMS_NORM")   \
     X(l2_norm, "L2_NORM")     \
     X(mul_mat, "MUL_MAT")     \
+    X(mul_mat_id, "MUL_MAT_ID") \
     X(scale, "SCALE")         \
     X(cpy, "CPY")             \
     X(cont, "CONT")           \
@@ -82,6 +103,14 @@ typedef struct tq_ggml_op_numbers {
 } tq_ggml_op_numbers;
 
 extern tq_ggml_op_numbers tq_ggml_ops;
+
+/* Nothing is to be computed for these. */
+static inline bool tq_ggml_is_only_view(const struct ggml_tensor *t)
+{
+    const tq_ggml_op_numbers *ops = &tq_ggml_ops;
+    return t->op == ops->none || t->op == ops->view || t->op == ops->reshape || t->op == ops->permute ||
+           t->op == ops->transpose;
+}
 
 typedef struct tq_ggml_host_table {
 #define X(name) __typeof__(name) *name;

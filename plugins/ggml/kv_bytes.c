@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "damage.h"
+#include "gpu_layer.h"
 #include "kv_tensor.h"
 #include "log.h"
 #include "stages.h"
@@ -30,6 +31,7 @@ static size_t row_bytes(const tq_ggml_kv_tensor *kv)
 static int64_t chunk_rows(const tq_ggml_kv_tensor *kv)
 {
     int64_t n = CHUNK_VALUES / kv->n_embd;
+    if (kv->on_gpu) return CHUNK_ROWS_MAX; /* each piece is a round trip */
     return n < 1 ? 1 : n > CHUNK_ROWS_MAX ? CHUNK_ROWS_MAX : n;
 }
 
@@ -54,7 +56,7 @@ static bool check_range(const tq_ggml_kv_tensor *kv, size_t offset, size_t size)
 {
     size_t all = row_bytes(kv) * (size_t)kv->n_slots * (size_t)kv->n_stream;
     const char *why = NULL;
-    if (!kv->stores)
+    if (!kv->stores && !kv->on_gpu)
         why = "before any attention has read it, its head_dim is not known";
     else if (offset > all || size > all - offset)
         why = "the bytes are beyond its end";
@@ -87,6 +89,12 @@ static void mark_damage(const tq_ggml_kv_tensor *kv, const piece *p, uint8_t *to
     }
 }
 
+static bool read_rows(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t first, int64_t n, float *rows)
+{
+    if (kv->on_gpu) return tq_gpu_layer_read(kv->on_gpu, kv->is_value, stream, first, n, rows);
+    return tq_store_read(kv->stores[stream], first, n, rows, kv->n_embd) == TQ_OK;
+}
+
 bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out)
 {
     if (!check_range(kv, offset, size) || tq_ggml_stage_settle_all(kv) != TQ_OK) return false;
@@ -96,7 +104,7 @@ bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *ou
     bool ok = true;
     while (ok && size > 0) {
         piece p = next_piece(kv, offset, size);
-        ok = tq_store_read(kv->stores[p.stream], p.first_slot, p.n_rows, rows, kv->n_embd) == TQ_OK;
+        ok = read_rows(kv, p.stream, p.first_slot, p.n_rows, rows);
         if (ok) {
             clamp_to_fp16(rows, p.n_rows * kv->n_embd);
             tq_ggml_host.ggml_fp32_to_fp16_row(rows + p.first_byte / sizeof(ggml_fp16_t), (ggml_fp16_t *)(void *)to,
@@ -111,10 +119,43 @@ bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *ou
     return ok;
 }
 
+/* NaN, infinity and what is too large must not be coded: the caller marks its row as damaged. */
+static bool is_finite(const ggml_fp16_t *x, int64_t n)
+{
+    bool ok = true;
+    for (int64_t i = 0; i < n; i++) ok &= (x[i] & 0x7c00) != 0x7c00;
+    return ok;
+}
+
+/* On a GPU cells are whole rows. */
+static tq_status write_on_gpu(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows)
+{
+    const ggml_fp16_t *halves = (const ggml_fp16_t *)(const void *)from;
+    bool is_whole = p->bytes == (size_t)p->n_rows * row_bytes(kv);
+    ggml_fp16_t *merged = NULL;
+    if (!is_finite(halves, (int64_t)(p->bytes / sizeof *halves))) return TQ_ERR_NOT_FINITE;
+    if (!is_whole) {
+        merged = malloc(row_bytes(kv));
+        if (!merged) return TQ_ERR_MEMORY;
+        if (!tq_gpu_layer_read(kv->on_gpu, kv->is_value, p->stream, p->first_slot, 1, rows)) {
+            free(merged);
+            return TQ_ERR_DEVICE;
+        }
+        clamp_to_fp16(rows, kv->n_embd);
+        tq_ggml_host.ggml_fp32_to_fp16_row(rows, merged, kv->n_embd);
+        memcpy((uint8_t *)merged + p->first_byte, from, p->bytes);
+        halves = merged;
+    }
+    bool ok = tq_gpu_layer_write(kv->on_gpu, kv->is_value, p->stream, p->first_slot, p->n_rows, halves, is_whole, p->n_first);
+    free(merged);
+    return ok ? TQ_OK : TQ_ERR_DEVICE;
+}
+
 /* A part of a row leaves the slot as it was, exact or encoded; a whole row is a new one. */
 static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows,
                              const tq_executor *executor)
 {
+    if (kv->on_gpu) return write_on_gpu(kv, p, from, rows);
     tq_store *store = kv->stores[p->stream];
     const ggml_fp16_t *halves = (const ggml_fp16_t *)(const void *)from;
     int64_t slots[CHUNK_ROWS_MAX];
@@ -134,6 +175,7 @@ static bool discard_rows(tq_ggml_kv_tensor *kv, size_t offset, size_t size)
 {
     int64_t first = (int64_t)((offset + row_bytes(kv) - 1) / row_bytes(kv)), end = (int64_t)((offset + size) / row_bytes(kv));
     bool ok = true;
+    if (kv->on_gpu) return true;
     for (int64_t next; ok && first < end; first = next) {
         int64_t stream = first / kv->n_slots;
         next = (stream + 1) * kv->n_slots < end ? (stream + 1) * kv->n_slots : end;
@@ -192,6 +234,8 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
 
 bool tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, tq_ggml_kv_tensor *from, int64_t from_stream)
 {
+    /* A layer's keys and values are one: the copy of its keys is that of both. */
+    if (to->on_gpu) return to->is_value || tq_gpu_layer_copy(to->on_gpu, to_stream, from->on_gpu, from_stream);
     if (tq_ggml_stage_settle(from, from_stream, NULL) != TQ_OK) return false;
     tq_ggml_stage_release(to, to_stream);
     /* Equal pieces stay untouched: pages that neither store has written take no memory. */

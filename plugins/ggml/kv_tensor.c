@@ -186,7 +186,7 @@ bool tq_ggml_kv_refuse(tq_ggml_kv_tensor *kv, const char *why)
     if (kv->is_refused) return true;
     kv->is_refused = true;
     char message[512];
-    snprintf(message, sizeof message, "%s refuses %s (layer %d %s): %s", kv->device->preset.name, kv->name, (int)kv->layer,
+    snprintf(message, sizeof message, "%s refuses %s (layer %d %s): %s", kv->device->name, kv->name, (int)kv->layer,
              kv->is_value ? "values" : "keys", why);
     /* The first one is what led to the others. */
     if (atomic_fetch_add(&kv->device->n_refused, 1) == 0)
@@ -294,6 +294,18 @@ static bool judge(const tq_ggml_kv_tensor *kv, float spread, tq_store_params *pa
     return true;
 }
 
+/* What a tensor of a GPU has of its own; its memory comes when keys and values are both known. */
+static tq_status open_on_gpu(tq_ggml_kv_tensor *kv, const tq_store_params *params)
+{
+    free(kv->factors);
+    kv->factors = NULL;
+    if (!params->factors) return TQ_OK;
+    kv->factors = malloc((size_t)kv->n_embd);
+    if (!kv->factors) return TQ_ERR_MEMORY;
+    memcpy(kv->factors, params->factors, (size_t)kv->n_embd);
+    return TQ_OK;
+}
+
 static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct ggml_tensor *attention, char *why,
                         size_t why_bytes)
 {
@@ -325,7 +337,7 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct gg
     }
     /* Each stream's store has a copy of the factors. */
     size_t factor_bytes = params.factors ? (size_t)kv->n_embd : 0;
-    tq_status status = open_stores(kv, &params);
+    tq_status status = kv->device->gpu ? open_on_gpu(kv, &params) : open_stores(kv, &params);
     free(factors);
     tq_ggml_key_energies_free(kv->energies);
     kv->energies = NULL;
@@ -335,7 +347,8 @@ static bool bind_stores(tq_ggml_kv_tensor *kv, int32_t head_dim, const struct gg
     }
     kv->n_head_kv = params.n_head_kv;
     kv->format = params.format;
-    kv->bytes = (size_t)kv->n_stream * (kv->store_bytes + factor_bytes) + table_bytes(kv->device, kv->layer, kv->is_value);
+    if (!kv->device->gpu)
+        kv->bytes = (size_t)kv->n_stream * (kv->store_bytes + factor_bytes) + table_bytes(kv->device, kv->layer, kv->is_value);
     kv->head_dim = head_dim;
     return true;
 }
@@ -415,6 +428,8 @@ void tq_ggml_kv_release(tq_ggml_kv_tensor *kv)
     for (int64_t i = 0; kv->stores && i < kv->n_stream; i++) tq_store_close(kv->stores[i]);
     free(kv->stores);
     free(kv->stages);
+    free(kv->factors);
+    kv->factors = NULL;
     kv->stores = NULL;
     kv->stages = NULL;
     if (kv->memory) munmap(kv->memory, kv->mapped_bytes);

@@ -35,6 +35,8 @@ typedef struct tq_ggml_kv_tensor {
     tq_store **stores;             /* [n_stream] */
     struct tq_ggml_stage **stages; /* [n_stream] where rows wait to be written, or NULL: stages.h */
     bool has_numbers;              /* has ever been written */
+    int8_t *factors;               /* of a GPU's keys [n_head_kv, head_dim], or NULL; stores have their own */
+    struct tq_gpu_layer *on_gpu;   /* in place of stores, shared by a layer's keys and values: gpu_layer.h */
     bool is_counted;               /* its size is in its buffer's */
     bool is_refused;               /* its attention can't be served: nothing may use it */
 } tq_ggml_kv_tensor;
@@ -96,7 +98,7 @@ bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const v
 bool tq_ggml_kv_copy_stream(tq_ggml_kv_tensor *to, int64_t to_stream, tq_ggml_kv_tensor *from, int64_t from_stream);
 /* Empty all stores and give their pages back. */
 void tq_ggml_kv_clear(tq_ggml_kv_tensor *kv);
-/* Free what binding allocated. */
+/* Free what binding allocated on the host. */
 void tq_ggml_kv_release(tq_ggml_kv_tensor *kv);
 
 /*

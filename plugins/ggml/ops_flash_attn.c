@@ -77,9 +77,10 @@ static tq_ggml_kv_tensor *find_views(attention *out, const tq_ggml_device *devic
     }
     read_params(out, op);
     if (!tq_ggml_kv_attend_view(&out->keys, keys, k, op, false, why, why_bytes)) return keys;
-    tq_ggml_kv_buffer_count(keys);
+    if (!device->gpu) tq_ggml_kv_buffer_count(keys);
     if (!tq_ggml_kv_attend_view(&out->values, values, v, NULL, values == keys, why, why_bytes)) return values;
-    tq_ggml_kv_buffer_count(values);
+    if (!device->gpu) tq_ggml_kv_buffer_count(values);
+    if (device->gpu && !tq_ggml_kv_buffer_open_layer(keys, values, why, why_bytes)) return keys;
     const char *fault = find_fault(out, op);
     if (!fault) return NULL;
     snprintf(why, why_bytes, "%s", fault);
@@ -125,6 +126,9 @@ bool tq_ggml_flash_attn_supported(tq_ggml_device *asked, const struct ggml_tenso
     if (at_fault) return tq_ggml_kv_refuse(at_fault, why);
     note_reader(a.keys.kv, op);
     note_reader(a.values.kv, op);
+    if (device->gpu && a.keys.kv->is_shared)
+        return tq_ggml_kv_refuse(keys, "layers that share keys and values are not served on a GPU yet. Run this model without "
+                                       "the device");
     return true;
 }
 

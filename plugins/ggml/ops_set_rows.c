@@ -14,7 +14,7 @@ int64_t *tq_ggml_worker_slots(tq_ggml_worker *worker, size_t n)
     if (n > worker->n_slots) {
         int64_t *slots = realloc(worker->slots, n * sizeof *slots);
         if (!slots) {
-            tq_ggml_log(TQ_LOG_ERROR, "%s: out of memory for %zu slot numbers", worker->device->preset.name, n);
+            tq_ggml_log(TQ_LOG_ERROR, "%s: out of memory for %zu slot numbers", worker->device->name, n);
             return NULL;
         }
         worker->slots = slots;

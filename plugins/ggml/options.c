@@ -229,6 +229,20 @@ static bool parse_observe(tq_ggml_options *options, const char *value, error_tex
     return parse_path(options->observe, "observe", value, error);
 }
 
+static bool parse_capture(tq_ggml_options *options, const char *value, error_text *error)
+{
+    options->capture = strcmp(value, "on") == 0;
+    return options->capture || strcmp(value, "off") == 0 || fail(error, "capture", value, "give on or off");
+}
+
+static bool parse_inner(tq_ggml_options *options, const char *value, error_text *error)
+{
+    size_t n = strlen(value);
+    if (n == 0 || n >= sizeof options->inner) return fail(error, "inner", value, "give a device's name, as CUDA0");
+    memcpy(options->inner, value, n + 1);
+    return true;
+}
+
 static const option_key keys[] = {
     {"k", "FORMAT", parse_k},
     {"v", "FORMAT", parse_v},
@@ -243,6 +257,8 @@ static const option_key keys[] = {
     {"guard", "raise|warn|refuse|off", parse_guard},
     {"observe", "FILE", parse_observe},
     {"log", "LEVEL", parse_log},
+    {"capture", "on|off", parse_capture},
+    {"inner", "DEVICE", parse_inner},
 };
 enum { N_KEYS = sizeof keys / sizeof keys[0] };
 
@@ -385,7 +401,7 @@ bool tq_ggml_options_parse(tq_ggml_options *out, const char *text, char *error, 
 {
     error_text to = {error, error_bytes};
     tq_ggml_options options = {
-        .factors = true, .log_level = TQ_LOG_INFO, .max_exact_layer = -1, .n_sequences = SEQUENCES_DEFAULT};
+        .factors = true, .capture = true, .log_level = TQ_LOG_INFO, .max_exact_layer = -1, .n_sequences = SEQUENCES_DEFAULT};
     uint32_t seen = 0;
     const char *p = text ? text : "";
     while (*p) {

@@ -34,6 +34,8 @@ typedef struct tq_ggml_options {
     char observe[TQ_GGML_PATH_MAX];               /* what `tq calibrate` reads, or "" */
     uint8_t exact_layers[TQ_GGML_LAYERS_MAX / 8]; /* bit set: keys and values stay FP16 */
     int32_t max_exact_layer;                      /* -1: none */
+    bool capture;                                 /* steps of decoding as CUDA graphs */
+    char inner[64];                               /* the device behind ours, or "": all of CUDA */
 } tq_ggml_options;
 
 /*
