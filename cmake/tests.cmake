@@ -34,6 +34,9 @@ if(TQ_CMOCKA OR CMAKE_CROSSCOMPILING)
                        INCLUDES src tests tests/unit ${tq_cmocka_include})
         add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
     endforeach()
+    # It needs nothing of ggml.
+    target_sources(test_gpu_cells PRIVATE plugins/ggml/gpu_cells.c)
+    target_include_directories(test_gpu_cells PRIVATE plugins/ggml)
     # Written from the public header, so that no function is left out.
     find_package(Python3 COMPONENTS Interpreter)
     if(Python3_FOUND)

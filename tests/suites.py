@@ -59,6 +59,7 @@ FUZZ_INPUTS = {"fuzz_batch": 30, "fuzz_options": 200_000, "fuzz_page_ops": 2500,
 UNIT_ROOMS = {
     "attention": "attention", "batch": "cache", "cache": "cache", "calibration": "cache", "codec": "codec", "cuda": "cuda",
     "dry_run": "cache", "exact_pages": "cache", "factors": "codec", "file": "base", "fork": "cache", "golden": "codec",
+    "gpu_cells": "plugins",
     "half": "base", "hostile": "api", "invariants": "cache", "keep": "cache", "offload": "cache", "packing": "codec",
     "paged": "cache", "params": "api", "presets": "api", "restore": "cache", "rotation": "codec", "snapshot": "cache",
     "store": "cache", "store_references": "cache", "threads": "base",
@@ -262,9 +263,10 @@ def plugin_environment(llama_bin):
     }
 
 
-def plugin_suite(name, script, *classes, llama_bin=DEPS / "llama-bin", cpu=None, **options):
-    """cpu: the plug-in's instruction set, as the programs in llama_bin have ggml's."""
-    environment = {key: str(value) for key, value in plugin_environment(llama_bin).items()} | ({"TQ_CPU": cpu} if cpu else {})
+def plugin_suite(name, script, *classes, llama_bin=DEPS / "llama-bin", cpu=None, inner=None, **options):
+    """cpu: the plug-in's instruction set, as the programs in llama_bin have ggml's. inner: what its devices are in front of."""
+    more = {"TQ_CPU": cpu, "TQ_TEST_INNER": inner}
+    environment = {key: str(value) for key, value in (plugin_environment(llama_bin) | more).items() if value}
     return Suite(name, [python(f"tests/plugin/{script}.py", *classes, interpreter=DEPS / "venv/bin/python", **environment)],
                  missing=absent(MODEL, DEPS / "text/austen.txt"), **options)
 
@@ -296,6 +298,17 @@ def plugin_suites():
         for name in ("hosts", "factors", "server", "quality"):
             yield plugin_suite(f"plug-in/{name} {variant}", f"test_{name}", *quick[name], part="plug-in",
                                llama_bin=DEPS / f"llama-{variant}/bin", cpu=variant, builds=("release", "llama variants"))
+    # What runs on a GPU, with the library's paged stores on the CPU.
+    front = {"hosts": ("Hosts",), "server": ("Server", "CodedServer", "DamagedServer"), "ctypes": (), "factors": (),
+             "refusals": (), "models": ("Models",), "quality": ("ShortQuality",)}
+    for name, classes in front.items():
+        name, script = f"plug-in/{name} in front", f"test_{name}"
+        yield plugin_suite(name, script, *classes, inner="CPU", tier="test", rooms=("plugins",))
+    front = {"all hosts": ("AllHosts", "Clients"), "all models": ("AllModels",), "chaos": (),
+             "unified server": ("UnifiedServer", "FirstTokens", "DamagedUnifiedServer", "FirstRequest")}
+    for name, classes in front.items():
+        script = f"test_{name.split()[-1]}"
+        yield plugin_suite(f"plug-in/{name} in front", script, *classes, inner="CPU", part="plug-in")
     yield plugin_suite("plug-in/4096 tokens", "test_quality", "Quality", part="quality")
     yield plugin_suite("plug-in/evidence", "test_evidence", part="quality")
     yield plugin_suite("plug-in/tq eval", "test_eval", "RealRuns", part="quality")

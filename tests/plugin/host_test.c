@@ -380,7 +380,8 @@ static double default_bound(const char *device)
         double bound;
     } bounds[] = {{"TQ6", 0.03}, {"TQ4", 0.05}, {"TQ3", 0.1}, {"TQ2", 0.2}};
     for (size_t i = 0; i < sizeof bounds / sizeof bounds[0]; i++) {
-        if (strcmp(device, bounds[i].device) == 0) return bounds[i].bound;
+        /* TQ4-CUDA0 is of the same preset. */
+        if (strncmp(device, bounds[i].device, strlen(bounds[i].device)) == 0) return bounds[i].bound;
     }
     return 0;
 }

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from common import MODEL, PLUGIN, TestCase, build_host, environment, main
+from common import MODEL, PLUGIN, TestCase, build_host, device, environment, main
 
 # libllama's parameter structs differ from version to version, so a small library fills them; Python only loads.
 SCRIPT = """
@@ -23,12 +23,12 @@ class Ctypes(TestCase):
         cls.host = build_host("local_host.c", cls.directory, "-shared", "-fPIC")
 
     def test_local_symbols(self):
-        for device in ("TQ6", "TQ4"):
-            process = subprocess.run([sys.executable, "-c", SCRIPT, str(self.host), str(PLUGIN), str(MODEL), device],
+        for name in ("TQ6", "TQ4"):
+            process = subprocess.run([sys.executable, "-c", SCRIPT, str(self.host), str(PLUGIN), str(MODEL), device(name)],
                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env=environment())
             text = process.stdout.decode(errors="replace")
             self.assertEqual(process.returncode, 0, text)
-            self.assertIn(f"turboquant: {device} holds the KV cache", text)
+            self.assertIn(f"turboquant: {device(name)} holds the KV cache", text)
             self.assertIn("answer: Paris", text)
 
 

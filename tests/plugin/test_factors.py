@@ -8,7 +8,7 @@ import shutil
 
 from gguf import GGUFReader
 
-from common import LLAMA_BIN, TestCase, complete, main, path_from_env, run, tiny_model, with_last_words
+from common import EXACT_VALUES, LLAMA_BIN, TestCase, complete, main, path_from_env, run, served, tiny_model, with_last_words
 
 TEXT = path_from_env("TQ_TEXT")
 ARCHS = ("llama", "qwen2", "qwen2vl", "qwen3", "gemma2", "gemma3", "gemma3n", "gemma4", "phi3", "gpt-oss", "mpt", "deepseek2")
@@ -28,9 +28,9 @@ class Factors(TestCase):
         return float(re.search(r"Mean\s+KLD:\s+(\S+)", result.log)[1])
 
     def test_every_graph_is_understood(self):
-        for arch in ARCHS:
+        for arch in served(*ARCHS):
             with self.subTest(arch):
-                result = complete(tiny_model(arch), TQ_GGML="v=f16")
+                result = complete(tiny_model(arch), TQ_GGML=EXACT_VALUES)
                 self.assert_ok(result)
                 self.assertEqual(bool(result.lines(NOT_UNDERSTOOD)), arch == "deepseek2", result.log[-2000:])
 
@@ -61,14 +61,14 @@ class Factors(TestCase):
                 self.assertEqual(bool(result.lines("guard: layer 0: by the model's weights")), is_raised)
 
     def test_they_lower_the_divergence(self):
-        with_factors = self.divergence("k=sq8,v=f16")
-        without = self.divergence("k=sq8,v=f16,factors=off")
+        with_factors = self.divergence(f"k=sq8,{EXACT_VALUES}")
+        without = self.divergence(f"k=sq8,{EXACT_VALUES},factors=off")
         print(f"divergence {with_factors} of {without} without factors")
         self.assertLess(with_factors, 0.8 * without)
 
     def test_the_guard_raises_what_factors_do_not_cure(self):
-        guarded = self.divergence("v=f16")
-        not_guarded = self.divergence("v=f16,guard=off")
+        guarded = self.divergence(EXACT_VALUES)
+        not_guarded = self.divergence(f"{EXACT_VALUES},guard=off")
         print(f"divergence {guarded} of {not_guarded} without the guard")
         self.assertLess(guarded, 0.2 * not_guarded)
 

@@ -2,10 +2,10 @@
 """host_test.c on the real model with each device, and on random models of all shapes; clients_host.c on the real model."""
 import re
 
-from common import MODEL, PLUGIN, THREADS, TestCase, build_host, main, path_from_env, run, tiny_model
+from common import (EXACT_VALUES, FEW_AND_MANY, MODEL, NOT_PLAIN, PLAIN, PLAIN_MAX_KL, PLUGIN, THREADS, TestCase, build_host,
+                    main, path_from_env, run, served, tiny_model)
 
 ARCHS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "gemma4", "phi3", "gpt-oss", "mpt", "deepseek2"]
-PLAIN = "k=f16,v=f16"  # no quantization: what is left is the plumbing
 
 
 class HostCase(TestCase):
@@ -25,16 +25,16 @@ class Hosts(HostCase):
     """Each kind of cache once: whole, with windows, shared by layers, of one latent; with key biases; without quantization."""
 
     def test_quantized(self):
-        for arch in ("llama", "gemma3", "gemma4", "deepseek2"):
+        for arch in served("llama", "gemma3", "gemma4", "deepseek2"):
             with self.subTest(arch):
                 self.check(tiny_model(arch), "TQ4")
 
     def test_outlier_keys(self):
         # Of qwen2's keys, which have large biases; also after a restored state or a context shift.
-        self.check(tiny_model("qwen2"), "TQ4", TQ_GGML="v=f16")
+        self.check(tiny_model("qwen2"), "TQ4", TQ_GGML=EXACT_VALUES)
 
     def test_without_quantization(self):
-        self.check(tiny_model("gemma2"), "TQ4", "--max-kl", "2e-5", TQ_GGML=PLAIN)
+        self.check(tiny_model("gemma2"), "TQ4", "--max-kl", PLAIN_MAX_KL, TQ_GGML=PLAIN)
 
     def test_states_are_exact_without_references(self):
         self.check(tiny_model("llama"), "TQ4", TQ_GGML="ref=0")
@@ -56,16 +56,18 @@ class AllHosts(HostCase):
         self.check(tiny_model("llama"), "TQ6", "TQ2", TQ_GGML="ref=0")
 
     def test_every_shape_without_quantization(self):
-        for arch in ARCHS:
+        for arch in served(*ARCHS):
+            if arch in NOT_PLAIN:
+                continue
             with self.subTest(arch):
-                self.check(tiny_model(arch), "TQ4", "--max-kl", "2e-5", TQ_GGML=PLAIN)
+                self.check(tiny_model(arch), "TQ4", "--max-kl", PLAIN_MAX_KL, TQ_GGML=PLAIN)
 
     def test_every_shape_quantized(self):
         # qwen2's keys have large biases, which make random attention look at few tokens each: there the values' error shows in
         # full. gpt-oss chooses experts: where two are nearly as good, any error may take the other.
-        options = {"qwen2": {"TQ_GGML": "v=f16"}}
+        options = {"qwen2": {"TQ_GGML": EXACT_VALUES}}
         bounds = {"gpt-oss": ("--max-kl", "0.3")}
-        for arch in ARCHS:
+        for arch in served(*ARCHS):
             with self.subTest(arch):
                 self.check(tiny_model(arch), "TQ6", "TQ4", *bounds.get(arch, ()), **options.get(arch, {}))
 
@@ -76,7 +78,7 @@ class AllHosts(HostCase):
                 self.check(model, "TQ6", "TQ4")
 
     def test_no_exact_tokens_and_many(self):
-        for options in ("sinks=0,recent=0", "sinks=1,recent=1", "sinks=64,recent=960"):
+        for options in FEW_AND_MANY:
             with self.subTest(options):
                 self.check(tiny_model("llama"), "TQ4", "--max-kl", "0.1", TQ_GGML=options)
 

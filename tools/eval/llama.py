@@ -33,6 +33,7 @@ class Setup:
     model: Path
     threads: int
     stock_device: str = "none"  # that computes with stock caches, by its name in llama.cpp; none: the CPU
+    inner: str = ""  # the plug-in's devices are those that stand in front of this one
 
 
 def path_option(name, path):
@@ -81,13 +82,14 @@ class Cache:
             keys, values = self.types
             layers = [] if setup.stock_device == "none" else ["-ngl", "999"]
             return ["-ctk", keys, "-ctv", values, "-dev", setup.stock_device, *layers, *common]
-        return ["-dev", self.device, "-ngl", "999", *common]
+        return ["-dev", "-".join(filter(None, [self.device, setup.inner])), "-ngl", "999", *common]
 
     def variables(self, setup, *more_options):
         """The environment that the plug-in reads. A stock run does without the plug-in."""
         if self.is_stock:
             return {}
-        options = ",".join(filter(None, [self.plugin_options, *more_options]))
+        inner = setup.inner and f"inner={setup.inner}"
+        options = ",".join(filter(None, [inner, self.plugin_options, *more_options]))
         return {"GGML_BACKEND_PATH": str(setup.plugin), **({"TQ_GGML": options} if options else {})}
 
 
