@@ -14,7 +14,8 @@
 
 static const char help[] =
     "usage: tq run [--preset P] [--tool T] [--llama-bin DIR] [--dry-run] MODEL.gguf [OPTIONS OF THE TOOL...]\n\n"
-    "Run a stock llama.cpp tool on a model, with its KV cache in the plug-in. All after the model goes to the tool.\n\n"
+    "Run a stock llama.cpp tool on a model, with its KV cache in the plug-in: on NVIDIA GPUs if that llama.cpp has any, else on\n"
+    "the CPU. All after the model goes to the tool; --device there names another device.\n\n"
     "  --preset P       as 'tq presets' lists them (TQ4)\n"
     "  --tool T         completion, server, bench or perplexity (completion)\n"
     "  --llama-bin DIR  where llama.cpp's programs are\n"
@@ -29,6 +30,8 @@ static const char help[] =
 #define TQ_PLUGIN_FROM_BIN "../lib/turboquant"
 #endif
 #define PLUGIN_NAME "libggml-turboquant.so"
+
+#define SECONDS_TO_ANSWER 30 /* of llama.cpp, which starts the GPUs' drivers first */
 
 typedef struct request {
     const char *preset, *tool, *llama_bin, *model;
@@ -66,6 +69,35 @@ static bool has_option(const request *r, const char *a, const char *b, const cha
     return false;
 }
 
+/* What asks llama.cpp for its devices. */
+typedef struct question {
+    const char *tool, *plugin;
+} question;
+
+static void ask_devices(const void *user)
+{
+    const question *q = user;
+    if (setenv("GGML_BACKEND_PATH", q->plugin, 1) == 0) execl(q->tool, q->tool, "--list-devices", (char *)NULL);
+}
+
+/* The preset's devices: those in front of NVIDIA GPUs where llama.cpp has such, as "TQ4-CUDA0,TQ4-CUDA1", else the CPU's. */
+static void find_device(char *out, size_t bytes, const char *preset, const question *q)
+{
+    tool_output devices;
+    char wanted[64];
+    snprintf(out, bytes, "%s", preset);
+    int n = snprintf(wanted, sizeof wanted, "  %s-CUDA", preset);
+    bool ok = tool_capture(&devices, ask_devices, q, SECONDS_TO_ANSWER) && devices.exit_code == 0;
+    bool has_any = false;
+    for (char *line = ok ? devices.text : NULL; line; line = strchr(line, '\n'), line = line ? line + 1 : NULL) {
+        if (strncmp(line, wanted, (size_t)n) != 0) continue;
+        size_t used = has_any ? strlen(out) : 0;
+        snprintf(out + used, bytes - used, "%s%.*s", has_any ? "," : "", (int)strcspn(line + 2, ":\n"), line + 2);
+        has_any = true;
+    }
+    free(devices.text);
+}
+
 static int execute(const request *r, char *plugin, char *tool)
 {
     char **argv = calloc((size_t)r->n_options + 8, sizeof *argv);
@@ -77,9 +109,11 @@ static int execute(const request *r, char *plugin, char *tool)
     argv[n++] = model_option;
     argv[n++] = (char *)r->model;
     /* Without this a llama.cpp with backends linked in would not even load the plug-in. */
+    char devices[512];
     if (!has_option(r, "-dev", "--device", "")) {
+        find_device(devices, sizeof devices, tq_preset_find(r->preset)->name, &(question){tool, plugin});
         argv[n++] = device_option;
-        argv[n++] = (char *)tq_preset_find(r->preset)->name;
+        argv[n++] = devices;
     }
     if (!has_option(r, "-ngl", "--gpu-layers", "--n-gpu-layers")) {
         argv[n++] = layers_option;
