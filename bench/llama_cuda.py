@@ -388,6 +388,7 @@ def measure_soak(bench, part):
 
 PARTS = {"decode": measure_speed, "prefill": measure_speed, "kl": measure_kl, "memory": measure_memory,
          "server": measure_server, "soak": measure_soak}
+TEXT_PARTS = {"kl", "server", "soak"}
 
 
 def parse_arguments(words=None):
@@ -431,7 +432,8 @@ def parse_arguments(words=None):
     unknown = [name for name in args.only if name not in PARTS]
     if unknown:
         parser.error(f"--only {unknown[0]}: choose from {', '.join(PARTS)}")
-    for path in (args.llama, args.plugin, args.text, *args.model):
+    text = [args.text] if TEXT_PARTS & set(args.only) else []
+    for path in (args.llama, args.plugin, *text, *args.model):
         if not path.exists():
             parser.error(f"{path} does not exist")
     return args
