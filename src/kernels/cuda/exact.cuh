@@ -146,11 +146,12 @@ __device__ __forceinline__ void sum_exact_values(float (&sum)[2][TQ_TILE_ROWS], 
 
 /*
  * The whole block. Queries are in place; afterwards `part` is, behind the next barrier. MAY_HAVE_BIAS: the call may have a mask
- * or ALiBi.
+ * or ALiBi. A function of its own, which takes the tile as a copy: otherwise what it needs of registers is spilled where records
+ * are attended.
  */
 template <int D, int DV, int N_THREADS, bool MAY_HAVE_BIAS>
-__device__ __forceinline__ void attend_exact(exact_part<DV> &part, exact_scores &scores, const tile_queries<D> &queries,
-                                             const tile_id &tile, const attend_args &args)
+__device__ __noinline__ void attend_exact(exact_part<DV> &part, exact_scores &scores, const tile_queries<D> &queries,
+                                          const tile_id tile, const attend_args &args)
 {
     constexpr int n_warps = N_THREADS / 32;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
