@@ -644,8 +644,8 @@ typedef struct tq_paged_store {
     int64_t n_exact_slots; /* of `exact`: sequences that can be alive at once */
     void *pages;           /* n_pages * page_bytes, aligned to 64 bytes, CUDA: 128; contents do not matter at first */
     /* FP16 [n_exact_slots, 2 (keys, values), n_head_kv, n_sink + n_ring, head_dim], of values head_dim_v; NULL if there are
-     * neither sinks nor a ring; CUDA: aligned to 16 bytes. Sink i is entry i, ring position p entry n_sink + p % n_ring. Keys or values in an exact format
-     * (f16, bf16) have none. */
+     * neither sinks nor a ring; CUDA: aligned to 16 bytes. Sink i is entry i, ring position p entry n_sink + p % n_ring. Keys
+     * or values in an exact format (f16, bf16) have none. */
     void *exact;
     /* Vectors that the ring holds: at least n_recent, at most 65536; 0: n_recent. Tokens are encoded when they leave the last
      * n_recent; a longer ring keeps as many before these, so that tokens can be taken back (drafts), or several queries

@@ -14,7 +14,8 @@
 
 static const char help[] =
     "usage: tq run [--preset P] [--tool T] [--llama-bin DIR] [--dry-run] MODEL.gguf [OPTIONS OF THE TOOL...]\n\n"
-    "Run a stock llama.cpp tool on a model, with its KV cache in the plug-in: on NVIDIA GPUs if that llama.cpp has any, else on\n"
+    "Run a stock llama.cpp tool on a model, with its KV cache in the plug-in: on NVIDIA GPUs if that llama.cpp has any, else "
+    "on\n"
     "the CPU. All after the model goes to the tool; --device there names another device.\n\n"
     "  --preset P       as 'tq presets' lists them (TQ4)\n"
     "  --tool T         completion, server, bench or perplexity (completion)\n"

@@ -42,8 +42,7 @@ static enum ggml_status run_node(tq_ggml_worker *worker, const struct ggml_tenso
     if (node->op == tq_ggml_ops.set_rows) return tq_ggml_set_rows(worker, node);
     if (node->op == tq_ggml_ops.flash_attn) return tq_ggml_flash_attn(worker, node);
     if (node->op == tq_ggml_ops.rope) return tq_ggml_rope(worker, node);
-    tq_ggml_log(TQ_LOG_ERROR, "%s can't run %s (%s)", worker->device->name, tq_ggml_host.ggml_op_name(node->op),
-                node->name);
+    tq_ggml_log(TQ_LOG_ERROR, "%s can't run %s (%s)", worker->device->name, tq_ggml_host.ggml_op_name(node->op), node->name);
     return GGML_STATUS_FAILED;
 }
 

@@ -91,10 +91,12 @@ static void backend_free(ggml_backend_t backend)
 {
     tq_gpu_worker *worker = worker_of(backend);
     replace_worker(worker, NULL);
-    tq_ggml_log(TQ_LOG_INFO, "%s: %llu graphs were computed node by node, %llu captured, %llu launched as a whole, at %.1f us of the host each",
-                worker->device->name, (unsigned long long)worker->n_direct, (unsigned long long)worker->n_captured,
-                (unsigned long long)worker->n_replayed,
-                worker->n_replayed > 0 ? (double)worker->replay_ns / 1e3 / (double)worker->n_replayed : 0.0);
+    tq_ggml_log(
+        TQ_LOG_INFO,
+        "%s: %llu graphs were computed node by node, %llu captured, %llu launched as a whole, at %.1f us of the host each",
+        worker->device->name, (unsigned long long)worker->n_direct, (unsigned long long)worker->n_captured,
+        (unsigned long long)worker->n_replayed,
+        worker->n_replayed > 0 ? (double)worker->replay_ns / 1e3 / (double)worker->n_replayed : 0.0);
     if (backend->iface.synchronize) backend->iface.synchronize(backend);
     void (*inner_free)(ggml_backend_t) = worker->free;
     /* As it was: some versions look into their device when they are freed. */

@@ -99,10 +99,11 @@ static enum ggml_status collect(tq_gpu_worker *worker, struct ggml_cgraph *graph
         layer_step *step = step_of(steps, kv->on_gpu);
         if (!step) return fail(t, "the model has too many layers");
         const struct ggml_tensor **place = t->op == tq_ggml_ops.flash_attn ? &step->attention
-                                           : kv->is_value                 ? &step->set_values
-                                                                          : &step->set_keys;
-        if (*place) return fail(t, "layers that share keys and values are not served on a GPU yet. Run this model without "
-                                   "the device");
+                                           : kv->is_value                  ? &step->set_values
+                                                                           : &step->set_keys;
+        if (*place)
+            return fail(t, "layers that share keys and values are not served on a GPU yet. Run this model without "
+                           "the device");
         *place = t;
     }
     return GGML_STATUS_SUCCESS;
@@ -175,7 +176,7 @@ static tq_status encode_group(tq_gpu_worker *worker, const layer_step *step, con
     const int32_t *exact_slot = (const int32_t *)on_device(plan, plan->exact_slots) + group->i_stream;
     for (int32_t i = 0; i < group->list.n_encodes; i++) {
         TRY(tq_gpu_layer_encode(step->layer, plan->first_stream + group->i_stream, &group->list, i, positions, slots,
-                                   exact_slot, &worker->stream));
+                                exact_slot, &worker->stream));
     }
     return TQ_OK;
 }

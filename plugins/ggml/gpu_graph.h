@@ -18,10 +18,10 @@ typedef enum ggml_status (*tq_gpu_compute_fn)(ggml_backend_t backend, struct ggm
 typedef struct tq_gpu_capture {
     const struct ggml_tensor *first; /* the graph that it is of: its first node and their number; NULL: none */
     int32_t n_nodes;
-    uint64_t uid;   /* that the host gave it; 0: none */
-    uint64_t hash;  /* of its nodes */
-    uint64_t shape; /* of its plans */
-    int32_t n_same; /* times that it came unchanged */
+    uint64_t uid;    /* that the host gave it; 0: none */
+    uint64_t hash;   /* of its nodes */
+    uint64_t shape;  /* of its plans */
+    int32_t n_same;  /* times that it came unchanged */
     bool is_allowed; /* can it be captured at all? */
     uint64_t used;
     void *graph; /* NULL: not yet captured */

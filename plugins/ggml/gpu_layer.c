@@ -313,8 +313,7 @@ static bool open_pages(host_pages *h, const tq_gpu_layer *layer, bool is_value, 
                                .exact = malloc(sizes.exact_bytes),
                                .exact_columns = h->exact_columns,
                                .k_factors = layer->host_factors};
-    h->pages.k_transforms =
-        tq_calibration_transforms(layer->keys->device->calibration, layer->keys->layer, &n_transforms);
+    h->pages.k_transforms = tq_calibration_transforms(layer->keys->device->calibration, layer->keys->layer, &n_transforms);
     h->ids = malloc(ids_bytes);
     h->on_device = tq_gpu_alloc(layer->gpu, (size_t)n * sizes.canonical_bytes);
     h->ids_on_device = tq_gpu_alloc(layer->gpu, ids_bytes);
@@ -377,8 +376,8 @@ static bool encode_now(tq_gpu_layer *layer, int64_t stream, const tq_ggml_cell_l
     }
     bool ok = tq_gpu_copy_in(layer->gpu, on_device, block, sizeof *block);
     for (int32_t i = 0; ok && i < list->n_encodes; i++) {
-        ok = tq_gpu_layer_encode(layer, stream, list, i, on_device->positions, on_device->slots,
-                                 &on_device->exact_slot, &none) == TQ_OK;
+        ok = tq_gpu_layer_encode(layer, stream, list, i, on_device->positions, on_device->slots, &on_device->exact_slot,
+                                 &none) == TQ_OK;
     }
     /* Returns when all is done. */
     return tq_gpu_copy_out(layer->gpu, block, on_device, sizeof *block) && ok;

@@ -45,8 +45,8 @@ static bool take_all(tq_gpu_plan *plan)
     plan->sequences = take(plan, n * sizeof(int32_t));
     plan->lengths = take(plan, n_lengths * sizeof(int32_t));
     plan->exact_slots = take(plan, n_stream * sizeof(int32_t));
-    return plan->positions != SIZE_MAX && plan->slots != SIZE_MAX && plan->sequences != SIZE_MAX &&
-           plan->lengths != SIZE_MAX && plan->exact_slots != SIZE_MAX;
+    return plan->positions != SIZE_MAX && plan->slots != SIZE_MAX && plan->sequences != SIZE_MAX && plan->lengths != SIZE_MAX &&
+           plan->exact_slots != SIZE_MAX;
 }
 
 /* Positions and slots of what a group has coded before. */
@@ -261,8 +261,8 @@ static int32_t span_length(const tq_gpu_plan *plan, const tq_gpu_layer *layer, c
 {
     int32_t length = 1;
     while (begin + length < n && tokens->cells[begin + length] == tokens->cells[begin] + length) length++;
-    bool is_span = length > TQ_GPU_GROUP_MAX && tq_ggml_cells_is_span(&plan->after[s], &layer->shape, tokens->cells + begin,
-                                                                      length, tokens->sights + begin);
+    bool is_span = length > TQ_GPU_GROUP_MAX &&
+                   tq_ggml_cells_is_span(&plan->after[s], &layer->shape, tokens->cells + begin, length, tokens->sights + begin);
     return is_span ? length : 0;
 }
 

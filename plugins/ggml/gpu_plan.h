@@ -29,9 +29,9 @@ typedef struct tq_gpu_plan {
     /* What it was made for. */
     const struct ggml_tensor *numbers, *mask;
     const tq_gpu_tables *tables;
-    int32_t n_tok, n_stream;       /* streams that take part, from first_stream on, of as many tokens each */
-    int64_t first_stream, n_cell;  /* n_cell: what attention reads of each */
-    tq_ggml_cells *before, *after; /* [n_stream] */
+    int32_t n_tok, n_stream;            /* streams that take part, from first_stream on, of as many tokens each */
+    int64_t first_stream, n_cell;       /* n_cell: what attention reads of each */
+    tq_ggml_cells *before, *after;      /* [n_stream] */
     uint64_t state_before, state_after; /* of a layer */
     /* The plan. */
     bool is_run;

@@ -71,25 +71,25 @@
     X(ggml_backend_graph_compute)
 
 /* The operations that the plug-in knows: its name for each, and ggml's. */
-#define TQ_GGML_HOST_OPS(X)   \
-    X(none, "NONE")           \
-    X(add, "ADD")             \
-    X(mul, "MUL")             \
-    X(norm, "NORM")           \
-    X(rms_norm, "RMS_NORM")   \
-    X(l2_norm, "L2_NORM")     \
-    X(mul_mat, "MUL_MAT")     \
+#define TQ_GGML_HOST_OPS(X)     \
+    X(none, "NONE")             \
+    X(add, "ADD")               \
+    X(mul, "MUL")               \
+    X(norm, "NORM")             \
+    X(rms_norm, "RMS_NORM")     \
+    X(l2_norm, "L2_NORM")       \
+    X(mul_mat, "MUL_MAT")       \
     X(mul_mat_id, "MUL_MAT_ID") \
-    X(scale, "SCALE")         \
-    X(cpy, "CPY")             \
-    X(cont, "CONT")           \
-    X(reshape, "RESHAPE")     \
-    X(view, "VIEW")           \
-    X(permute, "PERMUTE")     \
-    X(transpose, "TRANSPOSE") \
-    X(set_rows, "SET_ROWS")   \
-    X(rope, "ROPE")           \
-    X(clamp, "CLAMP")         \
+    X(scale, "SCALE")           \
+    X(cpy, "CPY")               \
+    X(cont, "CONT")             \
+    X(reshape, "RESHAPE")       \
+    X(view, "VIEW")             \
+    X(permute, "PERMUTE")       \
+    X(transpose, "TRANSPOSE")   \
+    X(set_rows, "SET_ROWS")     \
+    X(rope, "ROPE")             \
+    X(clamp, "CLAMP")           \
     X(flash_attn, "FLASH_ATTN_EXT")
 
 /*

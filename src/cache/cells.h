@@ -133,10 +133,10 @@ typedef struct tq_host_pages {
     bool is_value;               /* keys otherwise */
     uint8_t *bytes;              /* [n_pages, canonical_bytes] */
     int64_t n_pages;
-    uint8_t *exact;                 /* [exact_bytes] */
-    const int64_t *exact_columns;   /* [n_sink + n_ring]: of each exact vector, or -1 */
-    const int8_t *k_factors;        /* as the store's, but in the host's memory */
-    const uint16_t *k_transforms;   /* likewise */
+    uint8_t *exact;               /* [exact_bytes] */
+    const int64_t *exact_columns; /* [n_sink + n_ring]: of each exact vector, or -1 */
+    const int8_t *k_factors;      /* as the store's, but in the host's memory */
+    const uint16_t *k_transforms; /* likewise */
 } tq_host_pages;
 /* Columns [first, first + n) as rows [n, n_head_kv, head_dim]. Errors: FORMAT, HEAD_DIM, CPU. */
 TQ_NODISCARD tq_status tq_host_pages_read(const tq_host_pages *pages, int64_t first, int64_t n, float *rows,

@@ -146,7 +146,7 @@ __device__ __forceinline__ void sum_exact_values(float (&sum)[2][TQ_TILE_ROWS], 
 
 /*
  * The whole block. Queries are in place; afterwards `part` is, behind the next barrier. MAY_HAVE_BIAS: the call may have a mask
- * or ALiBi. A function of its own, which takes the tile as a copy: otherwise what it needs of registers is spilled where records
+ * or ALiBi. A function of its own, which takes the tile as a copy: otherwise registers that it needs are spilled where records
  * are attended.
  */
 template <int D, int DV, int N_THREADS, bool MAY_HAVE_BIAS>
