@@ -3,7 +3,7 @@
 """Prove the order of rooms: read every #include and refuse one that points against it.
 
 A room under src/ includes itself, the rooms before it in ROOMS, and the public header. plugins/ggml sees the public header,
-cache/cells.h and ggml; tools see the public header and cache/cells.h; examples see only the public header. Nothing else
+cache/cells.h, cache/host_pages.h and ggml; tools see the public header and cache/cells.h; examples see only the public header. Nothing else
 includes ggml. src/CMakeLists.txt must list every file.
 The last line is 'N passed, M failed'.
 """
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["base", "codec", "kernels", "attention", "device", "cache", "api"]
 PUBLIC = "turboquant.h"
 CELLS, HOLDS_CELLS = "cache/cells.h", ["plugins/ggml", "tools"]
+PAGES, HOLDS_PAGES = "cache/host_pages.h", ["plugins/ggml"]
 OUTSIDE = ["plugins/ggml", "tools", "examples"]
 INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
 SUFFIXES = {".c", ".h", ".cu", ".cuh", ".m", ".metal"}
@@ -43,7 +44,7 @@ def fault_in_room(room, name, is_local):
 def fault_outside(folder, name, is_local):
     if is_ggml(name):
         return None if folder == "plugins/ggml" else "only plugins/ggml includes ggml"
-    if name == PUBLIC or is_local or (name == CELLS and folder in HOLDS_CELLS):
+    if name == PUBLIC or is_local or (name == CELLS and folder in HOLDS_CELLS) or (name == PAGES and folder in HOLDS_PAGES):
         return None
     return f'{folder} may use only {PUBLIC}, not "{name}"'
 
@@ -97,6 +98,8 @@ def self_test():
         (fault_outside("tools", PUBLIC, False), False),
         (fault_outside("tools", CELLS, False), False),
         (fault_outside("examples", CELLS, False), True),
+        (fault_outside("plugins/ggml", PAGES, False), False),
+        (fault_outside("tools", PAGES, False), True),
     ]
     for i, (fault, wanted) in enumerate(cases):
         if bool(fault) != wanted:

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cache/cells.h"
+#include "cache/host_pages.h"
 #include "log.h"
 #include "pages.h"
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* Pages that left their device: see cells.h. */
+#include "cache/host_pages.h"
+
 #include "base/log.h"
-#include "cache/cells.h"
 #include "device/rows.h"
 
 #define BLOCK 64 /* columns that share a reference */

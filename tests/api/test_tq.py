@@ -216,6 +216,16 @@ class Run(unittest.TestCase):
         shown = self.shown(MODEL, "--device", "TQ3", "-ngl", "4")
         self.assertEqual(shown[2:], ["-m", MODEL, "--device", "TQ3", "-ngl", "4"])
 
+    def test_takes_the_gpus(self):
+        devices = "Available devices:\n  CUDA0: a GPU\n  TQ4: the CPU\n  TQ4-CUDA0: one\n  TQ3-CUDA0: one\n  TQ4-CUDA1: two\n"
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(folder) / "llama-bench"
+            program.write_text(f"#!/bin/sh\ncat <<END\n{devices}END\n")
+            program.chmod(0o755)
+            done = tq("run", "--dry-run", "--tool", "bench", "--llama-bin", folder, MODEL, TQ_PLUGIN=MODEL)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("-dev TQ4-CUDA0,TQ4-CUDA1 -ngl 999", done.stdout)
+
     def test_becomes_the_tool(self):
         self.assertEqual(tq("run", "--tool", "bench", "--llama-bin", str(TOOLS), MODEL, TQ_PLUGIN=MODEL).returncode, 0)
 

@@ -192,7 +192,8 @@ __device__ __noinline__ void attend_exact(exact_part<DV> &part, exact_scores &sc
     float2 *parts = reinterpret_cast<float2 *>(&scores[0][0]);
 #pragma unroll
     for (int row = 0; row < TQ_TILE_ROWS; row++) {
-        if (first < n_parts && row < tile.n_rows) parts[(first * TQ_TILE_ROWS + row) * n_pairs + pair] = make_float2(sum[0][row], sum[1][row]);
+        if (first >= n_parts || row >= tile.n_rows) continue;
+        parts[(first * TQ_TILE_ROWS + row) * n_pairs + pair] = make_float2(sum[0][row], sum[1][row]);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < tile.n_rows * n_pairs; i += N_THREADS) {
