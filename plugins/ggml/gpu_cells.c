@@ -198,7 +198,7 @@ bool tq_ggml_cells_write_run(tq_ggml_cells *cells, const tq_ggml_cells_shape *sh
     }
     /* The rest of a block that gets a new reference must be coded again. */
     int64_t begin, end, block_end = coded_by_append(shape, first, n, &begin, &end);
-    for (int64_t cell = end; cell < block_end; cell++) {
+    for (int64_t cell = end; block_end > 0 && cell < block_end; cell++) {
         int32_t place = tq_ggml_ring_place(shape, cell);
         if (cells->cell[place] == cell) cells->is_coded[place] = 0;
     }
