@@ -263,11 +263,31 @@ int32_t tq_ggml_cells_write(tq_ggml_cells *cells, const tq_ggml_cells_shape *sha
 
 /* ---- spans ---- */
 
+static bool is_first_token(const tq_ggml_cells_shape *shape, const tq_ggml_sight *sight)
+{
+    return sight->n >= 1 && sight->n <= shape->n_first;
+}
+
+/* Does a cell before a span stay in its place until all have attended? First tokens among them may want lent ones back. */
+static bool stays(const tq_ggml_cells *cells, const tq_ggml_cells_shape *shape, int64_t cell, bool has_first)
+{
+    int32_t place = tq_ggml_cells_find(cells, shape, cell);
+    return place >= shape->n_place || (place >= 0 && !(has_first && is_lent(cells, place)));
+}
+
+static bool has_first_tokens(const tq_ggml_cells_shape *shape, const tq_ggml_sight *sights, int32_t n)
+{
+    for (int32_t i = 0; i < n; i++) {
+        if (is_first_token(shape, &sights[i])) return true;
+    }
+    return false;
+}
+
 /* Are the cells before a span where its append and its queries believe them to be, or in places of their own? */
-static bool goes_on(const tq_ggml_cells *cells, const tq_ggml_cells_shape *shape, int64_t first)
+static bool goes_on(const tq_ggml_cells *cells, const tq_ggml_cells_shape *shape, int64_t first, bool has_first)
 {
     for (int64_t cell = first > shape->n_recent ? first - shape->n_recent : 0; cell < first; cell++) {
-        if (tq_ggml_cells_find(cells, shape, cell) < 0) return false;
+        if (!stays(cells, shape, cell, has_first)) return false;
     }
     return true;
 }
@@ -281,8 +301,9 @@ bool tq_ggml_cells_is_span(const tq_ggml_cells *cells, const tq_ggml_cells_shape
     for (int32_t i = 0; i < n; i++) {
         if (numbers[i] != first + i || sights[i].end > first + i + 1) return false;
     }
+    bool has_first = has_first_tokens(shape, sights, n);
     for (int64_t cell = first > shape->n_recent ? first - shape->n_recent : 0; cell < first; cell++) {
-        if (tq_ggml_cells_find(cells, shape, cell) >= 0) continue;
+        if (stays(cells, shape, cell, has_first)) continue;
         for (int32_t i = 0; i < n && first + i - shape->n_recent < cell; i++) {
             if (sights[i].n > 0 && cell >= sights[i].begin && cell < sights[i].end) return false;
         }
@@ -296,7 +317,7 @@ static bool place_first_tokens(tq_ggml_cells *cells, const tq_ggml_cells_shape *
 {
     for (int32_t i = 0; i < n; i++) {
         places[i] = -1;
-        if (sights[i].n < 1 || sights[i].n > shape->n_first) continue;
+        if (!is_first_token(shape, &sights[i])) continue;
         places[i] = place_for_first(cells, shape, first + i, n_used);
         if (places[i] < 0) {
             if (!reclaim(cells, shape, list)) return false;
@@ -315,7 +336,7 @@ bool tq_ggml_cells_write_span(tq_ggml_cells *cells, const tq_ggml_cells_shape *s
 {
     int64_t last = first + n - 1, begin = first > shape->n_recent ? first - shape->n_recent : 0;
     int64_t coded_end = last + 1 - shape->n_recent;
-    bool has_window = goes_on(cells, shape, first);
+    bool has_window = goes_on(cells, shape, first, has_first_tokens(shape, sights, n));
     *encode_from = has_window ? begin : first;
     for (int64_t cell = first; cell <= last; cell++) forget(cells, shape, cell);
     for (int32_t i = shape->n_place; i < n_places(shape); i++) {
