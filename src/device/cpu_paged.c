@@ -336,20 +336,27 @@ static bool next_run(const tq_paged_store *store, const layout *l, const tq_page
     return true;
 }
 
+/* Does a block begin to be coded with a position? Blocks begin again in each page. */
+static bool begins_block(const tq_paged_store *store, int32_t ref_block, int64_t position)
+{
+    return position == store->n_sink || position % store->page_size % ref_block == 0;
+}
+
 /* Does an append come without the rows that it needs? */
 static bool needs_rows(const tq_paged_store *store, const tq_paged_append_params *p)
 {
     if (p->k && p->v) return false;
     layout l = layout_of(store);
-    int64_t n_most = store->n_recent, ref_block = p->keep_references ? 0 : l.sides[TQ_SIDE_K].ref_block;
+    int64_t n_most = store->n_recent;
+    int32_t ref_block = p->keep_references ? 0 : l.sides[TQ_SIDE_K].ref_block;
     if (l.sides[TQ_SIDE_K].n_recent == 0 || l.sides[TQ_SIDE_V].n_recent == 0) n_most = 0;
     run r;
     for (int64_t at = 0; next_run(store, &l, p, &at, &r);) {
         if (r.n > n_most) return true;
-        int64_t begin = r.coded_begin[TQ_SIDE_K], end = r.coded_end[TQ_SIDE_K];
-        bool begins_with_first = begin == r.position - store->n_recent;
-        if (ref_block == 0 || begin >= end) continue;
-        if (!begins_with_first || (end - 1) / ref_block != begin / ref_block) return true;
+        /* The ring has all of the reference of a block only where the first token pushes out its first position. */
+        for (int64_t i = r.coded_begin[TQ_SIDE_K]; i < r.coded_end[TQ_SIDE_K] && ref_block > 0; i++) {
+            if (i != r.position - store->n_recent && begins_block(store, ref_block, i)) return true;
+        }
     }
     return false;
 }
