@@ -349,9 +349,8 @@ static void test_store_is_checked(void **state)
     store.page_size = 128, store.k_ref_block = 32;
     assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
     assert_non_null(strstr(last_message, "k_ref_block must be 0 or 64"));
-    store.n_recent = 0, store.n_sink = 4, store.k_ref_block = 64;
-    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_ERR_ARGUMENT);
-    assert_non_null(strstr(last_message, "n_recent must be more than 0"));
+    store.n_recent = 0, store.n_sink = 4, store.k_ref_block = 64; /* that others write */
+    assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);
     store = usable_store(NULL);
     store.head_dim = 192, store.head_dim_v = 128, store.n_sink = 4, store.n_recent = 10;
     assert_int_equal(tq_paged_sizes_get(&sizes, &store), TQ_OK);

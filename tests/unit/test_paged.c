@@ -397,6 +397,197 @@ static void check_untouched(untouched *u)
     free(u->pages), free(u->exact), free(u->out), free(u->page);
 }
 
+/* ---- what stays of what was coded --------------------------------------------------------------------------------------- */
+
+enum { STAY_FIRST = 230, STAY_MORE = 150, STAY_ALL = STAY_FIRST + STAY_MORE };
+
+/* A sequence of STAY_FIRST tokens, and an append of STAY_MORE. All that are opened have the same ones. */
+static fixture open_stay(const paged_shape *shape)
+{
+    fixture f = open_fixture(shape, STAY_ALL, TQ_DTYPE_F32);
+    f.append.k = f.p->k, f.append.v = f.p->v, f.append.row_stride = f.append.v_row_stride = 0;
+    for (int64_t i = 0; i < STAY_ALL; i++) {
+        f.p->seq_ids[i] = 0, f.p->positions[i] = i;
+        f.p->mapping[i] = f.m->table[i / shape->page_size] * shape->page_size + i % shape->page_size;
+    }
+    f.append.n_tok = STAY_FIRST;
+    assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+    f.append.n_tok = STAY_MORE;
+    f.append.k = (float *)f.p->k + STAY_FIRST * f.p->k_width, f.append.v = (float *)f.p->v + STAY_FIRST * f.p->v_width;
+    f.append.seq_ids += STAY_FIRST, f.append.positions += STAY_FIRST, f.append.slot_mapping += STAY_FIRST;
+    return f;
+}
+
+/* Pages of the sequence, one after the other. */
+static uint8_t *pages_of(const fixture *f)
+{
+    int64_t n = (STAY_ALL + f->m->shape.page_size - 1) / f->m->shape.page_size;
+    uint8_t *pages = kv_calloc((size_t)n, f->m->sizes.canonical_bytes);
+    assert_int_equal(tq_paged_export(&f->m->store, f->m->table, n, pages, NULL), TQ_OK);
+    return pages;
+}
+
+/* Of positions [begin, end), which are of one block, the codes, and its reference. */
+static void check_block(const fixture *f, const uint8_t *pages, const uint8_t *wanted, int64_t begin, int64_t end)
+{
+    const paged_shape *s = &f->m->shape;
+    size_t at = (size_t)(begin / s->page_size) * f->m->sizes.canonical_bytes;
+    for (int32_t i = 0; i < 2 * s->n_head_kv; i++) {
+        paged_head h = paged_head_of(s, i % 2);
+        int64_t slot = begin % s->page_size;
+        if (begin < end) paged_check_head(s, &h, pages + at, wanted + at, slot, slot + end - begin);
+        at += h.bytes;
+    }
+}
+
+/* Of pages after an append with encode_from: each block is as before it, as coded against its old reference, or as without. */
+static void check_from(const fixture *f, const uint8_t *pages, const uint8_t *before, const uint8_t *kept, const uint8_t *all,
+                       int64_t from)
+{
+    const paged_shape *s = &f->m->shape;
+    int64_t size = s->k_ref_block < s->page_size ? s->k_ref_block : s->page_size, end = STAY_ALL - s->n_recent;
+    for (int64_t begin = 0; begin < STAY_ALL; begin += size) {
+        int64_t next = begin + size, coded_end = next < end ? next : end > begin ? end : begin, middle = from;
+        if (middle < begin) middle = begin;
+        if (middle > coded_end) middle = coded_end;
+        check_block(f, pages, before, begin, middle);
+        check_block(f, pages, begin < from ? kept : all, middle, coded_end);
+        /* Behind what is coded only the reference may be new. */
+        if (coded_end == begin) check_block(f, pages, before, begin, next < STAY_ALL ? next : STAY_ALL);
+    }
+}
+
+static void run_encode_from(const paged_shape *shape, int64_t from, bool in_halves)
+{
+    fixture f = open_stay(shape), kept = open_stay(shape), all = open_stay(shape);
+    uint8_t *before = pages_of(&f);
+    kept.append.keep_references = true;
+    assert_int_equal(tq_paged_append(&kept.m->store, &kept.append, NULL), TQ_OK);
+    assert_int_equal(tq_paged_append(&all.m->store, &all.append, NULL), TQ_OK);
+    f.append.encode_from = from;
+    f.append.half = in_halves ? TQ_APPEND_ENCODE : TQ_APPEND_BOTH;
+    assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+    f.append.half = TQ_APPEND_STORE;
+    if (in_halves) assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+    uint8_t *pages = pages_of(&f), *of_kept = pages_of(&kept), *of_all = pages_of(&all);
+    check_from(&f, pages, before, of_kept, of_all, from);
+    assert_memory_equal(f.m->store.exact, all.m->store.exact, exact_bytes(f.m));
+    free(before), free(pages), free(of_kept), free(of_all);
+    close_fixture(&f), close_fixture(&kept), close_fixture(&all);
+}
+
+static const paged_shape stay_shapes[] = {
+    {TQ_FORMAT_SQ4, TQ_FORMAT_SQ4, 64, 0, 2, 64, 4, 64, 64, false, NULL},
+    {TQ_FORMAT_SQ8, TQ_FORMAT_SQ3, 64, 0, 2, 128, 0, 100, 64, true, NULL},
+    {TQ_FORMAT_SQ4, TQ_FORMAT_SQ4, 64, 0, 2, 32, 4, 32, 64, false, NULL},
+};
+enum { N_STAY_SHAPES = sizeof stay_shapes / sizeof stay_shapes[0] };
+
+/* Positions before encode_from stay, those from there on are coded, and blocks that begin there get their references. */
+static void test_positions_that_stay(void **state)
+{
+    (void)state;
+    static const int64_t from[] = {0, 100, 130, 166, 167, 180, 192, 198, 224, 230, 255, 256, 315, 316, 379, 1000};
+    for (int32_t i = 0; i < N_STAY_SHAPES; i++) {
+        for (size_t j = 0; j < sizeof from / sizeof from[0]; j++) run_encode_from(&stay_shapes[i], from[j], j % 2);
+    }
+}
+
+/* Keys that are coded against what references the pages have: the same bytes if they are the same. They stay. */
+static void test_references_that_stay(void **state)
+{
+    (void)state;
+    for (int32_t i = 0; i < N_STAY_SHAPES; i++) {
+        fixture f = open_stay(&stay_shapes[i]), all = open_stay(&stay_shapes[i]);
+        assert_int_equal(tq_paged_append(&all.m->store, &all.append, NULL), TQ_OK);
+        uint8_t *wanted = pages_of(&all);
+        memcpy(f.m->store.pages, all.m->store.pages, memory_bytes(f.m));
+        /* Only references stay. */
+        uint8_t *spoilt = copy_of(wanted, STAY_ALL / (size_t)stay_shapes[i].page_size * f.m->sizes.canonical_bytes);
+        size_t at = 0;
+        int64_t n_pages = STAY_ALL / stay_shapes[i].page_size, page_size = stay_shapes[i].page_size;
+        int64_t begin = STAY_FIRST - stay_shapes[i].n_recent;
+        for (int64_t j = 0; j < n_pages * 2 * stay_shapes[i].n_head_kv; j++) {
+            paged_head h = paged_head_of(&stay_shapes[i], (int32_t)(j % 2));
+            int64_t first = j / (2 * stay_shapes[i].n_head_kv) * page_size, from = begin > first ? begin - first : 0;
+            if (from < page_size)
+                memset(spoilt + at + (size_t)from * h.code_bytes, 0x35, (size_t)(page_size - from) * h.code_bytes);
+            at += h.bytes;
+        }
+        assert_int_equal(tq_paged_import(&f.m->store, f.m->table, n_pages, spoilt, NULL), TQ_OK);
+        f.append.keep_references = true;
+        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+        uint8_t *pages = pages_of(&f);
+        int64_t size = page_size < 64 ? page_size : 64, end = STAY_ALL - stay_shapes[i].n_recent;
+        for (int64_t b = 0; b < end; b += size) check_block(&f, pages, wanted, b, b + size < end ? b + size : end);
+        free(wanted), free(spoilt), free(pages);
+        close_fixture(&f), close_fixture(&all);
+    }
+}
+
+/* Pages with references are read by a store without a ring, which is refused appends. */
+static void test_references_without_a_ring(void **state)
+{
+    (void)state;
+    for (int32_t i = 0; i < N_STAY_SHAPES; i++) {
+        paged_shape shape = stay_shapes[i];
+        shape.n_sink = 0;
+        fixture f = open_stay(&shape);
+        assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+        int64_t n = STAY_ALL - shape.n_recent, lens[PAGED_SEQ] = {STAY_ALL};
+        int32_t starts[PAGED_SEQ + 1] = {0, 1, 1, 1};
+        float mask[STAY_ALL];
+        for (int64_t j = 0; j < STAY_ALL; j++) mask[j] = j < n ? 0 : -INFINITY;
+        f.attend.query_starts = starts, f.attend.n_query = 1, f.attend.seq_lens = lens;
+        f.attend.mask = mask, f.attend.mask_token_stride = STAY_ALL;
+        assert_int_equal(tq_paged_attend(&f.m->store, &f.attend, NULL), TQ_OK);
+        float *wanted = (float *)(void *)copy_of(f.p->out, (size_t)f.p->out_width * sizeof *wanted), *out = f.p->out;
+        memset(out, 0xff, (size_t)f.p->out_width * sizeof *out);
+        tq_paged_store pages = f.m->store;
+        tq_paged_sizes sizes;
+        pages.n_recent = pages.n_ring = 0, pages.exact = NULL, pages.n_exact_slots = 0;
+        assert_int_equal(tq_paged_sizes_get(&sizes, &pages), TQ_OK);
+        assert_int_equal(sizes.page_bytes, f.m->sizes.page_bytes);
+        assert_int_equal(sizes.canonical_bytes, f.m->sizes.canonical_bytes);
+        lens[0] = n, f.attend.mask = NULL;
+        assert_int_equal(tq_paged_attend(&pages, &f.attend, NULL), TQ_OK);
+        for (int64_t j = 0; j < f.p->out_width; j++) assert_true(fabsf(out[j] - wanted[j]) <= 1e-5f);
+        free(wanted);
+        untouched u = look_at(&f);
+        SAYS(tq_paged_append(&pages, &f.append, NULL), TQ_ERR_ARGUMENT, "n_recent must be more than 0");
+        check_untouched(&u);
+        close_fixture(&f);
+    }
+}
+
+/* Rows may be left out where nothing of them is coded nor has a part in a reference. */
+static void test_rows_left_out(void **state)
+{
+    (void)state;
+    for (int32_t i = 0; i < N_STAY_SHAPES; i++) {
+        const paged_shape *s = &stay_shapes[i];
+        for (int64_t n = 1; n <= s->n_recent + 1; n += n < 8 ? 1 : 3) {
+            fixture f = open_stay(s), given = open_stay(s);
+            int64_t block = s->page_size < 64 ? s->page_size : 64, first = STAY_FIRST - s->n_recent;
+            bool begins = (first + n - 1) / block > first / block, is_kept = n % 2 == 0;
+            f.append.n_tok = given.append.n_tok = n, f.append.half = given.append.half = TQ_APPEND_ENCODE;
+            f.append.keep_references = given.append.keep_references = is_kept;
+            f.append.encode_from = given.append.encode_from = n % 3 == 0 ? first + 1 : 0;
+            f.append.k = f.append.v = NULL;
+            if (n > s->n_recent || (begins && !is_kept)) {
+                SAYS(tq_paged_append(&f.m->store, &f.append, NULL), TQ_ERR_ARGUMENT, "a part in a reference");
+            } else {
+                assert_int_equal(tq_paged_append(&f.m->store, &f.append, NULL), TQ_OK);
+                assert_int_equal(tq_paged_append(&given.m->store, &given.append, NULL), TQ_OK);
+                assert_memory_equal(f.m->store.pages, given.m->store.pages, memory_bytes(f.m));
+            }
+            close_fixture(&f), close_fixture(&given);
+        }
+    }
+}
+
+/* ---- what does not exist ------------------------------------------------------------------------------------------- */
+
 /* A page that does not exist is refused before anything is written, where something would be read of it or coded to it. */
 static void test_pages_out_of_range(void **state)
 {
@@ -621,8 +812,6 @@ static void test_shapes_are_checked(void **state)
     WITH(s.n_sink, -1, SIZES, TQ_ERR_ARGUMENT, "n_sink -1");
     WITH(s.n_ring, 3, SIZES, TQ_ERR_ARGUMENT, "n_ring");
     WITH(s.k_ref_block, 5, SIZES, TQ_ERR_ARGUMENT, "ref_block");
-    s.n_ring = 0;
-    WITH(s.n_recent, 0, SIZES, TQ_ERR_ARGUMENT, "n_recent must be more than 0");
     s.k_factors = factors;
     WITH(s.k_transforms, (const uint16_t *)(const void *)factors, SIZES, TQ_ERR_ARGUMENT, "k_transforms");
     assert_int_equal(tq_paged_sizes_get(NULL, &s), TQ_ERR_ARGUMENT);
@@ -674,9 +863,6 @@ static void test_calls_are_checked(void **state)
     WITH(a->row_stride, 5, APPEND(NULL), TQ_ERR_ARGUMENT, "row_stride");
     WITH(a->v_row_stride, 5, APPEND(NULL), TQ_ERR_ARGUMENT, "v_row_stride");
     WITH(a->positions, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "positions");
-    a->half = TQ_APPEND_ENCODE;
-    WITH(a->v, NULL, APPEND(NULL), TQ_ERR_ARGUMENT, "a part in a reference");
-    a->half = TQ_APPEND_BOTH;
     tq_paged_attend_params *p = &f.attend;
     size_t bytes;
 #define ATTEND tq_paged_attend(s, p, NULL)
@@ -708,8 +894,10 @@ static void test_calls_are_checked(void **state)
     assert_int_equal(bytes, 0);
     WITH(p->n_head, 3, tq_paged_workspace_bytes(&bytes, s, p), TQ_ERR_SHAPE, "n_head is 3");
     assert_int_equal(tq_paged_workspace_bytes(NULL, s, p), TQ_ERR_ARGUMENT);
+    s->n_recent = s->n_ring = 0;
+    SAYS(APPEND(NULL), TQ_ERR_ARGUMENT, "n_recent must be more than 0");
     a->half = TQ_APPEND_ENCODE;
-    s->n_recent = s->k_ref_block = s->n_ring = 0;
+    s->k_ref_block = 0;
     SAYS(APPEND(NULL), TQ_ERR_ARGUMENT, "only with a ring");
     close_fixture(&f);
 }
@@ -795,6 +983,10 @@ int main(void)
         cmocka_unit_test(test_masks),
         cmocka_unit_test(test_hidden_bytes),
         cmocka_unit_test(test_skipped_rows_between_others),
+        cmocka_unit_test(test_positions_that_stay),
+        cmocka_unit_test(test_references_that_stay),
+        cmocka_unit_test(test_references_without_a_ring),
+        cmocka_unit_test(test_rows_left_out),
         cmocka_unit_test(test_pages_out_of_range),
         cmocka_unit_test(test_pages_that_nobody_reads),
         cmocka_unit_test(test_places_out_of_range),
