@@ -286,7 +286,7 @@ def plugin_suites():
         yield plugin_suite(f"plug-in/{name}", f"test_{name}", *classes, tier="test", rooms=("plugins",))
     yield plugin_suite("plug-in/all hosts", "test_hosts", "AllHosts", part="plug-in")
     yield plugin_suite("plug-in/unified server", "test_server", "UnifiedServer", "FirstTokens", "DamagedUnifiedServer",
-                       "FirstRequest", part="plug-in")
+                       "FirstRequest", "GoingOn", part="plug-in")
     yield plugin_suite("plug-in/all models", "test_models", "AllModels", part="plug-in")
     yield Suite("plug-in/versions", [python("tests/plugin/test_versions.py")], part="plug-in", builds=("ggml headers",),
                 missing=absent(DEPS / "llama.cpp/ggml"))
@@ -305,7 +305,7 @@ def plugin_suites():
         name, script = f"plug-in/{name} in front", f"test_{name}"
         yield plugin_suite(name, script, *classes, inner="CPU", tier="test", rooms=("plugins",))
     front = {"all hosts": ("AllHosts", "Clients"), "all models": ("AllModels",), "chaos": (),
-             "unified server": ("UnifiedServer", "FirstTokens", "DamagedUnifiedServer", "FirstRequest")}
+             "unified server": ("UnifiedServer", "FirstTokens", "DamagedUnifiedServer", "FirstRequest", "GoingOn")}
     for name, classes in front.items():
         script = f"test_{name.split()[-1]}"
         yield plugin_suite(f"plug-in/{name} in front", script, *classes, inner="CPU", part="plug-in")

@@ -2,6 +2,7 @@
 """Stock llama-server with the plug-in: parallel requests, and its slots saved and restored."""
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 import random
 
@@ -197,6 +198,31 @@ class FirstRequest(ServerCase):
             with self.subTest(first[:20]):
                 self.slots.next_token(first, 1)
                 self.assertEqual(self.slots.next_token(prompt, 1), wanted)
+
+
+class GoingOn(ServerCase):
+    """A slot's prompt grows after another slot's came behind it, whose first tokens take back what its own places were lent."""
+
+    options = "k=sq8,v=sq8"
+    arguments = ("-kvu", "--cache-ram", "0")
+
+    def grow(self, prompt, other=None):
+        for slot in range(2):
+            self.slots.server.post(f"/slots/{slot}?action=erase")
+        self.slots.next_token(prompt[:200], 0)
+        if other:
+            self.slots.next_token(other, 1)
+        return self.slots.next_token(prompt, 0)
+
+    def test_others_do_not_move_it(self):
+        stock = self.start(F16, *self.arguments)
+        by_itself, behind = [], []
+        for prompt, other in itertools.pairwise(prompts(5)):
+            exact = stock.next_token(prompt, 0)
+            by_itself.append(square(exact, self.grow(prompt), exact))
+            behind.append(square(exact, self.grow(prompt, other), exact))
+        print(f"coding moves {root_mean(by_itself):.4f}, others as well {root_mean(behind):.4f}")
+        self.assertLess(root_mean(behind), TWO_CODINGS * root_mean(by_itself))
 
 
 class FirstTokens(TestCase):
