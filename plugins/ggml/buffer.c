@@ -120,8 +120,8 @@ static enum ggml_status kv_init_tensor(ggml_backend_buffer_t buffer, struct ggml
 }
 
 /*
- * The threads that states are restored on: as many as graphs have, in a pool of the buffer's own, since nothing says which of
- * the host's threads restores. They sleep between. After fork() the child has the calling thread only.
+ * The threads that states are restored on, and on GPUs saved: as many as graphs have, in a pool of the buffer's own, since
+ * nothing says which of the host's threads restores. They sleep between. After fork() the child has the calling thread only.
  */
 static const tq_executor *executor_of(kv_buffer *kvs)
 {
@@ -136,9 +136,10 @@ static void kv_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, c
 
 static void kv_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor *t, void *data, size_t offset, size_t size)
 {
-    (void)buffer;
     /* What could not be read must not look like values: all bits set is NaN. */
-    if (!tq_ggml_kv_read(tq_ggml_root(t)->extra, tq_ggml_root_offset(t) + offset, size, data)) memset(data, 0xff, size);
+    bool ok =
+        tq_ggml_kv_read(tq_ggml_root(t)->extra, tq_ggml_root_offset(t) + offset, size, data, executor_of(buffer->context));
+    if (!ok) memset(data, 0xff, size);
 }
 
 static void kv_memset_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, uint8_t value, size_t offset, size_t size)

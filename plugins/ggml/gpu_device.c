@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "buffer.h"
 #include "gpu_graph.h"
@@ -20,6 +21,7 @@
 
 #define INNER_MAX 16
 #define WORKERS_MAX 256
+#define STATE_THREADS_MAX 16
 
 /* An inner device. */
 typedef struct inner_device {
@@ -381,6 +383,9 @@ static void *reg_proc_address(ggml_backend_reg_t reg, const char *name)
 static void fill_device(tq_ggml_device *out, const inner_device *inner)
 {
     out->inner = inner->device;
+    long n_cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    /* For states, which the host reads and writes; graphs of a GPU have no number of threads. */
+    atomic_store(&out->n_threads, n_cpus < 1 ? 1 : n_cpus > STATE_THREADS_MAX ? STATE_THREADS_MAX : (int)n_cpus);
     out->gpu = &inner->gpu;
     out->reg = (struct ggml_backend_reg){.api_version = GGML_BACKEND_API_VERSION,
                                          .iface = {.get_name = reg_name,

@@ -556,7 +556,7 @@ static enum ggml_status shift_cells(tq_gpu_worker *worker, const struct ggml_ten
     int32_t pos[SHIFT_CELLS];
     float *rows = malloc((size_t)(n * kv->n_embd) * sizeof *rows), *x = malloc((size_t)(n * n_part) * sizeof *x);
     ggml_fp16_t *halves = malloc((size_t)(n * kv->n_embd) * sizeof *halves);
-    bool ok = rows && x && halves && tq_gpu_layer_read(kv->on_gpu, false, stream, first, n, rows);
+    bool ok = rows && x && halves && tq_gpu_layer_read(kv->on_gpu, false, stream, first, n, rows, NULL);
     for (int64_t i = 0; ok && i < n; i++) {
         if (shifts[i] == 0) continue;
         pos[n_moved] = (int32_t)shifts[i];
@@ -571,7 +571,7 @@ static enum ggml_status shift_cells(tq_gpu_worker *worker, const struct ggml_ten
         for (int64_t i = 0; ok && i < n * kv->n_embd; i++)
             rows[i] = fmaxf(fminf(rows[i], TQ_GGML_VALUE_MAX), -TQ_GGML_VALUE_MAX);
         if (ok) tq_ggml_host.ggml_fp32_to_fp16_row(rows, halves, n * kv->n_embd);
-        ok = ok && tq_gpu_layer_write(kv->on_gpu, false, stream, first, n, halves, false, 0);
+        ok = ok && tq_gpu_layer_write(kv->on_gpu, false, stream, first, n, halves, false, 0, NULL);
     }
     free(rows);
     free(x);

@@ -340,7 +340,8 @@ static void log_failure(const tq_gpu_layer *layer, bool is_value, const char *wh
     tq_ggml_log(TQ_LOG_ERROR, "layer %d %s: they can't be %s", (int)layer->keys->layer, is_value ? "values" : "keys", what);
 }
 
-bool tq_gpu_layer_read(const tq_gpu_layer *layer, bool is_value, int64_t stream, int64_t first, int64_t n, float *rows)
+bool tq_gpu_layer_read(const tq_gpu_layer *layer, bool is_value, int64_t stream, int64_t first, int64_t n, float *rows,
+                       const tq_executor *executor)
 {
     const tq_ggml_kv_tensor *kv = is_value ? layer->values : layer->keys;
     bool ok = true;
@@ -351,7 +352,7 @@ bool tq_gpu_layer_read(const tq_gpu_layer *layer, bool is_value, int64_t stream,
         host_pages h;
         ok = open_pages(&h, layer, is_value, stream, page, end - page);
         ok = ok && tq_host_pages_read(&h.pages, at - page * TQ_GGML_BLOCK, next - at, rows + (at - first) * kv->n_embd,
-                                      kv->n_embd) == TQ_OK;
+                                      kv->n_embd, executor) == TQ_OK;
         close_pages(&h);
     }
     if (!ok) log_failure(layer, is_value, "read");
@@ -402,7 +403,7 @@ static bool settle(tq_gpu_layer *layer, int64_t stream)
 }
 
 bool tq_gpu_layer_write(tq_gpu_layer *layer, bool is_value, int64_t stream, int64_t first, int64_t n, const uint16_t *rows,
-                        bool is_new, int64_t n_first)
+                        bool is_new, int64_t n_first, const tq_executor *executor)
 {
     const tq_ggml_kv_tensor *kv = is_value ? layer->values : layer->keys;
     bool ok = !is_new || settle(layer, stream);
@@ -417,7 +418,7 @@ bool tq_gpu_layer_write(tq_gpu_layer *layer, bool is_value, int64_t stream, int6
         ok = open_pages(&h, layer, is_value, stream, page, end - page);
         int64_t begin = page * TQ_GGML_BLOCK;
         ok = ok && tq_host_pages_write(&h.pages, at - begin, next - at, rows + (at - first) * kv->n_embd, kv->n_embd,
-                                       layer->shape.n_place - begin, layer->cells[stream].n_written - begin) == TQ_OK;
+                                       layer->shape.n_place - begin, layer->cells[stream].n_written - begin, executor) == TQ_OK;
         ok = ok && put_pages(&h);
         close_pages(&h);
     }

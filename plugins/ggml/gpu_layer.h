@@ -49,13 +49,14 @@ void tq_gpu_layer_close(tq_gpu_layer *layer);
 /* Nothing is in it any longer. */
 bool tq_gpu_layer_clear(tq_gpu_layer *layer);
 /* Cells [first, first + n) of keys or values as rows [n, n_embd]; waits for the device. False: the reason was logged. */
-bool tq_gpu_layer_read(const tq_gpu_layer *layer, bool is_value, int64_t stream, int64_t first, int64_t n, float *rows);
+bool tq_gpu_layer_read(const tq_gpu_layer *layer, bool is_value, int64_t stream, int64_t first, int64_t n, float *rows,
+                       const tq_executor *executor);
 /*
  * The other way, from FP16. is_new: the cells get places as if they had been written, the first n_first as first tokens; else
  * all that is exact stays so. What was decoded gets its codes back, where they can be found.
  */
 bool tq_gpu_layer_write(tq_gpu_layer *layer, bool is_value, int64_t stream, int64_t first, int64_t n, const uint16_t *rows,
-                        bool is_new, int64_t n_first);
+                        bool is_new, int64_t n_first, const tq_executor *executor);
 /* All of one stream becomes that of another, of the same or another layer of its shape. */
 bool tq_gpu_layer_copy(tq_gpu_layer *to, int64_t to_stream, tq_gpu_layer *from, int64_t from_stream);
 /* Code cells of a list's i-th call on `stream`, from the device's memory with positions, slots and sequences of all of them. */

@@ -13,6 +13,7 @@
 #include "stages.h"
 
 #define CHUNK_ROWS_MAX 512
+#define GPU_CHUNK_ROWS 2048
 #define CHUNK_VALUES 131072 /* of a chunk of more than one row */
 
 /* A piece of a transfer: whole rows, or a part of one, of one stream. */
@@ -31,7 +32,7 @@ static size_t row_bytes(const tq_ggml_kv_tensor *kv)
 static int64_t chunk_rows(const tq_ggml_kv_tensor *kv)
 {
     int64_t n = CHUNK_VALUES / kv->n_embd;
-    if (kv->on_gpu) return CHUNK_ROWS_MAX; /* each piece is a round trip */
+    if (kv->on_gpu) return GPU_CHUNK_ROWS; /* each piece is a round trip */
     return n < 1 ? 1 : n > CHUNK_ROWS_MAX ? CHUNK_ROWS_MAX : n;
 }
 
@@ -89,13 +90,14 @@ static void mark_damage(const tq_ggml_kv_tensor *kv, const piece *p, uint8_t *to
     }
 }
 
-static bool read_rows(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t first, int64_t n, float *rows)
+static bool read_rows(const tq_ggml_kv_tensor *kv, int64_t stream, int64_t first, int64_t n, float *rows,
+                      const tq_executor *executor)
 {
-    if (kv->on_gpu) return tq_gpu_layer_read(kv->on_gpu, kv->is_value, stream, first, n, rows);
+    if (kv->on_gpu) return tq_gpu_layer_read(kv->on_gpu, kv->is_value, stream, first, n, rows, executor);
     return tq_store_read(kv->stores[stream], first, n, rows, kv->n_embd) == TQ_OK;
 }
 
-bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out)
+bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out, const tq_executor *executor)
 {
     if (!check_range(kv, offset, size) || tq_ggml_stage_settle_all(kv) != TQ_OK) return false;
     float *rows = allocate_rows(kv);
@@ -104,7 +106,7 @@ bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *ou
     bool ok = true;
     while (ok && size > 0) {
         piece p = next_piece(kv, offset, size);
-        ok = read_rows(kv, p.stream, p.first_slot, p.n_rows, rows);
+        ok = read_rows(kv, p.stream, p.first_slot, p.n_rows, rows, executor);
         if (ok) {
             clamp_to_fp16(rows, p.n_rows * kv->n_embd);
             tq_ggml_host.ggml_fp32_to_fp16_row(rows + p.first_byte / sizeof(ggml_fp16_t), (ggml_fp16_t *)(void *)to,
@@ -128,7 +130,8 @@ static bool is_finite(const ggml_fp16_t *x, int64_t n)
 }
 
 /* On a GPU cells are whole rows. */
-static tq_status write_on_gpu(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows)
+static tq_status write_on_gpu(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows,
+                              const tq_executor *executor)
 {
     const ggml_fp16_t *halves = (const ggml_fp16_t *)(const void *)from;
     bool is_whole = p->bytes == (size_t)p->n_rows * row_bytes(kv);
@@ -137,7 +140,7 @@ static tq_status write_on_gpu(tq_ggml_kv_tensor *kv, const piece *p, const uint8
     if (!is_whole) {
         merged = malloc(row_bytes(kv));
         if (!merged) return TQ_ERR_MEMORY;
-        if (!tq_gpu_layer_read(kv->on_gpu, kv->is_value, p->stream, p->first_slot, 1, rows)) {
+        if (!tq_gpu_layer_read(kv->on_gpu, kv->is_value, p->stream, p->first_slot, 1, rows, NULL)) {
             free(merged);
             return TQ_ERR_DEVICE;
         }
@@ -146,7 +149,8 @@ static tq_status write_on_gpu(tq_ggml_kv_tensor *kv, const piece *p, const uint8
         memcpy((uint8_t *)merged + p->first_byte, from, p->bytes);
         halves = merged;
     }
-    bool ok = tq_gpu_layer_write(kv->on_gpu, kv->is_value, p->stream, p->first_slot, p->n_rows, halves, is_whole, p->n_first);
+    bool ok = tq_gpu_layer_write(kv->on_gpu, kv->is_value, p->stream, p->first_slot, p->n_rows, halves, is_whole, p->n_first,
+                                 executor);
     free(merged);
     return ok ? TQ_OK : TQ_ERR_DEVICE;
 }
@@ -155,7 +159,7 @@ static tq_status write_on_gpu(tq_ggml_kv_tensor *kv, const piece *p, const uint8
 static tq_status write_piece(tq_ggml_kv_tensor *kv, const piece *p, const uint8_t *from, float *rows,
                              const tq_executor *executor)
 {
-    if (kv->on_gpu) return write_on_gpu(kv, p, from, rows);
+    if (kv->on_gpu) return write_on_gpu(kv, p, from, rows, executor);
     tq_store *store = kv->stores[p->stream];
     const ggml_fp16_t *halves = (const ggml_fp16_t *)(const void *)from;
     int64_t slots[CHUNK_ROWS_MAX];

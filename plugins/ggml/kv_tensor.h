@@ -91,7 +91,7 @@ bool tq_ggml_kv_attend_view(tq_ggml_kv_view *out, tq_ggml_kv_tensor *kv, const s
                             const struct ggml_tensor *attention, bool allow_part, char *why, size_t why_bytes);
 
 /* Bytes [offset, offset + size) of the tensor's nominal FP16. The tensor must be bound; false: the reason was logged. */
-bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out);
+bool tq_ggml_kv_read(tq_ggml_kv_tensor *kv, size_t offset, size_t size, void *out, const tq_executor *executor);
 bool tq_ggml_kv_write(tq_ggml_kv_tensor *kv, size_t offset, size_t size, const void *in, const tq_executor *executor);
 
 /* Copy one stream's store, ring and all. False: rows that waited could not be written. */

@@ -2,6 +2,7 @@
 #include "cache/host_pages.h"
 
 #include "base/log.h"
+#include "base/threads.h"
 #include "device/rows.h"
 
 #define BLOCK 64 /* columns that share a reference */
@@ -75,8 +76,29 @@ static tq_status open_side(side *s, const tq_host_pages *p)
     return TQ_OK;
 }
 
-tq_status tq_host_pages_read(const tq_host_pages *pages, int64_t first, int64_t n, float *rows, int64_t row_stride)
+/* Columns that are read, each thread some pages'. */
+typedef struct reading {
+    const side *side;
+    int64_t first, n, row_stride;
+    float *rows;
+} reading;
+
+static void read_pages(void *arg, int32_t i_thread, int32_t n_threads)
 {
+    const reading *r = arg;
+    int64_t end_page = (r->first + r->n - 1) / BLOCK + 1;
+    for (int64_t page = r->first / BLOCK + i_thread; page < end_page; page += n_threads) {
+        int64_t begin = page * BLOCK > r->first ? page * BLOCK : r->first;
+        int64_t end = (page + 1) * BLOCK < r->first + r->n ? (page + 1) * BLOCK : r->first + r->n;
+        tq_rows_read(r->side->codec.kernels, &r->side->view, r->side->n_head_kv, begin, end - begin,
+                     r->rows + (begin - r->first) * r->row_stride, r->row_stride);
+    }
+}
+
+tq_status tq_host_pages_read(const tq_host_pages *pages, int64_t first, int64_t n, float *rows, int64_t row_stride,
+                             const tq_executor *executor)
+{
+    if (n < 1) return TQ_OK;
     side s;
     tq_exact_entry exact[TQ_EXACT_MAX];
     tq_status status = open_side(&s, pages);
@@ -86,7 +108,8 @@ tq_status tq_host_pages_read(const tq_host_pages *pages, int64_t first, int64_t 
             exact[s.view.n_exact++] = (tq_exact_entry){pages->exact_columns[i], i, 0};
         }
         s.view.exact = exact;
-        tq_rows_read(s.codec.kernels, &s.view, s.n_head_kv, first, n, rows, row_stride);
+        reading r = {&s, first, n, row_stride, rows};
+        tq_run(executor, (int32_t)(n / BLOCK + 1), read_pages, &r);
     }
     close_side(&s);
     return status;
@@ -123,13 +146,14 @@ static void set_references(const tq_rows_in *in, int64_t column, int64_t n, int6
     }
 }
 
-static void write_columns(const side *s, const tq_rows_in *in, const tq_host_pages *p, int64_t first, int64_t n)
+static void write_columns(const side *s, const tq_rows_in *in, const tq_host_pages *p, int64_t first, int64_t n,
+                          const tq_executor *executor)
 {
-    tq_encode_job jobs[BLOCK];
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        int32_t m = n - at < BLOCK ? (int32_t)(n - at) : BLOCK;
+    tq_encode_job jobs[TQ_ENCODE_BATCH];
+    for (int64_t at = 0; at < n; at += TQ_ENCODE_BATCH) {
+        int32_t m = n - at < TQ_ENCODE_BATCH ? (int32_t)(n - at) : TQ_ENCODE_BATCH;
         for (int32_t i = 0; i < m; i++) jobs[i] = (tq_encode_job){first + at + i, (int32_t)(at + i), 0};
-        tq_rows_encode(in, jobs, m, NULL);
+        tq_rows_encode(in, jobs, m, executor);
     }
     for (int32_t i = 0; i < s->n_exact; i++) {
         int64_t row = p->exact_columns[i] - first;
@@ -138,7 +162,7 @@ static void write_columns(const side *s, const tq_rows_in *in, const tq_host_pag
 }
 
 tq_status tq_host_pages_write(const tq_host_pages *pages, int64_t first, int64_t n, const uint16_t *rows, int64_t row_stride,
-                              int64_t n_sink, int64_t n_written)
+                              int64_t n_sink, int64_t n_written, const tq_executor *executor)
 {
     side s;
     tq_status status = open_side(&s, pages);
@@ -155,7 +179,7 @@ tq_status tq_host_pages_write(const tq_host_pages *pages, int64_t first, int64_t
                          .decoded = rows,
                          .row_stride = row_stride};
         if (in.pages.ref_codec) set_references(&in, first, n, n_sink, n_written);
-        write_columns(&s, &in, pages, first, n);
+        write_columns(&s, &in, pages, first, n, executor);
     }
     close_side(&s);
     return status;

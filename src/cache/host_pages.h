@@ -22,9 +22,9 @@ typedef struct tq_host_pages {
     const int8_t *k_factors;      /* as the store's, but in the host's memory */
     const uint16_t *k_transforms; /* likewise */
 } tq_host_pages;
-/* Columns [first, first + n) as rows [n, n_head_kv, head_dim]. Errors: FORMAT, HEAD_DIM, CPU. */
-TQ_NODISCARD tq_status tq_host_pages_read(const tq_host_pages *pages, int64_t first, int64_t n, float *rows,
-                                          int64_t row_stride);
+/* Columns [first, first + n) as rows [n, n_head_kv, head_dim]. executor may be NULL. Errors: FORMAT, HEAD_DIM, CPU. */
+TQ_NODISCARD tq_status tq_host_pages_read(const tq_host_pages *pages, int64_t first, int64_t n, float *rows, int64_t row_stride,
+                                          const tq_executor *executor);
 /*
  * The other way, from FP16, to the pages and to what is exact of the columns. What was decoded gets its codes back, where they
  * can be found. Blocks of which all rows come, or all that were ever written (columns below n_written), get the references that
@@ -32,6 +32,6 @@ TQ_NODISCARD tq_status tq_host_pages_read(const tq_host_pages *pages, int64_t fi
  * above.
  */
 TQ_NODISCARD tq_status tq_host_pages_write(const tq_host_pages *pages, int64_t first, int64_t n, const uint16_t *rows,
-                                           int64_t row_stride, int64_t n_sink, int64_t n_written);
+                                           int64_t row_stride, int64_t n_sink, int64_t n_written, const tq_executor *executor);
 
 #endif
