@@ -3,8 +3,8 @@
 """Prove the order of rooms: read every #include and refuse one that points against it.
 
 A room under src/ includes itself, the rooms before it in ROOMS, and the public header. plugins/ggml sees the public header,
-cache/cells.h, cache/host_pages.h and ggml; tools see the public header and cache/cells.h; examples see only the public header. Nothing else
-includes ggml. src/CMakeLists.txt must list every file.
+cache/cells.h, cache/host_pages.h and ggml; tools see the public header and cache/cells.h; examples see only the public header.
+Nothing else includes ggml. src/CMakeLists.txt must list every file.
 The last line is 'N passed, M failed'.
 """
 import re

@@ -10,7 +10,6 @@
 #include <cmocka.h>
 
 #include <pthread.h>
-
 #include "base/alloc.h"
 #include "last_message.h"
 #include "make_calibration.h"
