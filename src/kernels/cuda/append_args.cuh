@@ -46,7 +46,7 @@ __device__ __forceinline__ encode_task encode_task_of(const tq_device_store &sto
     } else {
         int32_t seq = p.seq_ids[token];
         int64_t position = p.positions[token] - store.n_recent;
-        if (position < store.n_sink || position < p.encode_from) return task;
+        if (position < store.n_sink || (store.n_recent > 0 && position < p.encode_from)) return task;
         if (store.n_recent > 0) {
             task.row = token - store.n_recent;
             if (!row_is(p, task.row, seq, position)) {
