@@ -83,7 +83,7 @@ static void open_data(test_data &d)
     d.store.n_pages = N_PAGES, d.store.n_exact_slots = N_SEQ;
     d.store.page_stride = (int64_t)(head_page_bytes_of(d.store) * N_HEAD_KV + s.page_gap);
     d.store.exact_stride = (int64_t)(N_HEAD_KV * (s.n_sink + d.store.n_ring) * (s.head_dim + s.head_dim_v) + s.exact_gap);
-    d.pages.assign((size_t)d.store.page_stride * N_PAGES + 16, 0xff);
+    d.pages.assign((size_t)d.store.page_stride * N_PAGES + 16, 0x3b); /* numbers, as references that are kept must be */
     d.exact.assign((size_t)d.store.exact_stride * N_SEQ + 8, 0xffff);
     d.store.pages = d.pages.data() + (16 - (uintptr_t)d.pages.data() % 16) % 16;
     d.store.exact = d.exact.data() + (16 - (uintptr_t)d.exact.data() % 16) % 16 / 2;
@@ -105,6 +105,60 @@ static void open_data(test_data &d)
         MUST(tq_cache_set_key_factors(d.cache, 0, d.factors));
     }
     for (int32_t i = 0; i < N_SEQ; i++) MUST(tq_cache_seq_create(d.cache, &d.seqs[i]));
+}
+
+/* All pages of all sequences after the first half of an append, which then is undone. */
+static std::vector<uint8_t> encoded(test_data &d, const tq_paged_append_params &p, int32_t n_tokens, size_t page_bytes)
+{
+    const std::vector<uint8_t> before = d.pages;
+    std::vector<uint8_t> bytes(N_SEQ * PAGES_OF_SEQ * page_bytes);
+    append_at(d, p, n_tokens);
+    export_pages(d.store, d.page_table, N_SEQ * PAGES_OF_SEQ, bytes.data(), d.s.descending);
+    std::copy(before.begin(), before.end(), d.pages.begin());
+    return bytes;
+}
+
+/* What is pushed out of positions before encode_from stays, and the reference of a block that such begins; the rest is coded.
+ */
+static void check_encode_from(test_data &d, tq_paged_append_params p, const int32_t *done, const int32_t *counts,
+                              int32_t n_tokens, int64_t from)
+{
+    const test_setup &s = d.s;
+    const size_t n_refs = s.k_ref_block ? s.page / 64 : 0, code_bytes[2] = {d.codec[0]->code_bytes, d.codec[1]->code_bytes};
+    const size_t heads[2] = {s.page * (code_bytes[0] + 2) + n_refs * (s.head_dim + 2), s.page * (code_bytes[1] + 2)};
+    p.half = TQ_APPEND_ENCODE, p.encode_from = from;
+    const std::vector<uint8_t> found = encoded(d, p, n_tokens, N_HEAD_KV * (heads[0] + heads[1]));
+    p.encode_from = 0;
+    const std::vector<uint8_t> all = encoded(d, p, n_tokens, N_HEAD_KV * (heads[0] + heads[1]));
+    p.keep_references = true;
+    const std::vector<uint8_t> kept = encoded(d, p, n_tokens, N_HEAD_KV * (heads[0] + heads[1]));
+    p.n_tok = 0;
+    const std::vector<uint8_t> before = encoded(d, p, n_tokens, N_HEAD_KV * (heads[0] + heads[1]));
+    for (int32_t i = 0; i < N_SEQ * s.page * PAGES_OF_SEQ; i++) {
+        const int32_t seq = i / (s.page * PAGES_OF_SEQ), position = i % (s.page * PAGES_OF_SEQ), block = position / 64 * 64;
+        const int32_t least = done[seq] - s.n_recent, end = least + counts[seq], begin = least > s.n_sink ? least : s.n_sink;
+        const int32_t first = block > s.n_sink ? block : s.n_sink; /* of its block */
+        const bool is_coded = position >= begin && position < end && position >= from;
+        const bool is_new = first >= begin && first < end && first >= from && n_refs > 0;
+        const bool is_known = !is_coded || is_new || !n_refs || first < begin; /* a block may never have had a reference */
+        const std::vector<uint8_t> &wanted = !is_coded ? before : is_new || !n_refs ? all : kept;
+        const std::vector<uint8_t> &reference = is_new ? all : before;
+        for (int32_t list = 0; list < 2 * N_HEAD_KV; list++) {
+            const int side = list % 2;
+            const size_t at = ((size_t)(i / s.page) * N_HEAD_KV + list / 2) * (heads[0] + heads[1]) + side * heads[0];
+            const size_t slot = (size_t)(position % s.page), codes = at + slot * code_bytes[side];
+            const size_t scale = at + s.page * code_bytes[side] + 2 * slot;
+            const bool is_same =
+                memcmp(&found[codes], &wanted[codes], code_bytes[side]) == 0 && memcmp(&found[scale], &wanted[scale], 2) == 0;
+            if ((is_known || side) && !is_same) emulation::fail("encode_from: another code of a position", position);
+            if (side || !n_refs || position < s.n_sink) continue;
+            const size_t references = at + s.page * (code_bytes[0] + 2) + slot / 64 * s.head_dim;
+            if (memcmp(&found[references], &reference[references], (size_t)s.head_dim) != 0)
+                emulation::fail("encode_from: another reference of a position", position);
+            if (memcmp(&kept[references], &before[references], (size_t)s.head_dim) != 0)
+                emulation::fail("keep_references: another reference of a position", position);
+        }
+    }
 }
 
 /* So many tokens more of each sequence, to both. */
@@ -154,6 +208,8 @@ static void append_batch(test_data &d, tq_random *random, const int32_t *done, c
     p.page_table = d.page_table, p.page_table_stride = PAGES_OF_SEQ, p.exact_slots = exact_slots;
     p.n_not_finite = &n_not_finite;
     const int32_t n_tokens = tq_random_next(random) % 2 ? 1 : 1 + (int32_t)(tq_random_next(random) % reference_tokens_max);
+    if (s.n_recent > 0 && tq_random_next(random) % 4 == 0)
+        check_encode_from(d, p, done, counts, n_tokens, (int64_t)(tq_random_next(random) % 300));
     if (s.n_recent > 0 && tq_random_next(random) % 2) { /* in halves */
         tq_paged_append_params half = p;
         half.half = TQ_APPEND_ENCODE;

@@ -151,7 +151,7 @@ static void append_plain(const tq_device_store &store, const tq_paged_append_par
 {
     const uint32_t n_heads = (uint32_t)store.n_head_kv;
     if (p.half != TQ_APPEND_STORE) {
-        if (store.k_ref_block) {
+        if (store.k_ref_block && !p.keep_references) {
             launch(how.descending, {blocks_of(p.n_tok, how.n_tokens), n_heads, 1}, plain_append_threads,
                    [&] { set_references_plain_kernel(store, p, how.n_tokens); });
         }
@@ -167,7 +167,7 @@ static void append(const tq_device_store &store, const tq_paged_append_params &p
 {
     const uint32_t n_heads = (uint32_t)store.n_head_kv;
     if (p.half != TQ_APPEND_STORE) {
-        if (store.k_ref_block) {
+        if (store.k_ref_block && !p.keep_references) {
             launch(how.descending, {blocks_of(p.n_tok, how.n_tokens), n_heads, 1}, D,
                    [&] { set_references_kernel<D>(store, p, how.n_tokens); });
         }
