@@ -41,7 +41,6 @@
     X(ggml_backend_buffer_init)          \
     X(ggml_backend_buffer_free)          \
     X(ggml_backend_buffer_get_size)      \
-    X(ggml_backend_buffer_clear)         \
     X(ggml_backend_buft_is_host)         \
     X(ggml_backend_buft_alloc_buffer)    \
     X(ggml_backend_buft_get_alignment)   \
@@ -52,7 +51,6 @@
     X(ggml_backend_dev_count)            \
     X(ggml_backend_dev_get)              \
     X(ggml_backend_dev_name)             \
-    X(ggml_backend_dev_description)      \
     X(ggml_backend_dev_get_props)        \
     X(ggml_backend_dev_buffer_type)      \
     X(ggml_backend_dev_host_buffer_type) \

@@ -25,7 +25,8 @@ OWN_NAMES = re.compile(r"GGML_(MAJOR|MINOR_MIN|MINOR_MAX|BACKEND_PATH|DIR)$")
 FIELDS = {
     "ggml_tensor": "type buffer ne nb op op_params flags src view_src view_offs data name extra",
     "ggml_init_params": "mem_size mem_buffer no_alloc",
-    "ggml_cgraph": "size n_nodes n_leafs nodes",
+    "ggml_cgraph": "size n_nodes n_leafs nodes grads grad_accs leafs use_counts order uid",
+    "ggml_backend_event": "device context",
     "ggml_backend_i": "get_name free set_tensor_async get_tensor_async set_tensor_2d_async get_tensor_2d_async "
                       "cpy_tensor_async synchronize graph_plan_create graph_plan_free graph_plan_update "
                       "graph_plan_compute graph_compute event_record event_wait graph_optimize",
@@ -58,7 +59,7 @@ def flags(ggml):
 
 def constants():
     """Of ggml's, those that the plug-in uses."""
-    text = "".join(path.read_text() for path in sources("*.[ch]"))
+    text = re.sub(r'"[^"\n]*"', "", "".join(path.read_text() for path in sources("*.[ch]")))
     return sorted({name for name in re.findall(r"\bGGML_[A-Z0-9_]+\b", text) if not OWN_NAMES.match(name)})
 
 
