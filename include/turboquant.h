@@ -703,7 +703,7 @@ typedef struct tq_paged_append_params {
     int64_t v_row_stride;        /* of v; 0: row_stride, or contiguous if that is 0 */
     const tq_executor *executor; /* CPU: the threads to run on; NULL: the caller's */
     /* What is encoded is coded against the references that its blocks have: for positions that are written again while others
-     * of their block stay coded. */
+     * of their block stay coded. Pages must have been zeroed before their first use: no reference, which is 0. */
     bool keep_references;
     /* With a ring: what is pushed out of positions before it stays as its page has it. */
     int64_t encode_from;
