@@ -13,7 +13,6 @@
 #define TABLE_PAD 8 /* pages behind the last: the positions of queries, which no cell has */
 #define EXACT_MAX (TQ_GGML_EXACT_MAX - TQ_GGML_BLOCK)
 #define WRITE_PAGES 64   /* read or written at a time */
-#define HEADER_BYTES 256 /* what a stream's parts are aligned to */
 
 uint64_t tq_gpu_new_state(void)
 {
@@ -326,6 +325,16 @@ static bool open_pages(host_pages *h, const tq_gpu_layer *layer, bool is_value, 
            tq_gpu_copy_out(layer->gpu, h->pages.exact, exact_at(layer, stream), sizes.exact_bytes);
 }
 
+/* Open the pages of the next cells of [at, end), WRITE_PAGES at the most; `*next` is the first cell behind them. */
+static bool open_piece(host_pages *h, const tq_gpu_layer *layer, bool is_value, int64_t stream, int64_t at, int64_t end,
+                       int64_t *next)
+{
+    int64_t page = at / TQ_GGML_BLOCK, end_page = (end + TQ_GGML_BLOCK - 1) / TQ_GGML_BLOCK;
+    if (end_page > page + WRITE_PAGES) end_page = page + WRITE_PAGES;
+    *next = end_page * TQ_GGML_BLOCK < end ? end_page * TQ_GGML_BLOCK : end;
+    return open_pages(h, layer, is_value, stream, page, end_page - page);
+}
+
 static bool put_pages(host_pages *h)
 {
     const tq_gpu_layer *layer = h->layer;
@@ -346,12 +355,9 @@ bool tq_gpu_layer_read(const tq_gpu_layer *layer, bool is_value, int64_t stream,
     const tq_ggml_kv_tensor *kv = is_value ? layer->values : layer->keys;
     bool ok = true;
     for (int64_t at = first, next; ok && at < first + n; at = next) {
-        int64_t page = at / TQ_GGML_BLOCK, end = (first + n + TQ_GGML_BLOCK - 1) / TQ_GGML_BLOCK;
-        if (end > page + WRITE_PAGES) end = page + WRITE_PAGES;
-        next = end * TQ_GGML_BLOCK < first + n ? end * TQ_GGML_BLOCK : first + n;
         host_pages h;
-        ok = open_pages(&h, layer, is_value, stream, page, end - page);
-        ok = ok && tq_host_pages_read(&h.pages, at - page * TQ_GGML_BLOCK, next - at, rows + (at - first) * kv->n_embd,
+        ok = open_piece(&h, layer, is_value, stream, at, first + n, &next);
+        ok = ok && tq_host_pages_read(&h.pages, at - h.first * TQ_GGML_BLOCK, next - at, rows + (at - first) * kv->n_embd,
                                       kv->n_embd, executor) == TQ_OK;
         close_pages(&h);
     }
@@ -411,12 +417,9 @@ bool tq_gpu_layer_write(tq_gpu_layer *layer, bool is_value, int64_t stream, int6
     if (ok && is_new) tq_ggml_cells_restore(&layer->cells[stream], &layer->shape, first, n, n_first);
     layer->state = tq_gpu_new_state();
     for (int64_t at = first, next; ok && at < first + n; at = next) {
-        int64_t page = at / TQ_GGML_BLOCK, end = (first + n + TQ_GGML_BLOCK - 1) / TQ_GGML_BLOCK;
-        if (end > page + WRITE_PAGES) end = page + WRITE_PAGES;
-        next = end * TQ_GGML_BLOCK < first + n ? end * TQ_GGML_BLOCK : first + n;
         host_pages h;
-        ok = open_pages(&h, layer, is_value, stream, page, end - page);
-        int64_t begin = page * TQ_GGML_BLOCK;
+        ok = open_piece(&h, layer, is_value, stream, at, first + n, &next);
+        int64_t begin = h.first * TQ_GGML_BLOCK;
         ok = ok && tq_host_pages_write(&h.pages, at - begin, next - at, rows + (at - first) * kv->n_embd, kv->n_embd,
                                        layer->shape.n_place - begin, layer->cells[stream].n_written - begin, executor) == TQ_OK;
         ok = ok && put_pages(&h);
