@@ -60,6 +60,16 @@ static enum ggml_status backend_graph_compute(ggml_backend_t backend, struct ggm
 static ggml_guid backend_guid = {0x74, 0x75, 0x72, 0x62, 0x6f, 0x71, 0x75, 0x61,
                                  0x6e, 0x74, 0x2e, 0x63, 0x00, 0x00, 0x00, 0x01};
 
+void tq_ggml_device_check_use(const tq_ggml_device *device, bool *has_checked)
+{
+    if (*has_checked) return;
+    *has_checked = true;
+    if (!atomic_load(&device->has_kv_tensor)) {
+        tq_ggml_log(TQ_LOG_WARNING, "%s was chosen, but no KV cache was put on it: are -ngl 0 or --no-kv-offload given?",
+                    device->name);
+    }
+}
+
 /* llama.cpp calls it before every graph. */
 static void backend_set_n_threads(ggml_backend_t backend, int n_threads)
 {
@@ -69,12 +79,7 @@ static void backend_set_n_threads(ggml_backend_t backend, int n_threads)
     int seen = atomic_load(&worker->device->n_threads);
     while (n_threads > seen && !atomic_compare_exchange_weak(&worker->device->n_threads, &seen, n_threads)) {
     }
-    if (worker->has_checked_use) return;
-    worker->has_checked_use = true;
-    if (!atomic_load(&worker->device->has_kv_tensor)) {
-        tq_ggml_log(TQ_LOG_WARNING, "%s was chosen, but no KV cache was put on it: are -ngl 0 or --no-kv-offload given?",
-                    worker->device->name);
-    }
+    tq_ggml_device_check_use(worker->device, &worker->has_checked_use);
 }
 
 static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *params)

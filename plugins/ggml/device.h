@@ -44,6 +44,8 @@ tq_status tq_ggml_device_describe(tq_ggml_device *out, const char *name, const t
                                   const tq_ggml_options *options, const tq_calibration *calibration);
 /* May a graph do this with a KV tensor of the device? Says why not, once for each tensor. True for what touches none. */
 bool tq_ggml_device_refuses(const tq_ggml_device *device, const struct ggml_tensor *op);
+/* Warn, once for each *has_checked, if no KV cache was put on the device. To be asked when the model is there. */
+void tq_ggml_device_check_use(const tq_ggml_device *device, bool *has_checked);
 
 /* The devices of this process: made one by one when the plug-in is loaded. Errors: those of tq_ggml_device_init, RANGE. */
 tq_status tq_ggml_device_add(const tq_preset *preset, const tq_ggml_options *options, const tq_calibration *calibration);

@@ -359,12 +359,7 @@ static void set_n_threads(ggml_backend_t backend, int n_threads)
     *(void **)(void *)&inner = tq_ggml_host.ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
     if (inner) inner(backend, n_threads);
     if (worker->device->gpu->is_host) tq_ggml_threads_set(&worker->threads, n_threads);
-    if (worker->has_checked_use) return;
-    worker->has_checked_use = true;
-    if (!atomic_load(&worker->device->has_kv_tensor)) {
-        tq_ggml_log(TQ_LOG_WARNING, "%s was chosen, but no KV cache was put on it: are -ngl 0 or --no-kv-offload given?",
-                    worker->device->name);
-    }
+    tq_ggml_device_check_use(worker->device, &worker->has_checked_use);
 }
 
 static void *reg_proc_address(ggml_backend_reg_t reg, const char *name)

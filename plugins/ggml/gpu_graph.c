@@ -212,16 +212,12 @@ static tq_status need(tq_gpu_worker *worker, void **memory, size_t *bytes, size_
     return TQ_ERR_MEMORY;
 }
 
-/* ALiBi's slopes as ggml defines them: a geometric series over the largest power of two of heads, then one between. */
+/* ALiBi's slopes on the device, for attention that is launched later. */
 static tq_status set_slopes(tq_gpu_worker *worker, int32_t n_head, float max_bias)
 {
     if (worker->n_slopes == n_head && worker->slopes_bias == max_bias) return TQ_OK;
     float *slopes = malloc((size_t)n_head * sizeof *slopes);
-    int32_t n_pow2 = 1;
-    while (2 * n_pow2 <= n_head) n_pow2 *= 2;
-    float m0 = powf(2.0f, -max_bias / (float)n_pow2), m1 = powf(2.0f, -max_bias / 2.0f / (float)n_pow2);
-    for (int32_t h = 0; slopes && h < n_head; h++)
-        slopes[h] = h < n_pow2 ? powf(m0, (float)(h + 1)) : powf(m1, (float)(2 * (h - n_pow2) + 1));
+    if (slopes) tq_ggml_alibi_slopes(slopes, n_head, max_bias);
     tq_gpu_free(worker->stream.gpu, worker->slopes);
     worker->slopes = slopes ? tq_gpu_alloc(worker->stream.gpu, (size_t)n_head * sizeof *slopes) : NULL;
     bool ok = worker->slopes && tq_gpu_copy_in(worker->stream.gpu, worker->slopes, slopes, (size_t)n_head * sizeof *slopes);

@@ -12,7 +12,7 @@
 
 #define TABLE_PAD 8 /* pages behind the last: the positions of queries, which no cell has */
 #define EXACT_MAX (TQ_GGML_EXACT_MAX - TQ_GGML_BLOCK)
-#define WRITE_PAGES 64   /* read or written at a time */
+#define WRITE_PAGES 64 /* read or written at a time */
 
 uint64_t tq_gpu_new_state(void)
 {

@@ -32,6 +32,8 @@ enum ggml_status tq_ggml_set_rows(tq_ggml_worker *worker, const struct ggml_tens
 
 bool tq_ggml_flash_attn_supported(tq_ggml_device *asked, const struct ggml_tensor *op);
 enum ggml_status tq_ggml_flash_attn(tq_ggml_worker *worker, const struct ggml_tensor *op);
+/* The n_head slopes of ALiBi as ggml defines them: a series over the largest power of two of heads, then one between. */
+void tq_ggml_alibi_slopes(float *slopes, int32_t n_head, float max_bias);
 
 /* RoPE in place on keys: llama.cpp's context shift. */
 bool tq_ggml_rope_supported(tq_ggml_device *device, const struct ggml_tensor *op);

@@ -132,17 +132,21 @@ bool tq_ggml_flash_attn_supported(tq_ggml_device *asked, const struct ggml_tenso
     return true;
 }
 
-/* ALiBi's slopes as ggml defines them: a geometric series over the largest power of two of heads, then one between. */
-static const float *alibi_slopes(tq_ggml_worker *worker, int32_t n_head, float max_bias)
+void tq_ggml_alibi_slopes(float *slopes, int32_t n_head, float max_bias)
 {
-    if (worker->n_alibi_slopes == n_head && worker->alibi_max_bias == max_bias) return worker->alibi_slopes;
-    float *slopes = realloc(worker->alibi_slopes, (size_t)n_head * sizeof *slopes);
-    if (!slopes) return NULL;
     int32_t n_pow2 = 1;
     while (2 * n_pow2 <= n_head) n_pow2 *= 2;
     float m0 = powf(2.0f, -max_bias / (float)n_pow2), m1 = powf(2.0f, -max_bias / 2.0f / (float)n_pow2);
     for (int32_t h = 0; h < n_head; h++)
         slopes[h] = h < n_pow2 ? powf(m0, (float)(h + 1)) : powf(m1, (float)(2 * (h - n_pow2) + 1));
+}
+
+static const float *alibi_slopes(tq_ggml_worker *worker, int32_t n_head, float max_bias)
+{
+    if (worker->n_alibi_slopes == n_head && worker->alibi_max_bias == max_bias) return worker->alibi_slopes;
+    float *slopes = realloc(worker->alibi_slopes, (size_t)n_head * sizeof *slopes);
+    if (!slopes) return NULL;
+    tq_ggml_alibi_slopes(slopes, n_head, max_bias);
     worker->alibi_slopes = slopes;
     worker->n_alibi_slopes = n_head;
     worker->alibi_max_bias = max_bias;
